@@ -1,0 +1,57 @@
+# The commands people type. `make help` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup test test-slow lint format bench ablate report ui clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# What an experiment can be told: `make ablate STUDY=my.yaml PROFILE=cpu MODEL=tiny SET="blocks=2 workloads.mixed.num_requests=16"`
+STUDY ?=
+PROFILE ?=
+MODEL ?=
+SET ?=
+OPTIONS = $(if $(STUDY),--study $(STUDY)) $(if $(PROFILE),--profile $(PROFILE)) $(if $(MODEL),--model $(MODEL)) $(foreach s,$(SET),--set $(s))
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY)  ## build .venv with the exact versions of constraints.txt
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing the versions of constraints.txt into $(VENV) (about two minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check pip==$$(sed -n 's/^# pip==//p' constraints.txt)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[research]' --group dev
+	@touch $@
+
+ablate: $(READY)  ## what does each optimization buy on this machine: table, report, MLflow (resumes where it was stopped)
+	@$(BIN)/python -m experiments ablate $(OPTIONS)
+
+test: $(READY)  ## the test suite, under ten minutes on two cores
+	@$(BIN)/python -m pytest -m "not slow and not bench"
+
+test-slow: $(READY)  ## what takes longer
+	@$(BIN)/python -m pytest -m slow
+
+lint: $(READY)  ## ruff, mypy, import-linter
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@PYTHONPATH=src:. $(BIN)/lint-imports
+
+bench: $(READY)  ## pytest-benchmark: scheduler, block manager, kernels
+	@$(BIN)/python -m pytest -m bench --benchmark-only --benchmark-columns=median,iqr,ops,rounds
+
+report: $(READY)  ## render the report of the last study again, from its records (RUN=folder for another)
+	@$(BIN)/python -m experiments report $(RUN)
+
+ui: $(READY)  ## MLflow on 127.0.0.1:5000
+	@$(BIN)/mlflow ui --host 127.0.0.1
+
+clean:  ## remove caches and built checkpoints; records in runs/ and mlflow.db stay
+	rm -rf .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks build dist
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

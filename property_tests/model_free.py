@@ -1,0 +1,124 @@
+"""A runner without a model: it keeps *tokens* in the paged cache where the real one keeps K and V.
+
+What it samples is a function of every token that it reads back through the block table, so a wrong slot, a stale or shared
+block, a lost token or a wrong position changes the output; `oracle` says what each request must produce.
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanovllm.config import Optimizations, ResolvedConfig
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.overlap import OverlappedStepLoop
+from nanovllm.engine.prefix_cache import PrefixCache
+from nanovllm.engine.scheduler import Scheduler, StepPlan
+from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.stats import StepStats
+
+VOCAB = 7
+
+
+def next_token(context: list[int]) -> int:
+    return zlib.crc32(array("i", context).tobytes()) % VOCAB
+
+
+def oracle(prompt: list[int], max_tokens: int, stops: frozenset[int]) -> list[int]:
+    """What the request produces when it runs alone."""
+    tokens = list(prompt)
+    for _ in range(max_tokens):
+        tokens.append(next_token(tokens))
+        if tokens[-1] in stops:
+            break
+    return tokens[len(prompt) :]
+
+
+class ModelFreeRunner:
+    """launch / collect as ModelRunner. A step reads what earlier steps wrote, never what the same step writes elsewhere."""
+
+    def __init__(self, config: ResolvedConfig, num_blocks: int) -> None:
+        self.block_size = config.block_size
+        self.memory: list[list[int | None]] = [[None] * config.block_size for _ in range(num_blocks)]
+        self.tables: list[dict[int, int]] = [{} for _ in range(config.max_num_seqs)]
+        self.last_tokens = [-1] * config.max_num_seqs
+
+    def launch(self, plan: StepPlan) -> list[int]:
+        for row, *_ in plan.new_rows:
+            self.tables[row] = {}
+        for row, index, block in plan.new_blocks:
+            self.tables[row][index] = block
+        prefill = iter(plan.token_ids)
+        contexts, writes = [], []
+        for i, (row, start, length) in enumerate(zip(plan.rows, plan.starts, plan.query_lens, strict=True)):
+            new = [self.last_tokens[row]] if i < plan.num_decodes else [next(prefill) for _ in range(length)]
+            assert len(new) == length
+            past = [self._slot(row, p)[0][self._slot(row, p)[1]] for p in range(start)]
+            assert None not in past, f"row {row} reads a slot that no step has written"
+            contexts.append(past + new)
+            writes += [(self._slot(row, start + j), token) for j, token in enumerate(new)]
+        assert next(prefill, None) is None, "the plan holds more prefill tokens than its entries compute"
+        slots = [(id(page), offset) for (page, offset), _ in writes]
+        assert len(set(slots)) == len(slots), "two tokens of a step are written to one slot"
+        for (page, offset), token in writes:
+            page[offset] = token
+        sampled = []
+        for row, context, samples in zip(plan.rows, contexts, plan.samples, strict=True):
+            if samples:
+                self.last_tokens[row] = next_token([t for t in context if t is not None])
+                sampled.append(self.last_tokens[row])
+        return sampled
+
+    def collect(self, handle: list[int]) -> tuple[list[int], None]:
+        return handle, None
+
+    def _slot(self, row: int, position: int) -> tuple[list[int | None], int]:
+        return self.memory[self.tables[row][position // self.block_size]], position % self.block_size
+
+
+@dataclass
+class ModelFreeEngine:
+    """Scheduler, blocks and prefix cache around that runner; commit lag 0 or 1."""
+
+    batching: str
+    prefix_cache: bool
+    overlap: bool
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    stats: StepStats = field(default_factory=StepStats)
+    finished: dict[str, Sequence] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        config = ResolvedConfig(
+            model="", dtype="float32", device="cpu", seed=0, max_model_len=1 << 20, max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens, block_size=self.block_size,
+            optimizations=Optimizations(batching=self.batching, prefix_cache=self.prefix_cache, overlap=self.overlap),
+        )  # fmt: skip
+        cache = PrefixCache(self.block_size, self.stats) if self.prefix_cache else None
+        self.scheduler = Scheduler(config, BlockManager(self.num_blocks, self.block_size, cache), self.stats)
+        self.runner = ModelFreeRunner(config, self.num_blocks)
+        self.loop: Any = OverlappedStepLoop(self.scheduler, self.runner) if self.overlap else _Lag0(self.scheduler, self.runner)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.scheduler.num_unfinished or self.scheduler.num_in_flight)
+
+    def step(self) -> None:
+        _, advanced = self.loop.step()
+        self.finished |= {seq.request_id: seq for seq in advanced if seq.finish_reason is not None}
+
+
+@dataclass
+class _Lag0:
+    scheduler: Scheduler
+    runner: ModelFreeRunner
+
+    def step(self) -> tuple[StepPlan | None, list[Sequence]]:
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return None, []
+        return plan, self.scheduler.commit(plan, *self.runner.collect(self.runner.launch(plan)))

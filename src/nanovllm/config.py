@@ -1,0 +1,178 @@
+"""What a user asks for (`EngineConfig`) and what it becomes on this machine (`ResolvedConfig`).
+
+An optimization is a field of `Optimizations`, nothing else switches one. `auto` may be asked for; it is resolved once,
+by `EngineConfig.resolve`, and only resolved values are used and recorded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Device = Literal["cpu", "cuda"]
+
+LEVELS: dict[str, tuple[Any, ...]] = {
+    "attention_backend": ("torch", "triton", "flash_attn"),
+    "kernels": ("torch", "compile", "triton"),
+    "prefix_cache": (False, True),
+    "batching": ("static", "continuous", "chunked"),
+    "cuda_graphs": (False, True),
+    "overlap": (False, True),
+    "tensor_parallel_size": (1, 2, 4, 8),
+}
+"""The levels of each optimization; the first is its baseline."""
+
+_BEST: dict[Device, dict[str, Any]] = {
+    "cpu": {"attention_backend": "torch", "kernels": "torch", "batching": "chunked"},
+    "cuda": {"attention_backend": "torch", "kernels": "torch", "batching": "chunked"},
+}
+_NEEDS_CUDA = {
+    ("attention_backend", "triton"): "Triton kernels run on a GPU",
+    ("attention_backend", "flash_attn"): "FlashAttention runs on a GPU",
+    ("kernels", "triton"): "Triton kernels run on a GPU",
+    ("cuda_graphs", True): "a CUDA graph is recorded on a GPU",
+}
+_NOT_BUILT = {("attention_backend", "triton"), ("attention_backend", "flash_attn"), ("kernels", "triton"), ("cuda_graphs", True)}
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require(condition: bool, name: str, value: object, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}={value!r} is not allowed; it must be {allowed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizations:
+    """One switch a optimization; the defaults are the baseline of each. 'auto' takes the best level of this machine."""
+
+    attention_backend: str = "torch"
+    kernels: str = "torch"
+    prefix_cache: bool | Literal["auto"] = False
+    batching: str = "static"
+    cuda_graphs: bool | Literal["auto"] = False
+    overlap: bool | Literal["auto"] = False
+    tensor_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name, levels in LEVELS.items():
+            value = getattr(self, name)
+            if name == "tensor_parallel_size":
+                _require(_is_int(value) and value >= 1, name, value, "a whole number of processes, 1 or more")
+            elif value != "auto":
+                allowed = any(value == level and type(value) is type(level) for level in levels)
+                _require(allowed, name, value, "one of " + ", ".join(map(repr, (*levels, "auto"))))
+
+    def resolve(self, device: Device) -> Optimizations:
+        """Replaces every 'auto'. Raises ValueError for a level that cannot run on `device`."""
+        best = {"prefix_cache": True, "cuda_graphs": False, "overlap": False, **_BEST[device]}
+        chosen = {name: best[name] if getattr(self, name) == "auto" else getattr(self, name) for name in LEVELS}
+        for choice in chosen.items():
+            if choice in _NEEDS_CUDA and device != "cuda":
+                raise ValueError(f"{choice[0]}={choice[1]!r} cannot run on device {device!r}: {_NEEDS_CUDA[choice]}. "
+                                 f"Use {choice[0]}={LEVELS[choice[0]][0]!r}, or a machine with an NVIDIA GPU.")
+            if choice in _NOT_BUILT:
+                raise ValueError(f"{choice[0]}={choice[1]!r} is not part of this version of nanovllm; "
+                                 f"use {choice[0]}={LEVELS[choice[0]][0]!r}.")
+        return Optimizations(**chosen)
+
+
+BASELINE = Optimizations()
+"""Every optimization off."""
+ALL = Optimizations(attention_backend="auto", kernels="auto", prefix_cache="auto", batching="auto", cuda_graphs="auto",
+                    overlap="auto")
+"""The best level of each optimization on the machine at hand (tensor_parallel_size is a question of its own: 1)."""
+
+_VLLM_NAMES = {"enable_prefix_caching": "prefix_cache", "async_scheduling": "overlap", "tensor_parallel_size": "tensor_parallel_size"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What was asked for, by vLLM's names. `None` and 'auto' are resolved against the model and the machine."""
+
+    model: str
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    block_size: int = 16
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    optimizations: Optimizations = field(default_factory=lambda: ALL)
+
+    def __post_init__(self) -> None:
+        _require(isinstance(self.model, str) and self.model != "", "model", self.model, "a folder or a hub id")
+        _require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "'auto', 'float32' or 'bfloat16'")
+        _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "'auto', 'cpu' or 'cuda'")
+        for name in ("max_num_seqs", "block_size"):
+            value = getattr(self, name)
+            _require(_is_int(value) and value >= 1, name, value, "a whole number, 1 or more")
+        for name in ("max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes"):
+            value = getattr(self, name)
+            _require(value is None or (_is_int(value) and value >= 1), name, value, "None or a whole number, 1 or more")
+        _require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", self.gpu_memory_utilization, "in (0, 1]")
+
+    @classmethod
+    def from_kwargs(cls, model: str, **kwargs: Any) -> EngineConfig:
+        """Accepts vLLM's constructor arguments; its switches are translated to `optimizations`.
+
+        Raises TypeError for an unknown argument, and where a switch is given twice.
+        """
+        own = {f.name for f in dataclasses.fields(cls)} - {"model"}
+        switches = {ours: kwargs.pop(theirs) for theirs, ours in _VLLM_NAMES.items() if theirs in kwargs}
+        if "enforce_eager" in kwargs:
+            switches["cuda_graphs"] = False if kwargs.pop("enforce_eager") else "auto"
+        if "enable_chunked_prefill" in kwargs:
+            switches["batching"] = "chunked" if kwargs.pop("enable_chunked_prefill") else "continuous"
+        if unknown := sorted(set(kwargs) - own):
+            allowed = sorted(own | set(_VLLM_NAMES) | {"enforce_eager", "enable_chunked_prefill"})
+            raise TypeError(f"unknown argument {', '.join(unknown)}; known are {', '.join(allowed)}")
+        if "optimizations" in kwargs and switches:
+            raise TypeError(f"{', '.join(switches)} given twice: inside `optimizations` and as an argument of vLLM's; keep one")
+        optimizations = kwargs.pop("optimizations", ALL)
+        if isinstance(optimizations, dict):
+            optimizations = Optimizations(**optimizations)
+        return cls(model=str(model), optimizations=dataclasses.replace(optimizations, **switches), **kwargs)
+
+    def resolve(self, *, device: Device, dtype: str, max_position_embeddings: int) -> ResolvedConfig:
+        """Fixes every open value for a model on `device`. Raises ValueError where values contradict each other."""
+        max_model_len = self.max_model_len or max_position_embeddings
+        _require(max_model_len <= max_position_embeddings, "max_model_len", max_model_len,
+                 f"at most the model's max_position_embeddings, {max_position_embeddings}")
+        # As vLLM on a large GPU, and a quarter of it where a step of 16 k tokens would take seconds.
+        budget = self.max_num_batched_tokens or max(16_384 if device == "cuda" else 4_096, self.max_num_seqs)
+        _require(budget >= self.max_num_seqs, "max_num_batched_tokens", budget,
+                 f"at least max_num_seqs, {self.max_num_seqs}: each running request decodes one token a step")
+        return ResolvedConfig(
+            model=self.model, dtype=dtype, device=device, seed=self.seed, max_model_len=max_model_len,
+            max_num_seqs=self.max_num_seqs, max_num_batched_tokens=budget, block_size=self.block_size,
+            optimizations=self.optimizations.resolve(device),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig:
+    """What runs and what is recorded: no 'auto', no None. The KV cache is sized once the weights are loaded."""
+
+    model: str
+    dtype: str
+    device: Device
+    seed: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    optimizations: Optimizations
+    num_kv_blocks: int = 0
+    kv_cache_bytes: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able, for records."""
+        return dataclasses.asdict(self)

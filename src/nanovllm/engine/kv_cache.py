@@ -1,0 +1,72 @@
+"""How large the KV cache is, and its tensors."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanovllm.config import EngineConfig, ResolvedConfig
+from nanovllm.models.config import ModelConfig
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheSpec:
+    """The shape of this rank's share of the cache."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: ModelConfig, config: ResolvedConfig) -> KVCacheSpec:
+        heads = model.num_key_value_heads // config.optimizations.tensor_parallel_size
+        return cls(model.num_hidden_layers, heads, model.head_dim, config.block_size, getattr(torch, config.dtype))
+
+    @property
+    def block_bytes(self) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.block_size * self.dtype.itemsize
+
+    def allocate(self, num_blocks: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """(keys, values) of each layer: [num_blocks, kv_heads, block_size, head_dim]. Raises MemoryError with what to lower."""
+        shape = (self.num_layers, 2, num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
+        try:
+            cache = torch.zeros(shape, dtype=self.dtype, device=device)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            raise MemoryError(
+                f"no room for a KV cache of {num_blocks * self.block_bytes / MIB:.0f} MiB on {device}: "
+                "lower kv_cache_memory_bytes or gpu_memory_utilization"
+            ) from error
+        return [(layer[0], layer[1]) for layer in cache]
+
+
+def num_blocks_for(requested: EngineConfig, resolved: ResolvedConfig, spec: KVCacheSpec, device: torch.device) -> int:
+    """Blocks within the byte budget: the explicit one, or what is left of gpu_memory_utilization of the device's memory
+    once everything that is in use now, by this process or any other, is counted. Never more than max_num_seqs requests of
+    max_model_len tokens can fill. Raises ValueError where not even one block fits.
+    """
+    usable = resolved.max_num_seqs * -(-resolved.max_model_len // resolved.block_size)
+    if (budget := requested.kv_cache_memory_bytes) is None:
+        free, total = memory(device)
+        budget = int(free - (1 - requested.gpu_memory_utilization) * total)
+    if budget < spec.block_bytes:
+        raise ValueError(
+            f"the KV cache would have {max(budget, 0)} bytes, one block of {resolved.block_size} tokens takes {spec.block_bytes}: "
+            "raise kv_cache_memory_bytes or gpu_memory_utilization, lower block_size, or free memory on the device"
+        )
+    return min(usable, budget // spec.block_bytes)
+
+
+def memory(device: torch.device) -> tuple[int, int]:
+    """(free, total) bytes of the device, over all processes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    with open("/proc/meminfo") as file:
+        sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file}
+    return sizes["MemAvailable"], os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

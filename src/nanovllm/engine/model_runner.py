@@ -1,0 +1,142 @@
+"""Plans in, tokens out: one rank's model, KV cache and batch rows, executed eagerly.
+
+`launch` enqueues a step and never waits for the device; `collect` waits for the tokens of that step. What outlives a step
+lies in rows, one for each running request: its block table, its sampling parameters, its last token. A decode takes its
+token from there, so the next step can be launched before the host has read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanovllm.config import EngineConfig, ResolvedConfig
+from nanovllm.engine.kv_cache import KVCacheSpec, num_blocks_for
+from nanovllm.engine.scheduler import StepPlan
+from nanovllm.engine.sequence import TokenLogprobs
+from nanovllm.engine.stats import StepStats
+from nanovllm.kernels.batch import ForwardBatch
+from nanovllm.kernels.registry import load_attention, load_kernels
+from nanovllm.kernels.torch.sampling import logprobs
+from nanovllm.layers.linear import TensorParallel
+from nanovllm.models.config import ModelConfig
+from nanovllm.models.loader import load_weights
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
+
+
+@dataclass(slots=True)
+class StepHandle:
+    """A launched step: what it will have sampled."""
+
+    token_ids: Tensor  # [sampling entries]
+    logprobs: tuple[Tensor, Tensor, Tensor, Tensor] | None  # chosen, rank, largest, their ids
+
+
+class ModelRunner:
+    """One rank. Raises MemoryError where weights or cache do not fit."""
+
+    def __init__(self, requested: EngineConfig, resolved: ResolvedConfig, model_config: ModelConfig, folder: Path,
+                 tp: TensorParallel, stats: StepStats) -> None:
+        self.config = resolved
+        self.stats = stats
+        self.device = torch.device(resolved.device, tp.rank) if resolved.device == "cuda" else torch.device("cpu")
+        dtype = getattr(torch, resolved.dtype)
+        self.kernels = load_kernels(resolved.optimizations, stats.kernel_calls)
+        self.attention = load_attention(
+            resolved.optimizations, stats.attention_calls, num_kv_heads=model_config.num_key_value_heads // tp.size,
+            block_size=resolved.block_size, scale=model_config.head_dim**-0.5, dtype=dtype,
+        )  # fmt: skip
+        default_dtype = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with self.device:
+                self.model = Qwen3ForCausalLM(model_config, resolved.max_model_len, self.kernels, self.attention, tp)
+        finally:
+            torch.set_default_dtype(default_dtype)
+        load_weights(self.model, folder)
+        self.model.eval().requires_grad_(False)
+
+        spec = KVCacheSpec.of(model_config, resolved)
+        self.num_blocks = tp.agree_on_least(num_blocks_for(requested, resolved, spec, self.device))
+        self.kv_cache_bytes = self.num_blocks * spec.block_bytes
+        self.kv_caches = spec.allocate(self.num_blocks, self.device)
+
+        rows, max_blocks = resolved.max_num_seqs, -(-resolved.max_model_len // resolved.block_size)
+        with self.device:
+            self.block_tables = torch.zeros(rows, max_blocks, dtype=torch.int32)
+            self.last_tokens = torch.zeros(rows, dtype=torch.int64)
+            self.temperatures = torch.zeros(rows, dtype=torch.float32)
+            self.top_ks = torch.zeros(rows, dtype=torch.int64)
+            self.top_ps = torch.ones(rows, dtype=torch.float32)
+            self.seeds = torch.zeros(rows, dtype=torch.int64)
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> StepHandle:
+        """Enqueues forward and sampling of a step."""
+        self._update_rows(plan)
+        rows = self._tensor(plan.rows)
+        batch = self._batch(plan, rows)
+        self.attention.prepare(batch)
+        hidden = self.model(batch, self.kv_caches)
+
+        samples = self._tensor([i for i, sampled in enumerate(plan.samples) if sampled])
+        logits = self.model.logits(hidden[batch.query_start_loc[1:][samples] - 1])
+        rows = rows[samples]
+        token_ids = self.kernels.sample(
+            logits, self.temperatures[rows], self.top_ks[rows], self.top_ps[rows], self.seeds[rows],
+            batch.seq_lens[samples].long(), all_greedy=plan.greedy_only, any_top_k_top_p=plan.filtered,
+        )  # fmt: skip
+        self.last_tokens[rows] = token_ids
+        return StepHandle(token_ids, None if plan.num_logprobs is None else logprobs(logits, token_ids, plan.num_logprobs))
+
+    def collect(self, handle: StepHandle) -> tuple[list[int], list[TokenLogprobs] | None]:
+        """Waits for a step: its tokens, one a sampling entry, and what was asked for of their log-probabilities."""
+        rows = None if handle.logprobs is None else list(zip(*(t.tolist() for t in handle.logprobs), strict=True))
+        return handle.token_ids.tolist(), rows
+
+    def close(self) -> None:
+        """Drops model and cache; on a GPU, gives the memory back to the device."""
+        self.__dict__.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _tensor(self, values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self.device)
+
+    def _update_rows(self, plan: StepPlan) -> None:
+        if plan.new_rows:
+            rows, temperatures, top_ks, top_ps, seeds = (list(column) for column in zip(*plan.new_rows, strict=True))
+            index = self._tensor(rows)
+            self.temperatures[index] = torch.tensor(temperatures, dtype=torch.float32, device=self.device)
+            self.top_ks[index] = self._tensor(top_ks)
+            self.top_ps[index] = torch.tensor(top_ps, dtype=torch.float32, device=self.device)
+            self.seeds[index] = self._tensor(seeds)
+        if plan.new_blocks:
+            rows, columns, blocks = self._tensor(plan.new_blocks).unbind(1)  # type: ignore[arg-type]
+            self.block_tables[rows, columns] = blocks.int()
+
+    def _batch(self, plan: StepPlan, rows: Tensor) -> ForwardBatch:
+        """The tensors of a step; slots are derived from the block tables on the device."""
+        seq_lens = [start + length for start, length in zip(plan.starts, plan.query_lens, strict=True)]
+        starts, query_lens = self._tensor(plan.starts), self._tensor(plan.query_lens)
+        num_tokens = plan.num_decodes + plan.num_prefill_tokens
+        query_start_loc = torch.nn.functional.pad(query_lens.cumsum(0), (1, 0))
+        entry = torch.repeat_interleave(query_lens, output_size=num_tokens)  # [tokens]: the entry of each token
+        positions = torch.arange(num_tokens, device=self.device) + (starts - query_start_loc[:-1])[entry]
+        block_size = self.config.block_size
+        block_tables = self.block_tables[rows, : -(-max(seq_lens) // block_size)]
+        blocks = block_tables[entry, positions // block_size].long()
+        return ForwardBatch(
+            token_ids=torch.cat((self.last_tokens[rows[: plan.num_decodes]], self._tensor(plan.token_ids))),
+            positions=positions,
+            slot_mapping=blocks * block_size + positions % block_size,
+            block_tables=block_tables,
+            seq_lens=self._tensor(seq_lens, torch.int32),
+            query_start_loc=query_start_loc,
+            num_decodes=plan.num_decodes,
+            host_query_lens=plan.query_lens,
+            host_seq_lens=seq_lens,
+        )

@@ -1,0 +1,36 @@
+"""overlap=True: the step loop that never waits for the device before it has given it the next step. Loaded only when on.
+
+    host     plan n+1 | launch n+1 | collect n | commit n | plan n+2 | ...
+    device   ...... step n .......... | ..... step n+1 ......
+
+Tokens of step n stay on the device, where step n+1 reads them; the host learns of them one step late (commit lag 1). So a
+request that ends by a stop token has one step too many in flight: its token is discarded at commit.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from nanovllm.engine.scheduler import Scheduler, StepPlan
+from nanovllm.engine.sequence import Sequence
+
+
+class OverlappedStepLoop:
+    """The same interface as llm_engine.StepLoop, with one step in flight."""
+
+    def __init__(self, scheduler: Scheduler, runner: Any) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.in_flight: deque[tuple[StepPlan, Any]] = deque()
+
+    def step(self) -> tuple[StepPlan | None, list[Sequence]]:
+        """Launches the next step, then commits the one before it. Returns the launched plan and what was committed."""
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            self.scheduler.stats.overlapped_steps += bool(self.in_flight)
+            self.in_flight.append((plan, self.runner.launch(plan)))
+        if not self.in_flight or (plan is not None and len(self.in_flight) == 1):
+            return plan, []
+        oldest, handle = self.in_flight.popleft()
+        return plan, self.scheduler.commit(oldest, *self.runner.collect(handle))

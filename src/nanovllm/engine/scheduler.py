@@ -1,0 +1,309 @@
+"""Decides what each step computes. No torch, no I/O: requests in, StepPlans out, sampled tokens back in.
+
+    waiting --admit--> prefilling --whole prompt planned--> decoding --commit--> finished
+       ^                   |                                   |
+       +------------- preempt (last admitted first) -----------+
+
+Two phases: *prefill* computes the KV of known tokens (a prompt, or everything again after a preemption), *decode* one new
+token a request. How they share steps is the batching policy:
+
+    static      admit a batch with the KV of its longest possible outputs reserved; admit no more until all have finished
+    continuous  admit whenever there is room; a step is all prefill (first) or all decode
+    chunked     admit whenever there is room; decodes first, prefill chunks fill what is left of the token budget
+
+Planning costs O(requests in the step). A request sits in exactly one of three queues; all three are ordered by age,
+prefilling is younger than decoding, and the victim of a preemption is the youngest: the oldest always makes progress.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+from nanovllm.config import ResolvedConfig
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.sequence import Sequence, TokenLogprobs
+from nanovllm.engine.stats import StepStats
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step, flat: what the runner of every rank receives. Decodes come first and take their token from the device.
+
+    Entry i computes query_lens[i] tokens of row rows[i], from position starts[i] on; where samples[i], the last of them
+    yields a new token. token_ids are those of the prefill entries, one after the other.
+    """
+
+    step: int
+    num_decodes: int = 0
+    rows: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    query_lens: list[int] = field(default_factory=list)
+    samples: list[bool] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    new_blocks: list[tuple[int, int, int]] = field(default_factory=list)  # (row, index in its table, block)
+    new_rows: list[tuple[int, float, int, float, int]] = field(default_factory=list)  # (row, temperature, top_k, top_p, seed)
+    greedy_only: bool = True
+    filtered: bool = False  # top-k or top-p is used
+    num_logprobs: int | None = None  # the most that any sampling entry asks for
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+class Scheduler:
+    """Owns the queues and the blocks. `schedule` may run ahead of `commit` by one step (overlap)."""
+
+    def __init__(self, config: ResolvedConfig, blocks: BlockManager, stats: StepStats) -> None:
+        self.config = config
+        self.blocks = blocks
+        self.stats = stats
+        self.policy = config.optimizations.batching
+        self.waiting: OrderedDict[str, Sequence] = OrderedDict()
+        self.prefilling: OrderedDict[str, Sequence] = OrderedDict()
+        self.decoding: OrderedDict[str, Sequence] = OrderedDict()
+        self.free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self._launched: deque[tuple[StepPlan, list[Sequence]]] = deque()  # planned, not committed
+        self._num_steps = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self.prefilling) + len(self.decoding)
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.waiting) + self.num_running
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._launched)
+
+    def add(self, seq: Sequence) -> None:
+        """Queues a request. Raises ValueError if it could never run: its id is taken, or it exceeds the whole KV cache."""
+        if any(seq.request_id in queue for queue in (self.waiting, self.prefilling, self.decoding)):
+            raise ValueError(f"request_id {seq.request_id!r} is already in use by an unfinished request")
+        longest = seq.num_prompt_tokens + seq.params.max_tokens
+        if (needed := self.blocks.blocks_for(longest)) > self.blocks.num_blocks:
+            raise ValueError(
+                f"request {seq.request_id!r} needs {needed} KV blocks for {longest} tokens, the whole cache has "
+                f"{self.blocks.num_blocks} of {self.blocks.block_size} tokens: shorten it, or raise kv_cache_memory_bytes"
+            )
+        self.waiting[seq.request_id] = seq
+
+    def abort(self, request_id: str) -> Sequence | None:
+        """Ends a request now; None if there is no such unfinished request. Tokens still in flight are discarded."""
+        for queue in (self.waiting, self.prefilling, self.decoding):
+            if (seq := queue.get(request_id)) is not None:
+                seq.finish_reason = "abort"
+                self._leave(seq, queue)
+                return seq
+        return None
+
+    # -- planning ---------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan | None:
+        """The next step; None when nothing can be planned before an earlier step is committed, or at all."""
+        plan = StepPlan(self._num_steps)
+        seqs: list[Sequence] = []
+        self._admit(plan)
+        if self.policy == "chunked":
+            self._plan_decodes(plan, seqs)
+            self._plan_prefills(plan, seqs)
+        else:
+            self._plan_prefills(plan, seqs)
+            if not seqs:
+                self._plan_decodes(plan, seqs)
+        if not seqs:
+            return None
+        self._num_steps += 1
+        self._launched.append((plan, seqs))
+        self.stats.steps += 1
+        self.stats.policy_steps[self.policy] += 1
+        self.stats.prefill_tokens += plan.num_prefill_tokens
+        self.stats.decode_tokens += plan.num_decodes
+        self.stats.mixed_steps += 0 < plan.num_decodes < len(seqs)
+        return plan
+
+    def _admit(self, plan: StepPlan) -> None:
+        """Moves requests from waiting to prefilling, oldest first, as far as rows, blocks and the token budget go."""
+        if self.policy == "static" and self.num_running:
+            return
+        budget = self.config.max_num_batched_tokens
+        planned = sum(seq.num_to_schedule for seq in self.prefilling.values())
+        refill = self.num_running > 0
+        while self.waiting and self.free_rows and (planned < budget or self.policy == "static"):
+            seq = next(iter(self.waiting.values()))
+            if seq.in_flight or not self._take_blocks(seq):
+                break  # a preempted request waits for its own token; a younger one must not overtake the oldest
+            del self.waiting[seq.request_id]
+            self.prefilling[seq.request_id] = seq
+            seq.row = self.free_rows.pop()
+            plan.new_rows.append((seq.row, seq.params.temperature, seq.params.top_k, seq.params.top_p, seq.seed))
+            plan.new_blocks += [(seq.row, i, block) for i, block in enumerate(seq.block_table)]
+            planned += seq.num_to_schedule
+            self.stats.admissions += 1
+            self.stats.refills += refill
+
+    def _take_blocks(self, seq: Sequence) -> bool:
+        """Gives a waiting request the blocks of its known tokens (static: of its longest output), shared where cached."""
+        cache = self.blocks.prefix_cache
+        hits = cache.match(seq.token_ids) if cache is not None else []
+        shared = [hit.block for hit in hits]
+        static = self.policy == "static"
+        total = self.blocks.blocks_for(seq.num_prompt_tokens + seq.params.max_tokens if static else len(seq.token_ids))
+        if total - len(shared) + self.blocks.num_unowned(shared) > self.blocks.num_free:
+            return False
+        self.blocks.share(shared)
+        seq.block_table = shared + self.blocks.allocate(total - len(shared))
+        seq.num_cached_blocks = len(shared)
+        seq.cached_tail = hits[-1] if hits else None
+        seq.num_scheduled = len(shared) * self.blocks.block_size
+        if cache is not None:
+            self.stats.prefix_lookups += 1
+            self.stats.prefix_lookup_tokens += len(seq.token_ids)
+            self.stats.prefix_hit_tokens += seq.num_scheduled
+        if seq.num_output_tokens:
+            self.stats.recomputed_tokens += seq.num_to_schedule
+        else:
+            seq.num_cached_tokens = seq.num_scheduled
+        return True
+
+    def _plan_prefills(self, plan: StepPlan, seqs: list[Sequence]) -> None:
+        budget = self.config.max_num_batched_tokens - plan.num_decodes
+        while budget > 0 and self.prefilling:
+            seq = next(iter(self.prefilling.values()))
+            start, remaining = seq.num_scheduled, seq.num_to_schedule
+            length = min(remaining, budget)
+            budget -= length
+            self._plan_entry(plan, seqs, seq, length, samples=length == remaining)
+            plan.token_ids += seq.token_ids[start : start + length]
+            if length < remaining:
+                self.stats.partial_prefills += 1
+                break
+            del self.prefilling[seq.request_id]
+            self.decoding[seq.request_id] = seq
+
+    def _plan_decodes(self, plan: StepPlan, seqs: list[Sequence]) -> None:
+        block_size = self.blocks.block_size
+        for seq in list(self.decoding.values()):
+            if seq.row < 0 or not seq.wants_more:
+                continue  # preempted by an older one just now; or its last token is in flight
+            if seq.num_scheduled == len(seq.block_table) * block_size:
+                if not self._make_room(seq):
+                    continue
+                block = self.blocks.allocate(1)[0]
+                plan.new_blocks.append((seq.row, len(seq.block_table), block))
+                seq.block_table.append(block)
+            self._plan_entry(plan, seqs, seq, 1, samples=True)
+        plan.num_decodes = len(seqs)
+
+    def _plan_entry(self, plan: StepPlan, seqs: list[Sequence], seq: Sequence, length: int, *, samples: bool) -> None:
+        plan.rows.append(seq.row)
+        plan.starts.append(seq.num_scheduled)
+        plan.query_lens.append(length)
+        plan.samples.append(samples)
+        seqs.append(seq)
+        seq.num_scheduled += length
+        seq.in_flight += 1
+        if samples:
+            seq.pending += 1
+            params = seq.params
+            if params.temperature > 0:
+                plan.greedy_only = False
+                plan.filtered |= params.top_k > 0 or params.top_p < 1
+            if params.logprobs is not None:
+                plan.num_logprobs = max(plan.num_logprobs or 0, params.logprobs)
+
+    def _make_room(self, seq: Sequence) -> bool:
+        """Preempts the youngest requests until a block is free; False if `seq` itself was the youngest."""
+        while self.blocks.num_free == 0:
+            queue = self.prefilling or self.decoding
+            victim = next(reversed(queue.values()))
+            self._preempt(victim, queue)
+            if victim is seq:
+                return False
+        return True
+
+    def _preempt(self, seq: Sequence, queue: OrderedDict[str, Sequence]) -> None:
+        """Back to the head of the waiting queue. Its known tokens stay; those in flight are still committed."""
+        self._leave(seq, queue)
+        self.waiting[seq.request_id] = seq
+        self.waiting.move_to_end(seq.request_id, last=False)
+        self.stats.preemptions += 1
+
+    def _leave(self, seq: Sequence, queue: OrderedDict[str, Sequence]) -> None:
+        """Gives back row and blocks. Steps in flight may still write there: whoever gets them next is planned later."""
+        del queue[seq.request_id]
+        if seq.row >= 0:
+            self.free_rows.append(seq.row)
+            self.blocks.release(seq.block_table)
+        seq.row = -1
+        seq.block_table = []
+        seq.num_scheduled = seq.num_cached_blocks = 0
+        seq.cached_tail = None
+
+    # -- committing -------------------------------------------------------------------------------------------------
+
+    def commit(self, plan: StepPlan, tokens: list[int], logprobs: list[TokenLogprobs] | None = None) -> list[Sequence]:
+        """Takes the tokens of the oldest launched plan, one for each sampling entry; returns their live sequences.
+
+        Appends, makes full blocks findable, stops and releases. Finished ones have a finish_reason.
+        """
+        launched, seqs = self._launched.popleft()
+        if launched is not plan:
+            raise ValueError(f"step {plan.step} committed, the oldest launched step is {launched.step}")
+        if len(tokens) != sum(plan.samples):
+            raise ValueError(f"step {plan.step} samples {sum(plan.samples)} tokens, {len(tokens)} were committed")
+        advanced = []
+        num_sampled = 0
+        for i, seq in enumerate(seqs):
+            seq.in_flight -= 1
+            j = num_sampled
+            if plan.samples[i]:
+                num_sampled += 1
+                seq.pending -= 1
+            if seq.finish_reason is not None:
+                self.stats.discarded_tokens += plan.samples[i]
+                continue
+            if seq.row == plan.rows[i]:  # not preempted meanwhile
+                self._publish(seq, plan.starts[i] + plan.query_lens[i])
+            if plan.samples[i]:
+                advanced.append(seq)
+                if seq.params.logprobs is not None and logprobs is not None:
+                    seq.logprobs.append(logprobs[j])
+                if seq.append(tokens[j]):
+                    self._leave(seq, self.decoding if seq.row >= 0 else self.waiting)
+        return advanced
+
+    def _publish(self, seq: Sequence, num_computed: int) -> None:
+        """Makes the blocks that are full of computed tokens findable by the prefix cache."""
+        cache = self.blocks.prefix_cache
+        if cache is None or seq.num_cached_blocks < 0:
+            return
+        while (seq.num_cached_blocks + 1) * self.blocks.block_size <= num_computed:
+            i = seq.num_cached_blocks
+            seq.cached_tail = cache.insert(seq.block_table[i], seq.token_ids, i, seq.cached_tail)
+            if seq.cached_tail is None:
+                seq.num_cached_blocks = -1  # its chain ends here
+                return
+            seq.num_cached_blocks = i + 1
+
+    # -- checking ---------------------------------------------------------------------------------------------------
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError where queues, rows and blocks contradict each other."""
+        running = [*self.decoding.values(), *self.prefilling.values()]
+        queued = [*self.waiting.values(), *running]
+        assert len({seq.request_id for seq in queued}) == len(queued), "a request is in two queues"
+        rows = [seq.row for seq in running]
+        assert sorted(rows + self.free_rows) == list(range(self.config.max_num_seqs)), "rows lost or used twice"
+        for seq in self.waiting.values():
+            assert seq.row == -1 and not seq.block_table and seq.num_scheduled == 0, f"{seq.request_id} waits and owns"
+        for seq in queued:
+            assert seq.finish_reason is None, f"{seq.request_id} has ended and is queued"
+            assert 0 <= seq.pending <= seq.in_flight, f"{seq.request_id}: pending {seq.pending}, in flight {seq.in_flight}"
+            assert seq.num_scheduled <= len(seq.block_table) * self.blocks.block_size, f"{seq.request_id} writes past its blocks"
+            assert seq.num_scheduled <= len(seq.token_ids) + seq.pending, f"{seq.request_id} computes unknown tokens"
+        self.blocks.check_invariants(seq.block_table for seq in running)
+

@@ -1,0 +1,75 @@
+"""Counters of what an engine did: the proof that a toggle fired. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanovllm.config import LEVELS, Optimizations
+
+
+@dataclass(slots=True)
+class StepStats:
+    """Cumulative counts since the engine started; only ever added to."""
+
+    steps: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    mixed_steps: int = 0  # steps in which prefill chunks shared the batch with decodes
+    partial_prefills: int = 0  # chunks after which the rest of the prompt still had to be computed
+    admissions: int = 0
+    refills: int = 0  # admissions while other requests were running
+    policy_steps: Counter[str] = field(default_factory=Counter)  # steps planned by each batching policy
+    prefix_lookups: int = 0
+    prefix_lookup_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    prefix_evictions: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0  # known tokens whose KV was computed again after a preemption
+    discarded_tokens: int = 0  # sampled for a request that had ended (commit lag 1, aborts)
+    overlapped_steps: int = 0  # launched while another step was in flight
+    graph_replays: int = 0
+    all_reduces: int = 0
+    attention_calls: Counter[str] = field(default_factory=Counter)  # by backend
+    kernel_calls: Counter[str] = field(default_factory=Counter)  # by implementation
+
+    def reset(self) -> None:
+        """Back to zero, in place: others hold the counters."""
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Counter):
+                value.clear()
+            else:
+                setattr(self, f.name, 0)
+
+    def flat(self) -> dict[str, int]:
+        """All counters as `name` or `name.key`, JSON-able."""
+        result: dict[str, int] = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            result |= {f"{f.name}.{key}": n for key, n in sorted(value.items())} if isinstance(value, Counter) else {f.name: value}
+        return result
+
+
+def toggle_counters(optimizations: Optimizations, stats: StepStats) -> dict[str, dict[str, Any]]:
+    """Level, `engaged` and `opportunity` of each optimization.
+
+    engaged counts what only happens when the level is above its baseline: 0 when off, > 0 when on, or the launch is
+    invalid. opportunity counts what it could do for this workload: may be 0; None where being engaged says it all.
+    """
+    policy = stats.policy_steps["continuous"] + stats.policy_steps["chunked"]
+    fused = {name: sum(n for key, n in calls.items() if key != "torch")
+             for name, calls in (("attention", stats.attention_calls), ("kernels", stats.kernel_calls))}
+    counters: dict[str, tuple[int, int | None]] = {
+        "attention_backend": (fused["attention"], None),
+        "kernels": (fused["kernels"], None),
+        "prefix_cache": (stats.prefix_lookups, stats.prefix_hit_tokens),
+        "batching": (policy, stats.mixed_steps if optimizations.batching == "chunked" else stats.refills),
+        "cuda_graphs": (stats.graph_replays, None),
+        "overlap": (stats.overlapped_steps, None),
+        "tensor_parallel_size": (stats.all_reduces, None),
+    }
+    return {name: {"level": getattr(optimizations, name), "baseline": LEVELS[name][0], "engaged": counters[name][0],
+                   "opportunity": counters[name][1]} for name in LEVELS}  # fmt: skip

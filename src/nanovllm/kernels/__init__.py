@@ -1,0 +1,1 @@
+"""One operation = one signature, implementations side by side: torch/ (the oracle, any device) first."""

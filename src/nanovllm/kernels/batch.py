@@ -1,0 +1,32 @@
+"""What one step gives to the model: the tensors of a batch, and nothing global."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class ForwardBatch:
+    """Entries of a step, decodes (one query token each) first; their query tokens lie one entry after the other."""
+
+    token_ids: Tensor  # [tokens] int64
+    positions: Tensor  # [tokens] int64, in their sequence
+    slot_mapping: Tensor  # [tokens] int64: block * block_size + offset, where each token's K and V go
+    block_tables: Tensor  # [entries, max_blocks] int32; columns past an entry's blocks are not read
+    seq_lens: Tensor  # [entries] int32: tokens of the sequence after this step
+    query_start_loc: Tensor  # [entries + 1] int32: where each entry's query tokens begin
+    num_decodes: int
+    host_query_lens: list[int]
+    host_seq_lens: list[int]
+    attention: Any = None  # what the attention backend prepared once for all layers
+
+
+def upload(values: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A list as a tensor on `device`, without waiting for the device: a copy from pageable memory would."""
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=dtype)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)

@@ -1,0 +1,12 @@
+"""SwiGLU's gate (Shazeer, 2020)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """gate_up: [tokens, 2 * n], gate first -> silu(gate) * up: [tokens, n]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up

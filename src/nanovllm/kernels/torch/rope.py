@@ -1,0 +1,33 @@
+"""Rotary position embedding (Su et al., 2021), preceded by Qwen3's norm of each head and followed by the KV store."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels.torch.kv_store import store_kv
+from nanovllm.kernels.torch.norm import rms_norm
+
+
+def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """x: [tokens, heads, head_dim]; cos_sin: [tokens, head_dim] float32, cosines first. Rotates halves, as transformers."""
+    cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def qk_norm_rope_store_kv(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos_sin: Tensor, k_cache: Tensor,
+                          v_cache: Tensor, slot_mapping: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Everything between the QKV projection and attention.
+
+    qkv: [tokens, (q_heads + 2 * kv_heads) * head_dim]; q_weight, k_weight: [head_dim]; cos_sin: [tokens, head_dim] float32;
+    caches: [blocks, kv_heads, block_size, head_dim]; slot_mapping: [tokens].
+    Returns q: [tokens, q_heads, head_dim] and k, v: [tokens, kv_heads, head_dim]; k and v are also in the cache.
+    """
+    kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
+    heads = qkv.view(qkv.shape[0], -1, head_dim)
+    q, k, v = heads.split((heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
+    qk = torch.cat((rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)), dim=1)
+    q, k = apply_rope(qk, cos_sin).split((q.shape[1], kv_heads), dim=1)
+    store_kv(k, v, k_cache, v_cache, slot_mapping)
+    return q, k, v

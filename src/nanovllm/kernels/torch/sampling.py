@@ -1,0 +1,156 @@
+"""Sampling with counter-based randomness, in plain torch operations: the oracle of every other implementation.
+
+The noise of a token is a stated function of (seed, position, token id) and of nothing else:
+
+    bits    = Philox4x32-10(key = seed, counter = (token_id // 4, position, 0, 0))[token_id % 4]
+    uniform = bits * 2^-32                       in (0, 1): 0 becomes 2^-33, values that would round to 1 become 1 - 2^-24
+    noise   = -log(-log1p(-uniform))             Gumbel(0, 1), between -2.82 and 22.88
+
+and `argmax(logits / temperature + noise)` is a sample of `softmax(logits / temperature)` (the Gumbel-max trick). So a request's
+tokens depend on no neighbour and no history, and another engine's logits can be rescored with the same noise.
+
+Every device and every twin must give the same bits. Hence only operations that IEEE 754 defines exactly (+, -, *, /, conversions,
+integer operations), each rounded on its own (no fused multiply-add), in the order written here, and no libm. Torch's eager
+kernels never fuse across operations; a compiler must be told not to (Triton: `enable_fp_fusion=False`, `div_rn`).
+"""
+
+import torch
+from torch import Tensor
+
+_LOW32 = 0xFFFFFFFF
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+
+_SQRT_HALF_BITS = 0x3F3504F3  # sqrt(1/2) as float32 bits
+_EXPONENT_MASK = -0x800000  # sign and exponent of a float32, as int32
+_LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
+_LOG_POLYNOMIAL = (  # (log(1 + x) - x + x^2 / 2) / x^3 on [sqrt(1/2) - 1, sqrt(2) - 1], highest power first (Cephes logf)
+    7.0376836292e-2,
+    -1.1514610310e-1,
+    1.1676998740e-1,
+    -1.2420140846e-1,
+    1.4249322787e-1,
+    -1.6668057665e-1,
+    2.0000714765e-1,
+    -2.4999993993e-1,
+    3.3333331174e-1,
+)
+
+
+def philox4x32(
+    key0: Tensor, key1: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, rounds: int = 10
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four 32-bit random words for each key and counter: Philox4x32 of Salmon et al., "Parallel random numbers: as easy as
+    1, 2, 3" (SC'11).
+
+    All arguments are int64 holding values in [0, 2^32) and broadcast against each other; so do the results.
+    """
+    multiplier0, multiplier1 = _PHILOX_MULTIPLIERS
+    steps = torch.arange(rounds, device=key0.device).view(-1, *[1] * key0.dim())
+    round_keys = (((key + steps * step) & _LOW32).unbind() for key, step in zip((key0, key1), _PHILOX_KEY_STEPS, strict=True))
+    for key0, key1 in zip(*round_keys, strict=True):
+        # The int64 products wrap, yet all their 64 bits are right; bits above 32 are masked away before they can matter.
+        product0, product1 = c0 * multiplier0, c2 * multiplier1
+        c0 = ((product1 >> 32) ^ c1 ^ key0).bitwise_and_(_LOW32)
+        c2 = ((product0 >> 32) ^ c3 ^ key1).bitwise_and_(_LOW32)
+        c1, c3 = product1, product0
+    return c0, c1 & _LOW32, c2, c3 & _LOW32
+
+
+def _log(x: Tensor) -> Tensor:
+    """Natural logarithm of positive normal float32 [...]: Cephes' logf (S. Moshier) with its steps in the same order."""
+    bits = x.view(torch.int32)
+    exponent_bits = (bits - _SQRT_HALF_BITS).bitwise_and_(_EXPONENT_MASK)
+    exponent = exponent_bits.to(torch.float32).mul_(2.0**-23)
+    # x = (1 + fraction) * 2^exponent, with 1 + fraction in [sqrt(1/2), sqrt(2)). Most steps are in place: on a CPU, getting
+    # fresh memory costs more than the arithmetic.
+    fraction = torch.sub(bits, exponent_bits, out=exponent_bits).view(torch.float32).sub_(1.0)
+    square = fraction * fraction
+    y = fraction * _LOG_POLYNOMIAL[0]
+    for coefficient in _LOG_POLYNOMIAL[1:]:
+        y.add_(coefficient).mul_(fraction)
+    y.mul_(square).add_(exponent * _LN2_LOW).add_(square.mul_(-0.5)).add_(fraction)
+    return y.add_(exponent.mul_(_LN2_HIGH))
+
+
+def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """Gumbel(0, 1) noise [n, vocab_size] (float32) of each row's seed and position (int64 [n]), on their device.
+
+    `positions[i]` is the position that the sampled token will take in its sequence (prompt included), below 2^32.
+    """
+    num_rows, num_counters = seeds.shape[0], (vocab_size + 3) // 4
+    counters = torch.arange(num_counters, dtype=torch.int64, device=seeds.device)
+    zero = torch.zeros((), dtype=torch.int64, device=seeds.device)
+    seeds = seeds[:, None]
+    words = philox4x32(seeds & _LOW32, (seeds >> 32) & _LOW32, counters, positions[:, None] & _LOW32, zero, zero)
+    uniform = torch.empty(num_rows, num_counters, 4, dtype=torch.float32, device=seeds.device)
+    for lane, word in enumerate(words):
+        uniform[:, :, lane] = word
+    uniform = uniform.view(num_rows, -1)[:, :vocab_size].contiguous()
+    uniform.clamp_(0.5, 2.0**32 - 2.0**8).mul_(2.0**-32)
+    # log1p(-u) after D. Goldberg, "What every computer scientist should know about floating-point arithmetic", theorem 4.
+    rest = 1.0 - uniform
+    exponential = _log(rest).mul_(uniform).div_(rest.sub_(1.0))
+    torch.where(rest == 0.0, uniform, exponential, out=exponential)
+    return _log(exponential).neg_()
+
+
+def filtered_logits(logits: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor) -> Tensor:
+    """The logits [n, vocab] (float32) of the distribution that is sampled: `logits / temperature`, -inf where filtered out.
+
+    Top-k keeps the k largest and every tie with the k-th; of those, top-p keeps the smallest set of largest probabilities
+    whose sum reaches top_p (ties: lower ids first), at least one. temperatures, top_ps: float32 [n]; top_ks: int64 [n], 0 or
+    -1 keeps all. A row of temperature 0 (greedy) is not scaled; no filter ever removes its largest logit.
+    """
+    scaled = logits.float() / torch.where(temperatures == 0.0, 1.0, temperatures)[:, None]
+    ordered, ids = scaled.sort(dim=-1, descending=True, stable=True)
+    vocab_size = scaled.shape[-1]
+    last_kept = torch.where(top_ks <= 0, vocab_size, top_ks).clamp(max=vocab_size) - 1
+    ordered.masked_fill_(ordered < ordered.gather(-1, last_kept[:, None]), -torch.inf)
+    probabilities = ordered.softmax(dim=-1)
+    mass_before = probabilities.cumsum(dim=-1).sub_(probabilities)
+    # A rounded sum may reach 1 too early: top_p = 1 must keep all.
+    ordered.masked_fill_((mass_before >= top_ps[:, None]) & (top_ps[:, None] < 1.0), -torch.inf)
+    return torch.empty_like(scaled).scatter_(-1, ids, ordered)
+
+
+def sample(
+    logits: Tensor,
+    temperatures: Tensor,
+    top_ks: Tensor,
+    top_ps: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    *,
+    all_greedy: bool,
+    any_top_k_top_p: bool,
+) -> Tensor:
+    """One token id (int64 [n]) for each row of logits [n, vocab]; the lowest id wins a tie.
+
+    Greedy rows (temperature 0) take the largest logit, the others a sample of softmax(filtered_logits) by gumbel_noise. Both
+    kinds may be mixed. temperatures, top_ps: float32 [n]; top_ks, seeds, positions: int64 [n]. The flags are known on the
+    host, so that work no row needs is skipped without waiting for the device: `all_greedy` says that every temperature is 0,
+    `any_top_k_top_p` that some row has a filter.
+    """
+    if all_greedy:
+        return logits.argmax(dim=-1)
+    if any_top_k_top_p:
+        scaled = filtered_logits(logits, temperatures, top_ks, top_ps)
+    else:
+        scaled = logits.float() / torch.where(temperatures == 0.0, 1.0, temperatures)[:, None]
+    noise = gumbel_noise(seeds, positions, logits.shape[-1])
+    noise.masked_fill_((temperatures == 0.0)[:, None], 0.0)
+    return scaled.add_(noise).argmax(dim=-1)
+
+
+def logprobs(logits: Tensor, token_ids: Tensor, num_logprobs: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities of the raw logits [n, vocab] (before temperature and filters, as vLLM's default), in float32.
+
+    Returns those of token_ids (int64 [n]) as [n], their ranks [n] (1 = most likely; ties count against the token), and the
+    `num_logprobs` largest with their token ids, both [n, num_logprobs].
+    """
+    all_logprobs = logits.log_softmax(dim=-1, dtype=torch.float32)
+    chosen = all_logprobs.gather(-1, token_ids[:, None])
+    ranks = (all_logprobs >= chosen).sum(dim=-1)
+    top_values, top_ids = all_logprobs.topk(num_logprobs, dim=-1)
+    return chosen.squeeze(-1), ranks, top_values, top_ids

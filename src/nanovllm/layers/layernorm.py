@@ -1,0 +1,26 @@
+"""RMSNorm with a weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nanovllm.kernels.registry import Kernels
+from nanovllm.layers.linear import load_replicated
+
+
+class RMSNorm(nn.Module):
+    """forward(x) -> norm; add(x, residual) -> (norm of the sum, the sum)."""
+
+    def __init__(self, size: int, eps: float, kernels: Kernels) -> None:
+        super().__init__()
+        self.eps = eps
+        self.kernels = kernels
+        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+        self.weight.weight_loader = load_replicated  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernels.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return self.kernels.add_rms_norm(x, residual, self.weight, self.eps)

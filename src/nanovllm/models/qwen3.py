@@ -1,0 +1,110 @@
+"""Qwen3 for causal language modelling (Qwen Team, 2025): pre-norm decoder, grouped-query attention with normed heads, SwiGLU.
+
+Parameter names are those of the checkpoint, but for the fused projections of `packed_modules_mapping`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from nanovllm.kernels.batch import ForwardBatch
+from nanovllm.kernels.registry import AttentionBackend, Kernels
+from nanovllm.layers.embed_head import VocabParallelEmbedding
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear, TensorParallel
+from nanovllm.layers.rotary_embedding import RotaryEmbedding
+from nanovllm.models.config import ModelConfig
+
+KVCache = tuple[Tensor, Tensor]  # keys and values of one layer: [blocks, kv_heads, block_size, head_dim]
+
+
+class Qwen3Attention(nn.Module):
+    def __init__(self, config: ModelConfig, kernels: Kernels, attention: AttentionBackend, tp: TensorParallel) -> None:
+        super().__init__()
+        self.kernels, self.attention, self.eps = kernels, attention, config.rms_norm_eps
+        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        parts = {"q": q_size, "k": kv_size, "v": kv_size}
+        self.qkv_proj = ColumnParallelLinear(config.hidden_size, parts, config.attention_bias, tp)
+        self.o_proj = RowParallelLinear(q_size, config.hidden_size, config.attention_bias, tp)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, kernels)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, kernels)
+
+    def forward(self, x: Tensor, cos_sin: Tensor, kv_cache: KVCache, batch: ForwardBatch) -> Tensor:
+        q, k, v = self.kernels.qk_norm_rope_store_kv(
+            self.qkv_proj(x), self.q_norm.weight, self.k_norm.weight, self.eps, cos_sin, *kv_cache, batch.slot_mapping
+        )
+        return self.o_proj(self.attention.attend(q, k, v, *kv_cache, batch).flatten(1))
+
+
+class Qwen3MLP(nn.Module):
+    def __init__(self, config: ModelConfig, kernels: Kernels, tp: TensorParallel) -> None:
+        super().__init__()
+        self.kernels = kernels
+        parts = {"gate": config.intermediate_size, "up": config.intermediate_size}
+        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, parts, False, tp)
+        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, False, tp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.kernels.silu_and_mul(self.gate_up_proj(x)))
+
+
+class Qwen3DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, kernels: Kernels, attention: AttentionBackend, tp: TensorParallel) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
+        self.self_attn = Qwen3Attention(config, kernels, attention, tp)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
+        self.mlp = Qwen3MLP(config, kernels, tp)
+
+
+class Qwen3Model(nn.Module):
+    def __init__(self, config: ModelConfig, max_model_len: int, kernels: Kernels, attention: AttentionBackend,
+                 tp: TensorParallel) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
+        self.rotary = RotaryEmbedding(config.head_dim, max_model_len, config.rope_theta)
+        self.layers = nn.ModuleList(Qwen3DecoderLayer(config, kernels, attention, tp) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
+
+    def forward(self, batch: ForwardBatch, kv_caches: list[KVCache]) -> Tensor:
+        """-> hidden states after the last norm: [tokens, hidden]."""
+        residual = self.embed_tokens(batch.token_ids)
+        cos_sin = self.rotary(batch.positions)
+        x = self.layers[0].input_layernorm(residual)
+        for i, (layer, kv_cache) in enumerate(zip(self.layers, kv_caches, strict=True)):
+            if i > 0:
+                x, residual = layer.input_layernorm.add(x, residual)
+            x = layer.self_attn(x, cos_sin, kv_cache, batch)
+            x, residual = layer.post_attention_layernorm.add(x, residual)
+            x = layer.mlp(x)
+        return self.norm.add(x, residual)[0]
+
+
+class Qwen3ForCausalLM(nn.Module):
+    packed_modules_mapping = {
+        "q_proj": ("qkv_proj", "q"),
+        "k_proj": ("qkv_proj", "k"),
+        "v_proj": ("qkv_proj", "v"),
+        "gate_proj": ("gate_up_proj", "gate"),
+        "up_proj": ("gate_up_proj", "up"),
+    }
+
+    def __init__(self, config: ModelConfig, max_model_len: int, kernels: Kernels, attention: AttentionBackend,
+                 tp: TensorParallel) -> None:
+        super().__init__()
+        if config.num_attention_heads % tp.size or config.num_key_value_heads % tp.size:
+            raise ValueError(
+                f"tensor_parallel_size={tp.size} does not divide the model's {config.num_attention_heads} query heads and "
+                f"{config.num_key_value_heads} KV heads; take a divisor of both"
+            )
+        self.model = Qwen3Model(config, max_model_len, kernels, attention, tp)
+        self.lm_head = self.model.embed_tokens if config.tie_word_embeddings else VocabParallelEmbedding(
+            config.vocab_size, config.hidden_size, tp)  # fmt: skip
+
+    def forward(self, batch: ForwardBatch, kv_caches: list[KVCache]) -> Tensor:
+        """-> hidden states: [tokens, hidden]."""
+        return self.model(batch, kv_caches)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden] -> [rows, vocabulary]."""
+        return self.lm_head.logits(hidden)

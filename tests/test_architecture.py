@@ -1,0 +1,53 @@
+"""The house: what loads what, and how much code a reader of the core has before him."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reports.code_lines import count_code_lines
+
+CORE_BUDGET = 1200
+ROOT = Path(__file__).parents[1]
+
+RUN_BASELINE = """
+import json, sys
+from nanovllm import BASELINE, LLM, SamplingParams
+with LLM(sys.argv[1], device="cpu", max_model_len=64, max_num_seqs=2, optimizations=BASELINE) as llm:
+    llm.generate(["one two three"], SamplingParams(max_tokens=4, temperature=0.5), use_tqdm=False)
+print(json.dumps({n: m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "nanovllm"}))
+"""
+
+
+@pytest.fixture(scope="module")
+def baseline_modules(tiny: Path) -> dict[str, Path]:
+    done = subprocess.run([sys.executable, "-c", RUN_BASELINE, str(tiny)], capture_output=True, text=True, check=True, cwd=ROOT,
+                          env={"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin"})
+    return {name: Path(file) for name, file in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+def test_core_can_be_read_in_one_sitting(baseline_modules: dict[str, Path]) -> None:
+    lines = {name: count_code_lines(file) for name, file in sorted(baseline_modules.items())}
+    listing = "\n".join(f"{n:6} {name}" for name, n in lines.items())
+    print(f"\n{listing}\n{sum(lines.values()):6} in all, of {CORE_BUDGET}")
+    assert sum(lines.values()) <= CORE_BUDGET, listing
+
+
+def test_optimizations_are_loaded_only_when_on(baseline_modules: dict[str, Path]) -> None:
+    optional = {"prefix_cache", "overlap", "workers", "cuda_graph", "compiled", "triton", "flash_attn", "checkpoint"}
+    assert not [name for name in baseline_modules if name.split(".")[-1] in optional or "kernels.triton" in name]
+
+
+def test_scheduler_loads_no_torch() -> None:
+    code = "import sys, nanovllm.engine.scheduler; sys.exit('torch' in sys.modules or 'tokenizers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT / "src")}, check=False).returncode == 0
+
+
+def test_code_lines_are_lines_with_code(tmp_path: Path) -> None:
+    file = tmp_path / "sample.py"
+    file.write_text('"""Doc\nstring."""\n\n# comment\nx = 1  # code\n\n\ndef f():\n    """Doc."""\n    return (\n        x\n    )\n')
+    assert count_code_lines(file) == 5

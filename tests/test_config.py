@@ -1,0 +1,87 @@
+"""What is asked for, what is allowed, what it resolves to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nanovllm import ALL, BASELINE, EngineConfig, Optimizations, SamplingParams
+from nanovllm.config import LEVELS
+
+RESOLVE: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_position_embeddings": 4096}
+
+
+def test_baseline_is_the_first_level_of_every_toggle() -> None:
+    assert all(getattr(BASELINE, name) == levels[0] for name, levels in LEVELS.items())
+
+
+def test_all_resolves_every_auto() -> None:
+    resolved = ALL.resolve("cpu")
+    assert "auto" not in vars(resolved).values() if hasattr(resolved, "__dict__") else True
+    assert resolved.prefix_cache is True
+    assert resolved.batching != "static"
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("batching", "dynamic"), ("prefix_cache", "on"), ("prefix_cache", 1), ("kernels", "cuda"), ("attention_backend", "sdpa"),
+    ("tensor_parallel_size", 0), ("tensor_parallel_size", True), ("overlap", None),
+])  # fmt: skip
+def test_unknown_levels_are_named_with_what_is_allowed(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name}=.*must be"):
+        Optimizations(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "value"), [("attention_backend", "triton"), ("attention_backend", "flash_attn"), ("kernels", "triton"), ("cuda_graphs", True)])
+def test_a_gpu_level_on_a_cpu_says_what_to_use_instead(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name}=.*cpu.*[Uu]se {name}="):
+        Optimizations(**{name: value}).resolve("cpu")  # type: ignore[arg-type]
+
+
+def test_vllm_names_are_translated() -> None:
+    config = EngineConfig.from_kwargs("m", enable_prefix_caching=False, enforce_eager=True, enable_chunked_prefill=False,
+                                      async_scheduling=False, tensor_parallel_size=2)
+    assert config.optimizations.prefix_cache is False
+    assert config.optimizations.cuda_graphs is False
+    assert config.optimizations.batching == "continuous"
+    assert config.optimizations.overlap is False
+    assert config.optimizations.tensor_parallel_size == 2
+
+
+def test_unknown_arguments_are_errors() -> None:
+    with pytest.raises(TypeError, match=r"unknown argument max_num_seq.*max_num_seqs"):
+        EngineConfig.from_kwargs("m", max_num_seq=4)
+    with pytest.raises(TypeError, match="twice"):
+        EngineConfig.from_kwargs("m", optimizations=BASELINE, enforce_eager=True)
+    with pytest.raises(TypeError):
+        EngineConfig.from_kwargs("m", optimizations={"prefix_caching": True})
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("block_size", 0), ("block_size", 1.5), ("max_num_seqs", 0), ("max_model_len", 0), ("kv_cache_memory_bytes", 0),
+    ("gpu_memory_utilization", 0.0), ("gpu_memory_utilization", 1.1), ("dtype", "float16"), ("device", "tpu"), ("model", ""),
+])  # fmt: skip
+def test_values_out_of_range(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name}="):
+        EngineConfig(**{"model": "m", name: value})  # type: ignore[arg-type]
+
+
+def test_contradictions_are_found_at_resolution() -> None:
+    with pytest.raises(ValueError, match="max_model_len=8192.*4096"):
+        EngineConfig(model="m", max_model_len=8192).resolve(**RESOLVE)
+    with pytest.raises(ValueError, match=r"max_num_batched_tokens=4 .*max_num_seqs, 8"):
+        EngineConfig(model="m", max_num_seqs=8, max_num_batched_tokens=4).resolve(**RESOLVE)
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("temperature", -0.1), ("temperature", float("inf")), ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.01), ("top_k", -2),
+    ("max_tokens", 0), ("max_tokens", None), ("seed", 2**63), ("logprobs", -1),
+])  # fmt: skip
+def test_sampling_params_out_of_range(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name}=.*must be"):
+        SamplingParams(**{name: value})  # type: ignore[arg-type]
+
+
+def test_unknown_sampling_params_are_errors() -> None:
+    with pytest.raises(TypeError, match="best_of"):
+        SamplingParams(best_of=2)  # type: ignore[call-arg]
