@@ -27,6 +27,6 @@ class ForwardBatch:
 
 def upload(values: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A list as a tensor on `device`, without waiting for the device: a copy from pageable memory would."""
-    if device.type == "cpu":
-        return torch.tensor(values, dtype=dtype)
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)

@@ -1,0 +1,91 @@
+"""Hits, evictions, and that a collision or a stale entry is never served."""
+
+from __future__ import annotations
+
+import pytest
+
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.prefix_cache import CachedBlock, PrefixCache
+from nanovllm.engine.stats import StepStats
+
+
+def cache_of(blocks: int = 8, block_size: int = 2) -> tuple[PrefixCache, BlockManager]:
+    cache = PrefixCache(block_size, StepStats())
+    return cache, BlockManager(blocks, block_size, cache)
+
+
+def fill(cache: PrefixCache, manager: BlockManager, tokens: list[int]) -> list[int]:
+    """Computes and publishes every full block of `tokens`."""
+    table = manager.allocate(manager.blocks_for(len(tokens)))
+    parent: CachedBlock | None = None
+    for i in range(len(tokens) // cache.block_size):
+        parent = cache.insert(table[i], tokens, i, parent)
+    return table
+
+
+def test_the_longest_prefix_is_found_and_one_token_is_left_to_compute() -> None:
+    cache, manager = cache_of()
+    table = fill(cache, manager, [1, 2, 3, 4, 5])
+    assert [hit.block for hit in cache.match([1, 2, 3, 4, 9])] == table[:2]
+    assert [hit.block for hit in cache.match([1, 2, 3, 4])] == table[:1]  # the last token has logits to compute
+    assert [hit.block for hit in cache.match([1, 2, 9, 4, 5])] == table[:1]
+    assert cache.match([9, 2, 3, 4, 5]) == []
+
+
+def test_the_same_tokens_after_another_prefix_are_another_block() -> None:
+    cache, manager = cache_of()
+    fill(cache, manager, [1, 2, 7, 7])
+    other = fill(cache, manager, [3, 4, 7, 7])
+    assert [hit.block for hit in cache.match([3, 4, 7, 7, 0])] == other
+
+
+def test_a_collision_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PrefixCache, "_key", lambda self, parent, tokens: 42)
+    cache, manager = cache_of()
+    table = fill(cache, manager, [1, 2])
+    assert [hit.block for hit in cache.match([1, 2, 3])] == table
+    assert cache.match([3, 4, 5]) == []
+    assert cache.insert(7, [3, 4], 0, None) is None  # the place is taken: not cached, never mixed up
+    cache.check_invariants()
+
+
+def test_a_collision_of_the_second_block_checks_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PrefixCache, "_key", lambda self, parent, tokens: hash(tokens))
+    cache, manager = cache_of()
+    fill(cache, manager, [1, 2, 7, 7])
+    fill(cache, manager, [3, 4])
+    assert len(cache.match([3, 4, 7, 7, 0])) == 1
+
+
+def test_evicted_least_recently_released_first_and_a_prefix_outlives_its_end() -> None:
+    cache, manager = cache_of(blocks=4)
+    first, second = fill(cache, manager, [1, 2, 3, 4]), fill(cache, manager, [5, 6, 7, 8])
+    manager.release(first)
+    manager.release(second)
+    manager.allocate(1)
+    assert [hit.block for hit in cache.match([1, 2, 3, 4, 0])] == first[:1]
+    assert len(cache.match([5, 6, 7, 8, 0])) == 2
+    manager.allocate(1)
+    assert cache.match([1, 2, 3, 4, 0]) == []
+    assert cache.stats.prefix_evictions == 2
+
+
+def test_a_shared_block_is_not_evicted() -> None:
+    cache, manager = cache_of(blocks=2)
+    table = fill(cache, manager, [1, 2])
+    manager.release(table)
+    manager.share([hit.block for hit in cache.match([1, 2, 3])])
+    assert manager.num_free == 1
+    assert manager.allocate(1) != table
+    with pytest.raises(ValueError, match="0 of 2 are free"):
+        manager.allocate(1)
+
+
+def test_forgetting_keeps_what_is_owned() -> None:
+    cache, manager = cache_of()
+    kept, dropped = fill(cache, manager, [1, 2]), fill(cache, manager, [3, 4])
+    manager.release(dropped)
+    manager.forget_prefixes()
+    assert len(cache) == 1
+    manager.release(kept)
+    manager.check_invariants([])
