@@ -14,7 +14,7 @@ from typing import Any
 from nanovllm.config import Optimizations, ResolvedConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.overlap import OverlappedStepLoop
-from nanovllm.engine.prefix_cache import PrefixCache
+from nanovllm.engine.prefix_cache import CachingBlockManager
 from nanovllm.engine.scheduler import Scheduler, StepPlan
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stats import StepStats
@@ -94,12 +94,15 @@ class ModelFreeEngine:
 
     def __post_init__(self) -> None:
         config = ResolvedConfig(
-            model="", dtype="float32", device="cpu", seed=0, max_model_len=1 << 20, max_num_seqs=self.max_num_seqs,
+            model="none", dtype="float32", device="cpu", seed=0, max_model_len=1 << 20, max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens, block_size=self.block_size,
             optimizations=Optimizations(batching=self.batching, prefix_cache=self.prefix_cache, overlap=self.overlap),
         )  # fmt: skip
-        cache = PrefixCache(self.block_size, self.stats) if self.prefix_cache else None
-        self.scheduler = Scheduler(config, BlockManager(self.num_blocks, self.block_size, cache), self.stats)
+        if self.prefix_cache:
+            blocks: BlockManager = CachingBlockManager(self.num_blocks, self.block_size, self.stats)
+        else:
+            blocks = BlockManager(self.num_blocks, self.block_size)
+        self.scheduler = Scheduler(config, blocks, self.stats)
         self.runner = ModelFreeRunner(config, self.num_blocks)
         self.loop: Any = OverlappedStepLoop(self.scheduler, self.runner) if self.overlap else _Lag0(self.scheduler, self.runner)
 

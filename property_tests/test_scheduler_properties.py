@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from nanovllm.engine.invariants import check_invariants
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 from property_tests.model_free import VOCAB, ModelFreeEngine, oracle
@@ -59,7 +60,7 @@ class EngineMachine(RuleBasedStateMachine):
     def step(self, steps: int) -> None:
         for _ in range(steps):
             self.engine.step()
-            self.engine.scheduler.check_invariants()
+            check_invariants(self.engine.scheduler)
 
     @invariant()
     def tokens_are_those_of_the_oracle(self) -> None:
@@ -75,7 +76,7 @@ class EngineMachine(RuleBasedStateMachine):
             if not self.engine.busy:
                 break
             self.engine.step()
-            self.engine.scheduler.check_invariants()
+            check_invariants(self.engine.scheduler)
         assert not self.engine.busy, "requests starve"
         assert set(self.engine.finished) == set(self.requests) - self.aborted
         for request_id in self.engine.finished:

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from nanovllm.config import Optimizations, ResolvedConfig
-from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.prefix_cache import PrefixCache
+from nanovllm.engine.prefix_cache import CachingBlockManager
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stats import StepStats
@@ -23,11 +22,11 @@ from nanovllm.sampling_params import SamplingParams
 
 def running_scheduler(num_running: int) -> Scheduler:
     """`num_running` requests, all decoding."""
-    config = ResolvedConfig(model="", dtype="", device="cpu", seed=0, max_model_len=1 << 20, max_num_seqs=num_running,
+    config = ResolvedConfig(model="none", dtype="auto", device="cpu", seed=0, max_model_len=1 << 20, max_num_seqs=num_running,
                             max_num_batched_tokens=num_running * 16, block_size=16,
                             optimizations=Optimizations(batching="chunked", prefix_cache=True))
     stats = StepStats()
-    blocks = BlockManager(num_running * 80, 16, PrefixCache(16, stats))
+    blocks = CachingBlockManager(num_running * 80, 16, stats)
     scheduler = Scheduler(config, blocks, stats)
     for i in range(num_running):
         scheduler.add(Sequence(str(i), [i, 1, 2, 3], SamplingParams(max_tokens=1000)))
@@ -42,7 +41,7 @@ def step(scheduler: Scheduler) -> None:
     scheduler.commit(plan, [7] * len(plan.rows))
 
 
-def churn(manager: BlockManager) -> None:
+def churn(manager: CachingBlockManager) -> None:
     """64 requests of 16 blocks come and go."""
     tables = [manager.allocate(16) for _ in range(64)]
     for table in tables:
@@ -70,7 +69,7 @@ def test_scheduler_step(benchmark: Any, num_running: int) -> None:
 @pytest.mark.parametrize("num_blocks", [1_000, 10_000, 100_000])
 @pytest.mark.bench
 def test_allocate_and_release_1024_blocks(benchmark: Any, num_blocks: int) -> None:
-    benchmark(churn, BlockManager(num_blocks + 1024, 16))
+    benchmark(churn, CachingBlockManager(num_blocks + 1024, 16, StepStats()))
 
 
 def test_scheduler_step_scales() -> None:
@@ -81,7 +80,7 @@ def test_scheduler_step_scales() -> None:
 
 
 def test_allocation_scales() -> None:
-    large, small = BlockManager(100_000, 16), BlockManager(1_024, 16)
+    large, small = CachingBlockManager(100_000, 16, StepStats()), CachingBlockManager(1_024, 16, StepStats())
     ratio = ratio_of_medians(lambda: churn(large), lambda: churn(small))
     print(f"allocating and releasing, 100,000 blocks against 1,024: {ratio:.2f}")
     assert ratio <= 1.5

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, EngineConfig, LLMEngine, RequestOutput, SamplingParams
+from nanovllm.engine.invariants import check_invariants
 from nanovllm.engine.llm_engine import EngineDeadError
 
 SMALL: dict[str, Any] = {"device": "cpu", "max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64, "block_size": 8}
@@ -89,15 +90,15 @@ def test_the_outputs_of_vllm(tiny: Path) -> None:
         assert one.prompt == "Beautiful is better than"
         assert one.finished
         completion = one.outputs[0]
-        assert llm.llm_engine.tokenizer is not None
-        assert completion.text == llm.llm_engine.tokenizer.decode(completion.token_ids)
+        assert llm.tokenizer is not None
+        assert completion.text == llm.tokenizer.decode(completion.token_ids)
         assert completion.logprobs is not None
         assert len(completion.logprobs) == len(completion.token_ids)
         for token, found in zip(completion.token_ids, completion.logprobs, strict=True):
             assert len(found) == 3
             assert found[token].rank == 1
             assert found[token].logprob == max(entry.logprob for entry in found.values())
-            assert found[token].decoded_token == llm.llm_engine.tokenizer.decode([token])
+            assert found[token].decoded_token == llm.tokenizer.decode([token])
         assert completion.cumulative_logprob == pytest.approx(sum(f[t].logprob for t, f in zip(completion.token_ids, completion.logprobs, strict=True)))
         metrics = one.metrics
         assert metrics.first_token_time is not None
@@ -149,7 +150,7 @@ def test_add_step_abort(tiny: Path, overlap: bool) -> None:
                 if output.finished:
                     finished[output.request_id] = output
         assert sorted(finished) == ["r0", "r1", "r3"]
-        engine.scheduler.check_invariants()
+        check_invariants(engine.scheduler)
         assert engine.step() == []
 
 
@@ -177,7 +178,7 @@ def test_a_closed_engine_says_so_and_gives_memory_back(tiny: Path) -> None:
     import weakref
 
     llm = LLM(str(tiny), **SMALL)
-    model = weakref.ref(llm.llm_engine.runner.model)
+    model = weakref.ref(llm.runner.model)
     llm.close()
     llm.close()
     gc.collect()
@@ -188,7 +189,7 @@ def test_a_closed_engine_says_so_and_gives_memory_back(tiny: Path) -> None:
 
 def test_a_failing_step_ends_the_engine_with_its_cause(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM(str(tiny), **SMALL)
-    monkeypatch.setattr(type(llm.llm_engine.runner), "launch", lambda self, plan: 1 / 0)
+    monkeypatch.setattr(type(llm.runner), "launch", lambda self, plan: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         llm.generate("x", use_tqdm=False)
     with pytest.raises(EngineDeadError, match="ZeroDivisionError"):
@@ -198,12 +199,12 @@ def test_a_failing_step_ends_the_engine_with_its_cause(tiny: Path, monkeypatch: 
 def test_an_interrupted_generate_leaves_the_engine_usable(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with LLM(str(tiny), **SMALL) as llm:
         with pytest.raises(ValueError, match="already in use"):  # the third request cannot be added
-            monkeypatch.setattr(llm.llm_engine, "_num_requests", 0)
-            llm.llm_engine.add_request("2", [1, 2], SamplingParams())
-            monkeypatch.setattr(llm.llm_engine, "_num_requests", 0)
+            monkeypatch.setattr(llm, "_num_requests", 0)
+            llm.add_request("2", [1, 2], SamplingParams())
+            monkeypatch.setattr(llm, "_num_requests", 0)
             llm.generate([[1], [2], [3]], SamplingParams(max_tokens=3), use_tqdm=False)
-        llm.llm_engine.abort("2")
-        assert not llm.llm_engine.has_unfinished_requests()
+        llm.abort("2")
+        assert not llm.has_unfinished_requests()
         assert len(llm.generate([[1], [2]], SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)) == 2
 
 
@@ -221,7 +222,7 @@ def test_bad_requests_are_refused_and_lose_nothing(tiny: Path, prompt: Any, para
     with LLM(str(tiny), **SMALL) as llm:
         with pytest.raises(error, match=message):
             llm.generate(prompt if not isinstance(prompt, list) else [[1, 2], *prompt], SamplingParams(**params), use_tqdm=False)
-        assert not llm.llm_engine.has_unfinished_requests()
+        assert not llm.has_unfinished_requests()
         assert len(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)[0].outputs[0].token_ids) == 2
 
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.prefix_cache import CachedBlock, PrefixCache
+from nanovllm.engine.prefix_cache import CachedBlock, CachingBlockManager, PrefixCache
 from nanovllm.engine.stats import StepStats
 
 
-def cache_of(blocks: int = 8, block_size: int = 2) -> tuple[PrefixCache, BlockManager]:
-    cache = PrefixCache(block_size, StepStats())
-    return cache, BlockManager(blocks, block_size, cache)
+def cache_of(blocks: int = 8, block_size: int = 2) -> tuple[PrefixCache, CachingBlockManager]:
+    manager = CachingBlockManager(blocks, block_size, StepStats())
+    return manager.cache, manager
 
 
-def fill(cache: PrefixCache, manager: BlockManager, tokens: list[int]) -> list[int]:
+def fill(cache: PrefixCache, manager: CachingBlockManager, tokens: list[int]) -> list[int]:
     """Computes and publishes every full block of `tokens`."""
     table = manager.allocate(manager.blocks_for(len(tokens)))
     parent: CachedBlock | None = None
@@ -46,7 +45,7 @@ def test_a_collision_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [hit.block for hit in cache.match([1, 2, 3])] == table
     assert cache.match([3, 4, 5]) == []
     assert cache.insert(7, [3, 4], 0, None) is None  # the place is taken: not cached, never mixed up
-    cache.check_invariants()
+    assert len(cache.by_key) == len(cache.by_block) == 1
 
 
 def test_a_collision_of_the_second_block_checks_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +66,7 @@ def test_evicted_least_recently_released_first_and_a_prefix_outlives_its_end() -
     assert len(cache.match([5, 6, 7, 8, 0])) == 2
     manager.allocate(1)
     assert cache.match([1, 2, 3, 4, 0]) == []
-    assert cache.stats.prefix_evictions == 2
+    assert manager.stats.prefix_evictions == 2
 
 
 def test_a_shared_block_is_not_evicted() -> None:
@@ -88,4 +87,4 @@ def test_forgetting_keeps_what_is_owned() -> None:
     manager.forget_prefixes()
     assert len(cache) == 1
     manager.release(kept)
-    manager.check_invariants([])
+    assert manager.num_free == manager.num_blocks

@@ -71,6 +71,6 @@ def test_a_rank_that_fails_at_start_is_named(tiny: Path, monkeypatch: pytest.Mon
 
 
 def test_a_degree_that_does_not_divide_the_heads(tiny: Path) -> None:
-    with pytest.raises(ValueError, match="tensor_parallel_size=3 does not divide the model's 4 query heads and 2 KV heads"):
+    with pytest.raises(ValueError, match="tensor_parallel_size=3 does not divide the model's 4 query heads"):
         LLM(str(tiny), **SMALL, tensor_parallel_size=3)
     assert children() == []

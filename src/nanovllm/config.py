@@ -24,8 +24,10 @@ LEVELS: dict[str, tuple[Any, ...]] = {
 """The levels of each optimization; the first is its baseline."""
 
 _BEST: dict[Device, dict[str, Any]] = {
-    "cpu": {"attention_backend": "torch", "kernels": "torch", "batching": "chunked"},
-    "cuda": {"attention_backend": "torch", "kernels": "torch", "batching": "chunked"},
+    "cpu": {"attention_backend": "torch", "kernels": "torch", "batching": "chunked", "cuda_graphs": False,
+            "overlap": False},
+    "cuda": {"attention_backend": "triton", "kernels": "triton", "batching": "chunked", "cuda_graphs": True,
+             "overlap": True},
 }
 _NEEDS_CUDA = {
     ("attention_backend", "triton"): "Triton kernels run on a GPU",
@@ -33,7 +35,7 @@ _NEEDS_CUDA = {
     ("kernels", "triton"): "Triton kernels run on a GPU",
     ("cuda_graphs", True): "a CUDA graph is recorded on a GPU",
 }
-_NOT_BUILT = {("attention_backend", "triton"), ("attention_backend", "flash_attn"), ("kernels", "triton"), ("cuda_graphs", True)}
+_NOT_BUILT = {("attention_backend", "flash_attn")}
 
 
 def _is_int(value: object) -> bool:
@@ -68,7 +70,12 @@ class Optimizations:
 
     def resolve(self, device: Device) -> Optimizations:
         """Replaces every 'auto'. Raises ValueError for a level that cannot run on `device`."""
-        best = {"prefix_cache": True, "cuda_graphs": False, "overlap": False, **_BEST[device]}
+        best = {"prefix_cache": True, **_BEST[device]}
+        if self.tensor_parallel_size > 1:
+            best["cuda_graphs"] = False
+            if self.cuda_graphs is True:
+                raise ValueError(f"cuda_graphs=True cannot run with tensor_parallel_size={self.tensor_parallel_size}: collectives are "
+                                 "not recorded yet. Use cuda_graphs=False, or tensor_parallel_size=1.")
         chosen = {name: best[name] if getattr(self, name) == "auto" else getattr(self, name) for name in LEVELS}
         for choice in chosen.items():
             if choice in _NEEDS_CUDA and device != "cuda":
@@ -85,9 +92,6 @@ BASELINE = Optimizations()
 ALL = Optimizations(attention_backend="auto", kernels="auto", prefix_cache="auto", batching="auto", cuda_graphs="auto",
                     overlap="auto")
 """The best level of each optimization on the machine at hand (tensor_parallel_size is a question of its own: 1)."""
-
-_VLLM_NAMES = {"enable_prefix_caching": "prefix_cache", "async_scheduling": "overlap", "tensor_parallel_size": "tensor_parallel_size"}
-
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -121,25 +125,14 @@ class EngineConfig:
 
     @classmethod
     def from_kwargs(cls, model: str, **kwargs: Any) -> EngineConfig:
-        """Accepts vLLM's constructor arguments; its switches are translated to `optimizations`.
+        """Accepts vLLM's constructor arguments. Raises TypeError for an unknown one, and where a switch is given twice."""
+        if set(kwargs) - {f.name for f in dataclasses.fields(cls)}:
+            from nanovllm.vllm_names import translate
 
-        Raises TypeError for an unknown argument, and where a switch is given twice.
-        """
-        own = {f.name for f in dataclasses.fields(cls)} - {"model"}
-        switches = {ours: kwargs.pop(theirs) for theirs, ours in _VLLM_NAMES.items() if theirs in kwargs}
-        if "enforce_eager" in kwargs:
-            switches["cuda_graphs"] = False if kwargs.pop("enforce_eager") else "auto"
-        if "enable_chunked_prefill" in kwargs:
-            switches["batching"] = "chunked" if kwargs.pop("enable_chunked_prefill") else "continuous"
-        if unknown := sorted(set(kwargs) - own):
-            allowed = sorted(own | set(_VLLM_NAMES) | {"enforce_eager", "enable_chunked_prefill"})
-            raise TypeError(f"unknown argument {', '.join(unknown)}; known are {', '.join(allowed)}")
-        if "optimizations" in kwargs and switches:
-            raise TypeError(f"{', '.join(switches)} given twice: inside `optimizations` and as an argument of vLLM's; keep one")
-        optimizations = kwargs.pop("optimizations", ALL)
-        if isinstance(optimizations, dict):
-            optimizations = Optimizations(**optimizations)
-        return cls(model=str(model), optimizations=dataclasses.replace(optimizations, **switches), **kwargs)
+            kwargs = translate(kwargs)
+        if isinstance(kwargs.get("optimizations"), dict):
+            kwargs["optimizations"] = Optimizations(**kwargs["optimizations"])
+        return cls(model=str(model), **kwargs)
 
     def resolve(self, *, device: Device, dtype: str, max_position_embeddings: int) -> ResolvedConfig:
         """Fixes every open value for a model on `device`. Raises ValueError where values contradict each other."""
@@ -151,26 +144,16 @@ class EngineConfig:
         budget = self.max_num_batched_tokens or max(16_384 if device == "cuda" else 4_096, self.max_num_seqs)
         _require(budget >= self.max_num_seqs, "max_num_batched_tokens", budget,
                  f"at least max_num_seqs, {self.max_num_seqs}: each running request decodes one token a step")
-        return ResolvedConfig(
-            model=self.model, dtype=dtype, device=device, seed=self.seed, max_model_len=max_model_len,
-            max_num_seqs=self.max_num_seqs, max_num_batched_tokens=budget, block_size=self.block_size,
-            optimizations=self.optimizations.resolve(device),
-        )  # fmt: skip
+        return ResolvedConfig(**{**vars(self), "device": device, "dtype": dtype, "max_model_len": max_model_len,
+                                 "max_num_batched_tokens": budget, "optimizations": self.optimizations.resolve(device)})
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResolvedConfig:
-    """What runs and what is recorded: no 'auto', no None. The KV cache is sized once the weights are loaded."""
+class ResolvedConfig(EngineConfig):
+    """What runs and what is recorded: no 'auto' is left. The KV cache is sized once the weights are loaded."""
 
-    model: str
-    dtype: str
-    device: Device
-    seed: int
     max_model_len: int
-    max_num_seqs: int
     max_num_batched_tokens: int
-    block_size: int
-    optimizations: Optimizations
     num_kv_blocks: int = 0
     kv_cache_bytes: int = 0
 

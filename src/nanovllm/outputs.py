@@ -1,7 +1,5 @@
 """What a request returns: vLLM's RequestOutput and what it holds."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

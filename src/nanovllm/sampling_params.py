@@ -1,7 +1,5 @@
 """How the tokens of one request are chosen: the subset of vLLM's SamplingParams that this engine has."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

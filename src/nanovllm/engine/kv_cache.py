@@ -1,9 +1,8 @@
 """How large the KV cache is, and its tensors."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ class KVCacheSpec:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, model: ModelConfig, config: ResolvedConfig) -> KVCacheSpec:
+    def of(cls, model: ModelConfig, config: ResolvedConfig) -> Self:
         heads = model.num_key_value_heads // config.optimizations.tensor_parallel_size
         return cls(model.num_hidden_layers, heads, model.head_dim, config.block_size, getattr(torch, config.dtype))
 
@@ -46,15 +45,16 @@ class KVCacheSpec:
         return [(layer[0], layer[1]) for layer in cache]
 
 
-def num_blocks_for(requested: EngineConfig, resolved: ResolvedConfig, spec: KVCacheSpec, device: torch.device) -> int:
+def num_blocks_for(requested: EngineConfig, resolved: ResolvedConfig, spec: KVCacheSpec, device: torch.device,
+                   reserved_bytes: int = 0) -> int:
     """Blocks within the byte budget: the explicit one, or what is left of gpu_memory_utilization of the device's memory
-    once everything that is in use now, by this process or any other, is counted. Never more than max_num_seqs requests of
+    once everything that is in use now, by this process or any other, is counted, and what a step will need. Never more than max_num_seqs requests of
     max_model_len tokens can fill. Raises ValueError where not even one block fits.
     """
     usable = resolved.max_num_seqs * -(-resolved.max_model_len // resolved.block_size)
     if (budget := requested.kv_cache_memory_bytes) is None:
         free, total = memory(device)
-        budget = int(free - (1 - requested.gpu_memory_utilization) * total)
+        budget = int(free - reserved_bytes - (1 - requested.gpu_memory_utilization) * total)
     if budget < spec.block_bytes:
         raise ValueError(
             f"the KV cache would have {max(budget, 0)} bytes, one block of {resolved.block_size} tokens takes {spec.block_bytes}: "

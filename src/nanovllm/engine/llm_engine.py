@@ -1,7 +1,5 @@
 """The engine: requests in, tokens out. `LLM` is its offline face, with vLLM's interface."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Sequence as SequenceOf
@@ -17,7 +15,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Scheduler, StepPlan
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.stats import StepStats, toggle_counters
+from nanovllm.engine.stats import StepStats
 from nanovllm.layers.linear import TensorParallel
 from nanovllm.models.config import load_hf_config
 from nanovllm.models.loader import resolve_model
@@ -66,17 +64,20 @@ class LLMEngine:
             from nanovllm.engine.workers import TensorParallelRunner
 
             self.runner = TensorParallelRunner(config, resolved, self.model_config, folder, self._stats)
+        elif resolved.optimizations.cuda_graphs:
+            from nanovllm.engine.cuda_graph import GraphRunner
+
+            self.runner = GraphRunner(config, resolved, self.model_config, folder, TensorParallel(), self._stats)
         else:
             self.runner = ModelRunner(config, resolved, self.model_config, folder, TensorParallel(), self._stats)
         self.config: ResolvedConfig = dataclasses.replace(
             resolved, num_kv_blocks=self.runner.num_blocks, kv_cache_bytes=self.runner.kv_cache_bytes
         )
-        prefix_cache = None
+        blocks = BlockManager(self.config.num_kv_blocks, resolved.block_size)
         if resolved.optimizations.prefix_cache:
-            from nanovllm.engine.prefix_cache import PrefixCache
+            from nanovllm.engine.prefix_cache import CachingBlockManager
 
-            prefix_cache = PrefixCache(resolved.block_size, self._stats)
-        blocks = BlockManager(self.config.num_kv_blocks, resolved.block_size, prefix_cache)
+            blocks = CachingBlockManager(self.config.num_kv_blocks, resolved.block_size, self._stats)
         self.scheduler = Scheduler(self.config, blocks, self._stats)
         self.loop: Any = StepLoop(self.scheduler, self.runner)
         if resolved.optimizations.overlap:
@@ -105,8 +106,7 @@ class LLMEngine:
         if seed is None:  # a key of its own for every request, reproducible in the order of arrival
             seed = ((self.config.seed & 0x7FFFFFFF) << 32) | (self._num_requests & 0xFFFFFFFF)
         self._num_requests += 1
-        return Sequence(request_id, list(token_ids), params, seed=seed, arrival_time=time.perf_counter(), stop_token_ids=stops,
-                        prompt=text)
+        return Sequence(request_id, list(token_ids), params, seed, time.perf_counter(), stops, text)
 
     def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams) -> None:
         """Queues a request; it runs when `step` is called."""
@@ -191,6 +191,8 @@ class LLMEngine:
 
     def toggles(self) -> dict[str, dict[str, Any]]:
         """Level, engaged and opportunity of each optimization."""
+        from nanovllm.engine.toggles import toggle_counters
+
         return toggle_counters(self.config.optimizations, self._stats)
 
     def step_times(self) -> list[tuple[float, int, int]]:
@@ -225,11 +227,11 @@ class LLMEngine:
         self.close()
 
 
-class LLM:
+class LLM(LLMEngine):
     """vLLM's offline interface: `LLM(model, **arguments).generate(prompts, sampling_params)`."""
 
     def __init__(self, model: str, **kwargs: Any) -> None:
-        self.llm_engine = LLMEngine(EngineConfig.from_kwargs(model, **kwargs))
+        super().__init__(EngineConfig.from_kwargs(model, **kwargs))
 
     def generate(
         self,
@@ -239,39 +241,27 @@ class LLM:
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Runs every prompt to its end; outputs in the order of the prompts. Nothing runs if one of them is not valid."""
-        engine = self.llm_engine
-        engine._check_alive()
+        self._check_alive()
         batch: list[Prompt] = [prompts] if isinstance(prompts, (str, dict)) or _is_token_list(prompts) else list(prompts)  # type: ignore[list-item, arg-type]
         given = sampling_params if sampling_params is not None else SamplingParams()
         params = [given] * len(batch) if isinstance(given, SamplingParams) else list(given)
         if len(params) != len(batch):
             raise ValueError(f"{len(batch)} prompts and {len(params)} sampling_params; give one for all, or one for each")
-        first = engine._num_requests
-        seqs = [engine.make_sequence(str(first + i), p, s) for i, (p, s) in enumerate(zip(batch, params, strict=True))]
+        first = self._num_requests
+        seqs = [self.make_sequence(str(first + i), p, s) for i, (p, s) in enumerate(zip(batch, params, strict=True))]
         unfinished = {seq.request_id for seq in seqs}
         try:
             for seq in seqs:
-                engine.scheduler.add(seq)
+                self.scheduler.add(seq)
             with tqdm(total=len(seqs), desc="Processed prompts", unit="req", disable=not use_tqdm, dynamic_ncols=True) as bar:
                 while unfinished:
-                    ended = [seq for seq in engine.advance() if seq.finish_reason is not None]
+                    ended = [seq for seq in self.advance() if seq.finish_reason is not None]
                     unfinished.difference_update(seq.request_id for seq in ended)
                     bar.update(len(ended))
         finally:
             for request_id in unfinished:
-                engine.abort(request_id)
-        return [engine.output_of(seq) for seq in seqs]
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("resolved_config", "stats", "toggles", "step_times", "reset_stats", "reset_prefix_cache", "close"):
-            return getattr(self.llm_engine, name)
-        raise AttributeError(f"LLM has no attribute {name!r}")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.llm_engine.close()
+                self.abort(request_id)
+        return [self.output_of(seq) for seq in seqs]
 
 
 def _is_token_list(prompts: object) -> bool:

@@ -5,10 +5,9 @@ lies in rows, one for each running request: its block table, its sampling parame
 token from there, so the next step can be launched before the host has read it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from nanovllm.engine.kv_cache import KVCacheSpec, num_blocks_for
 from nanovllm.engine.scheduler import StepPlan
 from nanovllm.engine.sequence import TokenLogprobs
 from nanovllm.engine.stats import StepStats
-from nanovllm.kernels.batch import ForwardBatch
+from nanovllm.kernels.batch import ForwardBatch, upload
 from nanovllm.kernels.registry import load_attention, load_kernels
 from nanovllm.kernels.torch.sampling import logprobs
 from nanovllm.layers.linear import TensorParallel
@@ -29,14 +28,16 @@ from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
 @dataclass(slots=True)
 class StepHandle:
-    """A launched step: what it will have sampled."""
+    """A launched step: what it will have sampled, on the way to the host."""
 
-    token_ids: Tensor  # [sampling entries]
-    logprobs: tuple[Tensor, Tensor, Tensor, Tensor] | None  # chosen, rank, largest, their ids
+    tensors: list[Tensor]  # token ids [sampling entries]; where asked for, log-probability, rank, largest ones, their ids
+    arrived: torch.cuda.Event | None
 
 
 class ModelRunner:
     """One rank. Raises MemoryError where weights or cache do not fit."""
+
+    spare = 0  # rows and blocks that no request gets
 
     def __init__(self, requested: EngineConfig, resolved: ResolvedConfig, model_config: ModelConfig, folder: Path,
                  tp: TensorParallel, stats: StepStats) -> None:
@@ -56,15 +57,10 @@ class ModelRunner:
                 self.model = Qwen3ForCausalLM(model_config, resolved.max_model_len, self.kernels, self.attention, tp)
         finally:
             torch.set_default_dtype(default_dtype)
-        load_weights(self.model, folder)
+        load_weights(self.model, folder, tp)
         self.model.eval().requires_grad_(False)
 
-        spec = KVCacheSpec.of(model_config, resolved)
-        self.num_blocks = tp.agree_on_least(num_blocks_for(requested, resolved, spec, self.device))
-        self.kv_cache_bytes = self.num_blocks * spec.block_bytes
-        self.kv_caches = spec.allocate(self.num_blocks, self.device)
-
-        rows, max_blocks = resolved.max_num_seqs, -(-resolved.max_model_len // resolved.block_size)
+        rows, max_blocks = resolved.max_num_seqs + self.spare, -(-resolved.max_model_len // resolved.block_size)
         with self.device:
             self.block_tables = torch.zeros(rows, max_blocks, dtype=torch.int32)
             self.last_tokens = torch.zeros(rows, dtype=torch.int64)
@@ -72,6 +68,15 @@ class ModelRunner:
             self.top_ks = torch.zeros(rows, dtype=torch.int64)
             self.top_ps = torch.ones(rows, dtype=torch.float32)
             self.seeds = torch.zeros(rows, dtype=torch.int64)
+
+        spec, reserved = KVCacheSpec.of(model_config, resolved), 0
+        if resolved.device == "cuda":
+            from nanovllm.engine.gpu_memory import bytes_for_steps
+
+            reserved = bytes_for_steps(self, spec)
+        self.num_blocks = tp.agree_on_least(num_blocks_for(requested, resolved, spec, self.device, reserved))
+        self.kv_cache_bytes = self.num_blocks * spec.block_bytes
+        self.kv_caches = spec.allocate(self.num_blocks + self.spare, self.device)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepHandle:
@@ -90,12 +95,22 @@ class ModelRunner:
             batch.seq_lens[samples].long(), all_greedy=plan.greedy_only, any_top_k_top_p=plan.filtered,
         )  # fmt: skip
         self.last_tokens[rows] = token_ids
-        return StepHandle(token_ids, None if plan.num_logprobs is None else logprobs(logits, token_ids, plan.num_logprobs))
+        return self._read_back(token_ids, *(() if plan.num_logprobs is None else logprobs(logits, token_ids, plan.num_logprobs)))
+
+    def _read_back(self, *tensors: Tensor) -> StepHandle:
+        """Enqueues their copies to the host; an event tells when those have arrived, however much is enqueued behind."""
+        copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        arrived = torch.cuda.Event() if self.device.type == "cuda" else None
+        if arrived is not None:
+            arrived.record()
+        return StepHandle(copies, arrived)
 
     def collect(self, handle: StepHandle) -> tuple[list[int], list[TokenLogprobs] | None]:
         """Waits for a step: its tokens, one a sampling entry, and what was asked for of their log-probabilities."""
-        rows = None if handle.logprobs is None else list(zip(*(t.tolist() for t in handle.logprobs), strict=True))
-        return handle.token_ids.tolist(), rows
+        if handle.arrived is not None:
+            handle.arrived.synchronize()
+        token_ids, *logprobs = (tensor.tolist() for tensor in handle.tensors)
+        return token_ids, list(zip(*logprobs, strict=True)) if logprobs else None
 
     def close(self) -> None:
         """Drops model and cache; on a GPU, gives the memory back to the device."""
@@ -103,16 +118,16 @@ class ModelRunner:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _tensor(self, values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)
+    def _tensor(self, values: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:
+        return upload(values, dtype, self.device)
 
     def _update_rows(self, plan: StepPlan) -> None:
         if plan.new_rows:
             rows, temperatures, top_ks, top_ps, seeds = (list(column) for column in zip(*plan.new_rows, strict=True))
             index = self._tensor(rows)
-            self.temperatures[index] = torch.tensor(temperatures, dtype=torch.float32, device=self.device)
+            self.temperatures[index] = self._tensor(temperatures, torch.float32)
             self.top_ks[index] = self._tensor(top_ks)
-            self.top_ps[index] = torch.tensor(top_ps, dtype=torch.float32, device=self.device)
+            self.top_ps[index] = self._tensor(top_ps, torch.float32)
             self.seeds[index] = self._tensor(seeds)
         if plan.new_blocks:
             rows, columns, blocks = self._tensor(plan.new_blocks).unbind(1)  # type: ignore[arg-type]

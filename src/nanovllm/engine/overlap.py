@@ -7,8 +7,6 @@ Tokens of step n stay on the device, where step n+1 reads them; the host learns 
 request that ends by a stop token has one step too many in flight: its token is discarded at commit.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Which blocks of the KV cache hold which tokens: a chained hash from a prefix to its block. Loaded only when on. No torch.
+"""prefix_cache=True: blocks that hold the same prefix are shared, and found again after their release. Loaded only when on. No torch.
 
     root <- CachedBlock(tokens 0..15) <- CachedBlock(tokens 16..31) <- ...
 
@@ -6,13 +6,15 @@ A block's key is xxh64(parent's key, its tokens). The key only finds a candidate
 tokens and its parent, by identity, were compared. By induction over the chain a hit is the same prefix; a collision is a miss.
 """
 
-from __future__ import annotations
-
 from array import array
+from collections import OrderedDict
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 
 import xxhash
 
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stats import StepStats
 
 
@@ -21,36 +23,31 @@ class CachedBlock:
 
     __slots__ = ("block", "key", "parent", "tokens")
 
-    def __init__(self, block: int, key: int, parent: CachedBlock | None, tokens: bytes) -> None:
-        self.block = block
-        self.key = key
-        self.parent = parent
-        self.tokens = tokens
+    def __init__(self, block: int, key: int, parent: "CachedBlock | None", tokens: bytes) -> None:
+        self.block, self.key, self.parent, self.tokens = block, key, parent, tokens
 
 
 class PrefixCache:
-    """Maps prefixes to blocks. It owns no block: BlockManager says which may be evicted, and tells this class."""
+    """Which block holds which prefix. It owns no block: CachingBlockManager says which is evicted."""
 
-    def __init__(self, block_size: int, stats: StepStats) -> None:
+    def __init__(self, block_size: int) -> None:
         self.block_size = block_size
-        self.stats = stats
-        self._by_key: dict[int, CachedBlock] = {}
-        self._by_block: dict[int, CachedBlock] = {}
+        self.by_key: dict[int, CachedBlock] = {}
+        self.by_block: dict[int, CachedBlock] = {}
 
     def __len__(self) -> int:
-        return len(self._by_block)
+        return len(self.by_block)
 
     def __contains__(self, block: int) -> bool:
-        return block in self._by_block
+        return block in self.by_block
 
     def match(self, token_ids: SequenceOf[int]) -> list[CachedBlock]:
         """The longest cached prefix, in whole blocks. At least one token is always left: it has logits to compute."""
         hits: list[CachedBlock] = []
         parent: CachedBlock | None = None
-        limit = (len(token_ids) - 1) // self.block_size
-        for i in range(limit):
+        for i in range((len(token_ids) - 1) // self.block_size):
             tokens = self._tokens(token_ids, i)
-            found = self._by_key.get(self._key(parent, tokens))
+            found = self.by_key.get(self._key(parent, tokens))
             if found is None or found.tokens != tokens or found.parent is not parent:
                 break
             hits.append(found)
@@ -67,18 +64,17 @@ class PrefixCache:
             return None
         tokens = self._tokens(token_ids, index)
         key = self._key(parent, tokens)
-        present = self._by_key.get(key)
+        present = self.by_key.get(key)
         if present is not None:
             return present if present.tokens == tokens and present.parent is parent else None
-        entry = self._by_key[key] = self._by_block[block] = CachedBlock(block, key, parent, tokens)
+        entry = self.by_key[key] = self.by_block[block] = CachedBlock(block, key, parent, tokens)
         return entry
 
     def evict(self, block: int) -> None:
         """Forgets what `block` holds, before it is given to another owner."""
-        entry = self._by_block.pop(block)
-        del self._by_key[entry.key]
+        entry = self.by_block.pop(block)
+        del self.by_key[entry.key]
         entry.block = -1
-        self.stats.prefix_evictions += 1
 
     def _tokens(self, token_ids: SequenceOf[int], index: int) -> bytes:
         return array("i", token_ids[index * self.block_size : (index + 1) * self.block_size]).tobytes()
@@ -86,9 +82,82 @@ class PrefixCache:
     def _key(self, parent: CachedBlock | None, tokens: bytes) -> int:
         return xxhash.xxh64_intdigest(tokens, seed=parent.key if parent else 0)
 
-    def check_invariants(self) -> None:
-        """Raises AssertionError where the two maps disagree."""
-        assert len(self._by_key) == len(self._by_block), "an entry is in one map only"
-        for block, entry in self._by_block.items():
-            assert entry.block == block, f"block {block} is listed with the entry of {entry.block}"
-            assert self._by_key.get(entry.key) is entry, f"block {block} cannot be found by its key"
+
+class CachingBlockManager(BlockManager):
+    """Every block is in exactly one of three places:
+
+    blank      no owner, holds nothing worth keeping        taken first
+    evictable  no owner, but findable                       taken next, least recently released first
+    owned      reference count > 0
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, stats: StepStats) -> None:
+        super().__init__(num_blocks, block_size)
+        self.stats = stats
+        self.cache = PrefixCache(block_size)
+        self.ref_counts = [0] * num_blocks
+        self.evictable: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def num_free(self) -> int:
+        return len(self.blank) + len(self.evictable)
+
+    def claim(self, seq: Sequence, num_tokens: int) -> bool:
+        """As BlockManager.claim, sharing the blocks of the longest cached prefix: its KV need not be computed again."""
+        hits = self.cache.match(seq.token_ids)
+        shared = [hit.block for hit in hits]
+        needed = self.blocks_for(num_tokens) - len(shared)
+        if needed + sum(self.ref_counts[block] == 0 for block in shared) > self.num_free:
+            return False
+        self.share(shared)
+        seq.block_table = shared + self.allocate(needed)
+        seq.num_published = len(shared)
+        seq.published_tail = hits[-1] if hits else None
+        seq.num_scheduled = len(shared) * self.block_size
+        if not seq.num_output_tokens:
+            seq.num_cached_tokens = seq.num_scheduled
+        self.stats.prefix_lookups += 1
+        self.stats.prefix_lookup_tokens += len(seq.token_ids)
+        self.stats.prefix_hit_tokens += seq.num_scheduled
+        return True
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """One more owner for blocks that were found."""
+        for block in blocks:
+            if self.ref_counts[block] == 0:
+                del self.evictable[block]
+            self.ref_counts[block] += 1
+
+    def release(self, blocks: list[int]) -> None:
+        """One owner less. Released from the end, so that a prefix outlives what follows it."""
+        for block in reversed(blocks):
+            self.ref_counts[block] -= 1
+            if self.ref_counts[block] == 0:
+                if block in self.cache:
+                    self.evictable[block] = None
+                else:
+                    self.blank.append(block)
+
+    def publish(self, seq: Sequence, num_computed: int) -> None:
+        """Makes the blocks that are full of computed tokens findable. Called at commit: what is found is always computed."""
+        while 0 <= seq.num_published and (seq.num_published + 1) * self.block_size <= num_computed:
+            i = seq.num_published
+            tail = self.cache.insert(seq.block_table[i], seq.token_ids, i, seq.published_tail)
+            seq.published_tail = tail
+            seq.num_published = -1 if tail is None else i + 1  # -1: its chain ends here
+
+    def forget_prefixes(self) -> None:
+        """Forgets every prefix that no request holds."""
+        while self.evictable:
+            self.blank.append(self._evict())
+
+    def _take(self) -> int:
+        block = self.blank.pop() if self.blank else self._evict()
+        self.ref_counts[block] = 1
+        return block
+
+    def _evict(self) -> int:
+        block, _ = self.evictable.popitem(last=False)
+        self.cache.evict(block)
+        self.stats.prefix_evictions += 1
+        return block

@@ -15,8 +15,6 @@ Planning costs O(requests in the step). A request sits in exactly one of three q
 prefilling is younger than decoding, and the victim of a preemption is the youngest: the oldest always makes progress.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
@@ -134,7 +132,8 @@ class Scheduler:
         refill = self.num_running > 0
         while self.waiting and self.free_rows and (planned < budget or self.policy == "static"):
             seq = next(iter(self.waiting.values()))
-            if seq.in_flight or not self._take_blocks(seq):
+            longest = seq.num_prompt_tokens + seq.params.max_tokens
+            if seq.in_flight or not self.blocks.claim(seq, longest if self.policy == "static" else len(seq.token_ids)):
                 break  # a preempted request waits for its own token; a younger one must not overtake the oldest
             del self.waiting[seq.request_id]
             self.prefilling[seq.request_id] = seq
@@ -142,32 +141,9 @@ class Scheduler:
             plan.new_rows.append((seq.row, seq.params.temperature, seq.params.top_k, seq.params.top_p, seq.seed))
             plan.new_blocks += [(seq.row, i, block) for i, block in enumerate(seq.block_table)]
             planned += seq.num_to_schedule
+            self.stats.recomputed_tokens += seq.num_to_schedule if seq.num_output_tokens else 0
             self.stats.admissions += 1
             self.stats.refills += refill
-
-    def _take_blocks(self, seq: Sequence) -> bool:
-        """Gives a waiting request the blocks of its known tokens (static: of its longest output), shared where cached."""
-        cache = self.blocks.prefix_cache
-        hits = cache.match(seq.token_ids) if cache is not None else []
-        shared = [hit.block for hit in hits]
-        static = self.policy == "static"
-        total = self.blocks.blocks_for(seq.num_prompt_tokens + seq.params.max_tokens if static else len(seq.token_ids))
-        if total - len(shared) + self.blocks.num_unowned(shared) > self.blocks.num_free:
-            return False
-        self.blocks.share(shared)
-        seq.block_table = shared + self.blocks.allocate(total - len(shared))
-        seq.num_cached_blocks = len(shared)
-        seq.cached_tail = hits[-1] if hits else None
-        seq.num_scheduled = len(shared) * self.blocks.block_size
-        if cache is not None:
-            self.stats.prefix_lookups += 1
-            self.stats.prefix_lookup_tokens += len(seq.token_ids)
-            self.stats.prefix_hit_tokens += seq.num_scheduled
-        if seq.num_output_tokens:
-            self.stats.recomputed_tokens += seq.num_to_schedule
-        else:
-            seq.num_cached_tokens = seq.num_scheduled
-        return True
 
     def _plan_prefills(self, plan: StepPlan, seqs: list[Sequence]) -> None:
         budget = self.config.max_num_batched_tokens - plan.num_decodes
@@ -238,10 +214,8 @@ class Scheduler:
         if seq.row >= 0:
             self.free_rows.append(seq.row)
             self.blocks.release(seq.block_table)
-        seq.row = -1
-        seq.block_table = []
-        seq.num_scheduled = seq.num_cached_blocks = 0
-        seq.cached_tail = None
+        seq.row, seq.block_table, seq.num_scheduled = -1, [], 0
+        seq.num_published, seq.published_tail = 0, None
 
     # -- committing -------------------------------------------------------------------------------------------------
 
@@ -267,7 +241,7 @@ class Scheduler:
                 self.stats.discarded_tokens += plan.samples[i]
                 continue
             if seq.row == plan.rows[i]:  # not preempted meanwhile
-                self._publish(seq, plan.starts[i] + plan.query_lens[i])
+                self.blocks.publish(seq, plan.starts[i] + plan.query_lens[i])
             if plan.samples[i]:
                 advanced.append(seq)
                 if seq.params.logprobs is not None and logprobs is not None:
@@ -275,35 +249,3 @@ class Scheduler:
                 if seq.append(tokens[j]):
                     self._leave(seq, self.decoding if seq.row >= 0 else self.waiting)
         return advanced
-
-    def _publish(self, seq: Sequence, num_computed: int) -> None:
-        """Makes the blocks that are full of computed tokens findable by the prefix cache."""
-        cache = self.blocks.prefix_cache
-        if cache is None or seq.num_cached_blocks < 0:
-            return
-        while (seq.num_cached_blocks + 1) * self.blocks.block_size <= num_computed:
-            i = seq.num_cached_blocks
-            seq.cached_tail = cache.insert(seq.block_table[i], seq.token_ids, i, seq.cached_tail)
-            if seq.cached_tail is None:
-                seq.num_cached_blocks = -1  # its chain ends here
-                return
-            seq.num_cached_blocks = i + 1
-
-    # -- checking ---------------------------------------------------------------------------------------------------
-
-    def check_invariants(self) -> None:
-        """Raises AssertionError where queues, rows and blocks contradict each other."""
-        running = [*self.decoding.values(), *self.prefilling.values()]
-        queued = [*self.waiting.values(), *running]
-        assert len({seq.request_id for seq in queued}) == len(queued), "a request is in two queues"
-        rows = [seq.row for seq in running]
-        assert sorted(rows + self.free_rows) == list(range(self.config.max_num_seqs)), "rows lost or used twice"
-        for seq in self.waiting.values():
-            assert seq.row == -1 and not seq.block_table and seq.num_scheduled == 0, f"{seq.request_id} waits and owns"
-        for seq in queued:
-            assert seq.finish_reason is None, f"{seq.request_id} has ended and is queued"
-            assert 0 <= seq.pending <= seq.in_flight, f"{seq.request_id}: pending {seq.pending}, in flight {seq.in_flight}"
-            assert seq.num_scheduled <= len(seq.block_table) * self.blocks.block_size, f"{seq.request_id} writes past its blocks"
-            assert seq.num_scheduled <= len(seq.token_ids) + seq.pending, f"{seq.request_id} computes unknown tokens"
-        self.blocks.check_invariants(seq.block_table for seq in running)
-

@@ -1,19 +1,15 @@
 """The state of one request inside the engine. No torch."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 from nanovllm.outputs import RequestMetrics
 from nanovllm.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from nanovllm.engine.prefix_cache import CachedBlock
 
 TokenLogprobs = tuple[float, int, list[float], list[int]]
 """Log-probability and rank of the chosen token; the largest log-probabilities and their tokens."""
 
 
+@dataclass(slots=True, eq=False)
 class Sequence:
     """A request. What is *known* (token_ids) and what is *scheduled* (num_scheduled, pending) are kept apart, so that a
     step can be planned before the tokens of the last one have been read.
@@ -23,33 +19,30 @@ class Sequence:
         num_scheduled  [KV computed or being computed          ]
     """
 
-    __slots__ = (
-        "block_table", "cached_tail", "finish_reason", "in_flight", "index", "logprobs", "metrics",
-        "num_cached_blocks", "num_cached_tokens", "num_prompt_tokens", "num_scheduled", "params", "pending", "prompt",
-        "request_id", "row", "seed", "stop_reason", "stop_token_ids", "token_ids",
-    )  # fmt: skip
+    request_id: str
+    token_ids: list[int]  # the prompt, then every committed token
+    params: SamplingParams
+    seed: int = 0
+    arrival_time: float = 0.0
+    stop_token_ids: frozenset[int] = frozenset()
+    prompt: str | None = None
+    row: int = -1  # in the runner's batch; -1 while waiting
+    block_table: list[int] = field(default_factory=list)
+    num_scheduled: int = 0
+    pending: int = 0  # sampled tokens in flight
+    in_flight: int = 0  # launched steps, not yet committed, that this sequence takes part in
+    num_published: int = 0  # leading blocks that the prefix cache knows; -1: it takes no more of them
+    published_tail: object | None = None  # the last of them
+    num_cached_tokens: int = 0
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # one a committed token, where they were asked for
+    num_prompt_tokens: int = field(init=False)
+    metrics: RequestMetrics = field(init=False)
 
-    def __init__(self, request_id: str, token_ids: list[int], params: SamplingParams, *, seed: int = 0, arrival_time: float = 0.0,
-                 stop_token_ids: frozenset[int] = frozenset(), prompt: str | None = None) -> None:
-        self.request_id = request_id
-        self.prompt = prompt
-        self.token_ids = token_ids  # prompt, then every committed token
-        self.num_prompt_tokens = len(token_ids)
-        self.params = params
-        self.seed = seed
-        self.stop_token_ids = stop_token_ids
-        self.row = -1  # in the runner's batch; -1 while waiting
-        self.block_table: list[int] = []
-        self.num_scheduled = 0
-        self.pending = 0  # sampled tokens in flight
-        self.in_flight = 0  # launched steps, not yet committed, that this sequence takes part in
-        self.num_cached_blocks = 0  # leading blocks that the prefix cache knows
-        self.cached_tail: CachedBlock | None = None  # the last of them
-        self.num_cached_tokens = 0
-        self.finish_reason: str | None = None
-        self.stop_reason: int | None = None
-        self.logprobs: list[TokenLogprobs] = []  # one a committed token, where they were asked for
-        self.metrics = RequestMetrics(arrival_time)
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.token_ids)
+        self.metrics = RequestMetrics(self.arrival_time)
 
     @property
     def num_output_tokens(self) -> int:

@@ -1,13 +1,8 @@
 """Counters of what an engine did: the proof that a toggle fired. No torch."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
-
-from nanovllm.config import LEVELS, Optimizations
 
 
 @dataclass(slots=True)
@@ -51,25 +46,3 @@ class StepStats:
             value = getattr(self, f.name)
             result |= {f"{f.name}.{key}": n for key, n in sorted(value.items())} if isinstance(value, Counter) else {f.name: value}
         return result
-
-
-def toggle_counters(optimizations: Optimizations, stats: StepStats) -> dict[str, dict[str, Any]]:
-    """Level, `engaged` and `opportunity` of each optimization.
-
-    engaged counts what only happens when the level is above its baseline: 0 when off, > 0 when on, or the launch is
-    invalid. opportunity counts what it could do for this workload: may be 0; None where being engaged says it all.
-    """
-    policy = stats.policy_steps["continuous"] + stats.policy_steps["chunked"]
-    fused = {name: sum(n for key, n in calls.items() if key != "torch")
-             for name, calls in (("attention", stats.attention_calls), ("kernels", stats.kernel_calls))}
-    counters: dict[str, tuple[int, int | None]] = {
-        "attention_backend": (fused["attention"], None),
-        "kernels": (fused["kernels"], None),
-        "prefix_cache": (stats.prefix_lookups, stats.prefix_hit_tokens),
-        "batching": (policy, stats.mixed_steps if optimizations.batching == "chunked" else stats.refills),
-        "cuda_graphs": (stats.graph_replays, None),
-        "overlap": (stats.overlapped_steps, None),
-        "tensor_parallel_size": (stats.all_reduces, None),
-    }
-    return {name: {"level": getattr(optimizations, name), "baseline": LEVELS[name][0], "engaged": counters[name][0],
-                   "opportunity": counters[name][1]} for name in LEVELS}  # fmt: skip

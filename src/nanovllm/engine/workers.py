@@ -10,8 +10,6 @@ Ranks meet through a file in a private temporary folder: no port to choose, no n
 A child ends when its socket closes, however the parent died. A child that dies or hangs ends the engine with an error.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import signal
@@ -102,10 +100,10 @@ class TensorParallelRunner:
         self.size = resolved.optimizations.tensor_parallel_size
         if resolved.device == "cuda" and torch.cuda.device_count() < self.size:
             raise ValueError(f"tensor_parallel_size={self.size} needs that many GPUs; this machine has {torch.cuda.device_count()}")
-        for heads in (model_config.num_attention_heads, model_config.num_key_value_heads):
-            if heads % self.size:  # said before any process is started
-                raise ValueError(f"tensor_parallel_size={self.size} does not divide the model's {model_config.num_attention_heads} "
-                                 f"query heads and {model_config.num_key_value_heads} KV heads; take a divisor of both")
+        ranks = TensorParallel()
+        ranks.size = self.size
+        ranks.share(model_config.num_attention_heads, "query heads")  # said before any process is started
+        ranks.share(model_config.num_key_value_heads, "KV heads")
         self._threads_before = torch.get_num_threads()
         num_threads = max(1, self._threads_before // self.size)
         self._folder = tempfile.TemporaryDirectory(prefix="nanovllm-")

@@ -1,7 +1,5 @@
 """What one step gives to the model: the tensors of a batch, and nothing global."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """kernels=compile: torch.compile applied to each operation, here and nowhere else."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import TypeVar
 

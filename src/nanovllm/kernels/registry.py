@@ -1,7 +1,5 @@
 """The one place where implementations are chosen. Every call through it is counted: that is how a toggle proves it fired."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +26,11 @@ def load_kernels(optimizations: Optimizations, calls: Counter[str]) -> Kernels:
         from nanovllm.kernels.compiled import compile_kernels
 
         chosen = compile_kernels(Kernels())
+    elif optimizations.kernels == "triton":
+        _need_triton("kernels")
+        from nanovllm.kernels import triton as ours
+
+        chosen = Kernels(ours.rms_norm, ours.add_rms_norm, ours.qk_norm_rope_store_kv, ours.silu_and_mul, ours.sample)
     else:
         chosen = Kernels()
     return Kernels(*(counted(getattr(chosen, name), optimizations.kernels, calls) for name in Kernels.__slots__))
@@ -43,10 +46,22 @@ class AttentionBackend:
 
 def load_attention(optimizations: Optimizations, calls: Counter[str], **geometry: Any) -> AttentionBackend:
     """The implementation of `optimizations.attention_backend`; each call of attend adds one to calls[level]."""
-    from nanovllm.kernels.torch.attention import TorchAttention
+    backend: Any
+    if optimizations.attention_backend == "triton":
+        _need_triton("attention_backend")
+        from nanovllm.kernels.triton.attention import TritonAttention
 
-    backend = TorchAttention(**geometry)
+        backend = TritonAttention(**geometry)
+    else:
+        from nanovllm.kernels.torch.attention import TorchAttention
+
+        backend = TorchAttention(**geometry)
     return AttentionBackend(backend.prepare, counted(backend.attend, optimizations.attention_backend, calls))
+
+
+def _need_triton(field: str) -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise ImportError(f"{field}='triton' needs Triton, which is not installed: `pip install triton`, or use {field}='torch'")
 
 
 def counted(function: Callable[..., Any], level: str, calls: Counter[str]) -> Callable[..., Any]:

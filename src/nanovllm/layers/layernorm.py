@@ -1,12 +1,9 @@
 """RMSNorm with a weight."""
 
-from __future__ import annotations
-
-import torch
 from torch import Tensor, nn
 
 from nanovllm.kernels.registry import Kernels
-from nanovllm.layers.linear import load_replicated
+from nanovllm.layers.linear import parameter
 
 
 class RMSNorm(nn.Module):
@@ -14,10 +11,8 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float, kernels: Kernels) -> None:
         super().__init__()
-        self.eps = eps
-        self.kernels = kernels
-        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
-        self.weight.weight_loader = load_replicated  # type: ignore[attr-defined]
+        self.eps, self.kernels = eps, kernels
+        self.weight = parameter(size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.kernels.rms_norm(x, self.weight, self.eps)

@@ -1,12 +1,9 @@
 """Matrix products, sharded over tensor-parallel ranks as in Megatron-LM (Shoeybi et al., 2019).
 
-Every parameter carries a `weight_loader(param, source, shard_id)`: `source` is a slice of a safetensors file, and a rank
-reads only its part of it.
+A parameter knows which part of a checkpoint's tensor is its rank's, and the loader reads that part only:
+    shard_dim   the dimension that the ranks share, or None: every rank holds all of it
+    parts       name -> (begin, end): rows that come from a tensor of their own (q, k and v are one product)
 """
-
-from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,52 +28,30 @@ class TensorParallel:
         """The least of every rank's value."""
         return value
 
-
-def shard(source: Any, dim: int, rank: int, size: int) -> Tensor:
-    """This rank's part of a slice of a safetensors file, along `dim`. Raises ValueError where it does not divide."""
-    total = source.get_shape()[dim]
-    if total % size:
-        raise ValueError(f"a dimension of {total} cannot be shared by {size} tensor-parallel ranks")
-    part = slice(rank * (total // size), (rank + 1) * (total // size))
-    return source[part] if dim == 0 else source[:, part]
+    def share(self, total: int, what: str) -> int:
+        """This rank's part of `total`. Raises ValueError where it does not divide."""
+        if total % self.size:
+            raise ValueError(f"tensor_parallel_size={self.size} does not divide the model's {total} {what}; take a divisor")
+        return total // self.size
 
 
-def copy_into(param: Tensor, values: Tensor) -> None:
-    """Raises ValueError where shapes differ: a tensor of another model."""
-    if param.shape != values.shape:
-        raise ValueError(f"has shape {tuple(values.shape)} where the model needs {tuple(param.shape)}")
-    param.data.copy_(values)
-
-
-def load_replicated(param: Tensor, source: Any, shard_id: str | None = None) -> None:
-    """A parameter that every rank holds in full."""
-    copy_into(param, source[:])
+def parameter(*shape: int, shard_dim: int | None = None, parts: dict[str, tuple[int, int]] | None = None) -> nn.Parameter:
+    """An empty parameter with what the loader must know of it."""
+    param = nn.Parameter(torch.empty(*shape), requires_grad=False)
+    param.shard_dim, param.parts = shard_dim, parts  # type: ignore[attr-defined]
+    return param
 
 
 class ColumnParallelLinear(nn.Module):
-    """y = x W^T (+ b), the outputs shared out over the ranks. Several projections of the same input are one product.
-
-    parts: name -> number of outputs (over all ranks), in the order in which this rank's outputs are laid out.
-    """
+    """y = x W^T (+ b), the outputs shared out over the ranks. parts: name -> outputs (over all ranks) of each projection."""
 
     def __init__(self, in_features: int, parts: dict[str, int], bias: bool, tp: TensorParallel) -> None:
         super().__init__()
-        self.tp = tp
-        self.offsets: dict[str, tuple[int, int]] = {}
-        total = 0
+        rows, total = {}, 0
         for name, size in parts.items():
-            if size % tp.size:
-                raise ValueError(f"{name} has {size} outputs, which {tp.size} tensor-parallel ranks cannot share")
-            self.offsets[name] = (total, total + size // tp.size)
-            total += size // tp.size
-        self.weight = nn.Parameter(torch.empty(total, in_features), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(total), requires_grad=False) if bias else None
-        for param in self.parameters():
-            param.weight_loader = self.load  # type: ignore[attr-defined]
-
-    def load(self, param: Tensor, source: Any, shard_id: str) -> None:
-        begin, end = self.offsets[shard_id]
-        copy_into(param[begin:end], shard(source, 0, self.tp.rank, self.tp.size))
+            rows[name] = (total, total := total + tp.share(size, f"outputs of {name}_proj"))
+        self.weight = parameter(total, in_features, shard_dim=0, parts=rows)
+        self.bias = parameter(total, shard_dim=0, parts=rows) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -88,14 +63,8 @@ class RowParallelLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, bias: bool, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp
-        self.weight = nn.Parameter(torch.empty(out_features, in_features // tp.size), requires_grad=False)
-        self.weight.weight_loader = self.load  # type: ignore[attr-defined]
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-        if self.bias is not None:
-            self.bias.weight_loader = load_replicated  # type: ignore[attr-defined]
-
-    def load(self, param: Tensor, source: Any, shard_id: str | None = None) -> None:
-        copy_into(param, shard(source, 1, self.tp.rank, self.tp.size))
+        self.weight = parameter(out_features, tp.share(in_features, "inputs of a projection"), shard_dim=1)
+        self.bias = parameter(out_features) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.tp.all_reduce(F.linear(x, self.weight))

@@ -1,7 +1,5 @@
 """Cosines and sines of the rotary position embedding (Su et al., 2021)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -3,8 +3,6 @@
 Parameter names are those of the checkpoint, but for the fused projections of `packed_modules_mapping`.
 """
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from nanovllm.kernels.batch import ForwardBatch
@@ -21,6 +19,8 @@ KVCache = tuple[Tensor, Tensor]  # keys and values of one layer: [blocks, kv_hea
 class Qwen3Attention(nn.Module):
     def __init__(self, config: ModelConfig, kernels: Kernels, attention: AttentionBackend, tp: TensorParallel) -> None:
         super().__init__()
+        tp.share(config.num_attention_heads, "query heads")
+        tp.share(config.num_key_value_heads, "KV heads")
         self.kernels, self.attention, self.eps = kernels, attention, config.rms_norm_eps
         q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         parts = {"q": q_size, "k": kv_size, "v": kv_size}
@@ -92,11 +92,6 @@ class Qwen3ForCausalLM(nn.Module):
     def __init__(self, config: ModelConfig, max_model_len: int, kernels: Kernels, attention: AttentionBackend,
                  tp: TensorParallel) -> None:
         super().__init__()
-        if config.num_attention_heads % tp.size or config.num_key_value_heads % tp.size:
-            raise ValueError(
-                f"tensor_parallel_size={tp.size} does not divide the model's {config.num_attention_heads} query heads and "
-                f"{config.num_key_value_heads} KV heads; take a divisor of both"
-            )
         self.model = Qwen3Model(config, max_model_len, kernels, attention, tp)
         self.lm_head = self.model.embed_tokens if config.tie_word_embeddings else VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, tp)  # fmt: skip

@@ -1,7 +1,5 @@
 """SwiGLU's gate (Shazeer, 2020)."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

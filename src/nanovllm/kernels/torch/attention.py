@@ -3,8 +3,6 @@
 Query heads that share a KV head are put in the rows of one small matrix, so that K and V are read once and not repeated.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Writes the K and V of new tokens into the paged cache."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

@@ -1,7 +1,5 @@
 """RMSNorm (Zhang and Sennrich, 2019), in float32 as Qwen3 defines it."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

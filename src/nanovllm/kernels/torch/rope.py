@@ -1,7 +1,5 @@
 """Rotary position embedding (Su et al., 2021), preceded by Qwen3's norm of each head and followed by the KV store."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

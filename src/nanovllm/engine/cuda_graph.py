@@ -1,0 +1,136 @@
+"""cuda_graphs=True: decode steps recorded once and replayed, sampling included. Loaded only when on.
+
+A graph holds everything between two tokens: the gathering of each row's state, the model, the sampler, and the advance of
+positions, so a step whose rows are those of the last one needs no input at all:
+
+    inputs     [ rows: b | positions: b ]         uploaded only where the set of rows has changed
+    row state  block_tables, last_tokens, temperatures, seeds      as the eager runner keeps it; shared with its steps
+    graph      state[rows] -> model -> logits -> sample -> last_tokens[rows], positions + 1
+
+There is a graph for each bucket b of batch sizes. A batch between two buckets is padded with the spare row: it owns the spare
+block, stands at position 0 for ever, and so computes and stores one harmless token. What a graph cannot do (prefill, top-k,
+top-p, log-probabilities) runs eagerly, on the same state.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanovllm.config import EngineConfig, ResolvedConfig
+from nanovllm.engine.model_runner import ModelRunner, StepHandle
+from nanovllm.engine.scheduler import StepPlan
+from nanovllm.engine.stats import StepStats
+from nanovllm.kernels.batch import ForwardBatch
+from nanovllm.layers.linear import TensorParallel
+from nanovllm.models.config import ModelConfig
+
+
+def buckets_for(max_num_seqs: int) -> list[int]:
+    """Batch sizes that get a graph, ascending: 1, 2, 4, 8, then steps of 16, and always max_num_seqs itself."""
+    return [b for b in (1, 2, 4, 8, *range(16, max_num_seqs, 16)) if b < max_num_seqs] + [max_num_seqs]
+
+
+@dataclass(slots=True)
+class _Recorded:
+    graph: Any  # torch.cuda.CUDAGraph
+    token_ids: Tensor  # [bucket] int64: overwritten by each replay
+    kernel_calls: Counter[str]  # what one replay executes
+    attention_calls: Counter[str]
+
+
+class GraphRunner(ModelRunner):
+    """The interface of ModelRunner; decode steps are replayed."""
+
+    spare = 1
+
+    def __init__(self, requested: EngineConfig, resolved: ResolvedConfig, model_config: ModelConfig, folder: Path,
+                 tp: TensorParallel, stats: StepStats) -> None:
+        self.buckets = buckets_for(resolved.max_num_seqs)
+        super().__init__(requested, resolved, model_config, folder, tp, stats)
+        self.spare_row = resolved.max_num_seqs
+        self.block_tables[self.spare_row] = self.num_blocks  # the spare block
+        with self.device:
+            self.inputs = torch.zeros(2 * resolved.max_num_seqs, dtype=torch.int64)
+            self.advance = torch.ones(resolved.max_num_seqs + 1, dtype=torch.int64)
+        self.advance[self.spare_row] = 0
+        self.on_device: tuple[int, list[int], list[int]] | None = None  # bucket, rows, positions that `inputs` holds now
+        # Only our sampler draws no noise for greedy rows by itself; the others get a graph that never does.
+        self.greedy_variants = (False,) if resolved.optimizations.kernels == "triton" else (False, True)
+        self.recorded = self._record_all()
+        stats.reset()
+
+    def launch(self, plan: StepPlan) -> StepHandle:
+        """Replays a decode step; runs any other eagerly."""
+        n = len(plan.rows)
+        if plan.num_decodes < n or plan.filtered or plan.num_logprobs is not None:
+            self.on_device = None
+            return super().launch(plan)
+        bucket = self.buckets[bisect.bisect_left(self.buckets, n)]
+        with torch.inference_mode():
+            self._update_rows(plan)
+            if self.on_device != (bucket, plan.rows, plan.starts):
+                padding = bucket - n
+                values = plan.rows + [self.spare_row] * padding + plan.starts + [0] * padding
+                self.inputs[: 2 * bucket] = self._tensor(values)
+            recorded = self.recorded[bucket, plan.greedy_only and True in self.greedy_variants]
+            recorded.graph.replay()
+            self.on_device = (bucket, plan.rows, [start + 1 for start in plan.starts])
+            self.stats.graph_replays += 1
+            self.stats.kernel_calls.update(recorded.kernel_calls)
+            self.stats.attention_calls.update(recorded.attention_calls)
+            return self._read_back(recorded.token_ids[:n])
+
+    def _record_all(self) -> dict[tuple[int, bool], _Recorded]:
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
+        return {(bucket, greedy): self._record(bucket, greedy, pool, stream)
+                for bucket in reversed(self.buckets)  # the largest first: the others fit into its memory
+                for greedy in self.greedy_variants}  # fmt: skip
+
+    @torch.inference_mode()
+    def _record(self, bucket: int, greedy: bool, pool: Any, stream: torch.cuda.Stream) -> _Recorded:
+        self.inputs[:bucket] = self.spare_row
+        self.inputs[bucket:] = 0
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            self._decode(bucket, greedy)  # compiles kernels and chooses GEMM algorithms
+            stream.synchronize()
+            self.stats.reset()
+            graph.capture_begin(pool)
+            token_ids = self._decode(bucket, greedy)
+            graph.capture_end()
+        return _Recorded(graph, token_ids, Counter(self.stats.kernel_calls), Counter(self.stats.attention_calls))
+
+    def _decode(self, bucket: int, greedy: bool) -> Tensor:
+        """A decode step of the rows in `inputs`, in tensors alone. Returns the sampled tokens: [bucket]."""
+        rows, positions = self.inputs[:bucket], self.inputs[bucket : 2 * bucket]
+        block_size = self.config.block_size
+        block_tables = self.block_tables[rows]
+        blocks = block_tables.gather(1, (positions // block_size)[:, None])[:, 0].long()
+        batch = ForwardBatch(
+            token_ids=self.last_tokens[rows],
+            positions=positions,
+            slot_mapping=blocks * block_size + positions % block_size,
+            block_tables=block_tables,
+            seq_lens=(positions + 1).int(),
+            query_start_loc=torch.arange(bucket + 1, device=self.device),
+            num_decodes=bucket,
+            host_query_lens=[1] * bucket,
+            host_seq_lens=[self.config.max_model_len] * bucket,  # the graph serves every length
+        )
+        self.attention.prepare(batch)
+        logits = self.model.logits(self.model(batch, self.kv_caches))
+        token_ids = self.kernels.sample(
+            logits, self.temperatures[rows], self.top_ks[rows], self.top_ps[rows], self.seeds[rows], positions + 1,
+            all_greedy=greedy, any_top_k_top_p=False,
+        )  # fmt: skip
+        self.last_tokens[rows] = token_ids
+        positions += self.advance[rows]
+        return token_ids

@@ -1,0 +1,52 @@
+"""What a step needs of a GPU's memory beside weights and cache, measured before the cache is sized. Loaded only on a GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from nanovllm.engine.kv_cache import MIB, KVCacheSpec
+from nanovllm.engine.scheduler import StepPlan
+
+if TYPE_CHECKING:
+    from nanovllm.engine.model_runner import ModelRunner
+
+GRAPH_BYTES = 4 * MIB
+"""Of one recorded decode step, in the driver: a few hundred kernel nodes and their arguments."""
+
+
+def bytes_for_steps(runner: ModelRunner, spec: KVCacheSpec) -> int:
+    """The most that activations take, by running the largest step; with graphs, theirs as well, which stay allocated.
+
+    Raises MemoryError, saying what to lower, where that step does not fit.
+    """
+    config = runner.config
+    runner.kv_caches = spec.allocate(1, runner.device)
+    try:
+        reserved = _peak_bytes(runner, min(config.max_num_batched_tokens, config.max_num_seqs * config.max_model_len))
+        if config.optimizations.cuda_graphs:
+            reserved += _peak_bytes(runner, config.max_num_seqs) + GRAPH_BYTES * 2 * len(runner.buckets)  # type: ignore[attr-defined]
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(
+            f"a step of {config.max_num_batched_tokens} tokens and {config.max_num_seqs} requests does not fit beside the "
+            "weights: lower max_num_batched_tokens or max_num_seqs, or free memory on the device"
+        ) from error
+    finally:
+        runner.kv_caches = []
+    runner.stats.reset()
+    torch.cuda.empty_cache()
+    return reserved
+
+
+def _peak_bytes(runner: ModelRunner, num_tokens: int) -> int:
+    """Of a prefill of `num_tokens` tokens by as many requests as may run, all of them sampling."""
+    entries = min(runner.config.max_num_seqs, num_tokens)
+    lengths = [num_tokens // entries + (i < num_tokens % entries) for i in range(entries)]
+    plan = StepPlan(-1, rows=list(range(entries)), starts=[0] * entries, query_lens=lengths, samples=[True] * entries,
+                    token_ids=[0] * num_tokens, greedy_only=False)  # fmt: skip
+    torch.cuda.synchronize(runner.device)
+    torch.cuda.reset_peak_memory_stats(runner.device)
+    before = torch.cuda.memory_allocated(runner.device)
+    runner.collect(runner.launch(plan))
+    return torch.cuda.max_memory_allocated(runner.device) - before

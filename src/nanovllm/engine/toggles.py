@@ -1,0 +1,28 @@
+"""What each toggle did in a run. Loaded when it is asked for."""
+
+from typing import Any
+
+from nanovllm.config import LEVELS, Optimizations
+from nanovllm.engine.stats import StepStats
+
+
+def toggle_counters(optimizations: Optimizations, stats: StepStats) -> dict[str, dict[str, Any]]:
+    """Level, `engaged` and `opportunity` of each optimization.
+
+    engaged counts what only happens when the level is above its baseline: 0 when off, > 0 when on, or the launch is
+    invalid. opportunity counts what it could do for this workload: may be 0; None where being engaged says it all.
+    """
+    policy = stats.policy_steps["continuous"] + stats.policy_steps["chunked"]
+    fused = {name: sum(n for key, n in calls.items() if key != "torch")
+             for name, calls in (("attention", stats.attention_calls), ("kernels", stats.kernel_calls))}
+    counters: dict[str, tuple[int, int | None]] = {
+        "attention_backend": (fused["attention"], None),
+        "kernels": (fused["kernels"], None),
+        "prefix_cache": (stats.prefix_lookups, stats.prefix_hit_tokens),
+        "batching": (policy, stats.mixed_steps if optimizations.batching == "chunked" else stats.refills),
+        "cuda_graphs": (stats.graph_replays, None),
+        "overlap": (stats.overlapped_steps, None),
+        "tensor_parallel_size": (stats.all_reduces, None),
+    }
+    return {name: {"level": getattr(optimizations, name), "baseline": LEVELS[name][0], "engaged": counters[name][0],
+                   "opportunity": counters[name][1]} for name in LEVELS}  # fmt: skip
