@@ -1,7 +1,8 @@
-"""A runner without a model: it keeps *tokens* in the paged cache where the real one keeps K and V.
+"""A runner without a model: a number stands in the paged cache where the real one keeps K and V.
 
-What it samples is a function of every token that it reads back through the block table, so a wrong slot, a stale or shared
-block, a lost token or a wrong position changes the output; `oracle` says what each request must produce.
+As K and V do, that number depends on the token and on everything before it, as read back through the block table; and what
+is sampled depends on all of them. So a wrong slot, a stale or wrongly shared block, a lost token or a wrong position changes the
+output; `oracle` says what each request must produce.
 """
 
 from __future__ import annotations
@@ -22,18 +23,24 @@ from nanovllm.engine.stats import StepStats
 VOCAB = 7
 
 
-def next_token(context: list[int]) -> int:
-    return zlib.crc32(array("i", context).tobytes()) % VOCAB
+def extend(kv: list[int], tokens: list[int]) -> list[int]:
+    """The numbers of `tokens`, which come after those whose numbers are `kv`."""
+    result = list(kv)
+    for token in tokens:
+        result.append(zlib.crc32(array("q", [*result, token]).tobytes()))
+    return result[len(kv) :]
 
 
 def oracle(prompt: list[int], max_tokens: int, stops: frozenset[int]) -> list[int]:
     """What the request produces when it runs alone."""
-    tokens = list(prompt)
-    for _ in range(max_tokens):
-        tokens.append(next_token(tokens))
-        if tokens[-1] in stops:
+    output: list[int] = []
+    kv = extend([], prompt)
+    while len(output) < max_tokens:
+        output.append(kv[-1] % VOCAB)
+        if output[-1] in stops:
             break
-    return tokens[len(prompt) :]
+        kv += extend(kv, output[-1:])
+    return output
 
 
 class ModelFreeRunner:
@@ -51,23 +58,24 @@ class ModelFreeRunner:
         for row, index, block in plan.new_blocks:
             self.tables[row][index] = block
         prefill = iter(plan.token_ids)
-        contexts, writes = [], []
+        sampled_from, writes = [], []
         for i, (row, start, length) in enumerate(zip(plan.rows, plan.starts, plan.query_lens, strict=True)):
             new = [self.last_tokens[row]] if i < plan.num_decodes else [next(prefill) for _ in range(length)]
-            assert len(new) == length
-            past = [self._slot(row, p)[0][self._slot(row, p)[1]] for p in range(start)]
+            assert len(new) == length > 0, "an entry computes nothing"
+            past = [page[offset] for page, offset in (self._slot(row, position) for position in range(start))]
             assert None not in past, f"row {row} reads a slot that no step has written"
-            contexts.append(past + new)
-            writes += [(self._slot(row, start + j), token) for j, token in enumerate(new)]
+            kv = extend([number for number in past if number is not None], new)
+            sampled_from.append(kv[-1])
+            writes += [(self._slot(row, start + j), number) for j, number in enumerate(kv)]
         assert next(prefill, None) is None, "the plan holds more prefill tokens than its entries compute"
         slots = [(id(page), offset) for (page, offset), _ in writes]
         assert len(set(slots)) == len(slots), "two tokens of a step are written to one slot"
-        for (page, offset), token in writes:
-            page[offset] = token
+        for (page, offset), number in writes:
+            page[offset] = number
         sampled = []
-        for row, context, samples in zip(plan.rows, contexts, plan.samples, strict=True):
+        for row, number, samples in zip(plan.rows, sampled_from, plan.samples, strict=True):
             if samples:
-                self.last_tokens[row] = next_token([t for t in context if t is not None])
+                self.last_tokens[row] = number % VOCAB
                 sampled.append(self.last_tokens[row])
         return sampled
 
@@ -80,11 +88,11 @@ class ModelFreeRunner:
 
 @dataclass
 class ModelFreeEngine:
-    """Scheduler, blocks and prefix cache around that runner; commit lag 0 or 1."""
+    """Scheduler, blocks and prefix cache around that runner. Commit lag 0, 1 (the engine's own loop), or more."""
 
     batching: str
     prefix_cache: bool
-    overlap: bool
+    lag: int
     block_size: int
     num_blocks: int
     max_num_seqs: int
@@ -96,7 +104,7 @@ class ModelFreeEngine:
         config = ResolvedConfig(
             model="none", dtype="float32", device="cpu", seed=0, max_model_len=1 << 20, max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens, block_size=self.block_size,
-            optimizations=Optimizations(batching=self.batching, prefix_cache=self.prefix_cache, overlap=self.overlap),
+            optimizations=Optimizations(batching=self.batching, prefix_cache=self.prefix_cache, overlap=self.lag == 1),
         )  # fmt: skip
         if self.prefix_cache:
             blocks: BlockManager = CachingBlockManager(self.num_blocks, self.block_size, self.stats)
@@ -104,7 +112,7 @@ class ModelFreeEngine:
             blocks = BlockManager(self.num_blocks, self.block_size)
         self.scheduler = Scheduler(config, blocks, self.stats)
         self.runner = ModelFreeRunner(config, self.num_blocks)
-        self.loop: Any = OverlappedStepLoop(self.scheduler, self.runner) if self.overlap else _Lag0(self.scheduler, self.runner)
+        self.loop: Any = OverlappedStepLoop(self.scheduler, self.runner) if self.lag == 1 else _Loop(self.scheduler, self.runner, self.lag)
 
     @property
     def busy(self) -> bool:
@@ -116,12 +124,17 @@ class ModelFreeEngine:
 
 
 @dataclass
-class _Lag0:
+class _Loop:
     scheduler: Scheduler
     runner: ModelFreeRunner
+    lag: int
+    in_flight: list[tuple[StepPlan, list[int]]] = field(default_factory=list)
 
     def step(self) -> tuple[StepPlan | None, list[Sequence]]:
         plan = self.scheduler.schedule()
-        if plan is None:
-            return None, []
-        return plan, self.scheduler.commit(plan, *self.runner.collect(self.runner.launch(plan)))
+        if plan is not None:
+            self.in_flight.append((plan, self.runner.launch(plan)))
+        if not self.in_flight or (plan is not None and len(self.in_flight) <= self.lag):
+            return plan, []
+        oldest, handle = self.in_flight.pop(0)
+        return plan, self.scheduler.commit(oldest, *self.runner.collect(handle))

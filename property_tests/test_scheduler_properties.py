@@ -18,15 +18,15 @@ class EngineMachine(RuleBasedStateMachine):
     @initialize(
         batching=st.sampled_from(["static", "continuous", "chunked"]),
         prefix_cache=st.booleans(),
-        overlap=st.booleans(),
+        lag=st.sampled_from([0, 1, 1, 2]),
         block_size=st.sampled_from([1, 2, 3, 4, 8]),
         num_blocks=st.integers(2, 24),
         max_num_seqs=st.integers(1, 6),
         extra_budget=st.integers(0, 24),
     )
-    def start(self, batching: str, prefix_cache: bool, overlap: bool, block_size: int, num_blocks: int, max_num_seqs: int,
+    def start(self, batching: str, prefix_cache: bool, lag: int, block_size: int, num_blocks: int, max_num_seqs: int,
               extra_budget: int) -> None:
-        self.engine = ModelFreeEngine(batching, prefix_cache, overlap, block_size, num_blocks, max_num_seqs,
+        self.engine = ModelFreeEngine(batching, prefix_cache, lag, block_size, num_blocks, max_num_seqs,
                                       max_num_seqs + extra_budget)
         self.requests: dict[str, Sequence] = {}
         self.expected: dict[str, list[int]] = {}
@@ -82,6 +82,8 @@ class EngineMachine(RuleBasedStateMachine):
         for request_id in self.engine.finished:
             assert self.requests[request_id].output_token_ids == self.expected[request_id]
         assert self.engine.scheduler.blocks.num_free == self.engine.num_blocks
+        if not self.aborted and not any(seq.stop_token_ids for seq in self.requests.values()):
+            assert self.engine.stats.discarded_tokens == 0, "a token was computed that nobody asked for"
 
 
 EngineMachine.TestCase.settings = settings(

@@ -23,20 +23,6 @@ LEVELS: dict[str, tuple[Any, ...]] = {
 }
 """The levels of each optimization; the first is its baseline."""
 
-_BEST: dict[Device, dict[str, Any]] = {
-    "cpu": {"attention_backend": "torch", "kernels": "torch", "batching": "chunked", "cuda_graphs": False,
-            "overlap": False},
-    "cuda": {"attention_backend": "triton", "kernels": "triton", "batching": "chunked", "cuda_graphs": True,
-             "overlap": True},
-}
-_NEEDS_CUDA = {
-    ("attention_backend", "triton"): "Triton kernels run on a GPU",
-    ("attention_backend", "flash_attn"): "FlashAttention runs on a GPU",
-    ("kernels", "triton"): "Triton kernels run on a GPU",
-    ("cuda_graphs", True): "a CUDA graph is recorded on a GPU",
-}
-_NOT_BUILT = {("attention_backend", "flash_attn")}
-
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
@@ -70,28 +56,18 @@ class Optimizations:
 
     def resolve(self, device: Device) -> Optimizations:
         """Replaces every 'auto'. Raises ValueError for a level that cannot run on `device`."""
-        best = {"prefix_cache": True, **_BEST[device]}
-        if self.tensor_parallel_size > 1:
-            best["cuda_graphs"] = False
-            if self.cuda_graphs is True:
-                raise ValueError(f"cuda_graphs=True cannot run with tensor_parallel_size={self.tensor_parallel_size}: collectives are "
-                                 "not recorded yet. Use cuda_graphs=False, or tensor_parallel_size=1.")
-        chosen = {name: best[name] if getattr(self, name) == "auto" else getattr(self, name) for name in LEVELS}
-        for choice in chosen.items():
-            if choice in _NEEDS_CUDA and device != "cuda":
-                raise ValueError(f"{choice[0]}={choice[1]!r} cannot run on device {device!r}: {_NEEDS_CUDA[choice]}. "
-                                 f"Use {choice[0]}={LEVELS[choice[0]][0]!r}, or a machine with an NVIDIA GPU.")
-            if choice in _NOT_BUILT:
-                raise ValueError(f"{choice[0]}={choice[1]!r} is not part of this version of nanovllm; "
-                                 f"use {choice[0]}={LEVELS[choice[0]][0]!r}.")
-        return Optimizations(**chosen)
+        if self == BASELINE:
+            return self
+        from nanovllm.availability import resolve
+
+        return resolve(self, device)
 
 
 BASELINE = Optimizations()
 """Every optimization off."""
-ALL = Optimizations(attention_backend="auto", kernels="auto", prefix_cache="auto", batching="auto", cuda_graphs="auto",
-                    overlap="auto")
+ALL = Optimizations(**{name: "auto" for name in LEVELS if name != "tensor_parallel_size"})  # type: ignore[arg-type]
 """The best level of each optimization on the machine at hand (tensor_parallel_size is a question of its own: 1)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -115,12 +91,11 @@ class EngineConfig:
         _require(isinstance(self.model, str) and self.model != "", "model", self.model, "a folder or a hub id")
         _require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "'auto', 'float32' or 'bfloat16'")
         _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "'auto', 'cpu' or 'cuda'")
-        for name in ("max_num_seqs", "block_size"):
+        for name in ("max_num_seqs", "block_size", "max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes"):
             value = getattr(self, name)
-            _require(_is_int(value) and value >= 1, name, value, "a whole number, 1 or more")
-        for name in ("max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes"):
-            value = getattr(self, name)
-            _require(value is None or (_is_int(value) and value >= 1), name, value, "None or a whole number, 1 or more")
+            optional = name not in ("max_num_seqs", "block_size")
+            _require((value is None and optional) or (_is_int(value) and value >= 1), name, value,
+                     ("None or " if optional else "") + "a whole number, 1 or more")
         _require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", self.gpu_memory_utilization, "in (0, 1]")
 
     @classmethod

@@ -3,14 +3,13 @@
 import dataclasses
 import time
 from collections.abc import Sequence as SequenceOf
-from types import TracebackType
 from typing import Any, Self
 
 import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from nanovllm.config import Device, EngineConfig, ResolvedConfig
+from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Scheduler, StepPlan
@@ -19,7 +18,7 @@ from nanovllm.engine.stats import StepStats
 from nanovllm.layers.linear import TensorParallel
 from nanovllm.models.config import load_hf_config
 from nanovllm.models.loader import resolve_model
-from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
+from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
 Prompt = str | list[int] | dict[str, Any]
@@ -33,8 +32,7 @@ class StepLoop:
     """The step protocol with commit lag 0: plan, launch, collect, commit."""
 
     def __init__(self, scheduler: Scheduler, runner: Any) -> None:
-        self.scheduler = scheduler
-        self.runner = runner
+        self.scheduler, self.runner = scheduler, runner
 
     def step(self) -> tuple[StepPlan | None, list[Sequence]]:
         """Returns the plan and the sequences that got a token."""
@@ -49,35 +47,26 @@ class LLMEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         self._dead: str | None = "it was never started"
-        self.requested = config
-        device: Device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device  # type: ignore[assignment]
-        if device == "cuda" and not torch.cuda.is_available():
+        self.requested, self._stats = config, StepStats()
+        cuda = torch.cuda.is_available()
+        if config.device == "cuda" and not cuda:
             raise ValueError("device='cuda' was asked for and torch sees no GPU; use device='cpu'")
         folder = resolve_model(config.model)
         self.model_config = load_hf_config(folder)
-        dtype = self.model_config.dtype if config.dtype == "auto" else config.dtype
-        resolved = config.resolve(device=device, dtype=dtype, max_position_embeddings=self.model_config.max_position_embeddings)
-        self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config.tokenizer or str(folder))
-        self._stats = StepStats()
-        self.runner: Any
-        if resolved.optimizations.tensor_parallel_size > 1:
-            from nanovllm.engine.workers import TensorParallelRunner
-
-            self.runner = TensorParallelRunner(config, resolved, self.model_config, folder, self._stats)
-        elif resolved.optimizations.cuda_graphs:
-            from nanovllm.engine.cuda_graph import GraphRunner
-
-            self.runner = GraphRunner(config, resolved, self.model_config, folder, TensorParallel(), self._stats)
-        else:
-            self.runner = ModelRunner(config, resolved, self.model_config, folder, TensorParallel(), self._stats)
-        self.config: ResolvedConfig = dataclasses.replace(
-            resolved, num_kv_blocks=self.runner.num_blocks, kv_cache_bytes=self.runner.kv_cache_bytes
+        resolved = config.resolve(
+            device="cpu" if config.device == "cpu" or not cuda else "cuda",
+            dtype=self.model_config.dtype if config.dtype == "auto" else config.dtype,
+            max_position_embeddings=self.model_config.max_position_embeddings,
         )
-        blocks = BlockManager(self.config.num_kv_blocks, resolved.block_size)
+        self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config.tokenizer or str(folder))
+        self.runner = self._make_runner(config, resolved, self.model_config, folder)
+        self.config: ResolvedConfig = dataclasses.replace(
+            resolved, num_kv_blocks=self.runner.num_blocks, kv_cache_bytes=self.runner.kv_cache_bytes)
+        blocks = BlockManager(self.runner.num_blocks, resolved.block_size)
         if resolved.optimizations.prefix_cache:
             from nanovllm.engine.prefix_cache import CachingBlockManager
 
-            blocks = CachingBlockManager(self.config.num_kv_blocks, resolved.block_size, self._stats)
+            blocks = CachingBlockManager(self.runner.num_blocks, resolved.block_size, self._stats)
         self.scheduler = Scheduler(self.config, blocks, self._stats)
         self.loop: Any = StepLoop(self.scheduler, self.runner)
         if resolved.optimizations.overlap:
@@ -87,6 +76,18 @@ class LLMEngine:
         self._num_requests = 0
         self._step_times: list[tuple[float, int, int]] = []
         self._dead = None
+
+    def _make_runner(self, config: EngineConfig, resolved: ResolvedConfig, *model: Any) -> Any:
+        """The runner of the chosen optimizations: all of them have launch, collect and close."""
+        if resolved.optimizations.tensor_parallel_size > 1:
+            from nanovllm.engine.workers import TensorParallelRunner
+
+            return TensorParallelRunner(config, resolved, *model, self._stats)
+        if resolved.optimizations.cuda_graphs:
+            from nanovllm.engine.cuda_graph import GraphRunner
+
+            return GraphRunner(config, resolved, *model, TensorParallel(), self._stats)
+        return ModelRunner(config, resolved, *model, TensorParallel(), self._stats)
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -101,12 +102,12 @@ class LLMEngine:
         if len(token_ids) + params.max_tokens > limit:
             raise ValueError(f"request {request_id!r} has {len(token_ids)} prompt tokens and max_tokens={params.max_tokens}, "
                              f"together more than max_model_len={limit}: shorten it or raise max_model_len")
-        stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(self.model_config.eos_token_ids))
+        stops = {*params.stop_token_ids, *(() if params.ignore_eos else self.model_config.eos_token_ids)}
         seed = params.seed
         if seed is None:  # a key of its own for every request, reproducible in the order of arrival
             seed = ((self.config.seed & 0x7FFFFFFF) << 32) | (self._num_requests & 0xFFFFFFFF)
         self._num_requests += 1
-        return Sequence(request_id, list(token_ids), params, seed, time.perf_counter(), stops, text)
+        return Sequence(request_id, list(token_ids), params, seed, time.perf_counter(), frozenset(stops), text)
 
     def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams) -> None:
         """Queues a request; it runs when `step` is called."""
@@ -137,41 +138,27 @@ class LLMEngine:
         if plan is not None:
             self._step_times.append((now - begin, plan.num_prefill_tokens, plan.num_decodes))
         for seq in advanced:
-            if seq.metrics.first_token_time is None:
-                seq.metrics.first_token_time = now
-            if seq.finish_reason is not None:
-                seq.metrics.finished_time = now
+            seq.metrics.first_token_time = seq.metrics.first_token_time or now
+            seq.metrics.finished_time = now if seq.finish_reason is not None else None
         return advanced
 
     def output_of(self, seq: Sequence) -> RequestOutput:
         """The request as vLLM returns it."""
-        token_ids = seq.output_token_ids
-        text = self.tokenizer.decode(token_ids) if self.tokenizer is not None else ""
-        logprobs = cumulative = None
+        completion = CompletionOutput(0, "", seq.output_token_ids, None, None, seq.finish_reason, seq.stop_reason)
+        if self.tokenizer is not None:
+            completion.text = self.tokenizer.decode(completion.token_ids)
         if seq.params.logprobs is not None:
-            logprobs = [self._logprob_dict(token, entry, seq.params.logprobs)
-                        for token, entry in zip(token_ids, seq.logprobs, strict=True)]
-            cumulative = sum(entry[0] for entry in seq.logprobs)
-        completion = CompletionOutput(0, text, token_ids, cumulative, logprobs, seq.finish_reason, seq.stop_reason)
+            from nanovllm.engine.logprobs import attach_logprobs
+
+            attach_logprobs(completion, seq, self.tokenizer)
         return RequestOutput(seq.request_id, seq.prompt, seq.token_ids[: seq.num_prompt_tokens], [completion],
                              seq.finish_reason is not None, seq.metrics, seq.num_cached_tokens)
 
-    def _logprob_dict(self, token: int, entry: Any, count: int) -> dict[int, Logprob]:
-        chosen, rank, largest, ids = entry
-        found = {i: Logprob(lp, k + 1, self._decode(i)) for k, (lp, i) in enumerate(zip(largest[:count], ids[:count], strict=True))}
-        found.setdefault(token, Logprob(chosen, rank, self._decode(token)))
-        return found
-
-    def _decode(self, token: int) -> str | None:
-        return self.tokenizer.decode([token]) if self.tokenizer is not None else None
-
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, dict):
-            if set(prompt) == {"prompt_token_ids"}:
-                return None, list(prompt["prompt_token_ids"])
-            if set(prompt) != {"prompt"}:
+            if prompt.keys() not in ({"prompt_token_ids"}, {"prompt"}):
                 raise TypeError(f"a prompt has the keys {sorted(prompt)}; give {{'prompt_token_ids': [...]}} or {{'prompt': text}}")
-            prompt = prompt["prompt"]
+            prompt = next(iter(prompt.values()))
         if isinstance(prompt, list):
             return None, prompt
         if not isinstance(prompt, str):
@@ -212,8 +199,7 @@ class LLMEngine:
     def close(self, reason: str = "it was closed") -> None:
         """Ends the processes and gives all memory back. May be called twice."""
         if self._dead is None:
-            self._dead = reason
-            self.loop = None
+            self._dead, self.loop = reason, None
             self.runner.close()
 
     def _check_alive(self) -> None:
@@ -223,7 +209,7 @@ class LLMEngine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -233,44 +219,35 @@ class LLM(LLMEngine):
     def __init__(self, model: str, **kwargs: Any) -> None:
         super().__init__(EngineConfig.from_kwargs(model, **kwargs))
 
-    def generate(
-        self,
-        prompts: Prompt | SequenceOf[Prompt],
-        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
-        *,
-        use_tqdm: bool = True,
-    ) -> list[RequestOutput]:
+    def generate(self, prompts: Prompt | SequenceOf[Prompt], sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+                 *, use_tqdm: bool = True) -> list[RequestOutput]:
         """Runs every prompt to its end; outputs in the order of the prompts. Nothing runs if one of them is not valid."""
         self._check_alive()
-        batch: list[Prompt] = [prompts] if isinstance(prompts, (str, dict)) or _is_token_list(prompts) else list(prompts)  # type: ignore[list-item, arg-type]
+        one = isinstance(prompts, (str, dict)) or (len(prompts) > 0 and all(isinstance(token, int) for token in prompts))
+        batch: list[Any] = [prompts] if one else list(prompts)
         given = sampling_params if sampling_params is not None else SamplingParams()
         params = [given] * len(batch) if isinstance(given, SamplingParams) else list(given)
         if len(params) != len(batch):
             raise ValueError(f"{len(batch)} prompts and {len(params)} sampling_params; give one for all, or one for each")
         first = self._num_requests
         seqs = [self.make_sequence(str(first + i), p, s) for i, (p, s) in enumerate(zip(batch, params, strict=True))]
-        unfinished = {seq.request_id for seq in seqs}
+        unfinished: set[str] = set()
         try:
             for seq in seqs:
                 self.scheduler.add(seq)
+                unfinished.add(seq.request_id)
             with tqdm(total=len(seqs), desc="Processed prompts", unit="req", disable=not use_tqdm, dynamic_ncols=True) as bar:
                 while unfinished:
-                    ended = [seq for seq in self.advance() if seq.finish_reason is not None]
-                    unfinished.difference_update(seq.request_id for seq in ended)
-                    bar.update(len(ended))
+                    unfinished -= {seq.request_id for seq in self.advance() if seq.finish_reason is not None}
+                    bar.update(len(seqs) - len(unfinished) - bar.n)
         finally:
             for request_id in unfinished:
                 self.abort(request_id)
         return [self.output_of(seq) for seq in seqs]
 
 
-def _is_token_list(prompts: object) -> bool:
-    return isinstance(prompts, list) and bool(prompts) and all(isinstance(token, int) for token in prompts)
-
-
 def load_tokenizer(folder: str) -> Tokenizer:
     """tokenizer.json of a folder or hub id. Raises FileNotFoundError with what to do where there is none."""
-    file = resolve_model(folder) / "tokenizer.json"
-    if not file.is_file():
+    if not (file := resolve_model(folder) / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{file} is missing: give `tokenizer`, or skip_tokenizer_init=True and prompts as token ids")
     return Tokenizer.from_file(str(file))

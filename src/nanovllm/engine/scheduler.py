@@ -54,9 +54,7 @@ class Scheduler:
     """Owns the queues and the blocks. `schedule` may run ahead of `commit` by one step (overlap)."""
 
     def __init__(self, config: ResolvedConfig, blocks: BlockManager, stats: StepStats) -> None:
-        self.config = config
-        self.blocks = blocks
-        self.stats = stats
+        self.config, self.blocks, self.stats = config, blocks, stats
         self.policy = config.optimizations.batching
         self.waiting: OrderedDict[str, Sequence] = OrderedDict()
         self.prefilling: OrderedDict[str, Sequence] = OrderedDict()
@@ -196,17 +194,13 @@ class Scheduler:
         while self.blocks.num_free == 0:
             queue = self.prefilling or self.decoding
             victim = next(reversed(queue.values()))
-            self._preempt(victim, queue)
+            self._leave(victim, queue)  # its known tokens stay with it; those in flight are still committed
+            self.waiting[victim.request_id] = victim
+            self.waiting.move_to_end(victim.request_id, last=False)
+            self.stats.preemptions += 1
             if victim is seq:
                 return False
         return True
-
-    def _preempt(self, seq: Sequence, queue: OrderedDict[str, Sequence]) -> None:
-        """Back to the head of the waiting queue. Its known tokens stay; those in flight are still committed."""
-        self._leave(seq, queue)
-        self.waiting[seq.request_id] = seq
-        self.waiting.move_to_end(seq.request_id, last=False)
-        self.stats.preemptions += 1
 
     def _leave(self, seq: Sequence, queue: OrderedDict[str, Sequence]) -> None:
         """Gives back row and blocks. Steps in flight may still write there: whoever gets them next is planned later."""

@@ -2,38 +2,25 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from importlib import import_module
 from typing import Any
 
 from nanovllm.config import Optimizations
-from nanovllm.kernels.torch import activation, norm, rope, sampling
+
+_KERNELS = {"torch": "nanovllm.kernels.torch", "compile": "nanovllm.kernels.compiled", "triton": "nanovllm.kernels.triton"}
+_ATTENTION = {"torch": "TorchAttention", "triton": "TritonAttention", "flash_attn": "FlashAttention"}
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
     """The operations of a model beside its matrix products and attention; signatures as in kernels/torch/."""
 
-    rms_norm: Callable[..., Any] = norm.rms_norm
-    add_rms_norm: Callable[..., Any] = norm.add_rms_norm
-    qk_norm_rope_store_kv: Callable[..., Any] = rope.qk_norm_rope_store_kv
-    silu_and_mul: Callable[..., Any] = activation.silu_and_mul
-    sample: Callable[..., Any] = sampling.sample
-
-
-def load_kernels(optimizations: Optimizations, calls: Counter[str]) -> Kernels:
-    """The implementation of `optimizations.kernels`; each call adds one to calls[level]."""
-    if optimizations.kernels == "compile":
-        from nanovllm.kernels.compiled import compile_kernels
-
-        chosen = compile_kernels(Kernels())
-    elif optimizations.kernels == "triton":
-        _need_triton("kernels")
-        from nanovllm.kernels import triton as ours
-
-        chosen = Kernels(ours.rms_norm, ours.add_rms_norm, ours.qk_norm_rope_store_kv, ours.silu_and_mul, ours.sample)
-    else:
-        chosen = Kernels()
-    return Kernels(*(counted(getattr(chosen, name), optimizations.kernels, calls) for name in Kernels.__slots__))
+    rms_norm: Callable[..., Any]
+    add_rms_norm: Callable[..., Any]
+    qk_norm_rope_store_kv: Callable[..., Any]
+    silu_and_mul: Callable[..., Any]
+    sample: Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,24 +31,18 @@ class AttentionBackend:
     attend: Callable[..., Any]
 
 
+def load_kernels(optimizations: Optimizations, calls: Counter[str]) -> Kernels:
+    """The implementation of `optimizations.kernels`; each call adds one to calls[level]."""
+    level = optimizations.kernels
+    module = _load(_KERNELS[level], f"kernels={level!r}")
+    return Kernels(*(counted(getattr(module, f.name), level, calls) for f in fields(Kernels)))
+
+
 def load_attention(optimizations: Optimizations, calls: Counter[str], **geometry: Any) -> AttentionBackend:
     """The implementation of `optimizations.attention_backend`; each call of attend adds one to calls[level]."""
-    backend: Any
-    if optimizations.attention_backend == "triton":
-        _need_triton("attention_backend")
-        from nanovllm.kernels.triton.attention import TritonAttention
-
-        backend = TritonAttention(**geometry)
-    else:
-        from nanovllm.kernels.torch.attention import TorchAttention
-
-        backend = TorchAttention(**geometry)
-    return AttentionBackend(backend.prepare, counted(backend.attend, optimizations.attention_backend, calls))
-
-
-def _need_triton(field: str) -> None:
-    if importlib.util.find_spec("triton") is None:
-        raise ImportError(f"{field}='triton' needs Triton, which is not installed: `pip install triton`, or use {field}='torch'")
+    level = optimizations.attention_backend
+    backend = getattr(_load(f"nanovllm.kernels.{level}.attention", f"attention_backend={level!r}"), _ATTENTION[level])(**geometry)
+    return AttentionBackend(backend.prepare, counted(backend.attend, level, calls))
 
 
 def counted(function: Callable[..., Any], level: str, calls: Counter[str]) -> Callable[..., Any]:
@@ -72,3 +53,10 @@ def counted(function: Callable[..., Any], level: str, calls: Counter[str]) -> Ca
         return function(*args, **kwargs)
 
     return call
+
+
+def _load(module: str, choice: str) -> Any:
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{choice} needs the package {error.name!r}, which is not installed: install it, or choose 'torch'") from error

@@ -3,8 +3,6 @@
 Query heads that share a KV head are put in the rows of one small matrix, so that K and V are read once and not repeated.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,28 +10,21 @@ from torch import Tensor
 from nanovllm.kernels.batch import ForwardBatch
 
 
-@dataclass(slots=True)
-class _Prepared:
-    """Index work that is the same in all layers."""
-
-    pages: Tensor  # [decodes * kv_heads * max_blocks] int64: rows of the cache seen as [blocks * kv_heads, page]
-    bias: Tensor  # [decodes, 1, 1, max_blocks * block_size]: 0 for tokens of the sequence, -inf past its end
-    prefills: list[tuple[int, int, int, Tensor | None, Tensor | None]]  # (start, end, context, pages, mask) of each prefill
-
-
 class TorchAttention:
     """The baseline backend; `prepare` once a step, then `attend` once a layer."""
 
     def __init__(self, num_kv_heads: int, block_size: int, scale: float, dtype: torch.dtype) -> None:
-        self.num_kv_heads = num_kv_heads
-        self.block_size = block_size
-        self.scale = scale
-        self.dtype = dtype
+        self.num_kv_heads, self.block_size, self.scale, self.dtype = num_kv_heads, block_size, scale, dtype
 
     def prepare(self, batch: ForwardBatch) -> None:
-        """Turns block tables into indices and masks."""
+        """Does the index work that is the same in all layers; batch.attention becomes
+
+        pages     [decodes * kv_heads * max_blocks] int64: rows of the cache seen as [blocks * kv_heads, page]
+        bias      [decodes, 1, 1, max_blocks * block_size]: 0 for tokens of the sequence, -inf past its end
+        prefills  (start, end, context, pages, mask) of each; pages and mask are None where nothing of it is cached
+        """
         n, device = batch.num_decodes, batch.block_tables.device
-        pages, bias = torch.empty(0, dtype=torch.int64), torch.empty(0)
+        pages = bias = None
         if n:
             width = -(-max(batch.host_seq_lens[:n]) // self.block_size)
             pages = self._pages(batch.block_tables[:n, :width])
@@ -49,24 +40,24 @@ class TorchAttention:
                 mask = torch.ones(length, context, dtype=torch.bool, device=device).tril_(context - length)
             prefills.append((start, start + length, context, cached, mask))
             start += length
-        batch.attention = _Prepared(pages, bias, prefills)
+        batch.attention = pages, bias, prefills
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch) -> Tensor:
         """q: [tokens, q_heads, head_dim]; k, v: [tokens, kv_heads, head_dim], already in the caches -> as q."""
-        prepared: _Prepared = batch.attention
+        pages, bias, prefills = batch.attention
         n = batch.num_decodes
         kv_heads, group, head_dim = self.num_kv_heads, q.shape[1] // self.num_kv_heads, q.shape[2]
         outputs = []
         if n:
-            keys, values = (self._gather(cache, prepared.pages, n) for cache in (k_cache, v_cache))
+            keys, values = (self._gather(cache, pages, n) for cache in (k_cache, v_cache))
             grouped = q[:n].view(n, kv_heads, group, head_dim)
-            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=prepared.bias, scale=self.scale)
+            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=self.scale)
             outputs.append(out.reshape(n, -1, head_dim))
-        for start, end, context, pages, mask in prepared.prefills:
-            if pages is None:
+        for start, end, context, cached, mask in prefills:
+            if cached is None:
                 keys, values = k[None, start:end].transpose(1, 2), v[None, start:end].transpose(1, 2)
             else:
-                keys, values = (self._gather(cache, pages, 1)[:, :, :context] for cache in (k_cache, v_cache))
+                keys, values = (self._gather(cache, cached, 1)[:, :, :context] for cache in (k_cache, v_cache))
             out = F.scaled_dot_product_attention(
                 q[None, start:end].transpose(1, 2), keys, values, attn_mask=mask, is_causal=mask is None, scale=self.scale,
                 enable_gqa=True,

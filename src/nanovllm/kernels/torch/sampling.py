@@ -25,16 +25,9 @@ _SQRT_HALF_BITS = 0x3F3504F3  # sqrt(1/2) as float32 bits
 _EXPONENT_MASK = -0x800000  # sign and exponent of a float32, as int32
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 _LOG_POLYNOMIAL = (  # (log(1 + x) - x + x^2 / 2) / x^3 on [sqrt(1/2) - 1, sqrt(2) - 1], highest power first (Cephes logf)
-    7.0376836292e-2,
-    -1.1514610310e-1,
-    1.1676998740e-1,
-    -1.2420140846e-1,
-    1.4249322787e-1,
-    -1.6668057665e-1,
-    2.0000714765e-1,
-    -2.4999993993e-1,
-    3.3333331174e-1,
-)
+    7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1, 2.0000714765e-1,
+    -2.4999993993e-1, 3.3333331174e-1,
+)  # fmt: skip
 
 
 def philox4x32(
@@ -95,36 +88,8 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     return _log(exponential).neg_()
 
 
-def filtered_logits(logits: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor) -> Tensor:
-    """The logits [n, vocab] (float32) of the distribution that is sampled: `logits / temperature`, -inf where filtered out.
-
-    Top-k keeps the k largest and every tie with the k-th; of those, top-p keeps the smallest set of largest probabilities
-    whose sum reaches top_p (ties: lower ids first), at least one. temperatures, top_ps: float32 [n]; top_ks: int64 [n], 0 or
-    -1 keeps all. A row of temperature 0 (greedy) is not scaled; no filter ever removes its largest logit.
-    """
-    scaled = logits.float() / torch.where(temperatures == 0.0, 1.0, temperatures)[:, None]
-    ordered, ids = scaled.sort(dim=-1, descending=True, stable=True)
-    vocab_size = scaled.shape[-1]
-    last_kept = torch.where(top_ks <= 0, vocab_size, top_ks).clamp(max=vocab_size) - 1
-    ordered.masked_fill_(ordered < ordered.gather(-1, last_kept[:, None]), -torch.inf)
-    probabilities = ordered.softmax(dim=-1)
-    mass_before = probabilities.cumsum(dim=-1).sub_(probabilities)
-    # A rounded sum may reach 1 too early: top_p = 1 must keep all.
-    ordered.masked_fill_((mass_before >= top_ps[:, None]) & (top_ps[:, None] < 1.0), -torch.inf)
-    return torch.empty_like(scaled).scatter_(-1, ids, ordered)
-
-
-def sample(
-    logits: Tensor,
-    temperatures: Tensor,
-    top_ks: Tensor,
-    top_ps: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-    *,
-    all_greedy: bool,
-    any_top_k_top_p: bool,
-) -> Tensor:
+def sample(logits: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor, seeds: Tensor, positions: Tensor, *,
+           all_greedy: bool, any_top_k_top_p: bool) -> Tensor:
     """One token id (int64 [n]) for each row of logits [n, vocab]; the lowest id wins a tie.
 
     Greedy rows (temperature 0) take the largest logit, the others a sample of softmax(filtered_logits) by gumbel_noise. Both
@@ -135,22 +100,11 @@ def sample(
     if all_greedy:
         return logits.argmax(dim=-1)
     if any_top_k_top_p:
+        from nanovllm.kernels.torch.filtering import filtered_logits
+
         scaled = filtered_logits(logits, temperatures, top_ks, top_ps)
     else:
         scaled = logits.float() / torch.where(temperatures == 0.0, 1.0, temperatures)[:, None]
     noise = gumbel_noise(seeds, positions, logits.shape[-1])
     noise.masked_fill_((temperatures == 0.0)[:, None], 0.0)
     return scaled.add_(noise).argmax(dim=-1)
-
-
-def logprobs(logits: Tensor, token_ids: Tensor, num_logprobs: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities of the raw logits [n, vocab] (before temperature and filters, as vLLM's default), in float32.
-
-    Returns those of token_ids (int64 [n]) as [n], their ranks [n] (1 = most likely; ties count against the token), and the
-    `num_logprobs` largest with their token ids, both [n, num_logprobs].
-    """
-    all_logprobs = logits.log_softmax(dim=-1, dtype=torch.float32)
-    chosen = all_logprobs.gather(-1, token_ids[:, None])
-    ranks = (all_logprobs >= chosen).sum(dim=-1)
-    top_values, top_ids = all_logprobs.topk(num_logprobs, dim=-1)
-    return chosen.squeeze(-1), ranks, top_values, top_ids

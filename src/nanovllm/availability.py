@@ -1,0 +1,40 @@
+"""Which optimization runs on which machine. Loaded when one is asked for."""
+
+from dataclasses import fields
+from typing import Any
+
+from nanovllm.config import LEVELS, Device, Optimizations
+
+_BEST: dict[Device, dict[str, Any]] = {
+    "cpu": {"attention_backend": "torch", "kernels": "torch", "batching": "chunked", "cuda_graphs": False,
+            "overlap": False},
+    "cuda": {"attention_backend": "triton", "kernels": "triton", "batching": "chunked", "cuda_graphs": True,
+             "overlap": True},
+}
+_NEEDS_CUDA: dict[tuple[str, Any], str] = {
+    ("attention_backend", "triton"): "Triton kernels run on a GPU",
+    ("attention_backend", "flash_attn"): "FlashAttention runs on a GPU",
+    ("kernels", "triton"): "Triton kernels run on a GPU",
+    ("cuda_graphs", True): "a CUDA graph is recorded on a GPU",
+}
+_NOT_BUILT = {("attention_backend", "flash_attn")}
+
+
+def resolve(requested: Optimizations, device: Device) -> Optimizations:
+    """Replaces every 'auto'. Raises ValueError for a level that cannot run on `device`, with what to use instead."""
+    best = {"prefix_cache": True, **_BEST[device]}
+    if requested.tensor_parallel_size > 1:
+        best["cuda_graphs"] = False
+        if requested.cuda_graphs is True:
+            raise ValueError(f"cuda_graphs=True cannot run with tensor_parallel_size={requested.tensor_parallel_size}: collectives are "
+                             "not recorded yet. Use cuda_graphs=False, or tensor_parallel_size=1.")
+    asked = {f.name: getattr(requested, f.name) for f in fields(requested)}
+    chosen = {name: best[name] if level == "auto" else level for name, level in asked.items()}
+    for choice in chosen.items():
+        name, level = choice
+        if choice in _NEEDS_CUDA and device != "cuda":
+            raise ValueError(f"{name}={level!r} cannot run on device {device!r}: {_NEEDS_CUDA[choice]}. "
+                             f"Use {name}={LEVELS[name][0]!r}, or a machine with an NVIDIA GPU.")
+        if choice in _NOT_BUILT:
+            raise ValueError(f"{name}={level!r} is not part of this version of nanovllm; use {name}={LEVELS[name][0]!r}.")
+    return Optimizations(**chosen)
