@@ -14,6 +14,7 @@ from typing import Any
 
 from nanovllm.config import Optimizations, ResolvedConfig
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.continuous_batching import ContinuousScheduler
 from nanovllm.engine.overlap import OverlappedStepLoop
 from nanovllm.engine.prefix_cache import CachingBlockManager
 from nanovllm.engine.scheduler import Scheduler, StepPlan
@@ -109,14 +110,15 @@ class ModelFreeEngine:
         if self.prefix_cache:
             blocks: BlockManager = CachingBlockManager(self.num_blocks, self.block_size, self.stats)
         else:
-            blocks = BlockManager(self.num_blocks, self.block_size)
-        self.scheduler = Scheduler(config, blocks, self.stats)
+            blocks = BlockManager(self.num_blocks, self.block_size, self.stats)
+        make = Scheduler if self.batching == "static" else ContinuousScheduler
+        self.scheduler = make(config, blocks, self.stats)
         self.runner = ModelFreeRunner(config, self.num_blocks)
         self.loop: Any = OverlappedStepLoop(self.scheduler, self.runner) if self.lag == 1 else _Loop(self.scheduler, self.runner, self.lag)
 
     @property
     def busy(self) -> bool:
-        return bool(self.scheduler.num_unfinished or self.scheduler.num_in_flight)
+        return bool(self.scheduler.num_unfinished or self.scheduler.launched)
 
     def step(self) -> None:
         _, advanced = self.loop.step()

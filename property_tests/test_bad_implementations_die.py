@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.continuous_batching import ContinuousScheduler
 from nanovllm.engine.prefix_cache import CachedBlock, CachingBlockManager, PrefixCache
 from nanovllm.engine.scheduler import Scheduler, StepPlan
 from nanovllm.engine.sequence import Sequence
@@ -119,20 +120,21 @@ def the_sampled_token_is_lost_at_preemption() -> Patch:
 
 
 def the_oldest_is_preempted() -> Patch:
-    def make_room(self: Scheduler, seq: Sequence) -> bool:
+    def grow(self: ContinuousScheduler, plan: StepPlan, seq: Sequence) -> bool:
         while self.blocks.num_free == 0:
             victim = next(iter(self.decoding.values()))
             self._leave(victim, self.decoding)
             self.waiting[victim.request_id] = victim  # at the end of the queue: it may starve
             if victim is seq:
                 return False
-        return True
+        return real(self, plan, seq)
 
-    return Scheduler, "_make_room", make_room
+    real = ContinuousScheduler._grow
+    return ContinuousScheduler, "_grow", grow
 
 
 def a_resumed_request_does_not_wait_for_its_own_token() -> Patch:
-    def admit(self: Scheduler, plan: StepPlan) -> None:
+    def admit(self: ContinuousScheduler, plan: StepPlan) -> None:
         flights = {seq.request_id: seq.in_flight for seq in self.waiting.values()}
         for seq in self.waiting.values():
             seq.in_flight = 0
@@ -141,8 +143,8 @@ def a_resumed_request_does_not_wait_for_its_own_token() -> Patch:
         for seq in waiting:
             seq.in_flight += flights[seq.request_id]
 
-    real = Scheduler._admit
-    return Scheduler, "_admit", admit
+    real = ContinuousScheduler._admit
+    return ContinuousScheduler, "_admit", admit
 
 
 def a_stop_token_does_not_stop() -> Patch:

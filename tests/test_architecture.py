@@ -38,7 +38,7 @@ def test_core_can_be_read_in_one_sitting(baseline_modules: dict[str, Path]) -> N
 
 
 def test_optimizations_are_loaded_only_when_on(baseline_modules: dict[str, Path]) -> None:
-    optional = {"prefix_cache", "overlap", "workers", "cuda_graph", "compiled", "triton", "flash_attn", "checkpoint"}
+    optional = {"prefix_cache", "continuous_batching", "overlap", "workers", "cuda_graph", "compiled", "triton", "flash_attn", "checkpoint"}
     assert not [name for name in baseline_modules if name.split(".")[-1] in optional or "kernels.triton" in name]
 
 

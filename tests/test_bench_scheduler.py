@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from nanovllm.config import Optimizations, ResolvedConfig
+from nanovllm.engine.continuous_batching import ContinuousScheduler
 from nanovllm.engine.prefix_cache import CachingBlockManager
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
@@ -27,7 +28,7 @@ def running_scheduler(num_running: int) -> Scheduler:
                             optimizations=Optimizations(batching="chunked", prefix_cache=True))
     stats = StepStats()
     blocks = CachingBlockManager(num_running * 80, 16, stats)
-    scheduler = Scheduler(config, blocks, stats)
+    scheduler = ContinuousScheduler(config, blocks, stats)
     for i in range(num_running):
         scheduler.add(Sequence(str(i), [i, 1, 2, 3], SamplingParams(max_tokens=1000)))
     step(scheduler)

@@ -47,12 +47,12 @@ class Optimizations:
 
     def __post_init__(self) -> None:
         for name, levels in LEVELS.items():
-            value = getattr(self, name)
+            value, allowed = getattr(self, name), (*levels, "auto")
             if name == "tensor_parallel_size":
                 _require(_is_int(value) and value >= 1, name, value, "a whole number of processes, 1 or more")
-            elif value != "auto":
-                allowed = any(value == level and type(value) is type(level) for level in levels)
-                _require(allowed, name, value, "one of " + ", ".join(map(repr, (*levels, "auto"))))
+            else:
+                same = any(value == level and type(value) is type(level) for level in allowed)
+                _require(same, name, value, "one of " + ", ".join(map(repr, allowed)))
 
     def resolve(self, device: Device) -> Optimizations:
         """Replaces every 'auto'. Raises ValueError for a level that cannot run on `device`."""
@@ -92,10 +92,8 @@ class EngineConfig:
         _require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "'auto', 'float32' or 'bfloat16'")
         _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "'auto', 'cpu' or 'cuda'")
         for name in ("max_num_seqs", "block_size", "max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes"):
-            value = getattr(self, name)
-            optional = name not in ("max_num_seqs", "block_size")
-            _require((value is None and optional) or (_is_int(value) and value >= 1), name, value,
-                     ("None or " if optional else "") + "a whole number, 1 or more")
+            value, optional = getattr(self, name), type(self).__dataclass_fields__[name].default is None
+            _require((value is None and optional) or (_is_int(value) and value >= 1), name, value, "a whole number, 1 or more")
         _require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", self.gpu_memory_utilization, "in (0, 1]")
 
     @classmethod

@@ -5,13 +5,14 @@ prefix_cache.CachingBlockManager stands in its place.
 """
 
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.stats import StepStats
 
 
 class BlockManager:
     """num_blocks blocks of block_size tokens. Every operation costs O(blocks named)."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.num_blocks, self.block_size = num_blocks, block_size
+    def __init__(self, num_blocks: int, block_size: int, stats: StepStats) -> None:
+        self.num_blocks, self.block_size, self.stats = num_blocks, block_size, stats
         self.blank = list(range(num_blocks - 1, -1, -1))  # no owner, nothing worth keeping
 
     @property

@@ -51,9 +51,9 @@ class GraphRunner(ModelRunner):
     spare = 1
 
     def __init__(self, requested: EngineConfig, resolved: ResolvedConfig, model_config: ModelConfig, folder: Path,
-                 tp: TensorParallel, stats: StepStats) -> None:
+                 stats: StepStats, tp: TensorParallel | None = None) -> None:
         self.buckets = buckets_for(resolved.max_num_seqs)
-        super().__init__(requested, resolved, model_config, folder, tp, stats)
+        super().__init__(requested, resolved, model_config, folder, stats, tp)
         self.spare_row = resolved.max_num_seqs
         self.block_tables[self.spare_row] = self.num_blocks  # the spare block
         with self.device:

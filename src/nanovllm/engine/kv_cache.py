@@ -1,9 +1,9 @@
 """How large the KV cache is, and its tensors."""
 
-import os
 from dataclasses import dataclass
 from typing import Self
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -38,10 +38,8 @@ class KVCacheSpec:
         try:
             cache = torch.zeros(shape, dtype=self.dtype, device=device)
         except (RuntimeError, torch.OutOfMemoryError) as error:
-            raise MemoryError(
-                f"no room for a KV cache of {num_blocks * self.block_bytes / MIB:.0f} MiB on {device}: "
-                "lower kv_cache_memory_bytes or gpu_memory_utilization"
-            ) from error
+            size = f"{num_blocks * self.block_bytes / MIB:.0f} MiB on {device}"
+            raise MemoryError(f"no room for a KV cache of {size}: lower kv_cache_memory_bytes or gpu_memory_utilization") from error
         return [(layer[0], layer[1]) for layer in cache]
 
 
@@ -56,17 +54,12 @@ def num_blocks_for(requested: EngineConfig, resolved: ResolvedConfig, spec: KVCa
         free, total = memory(device)
         budget = int(free - reserved_bytes - (1 - requested.gpu_memory_utilization) * total)
     if budget < spec.block_bytes:
-        raise ValueError(
-            f"the KV cache would have {max(budget, 0)} bytes, one block of {resolved.block_size} tokens takes {spec.block_bytes}: "
-            "raise kv_cache_memory_bytes or gpu_memory_utilization, lower block_size, or free memory on the device"
-        )
+        raise ValueError(f"the KV cache would have {max(budget, 0)} bytes, one block of {resolved.block_size} tokens takes "
+                         f"{spec.block_bytes}: raise kv_cache_memory_bytes or gpu_memory_utilization, or free memory on the device")
     return min(usable, budget // spec.block_bytes)
 
 
 def memory(device: torch.device) -> tuple[int, int]:
     """(free, total) bytes of the device, over all processes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)
-    with open("/proc/meminfo") as file:
-        sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file}
-    return sizes["MemAvailable"], os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    host = psutil.virtual_memory()
+    return torch.cuda.mem_get_info(device) if device.type == "cuda" else (host.available, host.total)

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Sequence as SequenceOf
+from importlib import import_module
 from typing import Any, Self
 
 import torch
@@ -15,7 +16,6 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Scheduler, StepPlan
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stats import StepStats
-from nanovllm.layers.linear import TensorParallel
 from nanovllm.models.config import load_hf_config
 from nanovllm.models.loader import resolve_model
 from nanovllm.outputs import CompletionOutput, RequestOutput
@@ -59,35 +59,20 @@ class LLMEngine:
             max_position_embeddings=self.model_config.max_position_embeddings,
         )
         self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config.tokenizer or str(folder))
-        self.runner = self._make_runner(config, resolved, self.model_config, folder)
+        on = resolved.optimizations
+        make_runner = (_load("workers", "TensorParallelRunner") if on.tensor_parallel_size > 1
+                       else _load("cuda_graph", "GraphRunner") if on.cuda_graphs else ModelRunner)  # fmt: skip
+        self.runner = make_runner(config, resolved, self.model_config, folder, self._stats)
         self.config: ResolvedConfig = dataclasses.replace(
             resolved, num_kv_blocks=self.runner.num_blocks, kv_cache_bytes=self.runner.kv_cache_bytes)
-        blocks = BlockManager(self.runner.num_blocks, resolved.block_size)
-        if resolved.optimizations.prefix_cache:
-            from nanovllm.engine.prefix_cache import CachingBlockManager
-
-            blocks = CachingBlockManager(self.runner.num_blocks, resolved.block_size, self._stats)
-        self.scheduler = Scheduler(self.config, blocks, self._stats)
-        self.loop: Any = StepLoop(self.scheduler, self.runner)
-        if resolved.optimizations.overlap:
-            from nanovllm.engine.overlap import OverlappedStepLoop
-
-            self.loop = OverlappedStepLoop(self.scheduler, self.runner)
+        make_blocks = _load("prefix_cache", "CachingBlockManager") if on.prefix_cache else BlockManager
+        make_scheduler = Scheduler if on.batching == "static" else _load("continuous_batching", "ContinuousScheduler")
+        self.scheduler = make_scheduler(self.config, make_blocks(self.runner.num_blocks, resolved.block_size, self._stats), self._stats)
+        make_loop = _load("overlap", "OverlappedStepLoop") if on.overlap else StepLoop
+        self.loop = make_loop(self.scheduler, self.runner)
         self._num_requests = 0
         self._step_times: list[tuple[float, int, int]] = []
         self._dead = None
-
-    def _make_runner(self, config: EngineConfig, resolved: ResolvedConfig, *model: Any) -> Any:
-        """The runner of the chosen optimizations: all of them have launch, collect and close."""
-        if resolved.optimizations.tensor_parallel_size > 1:
-            from nanovllm.engine.workers import TensorParallelRunner
-
-            return TensorParallelRunner(config, resolved, *model, self._stats)
-        if resolved.optimizations.cuda_graphs:
-            from nanovllm.engine.cuda_graph import GraphRunner
-
-            return GraphRunner(config, resolved, *model, TensorParallel(), self._stats)
-        return ModelRunner(config, resolved, *model, TensorParallel(), self._stats)
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -119,7 +104,7 @@ class LLMEngine:
         return self.scheduler.abort(request_id) is not None
 
     def has_unfinished_requests(self) -> bool:
-        return self.scheduler.num_unfinished > 0 or self.scheduler.num_in_flight > 0
+        return bool(self.scheduler.num_unfinished or self.scheduler.launched)
 
     def step(self) -> list[RequestOutput]:
         """Runs one step; returns the state of every request that got a token in it."""
@@ -136,7 +121,7 @@ class LLMEngine:
             raise
         now = time.perf_counter()
         if plan is not None:
-            self._step_times.append((now - begin, plan.num_prefill_tokens, plan.num_decodes))
+            self._step_times.append((now - begin, len(plan.token_ids), plan.num_decodes))
         for seq in advanced:
             seq.metrics.first_token_time = seq.metrics.first_token_time or now
             seq.metrics.finished_time = now if seq.finish_reason is not None else None
@@ -148,9 +133,7 @@ class LLMEngine:
         if self.tokenizer is not None:
             completion.text = self.tokenizer.decode(completion.token_ids)
         if seq.params.logprobs is not None:
-            from nanovllm.engine.logprobs import attach_logprobs
-
-            attach_logprobs(completion, seq, self.tokenizer)
+            _load("logprobs", "attach_logprobs")(completion, seq, self.tokenizer)
         return RequestOutput(seq.request_id, seq.prompt, seq.token_ids[: seq.num_prompt_tokens], [completion],
                              seq.finish_reason is not None, seq.metrics, seq.num_cached_tokens)
 
@@ -178,9 +161,7 @@ class LLMEngine:
 
     def toggles(self) -> dict[str, dict[str, Any]]:
         """Level, engaged and opportunity of each optimization."""
-        from nanovllm.engine.toggles import toggle_counters
-
-        return toggle_counters(self.config.optimizations, self._stats)
+        return _load("toggles", "toggle_counters")(self.config.optimizations, self._stats)
 
     def step_times(self) -> list[tuple[float, int, int]]:
         """(seconds, prefill tokens, decode tokens) of each step since the start or the last reset_stats."""
@@ -244,6 +225,11 @@ class LLM(LLMEngine):
             for request_id in unfinished:
                 self.abort(request_id)
         return [self.output_of(seq) for seq in seqs]
+
+
+def _load(module: str, name: str) -> Any:
+    """An optional part of the engine: loaded only when its optimization is on."""
+    return getattr(import_module(f"nanovllm.engine.{module}"), name)
 
 
 def load_tokenizer(folder: str) -> Tokenizer:

@@ -19,7 +19,6 @@ from nanovllm.engine.sequence import TokenLogprobs
 from nanovllm.engine.stats import StepStats
 from nanovllm.kernels.batch import ForwardBatch, upload
 from nanovllm.kernels.registry import load_attention, load_kernels
-from nanovllm.kernels.torch.sampling import logprobs
 from nanovllm.layers.linear import TensorParallel
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.loader import load_weights
@@ -40,9 +39,8 @@ class ModelRunner:
     spare = 0  # rows and blocks that no request gets
 
     def __init__(self, requested: EngineConfig, resolved: ResolvedConfig, model_config: ModelConfig, folder: Path,
-                 tp: TensorParallel, stats: StepStats) -> None:
-        self.config = resolved
-        self.stats = stats
+                 stats: StepStats, tp: TensorParallel | None = None) -> None:
+        self.config, self.stats, tp = resolved, stats, tp or TensorParallel()
         self.device = torch.device(resolved.device, tp.rank) if resolved.device == "cuda" else torch.device("cpu")
         dtype = getattr(torch, resolved.dtype)
         self.kernels = load_kernels(resolved.optimizations, stats.kernel_calls)
@@ -58,16 +56,13 @@ class ModelRunner:
         finally:
             torch.set_default_dtype(default_dtype)
         load_weights(self.model, folder, tp)
-        self.model.eval().requires_grad_(False)
+        self.model.to(self.device).eval().requires_grad_(False)
 
         rows, max_blocks = resolved.max_num_seqs + self.spare, -(-resolved.max_model_len // resolved.block_size)
         with self.device:
             self.block_tables = torch.zeros(rows, max_blocks, dtype=torch.int32)
-            self.last_tokens = torch.zeros(rows, dtype=torch.int64)
-            self.temperatures = torch.zeros(rows, dtype=torch.float32)
-            self.top_ks = torch.zeros(rows, dtype=torch.int64)
-            self.top_ps = torch.ones(rows, dtype=torch.float32)
-            self.seeds = torch.zeros(rows, dtype=torch.int64)
+            self.last_tokens, self.top_ks, self.seeds = torch.zeros(3, rows, dtype=torch.int64)
+            self.temperatures, self.top_ps = torch.zeros(2, rows, dtype=torch.float32)
 
         spec, reserved = KVCacheSpec.of(model_config, resolved), 0
         if resolved.device == "cuda":
@@ -95,7 +90,11 @@ class ModelRunner:
             batch.seq_lens[samples].long(), all_greedy=plan.greedy_only, any_top_k_top_p=plan.filtered,
         )  # fmt: skip
         self.last_tokens[rows] = token_ids
-        return self._read_back(token_ids, *(() if plan.num_logprobs is None else logprobs(logits, token_ids, plan.num_logprobs)))
+        if plan.num_logprobs is None:
+            return self._read_back(token_ids)
+        from nanovllm.kernels.torch.logprobs import logprobs
+
+        return self._read_back(token_ids, *logprobs(logits, token_ids, plan.num_logprobs))
 
     def _read_back(self, *tensors: Tensor) -> StepHandle:
         """Enqueues their copies to the host; an event tells when those have arrived, however much is enqueued behind."""
@@ -125,10 +124,8 @@ class ModelRunner:
         if plan.new_rows:
             rows, temperatures, top_ks, top_ps, seeds = (list(column) for column in zip(*plan.new_rows, strict=True))
             index = self._tensor(rows)
-            self.temperatures[index] = self._tensor(temperatures, torch.float32)
-            self.top_ks[index] = self._tensor(top_ks)
-            self.top_ps[index] = self._tensor(top_ps, torch.float32)
-            self.seeds[index] = self._tensor(seeds)
+            self.top_ks[index], self.seeds[index] = self._tensor([top_ks, seeds])
+            self.temperatures[index], self.top_ps[index] = self._tensor([temperatures, top_ps], torch.float32)
         if plan.new_blocks:
             rows, columns, blocks = self._tensor(plan.new_blocks).unbind(1)  # type: ignore[arg-type]
             self.block_tables[rows, columns] = blocks.int()
@@ -137,7 +134,7 @@ class ModelRunner:
         """The tensors of a step; slots are derived from the block tables on the device."""
         seq_lens = [start + length for start, length in zip(plan.starts, plan.query_lens, strict=True)]
         starts, query_lens = self._tensor(plan.starts), self._tensor(plan.query_lens)
-        num_tokens = plan.num_decodes + plan.num_prefill_tokens
+        num_tokens = plan.num_decodes + len(plan.token_ids)
         query_start_loc = torch.nn.functional.pad(query_lens.cumsum(0), (1, 0))
         entry = torch.repeat_interleave(query_lens, output_size=num_tokens)  # [tokens]: the entry of each token
         positions = torch.arange(num_tokens, device=self.device) + (starts - query_start_loc[:-1])[entry]
@@ -145,13 +142,6 @@ class ModelRunner:
         block_tables = self.block_tables[rows, : -(-max(seq_lens) // block_size)]
         blocks = block_tables[entry, positions // block_size].long()
         return ForwardBatch(
-            token_ids=torch.cat((self.last_tokens[rows[: plan.num_decodes]], self._tensor(plan.token_ids))),
-            positions=positions,
-            slot_mapping=blocks * block_size + positions % block_size,
-            block_tables=block_tables,
-            seq_lens=self._tensor(seq_lens, torch.int32),
-            query_start_loc=query_start_loc,
-            num_decodes=plan.num_decodes,
-            host_query_lens=plan.query_lens,
-            host_seq_lens=seq_lens,
-        )
+            torch.cat((self.last_tokens[rows[: plan.num_decodes]], self._tensor(plan.token_ids))), positions,
+            blocks * block_size + positions % block_size, block_tables, self._tensor(seq_lens, torch.int32), query_start_loc,
+            plan.num_decodes, plan.query_lens, seq_lens)  # fmt: skip

@@ -92,8 +92,7 @@ class CachingBlockManager(BlockManager):
     """
 
     def __init__(self, num_blocks: int, block_size: int, stats: StepStats) -> None:
-        super().__init__(num_blocks, block_size)
-        self.stats = stats
+        super().__init__(num_blocks, block_size, stats)
         self.cache = PrefixCache(block_size)
         self.ref_counts = [0] * num_blocks
         self.evictable: OrderedDict[int, None] = OrderedDict()

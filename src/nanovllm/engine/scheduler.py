@@ -5,14 +5,14 @@
        +------------- preempt (last admitted first) -----------+
 
 Two phases: *prefill* computes the KV of known tokens (a prompt, or everything again after a preemption), *decode* one new
-token a request. How they share steps is the batching policy:
+token a request. Admission and the mix of a step are the batching policy. Here it is the baseline:
 
     static      admit a batch with the KV of its longest possible outputs reserved; admit no more until all have finished
-    continuous  admit whenever there is room; a step is all prefill (first) or all decode
-    chunked     admit whenever there is room; decodes first, prefill chunks fill what is left of the token budget
 
-Planning costs O(requests in the step). A request sits in exactly one of three queues; all three are ordered by age,
-prefilling is younger than decoding, and the victim of a preemption is the youngest: the oldest always makes progress.
+continuous_batching.py has the others, which admit whenever there is room and take the room back by preemption.
+
+Planning costs O(requests in the step). A request sits in exactly one of three queues; all three are ordered by age, and
+whatever is prefilling is younger than whatever is decoding.
 """
 
 from collections import OrderedDict, deque
@@ -45,10 +45,6 @@ class StepPlan:
     filtered: bool = False  # top-k or top-p is used
     num_logprobs: int | None = None  # the most that any sampling entry asks for
 
-    @property
-    def num_prefill_tokens(self) -> int:
-        return len(self.token_ids)
-
 
 class Scheduler:
     """Owns the queues and the blocks. `schedule` may run ahead of `commit` by one step (overlap)."""
@@ -60,7 +56,7 @@ class Scheduler:
         self.prefilling: OrderedDict[str, Sequence] = OrderedDict()
         self.decoding: OrderedDict[str, Sequence] = OrderedDict()
         self.free_rows = list(range(config.max_num_seqs - 1, -1, -1))
-        self._launched: deque[tuple[StepPlan, list[Sequence]]] = deque()  # planned, not committed
+        self.launched: deque[tuple[StepPlan, list[Sequence]]] = deque()  # planned, not committed
         self._num_steps = 0
 
     @property
@@ -71,20 +67,14 @@ class Scheduler:
     def num_unfinished(self) -> int:
         return len(self.waiting) + self.num_running
 
-    @property
-    def num_in_flight(self) -> int:
-        return len(self._launched)
-
     def add(self, seq: Sequence) -> None:
         """Queues a request. Raises ValueError if it could never run: its id is taken, or it exceeds the whole KV cache."""
         if any(seq.request_id in queue for queue in (self.waiting, self.prefilling, self.decoding)):
             raise ValueError(f"request_id {seq.request_id!r} is already in use by an unfinished request")
         longest = seq.num_prompt_tokens + seq.params.max_tokens
         if (needed := self.blocks.blocks_for(longest)) > self.blocks.num_blocks:
-            raise ValueError(
-                f"request {seq.request_id!r} needs {needed} KV blocks for {longest} tokens, the whole cache has "
-                f"{self.blocks.num_blocks} of {self.blocks.block_size} tokens: shorten it, or raise kv_cache_memory_bytes"
-            )
+            raise ValueError(f"request {seq.request_id!r} needs {needed} KV blocks for {longest} tokens, the whole cache has "
+                             f"{self.blocks.num_blocks} of {self.blocks.block_size} tokens: shorten it, or raise kv_cache_memory_bytes")
         self.waiting[seq.request_id] = seq
 
     def abort(self, request_id: str) -> Sequence | None:
@@ -103,45 +93,42 @@ class Scheduler:
         plan = StepPlan(self._num_steps)
         seqs: list[Sequence] = []
         self._admit(plan)
-        if self.policy == "chunked":
-            self._plan_decodes(plan, seqs)
-            self._plan_prefills(plan, seqs)
-        else:
-            self._plan_prefills(plan, seqs)
-            if not seqs:
-                self._plan_decodes(plan, seqs)
+        self._fill(plan, seqs)
         if not seqs:
             return None
         self._num_steps += 1
-        self._launched.append((plan, seqs))
+        self.launched.append((plan, seqs))
         self.stats.steps += 1
         self.stats.policy_steps[self.policy] += 1
-        self.stats.prefill_tokens += plan.num_prefill_tokens
+        self.stats.prefill_tokens += len(plan.token_ids)
         self.stats.decode_tokens += plan.num_decodes
         self.stats.mixed_steps += 0 < plan.num_decodes < len(seqs)
         return plan
 
     def _admit(self, plan: StepPlan) -> None:
-        """Moves requests from waiting to prefilling, oldest first, as far as rows, blocks and the token budget go."""
-        if self.policy == "static" and self.num_running:
-            return
-        budget = self.config.max_num_batched_tokens
-        planned = sum(seq.num_to_schedule for seq in self.prefilling.values())
-        refill = self.num_running > 0
-        while self.waiting and self.free_rows and (planned < budget or self.policy == "static"):
+        """Moves requests from waiting to prefilling, oldest first, as far as rows and blocks go."""
+        while not self.decoding and self.waiting and self.free_rows:
             seq = next(iter(self.waiting.values()))
-            longest = seq.num_prompt_tokens + seq.params.max_tokens
-            if seq.in_flight or not self.blocks.claim(seq, longest if self.policy == "static" else len(seq.token_ids)):
-                break  # a preempted request waits for its own token; a younger one must not overtake the oldest
-            del self.waiting[seq.request_id]
-            self.prefilling[seq.request_id] = seq
-            seq.row = self.free_rows.pop()
-            plan.new_rows.append((seq.row, seq.params.temperature, seq.params.top_k, seq.params.top_p, seq.seed))
-            plan.new_blocks += [(seq.row, i, block) for i, block in enumerate(seq.block_table)]
-            planned += seq.num_to_schedule
-            self.stats.recomputed_tokens += seq.num_to_schedule if seq.num_output_tokens else 0
-            self.stats.admissions += 1
-            self.stats.refills += refill
+            if not self._start(plan, seq, seq.num_prompt_tokens + seq.params.max_tokens):
+                break
+
+    def _fill(self, plan: StepPlan, seqs: list[Sequence]) -> None:
+        """A step is all prefill, as long as there is any, or all decode."""
+        self._plan_prefills(plan, seqs)
+        if not seqs:
+            self._plan_decodes(plan, seqs)
+
+    def _start(self, plan: StepPlan, seq: Sequence, num_tokens: int) -> bool:
+        """Gives a waiting request a row and blocks for num_tokens tokens; False where too few are free."""
+        if not self.blocks.claim(seq, num_tokens):
+            return False
+        del self.waiting[seq.request_id]
+        self.prefilling[seq.request_id] = seq
+        seq.row = self.free_rows.pop()
+        plan.new_rows.append((seq.row, seq.params.temperature, seq.params.top_k, seq.params.top_p, seq.seed))
+        plan.new_blocks += [(seq.row, i, block) for i, block in enumerate(seq.block_table)]
+        self.stats.admissions += 1
+        return True
 
     def _plan_prefills(self, plan: StepPlan, seqs: list[Sequence]) -> None:
         budget = self.config.max_num_batched_tokens - plan.num_decodes
@@ -159,18 +146,16 @@ class Scheduler:
             self.decoding[seq.request_id] = seq
 
     def _plan_decodes(self, plan: StepPlan, seqs: list[Sequence]) -> None:
-        block_size = self.blocks.block_size
         for seq in list(self.decoding.values()):
             if seq.row < 0 or not seq.wants_more:
                 continue  # preempted by an older one just now; or its last token is in flight
-            if seq.num_scheduled == len(seq.block_table) * block_size:
-                if not self._make_room(seq):
-                    continue
-                block = self.blocks.allocate(1)[0]
-                plan.new_blocks.append((seq.row, len(seq.block_table), block))
-                seq.block_table.append(block)
-            self._plan_entry(plan, seqs, seq, 1, samples=True)
+            if seq.num_scheduled < len(seq.block_table) * self.blocks.block_size or self._grow(plan, seq):
+                self._plan_entry(plan, seqs, seq, 1, samples=True)
         plan.num_decodes = len(seqs)
+
+    def _grow(self, plan: StepPlan, seq: Sequence) -> bool:
+        """One block more for a request that has filled its own. Static batching has reserved them all."""
+        raise AssertionError(f"{seq.request_id} outgrew its reservation")
 
     def _plan_entry(self, plan: StepPlan, seqs: list[Sequence], seq: Sequence, length: int, *, samples: bool) -> None:
         plan.rows.append(seq.row)
@@ -189,19 +174,6 @@ class Scheduler:
             if params.logprobs is not None:
                 plan.num_logprobs = max(plan.num_logprobs or 0, params.logprobs)
 
-    def _make_room(self, seq: Sequence) -> bool:
-        """Preempts the youngest requests until a block is free; False if `seq` itself was the youngest."""
-        while self.blocks.num_free == 0:
-            queue = self.prefilling or self.decoding
-            victim = next(reversed(queue.values()))
-            self._leave(victim, queue)  # its known tokens stay with it; those in flight are still committed
-            self.waiting[victim.request_id] = victim
-            self.waiting.move_to_end(victim.request_id, last=False)
-            self.stats.preemptions += 1
-            if victim is seq:
-                return False
-        return True
-
     def _leave(self, seq: Sequence, queue: OrderedDict[str, Sequence]) -> None:
         """Gives back row and blocks. Steps in flight may still write there: whoever gets them next is planned later."""
         del queue[seq.request_id]
@@ -218,25 +190,22 @@ class Scheduler:
 
         Appends, makes full blocks findable, stops and releases. Finished ones have a finish_reason.
         """
-        launched, seqs = self._launched.popleft()
+        launched, seqs = self.launched.popleft()
         if launched is not plan:
             raise ValueError(f"step {plan.step} committed, the oldest launched step is {launched.step}")
         if len(tokens) != sum(plan.samples):
             raise ValueError(f"step {plan.step} samples {sum(plan.samples)} tokens, {len(tokens)} were committed")
-        advanced = []
-        num_sampled = 0
-        for i, seq in enumerate(seqs):
+        advanced, j = [], -1
+        for i, (seq, samples) in enumerate(zip(seqs, plan.samples, strict=True)):
+            j += samples  # tokens[j] is this entry's, where it samples
             seq.in_flight -= 1
-            j = num_sampled
-            if plan.samples[i]:
-                num_sampled += 1
-                seq.pending -= 1
+            seq.pending -= samples
             if seq.finish_reason is not None:
-                self.stats.discarded_tokens += plan.samples[i]
+                self.stats.discarded_tokens += samples
                 continue
             if seq.row == plan.rows[i]:  # not preempted meanwhile
                 self.blocks.publish(seq, plan.starts[i] + plan.query_lens[i])
-            if plan.samples[i]:
+            if samples:
                 advanced.append(seq)
                 if seq.params.logprobs is not None and logprobs is not None:
                     seq.logprobs.append(logprobs[j])

@@ -1,8 +1,8 @@
 """Counters of what an engine did: the proof that a toggle fired. No torch."""
 
-import dataclasses
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 
 @dataclass(slots=True)
@@ -32,17 +32,13 @@ class StepStats:
 
     def reset(self) -> None:
         """Back to zero, in place: others hold the counters."""
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, Counter):
-                value.clear()
-            else:
-                setattr(self, f.name, 0)
+        for name, value in self._items():
+            value.clear() if isinstance(value, Counter) else setattr(self, name, 0)
 
     def flat(self) -> dict[str, int]:
         """All counters as `name` or `name.key`, JSON-able."""
-        result: dict[str, int] = {}
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            result |= {f"{f.name}.{key}": n for key, n in sorted(value.items())} if isinstance(value, Counter) else {f.name: value}
-        return result
+        split = {f"{name}.{key}": n for name, value in self._items() if isinstance(value, Counter) for key, n in sorted(value.items())}
+        return {name: value for name, value in self._items() if not isinstance(value, Counter)} | split
+
+    def _items(self) -> list[tuple[str, Any]]:
+        return [(f.name, getattr(self, f.name)) for f in fields(self)]

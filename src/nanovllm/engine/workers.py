@@ -116,7 +116,7 @@ class TensorParallelRunner:
             torch.set_num_threads(num_threads)
             self._await_all("imported")
             group = DistributedTensorParallel(0, self.size, rendezvous, resolved.device, stats)
-            self._local = ModelRunner(requested, resolved, model_config, folder, group, stats)
+            self._local = ModelRunner(requested, resolved, model_config, folder, stats, group)
             self._await_all("ready")
         except BaseException as error:
             failure = self._failure(error)
@@ -169,8 +169,8 @@ class TensorParallelRunner:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
             )  # fmt: skip
         connection = Connection(ours.detach())
-        connection.send_bytes(pickle.dumps(job))
         self._children[job.rank] = (child, connection)
+        connection.send_bytes(pickle.dumps(job))
 
     def _await_all(self, word: str) -> None:
         """Waits until every child has said `word`. Raises WorkerError if one dies, fails or is silent for too long."""
@@ -201,7 +201,7 @@ class TensorParallelRunner:
                 if not connection.closed and connection.poll(0):
                     return WorkerError(f"tensor-parallel rank {rank} failed:\n{connection.recv_bytes().decode()}")
             except (EOFError, OSError):
-                return WorkerError(f"tensor-parallel rank {rank} died without a word")
+                return WorkerError(f"tensor-parallel rank {rank} ended without a word")
         return WorkerError(f"a tensor-parallel rank did not answer within {COLLECTIVE_TIMEOUT_S:.0f} s: {error}")
 
 
@@ -216,7 +216,7 @@ def main() -> None:
         size = job.resolved.optimizations.tensor_parallel_size
         stats = StepStats()
         group = DistributedTensorParallel(job.rank, size, job.rendezvous, job.resolved.device, stats)
-        runner = ModelRunner(job.requested, job.resolved, job.model_config, job.folder, group, stats)
+        runner = ModelRunner(job.requested, job.resolved, job.model_config, job.folder, stats, group)
         connection.send_bytes(b"ready")
         while True:
             runner.launch(pickle.loads(connection.recv_bytes()))

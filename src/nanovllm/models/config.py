@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-COMPUTED: dict[str, tuple[Any, ...]] = {
-    "architectures": (["Qwen3ForCausalLM"],), "hidden_act": ("silu",), "use_sliding_window": (False,),
-    "rope type": ("default",), "layer_types": (["full_attention"],),
-}  # fmt: skip
+COMPUTED = {"architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu", "use_sliding_window": False, "rope type": "default",
+            "layer_types": ["full_attention"]}  # fmt: skip
 """What this engine computes. Any other value is an error: a setting is never ignored."""
 
 
@@ -40,12 +38,11 @@ def load_hf_config(folder: Path) -> ModelConfig:
     """
     raw = _read(folder / "config.json")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, transformers 4
-    found = {"architectures": None, **raw, "rope type": rope.get("rope_type", rope.get("type", "default"))}
-    if found.get("layer_types"):
-        found["layer_types"] = sorted(set(raw["layer_types"]))
-    for name, allowed in COMPUTED.items():
-        if name in found and found[name] not in (*allowed, *([None] if name != "architectures" else [])):
-            raise ValueError(f"{folder} has {name}={found[name]!r}; this engine computes {' or '.join(map(repr, allowed))} only")
+    layer_types = sorted(set(raw.get("layer_types") or COMPUTED["layer_types"]))
+    found = {"architectures": "none", **raw, "layer_types": layer_types, "rope type": rope.get("rope_type", rope.get("type", "default"))}
+    for name, computed in COMPUTED.items():
+        if found.get(name, computed) not in (computed, None):
+            raise ValueError(f"{folder} has {name}={found[name]!r}; this engine computes {computed!r} only")
     generation = folder / "generation_config.json"
     eos = (_read(generation) if generation.is_file() else {}).get("eos_token_id", raw.get("eos_token_id"))
     found |= {

@@ -58,13 +58,12 @@ def _target(name: str, packed: dict[str, tuple[str, str]]) -> tuple[str, str | N
 def _load(param: Any, part: str | None, source: Any, tp: TensorParallel, name: str) -> None:
     """Reads this rank's share of `source`, a slice of a file, into `part` of the parameter."""
     target: Tensor = param.data if part is None else param.data[slice(*param.parts[part])]
-    expected = [n * tp.size if dim == param.shard_dim else n for dim, n in enumerate(target.shape)]
+    ranks = [(tp.rank, tp.size) if dim == param.shard_dim else (0, 1) for dim in range(target.dim())]
+    expected = [n * size for n, (_, size) in zip(target.shape, ranks, strict=True)]
     if source.get_shape() != expected:
         raise ValueError(f"{name} has shape {source.get_shape()} where the model needs {expected}")
-    index = [slice(tp.rank * n, (tp.rank + 1) * n) if dim == param.shard_dim else slice(None) for dim, n in enumerate(target.shape)]
-    target.copy_(source[tuple(index)])
+    target.copy_(source[tuple(slice(rank * n, (rank + 1) * n) for n, (rank, _) in zip(target.shape, ranks, strict=True))])
 
 
 def _listed(names: list[str], limit: int = 8) -> str:
-    shown = ", ".join(sorted(names)[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+    return ", ".join(sorted(names)[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

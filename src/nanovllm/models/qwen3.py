@@ -30,9 +30,8 @@ class Qwen3Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, kernels)
 
     def forward(self, x: Tensor, cos_sin: Tensor, kv_cache: KVCache, batch: ForwardBatch) -> Tensor:
-        q, k, v = self.kernels.qk_norm_rope_store_kv(
-            self.qkv_proj(x), self.q_norm.weight, self.k_norm.weight, self.eps, cos_sin, *kv_cache, batch.slot_mapping
-        )
+        weights = self.q_norm.weight, self.k_norm.weight
+        q, k, v = self.kernels.qk_norm_rope_store_kv(self.qkv_proj(x), *weights, self.eps, cos_sin, *kv_cache, batch.slot_mapping)
         return self.o_proj(self.attention.attend(q, k, v, *kv_cache, batch).flatten(1))
 
 
@@ -82,19 +81,16 @@ class Qwen3Model(nn.Module):
 
 class Qwen3ForCausalLM(nn.Module):
     packed_modules_mapping = {
-        "q_proj": ("qkv_proj", "q"),
-        "k_proj": ("qkv_proj", "k"),
-        "v_proj": ("qkv_proj", "v"),
-        "gate_proj": ("gate_up_proj", "gate"),
-        "up_proj": ("gate_up_proj", "up"),
-    }
+        "q_proj": ("qkv_proj", "q"), "k_proj": ("qkv_proj", "k"), "v_proj": ("qkv_proj", "v"),
+        "gate_proj": ("gate_up_proj", "gate"), "up_proj": ("gate_up_proj", "up"),
+    }  # fmt: skip
 
     def __init__(self, config: ModelConfig, max_model_len: int, kernels: Kernels, attention: AttentionBackend,
                  tp: TensorParallel) -> None:
         super().__init__()
         self.model = Qwen3Model(config, max_model_len, kernels, attention, tp)
-        self.lm_head = self.model.embed_tokens if config.tie_word_embeddings else VocabParallelEmbedding(
-            config.vocab_size, config.hidden_size, tp)  # fmt: skip
+        tied = config.tie_word_embeddings
+        self.lm_head = self.model.embed_tokens if tied else VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
 
     def forward(self, batch: ForwardBatch, kv_caches: list[KVCache]) -> Tensor:
         """-> hidden states: [tokens, hidden]."""

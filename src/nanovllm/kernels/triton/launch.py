@@ -1,0 +1,50 @@
+"""What every launch here shares: programmatic dependent launch, and block sizes.
+
+A decode step is hundreds of kernels of a few microseconds. On Hopper and later, a kernel launched with `launch_pdl` may start
+while its predecessor still runs: its prologue (index arithmetic, loads of weights) overlaps the predecessor's tail. It must
+call `wait_for_inputs` before it touches anything that another kernel writes or reads. Every kernel in this folder does.
+CUDA C++ programming guide, "Programmatic dependent launch and synchronization".
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Lets the next kernel start its prologue, then waits until the kernels before this one have finished."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def prefetch_to_l2(pointers):
+    """Starts fetching the lines that hold these addresses from memory; changes nothing."""
+    tl.inline_asm_elementwise("{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32,
+                              is_pure=False, pack=1)  # fmt: skip
+
+
+@functools.cache
+def _supports_pdl(device_index: int) -> bool:
+    return torch.cuda.get_device_capability(device_index)[0] >= 9
+
+
+def pdl(x: Tensor) -> dict[str, Any]:
+    """Launch arguments for a kernel that works on x's device."""
+    if x.is_cuda and _supports_pdl(x.device.index):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+def warps_for(block: int) -> int:
+    """Warps for a program that handles `block` elements: eight a thread, so that bfloat16 moves 16 bytes at a time."""
+    return min(16, max(1, block // 256))
