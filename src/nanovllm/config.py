@@ -129,7 +129,3 @@ class ResolvedConfig(EngineConfig):
     max_num_batched_tokens: int
     num_kv_blocks: int = 0
     kv_cache_bytes: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-able, for records."""
-        return dataclasses.asdict(self)

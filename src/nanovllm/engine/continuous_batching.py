@@ -18,7 +18,7 @@ class ContinuousScheduler(Scheduler):
     def _admit(self, plan: StepPlan) -> None:
         """Oldest first, as far as rows, blocks and the token budget of the next step go."""
         planned = sum(seq.num_to_schedule for seq in self.prefilling.values())
-        refill = self.num_running > 0
+        refill = bool(self.prefilling or self.decoding)
         while self.waiting and self.free_rows and planned < self.config.max_num_batched_tokens:
             seq = next(iter(self.waiting.values()))
             if seq.in_flight or not self._start(plan, seq, len(seq.token_ids)):

@@ -17,13 +17,14 @@ from __future__ import annotations
 import bisect
 from collections import Counter
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanovllm.config import EngineConfig, ResolvedConfig
+from nanovllm.config import ResolvedConfig
 from nanovllm.engine.model_runner import ModelRunner, StepHandle
 from nanovllm.engine.scheduler import StepPlan
 from nanovllm.engine.stats import StepStats
@@ -50,17 +51,18 @@ class GraphRunner(ModelRunner):
 
     spare = 1
 
-    def __init__(self, requested: EngineConfig, resolved: ResolvedConfig, model_config: ModelConfig, folder: Path,
-                 stats: StepStats, tp: TensorParallel | None = None) -> None:
+    def __init__(self, resolved: ResolvedConfig, model_config: ModelConfig, folder: Path, stats: StepStats,
+                 tp: TensorParallel | None = None) -> None:
         self.buckets = buckets_for(resolved.max_num_seqs)
-        super().__init__(requested, resolved, model_config, folder, stats, tp)
+        super().__init__(resolved, model_config, folder, stats, tp)
         self.spare_row = resolved.max_num_seqs
         self.block_tables[self.spare_row] = self.num_blocks  # the spare block
         with self.device:
             self.inputs = torch.zeros(2 * resolved.max_num_seqs, dtype=torch.int64)
-            self.advance = torch.ones(resolved.max_num_seqs + 1, dtype=torch.int64)
-        self.advance[self.spare_row] = 0
+            self.query_start_loc = torch.arange(resolved.max_num_seqs + 1, dtype=torch.int64)
         self.on_device: tuple[int, list[int], list[int]] | None = None  # bucket, rows, positions that `inputs` holds now
+        level = "triton" if resolved.optimizations.kernels == "triton" else "torch"
+        self.ends = import_module(f"nanovllm.kernels.{level}.decode_step")
         # Only our sampler draws no noise for greedy rows by itself; the others get a graph that never does.
         self.greedy_variants = (False,) if resolved.optimizations.kernels == "triton" else (False, True)
         self.recorded = self._record_all()
@@ -111,16 +113,15 @@ class GraphRunner(ModelRunner):
     def _decode(self, bucket: int, greedy: bool) -> Tensor:
         """A decode step of the rows in `inputs`, in tensors alone. Returns the sampled tokens: [bucket]."""
         rows, positions = self.inputs[:bucket], self.inputs[bucket : 2 * bucket]
-        block_size = self.config.block_size
-        block_tables = self.block_tables[rows]
-        blocks = block_tables.gather(1, (positions // block_size)[:, None])[:, 0].long()
+        inputs = self.ends.gather_decode_inputs(rows, positions, self.block_tables, self.last_tokens, self.temperatures, self.seeds,
+                                                self.config.block_size)  # fmt: skip
         batch = ForwardBatch(
-            token_ids=self.last_tokens[rows],
+            token_ids=inputs.token_ids,
             positions=positions,
-            slot_mapping=blocks * block_size + positions % block_size,
-            block_tables=block_tables,
-            seq_lens=(positions + 1).int(),
-            query_start_loc=torch.arange(bucket + 1, device=self.device),
+            slot_mapping=inputs.slot_mapping,
+            block_tables=inputs.block_tables,
+            seq_lens=inputs.seq_lens,
+            query_start_loc=self.query_start_loc[: bucket + 1],
             num_decodes=bucket,
             host_query_lens=[1] * bucket,
             host_seq_lens=[self.config.max_model_len] * bucket,  # the graph serves every length
@@ -128,9 +129,8 @@ class GraphRunner(ModelRunner):
         self.attention.prepare(batch)
         logits = self.model.logits(self.model(batch, self.kv_caches))
         token_ids = self.kernels.sample(
-            logits, self.temperatures[rows], self.top_ks[rows], self.top_ps[rows], self.seeds[rows], positions + 1,
-            all_greedy=greedy, any_top_k_top_p=False,
+            logits, inputs.temperatures, self.top_ks[:bucket], self.top_ps[:bucket],  # not read: no row has a filter
+            inputs.seeds, inputs.next_positions, all_greedy=greedy, any_top_k_top_p=False,
         )  # fmt: skip
-        self.last_tokens[rows] = token_ids
-        positions += self.advance[rows]
+        self.ends.advance_rows(rows, positions, self.last_tokens, token_ids)
         return token_ids

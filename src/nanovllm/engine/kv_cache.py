@@ -7,7 +7,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from nanovllm.config import EngineConfig, ResolvedConfig
+from nanovllm.config import ResolvedConfig
 from nanovllm.models.config import ModelConfig
 
 MIB = 1 << 20
@@ -43,18 +43,17 @@ class KVCacheSpec:
         return [(layer[0], layer[1]) for layer in cache]
 
 
-def num_blocks_for(requested: EngineConfig, resolved: ResolvedConfig, spec: KVCacheSpec, device: torch.device,
-                   reserved_bytes: int = 0) -> int:
+def num_blocks_for(config: ResolvedConfig, spec: KVCacheSpec, device: torch.device, reserved_bytes: int = 0) -> int:
     """Blocks within the byte budget: the explicit one, or what is left of gpu_memory_utilization of the device's memory
-    once everything that is in use now, by this process or any other, is counted, and what a step will need. Never more than max_num_seqs requests of
-    max_model_len tokens can fill. Raises ValueError where not even one block fits.
+    once everything that is in use now, by this process or any other, is counted, and what a step will need (reserved_bytes).
+    Never more than max_num_seqs requests of max_model_len tokens can fill. Raises ValueError where not even one block fits.
     """
-    usable = resolved.max_num_seqs * -(-resolved.max_model_len // resolved.block_size)
-    if (budget := requested.kv_cache_memory_bytes) is None:
+    usable = config.max_num_seqs * -(-config.max_model_len // config.block_size)
+    if (budget := config.kv_cache_memory_bytes) is None:
         free, total = memory(device)
-        budget = int(free - reserved_bytes - (1 - requested.gpu_memory_utilization) * total)
+        budget = int(free - reserved_bytes - (1 - config.gpu_memory_utilization) * total)
     if budget < spec.block_bytes:
-        raise ValueError(f"the KV cache would have {max(budget, 0)} bytes, one block of {resolved.block_size} tokens takes "
+        raise ValueError(f"the KV cache would have {max(budget, 0)} bytes, one block of {config.block_size} tokens takes "
                          f"{spec.block_bytes}: raise kv_cache_memory_bytes or gpu_memory_utilization, or free memory on the device")
     return min(usable, budget // spec.block_bytes)
 

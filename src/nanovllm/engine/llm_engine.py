@@ -47,7 +47,7 @@ class LLMEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         self._dead: str | None = "it was never started"
-        self.requested, self._stats = config, StepStats()
+        self._stats = StepStats()
         cuda = torch.cuda.is_available()
         if config.device == "cuda" and not cuda:
             raise ValueError("device='cuda' was asked for and torch sees no GPU; use device='cpu'")
@@ -62,7 +62,7 @@ class LLMEngine:
         on = resolved.optimizations
         make_runner = (_load("workers", "TensorParallelRunner") if on.tensor_parallel_size > 1
                        else _load("cuda_graph", "GraphRunner") if on.cuda_graphs else ModelRunner)  # fmt: skip
-        self.runner = make_runner(config, resolved, self.model_config, folder, self._stats)
+        self.runner = make_runner(resolved, self.model_config, folder, self._stats)
         self.config: ResolvedConfig = dataclasses.replace(
             resolved, num_kv_blocks=self.runner.num_blocks, kv_cache_bytes=self.runner.kv_cache_bytes)
         make_blocks = _load("prefix_cache", "CachingBlockManager") if on.prefix_cache else BlockManager
@@ -153,7 +153,8 @@ class LLMEngine:
     # -- evidence ---------------------------------------------------------------------------------------------------
 
     def resolved_config(self) -> dict[str, Any]:
-        return self.config.as_dict()
+        """JSON-able, for records."""
+        return dataclasses.asdict(self.config)
 
     def stats(self) -> dict[str, int]:
         """Counters since the start or the last reset_stats, by name."""

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm.config import EngineConfig, ResolvedConfig
+from nanovllm.config import ResolvedConfig
 from nanovllm.engine.kv_cache import KVCacheSpec, num_blocks_for
 from nanovllm.engine.scheduler import StepPlan
 from nanovllm.engine.sequence import TokenLogprobs
 from nanovllm.engine.stats import StepStats
-from nanovllm.kernels.batch import ForwardBatch, upload
+from nanovllm.kernels.batch import ForwardBatch
 from nanovllm.kernels.registry import load_attention, load_kernels
 from nanovllm.layers.linear import TensorParallel
 from nanovllm.models.config import ModelConfig
@@ -38,8 +38,8 @@ class ModelRunner:
 
     spare = 0  # rows and blocks that no request gets
 
-    def __init__(self, requested: EngineConfig, resolved: ResolvedConfig, model_config: ModelConfig, folder: Path,
-                 stats: StepStats, tp: TensorParallel | None = None) -> None:
+    def __init__(self, resolved: ResolvedConfig, model_config: ModelConfig, folder: Path, stats: StepStats,
+                 tp: TensorParallel | None = None) -> None:
         self.config, self.stats, tp = resolved, stats, tp or TensorParallel()
         self.device = torch.device(resolved.device, tp.rank) if resolved.device == "cuda" else torch.device("cpu")
         dtype = getattr(torch, resolved.dtype)
@@ -69,7 +69,7 @@ class ModelRunner:
             from nanovllm.engine.gpu_memory import bytes_for_steps
 
             reserved = bytes_for_steps(self, spec)
-        self.num_blocks = tp.agree_on_least(num_blocks_for(requested, resolved, spec, self.device, reserved))
+        self.num_blocks = tp.agree_on_least(num_blocks_for(resolved, spec, self.device, reserved))
         self.kv_cache_bytes = self.num_blocks * spec.block_bytes
         self.kv_caches = spec.allocate(self.num_blocks + self.spare, self.device)
 
@@ -85,10 +85,9 @@ class ModelRunner:
         samples = self._tensor([i for i, sampled in enumerate(plan.samples) if sampled])
         logits = self.model.logits(hidden[batch.query_start_loc[1:][samples] - 1])
         rows = rows[samples]
-        token_ids = self.kernels.sample(
-            logits, self.temperatures[rows], self.top_ks[rows], self.top_ps[rows], self.seeds[rows],
-            batch.seq_lens[samples].long(), all_greedy=plan.greedy_only, any_top_k_top_p=plan.filtered,
-        )  # fmt: skip
+        params = (of_rows[rows] for of_rows in (self.temperatures, self.top_ks, self.top_ps, self.seeds))
+        positions, flags = batch.seq_lens[samples].long(), {"all_greedy": plan.greedy_only, "any_top_k_top_p": plan.filtered}
+        token_ids = self.kernels.sample(logits, *params, positions, **flags)
         self.last_tokens[rows] = token_ids
         if plan.num_logprobs is None:
             return self._read_back(token_ids)
@@ -99,10 +98,7 @@ class ModelRunner:
     def _read_back(self, *tensors: Tensor) -> StepHandle:
         """Enqueues their copies to the host; an event tells when those have arrived, however much is enqueued behind."""
         copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
-        arrived = torch.cuda.Event() if self.device.type == "cuda" else None
-        if arrived is not None:
-            arrived.record()
-        return StepHandle(copies, arrived)
+        return StepHandle(copies, torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None)
 
     def collect(self, handle: StepHandle) -> tuple[list[int], list[TokenLogprobs] | None]:
         """Waits for a step: its tokens, one a sampling entry, and what was asked for of their log-probabilities."""
@@ -114,11 +110,11 @@ class ModelRunner:
     def close(self) -> None:
         """Drops model and cache; on a GPU, gives the memory back to the device."""
         self.__dict__.clear()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
 
     def _tensor(self, values: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:
-        return upload(values, dtype, self.device)
+        pinned = self.device.type == "cuda"  # a copy from pageable memory would wait for the device
+        return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(self.device, non_blocking=True)
 
     def _update_rows(self, plan: StepPlan) -> None:
         if plan.new_rows:

@@ -60,12 +60,8 @@ class Scheduler:
         self._num_steps = 0
 
     @property
-    def num_running(self) -> int:
-        return len(self.prefilling) + len(self.decoding)
-
-    @property
     def num_unfinished(self) -> int:
-        return len(self.waiting) + self.num_running
+        return len(self.waiting) + len(self.prefilling) + len(self.decoding)
 
     def add(self, seq: Sequence) -> None:
         """Queues a request. Raises ValueError if it could never run: its id is taken, or it exceeds the whole KV cache."""

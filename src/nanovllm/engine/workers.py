@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanovllm.config import EngineConfig, ResolvedConfig
+from nanovllm.config import ResolvedConfig
 from nanovllm.engine.model_runner import ModelRunner, StepHandle
 from nanovllm.engine.scheduler import StepPlan
 from nanovllm.engine.sequence import TokenLogprobs
@@ -86,7 +86,6 @@ class _Job:
     rank: int
     rendezvous: str
     num_threads: int
-    requested: EngineConfig
     resolved: ResolvedConfig
     model_config: ModelConfig
     folder: Path
@@ -95,8 +94,7 @@ class _Job:
 class TensorParallelRunner:
     """The interface of ModelRunner over all ranks. Raises WorkerError when a rank dies or does not answer."""
 
-    def __init__(self, requested: EngineConfig, resolved: ResolvedConfig, model_config: ModelConfig, folder: Path,
-                 stats: StepStats) -> None:
+    def __init__(self, resolved: ResolvedConfig, model_config: ModelConfig, folder: Path, stats: StepStats) -> None:
         self.size = resolved.optimizations.tensor_parallel_size
         if resolved.device == "cuda" and torch.cuda.device_count() < self.size:
             raise ValueError(f"tensor_parallel_size={self.size} needs that many GPUs; this machine has {torch.cuda.device_count()}")
@@ -112,11 +110,11 @@ class TensorParallelRunner:
         rendezvous = os.path.join(self._folder.name, "rendezvous")
         try:
             for rank in range(1, self.size):
-                self._start(_Job(rank, rendezvous, num_threads, requested, resolved, model_config, folder))
+                self._start(_Job(rank, rendezvous, num_threads, resolved, model_config, folder))
             torch.set_num_threads(num_threads)
             self._await_all("imported")
             group = DistributedTensorParallel(0, self.size, rendezvous, resolved.device, stats)
-            self._local = ModelRunner(requested, resolved, model_config, folder, stats, group)
+            self._local = ModelRunner(resolved, model_config, folder, stats, group)
             self._await_all("ready")
         except BaseException as error:
             failure = self._failure(error)
@@ -216,7 +214,7 @@ def main() -> None:
         size = job.resolved.optimizations.tensor_parallel_size
         stats = StepStats()
         group = DistributedTensorParallel(job.rank, size, job.rendezvous, job.resolved.device, stats)
-        runner = ModelRunner(job.requested, job.resolved, job.model_config, job.folder, stats, group)
+        runner = ModelRunner(job.resolved, job.model_config, job.folder, stats, group)
         connection.send_bytes(b"ready")
         while True:
             runner.launch(pickle.loads(connection.recv_bytes()))

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -21,10 +20,3 @@ class ForwardBatch:
     host_query_lens: list[int]
     host_seq_lens: list[int]
     attention: Any = None  # what the attention backend prepared once for all layers
-
-
-def upload(values: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A list as a tensor on `device`, without waiting for the device: a copy from pageable memory would."""
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=dtype, device=device)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)

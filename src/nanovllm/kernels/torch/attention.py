@@ -58,10 +58,9 @@ class TorchAttention:
                 keys, values = k[None, start:end].transpose(1, 2), v[None, start:end].transpose(1, 2)
             else:
                 keys, values = (self._gather(cache, cached, 1)[:, :, :context] for cache in (k_cache, v_cache))
-            out = F.scaled_dot_product_attention(
-                q[None, start:end].transpose(1, 2), keys, values, attn_mask=mask, is_causal=mask is None, scale=self.scale,
-                enable_gqa=True,
-            )  # fmt: skip
+            query = q[None, start:end].transpose(1, 2)
+            causal = mask is None
+            out = F.scaled_dot_product_attention(query, keys, values, mask, is_causal=causal, scale=self.scale, enable_gqa=True)
             outputs.append(out[0].transpose(0, 1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.batch import ForwardBatch, upload
-from nanovllm.kernels.triton.launch import pdl, prefetch_to_l2, wait_for_inputs
+from nanovllm.kernels.batch import ForwardBatch
+from nanovllm.kernels.triton.launch import pdl, prefetch_to_l2, upload, wait_for_inputs
 
 _LOG2_E = 1.4426950408889634
 
@@ -325,4 +325,6 @@ class TritonAttention:
                  for entry in range(batch.num_decodes, len(batch.host_query_lens))
                  for first in range(0, batch.host_query_lens[entry], tokens_per_tile)]  # fmt: skip
         tiles.reverse()
-        return upload(list(zip(*tiles, strict=True)), torch.int32, batch.seq_lens.device)
+        pinned = batch.seq_lens.is_cuda  # a copy from pageable memory would wait for the device
+        packed = torch.tensor(list(zip(*tiles, strict=True)), dtype=torch.int32, pin_memory=pinned)
+        return packed.to(batch.seq_lens.device, non_blocking=True)

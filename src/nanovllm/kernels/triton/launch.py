@@ -48,3 +48,10 @@ def pdl(x: Tensor) -> dict[str, Any]:
 def warps_for(block: int) -> int:
     """Warps for a program that handles `block` elements: eight a thread, so that bfloat16 moves 16 bytes at a time."""
     return min(16, max(1, block // 256))
+
+
+def upload(values: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A list as a tensor on `device`, without waiting for the device: a copy from pageable memory would."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
