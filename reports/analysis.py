@@ -1,0 +1,280 @@
+"""From records and their plan to the result of a study: one JSON-able dict, the same for the same input.
+
+`analyse` counts launches (counting.py), takes the metrics of each (metrics.py), and estimates effects as ratios to the
+baseline of the same block (intervals.py). Families of effects that are judged together (Holm): all treatments on one
+metric, all A/A arms on one metric, all ratios to references, all interactions, and each kind of factor contrast. The
+A/A arm has a family of its own because it is a control: it should raise the alarm as easily as a single test does.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments import workloads
+from reports import ceiling
+from reports.answer import answer
+from reports.contrasts import Contrast, Lattice, Toggle, evaluate
+from reports.counting import Counted, Gate, count
+from reports.facts import equivalence, hardware, run_order, toggles
+from reports.intervals import Effect, Rule, estimate, judge
+from reports.metrics import METRICS, THROUGHPUT, Metric, harmonic_mean, of_launch
+
+ANALYSIS_SCHEMA = 1
+ALL_WORKLOADS = (
+    "all workloads"  # the pseudo-workload of a launch's total: all its output tokens over all its serving time
+)
+
+# {metric: {workload: {cell: {block: value}}}}
+Values = dict[str, dict[str, dict[str, dict[int, float]]]]
+
+
+def analyse(records: Sequence[Mapping[str, Any]], plan: Mapping[str, Any], notes: Sequence[str] = ()) -> dict[str, Any]:
+    """Everything a report shows. `notes`: what was noticed while reading the records (reports/records.py).
+
+    Raises ValueError for a plan without exactly one baseline, and for a workload that this version draws differently.
+    """
+    study = plan["study"]
+    metric = _metric(study)
+    rule = Rule(alpha=study.get("alpha", 0.05), smallest_effect=study["smallest_effect"], seed=plan["plan_hash"])
+    lattice = Lattice(plan["cells"])
+    drawn = {name: workloads.rebuild(name, entry) for name, entry in plan["workloads"].items()}
+    gate = Gate(records, plan["plan_hash"])
+    counted = count(records, plan, gate)
+    values = _values(counted, drawn)
+
+    result: dict[str, Any] = {
+        "schema": ANALYSIS_SCHEMA,
+        "study": dict(study),
+        "plan_hash": plan["plan_hash"],
+        "metric": {"key": metric.key, "label": metric.label, "unit": metric.unit, "better": metric.better},
+        "rule": {
+            "alpha": rule.alpha,
+            "confidence": 1 - rule.alpha,
+            "smallest_effect": rule.smallest_effect,
+            "band": list(rule.band),
+            "power": rule.power,
+        },
+        "baseline": lattice.baseline,
+        "cells": {name: dict(cell) for name, cell in plan["cells"].items()},
+        "workloads": {name: dict(entry) for name, entry in plan["workloads"].items()},
+        "counts": _counts(plan, counted),
+        "rates": _rates(values, plan),
+        "effects": _effects(values, lattice, plan, rule),
+        "references": _references(values, lattice, plan, rule, metric),
+        "factors": _factors(values, lattice, rule, metric),
+        "interactions": _interactions(values, lattice, rule, metric),
+        "ceiling": _ceilings(values, plan, drawn),
+        "gate": equivalence(gate, counted),
+        "toggles": toggles(counted, plan),
+        "not_applicable": [dict(entry) for entry in plan.get("not_applicable", [])],
+        "excluded": counted.excluded,
+        "checks": {"made": dict(sorted(counted.checks_made.items())), "failed": counted.checks_failed},
+        "order": run_order(counted, values[metric.key]),
+        "hardware": hardware(counted, plan),
+        "notes": list(notes),
+    }
+    result["answer"] = answer(result)
+    return result
+
+
+def _metric(study: Mapping[str, Any]) -> Metric:
+    key = study.get("metric", THROUGHPUT.key)
+    if key not in METRICS:
+        raise ValueError(f"study {study.get('name')!r}: metric {key!r} is unknown; known: {', '.join(METRICS)}")
+    return METRICS[key]
+
+
+def _values(counted: Counted, drawn: Mapping[str, Mapping[str, Any]]) -> Values:
+    """Every metric of every counted launch, and where there are several workloads, their throughput together."""
+    values: Values = {key: {} for key in METRICS}
+    lengths = {
+        name: [request["max_tokens"] for wave in work["waves"] for request in wave] for name, work in drawn.items()
+    }
+    for record in counted.launches:
+        for name in drawn:
+            for key, value in of_launch(record["workloads"][name], lengths[name]).items():
+                values[key].setdefault(name, {}).setdefault(record["cell"], {})[record["block"]] = value
+        if len(drawn) > 1:
+            parts = [record["workloads"][name] for name in drawn]
+            rate = sum(part["output_tokens"] for part in parts) / sum(part["duration_s"] for part in parts)
+            values[THROUGHPUT.key].setdefault(ALL_WORKLOADS, {}).setdefault(record["cell"], {})[record["block"]] = rate
+    return values
+
+
+def _counts(plan: Mapping[str, Any], counted: Counted) -> dict[str, Any]:
+    cells = set(plan["cells"])
+    by_block: dict[int, set[str]] = {}
+    for record in counted.launches:
+        by_block.setdefault(record["block"], set()).add(record["cell"])
+    return {
+        "planned_launches": len(plan["launches"]),
+        "planned_blocks": len({launch["block"] for launch in plan["launches"]}),
+        "counted_launches": len(counted.launches),
+        "complete_blocks": sum(present == cells for present in by_block.values()),
+        "excluded_launches": len(counted.excluded),
+        "duplicates": counted.duplicates,
+    }
+
+
+def _rates(values: Values, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each metric of each cell over its counted blocks: throughput by harmonic mean, times by arithmetic mean."""
+    rows = []
+    for key, metric in METRICS.items():
+        for workload in _workloads(values, plan, key):
+            for cell in plan["cells"]:
+                by_block = values[key].get(workload, {}).get(cell, {})
+                samples = list(by_block.values())
+                mean = None
+                if samples:
+                    mean = harmonic_mean(samples) if metric.better == "higher" else sum(samples) / len(samples)
+                rows.append(
+                    {
+                        "metric": key,
+                        "workload": workload,
+                        "cell": cell,
+                        "mean": mean,
+                        "n": len(samples),
+                        "min": min(samples, default=None),
+                        "max": max(samples, default=None),
+                    }
+                )
+    return rows
+
+
+def _workloads(values: Values, plan: Mapping[str, Any], key: str) -> list[str]:
+    combined = [ALL_WORKLOADS] if key == THROUGHPUT.key and len(plan["workloads"]) > 1 else []
+    return [*plan["workloads"], *combined]
+
+
+def _log_ratios(by_cell: Mapping[str, Mapping[int, float]], cell: str, other: str) -> dict[int, float]:
+    """{block: log(cell / other)} over the blocks in which both were counted."""
+    above, below = by_cell.get(cell, {}), by_cell.get(other, {})
+    return {block: math.log(above[block] / below[block]) for block in sorted(above.keys() & below.keys())}
+
+
+def _effects(values: Values, lattice: Lattice, plan: Mapping[str, Any], rule: Rule) -> list[Effect]:
+    """Every cell but the references, on every metric and workload, as a ratio to the baseline of the same block."""
+    effects: list[Effect] = []
+    for key, metric in METRICS.items():
+        families: dict[tuple[str, bool], list[Effect]] = {}
+        for workload in _workloads(values, plan, key):
+            for cell, entry in plan["cells"].items():
+                if entry["role"] in ("baseline", "reference"):
+                    continue
+                log_ratios = _log_ratios(values[key].get(workload, {}), cell, lattice.baseline)
+                effect = {
+                    "metric": key,
+                    "workload": workload,
+                    "cell": cell,
+                    "role": entry["role"],
+                    **estimate(log_ratios, rule, f"{key}/{workload}/{cell}"),
+                }
+                group = "aa" if entry["role"] == "aa" else "treatment"
+                # All workloads together is a summary of the others, not one more test: it has a family of its own.
+                families.setdefault((group, workload == ALL_WORKLOADS), []).append(effect)
+                effects.append(effect)
+        for family in families.values():
+            judge(family, rule, metric.better)
+    return effects
+
+
+def _references(values: Values, lattice: Lattice, plan: Mapping[str, Any], rule: Rule, metric: Metric) -> list[Effect]:
+    """The baseline and the point with everything on, as ratios to each reference of the same block."""
+    ours = [lattice.baseline, *(name for name, cell in plan["cells"].items() if cell["role"] == "all")]
+    family = []
+    for workload in _workloads(values, plan, metric.key):
+        for reference in (name for name, cell in plan["cells"].items() if cell["role"] == "reference"):
+            for cell in ours:
+                log_ratios = _log_ratios(values[metric.key].get(workload, {}), cell, reference)
+                family.append(
+                    {
+                        "metric": metric.key,
+                        "workload": workload,
+                        "cell": cell,
+                        "reference": reference,
+                        **estimate(log_ratios, rule, f"{metric.key}/{workload}/{cell}/{reference}"),
+                    }
+                )
+    judge(family, rule, metric.better)
+    return family
+
+
+def _contrast_effect(
+    values: Values, contrast: Contrast, workload: str, rule: Rule, metric: Metric, name: str
+) -> Effect:
+    by_cell = values[metric.key].get(workload, {})
+    log_values = {cell: {block: math.log(value) for block, value in blocks.items()} for cell, blocks in by_cell.items()}
+    return {
+        "metric": metric.key,
+        "workload": workload,
+        **estimate(evaluate(contrast, log_values), rule, f"{metric.key}/{workload}/{name}"),
+    }
+
+
+def _factors(values: Values, lattice: Lattice, rule: Rule, metric: Metric) -> list[Effect]:
+    """What each factor buys alone, when left out, on average and by Shapley's share; where the design can tell."""
+    effects = []
+    for kind, contrasts in lattice.factor_contrasts().items():
+        family = []
+        for workload in sorted(set(values[metric.key]) - {ALL_WORKLOADS}):
+            for (factor, level), contrast in contrasts.items():
+                effect = _contrast_effect(values, contrast, workload, rule, metric, f"{kind}/{factor}={level}")
+                family.append({"kind": kind, "factor": factor, "level": level, **effect})
+        judge(family, rule, metric.better)
+        effects += family
+    return effects
+
+
+def _interactions(values: Values, lattice: Lattice, rule: Rule, metric: Metric) -> list[Effect]:
+    """Two-way interactions: how many times more (or less) a pair buys than the product of what each buys."""
+    family = []
+    for workload in sorted(set(values[metric.key]) - {ALL_WORKLOADS}):
+        for (first, second), contrast in lattice.interactions().items():
+            effect = _contrast_effect(values, contrast, workload, rule, metric, f"{_label(first)}*{_label(second)}")
+            family.append({"first": _label(first), "second": _label(second), **effect})
+    judge(family, rule, metric.better)
+    words = {
+        "faster": "help each other",
+        "slower": "stand in each other's way",
+        "equivalent": "independent",
+        "inconclusive": "inconclusive",
+    }
+    for effect in family:
+        effect["verdict"] = words[effect["verdict"]]
+    return family
+
+
+def _label(toggle: Toggle) -> str:
+    return f"{toggle[0]}={toggle[1]}"
+
+
+def _ceilings(values: Values, plan: Mapping[str, Any], drawn: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The roofline bound of each workload, and the share of it that each cell reaches.
+
+    A cell that spreads its tensors over several GPUs has that many times the bandwidth; on a CPU all ranks share one
+    memory.
+    """
+    profile, shape = plan["profile"], ceiling.ModelShape.of_plan(plan["model"])
+    rows = []
+    for name, workload in drawn.items():
+        work = ceiling.Work.of_waves(
+            [[(request["prompt_token_ids"], request["max_tokens"]) for request in wave] for wave in workload["waves"]]
+        )
+        for cell, entry in plan["cells"].items():
+            ranks = int(entry["levels"].get("tensor_parallel_size", 1))
+            devices = 1 if profile["device"] == "cpu" else ranks
+            limit = entry["config"].get("kv_cache_memory_bytes")  # an engine without this setting (hf) may use more
+            bound = ceiling.bound(work, shape, profile["bandwidth_bytes_per_s"], profile["peak_flops"], limit, devices)
+            rates = list(values[THROUGHPUT.key].get(name, {}).get(cell, {}).values())
+            rate = harmonic_mean(rates) if rates else None
+            rows.append(
+                {
+                    "workload": name,
+                    "cell": cell,
+                    "devices": devices,
+                    "tokens_per_s": rate,
+                    "share": rate / bound.tokens_per_s if rate else None,
+                    "bound": bound.as_dict(),
+                }
+            )
+    return rows

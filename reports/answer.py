@@ -1,0 +1,125 @@
+"""The result of a study in one sentence, and what a reader must know before believing it.
+
+The sentence is made from verdicts by fixed rules; nobody chooses what it says after seeing the numbers.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from reports.text import count_of, interval, percent, ratio
+
+Analysis = Mapping[str, Any]
+
+
+def answer(analysis: Analysis) -> dict[str, Any]:
+    """{"sentence", "verdict", "caveats"} from a finished analysis."""
+    return {
+        "sentence": _sentence(analysis),
+        "verdict": _headline_verdict(analysis),
+        "caveats": list(_caveats(analysis)),
+    }
+
+
+def _headline(analysis: Analysis) -> Mapping[str, Any] | None:
+    """The effect of everything on, over all workloads together where there are several."""
+    effects = [effect for effect in _primary(analysis) if effect["role"] == "all" and effect["n"]]
+    return effects[-1] if effects else None  # all workloads together comes last
+
+
+def _primary(analysis: Analysis) -> list[Mapping[str, Any]]:
+    return [effect for effect in analysis["effects"] if effect["metric"] == analysis["metric"]["key"]]
+
+
+def _headline_verdict(analysis: Analysis) -> str:
+    headline = _headline(analysis)
+    if headline is not None:
+        return str(headline["verdict"])
+    found = {effect["verdict"] for effect in _primary(analysis) if effect["role"] == "treatment"}
+    return found.pop() if len(found) == 1 else "mixed" if found else "inconclusive"
+
+
+def _sentence(analysis: Analysis) -> str:
+    counts = analysis["counts"]
+    if not counts["counted_launches"]:
+        made = (
+            count_of(counts["excluded_launches"], "launch") + " excluded"
+            if counts["excluded_launches"]
+            else "none recorded"
+        )
+        return f"No answer: not one launch was counted ({made}, {counts['planned_launches']} planned)."
+    headline, tested = (
+        _headline(analysis),
+        [effect for effect in _primary(analysis) if effect["role"] == "treatment" and effect["n"]],
+    )
+    if headline is None and not tested:
+        return "No answer: no block holds both the baseline and another cell."
+    better = max if analysis["metric"]["better"] == "higher" else min
+    gains = [effect for effect in tested if effect["verdict"] == "faster"]
+    best = better(gains, key=lambda effect: effect["ratio"]) if gains else None
+    if headline is not None:
+        single = [effect for effect in gains if _factors_changed(effect["cell"], analysis) == 1]
+        best = better(single, key=lambda effect: effect["ratio"]) if single else None
+        tail = f"; the largest single gain is {_place(best, analysis)} ({ratio(best['ratio'])})" if best else ""
+        return f"Everything on {_says(headline, analysis)}{tail}."
+    if best is not None:
+        rank = f"the largest of {count_of(len(gains), 'gain')} among {len(tested)} effects"
+        return f"{_place(best, analysis)} {_says(best, analysis)}, {rank}."
+    tally = Counter(effect["verdict"] for effect in tested)
+    found = ", ".join(f"{n} {verdict}" for verdict, n in sorted(tally.items()))
+    return f"Nothing tested is faster than the baseline: of {count_of(len(tested), 'effect')}, {found}."
+
+
+def _factors_changed(cell: str, analysis: Analysis) -> int:
+    levels, start = (analysis["cells"][name]["levels"] for name in (cell, analysis["baseline"]))
+    return sum(start.get(factor) != level for factor, level in levels.items())
+
+
+def _place(effect: Mapping[str, Any], analysis: Analysis) -> str:
+    return f"{effect['cell']} on {effect['workload']}" if len(analysis["workloads"]) > 1 else str(effect["cell"])
+
+
+def _says(effect: Mapping[str, Any], analysis: Analysis) -> str:
+    metric = analysis["metric"]
+    blocks = count_of(effect["n"], "block")
+    if effect["low"] is None:
+        found = f"measured {ratio(effect['ratio'])[1:]} times the baseline's {metric['label']} in {blocks}"
+        return f"{found}: too few for an interval, so inconclusive"
+    evidence = (
+        f"{percent(analysis['rule']['confidence'], 0)} interval {interval(effect['low'], effect['high'])}, {blocks}"
+    )
+    if effect["verdict"] == "inconclusive":
+        return f"could not be told from the baseline in {metric['label']} ({evidence})"
+    if effect["verdict"] == "equivalent":
+        margin = percent(analysis["rule"]["smallest_effect"], 0)
+        return f"is as good as the baseline in {metric['label']}, within {margin} ({evidence})"
+    return f"gives {ratio(effect['ratio'])[1:]} times the baseline's {metric['label']} ({evidence})"
+
+
+def _caveats(analysis: Analysis) -> Iterator[str]:
+    counts = analysis["counts"]
+    for effect in _primary(analysis):
+        if effect["role"] == "aa" and effect["verdict"] in ("faster", "slower"):
+            yield (
+                f"The A/A arm is called {effect['verdict']} on {effect['workload']} "
+                f"({interval(effect['low'], effect['high'])}): the baseline differs from itself, so something besides "
+                "the factors varies; distrust effects of that size."
+            )
+    if not any(cell["role"] == "aa" for cell in analysis["cells"].values()):
+        yield "There is no A/A arm: nothing shows how large an effect this machine makes up by itself."
+    failed = [row for row in analysis["gate"]["rows"] if row["status"] != "pass"]
+    if failed:
+        yield f"The gate did not pass {count_of(len(failed), 'output')}; the launches that produced them are excluded."
+    controls = analysis["gate"]["negative_controls"]
+    if any(control["status"] != "fail" for control in controls):
+        yield "A deliberately broken engine was not caught by the gate: until that is understood, a pass means little."
+    incomplete = counts["planned_blocks"] - counts["complete_blocks"]
+    if incomplete:
+        blocks = count_of(counts["planned_blocks"], "block")
+        yield f"Incomplete: {incomplete} of {blocks}. An effect uses the blocks in which both its sides were counted."
+    failed_checks = [check for check in analysis["checks"]["failed"] if not check["hard"]]
+    if failed_checks:
+        yield f"{count_of(len(failed_checks), 'soft consistency check')} failed; see the table of checks."
+    throttled = [row["launch"] for row in analysis["order"]["launches"] if row["throttle_reasons"]]
+    if throttled:
+        yield f"The clock was throttled during {count_of(len(throttled), 'counted launch')}."

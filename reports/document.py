@@ -1,0 +1,73 @@
+"""The report as data: sections of words, pictures and tables, which the HTML and the Markdown template both show.
+
+Everything here is plain text; the templates escape it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+VERDICT_WORDS = {
+    "faster": "faster",
+    "slower": "slower",
+    "equivalent": "equivalent",
+    "inconclusive": "inconclusive",
+    "help each other": "faster",
+    "stand in each other's way": "slower",
+    "independent": "equivalent",
+    "pass": "faster",
+    "fail": "slower",
+    "error": "slower",
+    "caught": "faster",
+    "not caught": "slower",
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading; numbers are set flush right."""
+
+    title: str
+    kind: Literal["text", "number", "code", "long", "verdict"] = "text"  # long: code that may be broken anywhere
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text, one for each column. A table without rows is not shown; what its absence means is said in words."""
+
+    caption: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[str]]
+    grouped: bool = False  # the first column may be shown as headings between the rows
+    folded: bool = False  # behind its caption until asked for, where the medium can
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            if len(row) != len(self.columns):
+                raise ValueError(f"table {self.caption!r}: a row of {len(row)} for {len(self.columns)} columns")
+
+
+@dataclass(frozen=True)
+class Section:
+    """One question that a reader has, in the order in which readers have them."""
+
+    key: str
+    title: str
+    lead: Sequence[str] = ()
+    picture: str | None = None  # name of the figure (figures.pictures)
+    tables: Sequence[Table] = ()
+    commands: Sequence[tuple[str, str]] = ()  # (what it does, command)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A whole report."""
+
+    eyebrow: str
+    title: str
+    question: str
+    answer: str
+    verdict: str
+    caveats: Sequence[str]
+    facts: Sequence[tuple[str, str]]
+    sections: Sequence[Section] = field(default_factory=list)

@@ -1,0 +1,166 @@
+"""The statistics of one effect: interval, p-value, minimum detectable effect, verdict.
+
+The sample of an effect is one log-ratio a block, log(cell / baseline of the same block), so that whatever a block
+shares (the machine's temperature, its neighbours) cancels. Blocks are the level that varies (Kalibera and Jones,
+ISMM'13). Student's t over the blocks comes first: at six blocks a percentile bootstrap covers far less than it says.
+The bootstrap stands beside it.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
+
+# Below this number of blocks a resampling interval means nothing (facts.md; Hoefler and Belli, rule 5).
+MIN_BLOCKS_BOOTSTRAP = 6
+BOOTSTRAP_RESAMPLES = 9_999
+
+Better = Literal["higher", "lower"]
+Effect = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How effects of a study are judged; fixed in the plan, before anything runs.
+
+    alpha: error rate of tests; intervals have confidence 1 - alpha.
+    smallest_effect: the smallest relative change that matters (0.05: ratios from 1/1.05 to 1.05 are as good as equal).
+    power: of the test that the minimum detectable effect belongs to.
+    seed: any text; the bootstrap of each effect is seeded from it and the effect's name.
+    """
+
+    alpha: float = 0.05
+    smallest_effect: float = 0.05
+    power: float = 0.8
+    seed: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < 1:
+            raise ValueError(f"alpha is {self.alpha}; it must lie between 0 and 1")
+        if not self.smallest_effect > 0:
+            raise ValueError(f"smallest_effect is {self.smallest_effect}; it must be greater than 0 (0.05 for 5 %)")
+
+    @property
+    def band(self) -> tuple[float, float]:
+        """Ratios that do not matter: symmetric on the log scale."""
+        return 1 / (1 + self.smallest_effect), 1 + self.smallest_effect
+
+
+def t_interval(samples: NDArray[np.float64], alpha: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Student's t interval for the mean, along the last axis: [..., n] -> low [...], high [...]. Needs n >= 2."""
+    n = samples.shape[-1]
+    if n < 2:
+        raise ValueError(f"an interval needs at least 2 samples, got {n}")
+    mean = samples.mean(axis=-1)
+    half = stats.t.ppf(1 - alpha / 2, n - 1) * samples.std(axis=-1, ddof=1) / math.sqrt(n)
+    return mean - half, mean + half
+
+
+def t_test(samples: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Two-sided p-value of "the mean is 0", along the last axis. Without any spread: 1 for a mean of 0, else 0."""
+    n = samples.shape[-1]
+    mean = samples.mean(axis=-1)
+    error = samples.std(axis=-1, ddof=1) / math.sqrt(n)
+    spread = error > 0
+    t = np.divide(mean, error, out=np.where(mean == 0, 0.0, np.inf), where=spread)
+    return 2 * stats.t.sf(np.abs(t), n - 1)
+
+
+def bootstrap_interval(samples: NDArray[np.float64], alpha: float, seed: str) -> tuple[float, float]:
+    """Bias-corrected and accelerated bootstrap (Efron 1987) for the mean of one sample [n], seeded by a text."""
+    if np.ptp(samples) == 0:  # every resample is the sample: BCa divides by zero, the interval is a point
+        return float(samples[0]), float(samples[0])
+    digest = hashlib.sha256(seed.encode()).digest()
+    rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
+    result = stats.bootstrap(
+        (samples,), np.mean, confidence_level=1 - alpha, n_resamples=BOOTSTRAP_RESAMPLES, method="BCa", rng=rng
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+@lru_cache(maxsize=256)
+def detectable_in_sd(n: int, alpha: float, power: float) -> float:
+    """The mean, in standard deviations, that a two-sided paired t test of n samples finds with the given power."""
+    return float(TTestPower().solve_power(nobs=n, alpha=alpha, power=power, alternative="two-sided"))
+
+
+def holm(p_values: Sequence[float], alpha: float) -> list[float]:
+    """Holm's step-down adjustment of a family of p-values (Holm 1979)."""
+    if len(p_values) < 2:
+        return list(p_values)
+    return [float(p) for p in multipletests(p_values, alpha=alpha, method="holm")[1]]
+
+
+def estimate(log_ratios: Mapping[int, float], rule: Rule, name: str) -> Effect:
+    """Estimate one effect from {block: log-ratio}; everything in it is a ratio (1.0: no effect) unless it says
+    otherwise.
+
+    ratio: geometric mean over blocks; low, high: the t interval; boot_low, boot_high: BCa; p: unadjusted;
+    detectable: the smallest relative change (0.03: 3 %) that this many blocks of this noise find with the rule's power.
+    None stands for what so few blocks cannot tell.
+    """
+    blocks = sorted(log_ratios)
+    samples = np.array([log_ratios[block] for block in blocks], dtype=np.float64)
+    n = len(blocks)
+    effect: Effect = {
+        "n": n,
+        "ratio": math.exp(samples.mean()) if n else None,
+        "low": None,
+        "high": None,
+        "boot_low": None,
+        "boot_high": None,
+        "sd_log": None,
+        "p": None,
+        "detectable": None,
+        "by_block": {str(block): math.exp(value) for block, value in zip(blocks, samples, strict=True)},
+    }
+    if n < 2:
+        return effect
+    low, high = t_interval(samples, rule.alpha)
+    sd = float(samples.std(ddof=1))
+    effect |= {
+        "low": math.exp(low),
+        "high": math.exp(high),
+        "sd_log": sd,
+        "p": float(t_test(samples)),
+        "detectable": math.expm1(detectable_in_sd(n, rule.alpha, rule.power) * sd),
+    }
+    if n >= MIN_BLOCKS_BOOTSTRAP:
+        boot_low, boot_high = bootstrap_interval(samples, rule.alpha, f"{rule.seed}/{name}")
+        effect |= {"boot_low": math.exp(boot_low), "boot_high": math.exp(boot_high)}
+    return effect
+
+
+def judge(family: Sequence[Effect], rule: Rule, better: Better = "higher") -> None:
+    """Write `p_holm` and `verdict` into every effect of one family (effects judged together)."""
+    tested = [effect for effect in family if effect["p"] is not None]
+    for effect, p in zip(tested, holm([effect["p"] for effect in tested], rule.alpha), strict=True):
+        effect["p_holm"] = p
+    for effect in family:
+        effect.setdefault("p_holm", None)
+        effect["verdict"] = verdict(effect["low"], effect["high"], effect["p_holm"], rule, better)
+
+
+def verdict(low: float | None, high: float | None, p_holm: float | None, rule: Rule, better: Better = "higher") -> str:
+    """equivalent | faster | slower | inconclusive, from the t interval of a ratio and its adjusted p-value.
+
+    equivalent: the whole interval lies inside the band, even if it excludes 1: a real difference too small to matter.
+    faster, slower: otherwise, the adjusted test rejects "no difference".
+    inconclusive: neither, or no interval at all.
+    """
+    if low is None or high is None or p_holm is None:
+        return "inconclusive"
+    band_low, band_high = rule.band
+    if band_low < low and high < band_high:
+        return "equivalent"
+    if p_holm >= rule.alpha:
+        return "inconclusive"
+    return "faster" if (low > 1) == (better == "higher") else "slower"

@@ -1,0 +1,97 @@
+"""Matplotlib figures as SVG text: the same bytes for the same figure, themed by CSS, safe to put several on one page.
+
+A figure is drawn in the light colours of PALETTE. Standing alone it stays so; inline, each colour becomes a CSS
+variable of the page, so that the figure follows the reader's light or dark theme.
+"""
+
+import io
+import re
+from html import escape
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+# name: (light, dark). The verdicts differ in lightness as well as in hue, and are always written out beside the colour.
+PALETTE = {
+    "paper": ("#fdfcf9", "#15181b"),
+    "ink": ("#1e2227", "#e7e4dd"),
+    "muted": ("#69707a", "#9ba3ac"),
+    "rule": ("#dfdcd4", "#30363c"),
+    "band": ("#ece8de", "#262c31"),
+    "faster": ("#0d766c", "#4fc4b5"),
+    "slower": ("#b4500b", "#f0a25c"),
+    "equivalent": ("#4a5462", "#aab4bf"),
+    "inconclusive": ("#8174a8", "#b7a9dc"),
+}
+LIGHT = {name: light for name, (light, _) in PALETTE.items()}
+
+STYLE = {
+    "svg.hashsalt": "nanovllm",  # else ids are drawn from a random UUID
+    "svg.fonttype": "none",  # text stays text: selectable, searchable, in the reader's font
+    "text.parse_math": False,  # names come from outside; a dollar sign is a dollar sign
+    "font.size": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.edgecolor": LIGHT["rule"],
+    "axes.linewidth": 1,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "text.color": LIGHT["ink"],
+    "xtick.color": LIGHT["muted"],
+    "ytick.color": LIGHT["muted"],
+    "xtick.labelsize": 11,
+    "ytick.labelsize": 11,
+    "xtick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "axes.labelcolor": LIGHT["muted"],
+    "axes.labelsize": 11,
+    "lines.solid_capstyle": "round",
+}
+
+PIXELS_PER_INCH = 72  # one SVG unit is one CSS pixel
+FONT = "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', sans-serif"
+
+
+def to_svg(figure: Figure) -> str:
+    """The <svg> element of a figure, without XML header, metadata and namespaces (HTML needs none)."""
+    buffer = io.StringIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", dpi=PIXELS_PER_INCH, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
+    svg = svg.replace("xlink:href", "href")
+    svg = re.sub(r"\s*<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)  # would style the whole page
+    svg = _in_styles(svg, r"'DejaVu Sans'[^;\"]*", FONT)
+    return svg.strip()
+
+
+def inline(svg: str, name: str, title: str, description: str, css_class: str) -> str:
+    """The element made ready for a page: named for screen readers, themed, its ids unique on the page."""
+    svg = re.sub(r'\bid="([^"]*)"', rf'id="{name}-\1"', svg)
+    svg = re.sub(r"url\(#([^)]*)\)", rf"url(#{name}-\1)", svg)
+    svg = re.sub(r'href="#([^"]*)"', rf'href="#{name}-\1"', svg)
+    for color, light in LIGHT.items():
+        svg = _in_styles(svg, light, f"var(--{color})")
+    size = re.search(r'viewBox="[^"]*"', svg)
+    assert size is not None, "matplotlib wrote an SVG without a viewBox"
+    labels = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(description)}</desc>'
+    opening = f'<svg {size[0]} class="{css_class}" role="img" aria-labelledby="{name}-title {name}-desc">{labels}'
+    return opening + svg[svg.index(">") + 1 :]
+
+
+def standalone(svg: str, title: str, description: str) -> str:
+    """The element as a file of its own, on the light paper."""
+    labels = f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
+    background = f'<rect width="100%" height="100%" fill="{LIGHT["paper"]}"/>'
+    end = svg.index(">")
+    return f'<svg xmlns="http://www.w3.org/2000/svg" role="img"{svg[4:end]}>{labels}{background}{svg[end + 1 :]}\n'
+
+
+def _in_styles(svg: str, pattern: str, replacement: str) -> str:
+    """Replace within style attributes only: the same characters in a label are the label's."""
+    return re.sub(r'style="[^"]*"', lambda match: re.sub(pattern, replacement, match[0]), svg)

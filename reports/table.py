@@ -1,0 +1,74 @@
+"""The result of a study on the terminal: effect, interval, verdict, gate and counters, in 80 columns."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from reports import text
+
+COLORS = {"faster": "green", "slower": "red", "equivalent": "blue", "inconclusive": "yellow"}
+
+
+def print_table(analysis: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print the answer, a row for each effect on the study's metric, the references, and the caveats."""
+    console = console or Console()
+    console.print()
+    console.print(Text(analysis["answer"]["sentence"], style="bold"))
+    effects = [effect for effect in analysis["effects"] if effect["metric"] == analysis["metric"]["key"]]
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("ratio to the baseline", no_wrap=True)
+    table.add_column("effect", justify="right", no_wrap=True)
+    table.add_column(f"{text.percent(analysis['rule']['confidence'], 0)} interval", justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("gate", no_wrap=True)
+    table.add_column("engaged/chances", justify="right")
+    for workload in dict.fromkeys(effect["workload"] for effect in effects):
+        table.add_row(Text(workload, style="bold"))
+        for effect in effects:
+            if effect["workload"] == workload:
+                _add_row(table, analysis, effect, effect["cell"], _counters(analysis, effect["cell"], workload))
+        for effect in analysis["references"]:
+            if effect["workload"] == workload:
+                _add_row(table, analysis, effect, f"{effect['cell']} / {effect['reference']}")
+    console.print(table)
+    _print_notes(console, analysis)
+
+
+def _add_row(
+    table: Table, analysis: Mapping[str, Any], effect: Mapping[str, Any], name: str, counters: str = ""
+) -> None:
+    table.add_row(
+        Text(f" {name}"),
+        text.ratio(effect["ratio"]),
+        text.interval(effect["low"], effect["high"], between="–"),
+        Text(effect["verdict"], style=COLORS[effect["verdict"]]),
+        _gate(analysis, effect["cell"], effect["workload"]),
+        counters,
+    )
+
+
+def _gate(analysis: Mapping[str, Any], cell: str, workload: str) -> str:
+    """The gate's word on a cell's counted launches; "all workloads" stands for each of them."""
+    every = workload not in analysis["workloads"]
+    rows = [row for row in analysis["gate"]["rows"] if cell in row["cells"] and (every or workload == row["workload"])]
+    return ", ".join(sorted({row["status"] for row in rows})) or text.ABSENT
+
+
+def _counters(analysis: Mapping[str, Any], cell: str, workload: str) -> str:
+    """engaged and opportunity of the one factor that a cell has on; the report has those of several."""
+    rows = [row for row in analysis["toggles"]["rows"] if row["cell"] == cell and row["workload"] == workload]
+    if len(rows) != 1:
+        return ""
+    engaged, opportunity = (max(bounds) if bounds else None for bounds in (rows[0]["engaged"], rows[0]["opportunity"]))
+    return f"{text.number(engaged)} / {text.number(opportunity)}"
+
+
+def _print_notes(console: Console, analysis: Mapping[str, Any]) -> None:
+    notes: Sequence[str] = analysis["answer"]["caveats"]
+    for note in notes:
+        console.print(Text(f"! {note}", style="yellow"))
+    for entry in analysis["not_applicable"]:
+        console.print(Text(f"not applicable: {entry['factor']}={entry['level']}: {entry['reason']}"))

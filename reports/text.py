@@ -1,0 +1,72 @@
+"""How numbers are written for people; one place, so that the page, the Markdown, the table and the figures agree.
+
+A value that could not be had is None and written as an en dash.
+"""
+
+ABSENT = "–"
+
+
+def ratio(value: float | None) -> str:
+    """1.2345 -> "×1.234", 2.5 -> "×2.50": more decimals near and below 1, where they matter."""
+    if value is None:
+        return ABSENT
+    decimals = 3 if value < 2 else 2 if value < 10 else 1 if value < 100 else 0
+    return f"×{value:.{decimals}f}"
+
+
+def interval(low: float | None, high: float | None, between: str = " to ") -> str:
+    """Of ratios: "2.07 to 2.11"."""
+    if low is None or high is None:
+        return "no interval"
+    return ratio(low)[1:] + between + ratio(high)[1:]
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """0.031 -> "3.1 %"."""
+    if value is not None and value > 10:
+        return "> 1000 %"
+    return ABSENT if value is None else f"{100 * value:.{digits}f} %"
+
+
+def number(value: float | None) -> str:
+    """Four significant digits, thousands apart: 22970.4 -> "22,970", 182.0 -> "182.0", 0.01234 -> "0.01234"."""
+    if value is None:
+        return ABSENT
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) < 1 else f"{value:#.4g}"
+
+
+def seconds(value: float | None) -> str:
+    """0.0123 -> "12.3 ms"."""
+    if value is None:
+        return ABSENT
+    for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if abs(value) >= scale:
+            return f"{value / scale:#.3g}".rstrip(".") + f" {unit}"
+    return f"{value:.3g} s"
+
+
+def probability(value: float | None) -> str:
+    if value is None:
+        return ABSENT
+    return "< 0.0001" if value < 0.0001 else f"{value:.4f}" if value < 0.01 else f"{value:.3f}"
+
+
+def quantity(value: float | None, unit: str) -> str:
+    """A metric's value with its unit: "tok/s" or "s"."""
+    return seconds(value) if unit == "s" else ABSENT if value is None else f"{number(value)} {unit}"
+
+
+def count_of(number_: int, noun: str) -> str:
+    """3, "launch" -> "3 launches"."""
+    plural = noun + ("es" if noun.endswith(("ch", "sh", "s", "x")) else "s")
+    return f"{number_:,} {noun if number_ == 1 else plural}"
+
+
+def level_range(bounds: list[int] | None) -> str:
+    """The least and most of a counter: [3, 3] -> "3", [3, 5] -> "3 to 5"."""
+    if bounds is None:
+        return ABSENT
+    low, high = bounds
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

@@ -1,0 +1,255 @@
+"""The rendered report: complete, self-contained, escaped, and the same bytes for the same records."""
+
+import gc
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from experiments.records import plan_hash
+from reports.__main__ import app
+from reports.analysis import analyse
+from reports.evidence import reproduce_command
+from reports.render import escape_markdown, print_table, render
+from tests.synthetic import cell_of, factorial, make_plan, make_records, one_at_a_time
+
+SPEEDUPS = {"prefix_cache": 1.0, "batching": 2.5, "tensor_parallel_size": 0.7, "hf": 0.8}
+HOSTILE = "<script>alert('x')</script> | `code` [link](http://example.com) *bold*"
+Study = tuple[dict[str, Any], list[dict[str, Any]]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cheap_collections() -> Iterator[None]:
+    """statsmodels collects garbage at every Holm adjustment: what other tests left behind need not be walked."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def rendered(plan: dict[str, Any], records: list[dict[str, Any]], out: Path) -> tuple[str, str]:
+    """(Markdown, HTML) of a study."""
+    markdown, html = render(plan, records, analyse(records, plan), out)
+    return markdown.read_text(), html.read_text()
+
+
+def parse(html: str) -> ElementTree.Element:
+    """The page is written as XML, so that "well-formed" can be checked by a parser that forgives nothing."""
+    return ElementTree.fromstring(html.removeprefix("<!DOCTYPE html>"))
+
+
+def ragged_tables(markdown: str) -> list[str]:
+    """Rows of Markdown tables that have another number of cells than the row above."""
+    lines = markdown.split("\n")
+    cells = [line.replace("\\|", "").count("|") if line.startswith("|") else 0 for line in lines]
+    return [lines[i] for i in range(1, len(lines)) if cells[i] and cells[i - 1] and cells[i] != cells[i - 1]]
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    plan = make_plan(one_at_a_time(), 6, ("scaled", "shared"))
+    records = make_records(plan, SPEEDUPS)
+    records[3] |= {"status": "failed", "reason": "exit code 137"}
+    return plan, records
+
+
+@pytest.fixture(scope="module")
+def pages(study: Study, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, Path]:
+    out = tmp_path_factory.mktemp("report")
+    return *rendered(*study, out), out
+
+
+def test_the_page_is_well_formed_with_unique_ids_and_live_anchors(pages: tuple[str, str, Path]) -> None:
+    page = parse(pages[1])
+    ids = [element.get("id") for element in page.iter() if element.get("id")]
+    assert len(ids) == len(set(ids))
+    targets = re.findall(r'(?:href="|url\()#([^")]+)', pages[1])
+    assert targets
+    assert set(targets) <= set(ids)
+
+
+def test_the_page_needs_nothing_but_itself(pages: tuple[str, str, Path]) -> None:
+    _, html, _ = pages
+    assert "http:" not in html
+    assert "https:" not in html
+    assert not re.search(r"<(script|img|iframe|object|embed|base|form)\b|@import|@font-face", html)
+    links = [
+        value for element in parse(html).iter() for name, value in element.attrib.items() if name in ("href", "src")
+    ]
+    assert all(link.startswith("#") or link == "data:," for link in links)
+
+
+def test_figures_follow_the_theme_and_have_words(pages: tuple[str, str, Path]) -> None:
+    _, html, out = pages
+    page = parse(html)
+    figures = list(page.iter("svg"))
+    names = {"forest", "aa", "ceiling", "order"}
+    assert len(figures) == 2 * len(names)  # for a desk and for a phone
+    for figure in figures:
+        texts = [figure.findtext("title"), figure.findtext("desc")]
+        assert all(texts), figure.attrib
+        labels = str(figure.get("aria-labelledby")).split()
+        assert [figure.find("title").get("id"), figure.find("desc").get("id")] == labels  # type: ignore[union-attr]
+        styles = " ".join(element.get("style", "") for element in figure.iter())
+        assert "var(--ink)" in styles
+        assert not re.findall(r"#[0-9a-f]{6}", styles)
+    assert "prefers-color-scheme: dark" in html
+    assert {path.stem for path in (out / "figures").iterdir()} == names
+    for path in (out / "figures").iterdir():
+        ElementTree.parse(path)
+
+
+def test_the_answer_comes_first_and_the_evidence_follows(pages: tuple[str, str, Path]) -> None:
+    for text in pages[:2]:
+        order = [
+            "A synthetic study", "Are planted effects found?", "Everything on gives", "What each change buys",
+            "Against other engines", "How much is left to win", "What a request waits for",
+            "The machine against itself", "The order of the launches", "Is the output still the same",
+            "Did each toggle fire", "What could not run here", "What was left out", "How to get this again",
+        ]  # fmt: skip
+        # The page's contents list every title once more, before the sections.
+        places = [text.index(order[0]), *(text.rindex(title) for title in order[1:])]
+        assert places == sorted(places)
+        command = "make ablate STUDY=synthetic PROFILE=cpu MODEL=tiny"
+        for fact in ("exit code 137", "needs a CUDA GPU", command, "no opportunity in this workload"):
+            assert fact in text
+    assert not ragged_tables(pages[0])
+
+
+def test_every_verdict_has_an_interval(study: Study) -> None:
+    plan, records = study
+    for effect in analyse(records, plan)["effects"]:
+        if effect["verdict"] != "inconclusive":
+            assert effect["low"] <= effect["ratio"] <= effect["high"]
+
+
+def test_same_records_same_bytes(study: Study, pages: tuple[str, str, Path], tmp_path: Path) -> None:
+    """In another process with another hash seed, through the command, from files."""
+    plan, records = study
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    root = Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": f"{root / 'src'}:{root}"}
+    subprocess.run(
+        [sys.executable, "-m", "reports", "render", str(tmp_path)],
+        check=True,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+    )
+    first = {path.relative_to(pages[2]): path.read_bytes() for path in pages[2].rglob("*") if path.is_file()}
+    second = {path: (tmp_path / "report" / path).read_bytes() for path in first}
+    assert first == second
+    assert len(first) == 6
+
+
+def test_text_from_outside_stays_text(tmp_path: Path) -> None:
+    cells = cell_of("baseline", "baseline") | cell_of("aa", "aa") | cell_of(HOSTILE, "all", ["batching"])
+    plan = make_plan(cells, 2, title=HOSTILE, question=HOSTILE)
+    plan["not_applicable"] = [{"factor": HOSTILE, "level": "on", "reason": HOSTILE}]
+    plan["profile"]["title"] = HOSTILE
+    plan["plan_hash"] = plan_hash(plan)
+    records = make_records(plan, SPEEDUPS)
+    records[0] |= {"status": "failed", "reason": HOSTILE}
+    records[1]["provenance"]["cpu"]["model"] = HOSTILE
+    markdown, html = rendered(plan, records, tmp_path)
+    page = parse(html)
+    assert not list(page.iter("script"))
+    assert page.findtext("head/title") == HOSTILE
+    assert HOSTILE in ["".join(cell.itertext()) for cell in page.iter("td")]
+    outside_code = re.sub(r"(`+).+?\1", "", markdown)
+    assert "<script>" not in outside_code
+    assert "[link](" not in outside_code
+    assert not ragged_tables(markdown)
+
+
+def test_markdown_is_escaped_without_spoiling_names() -> None:
+    assert (
+        str(escape_markdown("prefix_cache=on _x_ *a* a|b <b>\nnew"))
+        == r"prefix_cache=on \_x\_ \*a\* a\|b &lt;b&gt; new"
+    )
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_few_blocks_are_reported_as_what_they_are(blocks: int, tmp_path: Path) -> None:
+    plan = make_plan(one_at_a_time(), blocks)
+    _, html = rendered(plan, make_records(plan, SPEEDUPS), tmp_path)
+    parse(html)
+    assert ("no interval" in html) == (blocks == 1)
+
+
+@pytest.mark.parametrize("kept", ["none", "failed", "no baseline", "baseline only"])
+def test_a_study_that_went_wrong_is_still_reported(kept: str, tmp_path: Path) -> None:
+    plan = make_plan(one_at_a_time(), 2)
+    records = make_records(plan, SPEEDUPS)
+    if kept == "none":
+        records = []
+    for record in [record for record in records if record["kind"] == "launch"]:
+        wrong = kept == "failed" or (record["cell"] == "baseline") == (kept == "no baseline")
+        if wrong:
+            record |= {"status": "failed", "reason": "out of memory"}
+    markdown, html = rendered(plan, records, tmp_path)
+    parse(html)
+    assert "No answer" in markdown
+    assert "No answer" in html
+    assert (kept == "none") == ("out of memory" not in html)
+    print_table(analyse(records, plan), Console(file=io.StringIO(), width=80))
+
+
+def test_a_factorial_shows_company_and_interactions(tmp_path: Path) -> None:
+    plan = make_plan(factorial(), 3)
+    markdown, html = rendered(
+        plan, make_records(plan, SPEEDUPS, interactions={("prefix_cache", "batching"): 1.3}), tmp_path
+    )
+    assert {"factors.svg", "interactions.svg"} <= {path.name for path in (tmp_path / "figures").iterdir()}
+    parse(html)
+    assert "Shapley's share" in markdown
+    assert "help each other" in markdown
+    # A report rendered again into the same folder leaves no picture of the old one.
+    other = make_plan(one_at_a_time(), 3)
+    rendered(other, make_records(other, SPEEDUPS), tmp_path)
+    assert "interactions.svg" not in {path.name for path in (tmp_path / "figures").iterdir()}
+
+
+def test_the_table_fits_a_terminal(study: Study) -> None:
+    plan, records = study
+    console = Console(file=io.StringIO(), width=80, record=True)
+    print_table(analyse(records, plan), console)
+    text = console.export_text()
+    row = next(line for line in text.split("\n") if line.startswith(" batching=continuous"))
+    assert re.fullmatch(r" batching=continuous +×2\.\d\d +2\.\d\d–2\.\d\d faster +pass +7 / –\s*", row)
+    assert "not applicable: cuda_graphs=on: needs a CUDA GPU" in text
+    assert "baseline / hf" in text
+
+
+def test_the_command_names_what_it_left_out_and_refuses_what_it_cannot_read(study: Study, tmp_path: Path) -> None:
+    plan, records = study
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in [*records, records[0]]) + '{"kind": "la')
+    done = CliRunner().invoke(app, ["render", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    html = (tmp_path / "out" / "report.html").read_text()
+    for note in ("truncated last line", "1 duplicated line, taken once"):
+        assert note in done.stderr
+        assert note in html
+    path.write_text(json.dumps(records[0] | {"schema": 2}) + "\n")
+    refused = CliRunner().invoke(app, ["render", str(tmp_path)])
+    assert refused.exit_code == 2
+    assert "line 1: schema 2 is unknown" in refused.stderr
+
+
+def test_the_command_to_reproduce_names_overrides_and_quotes_them() -> None:
+    plan = make_plan(one_at_a_time(), 1, overrides={"design.blocks": 2, "title": "a b"})
+    plan["model"] |= {"preset": None, "path": "/models/my qwen"}
+    command = reproduce_command(plan)
+    assert command == "make ablate STUDY=synthetic PROFILE=cpu 'MODEL=/models/my qwen' 'SET=design.blocks=2 title=a b'"
