@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-# What an experiment can be told: `make ablate STUDY=my.yaml PROFILE=cpu MODEL=tiny SET="blocks=2 workloads.mixed.num_requests=16"`
+# What an experiment can be told: `make ablate STUDY=my.yaml PROFILE=cpu MODEL=tiny SET="design.blocks=2 workloads.scaled.num_requests=16"`
 STUDY ?=
 PROFILE ?=
 MODEL ?=

@@ -114,7 +114,9 @@ class ModelFreeEngine:
         make = Scheduler if self.batching == "static" else ContinuousScheduler
         self.scheduler = make(config, blocks, self.stats)
         self.runner = ModelFreeRunner(config, self.num_blocks)
-        self.loop: Any = OverlappedStepLoop(self.scheduler, self.runner) if self.lag == 1 else _Loop(self.scheduler, self.runner, self.lag)
+        self.loop: Any = (
+            OverlappedStepLoop(self.scheduler, self.runner) if self.lag == 1 else _Loop(self.scheduler, self.runner, self.lag)
+        )
 
     @property
     def busy(self) -> bool:

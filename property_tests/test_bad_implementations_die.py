@@ -67,7 +67,10 @@ def a_collision_is_served() -> Patch:
     def match(self: PrefixCache, token_ids: list[int]) -> list[CachedBlock]:
         hits: list[CachedBlock] = []
         for i in range((len(token_ids) - 1) // self.block_size):
-            found = next((e for e in self.by_block.values() if sum(array("i", e.tokens)) == sum(array("i", self._tokens(token_ids, i)))), None)
+            found = next(
+                (e for e in self.by_block.values() if sum(array("i", e.tokens)) == sum(array("i", self._tokens(token_ids, i)))),
+                None,
+            )
             if found is None or found in hits:
                 break
             hits.append(found)
@@ -190,7 +193,18 @@ BAD = [
 def test_bad_implementation_dies(bad: Callable[[], Patch], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*bad())
     with pytest.raises((AssertionError, ValueError, KeyError, IndexError, StopIteration, RuntimeError)) as caught:
-        run_state_machine_as_test(EngineMachine, settings=settings(
-            max_examples=1500, stateful_step_count=30, deadline=None, database=None, derandomize=True, print_blob=False,
-            phases=[Phase.generate], suppress_health_check=list(HealthCheck), report_multiple_bugs=False))
+        run_state_machine_as_test(
+            EngineMachine,
+            settings=settings(
+                max_examples=1500,
+                stateful_step_count=30,
+                deadline=None,
+                database=None,
+                derandomize=True,
+                print_blob=False,
+                phases=[Phase.generate],
+                suppress_health_check=list(HealthCheck),
+                report_multiple_bugs=False,
+            ),
+        )
     print(f"{bad.__name__}: killed by {caught.type.__name__}: {str(caught.value).splitlines()[0] if str(caught.value) else ''}")

@@ -1,4 +1,4 @@
-"""Whatever the policy, the pool, the order of arrival, preemption, sharing, aborts and commit lag: every request gets its own tokens."""
+"""Whatever the policy, the pool, the arrivals, preemption, sharing, aborts and commit lag: every request gets its own tokens."""
 
 from __future__ import annotations
 
@@ -24,17 +24,23 @@ class EngineMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 6),
         extra_budget=st.integers(0, 24),
     )
-    def start(self, batching: str, prefix_cache: bool, lag: int, block_size: int, num_blocks: int, max_num_seqs: int,
-              extra_budget: int) -> None:
-        self.engine = ModelFreeEngine(batching, prefix_cache, lag, block_size, num_blocks, max_num_seqs,
-                                      max_num_seqs + extra_budget)
+    def start(
+        self, batching: str, prefix_cache: bool, lag: int, block_size: int, num_blocks: int, max_num_seqs: int, extra_budget: int
+    ) -> None:
+        self.engine = ModelFreeEngine(
+            batching, prefix_cache, lag, block_size, num_blocks, max_num_seqs, max_num_seqs + extra_budget
+        )
         self.requests: dict[str, Sequence] = {}
         self.expected: dict[str, list[int]] = {}
         self.aborted: set[str] = set()
         self.prompts: list[list[int]] = [[0]]
 
-    @rule(data=st.data(), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=12), max_tokens=st.integers(1, 14),
-          stops=st.frozensets(st.integers(0, VOCAB - 1), max_size=1))
+    @rule(
+        data=st.data(),
+        tokens=st.lists(st.integers(0, 1), min_size=1, max_size=12),
+        max_tokens=st.integers(1, 14),
+        stops=st.frozensets(st.integers(0, VOCAB - 1), max_size=1),
+    )
     def add(self, data: st.DataObject, tokens: list[int], max_tokens: int, stops: frozenset[int]) -> None:
         """A prompt of its own, an earlier one again, or an earlier one continued."""
         prefix = data.draw(st.sampled_from([[], *self.prompts[-4:]]))
@@ -87,6 +93,9 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 EngineMachine.TestCase.settings = settings(
-    max_examples=120, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+    max_examples=120,
+    stateful_step_count=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 TestEngineMachine = EngineMachine.TestCase

@@ -25,8 +25,14 @@ print(json.dumps({n: m.__file__ for n, m in sys.modules.items() if n.split(".")[
 
 @pytest.fixture(scope="module")
 def baseline_modules(tiny: Path) -> dict[str, Path]:
-    done = subprocess.run([sys.executable, "-c", RUN_BASELINE, str(tiny)], capture_output=True, text=True, check=True, cwd=ROOT,
-                          env={"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin"})
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_BASELINE, str(tiny)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin"},
+    )
     return {name: Path(file) for name, file in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
@@ -38,7 +44,17 @@ def test_core_can_be_read_in_one_sitting(baseline_modules: dict[str, Path]) -> N
 
 
 def test_optimizations_are_loaded_only_when_on(baseline_modules: dict[str, Path]) -> None:
-    optional = {"prefix_cache", "continuous_batching", "overlap", "workers", "cuda_graph", "compiled", "triton", "flash_attn", "checkpoint"}
+    optional = {
+        "prefix_cache",
+        "continuous_batching",
+        "overlap",
+        "workers",
+        "cuda_graph",
+        "compiled",
+        "triton",
+        "flash_attn",
+        "checkpoint",
+    }
     assert not [name for name in baseline_modules if name.split(".")[-1] in optional or "kernels.triton" in name]
 
 
@@ -49,5 +65,7 @@ def test_scheduler_loads_no_torch() -> None:
 
 def test_code_lines_are_lines_with_code(tmp_path: Path) -> None:
     file = tmp_path / "sample.py"
-    file.write_text('"""Doc\nstring."""\n\n# comment\nx = 1  # code\n\n\ndef f():\n    """Doc."""\n    return (\n        x\n    )\n')
+    file.write_text(
+        '"""Doc\nstring."""\n\n# comment\nx = 1  # code\n\n\ndef f():\n    """Doc."""\n    return (\n        x\n    )\n'
+    )
     assert count_code_lines(file) == 5

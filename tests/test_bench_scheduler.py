@@ -23,9 +23,17 @@ from nanovllm.sampling_params import SamplingParams
 
 def running_scheduler(num_running: int) -> Scheduler:
     """`num_running` requests, all decoding."""
-    config = ResolvedConfig(model="none", dtype="auto", device="cpu", seed=0, max_model_len=1 << 20, max_num_seqs=num_running,
-                            max_num_batched_tokens=num_running * 16, block_size=16,
-                            optimizations=Optimizations(batching="chunked", prefix_cache=True))
+    config = ResolvedConfig(
+        model="none",
+        dtype="auto",
+        device="cpu",
+        seed=0,
+        max_model_len=1 << 20,
+        max_num_seqs=num_running,
+        max_num_batched_tokens=num_running * 16,
+        block_size=16,
+        optimizations=Optimizations(batching="chunked", prefix_cache=True),
+    )
     stats = StepStats()
     blocks = CachingBlockManager(num_running * 80, 16, stats)
     scheduler = ContinuousScheduler(config, blocks, stats)

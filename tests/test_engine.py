@@ -38,7 +38,9 @@ def hf(tiny: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64).eval()
 
 
-def run(tiny: Path, prompts: list[list[int]], params: SamplingParams | list[SamplingParams], **kwargs: Any) -> list[RequestOutput]:
+def run(
+    tiny: Path, prompts: list[list[int]], params: SamplingParams | list[SamplingParams], **kwargs: Any
+) -> list[RequestOutput]:
     with LLM(str(tiny), **{**SMALL, **kwargs}) as llm:
         return llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
 
@@ -59,8 +61,10 @@ def test_greedy_tokens_are_the_argmax_of_hf(tiny: Path, hf: Any, toggles: dict[s
 
 def test_sampled_tokens_depend_on_seed_and_position_alone(tiny: Path) -> None:
     prompts = prompts_of(10, seed=1)
-    params = [SamplingParams(temperature=0.8, top_k=50 * (i % 2), top_p=1 - 0.1 * (i % 3), max_tokens=20, seed=7 + i, ignore_eos=True)
-              for i in range(len(prompts))]
+    params = [
+        SamplingParams(temperature=0.8, top_k=50 * (i % 2), top_p=1 - 0.1 * (i % 3), max_tokens=20, seed=7 + i, ignore_eos=True)
+        for i in range(len(prompts))
+    ]
     together = [o.outputs[0].token_ids for o in run(tiny, prompts, params, optimizations={"batching": "chunked"})]
     alone = [run(tiny, [p], [s], optimizations={})[0].outputs[0].token_ids for p, s in zip(prompts, params, strict=True)]
     assert together == alone
@@ -72,7 +76,9 @@ def test_a_pool_that_preempts_changes_nothing(tiny: Path) -> None:
     params = SamplingParams(temperature=0.7, max_tokens=40, ignore_eos=True)
     roomy = run(tiny, prompts, params, optimizations={"batching": "chunked"})
     bytes_a_block = 4 * 2 * 2 * 64 * 8 * 4
-    with LLM(str(tiny), **SMALL, kv_cache_memory_bytes=20 * bytes_a_block, optimizations={"batching": "chunked", "prefix_cache": True}) as llm:
+    with LLM(
+        str(tiny), **SMALL, kv_cache_memory_bytes=20 * bytes_a_block, optimizations={"batching": "chunked", "prefix_cache": True}
+    ) as llm:
         tight = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         assert llm.stats()["preemptions"] > 0
         assert llm.resolved_config()["num_kv_blocks"] == 20
@@ -99,12 +105,18 @@ def test_the_outputs_of_vllm(tiny: Path) -> None:
             assert found[token].rank == 1
             assert found[token].logprob == max(entry.logprob for entry in found.values())
             assert found[token].decoded_token == llm.tokenizer.decode([token])
-        assert completion.cumulative_logprob == pytest.approx(sum(f[t].logprob for t, f in zip(completion.token_ids, completion.logprobs, strict=True)))
+        assert completion.cumulative_logprob == pytest.approx(
+            sum(f[t].logprob for t, f in zip(completion.token_ids, completion.logprobs, strict=True))
+        )
         metrics = one.metrics
         assert metrics.first_token_time is not None
         assert metrics.finished_time is not None
         assert metrics.arrival_time < metrics.first_token_time <= metrics.finished_time
-        several = llm.generate([{"prompt_token_ids": [5, 6]}, {"prompt": "Flat"}], [SamplingParams(max_tokens=2), SamplingParams(max_tokens=3)], use_tqdm=False)
+        several = llm.generate(
+            [{"prompt_token_ids": [5, 6]}, {"prompt": "Flat"}],
+            [SamplingParams(max_tokens=2), SamplingParams(max_tokens=3)],
+            use_tqdm=False,
+        )
         assert [len(o.outputs[0].token_ids) <= n for o, n in zip(several, (2, 3), strict=True)] == [True, True]
         assert llm.generate([], use_tqdm=False) == []
 
@@ -125,8 +137,12 @@ def test_stop_tokens_and_eos(tiny: Path) -> None:
     free = run(tiny, [prompt], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))[0].outputs[0].token_ids
     stop = free[5]
     for overlap in (False, True):
-        stopped = run(tiny, [prompt], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop_token_ids=[stop]),
-                      optimizations={"overlap": overlap})[0].outputs[0]
+        stopped = run(
+            tiny,
+            [prompt],
+            SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop_token_ids=[stop]),
+            optimizations={"overlap": overlap},
+        )[0].outputs[0]
         assert stopped.token_ids == free[: free.index(stop) + 1]
         assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
 
@@ -136,7 +152,9 @@ def test_add_step_abort(tiny: Path, overlap: bool) -> None:
     config = EngineConfig.from_kwargs(str(tiny), **SMALL, optimizations={"batching": "chunked", "overlap": overlap})
     with LLMEngine(config) as engine:
         for i, prompt in enumerate(prompts_of(4)):
-            engine.add_request(f"r{i}", {"prompt_token_ids": prompt}, SamplingParams(max_tokens=6, temperature=0, ignore_eos=True))
+            engine.add_request(
+                f"r{i}", {"prompt_token_ids": prompt}, SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+            )
         with pytest.raises(ValueError, match="already in use"):
             engine.add_request("r0", [1], SamplingParams())
         finished: dict[str, RequestOutput] = {}
@@ -198,10 +216,9 @@ def test_a_failing_step_ends_the_engine_with_its_cause(tiny: Path, monkeypatch: 
 
 def test_an_interrupted_generate_leaves_the_engine_usable(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with LLM(str(tiny), **SMALL) as llm:
+        llm.add_request("2", [1, 2], SamplingParams())
+        monkeypatch.setattr(llm, "_num_requests", 0)
         with pytest.raises(ValueError, match="already in use"):  # the third request cannot be added
-            monkeypatch.setattr(llm, "_num_requests", 0)
-            llm.add_request("2", [1, 2], SamplingParams())
-            monkeypatch.setattr(llm, "_num_requests", 0)
             llm.generate([[1], [2], [3]], SamplingParams(max_tokens=3), use_tqdm=False)
         llm.abort("2")
         assert not llm.has_unfinished_requests()
@@ -218,18 +235,23 @@ def test_an_interrupted_generate_leaves_the_engine_usable(tiny: Path, monkeypatc
     ([{"prompt_tokens": [1]}], {}, TypeError, "prompt_token_ids"),
     ([1.5], {}, TypeError, "a prompt is a float"),
 ])  # fmt: skip
-def test_bad_requests_are_refused_and_lose_nothing(tiny: Path, prompt: Any, params: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_requests_are_refused_and_lose_nothing(
+    tiny: Path, prompt: Any, params: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with LLM(str(tiny), **SMALL) as llm:
         with pytest.raises(error, match=message):
             llm.generate(prompt if not isinstance(prompt, list) else [[1, 2], *prompt], SamplingParams(**params), use_tqdm=False)
         assert not llm.has_unfinished_requests()
-        assert len(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)[0].outputs[0].token_ids) == 2
+        assert (
+            len(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)[0].outputs[0].token_ids)
+            == 2
+        )
 
 
 def test_a_request_larger_than_the_cache(tiny: Path) -> None:
     bytes_a_block = 4 * 2 * 2 * 64 * 8 * 4
     with LLM(str(tiny), **SMALL, kv_cache_memory_bytes=3 * bytes_a_block) as llm:
-        with pytest.raises(ValueError, match="needs 4 KV blocks.*has 3"):
+        with pytest.raises(ValueError, match=r"needs 4 KV blocks.*has 3"):
             llm.generate([[1] * 20], SamplingParams(max_tokens=5), use_tqdm=False)
         assert llm.generate([[1] * 20], SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)[0].finished
     with pytest.raises(ValueError, match="one block of 8 tokens takes"):

@@ -14,7 +14,13 @@ import pytest
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import workers
 
-SMALL: dict[str, Any] = {"device": "cpu", "max_model_len": 128, "max_num_seqs": 4, "block_size": 8, "kv_cache_memory_bytes": 1 << 20}
+SMALL: dict[str, Any] = {
+    "device": "cpu",
+    "max_model_len": 128,
+    "max_num_seqs": 4,
+    "block_size": 8,
+    "kv_cache_memory_bytes": 1 << 20,
+}
 PROMPTS = [{"prompt_token_ids": [20 + i, 30, 40 + i]} for i in range(5)]
 PARAMS = SamplingParams(temperature=0.8, max_tokens=10, ignore_eos=True, seed=3, logprobs=2)
 

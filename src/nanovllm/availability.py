@@ -26,8 +26,8 @@ def resolve(requested: Optimizations, device: Device) -> Optimizations:
     if requested.tensor_parallel_size > 1:
         best["cuda_graphs"] = False
         if requested.cuda_graphs is True:
-            raise ValueError(f"cuda_graphs=True cannot run with tensor_parallel_size={requested.tensor_parallel_size}: collectives are "
-                             "not recorded yet. Use cuda_graphs=False, or tensor_parallel_size=1.")
+            raise ValueError(f"cuda_graphs=True cannot run with tensor_parallel_size={requested.tensor_parallel_size}: collective"
+                             " operations are not recorded yet. Use cuda_graphs=False, or tensor_parallel_size=1.")
     asked = {f.name: getattr(requested, f.name) for f in fields(requested)}
     chosen = {name: best[name] if level == "auto" else level for name, level in asked.items()}
     for choice in chosen.items():

@@ -109,7 +109,7 @@ class EngineConfig:
 
     def resolve(self, *, device: Device, dtype: str, max_position_embeddings: int) -> ResolvedConfig:
         """Fixes every open value for a model on `device`. Raises ValueError where values contradict each other."""
-        _require(dtype in ("float32", "bfloat16"), "dtype", dtype, "'float32' or 'bfloat16' (the checkpoint's own is neither: choose one)")
+        _require(dtype in ("float32", "bfloat16"), "dtype", dtype, "'float32' or 'bfloat16' (the checkpoint has neither: choose)")
         max_model_len = self.max_model_len or max_position_embeddings
         _require(max_model_len <= max_position_embeddings, "max_model_len", max_model_len,
                  f"at most the model's max_position_embeddings, {max_position_embeddings}")

@@ -8,7 +8,7 @@ positions, so a step whose rows are those of the last one needs no input at all:
     graph      state[rows] -> model -> logits -> sample -> last_tokens[rows], positions + 1
 
 There is a graph for each bucket b of batch sizes. A batch between two buckets is padded with the spare row: it owns the spare
-block, stands at position 0 for ever, and so computes and stores one harmless token. What a graph cannot do (prefill, top-k,
+block, where its K and V go, stands at position 0 for ever, and has length 0, so attention passes over it. What a graph cannot do (prefill, top-k,
 top-p, log-probabilities) runs eagerly, on the same state.
 """
 

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nanovllm.engine.kv_cache import MIB, KVCacheSpec
+from nanovllm.engine.kv_cache import KVCacheSpec
 from nanovllm.engine.scheduler import StepPlan
 
 if TYPE_CHECKING:
     from nanovllm.engine.model_runner import ModelRunner
 
-GRAPH_BYTES = 4 * MIB
+GRAPH_BYTES = 4 << 20
 """Of one recorded decode step, in the driver: a few hundred kernel nodes and their arguments."""
 
 

@@ -10,8 +10,6 @@ from torch import Tensor
 from nanovllm.config import ResolvedConfig
 from nanovllm.models.config import ModelConfig
 
-MIB = 1 << 20
-
 
 @dataclass(frozen=True, slots=True)
 class KVCacheSpec:
@@ -38,8 +36,8 @@ class KVCacheSpec:
         try:
             cache = torch.zeros(shape, dtype=self.dtype, device=device)
         except (RuntimeError, torch.OutOfMemoryError) as error:
-            size = f"{num_blocks * self.block_bytes / MIB:.0f} MiB on {device}"
-            raise MemoryError(f"no room for a KV cache of {size}: lower kv_cache_memory_bytes or gpu_memory_utilization") from error
+            raise MemoryError(f"no room on {device} for {num_blocks} KV blocks of {self.block_bytes} bytes: "
+                              "lower kv_cache_memory_bytes or gpu_memory_utilization") from error
         return [(layer[0], layer[1]) for layer in cache]
 
 
@@ -54,7 +52,7 @@ def num_blocks_for(config: ResolvedConfig, spec: KVCacheSpec, device: torch.devi
         budget = int(free - reserved_bytes - (1 - config.gpu_memory_utilization) * total)
     if budget < spec.block_bytes:
         raise ValueError(f"the KV cache would have {max(budget, 0)} bytes, one block of {config.block_size} tokens takes "
-                         f"{spec.block_bytes}: raise kv_cache_memory_bytes or gpu_memory_utilization, or free memory on the device")
+                         f"{spec.block_bytes}: raise kv_cache_memory_bytes or gpu_memory_utilization, or free memory")
     return min(usable, budget // spec.block_bytes)
 
 

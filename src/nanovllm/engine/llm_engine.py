@@ -22,6 +22,7 @@ from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
 Prompt = str | list[int] | dict[str, Any]
+Params = SamplingParams | SequenceOf[SamplingParams] | None
 
 
 class EngineDeadError(RuntimeError):
@@ -63,16 +64,16 @@ class LLMEngine:
         make_runner = (_load("workers", "TensorParallelRunner") if on.tensor_parallel_size > 1
                        else _load("cuda_graph", "GraphRunner") if on.cuda_graphs else ModelRunner)  # fmt: skip
         self.runner = make_runner(resolved, self.model_config, folder, self._stats)
-        self.config: ResolvedConfig = dataclasses.replace(
-            resolved, num_kv_blocks=self.runner.num_blocks, kv_cache_bytes=self.runner.kv_cache_bytes)
+        sizes: dict[str, Any] = {"num_kv_blocks": self.runner.num_blocks, "kv_cache_bytes": self.runner.kv_cache_bytes}
+        self.config: ResolvedConfig = dataclasses.replace(resolved, **sizes)
         make_blocks = _load("prefix_cache", "CachingBlockManager") if on.prefix_cache else BlockManager
         make_scheduler = Scheduler if on.batching == "static" else _load("continuous_batching", "ContinuousScheduler")
-        self.scheduler = make_scheduler(self.config, make_blocks(self.runner.num_blocks, resolved.block_size, self._stats), self._stats)
+        blocks = make_blocks(self.runner.num_blocks, resolved.block_size, self._stats)
+        self.scheduler = make_scheduler(self.config, blocks, self._stats)
         make_loop = _load("overlap", "OverlappedStepLoop") if on.overlap else StepLoop
         self.loop = make_loop(self.scheduler, self.runner)
-        self._num_requests = 0
         self._step_times: list[tuple[float, int, int]] = []
-        self._dead = None
+        self._num_requests, self._dead = 0, None
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -88,9 +89,8 @@ class LLMEngine:
             raise ValueError(f"request {request_id!r} has {len(token_ids)} prompt tokens and max_tokens={params.max_tokens}, "
                              f"together more than max_model_len={limit}: shorten it or raise max_model_len")
         stops = {*params.stop_token_ids, *(() if params.ignore_eos else self.model_config.eos_token_ids)}
-        seed = params.seed
-        if seed is None:  # a key of its own for every request, reproducible in the order of arrival
-            seed = ((self.config.seed & 0x7FFFFFFF) << 32) | (self._num_requests & 0xFFFFFFFF)
+        own_key = ((self.config.seed & 0x7FFFFFFF) << 32) | (self._num_requests & 0xFFFFFFFF)  # the same in every run
+        seed = own_key if params.seed is None else params.seed
         self._num_requests += 1
         return Sequence(request_id, list(token_ids), params, seed, time.perf_counter(), frozenset(stops), text)
 
@@ -140,7 +140,7 @@ class LLMEngine:
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, dict):
             if prompt.keys() not in ({"prompt_token_ids"}, {"prompt"}):
-                raise TypeError(f"a prompt has the keys {sorted(prompt)}; give {{'prompt_token_ids': [...]}} or {{'prompt': text}}")
+                raise TypeError(f"a prompt has keys {sorted(prompt)}; give {{'prompt_token_ids': [...]}} or {{'prompt': text}}")
             prompt = next(iter(prompt.values()))
         if isinstance(prompt, list):
             return None, prompt
@@ -201,8 +201,8 @@ class LLM(LLMEngine):
     def __init__(self, model: str, **kwargs: Any) -> None:
         super().__init__(EngineConfig.from_kwargs(model, **kwargs))
 
-    def generate(self, prompts: Prompt | SequenceOf[Prompt], sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
-                 *, use_tqdm: bool = True) -> list[RequestOutput]:
+    def generate(self, prompts: Prompt | SequenceOf[Prompt], sampling_params: Params = None, *,
+                 use_tqdm: bool = True) -> list[RequestOutput]:
         """Runs every prompt to its end; outputs in the order of the prompts. Nothing runs if one of them is not valid."""
         self._check_alive()
         one = isinstance(prompts, (str, dict)) or (len(prompts) > 0 and all(isinstance(token, int) for token in prompts))

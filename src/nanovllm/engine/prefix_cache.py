@@ -1,4 +1,4 @@
-"""prefix_cache=True: blocks that hold the same prefix are shared, and found again after their release. Loaded only when on. No torch.
+"""prefix_cache=True: blocks that hold the same prefix are shared, and found again later. Loaded only when on. No torch.
 
     root <- CachedBlock(tokens 0..15) <- CachedBlock(tokens 16..31) <- ...
 
@@ -139,7 +139,7 @@ class CachingBlockManager(BlockManager):
 
     def publish(self, seq: Sequence, num_computed: int) -> None:
         """Makes the blocks that are full of computed tokens findable. Called at commit: what is found is always computed."""
-        while 0 <= seq.num_published and (seq.num_published + 1) * self.block_size <= num_computed:
+        while seq.num_published >= 0 and (seq.num_published + 1) * self.block_size <= num_computed:
             i = seq.num_published
             tail = self.cache.insert(seq.block_table[i], seq.token_ids, i, seq.published_tail)
             seq.published_tail = tail

@@ -69,8 +69,8 @@ class Scheduler:
             raise ValueError(f"request_id {seq.request_id!r} is already in use by an unfinished request")
         longest = seq.num_prompt_tokens + seq.params.max_tokens
         if (needed := self.blocks.blocks_for(longest)) > self.blocks.num_blocks:
-            raise ValueError(f"request {seq.request_id!r} needs {needed} KV blocks for {longest} tokens, the whole cache has "
-                             f"{self.blocks.num_blocks} of {self.blocks.block_size} tokens: shorten it, or raise kv_cache_memory_bytes")
+            raise ValueError(f"request {seq.request_id!r} needs {needed} KV blocks for {longest} tokens, the cache has "
+                             f"{self.blocks.num_blocks} of {self.blocks.block_size} tokens: shorten it, or enlarge the cache")
         self.waiting[seq.request_id] = seq
 
     def abort(self, request_id: str) -> Sequence | None:

@@ -37,8 +37,8 @@ class StepStats:
 
     def flat(self) -> dict[str, int]:
         """All counters as `name` or `name.key`, JSON-able."""
-        split = {f"{name}.{key}": n for name, value in self._items() if isinstance(value, Counter) for key, n in sorted(value.items())}
-        return {name: value for name, value in self._items() if not isinstance(value, Counter)} | split
+        split = {f"{name}.{key}": n[key] for name, n in self._items() if isinstance(n, Counter) for key in sorted(n)}
+        return {name: n for name, n in self._items() if not isinstance(n, Counter)} | split
 
     def _items(self) -> list[tuple[str, Any]]:
         return [(f.name, getattr(self, f.name)) for f in fields(self)]

@@ -97,7 +97,7 @@ class TensorParallelRunner:
     def __init__(self, resolved: ResolvedConfig, model_config: ModelConfig, folder: Path, stats: StepStats) -> None:
         self.size = resolved.optimizations.tensor_parallel_size
         if resolved.device == "cuda" and torch.cuda.device_count() < self.size:
-            raise ValueError(f"tensor_parallel_size={self.size} needs that many GPUs; this machine has {torch.cuda.device_count()}")
+            raise ValueError(f"tensor_parallel_size={self.size} needs as many GPUs; there are {torch.cuda.device_count()}")
         ranks = TensorParallel()
         ranks.size = self.size
         ranks.share(model_config.num_attention_heads, "query heads")  # said before any process is started
@@ -220,7 +220,7 @@ def main() -> None:
             runner.launch(pickle.loads(connection.recv_bytes()))
     except (EOFError, ConnectionError):
         return  # the parent closed the engine, or is gone
-    except Exception:
+    except Exception:  # noqa: BLE001  whatever it was, the parent must hear of it
         try:
             connection.send_bytes(traceback.format_exc().encode())
         except OSError:

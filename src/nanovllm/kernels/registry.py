@@ -59,4 +59,4 @@ def _load(module: str, choice: str) -> Any:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        raise ImportError(f"{choice} needs the package {error.name!r}, which is not installed: install it, or choose 'torch'") from error
+        raise ImportError(f"{choice} needs {error.name!r}, which is not installed: install it, or choose 'torch'") from error

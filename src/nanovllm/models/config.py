@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-COMPUTED = {"architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu", "use_sliding_window": False, "rope type": "default",
-            "layer_types": ["full_attention"]}  # fmt: skip
+COMPUTED: dict[str, Any] = {"architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu", "use_sliding_window": False,
+                            "rope type": "default", "layer_types": ["full_attention"]}  # fmt: skip
 """What this engine computes. Any other value is an error: a setting is never ignored."""
 
 
@@ -39,7 +39,8 @@ def load_hf_config(folder: Path) -> ModelConfig:
     raw = _read(folder / "config.json")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, transformers 4
     layer_types = sorted(set(raw.get("layer_types") or COMPUTED["layer_types"]))
-    found = {"architectures": "none", **raw, "layer_types": layer_types, "rope type": rope.get("rope_type", rope.get("type", "default"))}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    found = {"architectures": "none", **raw, "layer_types": layer_types, "rope type": rope_type}
     for name, computed in COMPUTED.items():
         if found.get(name, computed) not in (computed, None):
             raise ValueError(f"{folder} has {name}={found[name]!r}; this engine computes {computed!r} only")

@@ -12,7 +12,7 @@ class DecodeInputs(NamedTuple):
     token_ids: Tensor  # [entries] int64: each row's last token
     slot_mapping: Tensor  # [entries] int64
     block_tables: Tensor  # [entries, max_blocks] int32
-    seq_lens: Tensor  # [entries] int32: tokens of the sequence after this step
+    seq_lens: Tensor  # [entries] int32: tokens of the sequence after this step; 0 where the last row of all pads the batch
     next_positions: Tensor  # [entries] int64: of the tokens that will be sampled
     temperatures: Tensor  # [entries] float32
     seeds: Tensor  # [entries] int64
@@ -23,11 +23,12 @@ def gather_decode_inputs(rows: Tensor, positions: Tensor, block_tables: Tensor, 
     """rows, positions: [entries] int64, positions those of the last tokens; the others: the state of all rows."""
     tables = block_tables[rows]
     blocks = tables.gather(1, (positions // block_size)[:, None])[:, 0].long()
-    return DecodeInputs(last_tokens[rows], blocks * block_size + positions % block_size, tables, (positions + 1).int(),
+    real = rows < last_tokens.shape[0] - 1
+    return DecodeInputs(last_tokens[rows], blocks * block_size + positions % block_size, tables, ((positions + 1) * real).int(),
                         positions + 1, temperatures[rows], seeds[rows])  # fmt: skip
 
 
 def advance_rows(rows: Tensor, positions: Tensor, last_tokens: Tensor, token_ids: Tensor) -> None:
     """Stores the sampled tokens and moves on by one; the last row of all, which pads batches, stays where it is."""
     last_tokens[rows] = token_ids
-    positions += (rows != torch.full_like(rows, last_tokens.shape[0] - 1)).long()
+    positions += (rows < last_tokens.shape[0] - 1).long()

@@ -3,14 +3,15 @@ Dao et al., FlashAttention, 2022).
 
 Both put the query heads that share a KV head into the rows of one small matrix, so that K and V are read once.
 
-*Decode* is bound by memory: what counts is that every multiprocessor reads the same number of bytes, whatever the lengths.
-So the KV of all sequences and heads is laid out as one line of tiles, and cut into equal pieces, one a program ("stream-K",
-Osama et al., 2023; "lean attention", Sanovar et al., 2024):
+*Decode* is bound by memory: what counts is that every multiprocessor has the same work, whatever the lengths. So the KV of
+all sequences and heads is laid out as one line of units, and cut into equal pieces, one a program ("stream-K", Osama et al.,
+2023; "lean attention", Sanovar et al., 2024). An item (a sequence and a head) is as many units as it has tiles of KV, after
+SETUP units that stand for the time its beginning takes:
 
-    tiles      | sequence 0, head 0 | sequence 0, head 1 | sequence 1, head 0 | ...
+    units      | . sequence 0, head 0 | . sequence 0, head 1 | . sequence 1, head 0 | ...
     programs   |      0      |      1      |      2      |      3      | ...
 
-An item (a sequence and a head) that a cut goes through is computed by several programs. Each writes its partial result, and
+An item whose tiles lie in several pieces is computed by several programs. Each writes its partial result, and
 the one that comes last (an atomic counter tells) combines them. So there is no second kernel, and nobody waits.
 
 *Prefill* is bound by arithmetic: one program a tile of query tokens and KV head; keys and values come from the pages, so that
@@ -43,6 +44,9 @@ class Tiling(NamedTuple):
 
 
 PROGRAMS_PER_SM = 3
+SETUP = tl.constexpr(1)
+LEAST_UNITS = 1
+"""Of a piece: in short items, sharing them out costs more than it brings."""
 
 
 def tilings(dtype: torch.dtype, shared_memory: int) -> tuple[Tiling, Tiling]:
@@ -94,12 +98,18 @@ def _attend_to_tile(q, top, mass, acc, k_cache_ptr, v_cache_ptr, table_ptr, kv_h
 
 
 @triton.jit
-def _prefetch_tile(k_cache_ptr, v_cache_ptr, table_ptr, seq_len, tile, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+def _units(seq_len, TILE: tl.constexpr):
+    """Of one item. An entry of length 0 (it pads a batch) has none; such entries come last."""
+    return tl.where(seq_len > 0, tl.cdiv(seq_len, TILE) + SETUP, 0)
+
+
+@triton.jit
+def _prefetch_tile(k_cache_ptr, v_cache_ptr, table_ptr, seq_len, unit, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
                    PAGE: tl.constexpr, TILE: tl.constexpr):
-    """Starts fetching tile number `tile` of an entry (counted over its heads)."""
-    tiles = tl.cdiv(seq_len, TILE)
-    first_token = tile % tiles * TILE
-    rows = _rows_of_tile(table_ptr, tile // tiles, first_token, seq_len, KV_HEADS, PAGE, TILE)
+    """Starts fetching the tile of unit number `unit` of an entry (counted over its heads)."""
+    units = _units(seq_len, TILE)
+    first_token = tl.maximum(unit % units - SETUP, 0) * TILE
+    rows = _rows_of_tile(table_ptr, unit // units, first_token, seq_len, KV_HEADS, PAGE, TILE)
     lines = tl.arange(0, HEAD_DIM // 64 if HEAD_DIM > 64 else 1) * 64  # of 128 bytes, in elements of two
     exists = (first_token + tl.arange(0, TILE) < seq_len)[:, None]
     places = tl.where(exists, rows[:, None], tl.min(rows, axis=0)) * HEAD_DIM + lines[None, :]
@@ -108,28 +118,77 @@ def _prefetch_tile(k_cache_ptr, v_cache_ptr, table_ptr, seq_len, tile, KV_HEADS:
 
 
 @triton.jit(do_not_specialize=["num_entries"])
-def _cut_kernel(seq_lens_ptr, tile_starts_ptr, first_entries_ptr, totals_ptr, num_entries, KV_HEADS: tl.constexpr,
-                TILE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _cut_kernel(seq_lens_ptr, unit_starts_ptr, first_entries_ptr, totals_ptr, num_entries, KV_HEADS: tl.constexpr,
+                TILE: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Where each program's piece begins. One program a program of the decode kernel; number 0 also writes what all share."""
     program = tl.program_id(0)
     entries = tl.arange(0, BLOCK)
     inside = entries < num_entries
     wait_for_inputs(PDL)
-    tiles = tl.cdiv(tl.load(seq_lens_ptr + entries, mask=inside, other=0), TILE)
-    ends = tl.cumsum(tiles, axis=0)
-    total = tl.sum(tiles, axis=0) * KV_HEADS
-    per_program = tl.cdiv(total, tl.num_programs(0))
-    before = (ends * KV_HEADS <= program * per_program) & inside
+    units = _units(tl.load(seq_lens_ptr + entries, mask=inside, other=0), TILE) * KV_HEADS
+    ends = tl.cumsum(units, axis=0)
+    total = tl.sum(units, axis=0)
+    per_program = tl.maximum(tl.cdiv(total, tl.num_programs(0)), LEAST)
+    before = (ends <= program * per_program) & inside
     tl.store(first_entries_ptr + program, tl.sum(before.to(tl.int32), axis=0))
     if program == 0:
-        tl.store(tile_starts_ptr + entries, ends - tiles, mask=inside)
+        tl.store(unit_starts_ptr + entries, ends - units, mask=inside)
         tl.store(totals_ptr, per_program)
         tl.store(totals_ptr + 1, total)
 
 
 @triton.jit
+def _decode_tiles(
+    q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, out_ptr, partial_acc_ptr, partial_top_ptr, partial_mass_ptr, arrival_ptr,
+    scale_log2, entry, kv_head, seq_len, first_tile, last_tile, first_program, last_program,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tiles [first_tile, last_tile) of an item that programs [first_program, last_program] share."""
+    program = tl.program_id(0)
+    members = tl.arange(0, ROWS)
+    dims = tl.arange(0, HEAD_DIM)
+    real = members < GROUP
+    q_rows = (entry.to(tl.int64) * KV_HEADS + kv_head) * GROUP + members
+    places = q_rows[:, None] * HEAD_DIM + dims[None, :]
+    q = tl.load(q_ptr + places, mask=real[:, None], other=0.0)
+    limits = tl.zeros([ROWS], tl.int32) + seq_len - 1
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    for tile in tl.range(first_tile, last_tile, num_stages=STAGES):
+        top, mass, acc = _attend_to_tile(
+            q, top, mass, acc, k_cache_ptr, v_cache_ptr, table_ptr, kv_head, tile * TILE, seq_len, limits, scale_log2,
+            KV_HEADS, HEAD_DIM, PAGE, TILE, PRECISION)  # fmt: skip
+    if first_program == last_program:
+        tl.store(out_ptr + places, (acc / mass[:, None]).to(q.dtype), mask=real[:, None])
+    else:
+        mine = (program * 2 + (program == first_program).to(tl.int32)) * GROUP + members
+        tl.store(partial_top_ptr + mine, top, mask=real)
+        tl.store(partial_mass_ptr + mine, mass, mask=real)
+        tl.store(partial_acc_ptr + mine[:, None] * HEAD_DIM + dims[None, :], acc, mask=real[:, None])
+        tl.debug_barrier()  # all threads have written before one of them says so
+        if tl.atomic_add(arrival_ptr, 1, sem="acq_rel", scope="gpu") == last_program - first_program:
+            top = tl.full([ROWS], float("-inf"), tl.float32)
+            mass = tl.zeros([ROWS], tl.float32)
+            acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+            for other in range(first_program, last_program + 1):
+                theirs = (other * 2 + (other == first_program).to(tl.int32)) * GROUP + members
+                their_top = tl.load(partial_top_ptr + theirs, mask=real, other=0.0)
+                their_mass = tl.load(partial_mass_ptr + theirs, mask=real, other=1.0)
+                their_acc = tl.load(partial_acc_ptr + theirs[:, None] * HEAD_DIM + dims[None, :], mask=real[:, None], other=0.0)
+                new_top = tl.maximum(top, their_top)
+                shrink, their_shrink = tl.exp2(top - new_top), tl.exp2(their_top - new_top)
+                mass = mass * shrink + their_mass * their_shrink
+                acc = acc * shrink[:, None] + their_acc * their_shrink[:, None]
+                top = new_top
+            tl.store(out_ptr + places, (acc / mass[:, None]).to(q.dtype), mask=real[:, None])
+            tl.store(arrival_ptr, 0)  # as the next layer wants it
+
+
+@triton.jit
 def _decode_kernel(
-    q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, seq_lens_ptr, tile_starts_ptr, first_entries_ptr, totals_ptr, out_ptr,
+    q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, seq_lens_ptr, unit_starts_ptr, first_entries_ptr, totals_ptr, out_ptr,
     partial_acc_ptr, partial_top_ptr, partial_mass_ptr, arrivals_ptr, table_stride, scale_log2,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
     TILE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -137,9 +196,6 @@ def _decode_kernel(
     """One piece of the line of tiles. Partial results lie in two places for each program: 0 for an item that began in an
     earlier program, 1 for one that begins here."""
     program = tl.program_id(0)
-    members = tl.arange(0, ROWS)
-    dims = tl.arange(0, HEAD_DIM)
-    real = members < GROUP
     # The cut and the tables were written long before the previous kernel: `prepare` comes before the whole model.
     per_program = tl.load(totals_ptr)
     at = program * per_program
@@ -148,58 +204,25 @@ def _decode_kernel(
     if PDL:
         if at < end:
             _prefetch_tile(k_cache_ptr, v_cache_ptr, tables_ptr + entry.to(tl.int64) * table_stride, tl.load(seq_lens_ptr + entry),
-                           at - tl.load(tile_starts_ptr + entry) * KV_HEADS, KV_HEADS, HEAD_DIM, PAGE, TILE)  # fmt: skip
+                           at - tl.load(unit_starts_ptr + entry), KV_HEADS, HEAD_DIM, PAGE, TILE)  # fmt: skip
     wait_for_inputs(PDL)
     while at < end:
         seq_len = tl.load(seq_lens_ptr + entry)
-        tiles = tl.cdiv(seq_len, TILE)
-        entry_start = tl.load(tile_starts_ptr + entry) * KV_HEADS
-        kv_head = (at - entry_start) // tiles
-        item_start = entry_start + kv_head * tiles
-        stop = tl.minimum(item_start + tiles, end)
-
-        q_rows = (entry.to(tl.int64) * KV_HEADS + kv_head) * GROUP + members
-        places = q_rows[:, None] * HEAD_DIM + dims[None, :]
-        q = tl.load(q_ptr + places, mask=real[:, None], other=0.0)
-        limits = tl.zeros([ROWS], tl.int32) + seq_len - 1
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        mass = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-        table_ptr = tables_ptr + entry.to(tl.int64) * table_stride
-        for tile in tl.range(at - item_start, stop - item_start, num_stages=STAGES):
-            top, mass, acc = _attend_to_tile(
-                q, top, mass, acc, k_cache_ptr, v_cache_ptr, table_ptr, kv_head, tile * TILE, seq_len, limits, scale_log2,
-                KV_HEADS, HEAD_DIM, PAGE, TILE, PRECISION)  # fmt: skip
-
-        first_program = item_start // per_program
-        last_program = (item_start + tiles - 1) // per_program
-        if first_program == last_program:
-            tl.store(out_ptr + places, (acc / mass[:, None]).to(q.dtype), mask=real[:, None])
-        else:
-            mine = (program * 2 + (program == first_program).to(tl.int32)) * GROUP + members
-            tl.store(partial_top_ptr + mine, top, mask=real)
-            tl.store(partial_mass_ptr + mine, mass, mask=real)
-            tl.store(partial_acc_ptr + mine[:, None] * HEAD_DIM + dims[None, :], acc, mask=real[:, None])
-            tl.debug_barrier()  # all threads have written before one of them says so
-            arrival_ptr = arrivals_ptr + entry * KV_HEADS + kv_head
-            if tl.atomic_add(arrival_ptr, 1, sem="acq_rel", scope="gpu") == last_program - first_program:
-                top = tl.full([ROWS], float("-inf"), tl.float32)
-                mass = tl.zeros([ROWS], tl.float32)
-                acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
-                for other in range(first_program, last_program + 1):
-                    theirs = (other * 2 + (other == first_program).to(tl.int32)) * GROUP + members
-                    their_top = tl.load(partial_top_ptr + theirs, mask=real, other=0.0)
-                    their_mass = tl.load(partial_mass_ptr + theirs, mask=real, other=1.0)
-                    their_acc = tl.load(partial_acc_ptr + theirs[:, None] * HEAD_DIM + dims[None, :], mask=real[:, None],
-                                        other=0.0)  # fmt: skip
-                    new_top = tl.maximum(top, their_top)
-                    shrink, their_shrink = tl.exp2(top - new_top), tl.exp2(their_top - new_top)
-                    mass = mass * shrink + their_mass * their_shrink
-                    acc = acc * shrink[:, None] + their_acc * their_shrink[:, None]
-                    top = new_top
-                tl.store(out_ptr + places, (acc / mass[:, None]).to(q.dtype), mask=real[:, None])
-                tl.store(arrival_ptr, 0)  # as the next layer wants it
-        entry += (stop == entry_start + tiles * KV_HEADS).to(tl.int32)
+        units = _units(seq_len, TILE)
+        entry_start = tl.load(unit_starts_ptr + entry)
+        kv_head = (at - entry_start) // units
+        item_start = entry_start + kv_head * units
+        item_end = item_start + units
+        stop = tl.minimum(item_end, end)
+        first_tile, last_tile = at - item_start - SETUP, stop - item_start - SETUP  # negative: the item's setup
+        first_program, last_program = (item_start + SETUP) // per_program, (item_end - 1) // per_program
+        if last_tile > 0:
+            _decode_tiles(
+                q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr + entry.to(tl.int64) * table_stride, out_ptr, partial_acc_ptr,
+                partial_top_ptr, partial_mass_ptr, arrivals_ptr + entry * KV_HEADS + kv_head, scale_log2, entry, kv_head, seq_len,
+                tl.maximum(first_tile, 0), last_tile, first_program, last_program,
+                KV_HEADS, GROUP, ROWS, HEAD_DIM, PAGE, TILE, STAGES, PRECISION)  # fmt: skip
+        entry += (stop == entry_start + units * KV_HEADS).to(tl.int32)
         at = stop
 
 
@@ -245,9 +268,9 @@ def _prefill_kernel(
 class _Prepared:
     """What is the same in all layers."""
 
-    tile_starts: Tensor | None = None  # [decodes] int32: tiles of the entries before each, for one head
+    unit_starts: Tensor | None = None  # [decodes] int32: units of the entries before each
     first_entries: Tensor | None = None  # [programs] int32: the entry in which each piece begins
-    totals: Tensor | None = None  # [2] int32: tiles a program, tiles in all
+    totals: Tensor | None = None  # [2] int32: units a program, units in all
     arrivals: Tensor | None = None  # [decodes * kv_heads] int32: zero between launches
     partials: tuple[Tensor, Tensor, Tensor] | None = None  # acc [programs, 2, group, head_dim], top, mass [programs, 2, group]
     prefill_tiles: Tensor | None = None  # [2, query tiles] int32: entry, its first query token
@@ -276,13 +299,13 @@ class TritonAttention:
         n, device = batch.num_decodes, batch.seq_lens.device
         if n == 0:
             return
-        prepared.tile_starts = torch.empty(n, dtype=torch.int32, device=device)
+        prepared.unit_starts = torch.empty(n, dtype=torch.int32, device=device)
         prepared.first_entries = torch.empty(self.num_programs, dtype=torch.int32, device=device)
         prepared.totals = torch.empty(2, dtype=torch.int32, device=device)
         prepared.arrivals = torch.zeros(n * self.num_kv_heads, dtype=torch.int32, device=device)
         _cut_kernel[(self.num_programs,)](
-            batch.seq_lens, prepared.tile_starts, prepared.first_entries, prepared.totals, n, KV_HEADS=self.num_kv_heads,
-            TILE=self.decode.kv_tile, BLOCK=max(256, triton.next_power_of_2(n)), num_warps=4, **pdl(batch.seq_lens),
+            batch.seq_lens, prepared.unit_starts, prepared.first_entries, prepared.totals, n, KV_HEADS=self.num_kv_heads,
+            TILE=self.decode.kv_tile, LEAST=LEAST_UNITS, BLOCK=max(256, triton.next_power_of_2(n)), num_warps=4, **pdl(batch.seq_lens),
         )  # fmt: skip
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch) -> Tensor:
@@ -301,7 +324,7 @@ class TritonAttention:
                                      torch.empty(places, dtype=torch.float32, device=q.device),
                                      torch.empty(places, dtype=torch.float32, device=q.device))  # fmt: skip
             _decode_kernel[(self.num_programs,)](
-                q, k_cache, v_cache, batch.block_tables, batch.seq_lens, prepared.tile_starts, prepared.first_entries,
+                q, k_cache, v_cache, batch.block_tables, batch.seq_lens, prepared.unit_starts, prepared.first_entries,
                 prepared.totals, out, *prepared.partials, prepared.arrivals, batch.block_tables.stride(0), self.scale_log2,
                 ROWS=max(self.decode.rows, triton.next_power_of_2(group)), TILE=self.decode.kv_tile,
                 STAGES=self.decode.stages, num_warps=self.decode.warps, **shape,

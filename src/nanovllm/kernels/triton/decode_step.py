@@ -11,10 +11,10 @@ from nanovllm.kernels.torch.decode_step import DecodeInputs
 from nanovllm.kernels.triton.launch import pdl, wait_for_inputs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["spare_row"])
 def _gather_kernel(rows_ptr, positions_ptr, tables_ptr, last_tokens_ptr, temperatures_ptr, all_seeds_ptr, tokens_ptr, slots_ptr,
-                   out_tables_ptr, seq_lens_ptr, next_positions_ptr, out_temperatures_ptr, seeds_ptr, width, PAGE: tl.constexpr,
-                   BLOCK: tl.constexpr, PDL: tl.constexpr):
+                   out_tables_ptr, seq_lens_ptr, next_positions_ptr, out_temperatures_ptr, seeds_ptr, width, spare_row,
+                   PAGE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     entry = tl.program_id(0).to(tl.int64)
     wait_for_inputs(PDL)
     row = tl.load(rows_ptr + entry)
@@ -22,7 +22,7 @@ def _gather_kernel(rows_ptr, positions_ptr, tables_ptr, last_tokens_ptr, tempera
     block = tl.load(tables_ptr + row * width + position // PAGE).to(tl.int64)
     tl.store(tokens_ptr + entry, tl.load(last_tokens_ptr + row))
     tl.store(slots_ptr + entry, block * PAGE + position % PAGE)
-    tl.store(seq_lens_ptr + entry, (position + 1).to(tl.int32))
+    tl.store(seq_lens_ptr + entry, tl.where(row < spare_row, position + 1, 0).to(tl.int32))
     tl.store(next_positions_ptr + entry, position + 1)
     tl.store(out_temperatures_ptr + entry, tl.load(temperatures_ptr + row))
     tl.store(seeds_ptr + entry, tl.load(all_seeds_ptr + row))
@@ -41,7 +41,7 @@ def _advance_kernel(rows_ptr, positions_ptr, last_tokens_ptr, tokens_ptr, num_en
     rows = tl.load(rows_ptr + entries, mask=inside)
     positions = tl.load(positions_ptr + entries, mask=inside)
     tl.store(last_tokens_ptr + rows, tl.load(tokens_ptr + entries, mask=inside), mask=inside)
-    tl.store(positions_ptr + entries, positions + (rows != spare_row).to(tl.int64), mask=inside)
+    tl.store(positions_ptr + entries, positions + (rows < spare_row).to(tl.int64), mask=inside)
 
 
 def gather_decode_inputs(rows: Tensor, positions: Tensor, block_tables: Tensor, last_tokens: Tensor, temperatures: Tensor,
@@ -56,7 +56,7 @@ def gather_decode_inputs(rows: Tensor, positions: Tensor, block_tables: Tensor, 
                        empty(n, dtype=torch.float32), empty(n))  # fmt: skip
     _gather_kernel[(n,)](
         rows, positions, block_tables, last_tokens, temperatures, seeds, out.token_ids, out.slot_mapping, out.block_tables,
-        out.seq_lens, out.next_positions, out.temperatures, out.seeds, width, PAGE=block_size,
+        out.seq_lens, out.next_positions, out.temperatures, out.seeds, width, last_tokens.shape[0] - 1, PAGE=block_size,
         BLOCK=min(1024, triton.next_power_of_2(width)), num_warps=1, **pdl(rows),
     )  # fmt: skip
     return out

@@ -19,10 +19,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def wait_for_inputs(PDL: tl.constexpr):
-    """Lets the next kernel start its prologue, then waits until the kernels before this one have finished."""
+def let_next_start(PDL: tl.constexpr):
+    """Lets the next kernel start its prologue as soon as there is room for it."""
     if PDL:
         gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Waits until the kernels before this one have finished; lets the next one start its prologue meanwhile."""
+    if PDL:
+        gdc_launch_dependents()  # a second time changes nothing
         gdc_wait()
 
 

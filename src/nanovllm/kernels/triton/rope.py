@@ -9,6 +9,9 @@ from torch import Tensor
 
 from nanovllm.kernels.triton.launch import pdl, wait_for_inputs
 
+_FEW_TOKENS = 1024
+"""Up to here a program takes one KV head of a token, so that all multiprocessors have work; above, a whole token."""
+
 
 @triton.jit
 def _norm_and_rotate(x_ptr, weight_ptr, rows, columns, inside, cos, sin, eps, HEAD_DIM: tl.constexpr):
@@ -85,8 +88,7 @@ def qk_norm_rope_store_kv(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: 
     q = torch.empty(num_tokens, q_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     k = torch.empty(num_tokens, kv_heads, head_dim, dtype=qkv.dtype, device=qkv.device)
     group = q_heads // kv_heads
-    # Few tokens: a program a head, for there are many multiprocessors. Many tokens: a program a token, for there are many tokens.
-    per_program = 1 if num_tokens <= 1024 else kv_heads
+    per_program = 1 if num_tokens <= _FEW_TOKENS else kv_heads
     _qk_norm_rope_store_kv_kernel[(num_tokens, kv_heads // per_program)](
         qkv, q_weight, k_weight, eps, cos_sin, k_cache, v_cache, slot_mapping, q, k, KV_HEADS=kv_heads, GROUP=group,
         HEAD_DIM=head_dim, PAGE=page, HEADS=per_program, Q_BLOCK=triton.next_power_of_2(per_program * group),

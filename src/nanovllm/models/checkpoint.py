@@ -1,0 +1,391 @@
+"""Builds small seeded Qwen3 checkpoints, so that nothing has to be downloaded: `python -m nanovllm.models.checkpoint tiny`.
+
+Plain random weights make a useless test object: the layers hardly change the residual stream, so with tied embeddings the
+model repeats its last token whatever attention does, and errors stay hidden. These weights are as random, but scaled and
+arranged so that every part of the model shows in the output while rounding errors stay small:
+
+- *No vote for itself.* The final norm's weights have random signs, so that a token's embedding, carried through the residual
+  stream, does not favour the same token again.
+- *Every KV slot is read.* Channel 0 of the residual stream is a large constant (trained models have such "massive activations",
+  Sun et al. 2024). Queries and keys turn it into rotary vectors, of which each head's have their peak at a distance of its
+  own. So most of a head's attention is on one token at that distance, whatever the text, and the rest follows content.
+- *Small residual stream.* An epsilon of 1e-3 where 1e-6 belongs changes every norm.
+
+What that buys is measured in tests/test_checkpoint.py: repeats, one wrong KV slot, rope_theta, epsilons, against the error
+of bfloat16. It holds for contexts up to `Gains.max_distance`; tokens further back are read faintly.
+
+Weights are integers from Philox4x32-10, keyed by (seed, name of the tensor), times a scale, rounded to float32 and then to
+bfloat16: the same bits on every machine, and exact in bfloat16 whatever dtype they are stored in.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from torch import Tensor
+
+from nanovllm.kernels.torch.sampling import philox4x32
+
+
+@dataclass(frozen=True)
+class Gains:
+    """Root mean squares that the weights are scaled to, and how queries and keys are arranged."""
+
+    embedding: float = 0.005
+    """Of a token's embedding (its noise)."""
+    constant: float = 20.0
+    """Channel 0 of every embedding, in units of `embedding`."""
+    attention: float = 0.005
+    """Of what attention adds to the residual stream, before heads average over several tokens."""
+    mlp: float = 0.004
+    """Of what the MLP adds to it."""
+    query_key: float = 0.01
+    """Of the content part of queries and keys, before their norms: small, so that these norms' epsilon matters too."""
+    positional: float = 5.0
+    """Of the part of queries and keys that comes from channel 0, in units of the content part."""
+    scores: float = 2.5
+    """Of the attention scores that random queries and keys of the same length would have."""
+    logits: float = 2.5
+    """Of the logits."""
+    norm_spread: float = 0.25
+    """Of a norm's weights around their mean, relative to it."""
+    max_distance: int = 160
+    """The heads' distances are spread over [1, max_distance]."""
+    distances: int = 8
+    """A layer has at most this many; more heads share them, so that one slot keeps its weight in the output."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """What a checkpoint is built from. The shape goes by the names of config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    dtype: str = "float32"
+    seed: int = 1
+    gains: Gains = Gains()
+    max_shard_bytes: int | None = None
+    """Weights are cut into files of about this size, with an index, as large models are published. None: one file."""
+
+
+PRESETS = {
+    "tiny": Preset(
+        vocab_size=2048, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=4096,
+    ),
+    "qwen3-0.6b": Preset(
+        vocab_size=151_936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960, dtype="bfloat16", gains=Gains(max_distance=512),
+    ),
+}  # fmt: skip
+
+DIGESTS = {
+    "tiny": "cba6c8241480ac0c0b8990d2ebe98ac70c8213fb7b652fc6a79d38025754a9e1",
+    "qwen3-0.6b": "edf03de1ec01a493f3df2dcd92b1196067a0853e5c1166c518b93c739a0fce41",
+}
+"""checkpoint_digest of every preset. A build that gives another one is refused."""
+
+TEXT_SIZE = 2045  # byte-level BPE tokens of every preset; larger vocabularies hold ids that have no text
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+EOS_TOKEN_ID = TEXT_SIZE
+
+
+def ensure_checkpoint(preset: str, *, cache_dir: Path | str | None = None, **changes: Any) -> Path:
+    """The folder of a preset's checkpoint, built if it is not in the cache yet; changes: fields of Preset to replace.
+
+    The cache is $NANOVLLM_CACHE, else .cache/nanovllm in the repository, or in the working directory of an installed package.
+    Two processes may build the same one: each builds aside, and the first to finish wins. Raises ValueError for an unknown
+    preset or field, RuntimeError where the weights of an unchanged preset do not have their recorded digest.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r} is unknown; known are {', '.join(PRESETS)}")
+    fields = {field.name for field in dataclasses.fields(Preset)}
+    if unknown := sorted(set(changes) - fields):
+        raise ValueError(f"a preset has no {', '.join(unknown)}; it has {', '.join(sorted(fields))}")
+    recipe = dataclasses.replace(PRESETS[preset], **changes)
+    key = hashlib.sha256(f"{recipe} {DIGESTS}".encode()).hexdigest()[:12]  # DIGESTS: another builder, another checkpoint
+    cache = Path(cache_dir or os.environ.get("NANOVLLM_CACHE") or _home() / ".cache" / "nanovllm")
+    folder = cache / "-".join([preset, *(f"{name}={value}" for name, value in sorted(changes.items()) if name != "gains"), key])
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".building-{preset}-", dir=cache))
+    try:
+        build_checkpoint(recipe, aside)
+        if not changes and (digest := checkpoint_digest(aside)) != DIGESTS[preset]:
+            raise RuntimeError(f"{preset} built here has digest {digest}, recorded is {DIGESTS[preset]}: its recipe has changed "
+                               "(record the new digest) or torch computes otherwise here (weights differ from other machines')")
+        aside.chmod(0o755)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first
+                raise
+    finally:
+        if aside.exists():
+            shutil.rmtree(aside)
+    return folder
+
+
+def checkpoint_digest(folder: Path | str) -> str:
+    """SHA-256 over config.json and every tensor (name, dtype, shape, bytes) of a folder's safetensors, however they are cut
+    into files. Raises FileNotFoundError where there are none."""
+    folder = Path(folder)
+    digest = hashlib.sha256(json.dumps(json.loads((folder / "config.json").read_text()), sort_keys=True).encode())
+    places: dict[str, tuple[Path, int, dict[str, Any]]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            header_size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(header_size))
+        places |= {name: (file, 8 + header_size, meta) for name, meta in header.items() if name != "__metadata__"}
+    if not places:
+        raise FileNotFoundError(f"{folder} holds no *.safetensors")
+    for name, (file, start, meta) in sorted(places.items()):
+        digest.update(json.dumps([name, meta["dtype"], meta["shape"]]).encode())
+        begin, end = meta["data_offsets"]
+        with file.open("rb") as stream:
+            stream.seek(start + begin)
+            for offset in range(begin, end, 1 << 24):
+                digest.update(stream.read(min(1 << 24, end - offset)))
+    return digest.hexdigest()
+
+
+def build_checkpoint(recipe: Preset, folder: Path) -> None:
+    """Writes config.json, generation_config.json, the tokenizer and the weights into `folder`."""
+    _write_json(folder / "config.json", _config(recipe))
+    _write_json(folder / "generation_config.json", {"eos_token_id": EOS_TOKEN_ID, "pad_token_id": EOS_TOKEN_ID})
+    train_tokenizer().save(str(folder / "tokenizer.json"))
+    _write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "Qwen2Tokenizer", "eos_token": SPECIAL_TOKENS[0], "pad_token": SPECIAL_TOKENS[0],
+        "model_max_length": recipe.max_position_embeddings, "add_prefix_space": False, "clean_up_tokenization_spaces": False,
+    })  # fmt: skip
+    dtype = getattr(torch, recipe.dtype)
+    shards: list[dict[str, Tensor]] = [{}]
+    room = recipe.max_shard_bytes or math.inf
+    for name, weight in _weights(recipe):
+        tensor = weight.to(torch.bfloat16).to(dtype)
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
+            room = recipe.max_shard_bytes or math.inf
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    if len(shards) == 1:
+        _save(shards[0], folder / "model.safetensors")
+        return
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        _save(shard, folder / name)
+    _write_json(folder / "model.safetensors.index.json", {
+        "metadata": {"total_size": sum(tensor.nbytes for shard in shards for tensor in shard.values())},
+        "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
+    })  # fmt: skip
+
+
+def _config(recipe: Preset) -> dict[str, Any]:
+    """As transformers 5 writes it."""
+    shape = dataclasses.asdict(recipe)
+    for own in ("seed", "gains", "max_shard_bytes", "rope_theta"):
+        del shape[own]
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        **shape,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rope_parameters": {"rope_theta": recipe.rope_theta, "rope_type": "default"},
+        "layer_types": ["full_attention"] * recipe.num_hidden_layers,
+        "max_window_layers": recipe.num_hidden_layers,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "bos_token_id": None,
+        "eos_token_id": EOS_TOKEN_ID,
+        "pad_token_id": EOS_TOKEN_ID,
+    }
+
+
+def _weights(recipe: Preset) -> Iterator[tuple[str, Tensor]]:
+    """(name, float32 tensor) of every weight, in the order of the model."""
+    gains, hidden, head_dim = recipe.gains, recipe.hidden_size, recipe.head_dim
+
+    def linear(name: str, outputs: int, inputs: int, gain: float) -> Tensor:
+        return _noise((outputs, inputs), name, recipe.seed).mul_(gain / math.sqrt(inputs))
+
+    def norm(name: str, size: int, gain: float = 1.0) -> Tensor:
+        spread = gains.norm_spread
+        return _noise((size,), name, recipe.seed).mul_(spread).add_(1.0).mul_(gain / math.sqrt(1.0 + spread**2))
+
+    def mean_square(layer: int) -> float:
+        """Expected, of the residual stream's channels before `layer`."""
+        embedding = gains.embedding**2 * (1.0 + gains.constant**2 / hidden)
+        return embedding + layer * (gains.attention**2 + gains.mlp**2)
+
+    def content_share(layer: int) -> float:
+        """Of that mean square, what is not channel 0."""
+        return 1.0 - (gains.constant * gains.embedding) ** 2 / hidden / mean_square(layer)
+
+    embedding = linear("model.embed_tokens.weight", recipe.vocab_size, hidden, gains.embedding * math.sqrt(hidden))
+    embedding[:, 0] = gains.constant * gains.embedding
+    yield "model.embed_tokens.weight", embedding
+    for layer in range(recipe.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        input_norm = norm(prefix + "input_layernorm.weight", hidden)
+        yield prefix + "input_layernorm.weight", input_norm
+
+        # Channel 0 as the projections see it: normalized and weighted.
+        constant = float(input_norm[0]) * gains.constant * gains.embedding / math.sqrt(mean_square(layer))
+        positional = gains.positional * gains.query_key * math.sqrt(content_share(layer)) / constant
+        for part, heads in (("q", recipe.num_attention_heads), ("k", recipe.num_key_value_heads)):
+            weight = linear(f"{attention}{part}_proj.weight", heads * head_dim, hidden, gains.query_key)
+            distances = _distances(recipe, layer) if part == "q" else [0] * heads
+            weight[:, 0] = torch.cat([_rotary_vector(-distance, recipe) for distance in distances]) * positional
+            yield f"{attention}{part}_proj.weight", weight
+            yield f"{attention}{part}_norm.weight", norm(f"{attention}{part}_norm.weight", head_dim, math.sqrt(gains.scores))
+        value = linear(attention + "v_proj.weight", recipe.num_key_value_heads * head_dim, hidden, 1.0)
+        value[:, 0] = 0.0  # the constant carries no content
+        yield attention + "v_proj.weight", value
+        attention_width = recipe.num_attention_heads * head_dim
+        yield attention + "o_proj.weight", linear(attention + "o_proj.weight", hidden, attention_width, gains.attention)
+
+        yield prefix + "post_attention_layernorm.weight", norm(prefix + "post_attention_layernorm.weight", hidden)
+        for part in ("gate_proj", "up_proj"):
+            weight = linear(f"{mlp}{part}.weight", recipe.intermediate_size, hidden, 1.0)
+            weight[:, 0] = 0.0
+            yield f"{mlp}{part}.weight", weight
+        # silu(x) * y of independent unit normals has root mean square 0.6
+        yield mlp + "down_proj.weight", linear(mlp + "down_proj.weight", hidden, recipe.intermediate_size, gains.mlp / 0.6)
+
+    depth = recipe.num_hidden_layers
+    final = norm("model.norm.weight", hidden, gains.logits / gains.embedding / math.sqrt(hidden * content_share(depth)))
+    final *= torch.where(_noise((hidden,), "signs of model.norm.weight", recipe.seed) < 0.0, -1.0, 1.0)
+    final[0] = 0.0  # channel 0 is the same in every embedding: it would add the same to every logit
+    yield "model.norm.weight", final
+    if not recipe.tie_word_embeddings:
+        yield "lm_head.weight", linear("lm_head.weight", recipe.vocab_size, hidden, gains.embedding * math.sqrt(hidden))
+
+
+def _noise(shape: tuple[int, ...], name: str, seed: int) -> Tensor:
+    """Noise of mean 0 and variance 1 (float32): the sum of a Philox word's two halves, a triangle between -2.45 and 2.45.
+
+    Element i is word i % 4 of counter i // 4, under the key (seed, CRC-32 of name).
+    """
+    count = math.prod(shape)
+    flat = torch.empty(-(-count // 4), 4)
+    seed_key, name_key = torch.tensor([seed & 0xFFFFFFFF]), torch.tensor([zlib.crc32(name.encode())])
+    zero = torch.zeros(1, dtype=torch.int64)
+    chunk = 1 << 13  # small enough for the processor's cache
+    for start in range(0, len(flat), chunk):
+        counter = torch.arange(start, min(start + chunk, len(flat)))
+        for lane, word in enumerate(philox4x32(seed_key, name_key, counter, zero, zero, zero)):
+            flat[start : start + chunk, lane] = (word & 0xFFFF) + (word >> 16) - 0xFFFF
+    return flat.flatten()[:count].view(shape).mul_(math.sqrt(6.0) / 65536.0)
+
+
+def _distances(recipe: Preset, layer: int) -> list[int]:
+    """How far back each query head of a layer looks: one distance in each equal part of [1, max_distance], where in it
+    depends on the layer (golden ratio, so that layers cover different ones)."""
+    heads, gains = recipe.num_attention_heads, recipe.gains
+    count = min(heads, gains.distances)
+    within = (0.1 + layer * 0.6180339887) % 1.0
+    distances = [1 + int(gains.max_distance * (part + within) / count) for part in range(count)]
+    return [distances[head * count // heads] for head in range(heads)]
+
+
+def _rotary_vector(position: int, recipe: Preset) -> Tensor:
+    """A vector [head_dim] of root mean square 1 in the fastest sixth of the rotary frequencies, rotated to `position`.
+
+    Such vectors of two tokens, rotated to their places, have their largest product where the places agree, and soon less around.
+    """
+    half = recipe.head_dim // 2
+    pairs = max(1, recipe.head_dim // 12)
+    angles = [position * recipe.rope_theta ** (-i / half) for i in range(pairs)]
+    vector = torch.zeros(2, half)
+    vector[0, :pairs] = torch.tensor([math.cos(angle) for angle in angles])
+    vector[1, :pairs] = torch.tensor([math.sin(angle) for angle in angles])
+    return vector.flatten() * math.sqrt(recipe.head_dim / pairs)
+
+
+def train_tokenizer() -> Tokenizer:
+    """A byte-level BPE of TEXT_SIZE tokens and Qwen's special ones, split as Qwen's, trained on modules of the standard
+    library (chosen as they hardly change: Python 3.11 and 3.12 give the same tokenizer)."""
+    split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    tokenizer = Tokenizer(BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(split), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=TEXT_SIZE, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(map(_source, ("this", "heapq", "difflib", "optparse", "pickletools")), trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    if tokenizer.token_to_id(SPECIAL_TOKENS[0]) != EOS_TOKEN_ID:
+        raise RuntimeError(f"the standard library gave a vocabulary of {tokenizer.get_vocab_size()} tokens, not {TEXT_SIZE}")
+    return tokenizer
+
+
+def _source(module: str) -> str:
+    spec = find_spec(module)
+    text = None if spec is None or spec.loader is None else spec.loader.get_source(module)  # type: ignore[attr-defined]
+    if text is None:
+        raise FileNotFoundError(f"this Python comes without the source of its module {module}, which the tokenizer is trained on")
+    return str(text)
+
+
+def _home() -> Path:
+    """The repository this file lies in, or the working directory where the package is installed without it."""
+    repository = Path(__file__).resolve().parents[3]
+    return repository if (repository / "pyproject.toml").is_file() else Path.cwd()
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors makes it readable for its owner alone
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Builds a preset and prints its folder and digest."""
+    parser = argparse.ArgumentParser(prog="python -m nanovllm.models.checkpoint", description="Build a seeded Qwen3 checkpoint.")
+    parser.add_argument("preset", choices=PRESETS)
+    parser.add_argument("--cache-dir", help="default: $NANOVLLM_CACHE, else .cache/nanovllm")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("--num-hidden-layers", type=int, help="a cut variant: the first layers, and a final norm scaled to them")
+    given = vars(parser.parse_args())
+    folder = ensure_checkpoint(**{name: value for name, value in given.items() if value is not None})
+    print(folder, checkpoint_digest(folder), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The recorded decode step, without a GPU: 'replay' runs what would have been recorded, so padding, inputs, the advance of
+positions and the bookkeeping are the real ones. On a GPU the same tests replay real graphs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nanovllm.config import EngineConfig, Optimizations
+from nanovllm.engine import cuda_graph, llm_engine
+from nanovllm.engine.cuda_graph import GraphRunner, buckets_for
+from nanovllm.engine.invariants import check_invariants
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.sampling_params import SamplingParams
+
+ON_GPU = torch.cuda.is_available()
+LEVELS = ["torch", "triton"] if ON_GPU else ["torch"]
+
+
+class FakeGraphRunner(GraphRunner):
+    """Replays by computing again; keeps what the device would keep."""
+
+    def _record_all(self) -> Any:
+        return {(bucket, greedy): self._record(bucket, greedy, None, None)  # type: ignore[arg-type]
+                for bucket in self.buckets for greedy in self.greedy_variants}  # fmt: skip
+
+    def _read_back(self, *tensors: torch.Tensor) -> Any:
+        return super()._read_back(*(tensor.clone() for tensor in tensors))  # on a GPU the copy to the host is one
+
+    @torch.inference_mode()
+    def _record(self, bucket: int, greedy: bool, pool: Any, stream: Any) -> Any:
+        self.inputs[:bucket] = self.spare_row
+        self.inputs[bucket:] = 0
+        self.stats.reset()
+        recorded = cuda_graph._Recorded(None, self._decode(bucket, greedy).clone(), Counter(self.stats.kernel_calls),
+                                        Counter(self.stats.attention_calls))
+
+        def replay() -> None:
+            before = Counter(self.stats.kernel_calls), Counter(self.stats.attention_calls)
+            recorded.token_ids.copy_(self._decode(bucket, greedy))
+            for calls, old in zip((self.stats.kernel_calls, self.stats.attention_calls), before, strict=True):
+                calls.clear()
+                calls.update(old)
+
+        recorded.graph = SimpleNamespace(replay=replay)
+        return recorded
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 5, 8, 16, 17, 64, 250, 256])
+def test_buckets_hold_every_batch_and_end_at_max_num_seqs(max_num_seqs: int) -> None:
+    buckets = buckets_for(max_num_seqs)
+    assert buckets == sorted(set(buckets))
+    assert buckets[-1] == max_num_seqs
+    assert all(next(b for b in buckets if b >= n) - n < 16 for n in range(1, max_num_seqs + 1))
+
+
+def make_engine(model: Path, monkeypatch: pytest.MonkeyPatch, *, graphs: bool, **kwargs: Any) -> LLMEngine:
+    """An engine in float32; with graphs, real ones on a GPU and replayed by hand elsewhere."""
+    switches = {"batching": "chunked", "prefix_cache": True, **kwargs.pop("switches", {})}
+    if ON_GPU:
+        switches["cuda_graphs"] = graphs
+    elif graphs:
+        monkeypatch.setattr(llm_engine, "ModelRunner", FakeGraphRunner)
+    config = EngineConfig(model=str(model), dtype="float32", skip_tokenizer_init=True, max_model_len=256,
+                          optimizations=Optimizations(**switches), **kwargs)  # fmt: skip
+    engine = LLMEngine(config)
+    monkeypatch.undo()
+    return engine
+
+
+def serve(engine: LLMEngine, requests: list[tuple[list[int], SamplingParams]], *, abort: int | None = None) -> dict[str, list[int]]:
+    """Runs all to their ends, aborting one of them after six steps."""
+    for i, (prompt, params) in enumerate(requests):
+        engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
+    tokens: dict[str, list[int]] = {}
+    steps = 0
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            tokens[output.request_id] = list(output.outputs[0].token_ids)
+        check_invariants(engine.scheduler)
+        steps += 1
+        if steps == 6 and abort is not None:
+            engine.abort(str(abort))
+            tokens.pop(str(abort), None)
+    tokens.pop(str(abort), None)
+    return tokens
+
+
+def requests_of(count: int, **params: Any) -> list[tuple[list[int], SamplingParams]]:
+    generator = torch.Generator().manual_seed(3)
+    return [(torch.randint(5, 2000, (3 + 7 * (i % 5),), generator=generator).tolist(),
+             SamplingParams(**{"temperature": 0.8 * (i % 3 > 0), "max_tokens": 5 + 4 * (i % 4), "seed": i, "ignore_eos": True} | params))
+            for i in range(count)]  # fmt: skip
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("max_num_seqs", "num_blocks", "count", "params"),
+    [
+        (5, 64, 9, {}),  # batches between the buckets; requests end and others take their rows
+        (3, 64, 3, {"temperature": 0.0}),
+        (6, 9, 8, {"max_tokens": 40}),  # too few blocks: preemptions
+        (4, 64, 6, {"top_k": 3, "temperature": 1.0}),  # filtered steps run eagerly
+        (4, 64, 5, {"logprobs": 2}),
+    ],
+)
+def test_tokens_are_those_of_the_eager_runner(tiny: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool, level: str,
+                                              max_num_seqs: int, num_blocks: int, count: int, params: dict[str, Any]) -> None:
+    results = []
+    for graphs in (False, True):
+        switches = {"overlap": overlap, "attention_backend": level, "kernels": level}
+        engine = make_engine(tiny, monkeypatch, graphs=graphs, switches=switches, max_num_seqs=max_num_seqs,
+                             kv_cache_memory_bytes=num_blocks * 4 * 2 * 2 * 64 * 16 * 4)  # fmt: skip
+        assert engine.config.num_kv_blocks == min(num_blocks, max_num_seqs * 16)
+        results.append(serve(engine, requests_of(count, **params), abort=1))
+        stats = engine.stats()
+        assert (stats["graph_replays"] > 0) == (graphs and not {"top_k", "logprobs"} & set(params))
+        if num_blocks < 10:
+            assert stats["preemptions"] > 0
+        engine.close()
+    assert results[0] == results[1]
+
+
+def test_a_replay_counts_what_it_executes(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    for graphs in (False, True):
+        engine = make_engine(tiny, monkeypatch, graphs=graphs, max_num_seqs=4, kv_cache_memory_bytes=1 << 24)
+        assert not any(engine.stats().values()), "starting is not work"
+        serve(engine, requests_of(3, max_tokens=8))
+        counts.append({k: v for k, v in engine.stats().items() if k != "graph_replays"})
+        engine.close()
+    assert counts[0] == counts[1]
+
+
+def test_unchanged_rows_need_no_input(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(tiny, monkeypatch, graphs=True, max_num_seqs=4, kv_cache_memory_bytes=1 << 24)
+    uploads: list[int] = []
+    tensor = engine.runner._tensor
+    engine.runner._tensor = lambda values, *dtype: uploads.append(len(values)) or tensor(values, *dtype)
+    serve(engine, [([7, 8, 9], SamplingParams(temperature=0.7, max_tokens=12, ignore_eos=True))])
+    before = len(uploads)
+    serve(engine, [([7, 8, 9], SamplingParams(temperature=0.7, max_tokens=2, ignore_eos=True))])
+    assert before == len(uploads) - before, "ten more decode steps uploaded something"
+    engine.close()

@@ -1,0 +1,318 @@
+"""Triton kernels without a GPU: each equals its torch twin under Triton's interpreter, and each compiles for real GPUs.
+
+`python tests/test_triton_kernels.py 89` is the second half: it records every launch that the wrappers make (on meta
+tensors) and compiles it for that compute capability. A process of its own, because the interpreter replaces the kernels.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+INTERPRETED = __name__ != "__main__" and not torch.cuda.is_available()
+if INTERPRETED:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are defined
+triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton") if INTERPRETED else __import__("triton")
+
+import triton.language as tl  # noqa: E402
+
+from nanovllm.kernels.batch import ForwardBatch  # noqa: E402
+from nanovllm.kernels.torch import activation, decode_step, kv_store, norm, rope, sampling  # noqa: E402
+from nanovllm.kernels.torch.attention import TorchAttention  # noqa: E402
+from nanovllm.kernels.triton import activation as triton_activation  # noqa: E402
+from nanovllm.kernels.triton import decode_step as triton_decode_step  # noqa: E402
+from nanovllm.kernels.triton import kv_store as triton_kv_store  # noqa: E402
+from nanovllm.kernels.triton import norm as triton_norm  # noqa: E402
+from nanovllm.kernels.triton import rope as triton_rope  # noqa: E402
+from nanovllm.kernels.triton import sampling as triton_sampling  # noqa: E402
+from nanovllm.kernels.triton.attention import TritonAttention, tilings  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings(  # of the interpreter, which computes with NumPy
+    "ignore:Conversion of an array with ndim:DeprecationWarning", "ignore:invalid value encountered:RuntimeWarning",
+    "ignore:overflow encountered:RuntimeWarning", "ignore:divide by zero:RuntimeWarning")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHARED_MEMORY_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes a program may have, by compute capability
+# The interpreter truncates where a GPU rounds to nearest, and cannot multiply matrices of bfloat16.
+DTYPES = [torch.float32, torch.bfloat16]
+DOT_DTYPES = [torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16]
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    """Within rounding: relative to each value, and to the largest where a sum cancels."""
+    rtol = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[a.dtype]
+    torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * float(b.float().abs().max()))
+
+
+# -- against the torch twins --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 16), (3, 96), (5, 1024), (2, 3, 40)])
+def test_norms(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x, residual, weight = draw(*shape, dtype=dtype), draw(*shape, dtype=dtype, seed=1), draw(shape[-1], dtype=dtype, seed=2)
+    before = x.clone(), residual.clone()
+    close(triton_norm.rms_norm(x, weight, 1e-6), norm.rms_norm(x, weight, 1e-6))
+    for ours, twin in zip(triton_norm.add_rms_norm(x, residual, weight, 1e-6), norm.add_rms_norm(x, residual, weight, 1e-6),
+                          strict=True):  # fmt: skip
+        close(ours, twin)
+    assert torch.equal(x, before[0])
+    assert torch.equal(residual, before[1])
+
+
+def test_norm_of_tiny_values_feels_epsilon() -> None:
+    x, weight = draw(2, 64) * 1e-4, draw(64, seed=1)
+    close(triton_norm.rms_norm(x, weight, 1e-6), norm.rms_norm(x, weight, 1e-6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 96, 1500])
+def test_silu_and_mul(dtype: torch.dtype, n: int) -> None:
+    gate_up = draw(3, 2 * n, dtype=dtype) * 4
+    close(triton_activation.silu_and_mul(gate_up), activation.silu_and_mul(gate_up))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("few_tokens", [3, 1024])
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim", "page"), [(2, 2, 64, 16), (1, 5, 32, 32), (3, 1, 16, 16)])
+def test_rope_and_stores(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, few_tokens: int, kv_heads: int, group: int, head_dim: int, page: int) -> None:
+    monkeypatch.setattr(triton_rope, "_FEW_TOKENS", few_tokens)
+    num_tokens, num_blocks = 6, 4
+    qkv = draw(num_tokens, (group + 2) * kv_heads * head_dim, dtype=dtype)
+    q_weight, k_weight = draw(head_dim, dtype=dtype, seed=1), draw(head_dim, dtype=dtype, seed=2)
+    angles = draw(num_tokens, head_dim // 2, seed=3)
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
+    slots = torch.randperm(num_blocks * page, generator=torch.Generator().manual_seed(4))[:num_tokens].to(DEVICE)
+    caches = [torch.zeros(num_blocks, kv_heads, page, head_dim, dtype=dtype, device=DEVICE) for _ in range(6)]
+    twin = rope.qk_norm_rope_store_kv(qkv, q_weight, k_weight, 1e-6, cos_sin, caches[0], caches[1], slots)
+    ours = triton_rope.qk_norm_rope_store_kv(qkv, q_weight, k_weight, 1e-6, cos_sin, caches[2], caches[3], slots)
+    for a, b in zip((*ours, caches[2], caches[3]), (*twin, caches[0], caches[1]), strict=True):
+        close(a, b)
+    triton_kv_store.store_kv(twin[1], twin[2], caches[4], caches[5], slots)
+    kv_store.store_kv(twin[1], twin[2], caches[0], caches[1], slots)
+    assert torch.equal(caches[4], caches[0])
+    assert torch.equal(caches[5], caches[1])
+
+
+def test_noise_has_the_twins_bits() -> None:
+    @triton.jit
+    def noise_kernel(out_ptr, seed_ptr, position_ptr, TILE: tl.constexpr):
+        row = tl.program_id(0)
+        for first in range(0, 4 * TILE, TILE):
+            uniform = triton_sampling.uniform_tile(tl.load(seed_ptr + row), tl.load(position_ptr + row), first, TILE)
+            tl.store(out_ptr + row * 4 * TILE + first + tl.arange(0, TILE), triton_sampling.gumbel(uniform))
+
+    if not INTERPRETED:
+        pytest.skip("a kernel inside a function cannot be compiled; ablations/gpu_kernels.py compares sampled tokens on a GPU")
+    seeds = torch.tensor([0, 5, -1, 2**40 + 7, 2**62])
+    positions = torch.tensor([0, 3, 1000, 2**31, 2**32 - 1])
+    out = torch.zeros(5, 4096)
+    noise_kernel[(5,)](out, seeds, positions, TILE=1024)
+    assert torch.equal(out.view(torch.int32), sampling.gumbel_noise(seeds, positions, 4096).view(torch.int32))
+
+
+def test_extreme_words_give_the_twins_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not INTERPRETED:
+        pytest.skip("needs the interpreter")
+    words = (0, 1, 0xFFFFFFFF, 0xFFFFFF7F)
+    monkeypatch.setattr(sampling, "philox4x32", lambda *_: tuple(torch.tensor([[word]]) for word in words))
+    expected = sampling.gumbel_noise(torch.tensor([0]), torch.tensor([0]), 4)[0]
+    monkeypatch.setattr(triton_sampling, "_philox4x32", triton.jit(_extreme_philox))
+
+    @triton.jit
+    def noise_kernel(out_ptr):
+        uniform = triton_sampling.uniform_tile(tl.full([], 0, tl.int64), tl.full([], 0, tl.int64), 0, 4)
+        tl.store(out_ptr + tl.arange(0, 4), triton_sampling.gumbel(uniform))
+
+    out = torch.zeros(4)
+    noise_kernel[(1,)](out)
+    assert torch.equal(out.view(torch.int32), expected.view(torch.int32))
+
+
+def _extreme_philox(key0, key1, c0, c1):
+    return c0 * 0, c0 * 0 + 1, c0 * 0 + 0xFFFFFFFF, c0 * 0 + 0xFFFFFF7F
+
+
+@pytest.mark.parametrize(("page", "width"), [(16, 3), (32, 1500)])
+def test_the_ends_of_a_decode_step(page: int, width: int) -> None:
+    num_rows, n = 9, 5
+    rows = torch.tensor([3, 0, 7, 8, 8], device=DEVICE)  # the last row of all pads
+    positions = torch.tensor([0, 1, 2 * page + 5, 0, 0], device=DEVICE)
+    tables = torch.arange(num_rows * width, dtype=torch.int32, device=DEVICE).view(num_rows, width)
+    last_tokens, seeds = torch.arange(num_rows, device=DEVICE) * 10, torch.arange(num_rows, device=DEVICE) * 2**40
+    temperatures = draw(num_rows)
+    state = (tables, last_tokens, temperatures, seeds, page)
+    for ours, twin in zip(triton_decode_step.gather_decode_inputs(rows, positions, *state),
+                          decode_step.gather_decode_inputs(rows, positions, *state), strict=True):  # fmt: skip
+        assert torch.equal(ours, twin)
+    results = []
+    for module in (triton_decode_step, decode_step):
+        moved, tokens = positions.clone(), last_tokens.clone()
+        module.advance_rows(rows, moved, tokens, torch.tensor([91, 92, 93, 94, 94], device=DEVICE))
+        results.append((moved.tolist(), tokens.tolist()))
+    assert results[0] == results[1]
+    assert results[0][0] == [1, 2, 2 * page + 6, 0, 0]
+    assert [results[0][1][row] for row in (3, 0, 7)] == [91, 92, 93][:n]
+
+
+@pytest.mark.parametrize("vocab_size", [5, 2048, 5003])
+@pytest.mark.parametrize("filtered", [False, True])
+def test_samples_are_the_twins_tokens(vocab_size: int, filtered: bool) -> None:
+    n = 6
+    arguments = (
+        draw(n, vocab_size, dtype=torch.bfloat16) * 3,
+        torch.tensor([0.0, 0.6, 1.0, 1.7, 0.3, 0.0], device=DEVICE),
+        torch.tensor([0, 5, 0, 2, 0, 1], device=DEVICE),
+        torch.tensor([1.0, 1.0, 0.9, 0.5, 1.0, 1.0], device=DEVICE),
+        torch.tensor([5, -1, 2**40 + 7, 2**62, 0, 3], device=DEVICE),
+        torch.tensor([0, 3, 100, 2**31, 7, 9], device=DEVICE),
+    )
+    flags = {"all_greedy": False, "any_top_k_top_p": filtered}
+    assert torch.equal(triton_sampling.sample(*arguments, **flags), sampling.sample(*arguments, **flags))
+
+
+def test_ties_take_the_lowest_id_in_any_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.zeros(2, 9000, device=DEVICE)
+    logits[0, [4000, 8999]] = 1.0
+    zeros, ones = torch.zeros(2, device=DEVICE), torch.ones(2, device=DEVICE)
+    integers = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    for programs in (1, 4, 1024):
+        monkeypatch.setattr(triton_sampling, "_PROGRAMS", programs)
+        tokens = triton_sampling.sample(logits, zeros, integers, ones, integers, integers, all_greedy=True, any_top_k_top_p=False)
+        assert tokens.tolist() == [4000, 0]
+
+
+def attention_case(dtype: torch.dtype, query_lens: list[int], seq_lens: list[int], num_decodes: int, page: int, kv_heads: int,
+                   group: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, ForwardBatch]:
+    """q, k, v, caches with pages in random order, and the batch. Slots past the end of a sequence hold large numbers."""
+    entries, width = len(query_lens), -(-max(seq_lens) // page)
+    order = torch.randperm(entries * width, generator=torch.Generator().manual_seed(5))
+    tables = order.view(entries, width).int().to(DEVICE)
+    k_cache, v_cache = (draw(entries * width, kv_heads, page, head_dim, dtype=dtype, seed=s) for s in (6, 7))
+    for entry, seq_len in enumerate(seq_lens):
+        for token in range(seq_len, width * page):
+            k_cache[tables[entry, token // page], :, token % page] = 100.0
+            v_cache[tables[entry, token // page], :, token % page] = 1000.0
+    places = [(tables[e, p // page].item(), p % page) for e in range(entries)
+              for p in range(seq_lens[e] - query_lens[e], seq_lens[e])]  # fmt: skip
+    k, v = (torch.stack([cache[block, :, offset] for block, offset in places]) for cache in (k_cache, v_cache))
+    q = draw(len(places), kv_heads * group, head_dim, dtype=dtype, seed=8) * 3
+    starts = torch.tensor([0, *itertools.accumulate(query_lens)], device=DEVICE)
+    nothing = torch.empty(0, device=DEVICE)
+    batch = ForwardBatch(nothing, nothing, nothing, tables, torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE), starts,
+                         num_decodes, query_lens, seq_lens)  # fmt: skip
+    return q, k, v, k_cache, v_cache, batch
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize(
+    ("query_lens", "seq_lens", "num_decodes", "page", "kv_heads", "group", "head_dim"),
+    [
+        ([1], [1], 1, 16, 1, 1, 16),
+        ([1], [900], 1, 256, 2, 2, 32),  # one sequence cut into many pieces
+        ([1, 1, 1], [5, 200, 64], 3, 16, 2, 2, 64),
+        ([1] * 9, [300, 1, 64, 65, 63, 128, 10, 20, 500], 9, 64, 2, 2, 32),  # pieces that hold several sequences
+        ([7], [7], 0, 16, 2, 2, 32),
+        ([70, 33], [70, 90], 0, 32, 1, 5, 16),  # a group that is no power of two; a cached prefix
+        ([1, 1, 7, 70, 3], [1, 130, 7, 90, 140], 2, 16, 2, 3, 32),  # decodes and prefills in one step
+        ([1, 1], [33, 17], 1, 16, 2, 4, 16),  # a prefill of one token
+    ],
+)
+def test_attention(dtype: torch.dtype, query_lens: list[int], seq_lens: list[int], num_decodes: int, page: int, kv_heads: int,
+                   group: int, head_dim: int) -> None:
+    *tensors, batch = attention_case(dtype, query_lens, seq_lens, num_decodes, page, kv_heads, group, head_dim)
+    outputs = []
+    for backend in (TorchAttention, TritonAttention):
+        attention = backend(kv_heads, page, head_dim**-0.5, dtype)
+        attention.prepare(batch)
+        outputs += [attention.attend(*tensors, batch) for _ in range(2)]  # twice: the next layer finds clean counters
+    close(outputs[2], outputs[0])
+    assert torch.equal(outputs[2], outputs[3])
+
+
+# -- compiled for GPUs that are not here ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capability", sorted(SHARED_MEMORY_LIMIT))
+def test_every_launch_compiles_and_fits(capability: int) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(Path(__file__)), str(capability)], env=environment, capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = json.loads(done.stdout)
+    assert {"_decode_kernel", "_prefill_kernel", "_best_of_slice_kernel", "_qk_norm_rope_store_kv_kernel"} <= set(kernels)
+    too_large = {name: size for name, size in kernels.items() if size > SHARED_MEMORY_LIMIT[capability]}
+    assert not too_large, f"shared memory past the {SHARED_MEMORY_LIMIT[capability]} bytes of sm_{capability}"
+
+
+def every_launch(dtype: torch.dtype, shared_memory: int) -> None:
+    """Calls every wrapper at the shapes of Qwen3-0.6B, on meta tensors."""
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    tokens, hidden, kv_heads, head_dim, page, vocab = 8, 1024, 8, 128, 256, 151_936
+    cache, long = empty(4, kv_heads, page, head_dim), torch.int64
+    triton_norm.rms_norm(empty(tokens, hidden), empty(hidden), 1e-6)
+    triton_norm.add_rms_norm(empty(tokens, hidden), empty(tokens, hidden), empty(hidden), 1e-6)
+    triton_activation.silu_and_mul(empty(tokens, 6144))
+    triton_kv_store.store_kv(empty(tokens, kv_heads, head_dim), empty(tokens, kv_heads, head_dim), cache, cache, empty(tokens, dtype=long))
+    triton_rope.qk_norm_rope_store_kv(empty(tokens, 32 * head_dim), empty(head_dim), empty(head_dim), 1e-6,
+                                      empty(tokens, head_dim, dtype=torch.float32), cache, cache, empty(tokens, dtype=long))
+    floats, ints = empty(tokens, dtype=torch.float32), empty(tokens, dtype=long)
+    triton_sampling.sample(empty(tokens, vocab), floats, ints, floats, ints, ints, all_greedy=False, any_top_k_top_p=False)
+    rows = empty(tokens, dtype=long)
+    triton_decode_step.gather_decode_inputs(rows, rows, empty(257, 160, dtype=torch.int32), empty(257, dtype=long),
+                                            empty(257, dtype=torch.float32), empty(257, dtype=long), page)  # fmt: skip
+    triton_decode_step.advance_rows(rows, rows, empty(257, dtype=long), rows)
+    for page in (256, 16):
+        attention = TritonAttention(kv_heads, page, head_dim**-0.5, dtype)
+        attention.decode, attention.prefill = tilings(dtype, shared_memory)
+        batch = ForwardBatch(ints, ints, ints, empty(tokens, 4, dtype=torch.int32), empty(tokens, dtype=torch.int32), ints, 4,
+                             [1] * 4 + [70] * 4, [1] * 4 + [70] * 4)
+        attention.prepare(batch)
+        q, kv = empty(284, 16, head_dim), empty(284, kv_heads, head_dim)
+        cache = empty(4, kv_heads, page, head_dim)
+        attention.attend(q, kv, kv, cache, cache, batch)
+
+
+def compile_every_launch(capability: int) -> dict[str, int]:
+    """Shared memory of each kernel, in bytes (the most of its launches)."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    types = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32", int: "i32", float: "fp32"}
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launches.append((self, args, kwargs))  # type: ignore[method-assign]
+    for dtype in (torch.bfloat16, torch.float32):
+        every_launch(dtype, SHARED_MEMORY_LIMIT[capability])
+    shared: dict[str, int] = {}
+    for kernel, args, kwargs in launches:
+        if capability >= 90:
+            kwargs |= {"PDL": True, "launch_pdl": True}
+        values = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in kernel.arg_names}
+        options = {k: v for k, v in kwargs.items() if k not in kernel.arg_names}
+        constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
+        signature = {name: "constexpr" if name in constants else types[v.dtype if isinstance(v, Tensor) else type(v)]
+                     for name, v in values.items()}  # fmt: skip
+        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")}
+        source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        shared[kernel.__name__] = max(shared.get(kernel.__name__, 0), compiled.metadata.shared)
+    return shared
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_every_launch(int(sys.argv[1]))))
