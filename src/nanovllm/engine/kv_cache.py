@@ -58,5 +58,4 @@ def num_blocks_for(config: ResolvedConfig, spec: KVCacheSpec, device: torch.devi
 
 def memory(device: torch.device) -> tuple[int, int]:
     """(free, total) bytes of the device, over all processes."""
-    host = psutil.virtual_memory()
-    return torch.cuda.mem_get_info(device) if device.type == "cuda" else (host.available, host.total)
+    return torch.cuda.mem_get_info(device) if device.type == "cuda" else psutil.virtual_memory()[1::-1]

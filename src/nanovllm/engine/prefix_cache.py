@@ -141,7 +141,7 @@ class CachingBlockManager(BlockManager):
         """Makes the blocks that are full of computed tokens findable. Called at commit: what is found is always computed."""
         while seq.num_published >= 0 and (seq.num_published + 1) * self.block_size <= num_computed:
             i = seq.num_published
-            tail = self.cache.insert(seq.block_table[i], seq.token_ids, i, seq.published_tail)
+            tail = self.cache.insert(seq.block_table[i], seq.token_ids, i, seq.published_tail)  # type: ignore[arg-type]
             seq.published_tail = tail
             seq.num_published = -1 if tail is None else i + 1  # -1: its chain ends here
 

@@ -57,7 +57,6 @@ class Scheduler:
         self.decoding: OrderedDict[str, Sequence] = OrderedDict()
         self.free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self.launched: deque[tuple[StepPlan, list[Sequence]]] = deque()  # planned, not committed
-        self._num_steps = 0
 
     @property
     def num_unfinished(self) -> int:
@@ -86,13 +85,12 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step; None when nothing can be planned before an earlier step is committed, or at all."""
-        plan = StepPlan(self._num_steps)
+        plan = StepPlan(self.stats.steps)
         seqs: list[Sequence] = []
         self._admit(plan)
         self._fill(plan, seqs)
         if not seqs:
             return None
-        self._num_steps += 1
         self.launched.append((plan, seqs))
         self.stats.steps += 1
         self.stats.policy_steps[self.policy] += 1

@@ -1,7 +1,6 @@
 """The state of one request inside the engine. No torch."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from nanovllm.outputs import RequestMetrics
 from nanovllm.sampling_params import SamplingParams
@@ -33,7 +32,7 @@ class Sequence:
     pending: int = 0  # sampled tokens in flight
     in_flight: int = 0  # launched steps, not yet committed, that this sequence takes part in
     num_published: int = 0  # leading blocks that the prefix cache knows; -1: it takes no more of them
-    published_tail: Any = None  # the last of them
+    published_tail: object | None = None  # the last of them
     num_cached_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: int | None = None

@@ -23,8 +23,8 @@ class Qwen3Attention(nn.Module):
         tp.share(config.num_key_value_heads, "KV heads")
         self.kernels, self.attention, self.eps = kernels, attention, config.rms_norm_eps
         q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.qkv_proj = ColumnParallelLinear(config.hidden_size, {"q": q_size, "k": kv_size, "v": kv_size}, config.attention_bias, tp)
-        self.o_proj = RowParallelLinear(q_size, config.hidden_size, config.attention_bias, tp)
+        self.qkv_proj = ColumnParallelLinear(config.hidden_size, {"q": q_size, "k": kv_size, "v": kv_size}, config.attention_bias, kernels, tp)
+        self.o_proj = RowParallelLinear(q_size, config.hidden_size, config.attention_bias, kernels, tp)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, kernels)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, kernels)
 
@@ -39,8 +39,8 @@ class Qwen3MLP(nn.Module):
         super().__init__()
         self.kernels = kernels
         parts = {"gate": config.intermediate_size, "up": config.intermediate_size}
-        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, parts, False, tp)
-        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, False, tp)
+        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, parts, False, kernels, tp)
+        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, False, kernels, tp)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.kernels.silu_and_mul(self.gate_up_proj(x)))

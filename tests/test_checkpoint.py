@@ -1,0 +1,201 @@
+"""The embedded checkpoints: the same bits everywhere, loadable by transformers, and sensitive enough to show an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from nanovllm.models import checkpoint
+from nanovllm.models.checkpoint import DIGESTS, PRESETS, checkpoint_digest, ensure_checkpoint
+
+ROWS, PROMPT, OUTPUT = 4, 96, 64
+SMALL = {"num_hidden_layers": 1, "vocab_size": 2048, "hidden_size": 64, "intermediate_size": 96}
+
+
+def logprobs(model: Any, tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return model(tokens, **kwargs).logits.float().log_softmax(-1)
+
+
+@pytest.fixture(scope="module")
+def hf(tiny: Path) -> Iterator[SimpleNamespace]:
+    """HF in float32, free-running greedy and sampled texts, and what bfloat16 does to the log-probabilities of the latter."""
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+        generator = torch.Generator().manual_seed(0)
+        prompts = torch.randint(0, checkpoint.TEXT_SIZE, (ROWS, PROMPT), generator=generator)
+
+        def continued(temperature: float) -> torch.Tensor:
+            cache, tokens = DynamicCache(), [prompts]
+            for _ in range(OUTPUT):
+                logits = model(tokens[-1], past_key_values=cache).logits[:, -1]
+                if temperature:
+                    tokens.append((logits / temperature).softmax(-1).multinomial(1, generator=generator))
+                else:
+                    tokens.append(logits.argmax(-1, keepdim=True))
+            return torch.cat(tokens, dim=1)
+
+        sampled = continued(0.6)
+        reference = logprobs(model, sampled)
+        in_bfloat16 = logprobs(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16), sampled)
+        noise = float((in_bfloat16 - reference).abs().max())
+        yield SimpleNamespace(model=model, greedy=continued(0.0), sampled=sampled, reference=reference, bfloat16_noise=noise)
+
+
+def effect(hf: SimpleNamespace) -> float:
+    """Largest change of a log-probability since `reference`, in units of bfloat16's largest error."""
+    with torch.no_grad():
+        return float((logprobs(hf.model, hf.sampled) - hf.reference).abs().max()) / hf.bfloat16_noise
+
+
+@contextmanager
+def changed(target: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(target, name)
+    setattr(target, name, value)
+    yield
+    setattr(target, name, before)
+
+
+@pytest.mark.parametrize("kind", ["greedy", "sampled"])
+def test_free_running_text_seldom_repeats_its_last_token(hf: SimpleNamespace, kind: str) -> None:
+    tokens = getattr(hf, kind)[:, PROMPT - 1 :]
+    assert (tokens[:, 1:] == tokens[:, :-1]).float().mean() < 0.2  # measured: 0
+    distinct = sum(len(set(row.tolist())) for row in tokens) / tokens.numel()
+    assert distinct > 0.5  # nor does it run in a circle
+
+
+def test_bfloat16_noise_is_moderate(hf: SimpleNamespace) -> None:
+    assert hf.bfloat16_noise < 0.25  # measured: 0.16; the log-probabilities' standard deviation is 2.2
+    assert hf.reference.std(-1).mean() > 1.5
+
+
+def test_one_wrong_kv_slot_of_one_layer_shows(hf: SimpleNamespace) -> None:
+    """One slot of one layer of a 96-token prompt holds another token's key and value; 64 tokens follow."""
+    prompt, output = hf.sampled[:1, :PROMPT], hf.sampled[:1, PROMPT:]
+    generator = torch.Generator().manual_seed(1)
+    num_slots = 24
+    effects = []
+    with torch.no_grad():
+        for layer in range(PRESETS["tiny"].num_hidden_layers):
+            cache = DynamicCache()
+            hf.model(prompt, past_key_values=cache)
+            cache.batch_repeat_interleave(num_slots)
+            slots = torch.randint(0, PROMPT, (num_slots,), generator=generator)
+            others = (slots + torch.randint(1, PROMPT, (num_slots,), generator=generator)) % PROMPT
+            rows = torch.arange(num_slots)
+            for cached in (cache.layers[layer].keys, cache.layers[layer].values):
+                cached[rows, :, slots] = cached[rows, :, others].clone()
+            moved = logprobs(hf.model, output.expand(num_slots, -1), past_key_values=cache) - hf.reference[0, PROMPT:]
+            effects.append(moved.abs().amax((1, 2)) / hf.bfloat16_noise)
+    by_layer = torch.stack(effects)  # [layers, slots]
+    assert by_layer.median(dim=1).values.min() > 10  # measured: 12.5 to 13.5
+    assert by_layer.quantile(0.1) > 8  # measured: 10.8
+    assert by_layer.min() > 5  # measured: 9.1
+
+
+def test_another_rope_theta_shows(hf: SimpleNamespace) -> None:
+    head_dim = PRESETS["tiny"].head_dim
+    other = 1.0 / 1.1e6 ** (torch.arange(0, head_dim, 2) / head_dim)
+    with changed(hf.model.model.rotary_emb, "inv_freq", other):
+        assert effect(hf) > 5  # measured: 12.8
+
+
+def test_another_epsilon_of_any_norm_shows(hf: SimpleNamespace) -> None:
+    assert effect(hf) < 1e-3
+    norms = [(name, module) for name, module in hf.model.named_modules() if hasattr(module, "variance_epsilon")]
+    assert len(norms) == 4 * PRESETS["tiny"].num_hidden_layers + 1
+    for name, module in norms:
+        with changed(module, "variance_epsilon", 1e-3):
+            assert effect(hf) > 2, name  # measured: at least 4.9
+
+
+def test_transformers_finds_every_weight(tiny: Path) -> None:
+    model, report = AutoModelForCausalLM.from_pretrained(tiny, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.dtype == torch.float32
+    assert model.config.rope_parameters["rope_theta"] == 1e6
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert all(torch.equal(weight, weight.bfloat16().float()) for weight in model.state_dict().values())
+
+
+def test_the_tokenizer_is_one_for_transformers_too(tiny: Path) -> None:
+    ours, theirs = Tokenizer.from_file(str(tiny / "tokenizer.json")), AutoTokenizer.from_pretrained(tiny)
+    text = "Errors should never pass silently.\n\n\tx = {'a': 1234.5}  # Zürich, 東京 🙂 <|im_start|>user<|endoftext|>"
+    token_ids = ours.encode(text).ids
+    assert token_ids == theirs(text).input_ids
+    assert len(token_ids) < 0.6 * len(text.encode())
+    assert max(token_ids) < PRESETS["tiny"].vocab_size
+    assert ours.decode(token_ids, skip_special_tokens=False) == theirs.decode(token_ids) == text
+    config = json.loads((tiny / "config.json").read_text())
+    assert ours.token_to_id("<|endoftext|>") == config["eos_token_id"] == theirs.eos_token_id
+
+
+def test_presets_have_their_recorded_digest(tiny: Path) -> None:
+    assert DIGESTS.keys() == PRESETS.keys()
+    assert checkpoint_digest(tiny) == DIGESTS["tiny"]
+
+
+def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "nanovllm.models.checkpoint", "tiny", "--cache-dir", str(tmp_path), "--num-hidden-layers", "1"]
+    builds = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": "src"}) for _ in "ab"]
+    printed = {build.communicate(timeout=120)[0] for build in builds}
+    assert [build.returncode for build in builds] == [0, 0]
+    (folder, digest), = (lines.split() for lines in printed)
+    assert [str(path) for path in tmp_path.iterdir()] == [folder]
+    assert checkpoint_digest(folder) == digest
+
+
+def test_the_cache_is_used_and_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path))
+    folder = ensure_checkpoint("tiny", **SMALL)
+    assert folder.parent == tmp_path
+    monkeypatch.setattr(checkpoint, "build_checkpoint", pytest.fail)
+    assert ensure_checkpoint("tiny", **SMALL) == folder
+
+
+def test_shards_hold_the_same_weights(tmp_path: Path) -> None:
+    one = ensure_checkpoint("tiny", cache_dir=tmp_path, **SMALL)
+    many = ensure_checkpoint("tiny", cache_dir=tmp_path, **SMALL, max_shard_bytes=50_000)
+    assert len(list(many.glob("model-*-of-*.safetensors"))) > 2
+    assert checkpoint_digest(one) == checkpoint_digest(many)
+    AutoModelForCausalLM.from_pretrained(many)
+
+
+def test_a_cut_variant_has_the_first_layers(tiny: Path, tmp_path: Path) -> None:
+    cut = load_file(ensure_checkpoint("tiny", cache_dir=tmp_path, num_hidden_layers=2) / "model.safetensors")
+    full = load_file(tiny / "model.safetensors")
+    assert cut.keys() == {name for name in full if "layers.2." not in name and "layers.3." not in name}
+    assert all(torch.equal(cut[name], full[name]) for name in cut if name != "model.norm.weight")
+
+
+def test_an_untied_variant_has_a_head_of_its_own(tmp_path: Path) -> None:
+    folder = ensure_checkpoint("tiny", cache_dir=tmp_path, **SMALL, tie_word_embeddings=False, dtype="bfloat16")
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert model.dtype == torch.bfloat16
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"'huge' is unknown; known are tiny, qwen3-0.6b"):
+        ensure_checkpoint("huge")
+    with pytest.raises(ValueError, match=r"no num_layers; it has .*num_hidden_layers"):
+        ensure_checkpoint("tiny", num_layers=2)
+    with pytest.raises(FileNotFoundError):
+        checkpoint_digest(tmp_path)
+    monkeypatch.setitem(checkpoint.DIGESTS, "tiny", "0" * 64)
+    with pytest.raises(RuntimeError, match="recorded is 000"):
+        ensure_checkpoint("tiny", cache_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
