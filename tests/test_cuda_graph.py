@@ -148,3 +148,17 @@ def test_unchanged_rows_need_no_input(tiny: Path, monkeypatch: pytest.MonkeyPatc
     serve(engine, [([7, 8, 9], SamplingParams(temperature=0.7, max_tokens=2, ignore_eos=True))])
     assert before == len(uploads) - before, "ten more decode steps uploaded something"
     engine.close()
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU: Triton's interpreter is too slow for a whole engine")
+def test_triton_gives_the_tokens_of_torch(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for level in LEVELS:
+        switches = {"attention_backend": level, "kernels": level, "overlap": level == "triton"}
+        engine = make_engine(tiny, monkeypatch, graphs=level == "triton", switches=switches, max_num_seqs=20,
+                             kv_cache_memory_bytes=1 << 25)  # fmt: skip
+        results.append(serve(engine, requests_of(40, max_tokens=60)))
+        assert engine.stats()[f"attention_calls.{level}"] > 0
+        engine.close()
+    agreeing = sum(results[0][name] == results[1][name] for name in results[0])
+    assert agreeing >= 39, "float32 engines part at near-ties alone, and those are rare"

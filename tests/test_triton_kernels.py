@@ -35,6 +35,7 @@ from nanovllm.kernels.triton import norm as triton_norm  # noqa: E402
 from nanovllm.kernels.triton import rope as triton_rope  # noqa: E402
 from nanovllm.kernels.triton import sampling as triton_sampling  # noqa: E402
 from nanovllm.kernels.triton.attention import TritonAttention, tilings  # noqa: E402
+from nanovllm.kernels.triton.linear import linear as triton_linear  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(  # of the interpreter, which computes with NumPy
     "ignore:Conversion of an array with ndim:DeprecationWarning", "ignore:invalid value encountered:RuntimeWarning",
@@ -84,10 +85,19 @@ def test_silu_and_mul(dtype: torch.dtype, n: int) -> None:
     close(triton_activation.silu_and_mul(gate_up), activation.silu_and_mul(gate_up))
 
 
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 8, 13, 16, 17])
+@pytest.mark.parametrize(("n", "k"), [(32, 512), (16, 1536), (48, 2048), (16, 640)])  # the last is no shape of ours
+def test_linear(rows: int, n: int, k: int) -> None:
+    x, weight = draw(rows, k, dtype=DOT_DTYPES[1]), draw(n, k, dtype=DOT_DTYPES[1], seed=1)
+    ours, exact = triton_linear(x, weight), x.double() @ weight.double().T
+    assert float((ours.double() - exact).norm() / exact.norm()) < (4e-3 if ours.dtype == torch.bfloat16 else 5e-4)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("few_tokens", [3, 1024])
 @pytest.mark.parametrize(("kv_heads", "group", "head_dim", "page"), [(2, 2, 64, 16), (1, 5, 32, 32), (3, 1, 16, 16)])
-def test_rope_and_stores(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, few_tokens: int, kv_heads: int, group: int, head_dim: int, page: int) -> None:
+def test_rope_and_stores(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, few_tokens: int, kv_heads: int, group: int,
+                         head_dim: int, page: int) -> None:
     monkeypatch.setattr(triton_rope, "_FEW_TOKENS", few_tokens)
     num_tokens, num_blocks = 6, 4
     qkv = draw(num_tokens, (group + 2) * kv_heads * head_dim, dtype=dtype)
@@ -242,6 +252,19 @@ def test_attention(dtype: torch.dtype, query_lens: list[int], seq_lens: list[int
     assert torch.equal(outputs[2], outputs[3])
 
 
+def test_padding_entries_cost_nothing_and_harm_nobody() -> None:
+    *tensors, batch = attention_case(torch.float32, [1] * 5, [40, 200, 1, 1, 1], 5, 16, 2, 2, 32)
+    outputs = []
+    for num_padding in (0, 2):
+        batch.seq_lens[5 - num_padding :] = 0
+        attention = TritonAttention(2, 16, 32**-0.5, torch.float32)
+        attention.prepare(batch)
+        outputs.append(attention.attend(*tensors, batch)[:3])
+    close(outputs[1], outputs[0])
+    units = sum(-(-n // attention.decode.kv_tile) + 2 for n in (40, 200, 1)) * 2
+    assert batch.attention.totals[1] == units
+
+
 # -- compiled for GPUs that are not here ----------------------------------------------------------------------------------
 
 
@@ -267,7 +290,10 @@ def every_launch(dtype: torch.dtype, shared_memory: int) -> None:
     triton_norm.rms_norm(empty(tokens, hidden), empty(hidden), 1e-6)
     triton_norm.add_rms_norm(empty(tokens, hidden), empty(tokens, hidden), empty(hidden), 1e-6)
     triton_activation.silu_and_mul(empty(tokens, 6144))
-    triton_kv_store.store_kv(empty(tokens, kv_heads, head_dim), empty(tokens, kv_heads, head_dim), cache, cache, empty(tokens, dtype=long))
+    kv = empty(tokens, kv_heads, head_dim)
+    triton_kv_store.store_kv(kv, kv, cache, cache, empty(tokens, dtype=long))
+    for rows, k in ((1, 1024), (4, 3072), (8, 2048), (16, 3072)):
+        triton_linear(empty(rows, k), empty(4096, k))
     triton_rope.qk_norm_rope_store_kv(empty(tokens, 32 * head_dim), empty(head_dim), empty(head_dim), 1e-6,
                                       empty(tokens, head_dim, dtype=torch.float32), cache, cache, empty(tokens, dtype=long))
     floats, ints = empty(tokens, dtype=torch.float32), empty(tokens, dtype=long)

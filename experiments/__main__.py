@@ -1,0 +1,233 @@
+"""The command line: python -m experiments ablate | run | compare | check | report | import | validate | list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from experiments import execution, machine, records
+from experiments.execution import ExecutionError, say
+from experiments.executor import Options
+from experiments.model_files import ModelError, download
+from experiments.plan import build_plan
+from experiments.records import RecordError
+from experiments.spec import PROFILES, STUDIES, ModelChoice, Profile, Study, load_profile, load_study
+from experiments.tracking import TrackingError, import_folder
+from experiments.yaml_files import SpecError, names
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Measure what each optimization buys."
+)
+console = Console()
+Act = Callable[[dict[str, Any], Path, Options, Console], bool]
+KNOWN_ERRORS = (SpecError, ModelError, RecordError, ExecutionError, TrackingError)
+
+StudyOption = Annotated[str, typer.Option("--study", help="name of a file in ablations/studies, or a path")]
+ProfileOption = Annotated[str | None, typer.Option("--profile", help="hardware; recognized if not given")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="folder, hub id or preset, instead of the study's or the profile's")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override of the study, e.g. design.blocks=2")
+]
+OutOption = Annotated[Path | None, typer.Option("--out", help="folder of the records; a new one under runs/ if not given")]
+BlocksOption = Annotated[int | None, typer.Option("--blocks", help="number of blocks, short for --set design.blocks=N")]
+PythonOption = Annotated[list[str] | None, typer.Option("--python", metavar="ENGINE=PATH", help="interpreter of an engine")]
+DeadlineOption = Annotated[float | None, typer.Option("--deadline-s", help="start no launch that would not end within this time")]
+FolderArgument = Annotated[Path | None, typer.Argument(help="folder of an execution; the latest under runs/ if not given")]
+
+
+@app.command()
+def ablate(
+    study: StudyOption = "embedded", profile: ProfileOption = None, model: ModelOption = None, overrides: SetOption = None,
+    blocks: BlocksOption = None, out: OutOption = None, python: PythonOption = None, deadline_s: DeadlineOption = None,
+) -> None:  # fmt: skip
+    """What does each optimization buy on this machine? Runs or resumes a study; gate, table, report, MLflow."""
+    plan = make_plan(study, profile, model, overrides, blocks)
+    go(plan, out, Options(pythons=parse_pythons(python), deadline_s=deadline_s))
+
+
+@app.command()
+def run(
+    study: Annotated[str, typer.Option("--study", help="name of a file in ablations/studies, or a path")],
+    profile: ProfileOption = None, model: ModelOption = None, overrides: SetOption = None, blocks: BlocksOption = None,
+    out: OutOption = None, python: PythonOption = None, deadline_s: DeadlineOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and run nothing")] = False,
+    write_plan: Annotated[Path | None, typer.Option("--write-plan", help="write the plan, to be run on another host")] = None,
+) -> None:  # fmt: skip
+    """Run any study. With --dry-run --write-plan plan.json only plan it, for another host."""
+    plan = make_plan(study, profile, model, overrides, blocks)
+    if write_plan:
+        records.write_plan(plan, write_plan)
+        say(
+            console,
+            f"plan     {write_plan}; run it with: python -m experiments.launch --plan {write_plan.name} --out DIR --resume",
+        )
+    if not dry_run:
+        go(plan, out, Options(pythons=parse_pythons(python), deadline_s=deadline_s))
+
+
+@app.command()
+def compare(
+    other: Annotated[str, typer.Option("--with", help="engine to compare with: runs the study compare-ENGINE")] = "hf",
+    profile: ProfileOption = None, model: ModelOption = None, overrides: SetOption = None, blocks: BlocksOption = None,
+    out: OutOption = None, python: PythonOption = None,
+) -> None:  # fmt: skip
+    """nanovllm against another engine: same checkpoint, same work, interleaved blocks, outputs through the gate."""
+    plan = make_plan(f"compare-{other}", profile, model, overrides, blocks)
+    go(plan, out, Options(pythons=parse_pythons(python)))
+
+
+@app.command()
+def check(
+    study: StudyOption = "embedded", profile: ProfileOption = None, model: ModelOption = None, overrides: SetOption = None,
+    out: OutOption = None, python: PythonOption = None,
+) -> None:  # fmt: skip
+    """Is every configuration equivalent to HF? One block of a study through the gate, then the negative controls."""
+
+    plan = make_plan(study, profile, model, overrides, None)
+    conclude(plan, out or execution.new_folder(plan), Options(pythons=parse_pythons(python)), execution.check)
+
+
+@app.command()
+def report(folder: FolderArgument = None) -> None:
+    """Render the report of an execution again from its records, and print its table."""
+    chosen = guarded(lambda: latest(folder))
+    guarded(lambda: execution.render(chosen))
+    say(console, f"\nreport   {execution.shown(chosen / execution.REPORT / 'report.html')}")
+
+
+@app.command("import")
+def import_command(
+    folders: Annotated[list[Path], typer.Argument(help="folders of records, e.g. brought home from a GPU host")],
+) -> None:
+    """Report and MLflow runs from records; any number of times, with the same result."""
+    for folder in folders:
+
+        def work(folder: Path = folder) -> None:
+            execution.render(folder)
+            run_id, fresh = import_folder(folder, folder / execution.REPORT)
+            say(console, f"{folder}: MLflow run {run_id} {'written' if fresh else 'was there already'}")
+
+        guarded(work)
+
+
+@app.command()
+def validate(
+    files: Annotated[
+        list[str] | None, typer.Argument(help="studies by name or path; all studies and profiles if not given")
+    ] = None,
+) -> None:
+    """Check studies and profiles without running anything."""
+    problems = 0
+    for load, chosen in ((load_study, files or names(STUDIES)), (load_profile, [] if files else names(PROFILES))):
+        for name in chosen:
+            try:
+                load(name)
+                say(console, f"ok       {name}")
+            except SpecError as error:
+                problems += 1
+                say(console, str(error), "red")
+    raise typer.Exit(1 if problems else 0)
+
+
+@app.command("list")
+def list_command() -> None:
+    """Studies, profiles and executions."""
+    table = Table("study", "question", "cells of factors", "blocks", box=None, pad_edge=False)
+    for name in names(STUDIES):
+        study: Study = guarded(lambda name=name: load_study(name)[0])
+        factors = ", ".join(f"{factor}={level}" for factor, f in study.factors.items() for level in f.levels)
+        table.add_row(name, study.question, factors, str(study.design.blocks))
+    console.print(table, "\nprofiles: " + ", ".join(names(PROFILES)), highlight=False)
+    for folder in execution.executions():
+        state = "finished" if (folder / execution.FINISHED).exists() else "interrupted"
+        number = len(guarded(lambda folder=folder: records.counted(records.read(folder))))
+        say(console, f"{execution.shown(folder)}  {state}, {number} launches count")
+
+
+def make_plan(
+    study: str, profile: str | None, model: str | None, overrides: list[str] | None, blocks: int | None
+) -> dict[str, Any]:
+    """Plans a study and says what will happen. An error ends the program with its message."""
+
+    def work() -> dict[str, Any]:
+        given = [*(overrides or []), *([f"design.blocks={blocks}"] if blocks else [])]
+        chosen, applied = load_study(study, given)
+        hardware = load_profile(profile) if profile else machine.detect_profile()
+        return build_plan(chosen, hardware, choose_model(model, chosen, hardware), applied)
+
+    plan: dict[str, Any] = guarded(work)
+    model_name = plan["model"]["preset"] or plan["model"]["path"]
+    say(console, f"study    {plan['study']['name']}: {plan['study']['question'].strip()}")
+    say(console, f"machine  profile {plan['profile']['name']}; model {model_name}, {plan['model']['dtype']}")
+    number, seconds = len(plan["launches"]), plan["expected_s"]
+    say(
+        console,
+        f"plan     {number} launches ({plan['study']['design']['blocks']} blocks of {len(plan['cells'])} cells), expected "
+        f"{seconds / 60:.1f} min and the gate; hash {plan['plan_hash'][:12]}",
+    )
+    for entry in plan["not_applicable"]:
+        say(console, f"not here {entry['factor']}={entry['level']}: {entry['reason']}", "yellow")
+    return plan
+
+
+def choose_model(given: str | None, study: Study, profile: Profile) -> ModelChoice | None:
+    """--model as a folder, a preset or a hub id; the dtype is the study's or the profile's."""
+    if given is None:
+        return None
+    dtype = study.model.dtype if study.model else profile.dtype
+    if (Path(given) / "config.json").is_file():
+        return ModelChoice(path=str(Path(given).resolve()), dtype=dtype)
+    if "/" in given:
+        return ModelChoice(path=str(download(given)), dtype=dtype)
+    return ModelChoice(preset=given, dtype=dtype)
+
+
+def go(plan: dict[str, Any], out: Path | None, options: Options) -> NoReturn:
+    """Executes a plan in `out`, in the folder of its interrupted execution, or in a new one."""
+    conclude(plan, guarded(lambda: out or execution.interrupted(plan, console) or execution.new_folder(plan)), options)
+
+
+def conclude(plan: dict[str, Any], folder: Path, options: Options, act: Act = execution.execute) -> NoReturn:
+    """Ends the program: status 0 if every launch is ok and every output passed, 1 if not, 2 for an error, 130 for Ctrl-C."""
+    try:
+        good = guarded(lambda: act(plan, folder, options, console))
+    except KeyboardInterrupt:
+        say(console, f"\nstopped; finished launches are in {execution.shown(folder)}. The same command goes on from there.")
+        raise typer.Exit(130) from None
+    raise typer.Exit(0 if good else 1)
+
+
+def parse_pythons(given: list[str] | None) -> dict[str, str]:
+    if wrong := [item for item in given or [] if "=" not in item]:
+        fail(f"--python {wrong[0]}: write ENGINE=PATH, e.g. vllm=.venv-vllm/bin/python")
+    return dict(item.split("=", 1) for item in given or [])
+
+
+def latest(folder: Path | None) -> Path:
+    if folder is None and not execution.executions():
+        raise ExecutionError("there is no execution under runs/ yet; `make ablate` makes one")
+    return folder or execution.executions()[-1]
+
+
+def guarded(work: Any) -> Any:
+    """What `work` returns; an error that a user can act on ends the program with its message alone."""
+    try:
+        return work()
+    except KNOWN_ERRORS as error:
+        fail(str(error))
+
+
+def fail(message: str) -> NoReturn:
+    Console(stderr=True).print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(2)
+
+
+if __name__ == "__main__":
+    app()

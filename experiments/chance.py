@@ -1,0 +1,53 @@
+"""What chance allows: the few statistics of the gate, in the standard library and torch (it runs where SciPy is not)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def quantiles(values: Tensor) -> dict[str, float]:
+    """The quantiles that records hold, of values [n] in any order."""
+    ordered = values.sort().values
+    result = {}
+    for name, q in (("q50", 0.5), ("q99", 0.99), ("q999", 0.999), ("max", 1.0)):
+        result[name] = quantile(ordered, q)
+    return result
+
+
+def binomial_limit(n: int, p: float, alpha: float) -> int:
+    """Smallest k with P(X > k) <= alpha for X ~ Binomial(n, p)."""
+    tail = 1.0
+    for k in range(n + 1):
+        log_choose = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+        tail -= math.exp(log_choose + k * math.log(p) + (n - k) * math.log1p(-p))
+        if tail <= alpha:
+            return k
+    return n
+
+
+def normal_limit(alpha: float) -> float:
+    """The z with P(Z > z) = alpha, by bisection of the complementary error function."""
+    low, high = 0.0, 40.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if math.erfc(middle / math.sqrt(2)) / 2 > alpha else (low, middle)
+    return high
+
+
+def self_normalized_excess(differences: Sequence[float]) -> float:
+    """sum(d) / sqrt(sum(d^2)), d a request: a z whose unit is the request, so that tokens that repeat one near-tie count once.
+
+    It cannot exceed sqrt(requests): a handful of requests can never fail this rule (the bound judges them).
+    """
+    scale = math.sqrt(sum(d * d for d in differences))
+    return sum(differences) / scale if scale > 0 else 0.0
+
+
+def quantile(ordered: Tensor, q: float) -> float:
+    """Of ascending values [n], by linear interpolation between order statistics."""
+    at = q * (len(ordered) - 1)
+    low, high = ordered[math.floor(at)], ordered[math.ceil(at)]
+    return float(low + (high - low) * (at - math.floor(at)))

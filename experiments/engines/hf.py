@@ -1,0 +1,135 @@
+"""HF transformers behind the adapter interface: `generate` over static batches with left padding.
+
+This is what serving a list of requests with `generate` costs: requests are taken in order of arrival, `max_num_seqs` at a
+time; a batch runs until its longest member has ended, and what the others were given beyond their own `max_tokens` is cut
+off. As fast as that can be: inference mode, SDPA, a KV cache, no EOS processing where EOS is ignored, no streaming.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import Any
+
+from experiments.engines import check_config
+
+
+class Adapter:
+    """config: max_num_seqs, the size of a batch; dtype ("float32" | "bfloat16"); device ("cpu" | "cuda")."""
+
+    name = "hf"
+    allowed = ("max_num_seqs", "dtype", "device", "seed")
+
+    def __init__(self, model: str, config: dict[str, Any]) -> None:
+        check_config(self.name, config, self.allowed)
+        self._model_path = model
+        self._config = {"device": "cpu", "seed": 0, **config}
+
+    def load(self) -> dict[str, Any]:
+        import torch
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        self._torch, self._transformers = torch, transformers
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+            self._model_path, dtype=getattr(torch, self._config["dtype"]), attn_implementation="sdpa", local_files_only=True
+        )
+        self._model.to(self._config["device"]).eval()
+        eos = self._model.generation_config.eos_token_id
+        self._eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        # `generate` fills what a request leaves open from the checkpoint's own settings, an EOS that is to be ignored among them.
+        self._model.generation_config = transformers.GenerationConfig()
+        return {
+            **self._config,
+            "attn_implementation": self._model.config._attn_implementation,
+            "batching": "static",
+            "torch_threads": torch.get_num_threads(),
+        }
+
+    def serve(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
+        size = self._config["max_num_seqs"]
+        outputs: list[list[int]] = []
+        request_times: list[list[float]] = []
+        step_times: list[list[float]] = []
+        begin = time.perf_counter()
+        for first in range(0, len(requests), size):
+            batch = requests[first : first + size]
+            batch_begin = time.perf_counter()
+            rows, moments = self._generate(batch)
+            # `generate` hands its rows over when the last one has ended; no request of the batch is finished before.
+            end = time.perf_counter() - begin
+            outputs += rows
+            request_times += [[0.0, moments[0] - begin, end]] * len(batch)
+            prompt_tokens = sum(len(request["prompt_token_ids"]) for request in batch)
+            step_times.append([moments[0] - batch_begin, prompt_tokens, 0])
+            for step, (before, after) in enumerate(itertools.pairwise(moments), start=1):
+                step_times.append([after - before, 0, sum(len(row) > step for row in rows)])  # rows that had not ended
+        return {
+            "duration_s": time.perf_counter() - begin,
+            "outputs": outputs,
+            "finish_reasons": [self._reason(r, output) for r, output in zip(requests, outputs, strict=True)],
+            "request_times_s": request_times,
+            "step_times_s": step_times,
+        }
+
+    def reset(self) -> None:
+        """Nothing is kept from one batch to the next."""
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
+    def toggles(self) -> dict[str, dict[str, Any]]:
+        return {}
+
+    def close(self) -> None:
+        del self._model
+
+    def _generate(self, batch: list[dict[str, Any]]) -> tuple[list[list[int]], list[float]]:
+        """The answers, cut to what each request asked for, and the moment of each step."""
+        torch = self._torch
+        width = max(len(request["prompt_token_ids"]) for request in batch)
+        ids = torch.tensor([[0] * (width - len(r["prompt_token_ids"])) + r["prompt_token_ids"] for r in batch])
+        mask = torch.tensor([[0] * (width - len(n)) + [1] * len(n) for n in (r["prompt_token_ids"] for r in batch)])
+        moments: list[float] = []
+        goes_on = torch.zeros(len(batch), dtype=torch.bool, device=self._config["device"])
+
+        def note_time(input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+            moments.append(time.perf_counter())
+            return goes_on
+
+        with torch.inference_mode(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(batch[0]["seed"])  # `generate` has one generator a batch: the same work gives the same tokens
+            rows = self._model.generate(
+                input_ids=ids.to(self._config["device"]),
+                attention_mask=mask.to(self._config["device"]),
+                generation_config=self._generation_config(batch),
+                stopping_criteria=[note_time],
+            )[:, width:].tolist()
+        return [self._cut(request, row) for request, row in zip(batch, rows, strict=True)], moments
+
+    def _generation_config(self, batch: list[dict[str, Any]]) -> Any:
+        """Raises ValueError where the requests of a batch ask for different sampling: `generate` has one setting a batch."""
+        settings = {(r["temperature"], r["top_k"], r["top_p"], r["ignore_eos"]) for r in batch}
+        if len(settings) > 1:
+            raise ValueError(
+                f"hf: one batch cannot mix sampling parameters; given (temperature, top_k, top_p, ignore_eos) {sorted(settings)}"
+            )
+        temperature, top_k, top_p, ignore_eos = settings.pop()
+        sampling = {"temperature": temperature, "top_k": max(top_k, 0), "top_p": top_p} if temperature > 0 else {}
+        return self._transformers.GenerationConfig(
+            max_new_tokens=max(r["max_tokens"] for r in batch), do_sample=temperature > 0, use_cache=True, pad_token_id=0,
+            eos_token_id=None if ignore_eos else self._eos_ids or None, bos_token_id=None, **sampling,
+        )  # fmt: skip
+
+    def _cut(self, request: dict[str, Any], row: list[int]) -> list[int]:
+        row = row[: request["max_tokens"]]
+        if not request["ignore_eos"]:
+            for index, token in enumerate(row):
+                if token in self._eos_ids:
+                    return row[: index + 1]
+        return row
+
+    def _reason(self, request: dict[str, Any], output: list[int]) -> str:
+        ended = not request["ignore_eos"] and bool(output) and output[-1] in self._eos_ids
+        return "stop" if ended else "length"

@@ -1,0 +1,59 @@
+"""nanovllm behind the adapter interface."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from experiments.engines import check_config
+
+
+class Adapter:
+    """config: the constructor arguments of `nanovllm.LLM`, `optimizations` a dict that names every switch."""
+
+    name = "nanovllm"
+    allowed = (
+        "dtype", "device", "seed", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
+        "kv_cache_memory_bytes", "gpu_memory_utilization", "optimizations",
+    )  # fmt: skip
+
+    def __init__(self, model: str, config: dict[str, Any]) -> None:
+        check_config(self.name, config, self.allowed)
+        self._model, self._config = model, config
+
+    def load(self) -> dict[str, Any]:
+        from nanovllm import SamplingParams
+        from nanovllm.engine.llm_engine import LLM
+
+        self._sampling_params = SamplingParams
+        self._llm: Any = LLM(model=self._model, skip_tokenizer_init=True, **self._config)
+        return self._llm.resolved_config()  # type: ignore[no-any-return]
+
+    def serve(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
+        names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
+        prompts = [{"prompt_token_ids": request["prompt_token_ids"]} for request in requests]
+        params = [self._sampling_params(**{name: request[name] for name in names}) for request in requests]
+        steps_before = len(self._llm.step_times())
+        begin = time.perf_counter()
+        results = self._llm.generate(prompts, params, use_tqdm=False)
+        end = time.perf_counter()
+        moments = [(r.metrics.arrival_time, r.metrics.first_token_time, r.metrics.finished_time) for r in results]
+        return {
+            "duration_s": end - begin,
+            "outputs": [list(r.outputs[0].token_ids) for r in results],
+            "finish_reasons": [r.outputs[0].finish_reason for r in results],
+            "request_times_s": [[moment - begin for moment in request] for request in moments],
+            "step_times_s": self._llm.step_times()[steps_before:],
+        }
+
+    def reset(self) -> None:
+        self._llm.reset_prefix_cache()
+
+    def counters(self) -> dict[str, int]:
+        return self._llm.stats()  # type: ignore[no-any-return]
+
+    def toggles(self) -> dict[str, dict[str, Any]]:
+        return self._llm.toggles()  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        self._llm.close()

@@ -1,0 +1,173 @@
+"""From a plan to its table: launches, gate, report, MLflow; and where all of that lies.
+
+An execution is a folder under runs/. One that was interrupted is found again by the hash of its plan, and goes on.
+The gate and the report are processes of their own: the gate needs torch and transformers and nothing of this program, and
+the report is a layer above it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from experiments import provenance, records, tracking
+from experiments.executor import EXECUTORS, Options
+from experiments.progress import ProgressBar
+
+RUNS = provenance.ROOT / "runs"
+REPORT, FINISHED = "report", "finished"
+_FOREIGN_SHARE = 0.1
+_RENDER = """
+import json, sys
+from pathlib import Path
+from reports.analysis import analyse
+from reports.records import read_folder
+from reports.render import print_table, render
+folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+plan, file = read_folder(folder)
+analysis = analyse(file.records, plan, file.notes)
+render(plan, file.records, analysis, out)
+(out / "analysis.json").write_text(json.dumps(analysis, indent=1) + "\\n")
+print_table(analysis)
+"""
+
+
+class ExecutionError(Exception):
+    """A step that did not end well; the message says what to do."""
+
+
+def interrupted(plan: dict[str, Any], console: Console) -> Path | None:
+    """The latest execution of this plan by this code that has not been finished; None if there is none."""
+    code = provenance.code_digest()
+    for folder in reversed(executions()):
+        if (folder / FINISHED).exists() or records.read_plan(folder / records.PLAN)["plan_hash"] != plan["plan_hash"]:
+            continue
+        found = records.launches(records.read(folder))
+        if all(record["provenance"]["code_digest"] == code for record in found):
+            say(console, f"resume   going on with the interrupted run in {shown(folder)}: {len(found)} launches are recorded")
+            return folder
+        say(console, f"not going on with {shown(folder)}: the code has changed since; starting again", "yellow")
+    return None
+
+
+def new_folder(plan: dict[str, Any]) -> Path:
+    """The name of a folder for a new execution."""
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    return RUNS / f"{stamp}-{plan['study']['name']}-{plan['plan_hash'][:8]}"
+
+
+def executions() -> list[Path]:
+    """Every execution under runs/, the oldest first."""
+    return sorted(path.parent for path in RUNS.glob(f"*/{records.PLAN}"))
+
+
+def execute(plan: dict[str, Any], folder: Path, options: Options, console: Console) -> bool:
+    """Everything from the launches to MLflow; True if every launch counts and every output passed the gate."""
+    if not run_launches(plan, folder, options, console):
+        say(console, f"The deadline came first. Go on with the same command; finished launches are in {shown(folder)}.")
+        return False
+    warn_of_neighbours(folder, console)
+    all_pass = run_gate(folder, console)
+    publish(folder, console)
+    (folder / FINISHED).touch()
+    return all_ok(folder, console) and all_pass
+
+
+def check(plan: dict[str, Any], folder: Path, options: Options, console: Console) -> bool:
+    """One block through the gate, then the negative controls; True if all is as it must be."""
+    run_launches(plan, folder, dataclasses.replace(options, blocks=(0,)), console)
+    equivalent = run_gate(folder, console)
+    caught = _gate(folder, "--negative-control")
+    results = {"every launch ran": all_ok(folder, console), "outputs equivalent": equivalent, "negative controls caught": caught}
+    for name, good in results.items():
+        say(console, f"{name}: {'yes' if good else 'NO'}", style="green" if good else "red")
+    say(console, f"records  {shown(folder)}")
+    (folder / FINISHED).touch()
+    return all(results.values())
+
+
+def run_launches(plan: dict[str, Any], folder: Path, options: Options, console: Console) -> bool:
+    """Runs what is pending, with a progress bar; False if the deadline came first."""
+    with ProgressBar(plan, console) as progress:
+        return EXECUTORS[options.executor](plan, folder, options, progress.listen)
+
+
+def warn_of_neighbours(folder: Path, console: Console) -> None:
+    """Says so where other processes used the CPU while it was measured: blocks then differ more, and intervals are wide."""
+    summaries = [r["telemetry"]["summary"].get("cpu_foreign", {}) for r in records.counted(records.read(folder))]
+    shares = [summary["mean"] for summary in summaries if summary]
+    if shares and statistics.mean(shares) > _FOREIGN_SHARE:
+        used = f"other processes used {statistics.mean(shares):.0%} of the CPU meanwhile"
+        say(console, f"{used}: expect wide intervals, or run it again when the machine is idle", "yellow")
+
+
+def all_ok(folder: Path, console: Console) -> bool:
+    """Whether no launch failed or was invalid; those that did are listed."""
+    bad = [r for r in records.launches(records.read(folder)) if r["status"] != "ok"]
+    for record in bad:
+        say(console, f"{record['status']}: {record['launch']}: {record['reason']}", "red")
+    return not bad
+
+
+def run_gate(folder: Path, console: Console) -> bool:
+    """Judges what has no verdict yet; whether all outputs pass. Raises ExecutionError where the gate cannot run."""
+    say(console, "equivalence gate: rescoring what was generated with HF transformers")
+    return _gate(folder, "--resume")
+
+
+def publish(folder: Path, console: Console) -> None:
+    """Report, table and MLflow from the records of a folder."""
+    render(folder)
+    run_id, fresh = tracking.import_folder(folder, folder / REPORT)
+    say(console, f"\nreport   {shown(folder / REPORT / 'report.html')} (and report.md)")
+    say(console, f"records  {shown(folder)}")
+    say(console, f"MLflow   run {run_id} {'written' if fresh else 'was there already'}; look at it with `make ui` or `mlflow ui`")
+
+
+def render(folder: Path) -> None:
+    """Writes folder/report and prints its table. Raises ExecutionError."""
+    if _run([sys.executable, "-c", _RENDER, str(folder), str(folder / REPORT)]) != 0:
+        raise ExecutionError(f"the report could not be made; the message is above. Records are in {shown(folder)}.")
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """One line, whatever its length; nothing in it is markup."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def shown(path: Path) -> str:
+    """A path as short as it can be written from here."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def _gate(folder: Path, option: str) -> bool:
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.equivalence",
+        "--plan",
+        str(folder / records.PLAN),
+        "--out",
+        str(folder),
+        option,
+    ]
+    status = _run(command)
+    if status not in (0, 1):
+        message = f"the equivalence gate ended with status {status}; its message is above. Records are in {shown(folder)}."
+        raise ExecutionError(message)
+    return status == 0
+
+
+def _run(command: list[str]) -> int:
+    paths = [str(provenance.ROOT), str(provenance.ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return subprocess.run(command, env=environment, check=False).returncode

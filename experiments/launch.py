@@ -1,0 +1,293 @@
+"""Runs a plan: each launch in a fresh process, one record a launch, safe against Ctrl-C, kill -9 and power cuts.
+
+    python -m experiments.launch --plan plan.json --out DIR [--resume] [--deadline-s N] [--blocks 0,1]
+                                 [--python vllm=/path/to/python] [--model DIR]
+
+Needs the standard library and the engines under test only, so it runs on a bare GPU host. With `--launch ID` the same
+command is the child that serves one launch (experiments/child.py).
+
+Exit status: 0 all launches asked for have run (failed ones are recorded); 1 error; 75 the deadline came first; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from experiments import provenance, records, telemetry
+from experiments.model_files import ModelError, locate
+from experiments.records import Folder, Record, RecordError
+
+Plan = dict[str, Any]
+DEADLINE_STATUS = 75  # EX_TEMPFAIL: run the same command again
+
+Listener = Callable[[str, dict[str, Any]], None]
+"""Called with ("pending" | "start" | "end" | "message", details) as a run goes on."""
+
+
+class Runner:
+    """Executes launches of one plan into one folder. Use it as a context manager; the folder is locked meanwhile."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        out: Path,
+        *,
+        resume: bool,
+        pythons: dict[str, str] | None = None,
+        model: str | None = None,
+        listener: Listener | None = None,
+    ) -> None:
+        """pythons: interpreters by engine, this one where absent. model: where the plan's checkpoint lies on this machine.
+
+        Raises RecordError where `out` holds other records, or holds some and `resume` is not given; ModelError.
+        """
+        self.plan, self.out = plan, out
+        self.pythons = pythons or {}
+        self.listener = listener or (lambda event, details: None)
+        self.boot_id = provenance.boot_id()
+        self.machine = provenance.of_machine()
+        self.folder = Folder(out)
+        try:
+            for message in self.folder.messages:
+                self.listener("message", {"text": message})
+            self._check_folder(resume)
+            (out / records.LOGS).mkdir(exist_ok=True)
+            for leftover in (out / records.LOGS).glob("*.result*"):
+                leftover.unlink()  # of a child whose runner was killed
+            plan_file = out / records.PLAN
+            if not plan_file.exists():
+                records.write_plan(plan, plan_file)
+            self.model = locate({**plan["model"], "preset": None, "path": model} if model else plan["model"])
+            if resume and self.folder.records:
+                self._mark_resumed()
+            self.listener("pending", {"launches": self.pending()})
+        except BaseException:
+            self.folder.close()
+            raise
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.folder.close()
+
+    def pending(self, blocks: Iterable[int] | None = None) -> list[dict[str, Any]]:
+        """The launches without a finished record, in plan order."""
+        wanted = None if blocks is None else set(blocks)
+        done = {r["launch"] for r in records.launches(self.folder.records) if r["status"] in records.DONE}
+        return [
+            entry for entry in self.plan["launches"]
+            if entry["launch"] not in done and (wanted is None or entry["block"] in wanted)
+        ]  # fmt: skip
+
+    def run(self, blocks: Iterable[int] | None = None, deadline: float | None = None) -> bool:
+        """Runs what is pending. deadline: a time.monotonic() by which the last launch should have ended. True: all ran."""
+        for entry in self.pending(blocks):
+            if deadline is not None and time.monotonic() + self.expected_launch_s(entry["cell"]) > deadline:
+                self.listener("message", {"text": f"stopped before {entry['launch']}: it would not end before the deadline"})
+                return False
+            self.run_launch(entry)
+        return True
+
+    def run_launch(self, entry: dict[str, Any]) -> Record:
+        """Runs one launch and appends its record. Ctrl-C ends the child and leaves no record: the launch runs again.
+
+        Raises RecordError if the code has changed since the run began.
+        """
+        if provenance.code_digest() != self.machine["code_digest"]:
+            raise RecordError(
+                f"the engine's code has changed since this run began: {entry['launch']} would measure another program. What is "
+                f"recorded in {self.out} is kept; start again with another --out, or restore the code and resume."
+            )
+        attempt = 1 + sum(r["kind"] == "launch" and r["launch"] == entry["launch"] for r in self.folder.records)
+        cell = self.plan["cells"][entry["cell"]]
+        record: Record = {
+            "kind": "launch", "schema": records.SCHEMA, "study": self.plan["study"]["name"], "plan_hash": self.plan["plan_hash"],
+            "launch": entry["launch"], "block": entry["block"], "order": entry["order"], "cell": entry["cell"],
+            "attempt": attempt, "seed": entry["seed"], "boot_id": self.boot_id, "started_at": utc_now(),
+            "status": "failed", "reason": None, "engine": cell["engine"], "requested": cell["config"], "resolved": {},
+            "process_start_s": None, "load_s": None, "warm_up_s": None, "total_s": None, "workloads": {}, "toggles": {},
+        }  # fmt: skip
+        self.listener("start", {"launch": entry, "attempt": attempt, "expected_s": self.expected_launch_s(entry["cell"])})
+        begin = time.monotonic()
+        measurement = self.plan["study"]["measurement"]
+        scratch = self.out / records.LOGS / f"{entry['launch']}.a{attempt}"
+        outcome = run_child(self._command(entry, attempt), scratch, measurement["timeout_s"], measurement["environment"])
+        interpreter = outcome["record"].pop("provenance", {})
+        record |= outcome["record"]
+        record |= {
+            "total_s": time.monotonic() - begin,
+            "peak_memory_bytes": outcome["peak_memory_bytes"],
+            "telemetry": outcome["telemetry"],
+            "provenance": self.machine | interpreter,
+        }
+        self.folder.append(record, outcome["tokens"])
+        self.listener("end", {"launch": entry, "record": record})
+        return record
+
+    def expected_launch_s(self, cell: str) -> float:
+        """Median of this cell's launches so far, else of all launches, else what the plan expects."""
+        finished = [
+            r for r in self.folder.records if r["kind"] == "launch" and r["total_s"] is not None and r["status"] in records.DONE
+        ]
+        own = [r["total_s"] for r in finished if r["cell"] == cell]
+        every = [r["total_s"] for r in finished]
+        return statistics.median(own or every or [self.plan["expected_s"] / max(1, len(self.plan["launches"]))])
+
+    def _command(self, entry: dict[str, Any], attempt: int) -> list[str]:
+        engine = self.plan["cells"][entry["cell"]]["engine"]
+        return [self.pythons.get(engine, sys.executable), "-m", "experiments.launch", "--plan", str(self.out / records.PLAN),
+                "--launch", entry["launch"], "--attempt", str(attempt), "--model", str(self.model)]  # fmt: skip
+
+    def _check_folder(self, resume: bool) -> None:
+        existing = self.folder.records
+        if not existing:
+            return
+        if not resume:
+            raise RecordError(f"{self.out} already holds {len(existing)} records; add --resume to go on, or give another --out")
+        if foreign := {r["plan_hash"] for r in existing} - {self.plan["plan_hash"]}:
+            raise RecordError(f"{self.out} holds records of another plan ({foreign.pop()[:12]}); give another --out")
+        made_by = {r["provenance"]["code_digest"] for r in existing if r["kind"] == "launch"}
+        if made_by - {self.machine["code_digest"]}:
+            raise RecordError(
+                f"{self.out} holds records made by other code (digest {made_by.pop()[:12]}; now "
+                f"{self.machine['code_digest'][:12]}): launches of two versions must not be compared. "
+                "Start again with another --out, or check out the code that made them."
+            )
+
+    def _mark_resumed(self) -> None:
+        """Blocks that another boot has left unfinished begin again: a pair never straddles two boots."""
+        head = {"schema": records.SCHEMA, "study": self.plan["study"]["name"], "plan_hash": self.plan["plan_hash"]}
+        unfinished = {entry["block"] for entry in self.pending()}
+        for record in records.launches(self.folder.records):
+            if record["block"] in unfinished and record["boot_id"] != self.boot_id:
+                reason = f"block {record['block']} was not finished on boot {record['boot_id']}; it begins again on {self.boot_id}"
+                self.folder.append(
+                    {"kind": "superseded", **head, "launch": record["launch"], "attempt": record["attempt"], "reason": reason}
+                )
+        self.folder.append({"kind": "resumed", **head, "boot_id": self.boot_id, "at": utc_now()})
+
+
+def run_child(command: list[str], scratch: Path, timeout_s: float, variables: dict[str, str]) -> dict[str, Any]:
+    """Runs a child to its end: {"record", "tokens", "peak_memory_bytes", "telemetry"}. A child that fails or hangs is a
+    record of status `failed` that ends with what it last printed; its output is then kept in `scratch`.log."""
+    result, log = scratch.with_name(scratch.name + ".result"), scratch.with_name(scratch.name + ".log")
+    paths = [str(provenance.ROOT), str(provenance.ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | variables | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            [*command, "--result", str(result), "--spawned-at", repr(time.time())],
+            stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment,
+        )  # fmt: skip
+    sampler = telemetry.Sampler(child.pid)
+    sampler.start()
+    problem = None
+    try:
+        status = child.wait(timeout=timeout_s)
+        if status != 0:
+            problem = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+            problem += " (out of memory?)" if status == -signal.SIGKILL else ""
+    except subprocess.TimeoutExpired:
+        problem = f"no result after {timeout_s:g} s (measurement.timeout_s); killed"
+    finally:
+        kill_group(child)
+        seen = sampler.stop()
+    failure: Record = {"status": "failed", "reason": None}
+    outcome: dict[str, Any] = {
+        "record": failure,
+        "tokens": {},
+        "peak_memory_bytes": {"host": sampler.peak_host_bytes, "device": sampler.peak_device_bytes},
+        "telemetry": seen,
+    }
+    if problem is None and not result.exists():
+        problem = "ended without a result"
+    if problem is None:
+        outcome |= records.read_json(result)
+        log.unlink()
+    else:
+        failure["reason"] = f"{problem}; its output ends with: {tail(log)} (all of it: {records.LOGS}/{log.name})"
+    result.unlink(missing_ok=True)
+    return outcome
+
+
+def kill_group(child: subprocess.Popen[bytes]) -> None:
+    """Ends a child and all its workers, and waits for it."""
+    with contextlib.suppress(ProcessLookupError):  # the whole group has ended already
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    if child.stdin:
+        child.stdin.close()
+
+
+def tail(log: Path, lines: int = 12) -> str:
+    """The last lines of a log, at most 2,000 characters."""
+    return "\n".join(log.read_text(errors="replace").strip().splitlines()[-lines:])[-2000:]
+
+
+def utc_now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m experiments.launch", description="Run the launches of a plan.")
+    parser.add_argument(
+        "--plan", type=Path, required=True, help="plan.json, made by `python -m experiments run --dry-run --write-plan`"
+    )
+    parser.add_argument("--out", type=Path, help="folder of the records")
+    parser.add_argument("--resume", action="store_true", help="go on where an earlier run into this folder stopped")
+    parser.add_argument("--deadline-s", type=float, help="start no launch that would not end within this many seconds")
+    parser.add_argument("--blocks", type=lambda text: [int(part) for part in text.split(",")], help="only these blocks, e.g. 0,1")
+    parser.add_argument("--python", action="append", default=[], metavar="ENGINE=PATH", help="interpreter of an engine")
+    parser.add_argument("--model", help="folder of the plan's checkpoint, where it lies elsewhere on this machine")
+    child = parser.add_argument_group("one launch (used by the runner itself)")
+    child.add_argument("--launch", help=argparse.SUPPRESS)
+    child.add_argument("--attempt", type=int, help=argparse.SUPPRESS)
+    child.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    child.add_argument("--spawned-at", type=float, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    begin = time.monotonic()
+    try:
+        plan = records.read_plan(given.plan)
+        if given.launch:
+            from experiments import child as one_launch
+
+            one_launch.main(plan, given.launch, given.model, given.spawned_at, given.result)
+            return 0
+        if given.out is None:
+            parser.error("--out is required")
+        pythons = dict(item.split("=", 1) for item in given.python)
+        deadline = None if given.deadline_s is None else begin + given.deadline_s
+        with Runner(plan, given.out, resume=given.resume, pythons=pythons, model=given.model, listener=print_event) as runner:
+            finished = runner.run(given.blocks, deadline)
+    except (RecordError, ModelError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nstopped; finished launches are in {given.out}. Go on with the same command and --resume.", file=sys.stderr)
+        return 130
+    return 0 if finished else DEADLINE_STATUS
+
+
+def print_event(event: str, details: dict[str, Any]) -> None:
+    """The progress of a run without a terminal library."""
+    if event == "message":
+        print(details["text"], file=sys.stderr, flush=True)
+    elif event == "end":
+        record = details["record"]
+        times = ", ".join(f"{name} {work['duration_s']:.2f} s" for name, work in record["workloads"].items())
+        print(f"{record['launch']}: {record['status']} in {record['total_s']:.1f} s ({times or record['reason']})", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,304 @@
+"""Teacher forcing by HF transformers: what a reference says of every token that an engine produced.
+
+Two models read the same tokens: the *reference*, in a precision whose own error can be neglected (float64 for a float32 engine,
+float32 without TF32 for a bfloat16 one), and HF *in the engine's dtype*, whose error against the reference says how much
+noise this precision has on this very sample. Both hold the weights as the engine does: rounded to its dtype first.
+
+Hidden states come first, in batches of similar length; logits after, a few rows at a time: those of the canonical workload
+would fill 81 GB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from experiments.margins import Rows, margins, truncate
+
+REFERENCE_DTYPE = {"float32": torch.float64, "bfloat16": torch.float32}
+DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CANDIDATES = 5
+CACHE_BYTES = 2**19
+"""On a CPU, tables of logits of this size are scored at a time: they stay in its cache, which doubles the speed."""
+
+Request = dict[str, Any]  # as in a workload: prompt_token_ids, max_tokens, temperature, top_k, top_p, seed, ignore_eos
+Mutation = Callable[[nn.Module], None]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the two models say of one request's n output tokens; CPU tensors. "Score" is a logit over temperature plus noise.
+
+    tokens: the engine's. agrees, margin: see `margins`. error: of HF in the engine's dtype, in logits: the largest, over the
+    reference's best five candidates, of |(score_hf[i] - score_hf[best]) - (score_ref[i] - score_ref[best])| times temperature.
+    hf_agrees: HF in the engine's dtype chooses what the reference chooses. scale: largest |logit| of the candidates.
+    best, best_scores, hf_best, hf_best_scores: [n, 5], the top candidates of both.
+    logprob, hf_logprob: log softmax(logits)[token]; no temperature.
+    foreign: sampled by another generator; then, of the distribution that was sampled (0 elsewhere): log_p of the token (0 if
+    outside what is kept), entropy, variance of log p, root_sum = log sum_i sqrt(p_i), and drift: the mean of log p + entropy if
+    tokens were drawn from HF's distribution in the engine's dtype instead.
+    """
+
+    tokens: Tensor
+    agrees: Tensor
+    margin: Tensor
+    error: Tensor
+    hf_agrees: Tensor
+    scale: Tensor
+    best: Tensor
+    best_scores: Tensor
+    hf_best: Tensor
+    hf_best_scores: Tensor
+    logprob: Tensor
+    hf_logprob: Tensor
+    foreign: Tensor
+    log_p: Tensor
+    entropy: Tensor
+    variance: Tensor
+    root_sum: Tensor
+    drift: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @staticmethod
+    def cat(parts: Sequence[Scores]) -> Scores:
+        return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in Scores.__dataclass_fields__))
+
+    def split(self, lengths: Sequence[int]) -> list[Scores]:
+        columns = [getattr(self, name).split(list(lengths)) for name in Scores.__dataclass_fields__]
+        return [Scores(*row) for row in zip(*columns, strict=True)]
+
+
+class Rescorer:
+    """Holds both models; `score` may be called for many outputs, and computes each (request, output) once.
+
+    dtype: the engine's, "float32" or "bfloat16". mutate: breaks both models in place (negative controls). batch_tokens bounds
+    the padded tokens of a forward pass, logits_bytes the memory of one table of logits.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        dtype: str,
+        *,
+        device: str | None = None,
+        mutate: Mutation | None = None,
+        batch_tokens: int = 4096,
+        logits_bytes: int = 2**26,
+    ) -> None:
+        if dtype not in DTYPE:
+            raise ValueError(f"dtype={dtype!r} cannot be rescored; allowed: {', '.join(DTYPE)}")
+        if not (Path(model_dir) / "config.json").is_file():
+            raise FileNotFoundError(f"{model_dir} has no config.json; give the local folder of a checkpoint")
+        torch.set_float32_matmul_precision("highest")  # no TF32, no bfloat16 products
+        self.dtype, self.batch_tokens, self.logits_bytes = dtype, batch_tokens, logits_bytes
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.hf = self._load(model_dir, mutate)
+        self.reference = self._load(model_dir, mutate).to(REFERENCE_DTYPE[dtype])
+        if dtype == "float32":
+            use_exact_norms(self.reference)
+        check_decomposition(self.reference)
+        self._known: dict[str, Scores] = {}
+
+    def _load(self, model_dir: str | Path, mutate: Mutation | None) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=DTYPE[self.dtype], attn_implementation="sdpa", local_files_only=True, trust_remote_code=False
+        )
+        if mutate is not None:
+            mutate(model)
+        return model.to(self.device).eval()
+
+    @torch.inference_mode()
+    def score(
+        self,
+        requests: Sequence[Request],
+        outputs: Sequence[Sequence[int]],
+        *,
+        foreign: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Scores]:
+        """One Scores a request. foreign: sampled tokens come from another random generator. progress(done, all) in tokens."""
+        if empty := [i for i, output in enumerate(outputs) if not output]:
+            raise ValueError(f"the output of request {empty[0]} is empty; it holds a token at least, as max_tokens is 1 or more")
+        keys = [_key(request, output, foreign) for request, output in zip(requests, outputs, strict=True)]
+        todo = {key: i for i, key in enumerate(keys) if key not in self._known}
+        work = [(key, requests[i], list(outputs[i])) for key, i in todo.items()]
+        lengths = [len(request["prompt_token_ids"]) + len(output) for _, request, output in work]
+        done, total = 0, sum(lengths)
+        for batch in batches_of_similar_length(lengths, self.batch_tokens):
+            members = [work[i] for i in batch]
+            scores = self._score_batch([request for _, request, _ in members], [output for _, _, output in members], foreign)
+            for (key, _, _), result in zip(members, scores, strict=True):
+                self._known[key] = result
+            done += sum(lengths[i] for i in batch)
+            if progress is not None:
+                progress(done, total)
+        return [self._known[key] for key in keys]
+
+    def _score_batch(self, requests: list[Request], outputs: list[list[int]], foreign: bool) -> list[Scores]:
+        sequences = [request["prompt_token_ids"] + output for request, output in zip(requests, outputs, strict=True)]
+        ids = torch.zeros(len(sequences), max(map(len, sequences)) - 1, dtype=torch.int64)  # the last token predicts nothing
+        for i, sequence in enumerate(sequences):
+            ids[i, : len(sequence) - 1] = torch.tensor(sequence[:-1])
+        # Padding is on the right, so causal attention alone hides it and needs no mask.
+        last = [len(sequence) - 1 for sequence in sequences]
+        hidden, hf_hidden = (
+            torch.cat([states[i, n - len(output) : n] for i, (n, output) in enumerate(zip(last, outputs, strict=True))])
+            for states in (last_hidden_states(model, ids.to(self.device)) for model in (self.reference, self.hf))
+        )
+        tokens = torch.tensor([token for output in outputs for token in output], device=self.device)
+        rows = rows_of(requests, outputs, foreign, self.device)
+        vocab_size = self.reference.get_output_embeddings().weight.shape[0]
+        row_bytes = REFERENCE_DTYPE[self.dtype].itemsize * vocab_size
+        step = max(1, self.logits_bytes // row_bytes)
+        inner = max(1, CACHE_BYTES // row_bytes) if self.device == "cpu" else step
+        parts = []
+        for i in range(0, len(tokens), step):
+            logits = self.reference.get_output_embeddings()(hidden[i : i + step])
+            hf_logits = self.hf.get_output_embeddings()(hf_hidden[i : i + step])
+            for j in range(0, len(logits), inner):
+                part = slice(i + j, min(i + j + inner, i + step))
+                parts.append(score_rows(logits[j : j + inner], hf_logits[j : j + inner], rows[part], tokens[part]))
+        return Scores.cat(parts).split([len(output) for output in outputs])
+
+
+def score_rows(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> Scores:
+    """Compares both models at n positions. logits: [n, V] of the reference; hf_logits: [n, V] in the engine's dtype."""
+    divisor = rows.divisor.to(logits.dtype)
+    # An engine samples in float32, whatever its dtype: that rounding is part of the noise that is measured.
+    scaled, hf_scaled = logits, hf_logits.float()
+    if not bool(rows.greedy.all()):
+        scaled, hf_scaled = logits / divisor[:, None], hf_scaled / divisor[:, None].float()
+    untruncated, hf_untruncated = scaled, hf_scaled
+    if rows.has_noise:
+        noise = rows.noise(logits.shape[1])
+        untruncated, hf_untruncated = scaled + noise, hf_scaled + noise
+    scores, hf_scores = untruncated, hf_untruncated
+    if bool(rows.truncated.any()):
+        scores, hf_scores = truncate(untruncated, scaled, rows), truncate(hf_untruncated, hf_scaled, rows)
+
+    best_scores, best = scores.topk(min(CANDIDATES, logits.shape[1]))
+    hf_best_scores, hf_best = hf_scores.topk(best.shape[1])
+    agrees, margin = margins(scaled, scores, best[:, 0], rows, tokens)
+    candidate_scores, candidates = (best_scores, best) if scores is untruncated else untruncated.topk(best.shape[1])
+    hf_candidate_scores = hf_untruncated.gather(1, candidates).to(scores.dtype)
+    differences = candidate_scores - candidate_scores[:, :1]
+    error = (hf_candidate_scores - hf_candidate_scores[:, :1] - differences).abs().amax(-1) * divisor
+
+    own = tokens[:, None]
+    log_p, entropy, variance, root_sum, drift = (torch.zeros_like(error) for _ in range(5))
+    foreign = rows.foreign & ~rows.greedy
+    if foreign.any():
+        logs = scores[foreign].log_softmax(-1)
+        p, dropped = logs.exp(), logs == -torch.inf
+        finite_logs = logs.masked_fill(dropped, 0.0)
+        hf_p = hf_scaled[foreign].masked_fill(dropped, -torch.inf).softmax(-1)
+        mean = (p * finite_logs).sum(-1)
+        log_p[foreign] = finite_logs.gather(1, own[foreign])[:, 0]
+        entropy[foreign] = -mean
+        variance[foreign] = (p * (finite_logs - mean[:, None]).square()).sum(-1)
+        root_sum[foreign] = (logs / 2).logsumexp(-1)
+        drift[foreign] = (hf_p * finite_logs).sum(-1) - mean
+    result = Scores(
+        tokens=tokens,
+        agrees=agrees,
+        margin=margin.double(),
+        error=error.double(),
+        hf_agrees=hf_best[:, 0] == best[:, 0],
+        scale=logits.gather(1, candidates).abs().amax(-1).double(),
+        best=best,
+        best_scores=best_scores.double(),
+        hf_best=hf_best,
+        hf_best_scores=hf_best_scores.double(),
+        logprob=(logits.gather(1, own)[:, 0] - logits.logsumexp(-1)).double(),
+        hf_logprob=(hf_logits.float().gather(1, own)[:, 0] - hf_logits.float().logsumexp(-1)).double(),
+        foreign=foreign,
+        log_p=log_p.double(),
+        entropy=entropy.double(),
+        variance=variance.double(),
+        root_sum=root_sum.double(),
+        drift=drift.double(),
+    )
+    if not (result.best_scores[:, 0].isfinite() & result.error.isfinite()).all():
+        raise FloatingPointError("HF's logits, as reference or in the engine's dtype, are not finite; check the checkpoint")
+    return Scores(*(getattr(result, name).cpu() for name in Scores.__dataclass_fields__))
+
+
+def rows_of(requests: Sequence[Request], outputs: Sequence[Sequence[int]], foreign: bool, device: str) -> Rows:
+    """The sampling parameters of every output position, all requests in order."""
+    counts = torch.tensor([len(output) for output in outputs])
+
+    def column(name: str, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([request[name] for request in requests], dtype=dtype).repeat_interleave(counts).to(device)
+
+    position = torch.cat([len(r["prompt_token_ids"]) + torch.arange(len(o)) for r, o in zip(requests, outputs, strict=True)])
+    return Rows(
+        temperature=column("temperature", torch.float32),
+        top_k=column("top_k", torch.int64),
+        top_p=column("top_p", torch.float32),
+        seed=column("seed", torch.int64),
+        position=position.to(device),
+        foreign=torch.full((len(position),), foreign, device=device),
+    )
+
+
+def batches_of_similar_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches whose size times longest length stays within `batch_tokens` (one longer sequence goes alone)."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def last_hidden_states(model: Any, ids: Tensor) -> Tensor:
+    """[batch, length, hidden_size] after the final norm, from right-padded token ids [batch, length]."""
+    states: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return states
+
+
+def check_decomposition(model: Any) -> None:
+    """Logits must be the output embedding of the last hidden states and nothing more (some architectures scale or cap them)."""
+    ids = torch.arange(8, device=model.device)[None]
+    with torch.inference_mode():
+        whole = model(input_ids=ids, use_cache=False).logits
+        ours = model.get_output_embeddings()(last_hidden_states(model, ids))
+    if not torch.equal(whole, ours):
+        raise NotImplementedError(
+            f"{type(model).__name__} computes its logits otherwise than output_embedding(last hidden state); "
+            "the gate rescores architectures where the two are the same, such as Qwen3ForCausalLM"
+        )
+
+
+def use_exact_norms(model: nn.Module) -> None:
+    """Lets the RMS norms of a float64 model compute in float64: HF's compute in float32 whatever the model's dtype.
+
+    Without this the reference of a float32 engine would carry noise of the engine's own size. (HF's rotary table stays
+    float32: it defines the model, as every engine computes the angles in float32.)
+    """
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
+    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    if not norms:
+        raise NotImplementedError(f"{type(model).__name__} has no module named *RMSNorm; its norms would stay in float32")
+    for norm in norms:
+        norm.forward = types.MethodType(forward, norm)  # type: ignore[method-assign]
+
+
+def _key(request: Request, output: Sequence[int], foreign: bool) -> str:
+    return hashlib.sha256(json.dumps([request, list(output), foreign], sort_keys=True).encode()).hexdigest()

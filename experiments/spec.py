@@ -1,0 +1,245 @@
+"""What a study and a machine are, as written in YAML. Unknown keys are errors that name the file, the key and what is allowed.
+
+Studies and profiles are only read here; `experiments.plan` expands a study on a profile into a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from experiments import workloads, yaml_files
+from experiments.engines import ENGINES
+from experiments.levels import Level, level_name
+from experiments.yaml_files import suggest
+from nanovllm.config import LEVELS
+
+ROOT = Path(__file__).resolve().parent.parent
+STUDIES = ROOT / "ablations" / "studies"
+PROFILES = Path(__file__).resolve().parent / "profiles"
+FACTORS: dict[str, tuple[Level, ...]] = {name: tuple(map(level_name, levels)) for name, levels in LEVELS.items()}
+"""Every factor and its levels as studies write them, the baseline first."""
+METRICS = (
+    "output_tokens_per_s",
+    *(f"time_{of}_p{percentile}_s" for of in ("to_first_token", "per_output_token") for percentile in (50, 90, 99)),
+)
+
+Dtype = Literal["float32", "bfloat16"]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+=-]*$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Workload(_Strict):
+    """kind and its parameters (experiments/workloads.py); `params` is what is left of the mapping once `kind` is taken."""
+
+    kind: str
+    params: dict[str, Any]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "kind" not in given:
+            raise ValueError(f"a workload is a mapping with `kind` ({', '.join(workloads.DEFAULTS)}) and that kind's parameters")
+        params = {key: value for key, value in given.items() if key != "kind"}
+        return {"kind": given["kind"], "params": workloads.check_params(given["kind"], params)}
+
+
+class Factor(_Strict):
+    """One switch that a study varies. workloads: where it has an opportunity; all of the study's, if not given."""
+
+    levels: list[Level] = Field(min_length=1)
+    baseline: Level | None = None
+    workloads: list[Name] = []
+
+    @field_validator("levels", mode="before")
+    @classmethod
+    def _name_levels(cls, given: Any) -> Any:
+        return [level_name(value) for value in (given if isinstance(given, list) else [given])]
+
+    @field_validator("baseline", mode="before")
+    @classmethod
+    def _name_baseline(cls, given: Any) -> Any:
+        return None if given is None else level_name(given)
+
+
+class Cell(_Strict):
+    """One more configuration beside those that the design makes: levels of factors, or another engine as a reference.
+
+    config: engine settings that differ from the study's.
+    """
+
+    engine: str = "nanovllm"
+    role: Literal["treatment", "all", "reference"]
+    levels: dict[str, Level] = {}
+    config: dict[str, Any] = {}
+
+    @field_validator("levels", mode="before")
+    @classmethod
+    def _name_levels(cls, given: Any) -> Any:
+        return {factor: level_name(level) for factor, level in given.items()} if isinstance(given, dict) else given
+
+    @field_validator("engine")
+    @classmethod
+    def _known_engine(cls, engine: str) -> str:
+        if engine not in ENGINES and "." not in engine:
+            raise ValueError(
+                f"{engine!r} is no engine; allowed: {', '.join(ENGINES)}, or the dotted path of a module with an Adapter"
+            )
+        return engine
+
+
+class Measurement(_Strict):
+    """How a launch is measured. Warm-up: the first requests of each wave, answers cut short. timeout_s: a launch that takes
+    longer is killed and recorded as failed. launch_s: what a launch is expected to take, for the estimate before the first.
+    environment: variables set for every launch of every engine, whatever the shell says."""
+
+    warm_up_requests: int = Field(default=16, ge=1)
+    warm_up_tokens: int = Field(default=8, ge=1)
+    timeout_s: float = Field(default=300, gt=0)
+    launch_s: float = Field(default=8, gt=0)
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")], str] = {}
+
+
+class Design(_Strict):
+    """Which configurations run and how often, beside the baseline, its A/A arm and the study's own `cells`.
+
+    one_at_a_time: each level of each factor alone. listed: nothing else.
+    """
+
+    kind: Literal["one_at_a_time", "listed"] = "one_at_a_time"
+    blocks: int = Field(default=6, ge=2)
+    seed: int = Field(default=0, ge=0)
+
+
+class EngineSettings(_Strict):
+    """What every cell shares. `None` is taken from the profile."""
+
+    max_num_seqs: int = Field(ge=1)
+    max_num_batched_tokens: int = Field(ge=1)
+    max_model_len: int = Field(ge=1)
+    block_size: int = Field(ge=1)
+    kv_cache_memory_bytes: int | None = Field(default=None, ge=1)
+
+
+class ModelChoice(_Strict):
+    """A preset of nanovllm.models.checkpoint, or a folder; and the dtype it runs in."""
+
+    preset: str | None = None
+    path: str | None = None
+    dtype: Dtype
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.preset is None) == (self.path is None):
+            raise ValueError("give either `preset` or `path`")
+        return self
+
+
+class Study(_Strict):
+    """A question, the factors that answer it, and the work on which it is asked."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    title: str
+    question: str
+    engine: str = "nanovllm"
+    model: ModelChoice | None = None
+    metric: Literal[METRICS] = METRICS[0]  # type: ignore[valid-type]
+    smallest_effect: float = Field(default=0.05, gt=0, lt=1)
+    alpha: float = Field(default=0.05, gt=0, lt=1)
+    design: Design = Design()
+    measurement: Measurement = Measurement()
+    settings: EngineSettings
+    factors: dict[str, Factor] = Field(min_length=1)
+    workloads: dict[Name, Workload] = Field(min_length=1)
+    cells: dict[Name, Cell] = {}
+    gate: dict[str, Any] = {}
+
+    @field_validator("factors")
+    @classmethod
+    def _known_factors(cls, factors: dict[str, Factor]) -> dict[str, Factor]:
+        return {name: factor.model_copy(update={"baseline": _check_levels(name, factor)}) for name, factor in factors.items()}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name, factor in self.factors.items():
+            if missing := [w for w in factor.workloads if w not in self.workloads]:
+                raise ValueError(f"factors.{name}.workloads: {missing[0]!r} is no workload of this study; "
+                                 f"allowed: {', '.join(self.workloads)}")  # fmt: skip
+        made = {"baseline", "aa", *(f"{f}={level}" for f, factor in self.factors.items() for level in factor.levels)}
+        for name, cell in self.cells.items():
+            if name in made:
+                raise ValueError(f"cells.{name}: the design makes a cell of this name; choose another")
+            if (cell.role == "reference") == (cell.engine == self.engine):
+                raise ValueError(f"cells.{name}: role {cell.role!r} and engine {cell.engine!r} do not fit; another engine is a "
+                                 f"reference, and a reference is another engine than the study's, {self.engine}")  # fmt: skip
+            for varied, level in cell.levels.items():
+                where = f"cells.{name}.levels"
+                if varied not in self.factors:
+                    raise ValueError(f"{where}: {varied!r} is no factor of this study; allowed: {', '.join(self.factors)}")
+                if level not in FACTORS[varied]:
+                    raise ValueError(f"{where}.{varied}: {level!r} is not a level; allowed: {_listed(FACTORS[varied])}")
+            if cell.role != "reference" and not cell.levels:
+                raise ValueError(f"cells.{name}: a cell of role {cell.role} needs `levels`")
+        return self
+
+
+class Match(_Strict):
+    """How a machine is recognized: part of the name of its GPUs, and how many of them."""
+
+    gpu_name: str
+    num_gpus: int = Field(default=1, ge=1)
+
+
+class Profile(_Strict):
+    """Hardware. Bandwidth and peaks are per device and bound what any engine can do; `measure` measures them here, once.
+
+    memory_bytes and cpu_cores: None is what this machine has. preset and dtype: the model where a study names none.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
+    title: str
+    device: Literal["cpu", "cuda"]
+    num_devices: int = Field(default=1, ge=1)
+    match: Match | None = None
+    cpu_cores: int | None = Field(default=None, ge=1)
+    memory_bytes: int | None = Field(default=None, ge=1)
+    bandwidth_bytes_per_s: float | Literal["measure"]
+    peak_flops: dict[Dtype, float] | Literal["measure"]
+    kv_cache_memory_bytes: int = Field(ge=1)
+    preset: str
+    dtype: Dtype
+    note: str = ""
+
+
+def load_study(source: str | Path, overrides: Iterable[str] = ()) -> tuple[Study, dict[str, Any]]:
+    """A study by path or by the name of a file in ablations/studies, and its overrides ("design.blocks=2") as a mapping."""
+    return yaml_files.load(Study, yaml_files.find(source, STUDIES, "study"), overrides)
+
+
+def load_profile(source: str | Path) -> Profile:
+    """A profile by path or by the name of a file in experiments/profiles."""
+    return yaml_files.load(Profile, yaml_files.find(source, PROFILES, "profile"))[0]
+
+
+def _check_levels(name: str, factor: Factor) -> Level:
+    """The baseline of a factor. Raises ValueError for a factor or a level that does not exist."""
+    if name not in FACTORS:
+        raise ValueError(f"{name}: unknown factor{suggest(name, FACTORS)}; allowed: {', '.join(FACTORS)}")
+    allowed = FACTORS[name]
+    baseline = allowed[0] if factor.baseline is None else factor.baseline
+    for level in (baseline, *factor.levels):
+        if level not in allowed:
+            raise ValueError(f"{name}: {level!r} is not a level; allowed: {_listed(allowed)}")
+    if baseline in factor.levels or len(set(factor.levels)) < len(factor.levels):
+        raise ValueError(f"{name}: levels {_listed(factor.levels)} must differ from each other and from the baseline, {baseline}")
+    return baseline
+
+
+def _listed(levels: Iterable[Level]) -> str:
+    return ", ".join(map(str, levels))

@@ -1,0 +1,112 @@
+"""YAML files validated by pydantic models, with errors in words: the file, the key, what was given and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class SpecError(Exception):
+    """A file that cannot be used; the message names the file, the key and what is allowed."""
+
+
+def names(folder: Path) -> list[str]:
+    """The YAML files of a folder, by the name they are called by."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def find(source: str | Path, folder: Path, what: str) -> Path:
+    """A file by path, or by its name in `folder`. Raises SpecError."""
+    path = Path(source)
+    if path.suffix not in (".yaml", ".yml"):
+        path = folder / f"{source}.yaml"
+    if not path.is_file():
+        known = ", ".join(names(folder)) or "(none)"
+        raise SpecError(f"{source}: no such {what}; give the path of a YAML file, or one of {known} from {_shown(folder)}")
+    return path
+
+
+def load(model: type[M], path: Path, overrides: Iterable[str] = ()) -> tuple[M, dict[str, Any]]:
+    """The validated content of a file, and what `overrides` ("a.b=value") have set in it. Raises SpecError."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise SpecError(f"{_shown(path)}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise SpecError(f"{_shown(path)}: the file must be a mapping of keys to values")
+    applied = _override(raw, overrides)
+    try:
+        return model.model_validate(raw), applied
+    except ValidationError as error:
+        given = f" (with overrides {', '.join(applied)})" if applied else ""
+        lines = [f"{_shown(path)}{given}: {_explain(model, problem)}" for problem in error.errors()]
+        raise SpecError("\n".join(lines)) from error
+
+
+def suggest(name: str, allowed: Iterable[str]) -> str:
+    """ " (did you mean ...?)" where `name` is nearly something allowed, else nothing."""
+    close = difflib.get_close_matches(name, list(allowed), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Sets `a.b.c=value` (value is YAML) in place; what was set. Whether a key exists is for the validation to say."""
+    applied: dict[str, Any] = {}
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator or not re.fullmatch(r"[\w+-]+(\.[\w+-]+)*", key):
+            raise SpecError(f"override {text!r}: write key=value, with dots between the levels of the key, e.g. design.blocks=2")
+        *parents, last = key.split(".")
+        target = raw
+        for parent in parents:
+            target = target.setdefault(parent, {})
+            if not isinstance(target, dict):
+                raise SpecError(f"override {text!r}: {parent!r} holds no keys of its own")
+        try:
+            target[last] = applied[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SpecError(f"override {text!r}: the value is not valid YAML: {error}") from error
+    return applied
+
+
+def _explain(model: type[BaseModel], problem: Any) -> str:
+    """One problem of pydantic in the words of the house: key, what was given, what is allowed."""
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        owner = _owner(model, problem["loc"][:-1])
+        allowed = list(owner.model_fields) if owner else []
+        return f"{key}: unknown key{suggest(str(problem['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
+    if problem["type"] == "missing":
+        return f"{key}: is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(problem["input"], (dict, list)) else f" (given: {problem['input']!r})"
+    return f"{key}: {message}{shown}" if key else message
+
+
+def _owner(model: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel] | None:
+    """The model that holds a location; steps through mappings, lists and optional fields."""
+    annotation: Any = model
+    for part in location:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            annotation = annotation.model_fields[str(part)].annotation
+        else:
+            annotation = typing.get_args(annotation)[-1]
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+            annotation = typing.get_args(annotation)[0]
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _shown(path: Path) -> str:
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative

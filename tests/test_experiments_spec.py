@@ -1,0 +1,97 @@
+"""A wrong study is refused before anything runs, in words that name the file, the key and what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from experiments import spec
+from experiments.yaml_files import SpecError, names
+
+STUDY = """
+name: five-lines
+title: A study
+question: Does it help?
+settings: {max_num_seqs: 8, max_num_batched_tokens: 512, max_model_len: 512, block_size: 16}
+factors: {prefix_cache: {levels: on}, batching: {levels: [continuous, chunked]}}
+workloads: {scaled: {kind: random, num_requests: 8}}
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    path = tmp_path / "five-lines.yaml"
+    path.write_text(STUDY)
+    return path
+
+
+def test_every_study_and_profile_of_the_repository_is_valid() -> None:
+    for name in names(spec.STUDIES):
+        assert spec.load_study(name)[0].name == name
+    for name in names(spec.PROFILES):
+        assert spec.load_profile(name).name == name
+
+
+def test_on_and_off_are_levels(study: Path) -> None:
+    """YAML reads `on` as true."""
+    loaded, _ = spec.load_study(study)
+    assert loaded.factors["prefix_cache"].levels == ["on"]
+    assert loaded.factors["prefix_cache"].baseline == "off"
+    reversed_, _ = spec.load_study(study, ["factors.prefix_cache={levels: [off], baseline: on}"])
+    assert (reversed_.factors["prefix_cache"].levels, reversed_.factors["prefix_cache"].baseline) == (["off"], "on")
+
+
+def test_factors_are_those_of_the_engine() -> None:
+    assert spec.FACTORS["prefix_cache"] == ("off", "on")
+    assert spec.FACTORS["tensor_parallel_size"][0] == 1
+
+
+def test_overrides_are_applied_and_returned(study: Path) -> None:
+    loaded, applied = spec.load_study(study, ["design.blocks=3", "workloads.scaled.num_requests=16"])
+    assert loaded.design.blocks == 3
+    assert loaded.workloads["scaled"].params["num_requests"] == 16
+    assert applied == {"design.blocks": 3, "workloads.scaled.num_requests": 16}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("metrik=x", "metrik: unknown key .did you mean metric..; allowed: name, title"),
+        ("factors.prefix_cach={levels: on}", "prefix_cach: unknown factor .did you mean prefix_cache..; allowed: attention"),
+        ("factors.prefix_cache.level=on", "factors.prefix_cache.level: unknown key .did you mean levels."),
+        ("factors.batching.levels=[chunky]", "batching: 'chunky' is not a level; allowed: static, continuous, chunked"),
+        ("factors.batching.levels=[static]", "batching: levels static must differ"),
+        ("factors.batching.workloads=[mixed]", "'mixed' is no workload of this study; allowed: scaled"),
+        ("design.blocks=1", "design.blocks: Input should be greater than or equal to 2 .given: 1."),
+        ("metric=speed", "metric: Input should be 'output_tokens_per_s'.*given: 'speed'"),
+        ("workloads.scaled.num_requests=many", "workloads.scaled: num_requests: 'many' is not allowed; allowed: a whole number"),
+        ("workloads.scaled={num_requests: 2}", "workloads.scaled: a workload is a mapping with `kind`"),
+        ("cells.hf={role: reference, engine: hv}", "cells.hf.engine: 'hv' is no engine; allowed: nanovllm, hf"),
+        ("cells.hf={role: treatment, engine: hf}", "cells.hf: role 'treatment' and engine 'hf' do not fit"),
+        ("cells.aa={role: all, levels: {batching: chunked}}", "cells.aa: the design makes a cell of this name"),
+        ("cells.all={role: all, levels: {overlap: on}}", "cells.all.levels: 'overlap' is no factor of this study"),
+        ("cells.all={role: all}", "cells.all: a cell of role all needs `levels`"),
+        ("settings.max_num_seqs=0", "settings.max_num_seqs: .*greater than or equal to 1"),
+        ("name=Not A Name", "name: String should match pattern"),
+    ],
+)
+def test_errors_name_the_file_the_key_and_what_is_allowed(study: Path, override: str, message: str) -> None:
+    with pytest.raises(SpecError, match=f"five-lines.yaml .with overrides.*{message}"):
+        spec.load_study(study, [override])
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"embeded: no such study; give the path of a YAML file, or one of .*embedded"):
+        spec.load_study("embeded")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    with pytest.raises(SpecError, match=r"broken.yaml: not valid YAML"):
+        spec.load_study(broken)
+    broken.write_text("name: x")
+    with pytest.raises(SpecError, match=r"broken.yaml: title: is missing"):
+        spec.load_study(broken)
+    with pytest.raises(SpecError, match="write key=value"):
+        spec.load_study("embedded", ["blocks"])
+    with pytest.raises(SpecError, match="'name' holds no keys of its own"):
+        spec.load_study("embedded", ["name.x=1"])
