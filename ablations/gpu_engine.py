@@ -28,7 +28,8 @@ WORKLOADS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"latency-{n}": ("random", {"num_requests": n, "prompt_tokens": 128, "output_tokens": 256}) for n in (1, 8, 64)},
     "decode-256": ("random", {"num_requests": 256, "prompt_tokens": 700, "output_tokens": 64}),
     "decode-130": ("random", {"num_requests": 130, "prompt_tokens": 880, "output_tokens": 64}),
-    "prefix": ("shared_prefix", {"num_prefixes": 8, "prefix_tokens": 1024, "num_requests": 512, "own_tokens": 64, "output_tokens": 32}),
+    "prefix": ("shared_prefix", {"num_prefixes": 8, "prefix_tokens": 1024, "num_requests": 512, "own_tokens": 64,
+                                 "output_tokens": 32}),
 }
 
 
@@ -93,8 +94,9 @@ def main() -> None:
     begin = time.perf_counter()
     engine = {"max_model_len": 4096, "block_size": 256} | _parsed(args.engine)
     llm = LLM(str(folder), optimizations=switches, skip_tokenizer_init=True, **engine)
-    result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "start_s": time.perf_counter() - begin,
-                              "config": llm.resolved_config(), "free_bytes": torch.cuda.mem_get_info()[0], "runs": {}}  # fmt: skip
+    result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
+                              "start_s": time.perf_counter() - begin, "config": llm.resolved_config(),
+                              "free_bytes": torch.cuda.mem_get_info()[0], "runs": {}}  # fmt: skip
     for name, workload in workloads.items():
         serve(llm, build("warm-up", "random", {"num_requests": 4, "output_tokens": 8}))
         result["runs"][name] = [serve(llm, workload) for _ in range(args.repeats)]
@@ -104,9 +106,16 @@ def main() -> None:
     llm.close()
     del llm
     result["bytes_not_given_back"] = free_before - torch.cuda.mem_get_info()[0]
+    result["bytes_still_reserved"] = torch.cuda.memory_reserved()  # of those: PyTorch's; the rest is the driver's, for code
     args.out.write_text(json.dumps(result))
+    report(result)
+
+
+def report(result: dict[str, Any]) -> None:
+    """For reading; the file has it all."""
+    kept, reserved = result["bytes_not_given_back"] >> 20, result["bytes_still_reserved"] >> 20
     print(f"start {result['start_s']:.1f} s, KV {result['config']['kv_cache_bytes'] >> 20} MiB, free beside it "
-          f"{result['free_bytes'] >> 20} MiB, kept after close {result['bytes_not_given_back'] >> 20} MiB", switches)
+          f"{result['free_bytes'] >> 20} MiB, kept after close {kept} MiB (PyTorch {reserved})", result["config"]["optimizations"])
     for name, runs in result["runs"].items():
         for run in runs:
             if "kernels" in run:
@@ -114,8 +123,9 @@ def main() -> None:
                 for kernel in run["kernels"]:
                     print(f"    {kernel['us_a_step']:9.1f} us {kernel['calls_a_step']:7.1f} x  {kernel['name']}")
             else:
-                print(f"  {name}: {run['tokens_per_s']:.0f} tok/s, {run['seconds']:.3f} s, decode {run['decode_ms_median']:.3f} ms median "
-                      f"{run['decode_ms_mean']:.3f} mean, prefill {run['prefill_s']:.3f} s in {run['prefill_steps']} steps, {run['stats']}")
+                print(f"  {name}: {run['tokens_per_s']:.0f} tok/s, {run['seconds']:.3f} s, decode {run['decode_ms_median']:.3f} ms "
+                      f"median, {run['decode_ms_mean']:.3f} mean, prefill {run['prefill_s']:.3f} s in {run['prefill_steps']} steps")
+                print(f"    {run['stats']}")
 
 
 def _parsed(pairs: list[str]) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.logging import disable_progress_bar
+
 from experiments import records, workloads
 from experiments.gate import GateParams, GateResult, judge
 from experiments.gate_records import GateError, Work, find_work, gate_record, read_tokens
@@ -159,15 +161,16 @@ class Gate:
 
     def negative_controls(self) -> Iterator[records.Record]:
         """A gate record for each way of breaking the reference or the tokens; every one has to fail."""
-        from experiments.negative_controls import CONTROLS, tamper
+        from experiments.negative_controls import controls, tamper
 
-        work = next((w for w in self.all_work() if not w.foreign), None)
-        if work is None:
+        native = [work for work in self.all_work() if not work.foreign]
+        if not native:
             raise GateError("no launch of nanovllm counts in this folder; a negative control needs tokens that it generated")
+        work = max(native, key=lambda work: self.plan["workloads"][work.workload]["output_tokens"])
         outputs = read_tokens(self.folder.path, work.tokens_digest)
         requests, outputs = some_of(self.requests_of(work.workload), outputs, self.params)
         results = {}
-        for name, mutate in CONTROLS.items():
+        for name, mutate in controls(requests).items():
             say(f"negative control: {name}")
             results[name] = rescore(self.model_dir, self.plan["model"]["dtype"], requests, outputs, self.params, mutate=mutate)
         name, tampered = tamper(self.rescorer(), requests, outputs, self.params)
@@ -212,6 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="judge only what has no verdict yet")
     parser.add_argument("--negative-control", action="store_true", help="show that broken references and tokens fail")
     options = parser.parse_args(arguments)
+    disable_progress_bar()  # transformers' own, while it loads weights
     try:
         plan = records.read_plan(options.plan)
         with records.Folder(options.out) as folder:

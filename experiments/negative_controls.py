@@ -6,6 +6,7 @@ Each mutation changes a loaded HF model in place: errors that engines have reall
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,8 +30,12 @@ def change_norm_epsilon(model: Any, layer: int | None = None, norm: str = "input
     getattr(block if norm.endswith("layernorm") else block.self_attn, norm).variance_epsilon = epsilon
 
 
-def swap_kv_slots(model: Any, layer: int | None = None, first: int = 2, second: int = 3) -> None:
-    """In one layer the values of positions `first` and `second` change places, as if two slots of the cache were exchanged."""
+def swap_kv_slots(model: Any, layer: int | None = None, first: int = 0, second: int = 1) -> None:
+    """In one layer (by default the middle one) the cache holds the keys and values of two positions in each other's place.
+
+    Keys are exchanged before rotation, so each slot says of the other's token that it stands here. (With its rotation, a slot
+    could stand anywhere: attention is a sum.)
+    """
     layers = model.base_model.layers
     attention = layers[len(layers) // 2 if layer is None else layer].self_attn
 
@@ -45,11 +50,14 @@ def swap_kv_slots(model: Any, layer: int | None = None, first: int = 2, second: 
         getattr(attention, name).register_forward_hook(swap)
 
 
-CONTROLS: dict[str, Mutation] = {
-    "rope_theta 10 % off": scale_rope_theta,
-    "epsilon 1e-3 in one layer's norm": change_norm_epsilon,
-    "one KV slot of one layer swapped": swap_kv_slots,
-}
+def controls(requests: Sequence[Request]) -> dict[str, Mutation]:
+    """Mutations by name. The swapped slots are the last ones that all prompts have: far from them nobody looks any more."""
+    end = max(2, min(len(request["prompt_token_ids"]) for request in requests))
+    return {
+        "rope_theta 10 % off": scale_rope_theta,
+        "epsilon 1e-3 in one layer's norm": change_norm_epsilon,
+        "one KV slot of one layer swapped": partial(swap_kv_slots, first=end - 2, second=end - 1),
+    }
 
 
 def tamper(

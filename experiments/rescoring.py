@@ -1,8 +1,9 @@
 """Teacher forcing by HF transformers: what a reference says of every token that an engine produced.
 
-Two models read the same tokens: the *reference*, in a precision whose own error can be neglected (float64 for a float32 engine,
-float32 without TF32 for a bfloat16 one), and HF *in the engine's dtype*, whose error against the reference says how much
-noise this precision has on this very sample. Both hold the weights as the engine does: rounded to its dtype first.
+Two models read the same tokens: the *reference*, in a precision whose own error can be neglected (float64 for a float32
+engine, float32 without TF32 for a bfloat16 one; see `reference.make_exact`), and HF *in the engine's dtype*, whose error
+against the reference says how much noise this precision has on this very sample. Both hold the weights as the engine
+does: rounded to its dtype first.
 
 Hidden states come first, in batches of similar length; logits after, a few rows at a time: those of the canonical workload
 would fill 81 GB.
@@ -12,8 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import types
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from experiments.margins import Rows, margins, truncate
+from experiments.reference import check_decomposition, last_hidden_states, make_exact
 
 REFERENCE_DTYPE = {"float32": torch.float64, "bfloat16": torch.float32}
 DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -103,19 +105,18 @@ class Rescorer:
         torch.set_float32_matmul_precision("highest")  # no TF32, no bfloat16 products
         self.dtype, self.batch_tokens, self.logits_bytes = dtype, batch_tokens, logits_bytes
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.hf = self._load(model_dir, mutate)
-        self.reference = self._load(model_dir, mutate).to(REFERENCE_DTYPE[dtype])
-        if dtype == "float32":
-            use_exact_norms(self.reference)
+        self.hf, self.reference = self._load(model_dir), self._load(model_dir).to(REFERENCE_DTYPE[dtype])
+        make_exact(self.reference)
+        if mutate is not None:
+            mutate(self.hf)
+            mutate(self.reference)
         check_decomposition(self.reference)
         self._known: dict[str, Scores] = {}
 
-    def _load(self, model_dir: str | Path, mutate: Mutation | None) -> Any:
+    def _load(self, model_dir: str | Path) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
             model_dir, dtype=DTYPE[self.dtype], attn_implementation="sdpa", local_files_only=True, trust_remote_code=False
         )
-        if mutate is not None:
-            mutate(model)
         return model.to(self.device).eval()
 
     @torch.inference_mode()
@@ -166,10 +167,23 @@ class Rescorer:
         for i in range(0, len(tokens), step):
             logits = self.reference.get_output_embeddings()(hidden[i : i + step])
             hf_logits = self.hf.get_output_embeddings()(hf_hidden[i : i + step])
-            for j in range(0, len(logits), inner):
-                part = slice(i + j, min(i + j + inner, i + step))
-                parts.append(score_rows(logits[j : j + inner], hf_logits[j : j + inner], rows[part], tokens[part]))
+            with one_thread() if self.device == "cpu" and inner > 1 else nullcontext():
+                for j in range(0, len(logits), inner):
+                    part = slice(i + j, min(i + j + inner, i + step))
+                    parts.append(score_rows(logits[j : j + inner], hf_logits[j : j + inner], rows[part], tokens[part]))
         return Scores.cat(parts).split([len(output) for output in outputs])
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For many operations on small tables: waking a second thread for each costs more than it brings, and on a busy machine
+    ten times as much."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def score_rows(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> Scores:
@@ -262,42 +276,6 @@ def batches_of_similar_length(lengths: Sequence[int], batch_tokens: int) -> Iter
         batch.append(i)
     if batch:
         yield batch
-
-
-def last_hidden_states(model: Any, ids: Tensor) -> Tensor:
-    """[batch, length, hidden_size] after the final norm, from right-padded token ids [batch, length]."""
-    states: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return states
-
-
-def check_decomposition(model: Any) -> None:
-    """Logits must be the output embedding of the last hidden states and nothing more (some architectures scale or cap them)."""
-    ids = torch.arange(8, device=model.device)[None]
-    with torch.inference_mode():
-        whole = model(input_ids=ids, use_cache=False).logits
-        ours = model.get_output_embeddings()(last_hidden_states(model, ids))
-    if not torch.equal(whole, ours):
-        raise NotImplementedError(
-            f"{type(model).__name__} computes its logits otherwise than output_embedding(last hidden state); "
-            "the gate rescores architectures where the two are the same, such as Qwen3ForCausalLM"
-        )
-
-
-def use_exact_norms(model: nn.Module) -> None:
-    """Lets the RMS norms of a float64 model compute in float64: HF's compute in float32 whatever the model's dtype.
-
-    Without this the reference of a float32 engine would carry noise of the engine's own size. (HF's rotary table stays
-    float32: it defines the model, as every engine computes the angles in float32.)
-    """
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
-
-    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
-    if not norms:
-        raise NotImplementedError(f"{type(model).__name__} has no module named *RMSNorm; its norms would stay in float32")
-    for norm in norms:
-        norm.forward = types.MethodType(forward, norm)  # type: ignore[method-assign]
 
 
 def _key(request: Request, output: Sequence[int], foreign: bool) -> str:

@@ -93,9 +93,9 @@ def serve(engine: LLMEngine, requests: list[tuple[list[int], SamplingParams]], *
 
 def requests_of(count: int, **params: Any) -> list[tuple[list[int], SamplingParams]]:
     generator = torch.Generator().manual_seed(3)
-    return [(torch.randint(5, 2000, (3 + 7 * (i % 5),), generator=generator).tolist(),
-             SamplingParams(**{"temperature": 0.8 * (i % 3 > 0), "max_tokens": 5 + 4 * (i % 4), "seed": i, "ignore_eos": True} | params))
-            for i in range(count)]  # fmt: skip
+    prompts = [torch.randint(5, 2000, (3 + 7 * (i % 5),), generator=generator).tolist() for i in range(count)]
+    own = [{"temperature": 0.8 * (i % 3 > 0), "max_tokens": 5 + 4 * (i % 4), "seed": i, "ignore_eos": True} for i in range(count)]
+    return [(prompt, SamplingParams(**values | params)) for prompt, values in zip(prompts, own, strict=True)]
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import itertools
 import json
+import math
 import random
 import subprocess
 import sys
@@ -27,7 +28,8 @@ from experiments.equivalence import main
 from experiments.gate import GateParams, GateResult, compare_logprobs, judge
 from experiments.margins import Rows, kept, margins, truncate
 from experiments.negative_controls import change_norm_epsilon, scale_rope_theta, swap_kv_slots, tamper
-from experiments.rescoring import DTYPE, Request, Rescorer, Scores, batches_of_similar_length, check_decomposition
+from experiments.reference import check_decomposition
+from experiments.rescoring import DTYPE, Request, Rescorer, Scores, batches_of_similar_length
 from experiments.same_work import same_work
 
 DTYPES = ["float32", "bfloat16"]
@@ -248,13 +250,20 @@ def test_reference_holds_the_weights_of_the_engine(tiny: Path, tmp_path: Path) -
         assert torch.equal(ours, theirs.float())
 
 
-def test_norms_of_the_reference_are_exact(rescorers: Any) -> None:
+def test_norms_and_angles_of_the_reference_are_exact(rescorers: Any) -> None:
     """HF's own compute in float32 in a float64 model; a reference must not."""
-    norm = rescorers("float32").reference.base_model.norm
-    x = torch.randn(5, len(norm.weight), dtype=torch.float64)
-    exact = norm.weight * x / (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
-    torch.testing.assert_close(norm(x), exact, rtol=1e-14, atol=0)
-    assert not torch.allclose(type(norm).forward(norm, x), exact, rtol=1e-14, atol=0)
+    model = rescorers("float32").reference.base_model
+    x = torch.randn(5, len(model.norm.weight), dtype=torch.float64)
+    exact = model.norm.weight * x / (x.square().mean(-1, keepdim=True) + model.norm.variance_epsilon).sqrt()
+    torch.testing.assert_close(model.norm(x), exact, rtol=1e-14, atol=0)
+    assert not torch.allclose(type(model.norm).forward(model.norm, x), exact, rtol=1e-14, atol=0)
+
+    position, head_dim = 4000, model.config.head_dim
+    angles = [position * model.config.rope_parameters["rope_theta"] ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+    cosines = torch.tensor([math.cos(angle) for angle in angles * 2], dtype=torch.float64)
+    torch.testing.assert_close(model.rotary_emb(x, torch.tensor([[position]]))[0][0, 0], cosines, rtol=0, atol=1e-11)
+    hf = type(model.rotary_emb).forward(model.rotary_emb, x, torch.tensor([[position]]))[0][0, 0]
+    assert not torch.allclose(hf, cosines, rtol=0, atol=1e-6)
 
 
 def test_models_that_treat_their_logits_are_refused(rescorers: Any) -> None:
@@ -492,7 +501,7 @@ def test_negative_controls_are_caught_and_recorded(study: Study, tiny: Path, mon
     assert all(record["is_negative_control"] and record["status"] == "fail" for record in study.verdicts())
     assert study.gate("--resume") == 0  # controls are no verdict on the launch, which passes
 
-    monkeypatch.setattr("experiments.negative_controls.CONTROLS", {"nothing broken": lambda model: None})
+    monkeypatch.setattr("experiments.negative_controls.controls", lambda requests: {"nothing broken": lambda model: None})
     assert study.gate("--negative-control") == 1
     assert "NOT CAUGHT" in study.verdicts()[-2]["reason"]
 

@@ -4,12 +4,12 @@ A graph holds everything between two tokens: the gathering of each row's state, 
 positions, so a step whose rows are those of the last one needs no input at all:
 
     inputs     [ rows: b | positions: b ]         uploaded only where the set of rows has changed
-    row state  block_tables, last_tokens, temperatures, seeds      as the eager runner keeps it; shared with its steps
+    row state  block_tables, last_tokens, temperatures, seeds      as the eager runner keeps it
     graph      state[rows] -> model -> logits -> sample -> last_tokens[rows], positions + 1
 
 There is a graph for each bucket b of batch sizes. A batch between two buckets is padded with the spare row: it owns the spare
-block, where its K and V go, stands at position 0 for ever, and has length 0, so attention passes over it. What a graph cannot do (prefill, top-k,
-top-p, log-probabilities) runs eagerly, on the same state.
+block, where its K and V go, stands at position 0 for ever, and has length 0, so attention passes over it. What a graph cannot
+do (prefill, top-k, top-p, log-probabilities) runs eagerly, on the same state.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ _ATTENTION = {"torch": "TorchAttention", "triton": "TritonAttention", "flash_att
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """The operations of a model beside its matrix products and attention; signatures as in kernels/torch/."""
+    """The operations of a model beside attention; signatures as in kernels/torch/."""
 
+    linear: Callable[..., Any]
     rms_norm: Callable[..., Any]
     add_rms_norm: Callable[..., Any]
     qk_norm_rope_store_kv: Callable[..., Any]

@@ -6,8 +6,9 @@ A parameter knows which part of a checkpoint's tensor is its rank's, and the loa
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from nanovllm.kernels.registry import Kernels
 
 
 class TensorParallel:
@@ -45,8 +46,9 @@ def parameter(*shape: int, shard_dim: int | None = None, parts: dict[str, tuple[
 class ColumnParallelLinear(nn.Module):
     """y = x W^T (+ b), the outputs shared out over the ranks. parts: name -> outputs (over all ranks) of each projection."""
 
-    def __init__(self, in_features: int, parts: dict[str, int], bias: bool, tp: TensorParallel) -> None:
+    def __init__(self, in_features: int, parts: dict[str, int], bias: bool, kernels: Kernels, tp: TensorParallel) -> None:
         super().__init__()
+        self.linear = kernels.linear
         rows, total = {}, 0
         for name, size in parts.items():
             rows[name] = (total, total := total + tp.share(size, f"outputs of {name}_proj"))
@@ -54,18 +56,18 @@ class ColumnParallelLinear(nn.Module):
         self.bias = parameter(total, shard_dim=0, parts=rows) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self.linear(x, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
     """y = x W^T (+ b), the inputs shared out over the ranks and their products summed."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, tp: TensorParallel) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, kernels: Kernels, tp: TensorParallel) -> None:
         super().__init__()
-        self.tp = tp
+        self.linear, self.tp = kernels.linear, tp
         self.weight = parameter(out_features, tp.share(in_features, "inputs of a projection"), shard_dim=1)
         self.bias = parameter(out_features) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.tp.all_reduce(F.linear(x, self.weight))
+        y = self.tp.all_reduce(self.linear(x, self.weight))
         return y if self.bias is None else y + self.bias

@@ -23,7 +23,8 @@ class Qwen3Attention(nn.Module):
         tp.share(config.num_key_value_heads, "KV heads")
         self.kernels, self.attention, self.eps = kernels, attention, config.rms_norm_eps
         q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.qkv_proj = ColumnParallelLinear(config.hidden_size, {"q": q_size, "k": kv_size, "v": kv_size}, config.attention_bias, kernels, tp)
+        parts = {"q": q_size, "k": kv_size, "v": kv_size}
+        self.qkv_proj = ColumnParallelLinear(config.hidden_size, parts, config.attention_bias, kernels, tp)
         self.o_proj = RowParallelLinear(q_size, config.hidden_size, config.attention_bias, kernels, tp)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, kernels)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, kernels)

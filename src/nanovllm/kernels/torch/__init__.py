@@ -1,5 +1,7 @@
 """The oracle: plain PyTorch, any device."""
 
+from torch.nn.functional import linear as linear
+
 from nanovllm.kernels.torch.activation import silu_and_mul as silu_and_mul
 from nanovllm.kernels.torch.norm import add_rms_norm as add_rms_norm
 from nanovllm.kernels.torch.norm import rms_norm as rms_norm

@@ -4,8 +4,8 @@ cuBLAS reads them no slower, but a layer's four products take a few microseconds
 memory stands idle for as long. These kernels are part of the chain of dependent launches (launch.py): a program holds its
 columns' weights in registers or shared memory before the kernel in front of it has ended, and then only waits for x.
 
-    1 to 4 rows    each thread multiplies and adds; one reduction over the program at the end
-    5 to 16 rows   tensor cores; each warp has a slice of the reduction dimension
+    1 row          each thread multiplies and adds; one reduction over the program at the end
+    2 to 16 rows   tensor cores; each warp has a slice of the reduction dimension
 
 More rows, other shapes and other types go to cuBLAS, which is the faster one there.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nanovllm.kernels.triton.launch import let_next_start, pdl, wait_for_inputs
 
-_FEW_ROWS, _MOST_ROWS = 4, 16
+_FEW_ROWS, _MOST_ROWS = 1, 16
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def _few_rows_kernel(x_ptr, weight_ptr, out_ptr, n, ROWS: tl.constexpr, COLUMNS:
     weight_ptrs = weight_ptr + columns[:, None].to(tl.int64) * (PART * PARTS) + ks[None, :]
     weights = ()
     for part in tl.static_range(PARTS):
-        weights = weights + (tl.load(weight_ptrs + part * PART),)  # noqa: PLR6104  Triton's tuples have no +=
+        weights = weights + (tl.load(weight_ptrs + part * PART),)  # type: ignore[assignment]
     wait_for_inputs(PDL)
     for row in tl.static_range(ROWS):
         products = tl.zeros([COLUMNS, PART], tl.float32)
@@ -57,7 +57,7 @@ def _some_rows_kernel(x_ptr, weight_ptr, out_ptr, num_rows, n, ROWS: tl.constexp
     exists = (rows < num_rows)[None, None, :]
     weights = ()
     for part in tl.static_range(PARTS):
-        weights = weights + (tl.load(weight_ptrs + part * PART),)  # noqa: PLR6104
+        weights = weights + (tl.load(weight_ptrs + part * PART),)  # type: ignore[assignment]
     wait_for_inputs(PDL)
     acc = tl.zeros([SLICES, COLUMNS, ROWS], tl.float32)
     for part in tl.static_range(PARTS):
@@ -67,14 +67,14 @@ def _some_rows_kernel(x_ptr, weight_ptr, out_ptr, num_rows, n, ROWS: tl.constexp
 
 
 def _parts(k: int) -> int:
-    """Into how many parts of a power of two, at most four, k is cut; 0 if it cannot be."""
-    return next((parts for parts in (1, 2, 3, 4) if k % parts == 0 and 512 <= k // parts <= 1024 and triton.next_power_of_2(k // parts) == k // parts), 0)
+    """Into how many parts of 512 or 1,024, at most four, k is cut; 0 if it cannot be."""
+    return next((parts for parts in (1, 2, 3, 4) if k in (512 * parts, 1024 * parts)), 0)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x: [rows, k], weight: [n, k], bias: [n] -> x W^T (+ b): [rows, n]."""
     (num_rows, k), n, parts = x.shape, weight.shape[0], _parts(x.shape[1])
-    if not (0 < num_rows <= _MOST_ROWS and parts and n % 16 == 0 and x.dtype == torch.bfloat16 and bias is None):
+    if not (0 < num_rows <= _MOST_ROWS and parts and n % 16 == 0 and x.dtype.itemsize == 2 and bias is None):
         return F.linear(x, weight, bias)
     x = x.contiguous()
     out = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
@@ -84,7 +84,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
                                           num_warps=warps, **pdl(x))  # fmt: skip
     else:
         rows = 8 if num_rows <= 8 else 16
-        columns = 16 if parts <= 2 else 8
-        _some_rows_kernel[(n // columns,)](x, weight, out, num_rows, n, ROWS=rows, COLUMNS=columns, SLICES=4, PART=k // parts, PARTS=parts,
-                                      num_warps=4, **pdl(x))  # fmt: skip
+        columns = 16 if parts <= 2 else 8  # 16 would be no faster in the chain, and too large for an RTX 4070
+        _some_rows_kernel[(n // columns,)](x, weight, out, num_rows, n, ROWS=rows, COLUMNS=columns, SLICES=4, PART=k // parts,
+                                           PARTS=parts, num_warps=4, **pdl(x))  # fmt: skip
     return out

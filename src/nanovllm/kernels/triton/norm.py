@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.triton.launch import pdl, warps_for, wait_for_inputs
+from nanovllm.kernels.triton.launch import pdl, wait_for_inputs, warps_for
 
 
 @triton.jit

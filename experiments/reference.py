@@ -1,0 +1,59 @@
+"""What makes an HF model a reference: exact norms and angles, and logits that can be computed a few rows at a time."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def make_exact(model: Any) -> None:
+    """Lets a reference compute RMS norms in its own precision and rotary angles in float64: HF's compute both in float32,
+    whatever the model's dtype.
+
+    Without this the reference of a float32 engine would carry noise of the engine's own size, and HF's rounding of angles
+    (1e-7 times the position, in radians) would count as exact: an engine with better angles would fail at long contexts.
+    """
+
+    def norm(self: Any, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
+    def rotary(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = position_ids[..., None].double() * self.inv_freq
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+
+    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    embedding = getattr(model.base_model, "rotary_emb", None)
+    if not norms or embedding is None or embedding.rope_type != "default":
+        raise NotImplementedError(
+            f"{type(model).__name__} is not built of RMS norms and rotary embeddings of type 'default' (as Qwen3 is); "
+            "the gate cannot make an exact reference of it"
+        )
+    for module in norms:
+        module.forward = types.MethodType(norm, module)
+    half = len(embedding.inv_freq)
+    exponents = torch.arange(half, dtype=torch.float64, device=embedding.inv_freq.device) / half
+    embedding.inv_freq = model.config.rope_parameters["rope_theta"] ** -exponents  # Su et al., 2021, RoFormer, eq. 15
+    embedding.forward = types.MethodType(rotary, embedding)
+
+
+def check_decomposition(model: Any) -> None:
+    """Logits must be the output embedding of the last hidden states and nothing more (some architectures scale or cap them)."""
+    ids = torch.arange(8, device=model.device)[None]
+    with torch.inference_mode():
+        whole = model(input_ids=ids, use_cache=False).logits
+        ours = model.get_output_embeddings()(last_hidden_states(model, ids))
+    if not torch.equal(whole, ours):
+        raise NotImplementedError(
+            f"{type(model).__name__} computes its logits otherwise than output_embedding(last hidden state); "
+            "the gate rescores architectures where the two are the same, such as Qwen3ForCausalLM"
+        )
+
+
+def last_hidden_states(model: Any, ids: Tensor) -> Tensor:
+    """[batch, length, hidden_size] after the final norm, from right-padded token ids [batch, length]."""
+    states: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return states

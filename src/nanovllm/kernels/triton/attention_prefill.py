@@ -1,0 +1,56 @@
+"""Attention of many query tokens an entry: bound by arithmetic.
+
+One program a tile of query tokens and KV head. Keys and values come from the pages, so that a chunk and a cached prefix are
+nothing special.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from nanovllm.kernels.triton.attention_tile import attend_to_tile
+from nanovllm.kernels.triton.launch import wait_for_inputs
+
+
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["tile_tokens_ptr"])  # they vary step by step
+def prefill_kernel(
+    q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, seq_lens_ptr, query_start_ptr, tile_entries_ptr, tile_tokens_ptr, out_ptr,
+    table_stride, scale_log2,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """ROWS // GROUP query tokens of one entry, from its token tile_tokens[program_id(0)] on, and one KV head."""
+    tokens_per_tile: tl.constexpr = ROWS // GROUP
+    kv_head = tl.program_id(1)
+    wait_for_inputs(PDL)
+    entry = tl.load(tile_entries_ptr + tl.program_id(0))
+    first = tl.load(tile_tokens_ptr + tl.program_id(0))
+    query_start = tl.load(query_start_ptr + entry)
+    query_len = tl.load(query_start_ptr + entry + 1) - query_start
+    seq_len = tl.load(seq_lens_ptr + entry)
+    context = seq_len - query_len  # tokens of the sequence before this step
+
+    rows = tl.arange(0, ROWS)
+    tokens = first + rows // GROUP
+    real = (rows < tokens_per_tile * GROUP) & (tokens < query_len)
+    heads = kv_head * GROUP + rows % GROUP
+    dims = tl.arange(0, HEAD_DIM)
+    places = ((query_start + tokens).to(tl.int64) * KV_HEADS * GROUP + heads)[:, None] * HEAD_DIM + dims[None, :]
+    q = tl.load(q_ptr + places, mask=real[:, None], other=0.0)
+    limits = tl.minimum(context + tokens, seq_len - 1)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    table_ptr = tables_ptr + entry.to(tl.int64) * table_stride
+    kv_len = tl.minimum(seq_len, context + first + tokens_per_tile)
+    num_whole = (context + first + 1) // TILE  # tiles that even the first row sees all of
+    for tile in tl.range(0, num_whole, num_stages=STAGES):
+        top, mass, acc = attend_to_tile(
+            q, top, mass, acc, k_cache_ptr, v_cache_ptr, table_ptr, kv_head, tile * TILE, kv_len, limits, scale_log2,
+            KV_HEADS, HEAD_DIM, PAGE, TILE, PRECISION, MASKED=False)  # fmt: skip
+    for tile in tl.range(num_whole, tl.cdiv(kv_len, TILE), num_stages=STAGES):
+        top, mass, acc = attend_to_tile(
+            q, top, mass, acc, k_cache_ptr, v_cache_ptr, table_ptr, kv_head, tile * TILE, kv_len, limits, scale_log2,
+            KV_HEADS, HEAD_DIM, PAGE, TILE, PRECISION, MASKED=True)  # fmt: skip
+    tl.store(out_ptr + places, (acc / mass[:, None]).to(q.dtype), mask=real[:, None])
