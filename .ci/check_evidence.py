@@ -37,7 +37,7 @@ def main() -> None:
     runs = client.search_runs([e.experiment_id for e in experiments], max_results=1000)
     nested = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
     require(len(nested) >= len(launches), f"MLflow holds {len(nested)} nested runs for {len(launches)} launches")
-    print(f"{folder.name}: {len(launches)} launches, {len(gates)} gate records, {len(effects)} effects with intervals, {len(runs)} MLflow runs")
+    print(f"{folder.name}: {len(launches)} launches, {len(gates)} gate records, {len(effects)} effects, {len(runs)} MLflow runs")
 
 
 def require(condition: bool, complaint: str) -> None:

@@ -271,6 +271,7 @@ def test_padding_entries_cost_nothing_and_harm_nobody() -> None:
 @pytest.mark.parametrize("capability", sorted(SHARED_MEMORY_LIMIT))
 def test_every_launch_compiles_and_fits(capability: int) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     done = subprocess.run([sys.executable, str(Path(__file__)), str(capability)], env=environment, capture_output=True, text=True,
                           check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -46,14 +46,13 @@ def num_blocks_for(config: ResolvedConfig, spec: KVCacheSpec, device: torch.devi
     once everything that is in use now, by this process or any other, is counted, and what a step will need (reserved_bytes).
     Never more than max_num_seqs requests of max_model_len tokens can fill. Raises ValueError where not even one block fits.
     """
-    usable = config.max_num_seqs * -(-config.max_model_len // config.block_size)
     if (budget := config.kv_cache_memory_bytes) is None:
         free, total = memory(device)
         budget = int(free - reserved_bytes - (1 - config.gpu_memory_utilization) * total)
     if budget < spec.block_bytes:
         raise ValueError(f"the KV cache would have {max(budget, 0)} bytes, one block of {config.block_size} tokens takes "
                          f"{spec.block_bytes}: raise kv_cache_memory_bytes or gpu_memory_utilization, or free memory")
-    return min(usable, budget // spec.block_bytes)
+    return min(config.max_num_seqs * -(-config.max_model_len // config.block_size), budget // spec.block_bytes)
 
 
 def memory(device: torch.device) -> tuple[int, int]:

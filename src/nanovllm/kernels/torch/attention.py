@@ -9,6 +9,9 @@ from torch import Tensor
 
 from nanovllm.kernels.batch import ForwardBatch
 
+GROUP = 16
+"""Decodes that are gathered together. Fewer pad less, and cost more calls."""
+
 
 class TorchAttention:
     """The baseline backend; `prepare` once a step, then `attend` once a layer."""
@@ -19,18 +22,19 @@ class TorchAttention:
     def prepare(self, batch: ForwardBatch) -> None:
         """Does the index work that is the same in all layers; batch.attention becomes
 
-        pages     [decodes * kv_heads * max_blocks] int64: rows of the cache seen as [blocks * kv_heads, page]
-        bias      [decodes, 1, 1, max_blocks * block_size]: 0 for tokens of the sequence, -inf past its end
+        decodes   (entries, pages, bias) of each group of decodes of similar length: a short one is not padded to the longest
+                  pages: [entries * kv_heads * max_blocks] int64, rows of the cache seen as [blocks * kv_heads, page]
+                  bias: [entries, 1, 1, max_blocks * block_size], 0 for tokens of the sequence, -inf past its end
         prefills  (start, end, context, pages, mask) of each; pages and mask are None where nothing of it is cached
         """
         n, device = batch.num_decodes, batch.block_tables.device
-        pages = bias = None
-        if n:
-            width = -(-max(batch.host_seq_lens[:n]) // self.block_size)
-            pages = self._pages(batch.block_tables[:n, :width])
-            past = torch.arange(width * self.block_size, device=device) >= batch.seq_lens[:n, None]
+        by_length = sorted(range(n), key=batch.host_seq_lens.__getitem__)
+        decodes, prefills = [], []
+        for group in (by_length[i : i + GROUP] for i in range(0, n, GROUP)):
+            entries, width = torch.tensor(group, device=device), -(-batch.host_seq_lens[group[-1]] // self.block_size)
+            past = torch.arange(width * self.block_size, device=device) >= batch.seq_lens[entries, None]
             bias = torch.zeros(past.shape, dtype=self.dtype, device=device).masked_fill_(past, -torch.inf)[:, None, None]
-        prefills = []
+            decodes.append((entries, self._pages(batch.block_tables[entries, :width]), bias))
         start = n
         for i in range(n, len(batch.host_query_lens)):
             length, context = batch.host_query_lens[i], batch.host_seq_lens[i]
@@ -40,29 +44,26 @@ class TorchAttention:
                 mask = torch.ones(length, context, dtype=torch.bool, device=device).tril_(context - length)
             prefills.append((start, start + length, context, cached, mask))
             start += length
-        batch.attention = pages, bias, prefills
+        batch.attention = decodes, prefills
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch) -> Tensor:
         """q: [tokens, q_heads, head_dim]; k, v: [tokens, kv_heads, head_dim], already in the caches -> as q."""
-        pages, bias, prefills = batch.attention
-        n = batch.num_decodes
-        kv_heads, group, head_dim = self.num_kv_heads, q.shape[1] // self.num_kv_heads, q.shape[2]
-        outputs = []
-        if n:
-            keys, values = (self._gather(cache, pages, n) for cache in (k_cache, v_cache))
-            grouped = q[:n].view(n, kv_heads, group, head_dim)
+        decodes, prefills = batch.attention
+        output = torch.empty_like(q)
+        for entries, pages, bias in decodes:
+            keys, values = (self._gather(cache, pages, len(entries)) for cache in (k_cache, v_cache))
+            grouped = q[entries].unflatten(1, (self.num_kv_heads, -1))  # [entries, kv_heads, query heads of each, head_dim]
             out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=self.scale)
-            outputs.append(out.reshape(n, -1, head_dim))
+            output[entries] = out.flatten(1, 2)
         for start, end, context, cached, mask in prefills:
             if cached is None:
                 keys, values = k[None, start:end].transpose(1, 2), v[None, start:end].transpose(1, 2)
             else:
                 keys, values = (self._gather(cache, cached, 1)[:, :, :context] for cache in (k_cache, v_cache))
             query = q[None, start:end].transpose(1, 2)
-            causal = mask is None
-            out = F.scaled_dot_product_attention(query, keys, values, mask, is_causal=causal, scale=self.scale, enable_gqa=True)
-            outputs.append(out[0].transpose(0, 1))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+            out = F.scaled_dot_product_attention(query, keys, values, mask, is_causal=mask is None, scale=self.scale, enable_gqa=True)
+            output[start:end] = out[0].transpose(0, 1)
+        return output
 
     def _pages(self, block_tables: Tensor) -> Tensor:
         """[entries, blocks] -> [entries * kv_heads * blocks]: the page of each block and head, head by head."""

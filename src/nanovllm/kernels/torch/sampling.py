@@ -71,6 +71,8 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
 
     `positions[i]` is the position that the sampled token will take in its sequence (prompt included), below 2^32.
     """
+    if seeds.device.type == "cpu" and len(seeds) > 16:  # a few rows at a time: what is computed on the way stays in the cache
+        return torch.cat([gumbel_noise(*rows, vocab_size) for rows in zip(seeds.split(16), positions.split(16), strict=True)])
     num_rows, num_counters = seeds.shape[0], (vocab_size + 3) // 4
     counters = torch.arange(num_counters, dtype=torch.int64, device=seeds.device)
     zero = torch.zeros((), dtype=torch.int64, device=seeds.device)
