@@ -4,8 +4,8 @@ Query heads that share a KV head are put in the rows of one small matrix, so tha
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from nanovllm.kernels.batch import ForwardBatch
 
@@ -53,7 +53,7 @@ class TorchAttention:
         for entries, pages, bias in decodes:
             keys, values = (self._gather(cache, pages, len(entries)) for cache in (k_cache, v_cache))
             grouped = q[entries].unflatten(1, (self.num_kv_heads, -1))  # [entries, kv_heads, query heads of each, head_dim]
-            out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=self.scale)
+            out = sdpa(grouped, keys, values, attn_mask=bias, scale=self.scale)
             output[entries] = out.flatten(1, 2)
         for start, end, context, cached, mask in prefills:
             if cached is None:
@@ -61,7 +61,7 @@ class TorchAttention:
             else:
                 keys, values = (self._gather(cache, cached, 1)[:, :, :context] for cache in (k_cache, v_cache))
             query = q[None, start:end].transpose(1, 2)
-            out = F.scaled_dot_product_attention(query, keys, values, mask, is_causal=mask is None, scale=self.scale, enable_gqa=True)
+            out = sdpa(query, keys, values, mask, is_causal=mask is None, scale=self.scale, enable_gqa=True)
             output[start:end] = out[0].transpose(0, 1)
         return output
 
