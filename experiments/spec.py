@@ -120,10 +120,10 @@ class Design(_Strict):
 class EngineSettings(_Strict):
     """What every cell shares. `None` is taken from the profile."""
 
-    max_num_seqs: int = Field(ge=1)
-    max_num_batched_tokens: int = Field(ge=1)
-    max_model_len: int = Field(ge=1)
-    block_size: int = Field(ge=1)
+    max_num_seqs: int = Field(default=64, ge=1)
+    max_num_batched_tokens: int = Field(default=1024, ge=1)
+    max_model_len: int = Field(default=1024, ge=1)
+    block_size: int = Field(default=16, ge=1)
     kv_cache_memory_bytes: int | None = Field(default=None, ge=1)
 
 
@@ -145,8 +145,8 @@ class Study(_Strict):
     """A question, the factors that answer it, and the work on which it is asked."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
-    title: str
-    question: str
+    title: str = Field(default_factory=lambda data: data["name"].replace("-", " "))
+    question: str = "How much faster does each level make the engine?"
     engine: str = "nanovllm"
     model: ModelChoice | None = None
     metric: Literal[METRICS] = METRICS[0]  # type: ignore[valid-type]
@@ -154,7 +154,7 @@ class Study(_Strict):
     alpha: float = Field(default=0.05, gt=0, lt=1)
     design: Design = Design()
     measurement: Measurement = Measurement()
-    settings: EngineSettings
+    settings: EngineSettings = EngineSettings()
     factors: dict[str, Factor] = Field(min_length=1)
     workloads: dict[Name, Workload] = Field(min_length=1)
     cells: dict[Name, Cell] = {}

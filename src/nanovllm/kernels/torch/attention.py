@@ -28,10 +28,10 @@ class TorchAttention:
         prefills  (start, end, context, pages, mask) of each; pages and mask are None where nothing of it is cached
         """
         n, device = batch.num_decodes, batch.block_tables.device
-        by_length = sorted(range(n), key=batch.host_seq_lens.__getitem__)
+        lengths, by_length = sorted(batch.host_seq_lens[:n]), batch.seq_lens[:n].argsort()
         decodes, prefills = [], []
-        for group in (by_length[i : i + GROUP] for i in range(0, n, GROUP)):
-            entries, width = torch.tensor(group, device=device), -(-batch.host_seq_lens[group[-1]] // self.block_size)
+        for i in range(0, n, GROUP):
+            entries, width = by_length[i : i + GROUP], -(-lengths[min(i + GROUP, n) - 1] // self.block_size)
             past = torch.arange(width * self.block_size, device=device) >= batch.seq_lens[entries, None]
             bias = torch.zeros(past.shape, dtype=self.dtype, device=device).masked_fill_(past, -torch.inf)[:, None, None]
             decodes.append((entries, self._pages(batch.block_tables[entries, :width]), bias))
