@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,14 @@ def run(
         return llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
 
 
+def assert_greedy(hf: Any, prompt: list[int], tokens: list[int]) -> None:
+    """Each token is HF's argmax in float64, or within the noise of float32."""
+    with torch.inference_mode():
+        logits = hf(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+    margin = logits.max(-1).values - logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
+    assert margin.max() < 1e-4
+
+
 @pytest.mark.parametrize("toggles", TOGGLES, ids=lambda t: ",".join(f"{k}={v}" for k, v in t.items()) or "baseline")
 def test_greedy_tokens_are_the_argmax_of_hf(tiny: Path, hf: Any, toggles: dict[str, Any]) -> None:
     prompts = prompts_of(12, shared=20)
@@ -53,10 +62,7 @@ def test_greedy_tokens_are_the_argmax_of_hf(tiny: Path, hf: Any, toggles: dict[s
         tokens = output.outputs[0].token_ids
         assert len(tokens) == 12
         assert output.outputs[0].finish_reason == "length"
-        with torch.inference_mode():
-            logits = hf(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
-        margin = logits.max(-1).values - logits.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
-        assert margin.max() < 1e-4
+        assert_greedy(hf, prompt, tokens)
 
 
 def test_sampled_tokens_depend_on_seed_and_position_alone(tiny: Path) -> None:
@@ -189,6 +195,18 @@ def test_counters_prove_that_toggles_fired(tiny: Path) -> None:
             llm.reset_stats()
             assert llm.step_times() == []
             assert not any(llm.stats().values())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU: apt-get install g++")
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
+def test_compiled_kernels_are_the_twins_of_torch(tiny: Path, hf: Any) -> None:
+    prompts = prompts_of(6, seed=5)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    with LLM(str(tiny), **SMALL, optimizations={"kernels": "compile", "batching": "chunked"}) as llm:
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        assert llm.toggles()["kernels"]["engaged"] > 0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert_greedy(hf, prompt, output.outputs[0].token_ids)
 
 
 def test_a_closed_engine_says_so_and_gives_memory_back(tiny: Path) -> None:

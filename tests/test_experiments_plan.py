@@ -88,7 +88,7 @@ def test_cells_set_every_switch_explicitly(cpu: Profile, model: ModelChoice) -> 
                 **{f: level_name(v) for f, v in baseline.items()}, **changed
             }  # fmt: skip
             assert cell["role"] in ("baseline", "aa", "all") or name == "{}={}".format(*next(iter(changed.items())))
-    assert plan["cells"]["hf"]["config"] == {"max_num_seqs": 64, "dtype": "float32", "device": "cpu"}
+    assert plan["cells"]["hf"]["config"] == {"max_num_seqs": 96, "dtype": "float32", "device": "cpu"}
 
 
 def test_what_cannot_run_is_listed_with_the_reason(cpu: Profile, model: ModelChoice) -> None:

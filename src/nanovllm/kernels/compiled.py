@@ -12,8 +12,7 @@ _compile = _torch.compile(dynamic=True, fullgraph=True)
 
 linear = _oracle.linear
 rms_norm = _compile(_oracle.rms_norm)
-add_linear = _oracle.linear
-rms_norm = _compile(_oracle.add_rms_norm)
+add_rms_norm = _compile(_oracle.add_rms_norm)
 qk_norm_rope_store_kv = _compile(_oracle.qk_norm_rope_store_kv)
 silu_and_mul = _compile(_oracle.silu_and_mul)
 sample = _oracle.sample
