@@ -102,8 +102,8 @@ def test_what_cannot_run_is_listed_with_the_reason(cpu: Profile, model: ModelCho
 
 
 def test_a_workload_that_cannot_run_is_refused_before_anything_runs(cpu: Profile, model: ModelChoice) -> None:
-    with pytest.raises(SpecError, match=r"workload shared has a request of \d+ tokens; settings.max_model_len is 300"):
-        plan_of(cpu, model, "settings.max_model_len=300")
+    with pytest.raises(SpecError, match=r"workload scaled has a request of \d+ tokens; settings.max_model_len is 180"):
+        plan_of(cpu, model, "settings.max_model_len=180")
     with pytest.raises(SpecError, match="workload scaled draws from 50000 tokens; the model has 2048"):
         plan_of(cpu, model, "workloads.scaled.vocab_size=50000")
     with pytest.raises(SpecError, match="engine hf has no setting 'block_size'; allowed: max_num_seqs"):

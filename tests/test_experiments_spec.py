@@ -89,7 +89,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"broken.yaml: not valid YAML"):
         spec.load_study(broken)
     broken.write_text("name: x")
-    with pytest.raises(SpecError, match=r"broken.yaml: title: is missing"):
+    with pytest.raises(SpecError, match=r"broken.yaml: factors: is missing"):
         spec.load_study(broken)
     with pytest.raises(SpecError, match="write key=value"):
         spec.load_study("embedded", ["blocks"])
