@@ -120,7 +120,8 @@ def test_tokens_are_those_of_the_eager_runner(tiny: Path, monkeypatch: pytest.Mo
         assert engine.config.num_kv_blocks == min(num_blocks, max_num_seqs * 16)
         results.append(serve(engine, requests_of(count, **params), abort=1))
         stats = engine.stats()
-        assert (stats["graph_replays"] > 0) == (graphs and not {"top_k", "logprobs"} & set(params))
+        eager_decodes = {"top_k", "logprobs"} & set(params)
+        assert (stats["graph_replays"] > 0) == (graphs and (not eager_decodes or level == "triton"))  # its prefills are replayed
         if num_blocks < 10:
             assert stats["preemptions"] > 0
         engine.close()

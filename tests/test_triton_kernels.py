@@ -34,7 +34,8 @@ from nanovllm.kernels.triton import kv_store as triton_kv_store  # noqa: E402
 from nanovllm.kernels.triton import norm as triton_norm  # noqa: E402
 from nanovllm.kernels.triton import rope as triton_rope  # noqa: E402
 from nanovllm.kernels.triton import sampling as triton_sampling  # noqa: E402
-from nanovllm.kernels.triton.attention import TritonAttention  # noqa: E402
+from nanovllm.kernels.triton.attention import TritonAttention, _prefill_tiles  # noqa: E402
+from nanovllm.kernels.triton.linear import _splits as splits_of  # noqa: E402
 from nanovllm.kernels.triton.linear import linear as triton_linear  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(  # of the interpreter, which computes with NumPy
@@ -91,6 +92,17 @@ def test_linear(rows: int, n: int, k: int) -> None:
     x, weight = draw(rows, k, dtype=DOT_DTYPES[1]), draw(n, k, dtype=DOT_DTYPES[1], seed=1)
     ours, exact = triton_linear(x, weight), x.double() @ weight.double().T
     assert float((ours.double() - exact).norm() / exact.norm()) < (4e-3 if ours.dtype == torch.bfloat16 else 5e-4)
+
+
+@pytest.mark.parametrize("rows", [17, 40, 64])
+@pytest.mark.parametrize(("n", "k", "splits"), [(64, 1024, 1), (32, 1280, 2), (96, 3072, 4), (4096, 128, 1)])
+def test_linear_in_tiles(rows: int, n: int, k: int, splits: int) -> None:
+    assert splits_of(n, k) == splits
+    x, weight = draw(rows, k, dtype=DOT_DTYPES[1]), draw(n, k, dtype=DOT_DTYPES[1], seed=1)
+    exact = x.double() @ weight.double().T
+    for _ in range(2):  # the counters are as they were
+        ours = triton_linear(x, weight)
+        assert float((ours.double() - exact).norm() / exact.norm()) < (4e-3 if ours.dtype == torch.bfloat16 else 5e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -175,6 +187,30 @@ def test_the_ends_of_a_decode_step(page: int, width: int) -> None:
     assert results[0] == results[1]
     assert results[0][0] == [1, 2, 2 * page + 6, 0, 0]
     assert [results[0][1][row] for row in (3, 0, 7)] == [91, 92, 93][:n]
+
+
+@pytest.mark.parametrize("count", [1, 200])
+def test_blocks_are_written_where_they_belong(count: int) -> None:
+    places = torch.randperm(30 * 40, generator=torch.Generator().manual_seed(0))[:count]
+    updates = torch.stack((places // 40, places % 40, torch.arange(count) + 7), dim=1).to(DEVICE)
+    tables = [torch.zeros(30, 40, dtype=torch.int32, device=DEVICE) for _ in range(2)]
+    triton_decode_step.write_blocks(tables[0], updates)
+    decode_step.write_blocks(tables[1], updates)
+    assert torch.equal(*tables)
+    assert tables[0].count_nonzero() == count
+
+
+@pytest.mark.parametrize(("num_decodes", "lengths"), [(0, [1]), (3, [32, 33, 1, 64, 0, 5]), (2, [0, 0, 200])])
+@pytest.mark.parametrize("spare", [0, 3])
+def test_query_tiles_cover_every_prefill_once(num_decodes: int, lengths: list[int], spare: int) -> None:
+    starts = torch.tensor([1] * num_decodes + lengths).cumsum(0)
+    batch = ForwardBatch(*[torch.empty(0)] * 3, torch.empty(0), torch.empty(1, dtype=torch.int32, device=DEVICE),
+                         torch.cat((torch.zeros(1, dtype=torch.int64), starts)).to(DEVICE), num_decodes,
+                         [1] * num_decodes + [length + 32 * spare * (i == 0) for i, length in enumerate(lengths)], [])  # fmt: skip
+    entries, tokens = _prefill_tiles(batch, 32).tolist()
+    tiles = [(num_decodes + i, first) for i, length in enumerate(lengths) for first in range(0, length, 32)]
+    assert list(zip(entries, tokens, strict=True))[spare:] == tiles[::-1], "the longest contexts first"
+    assert entries[:spare] == [-1] * spare
 
 
 @pytest.mark.parametrize("vocab_size", [5, 2048, 5003])
@@ -295,6 +331,8 @@ def every_launch(dtype: torch.dtype) -> None:
     triton_kv_store.store_kv(kv, kv, cache, cache, empty(tokens, dtype=long))
     for rows, k in ((1, 1024), (4, 3072), (8, 2048), (16, 3072)):
         triton_linear(empty(rows, k), empty(4096, k))
+    for n, k in ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)):
+        triton_linear(empty(40, k), empty(n, k))
     triton_rope.qk_norm_rope_store_kv(empty(tokens, 32 * head_dim), empty(head_dim), empty(head_dim), 1e-6,
                                       empty(tokens, head_dim, dtype=torch.float32), cache, cache, empty(tokens, dtype=long))
     floats, ints = empty(tokens, dtype=torch.float32), empty(tokens, dtype=long)
@@ -303,6 +341,7 @@ def every_launch(dtype: torch.dtype) -> None:
     triton_decode_step.gather_decode_inputs(rows, rows, empty(257, 160, dtype=torch.int32), empty(257, dtype=long),
                                             empty(257, dtype=torch.float32), empty(257, dtype=long), page)  # fmt: skip
     triton_decode_step.advance_rows(rows, rows, empty(257, dtype=long), rows)
+    triton_decode_step.write_blocks(empty(257, 160, dtype=torch.int32), empty(tokens, 3, dtype=long))
     for page in (256, 16):
         attention = TritonAttention(kv_heads, page, head_dim**-0.5, dtype)
         batch = ForwardBatch(ints, ints, ints, empty(tokens, 4, dtype=torch.int32), empty(tokens, dtype=torch.int32), ints, 4,
@@ -326,6 +365,7 @@ def compile_every_launch(capability: int) -> dict[str, int]:
         launches.append((self, args, kwargs))
 
     JITFunction.run = record  # type: ignore[method-assign]
+    sys.modules["nanovllm.kernels.triton.linear"]._has_room_for_tiles = lambda device: capability != 89  # type: ignore[attr-defined]
     for dtype in (torch.bfloat16, torch.float32):
         every_launch(dtype)
     shared: dict[str, int] = {}

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -89,8 +89,20 @@ class GraphRunner(ModelRunner):
             self.stats.attention_calls.update(recorded.attention_calls)
             return self._read_back(recorded.token_ids[:n])
 
+    def _update_rows(self, plan: StepPlan) -> None:
+        if plan.new_blocks:  # in one launch: nearly every step of a large batch has some
+            self.ends.write_blocks(self.block_tables, self._tensor(plan.new_blocks))
+            plan = replace(plan, new_blocks=[])
+        super()._update_rows(plan)
+
     def _record_all(self) -> dict[tuple[int, bool], _Recorded]:
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
+        if self.config.optimizations.attention_backend == "triton":  # the others need lengths that the host knows
+            from nanovllm.engine.prefill_graph import ShortPrefills
+
+            spare_slot = self.num_blocks * self.config.block_size
+            self.model = ShortPrefills(self.model, self.attention, self.stats, self.kv_caches,  # type: ignore[assignment]
+                                       self.block_tables.shape[1], spare_slot, pool, stream)  # fmt: skip
         return {(bucket, greedy): self._record(bucket, greedy, pool, stream)
                 for bucket in reversed(self.buckets)  # the largest first: the others fit into its memory
                 for greedy in self.greedy_variants}  # fmt: skip

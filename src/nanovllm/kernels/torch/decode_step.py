@@ -1,4 +1,4 @@
-"""The two ends of a decode step that needs no host: each row's state in, its sampled token back. Loaded with CUDA graphs."""
+"""What stands around the model in a decode step without a host: each row's state in, its token back. Loaded with CUDA graphs."""
 
 from typing import NamedTuple
 
@@ -31,3 +31,9 @@ def advance_rows(rows: Tensor, positions: Tensor, last_tokens: Tensor, token_ids
     """Stores the sampled tokens and moves on by one; the last row of all, which pads batches, stays where it is."""
     last_tokens[rows] = token_ids
     positions += (rows < last_tokens.shape[0] - 1).long()
+
+
+def write_blocks(block_tables: Tensor, updates: Tensor) -> None:
+    """updates: [n, 3] int64, each a row, a column and the block that goes there; no place twice."""
+    rows, columns, blocks = updates.unbind(1)
+    block_tables[rows, columns] = blocks.int()

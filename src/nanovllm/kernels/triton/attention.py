@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanovllm.kernels.batch import ForwardBatch
 from nanovllm.kernels.triton.attention_decode import cut_kernel, decode_kernel
-from nanovllm.kernels.triton.attention_prefill import prefill_kernel
+from nanovllm.kernels.triton.attention_prefill import prefill_kernel, tiles_kernel
 from nanovllm.kernels.triton.launch import pdl
 
 _LOG2_E = 1.4426950408889634
@@ -102,7 +102,7 @@ class TritonAttention:
         if batch.num_decodes < len(batch.host_query_lens):
             rows = max(self.prefill.rows, triton.next_power_of_2(group))
             if prepared.prefill_tiles is None:
-                prepared.prefill_tiles = self._prefill_tiles(batch, rows // group)
+                prepared.prefill_tiles = _prefill_tiles(batch, rows // group)
             entries, tokens = prepared.prefill_tiles
             prefill_kernel[(len(entries), self.num_kv_heads)](
                 q, k_cache, v_cache, batch.block_tables, batch.seq_lens, batch.query_start_loc, entries, tokens, out,
@@ -111,13 +111,15 @@ class TritonAttention:
             )  # fmt: skip
         return out
 
-    @staticmethod
-    def _prefill_tiles(batch: ForwardBatch, tokens_per_tile: int) -> Tensor:
-        """Entry and first query token of every query tile, the last tiles (the longest contexts) first."""
-        tiles = [(entry, first)
-                 for entry in range(batch.num_decodes, len(batch.host_query_lens))
-                 for first in range(0, batch.host_query_lens[entry], tokens_per_tile)]  # fmt: skip
-        tiles.reverse()
-        pinned = batch.seq_lens.is_cuda  # a copy from pageable memory would wait for the device
-        packed = torch.tensor(list(zip(*tiles, strict=True)), dtype=torch.int32, pin_memory=pinned)
-        return packed.to(batch.seq_lens.device, non_blocking=True)
+
+def _prefill_tiles(batch: ForwardBatch, tokens_per_tile: int) -> Tensor:
+    """[2, tiles] int32: entry and first query token of every query tile, found on the device, so that a graph may hold this.
+    The host's lengths only bound their number."""
+    first, lengths = batch.num_decodes, batch.host_query_lens[batch.num_decodes :]
+    num_tiles = sum(-(-length // tokens_per_tile) for length in lengths)
+    tiles = torch.empty(2, num_tiles, dtype=torch.int32, device=batch.seq_lens.device)
+    tiles_kernel[(num_tiles,)](
+        batch.query_start_loc, *tiles, first, first + len(lengths), TOKENS=tokens_per_tile,
+        BLOCK=max(16, triton.next_power_of_2(len(lengths))), num_warps=1, **pdl(tiles),
+    )  # fmt: skip
+    return tiles

@@ -36,7 +36,7 @@ def _prefetch_tile(k_cache_ptr, v_cache_ptr, table_ptr, seq_len, unit, KV_HEADS:
     units = _units(seq_len, TILE)
     first_token = tl.maximum(unit % units - SETUP, 0) * TILE
     rows = rows_of_tile(table_ptr, unit // units, first_token, seq_len, KV_HEADS, PAGE, TILE)
-    lines = tl.arange(0, HEAD_DIM // 64 if HEAD_DIM > 64 else 1) * 64  # of 128 bytes, in elements of two
+    lines = tl.arange(0, HEAD_DIM // 16) * 16  # sectors of 32 bytes, in elements of two
     exists = (first_token + tl.arange(0, TILE) < seq_len)[:, None]
     places = tl.where(exists, rows[:, None], tl.min(rows, axis=0)) * HEAD_DIM + lines[None, :]
     prefetch_to_l2(k_cache_ptr + places)

@@ -13,6 +13,26 @@ from nanovllm.kernels.triton.attention_tile import attend_to_tile
 from nanovllm.kernels.triton.launch import wait_for_inputs
 
 
+@triton.jit(do_not_specialize=["num_decodes", "num_entries"], do_not_specialize_on_alignment=["tile_tokens_ptr"])
+def tiles_kernel(query_start_ptr, tile_entries_ptr, tile_tokens_ptr, num_decodes, num_entries, TOKENS: tl.constexpr,
+                 BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Entry and first query token of each tile of TOKENS query tokens, the last tiles (the longest contexts) first. One program
+    a tile; where there are more programs than tiles, theirs belong to no entry: -1."""
+    entries = num_decodes + tl.arange(0, BLOCK)
+    inside = entries < num_entries
+    wait_for_inputs(PDL)
+    starts = tl.load(query_start_ptr + entries, mask=inside, other=0)
+    lengths = tl.load(query_start_ptr + entries + 1, mask=inside, other=0) - starts
+    tiles = tl.cdiv(lengths, TOKENS)
+    ends = tl.cumsum(tiles, axis=0)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    index = tl.sum((ends <= tile).to(tl.int32), axis=0)
+    before = tl.sum(tl.where(tl.arange(0, BLOCK) < index, tiles, 0), axis=0)
+    exists = tile < tl.sum(tiles, axis=0)
+    tl.store(tile_entries_ptr + tl.program_id(0), tl.where(exists, num_decodes + index, -1))
+    tl.store(tile_tokens_ptr + tl.program_id(0), ((tile - before) * TOKENS).to(tl.int32))
+
+
 @triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["tile_tokens_ptr"])  # they vary step by step
 def prefill_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, seq_lens_ptr, query_start_ptr, tile_entries_ptr, tile_tokens_ptr, out_ptr,
@@ -25,6 +45,8 @@ def prefill_kernel(
     kv_head = tl.program_id(1)
     wait_for_inputs(PDL)
     entry = tl.load(tile_entries_ptr + tl.program_id(0))
+    if entry < 0:
+        return
     first = tl.load(tile_tokens_ptr + tl.program_id(0))
     query_start = tl.load(query_start_ptr + entry)
     query_len = tl.load(query_start_ptr + entry + 1) - query_start

@@ -1,4 +1,4 @@
-"""The two ends of a decode step, each in one launch where the torch twin takes a dozen."""
+"""What stands around the model in a decode step, each in one launch where the torch twin takes a dozen."""
 
 from __future__ import annotations
 
@@ -44,6 +44,16 @@ def _advance_kernel(rows_ptr, positions_ptr, last_tokens_ptr, tokens_ptr, num_en
     tl.store(positions_ptr + entries, positions + (rows < spare_row).to(tl.int64), mask=inside)
 
 
+@triton.jit(do_not_specialize=["num_updates", "width"])
+def _write_blocks_kernel(tables_ptr, updates_ptr, num_updates, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    updates = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = updates < num_updates
+    wait_for_inputs(PDL)
+    rows = tl.load(updates_ptr + 3 * updates, mask=inside)
+    columns = tl.load(updates_ptr + 3 * updates + 1, mask=inside)
+    tl.store(tables_ptr + rows * width + columns, tl.load(updates_ptr + 3 * updates + 2, mask=inside).to(tl.int32), mask=inside)
+
+
 def gather_decode_inputs(rows: Tensor, positions: Tensor, block_tables: Tensor, last_tokens: Tensor, temperatures: Tensor,
                          seeds: Tensor, block_size: int) -> DecodeInputs:
     """rows, positions: [entries] int64, positions those of the last tokens; the others: the state of all rows."""
@@ -67,3 +77,10 @@ def advance_rows(rows: Tensor, positions: Tensor, last_tokens: Tensor, token_ids
     n = rows.shape[0]
     _advance_kernel[(triton.cdiv(n, 128),)](rows, positions, last_tokens, token_ids, n, last_tokens.shape[0] - 1, BLOCK=128,
                                            num_warps=1, **pdl(rows))  # fmt: skip
+
+
+def write_blocks(block_tables: Tensor, updates: Tensor) -> None:
+    """updates: [n, 3] int64, each a row, a column and the block that goes there; no place twice."""
+    n = updates.shape[0]
+    _write_blocks_kernel[(triton.cdiv(n, 128),)](block_tables, updates, n, block_tables.shape[1], BLOCK=128, num_warps=1,
+                                                **pdl(block_tables))  # fmt: skip

@@ -4,13 +4,17 @@ cuBLAS reads them no slower, but a layer's four products take a few microseconds
 memory stands idle for as long. These kernels are part of the chain of dependent launches (launch.py): a program holds its
 columns' weights in registers or shared memory before the kernel in front of it has ended, and then only waits for x.
 
-    1 row          each thread multiplies and adds; one reduction over the program at the end
-    2 to 16 rows   tensor cores; each warp has a slice of the reduction dimension
+    1 row           each thread multiplies and adds; one reduction over the program at the end
+    2 to 16 rows    tensor cores; each warp has a slice of the reduction dimension
+    17 to 64 rows   tensor cores; where there are few columns, several programs share the reduction dimension (split-K), and
+                    the one that comes last adds their parts up, in order
 
 More rows, other shapes and other types go to cuBLAS, which is the faster one there.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.triton.launch import let_next_start, pdl, wait_for_inputs
+from nanovllm.kernels.triton.launch import let_next_start, pdl, prefetch_to_l2, wait_for_inputs
 
-_FEW_ROWS, _MOST_ROWS = 1, 16
+_FEW_ROWS, _SOME_ROWS, _TILE_ROWS = 1, 16, 64
+_STEP = 128  # of the reduction dimension, an iteration of _tile_kernel
 
 
 @triton.jit
@@ -66,6 +71,67 @@ def _some_rows_kernel(x_ptr, weight_ptr, out_ptr, num_rows, n, ROWS: tl.constexp
     tl.store(out_ptr + rows[None, :] * n + columns[:, None], out, mask=(rows < num_rows)[None, :])
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def _tile_kernel(x_ptr, weight_ptr, out_ptr, parts_ptr, arrivals_ptr, num_rows, n, k, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                 STEP: tl.constexpr, SPLITS: tl.constexpr, PART: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
+    """out[:, columns] for COLUMNS columns, over part number program_id(1) of the reduction dimension, PART long.
+
+    parts: [SPLITS, num_rows, n] float32. arrivals: an integer for each group of columns, zero between launches.
+    """
+    let_next_start(PDL)
+    rows = tl.arange(0, ROWS)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    split = tl.program_id(1)
+    weight_rows = weight_ptr + columns[:, None].to(tl.int64) * k + split * PART
+    if PDL:  # the weights are there already: on their way to L2 while the kernel in front still runs
+        for at in tl.static_range(0, PART, STEP):
+            prefetch_to_l2(weight_rows + at + (tl.arange(0, STEP // 64) * 64)[None, :])  # lines of 128 bytes
+    wait_for_inputs(PDL)
+    ks = tl.arange(0, STEP)[None, :]
+    exists = (rows < num_rows)[:, None]
+    x_rows = x_ptr + rows[:, None] * k + split * PART
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for at in tl.range(0, PART, STEP, num_stages=STAGES):
+        x = tl.load(x_rows + at + ks, mask=exists, other=0.0)
+        acc = tl.dot(x, tl.trans(tl.load(weight_rows + at + ks)), acc)
+    places = rows[:, None] * n + columns[None, :]
+    if SPLITS == 1:
+        tl.store(out_ptr + places, acc.to(out_ptr.dtype.element_ty), mask=exists)
+    else:
+        size = num_rows * n
+        tl.store(parts_ptr + split * size + places, acc, mask=exists)
+        tl.debug_barrier()  # all threads have written before one of them says so
+        if tl.atomic_add(arrivals_ptr + tl.program_id(0), 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+            acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for part in tl.static_range(SPLITS):
+                acc += tl.load(parts_ptr + part * size + places, mask=exists, other=0.0)
+            tl.store(out_ptr + places, acc.to(out_ptr.dtype.element_ty), mask=exists)
+            tl.store(arrivals_ptr + tl.program_id(0), 0)
+
+
+@functools.cache
+def _arrivals(device: torch.device) -> Tensor:
+    """Zero between launches; launches that share it run one after the other."""
+    return torch.zeros(4096 // 32, dtype=torch.int32, device=device)
+
+
+def _tile_columns(n: int) -> int:
+    """Columns a program of _tile_kernel: with many, enough programs are there without splitting."""
+    return 64 if n >= 4096 else 32
+
+
+def _splits(n: int, k: int) -> int:
+    """Into how many parts, of at most 1,024, k is cut for _tile_kernel; 0 if n or k does not fit its tiles."""
+    splits = triton.next_power_of_2(triton.cdiv(k, 1024)) if n < 4096 else 1
+    return splits if n % _tile_columns(n) == 0 and k % (splits * _STEP) == 0 else 0
+
+
+@functools.cache
+def _has_room_for_tiles(device: torch.device) -> bool:
+    """Four stages take 128 KiB of shared memory: data-centre GPUs have them, an RTX 4070 has 99."""
+    return device.type != "cuda" or torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 128 << 10
+
+
 def _parts(k: int) -> int:
     """Into how many parts of 512 or 1,024, at most four, k is cut; 0 if it cannot be."""
     return next((parts for parts in (1, 2, 3, 4) if k in (512 * parts, 1024 * parts)), 0)
@@ -74,8 +140,13 @@ def _parts(k: int) -> int:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x: [rows, k], weight: [n, k], bias: [n] -> x W^T (+ b): [rows, n]."""
     (num_rows, k), n, parts = x.shape, weight.shape[0], _parts(x.shape[1])
-    if not (0 < num_rows <= _MOST_ROWS and parts and n % 16 == 0 and x.dtype.itemsize == 2 and bias is None):
+    if not 0 < num_rows <= _TILE_ROWS or x.dtype.itemsize != 2 or bias is not None:
         return F.linear(x, weight, bias)
+    if num_rows > _SOME_ROWS:
+        fits = _splits(n, k) and _has_room_for_tiles(x.device)
+        return _linear_in_tiles(x.contiguous(), weight) if fits else F.linear(x, weight)
+    if not parts or n % 16:
+        return F.linear(x, weight)
     x = x.contiguous()
     out = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
     if num_rows <= _FEW_ROWS:
@@ -87,4 +158,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         columns = 16 if parts <= 2 else 8  # 16 would be no faster in the chain, and too large for an RTX 4070
         _some_rows_kernel[(n // columns,)](x, weight, out, num_rows, n, ROWS=rows, COLUMNS=columns, SLICES=4, PART=k // parts,
                                            PARTS=parts, num_warps=4, **pdl(x))  # fmt: skip
+    return out
+
+
+def _linear_in_tiles(x: Tensor, weight: Tensor) -> Tensor:
+    (num_rows, k), n = x.shape, weight.shape[0]
+    splits, columns = _splits(n, k), _tile_columns(n)
+    out = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
+    parts = torch.empty(splits, num_rows, n, dtype=torch.float32, device=x.device) if splits > 1 else out
+    _tile_kernel[(n // columns, splits)](
+        x, weight, out, parts, _arrivals(x.device), num_rows, n, k, ROWS=_TILE_ROWS, COLUMNS=columns, STEP=_STEP, SPLITS=splits,
+        PART=k // splits, STAGES=4, num_warps=4, **pdl(x),
+    )  # fmt: skip
     return out

@@ -1,0 +1,114 @@
+"""Short prefills recorded once and replayed: part of cuda_graphs=True. Loaded only when on.
+
+A prefill of up to a thousand tokens is a millisecond of work for a GPU and ten for the host that launches its kernels one by one.
+So the model's forward pass, and only that, is recorded for a few numbers of tokens; a step between two of them is padded:
+
+    tokens     0 .. n - 1 are the step's; those up to the bucket go to the spare block, and nobody reads what becomes of them
+    entries    those past the step's have no query tokens
+
+What stands before and behind it (the batch, logits, sampling) runs eagerly, and any other step runs eagerly as a whole.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanovllm.engine.stats import StepStats
+from nanovllm.kernels.batch import ForwardBatch
+from nanovllm.kernels.registry import AttentionBackend
+from nanovllm.models.qwen3 import KVCache, Qwen3ForCausalLM
+
+TOKENS = (64, 128, 256, 512, 1024)
+"""Numbers of tokens that get a graph. Above, the GPU needs longer than the host."""
+ENTRIES = 16
+
+
+@dataclass(slots=True)
+class _Recorded:
+    graph: Any  # torch.cuda.CUDAGraph
+    hidden: Tensor  # [bucket, hidden]: overwritten by each replay
+    kernel_calls: Counter[str]
+    attention_calls: Counter[str]
+
+
+class ShortPrefills:
+    """Stands where the model stands: the same calls; those of short prefills are replayed."""
+
+    def __init__(
+        self,
+        model: Qwen3ForCausalLM,
+        attention: AttentionBackend,
+        stats: StepStats,
+        kv_caches: list[KVCache],
+        max_blocks: int,
+        spare_slot: int,
+        pool: Any,
+        stream: torch.cuda.Stream,
+    ) -> None:
+        """max_blocks: columns of a block table. spare_slot: where K and V of padding go. pool: of the graphs' memory."""
+        self.model, self.attention, self.stats, self.spare_slot = model, attention, stats, spare_slot
+        with kv_caches[0][0].device:
+            self.token_ids, self.positions, self.slots = torch.zeros(3, TOKENS[-1], dtype=torch.int64)
+            self.block_tables = torch.zeros(ENTRIES, max_blocks, dtype=torch.int32)
+            self.seq_lens = torch.zeros(ENTRIES, dtype=torch.int32)
+            self.query_start_loc = torch.zeros(ENTRIES + 1, dtype=torch.int64)
+        self.slots.fill_(spare_slot)
+        self.recorded = {bucket: self._record(bucket, kv_caches, pool, stream) for bucket in reversed(TOKENS)}
+
+    def __call__(self, batch: ForwardBatch, kv_caches: list[KVCache]) -> Tensor:
+        """-> hidden states: [tokens, hidden]."""
+        num_tokens, num_entries = len(batch.token_ids), len(batch.host_query_lens)
+        if batch.num_decodes or num_tokens > TOKENS[-1] or num_entries > ENTRIES:
+            return self.model(batch, kv_caches)  # type: ignore[no-any-return]
+        recorded = self.recorded[TOKENS[bisect.bisect_left(TOKENS, num_tokens)]]
+        self.token_ids[:num_tokens] = batch.token_ids
+        self.positions[:num_tokens] = batch.positions
+        self.slots[:num_tokens] = batch.slot_mapping
+        self.slots[num_tokens:] = self.spare_slot
+        self.block_tables[:num_entries, : batch.block_tables.shape[1]] = batch.block_tables
+        self.seq_lens[:num_entries] = batch.seq_lens
+        self.query_start_loc[: num_entries + 1] = batch.query_start_loc
+        self.query_start_loc[num_entries + 1 :] = num_tokens
+        recorded.graph.replay()
+        self.stats.graph_replays += 1
+        self.stats.kernel_calls.update(recorded.kernel_calls)
+        self.stats.attention_calls.update(recorded.attention_calls)
+        return recorded.hidden[:num_tokens]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden] -> [rows, vocabulary]."""
+        return self.model.logits(hidden)
+
+    @torch.inference_mode()
+    def _record(self, bucket: int, kv_caches: list[KVCache], pool: Any, stream: torch.cuda.Stream) -> _Recorded:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            self._forward(bucket, kv_caches)  # compiles kernels and chooses GEMM algorithms
+            stream.synchronize()
+            self.stats.reset()
+            graph.capture_begin(pool)
+            hidden = self._forward(bucket, kv_caches)
+            graph.capture_end()
+        return _Recorded(graph, hidden, Counter(self.stats.kernel_calls), Counter(self.stats.attention_calls))
+
+    def _forward(self, bucket: int, kv_caches: list[KVCache]) -> Tensor:
+        batch = ForwardBatch(
+            token_ids=self.token_ids[:bucket],
+            positions=self.positions[:bucket],
+            slot_mapping=self.slots[:bucket],
+            block_tables=self.block_tables,
+            seq_lens=self.seq_lens,
+            query_start_loc=self.query_start_loc,
+            num_decodes=0,
+            host_query_lens=[bucket] + [1] * (ENTRIES - 1),  # no step of a bucket has more query tiles than this one
+            host_seq_lens=[0] * ENTRIES,  # not read
+        )
+        self.attention.prepare(batch)
+        return self.model(batch, kv_caches)  # type: ignore[no-any-return]
