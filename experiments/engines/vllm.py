@@ -163,7 +163,7 @@ class Adapter:
         )
 
     def _resolved(self, version: str) -> dict[str, Any]:
-        workers: list[dict[str, Any]] = self._llm.collective_rpc("inspect_for_record")
+        workers: list[dict[str, Any]] = self._llm.collective_rpc("inspect_for_record")  # KV bytes: of each worker, as in nanovllm
         core = self._llm.llm_engine.vllm_config
         resolved = {
             **workers[0],
@@ -172,8 +172,7 @@ class Adapter:
             "multiprocessing": self._config["multiprocessing"],
             "per_request_seeds": self._config["per_request_seeds"],
             "request_statistics": self._config["request_statistics"],
-            "num_blocks": core.cache_config.num_gpu_blocks,
-            "kv_cache_bytes": sum(worker["kv_cache_bytes"] for worker in workers),
+            "num_kv_blocks": core.cache_config.num_gpu_blocks,
             "engine_core": type(self._llm.llm_engine.engine_core).__name__,
         }
         self._levels = resolved["levels"]
@@ -215,12 +214,12 @@ class Inspector:
             "executor": str(config.parallel_config.distributed_executor_backend),
             "torch_threads": torch.get_num_threads(),
             "worker_cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-            "torch_compile": compilation.mode.name != "NONE",
             # The switches that nanovllm has too, by its names and levels. vLLM never batches statically.
             "levels": {
                 "prefix_cache": "on" if config.cache_config.enable_prefix_caching else "off",
                 "batching": "chunked" if scheduler.enable_chunked_prefill else "continuous",
                 "cuda_graphs": "on" if graphs != "NONE" else "off",
+                "compile": "on" if compilation.mode.name != "NONE" else "off",
                 "overlap": "on" if scheduler.async_scheduling else "off",
                 "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
             },
