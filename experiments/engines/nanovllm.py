@@ -27,7 +27,12 @@ class Adapter:
 
         self._sampling_params = SamplingParams
         self._llm: Any = LLM(model=self._model, skip_tokenizer_init=True, **self._config)
-        return self._llm.resolved_config()  # type: ignore[no-any-return]
+        resolved: dict[str, Any] = self._llm.resolved_config()
+        if resolved["optimizations"]["attention_backend"] == "flash_attn":
+            from nanovllm.kernels.flash_attn import find_library
+
+            resolved["attention_library"] = find_library().describe()  # two packages carry it, in two versions
+        return resolved
 
     def serve(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
         names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
