@@ -269,7 +269,8 @@ def test_a_record_names_the_library(install: Any, monkeypatch: pytest.MonkeyPatc
 
     install(b=bundled_package())
     for level, expected in (("flash_attn", {"provider": "vllm", "version": "0.24.0", "generation": 3}), ("triton", None)):
-        engine = SimpleNamespace(resolved_config=lambda level=level: {"optimizations": {"attention_backend": level}})
+        engine = SimpleNamespace(resolved_config=lambda level=level: {"optimizations": {"attention_backend": level}},
+                                 runner=SimpleNamespace(collect=None))  # fmt: skip
         monkeypatch.setattr(llm_engine, "LLM", lambda engine=engine, **_: engine)
         assert Adapter("model", {}).load().get("attention_library") == expected
 
