@@ -37,3 +37,22 @@ def test_a_ratio_is_paired_and_has_an_interval(monkeypatch: pytest.MonkeyPatch) 
     assert info["gb_per_s"] == pytest.approx(1000 / stats["median"] / 1e9)
     assert info["share_of_copy_bandwidth"] == pytest.approx(1000 / stats["median"] / 2e9)
     assert info["tflop_per_s"] == pytest.approx(4e6 / stats["median"] / 1e12)
+
+
+def test_the_share_of_host_time_that_graphs_save() -> None:
+    from ablations.host_time import host_us_a_step, share_saved
+
+    def launch(block: int, cell: str, host_ms: float) -> dict[str, object]:
+        """Ten steps of 5 ms, of which the host worked host_ms and else waited."""
+        work = {"step_times_s": [[5e-3, 0, 8]] * 10, "device_wait_s": (5 - host_ms) * 1e-2}
+        return {"block": block, "cell": cell, "workloads": {"canonical": work}}
+
+    launches = [launch(block, cell, ms * (1 + block / 10)) for block in range(3) for cell, ms in (("off", 2.0), ("on", 0.5))]
+    saved = share_saved(launches, "canonical", "off", "on")
+    assert saved["share_saved"] == pytest.approx(0.75)
+    assert saved["low"] <= saved["share_saved"] <= saved["high"]
+    assert saved["off_us"] == pytest.approx([2000, 2200, 2400])
+    with pytest.raises(ValueError, match="1 blocks hold both"):
+        share_saved(launches[:2], "canonical", "off", "on")
+    with pytest.raises(ValueError, match="needs a GPU"):
+        host_us_a_step({"step_times_s": [[1.0, 0, 1]], "device_wait_s": None})
