@@ -104,6 +104,7 @@ def serve_workload(adapter: Adapter, workload: dict[str, Any]) -> tuple[dict[str
     counters, toggles = adapter.counters(), named(adapter.toggles())
     cpu_before = telemetry.tree_cpu_s(os.getpid())
     duration_s, outputs, request_times, step_times, reasons = 0.0, [], [], [], []
+    waits: list[float | None] = []
     for wave in workload["waves"]:
         answer = adapter.serve(wave)
         request_times += [[moment + duration_s for moment in moments] for moments in answer["request_times_s"]]
@@ -111,6 +112,7 @@ def serve_workload(adapter: Adapter, workload: dict[str, Any]) -> tuple[dict[str
         outputs += answer["outputs"]
         reasons += answer["finish_reasons"]
         step_times += answer["step_times_s"]
+        waits.append(answer.get("device_wait_s"))
     cpu_after = telemetry.tree_cpu_s(os.getpid())
     counters_after = adapter.counters()
     return {
@@ -125,6 +127,7 @@ def serve_workload(adapter: Adapter, workload: dict[str, Any]) -> tuple[dict[str
         "toggles": increase(toggles, named(adapter.toggles())),
         "tokens_digest": workloads.tokens_digest(outputs),
         "finish_reasons": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
+        "device_wait_s": None if None in waits else round(sum(filter(None, waits)), 6),
         "host_cpu_s": None if cpu_before is None or cpu_after is None else cpu_after - cpu_before,
     }, outputs
 

@@ -105,7 +105,8 @@ class ModelFreeEngine:
         config = ResolvedConfig(
             model="none", dtype="float32", device="cpu", seed=0, max_model_len=1 << 20, max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=self.max_num_batched_tokens, block_size=self.block_size,
-            optimizations=Optimizations(batching=self.batching, prefix_cache=self.prefix_cache, overlap=self.lag == 1),
+            optimizations=Optimizations(batching=self.batching, prefix_cache=self.prefix_cache, overlap=self.lag == 1,
+                                        cuda_graphs=self.max_num_batched_tokens % 3 == 0),  # admission then gathers requests
         )  # fmt: skip
         if self.prefix_cache:
             blocks: BlockManager = CachingBlockManager(self.num_blocks, self.block_size, self.stats)
@@ -113,6 +114,8 @@ class ModelFreeEngine:
             blocks = BlockManager(self.num_blocks, self.block_size, self.stats)
         make = Scheduler if self.batching == "static" else ContinuousScheduler
         self.scheduler = make(config, blocks, self.stats)
+        if isinstance(self.scheduler, ContinuousScheduler) and self.max_num_batched_tokens % 2:
+            self.scheduler.forecast.asked = 1 << 40  # it expects every request to end at once: memory runs out, all the time
         self.runner = ModelFreeRunner(config, self.num_blocks)
         self.loop: Any = (
             OverlappedStepLoop(self.scheduler, self.runner) if self.lag == 1 else _Loop(self.scheduler, self.runner, self.lag)

@@ -118,6 +118,7 @@ def test_tokens_are_those_of_the_eager_runner(tiny: Path, monkeypatch: pytest.Mo
         engine = make_engine(tiny, monkeypatch, graphs=graphs, switches=switches, max_num_seqs=max_num_seqs,
                              kv_cache_memory_bytes=num_blocks * 4 * 2 * 2 * 64 * 16 * 4)  # fmt: skip
         assert engine.config.num_kv_blocks == min(num_blocks, max_num_seqs * 16)
+        engine.scheduler.forecast.asked = 1 << 40  # it expects every request to end at once: memory runs out
         results.append(serve(engine, requests_of(count, **params), abort=1))
         stats = engine.stats()
         eager_decodes = {"top_k", "logprobs"} & set(params)
@@ -163,3 +164,15 @@ def test_triton_gives_the_tokens_of_torch(tiny: Path, monkeypatch: pytest.Monkey
         engine.close()
     agreeing = sum(results[0][name] == results[1][name] for name in results[0])
     assert agreeing >= 39, "float32 engines part at near-ties alone, and those are rare"
+
+
+def test_workspaces_go_with_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nanovllm.engine.gpu_memory import forget_workspaces_with
+
+    cleared: list[bool] = []
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: cleared.append(True), raising=False)
+    holder = {"model": torch.nn.Linear(1, 1)}
+    forget_workspaces_with(holder["model"])
+    assert not cleared
+    holder.clear()  # as ModelRunner.close does
+    assert cleared == [True]

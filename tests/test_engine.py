@@ -85,6 +85,7 @@ def test_a_pool_that_preempts_changes_nothing(tiny: Path) -> None:
     with LLM(
         str(tiny), **SMALL, kv_cache_memory_bytes=20 * bytes_a_block, optimizations={"batching": "chunked", "prefix_cache": True}
     ) as llm:
+        llm.scheduler.forecast.asked = 1 << 40  # it expects every request to end at once: memory runs out
         tight = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         assert llm.stats()["preemptions"] > 0
         assert llm.resolved_config()["num_kv_blocks"] == 20

@@ -107,3 +107,29 @@ def test_nanovllm_counts_from_its_start_and_forgets_prefixes(model: Path) -> Non
     assert adapter.toggles()["batching"]["engaged"] > 0
     assert adapter.toggles()["overlap"] == {"level": False, "baseline": False, "engaged": 0, "opportunity": None}
     adapter.close()
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_the_wait_for_the_device_is_told_apart(monkeypatch: pytest.MonkeyPatch, on_gpu: bool) -> None:
+    """Two steps whose tokens arrive 30 ms late, as on a GPU; and steps without an event."""
+    import time
+    from types import SimpleNamespace
+
+    from experiments.engines.nanovllm import Adapter
+    from nanovllm.engine import llm_engine
+
+    arrived = SimpleNamespace(synchronize=lambda: time.sleep(0.03)) if on_gpu else None
+    runner = SimpleNamespace(collect=lambda handle: handle.tokens)
+
+    def generate(*_: object, **__: object) -> list[object]:
+        assert [runner.collect(SimpleNamespace(arrived=arrived, tokens=i)) for i in range(2)] == [0, 1]
+        return []
+
+    engine = SimpleNamespace(runner=runner, generate=generate, step_times=list,
+                             resolved_config=lambda: {"optimizations": {"attention_backend": "torch"}})  # fmt: skip
+    monkeypatch.setattr(llm_engine, "LLM", lambda **_: engine)
+    adapter = Adapter("model", {})
+    adapter.load()
+    for _ in range(2):  # each wave has its own
+        wait_s = adapter.serve([])["device_wait_s"]
+        assert 0.06 <= wait_s < 0.3 if on_gpu else wait_s is None

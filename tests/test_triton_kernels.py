@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -312,9 +313,17 @@ def test_every_launch_compiles_and_fits(capability: int) -> None:
                           check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = json.loads(done.stdout)
-    assert {"decode_kernel", "prefill_kernel", "_best_of_slice_kernel", "_qk_norm_rope_store_kv_kernel"} <= set(kernels)
-    too_large = {name: size for name, size in kernels.items() if size > SHARED_MEMORY_LIMIT[capability]}
+    assert set(kernels) == all_kernels(), "a kernel that every_launch does not reach, or one that is gone"
+    too_large = {name: built["shared"] for name, built in kernels.items() if built["shared"] > SHARED_MEMORY_LIMIT[capability]}
     assert not too_large, f"shared memory past the {SHARED_MEMORY_LIMIT[capability]} bytes of sm_{capability}"
+    dependent = {name for name, built in kernels.items() if built["dependent_launch"]}
+    assert dependent == (set(kernels) if capability >= 90 else set()), "griddepcontrol is an instruction of sm_90 and later"
+
+
+def all_kernels() -> set[str]:
+    """What kernels/triton/ launches, by its source."""
+    folder = Path(triton_norm.__file__).parent
+    return {name for file in folder.glob("*.py") for name in re.findall(r"^def (\w*kernel)\(", file.read_text(), re.MULTILINE)}
 
 
 def every_launch(dtype: torch.dtype) -> None:
@@ -342,7 +351,7 @@ def every_launch(dtype: torch.dtype) -> None:
                                             empty(257, dtype=torch.float32), empty(257, dtype=long), page)  # fmt: skip
     triton_decode_step.advance_rows(rows, rows, empty(257, dtype=long), rows)
     triton_decode_step.write_blocks(empty(257, 160, dtype=torch.int32), empty(tokens, 3, dtype=long))
-    for page in (256, 16):
+    for page in (256, 64, 16):
         attention = TritonAttention(kv_heads, page, head_dim**-0.5, dtype)
         batch = ForwardBatch(ints, ints, ints, empty(tokens, 4, dtype=torch.int32), empty(tokens, dtype=torch.int32), ints, 4,
                              [1] * 4 + [70] * 4, [1] * 4 + [70] * 4)
@@ -352,8 +361,9 @@ def every_launch(dtype: torch.dtype) -> None:
         attention.attend(q, kv, kv, cache, cache, batch)
 
 
-def compile_every_launch(capability: int) -> dict[str, int]:
-    """Shared memory of each kernel, in bytes (the most of its launches)."""
+def compile_every_launch(capability: int) -> dict[str, dict[str, Any]]:
+    """Of each kernel: `shared`, the most bytes of shared memory of its launches; `dependent_launch`, whether each waits for the
+    kernel before it."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.runtime.jit import JITFunction
@@ -368,7 +378,7 @@ def compile_every_launch(capability: int) -> dict[str, int]:
     sys.modules["nanovllm.kernels.triton.linear"]._has_room_for_tiles = lambda device: capability != 89  # type: ignore[attr-defined]
     for dtype in (torch.bfloat16, torch.float32):
         every_launch(dtype)
-    shared: dict[str, int] = {}
+    built: dict[str, dict[str, Any]] = {}
     for kernel, args, kwargs in launches:
         if capability >= 90:
             kwargs |= {"PDL": True, "launch_pdl": True}
@@ -380,8 +390,10 @@ def compile_every_launch(capability: int) -> dict[str, int]:
         aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")}
         source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, aligned)
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        shared[kernel.__name__] = max(shared.get(kernel.__name__, 0), compiled.metadata.shared)
-    return shared
+        before = built.setdefault(kernel.__name__, {"shared": 0, "dependent_launch": True})
+        before["shared"] = max(before["shared"], compiled.metadata.shared)
+        before["dependent_launch"] &= "griddepcontrol.wait" in compiled.asm["ptx"]
+    return built
 
 
 if __name__ == "__main__":

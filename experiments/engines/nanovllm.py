@@ -27,13 +27,35 @@ class Adapter:
 
         self._sampling_params = SamplingParams
         self._llm: Any = LLM(model=self._model, skip_tokenizer_init=True, **self._config)
-        return self._llm.resolved_config()  # type: ignore[no-any-return]
+        self._watch_the_wait()
+        resolved: dict[str, Any] = self._llm.resolved_config()
+        if resolved["optimizations"]["attention_backend"] == "flash_attn":
+            from nanovllm.kernels.flash_attn import find_library
+
+            resolved["attention_library"] = find_library().describe()  # two packages carry it, in two versions
+        return resolved
+
+    def _watch_the_wait(self) -> None:
+        """Adds up how long the host waits for the device: what is left of a step is the host's own time. CPU seconds cannot tell
+        them apart, because a host that waits for a GPU does so by spinning."""
+        self._wait_s: float | None = None  # unknown where no step has an event: on a CPU, and with tensor parallelism
+        runner = self._llm.runner
+        collect = runner.collect
+
+        def timed(handle: Any) -> Any:
+            if (arrived := getattr(handle, "arrived", None)) is not None:
+                begin = time.perf_counter()
+                arrived.synchronize()
+                self._wait_s = (self._wait_s or 0.0) + time.perf_counter() - begin
+            return collect(handle)
+
+        runner.collect = timed
 
     def serve(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
         names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
         prompts = [{"prompt_token_ids": request["prompt_token_ids"]} for request in requests]
         params = [self._sampling_params(**{name: request[name] for name in names}) for request in requests]
-        steps_before = len(self._llm.step_times())
+        steps_before, wait_before = len(self._llm.step_times()), self._wait_s
         begin = time.perf_counter()
         results = self._llm.generate(prompts, params, use_tqdm=False)
         end = time.perf_counter()
@@ -44,6 +66,7 @@ class Adapter:
             "finish_reasons": [r.outputs[0].finish_reason for r in results],
             "request_times_s": [[moment - begin for moment in request] for request in moments],
             "step_times_s": self._llm.step_times()[steps_before:],
+            "device_wait_s": None if self._wait_s is None else self._wait_s - (wait_before or 0.0),
         }
 
     def reset(self) -> None:

@@ -17,7 +17,6 @@ _NEEDS_CUDA: dict[tuple[str, Any], str] = {
     ("kernels", "triton"): "Triton kernels run on a GPU",
     ("cuda_graphs", True): "a CUDA graph is recorded on a GPU",
 }
-_NOT_BUILT = {("attention_backend", "flash_attn")}
 
 
 def resolve(requested: Optimizations, device: Device) -> Optimizations:
@@ -35,6 +34,4 @@ def resolve(requested: Optimizations, device: Device) -> Optimizations:
         if choice in _NEEDS_CUDA and device != "cuda":
             raise ValueError(f"{name}={level!r} cannot run on device {device!r}: {_NEEDS_CUDA[choice]}. "
                              f"Use {name}={LEVELS[name][0]!r}, or a machine with an NVIDIA GPU.")
-        if choice in _NOT_BUILT:
-            raise ValueError(f"{name}={level!r} is not part of this version of nanovllm; use {name}={LEVELS[name][0]!r}.")
     return Optimizations(**chosen)

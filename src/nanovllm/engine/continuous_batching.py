@@ -3,29 +3,66 @@
     continuous  admit whenever there is room; a step is all prefill (first) or all decode         (Orca, OSDI'22)
     chunked     admit whenever there is room; decodes first, prefill chunks fill the token budget (Sarathi-Serve, OSDI'24)
 
-Only the KV of known tokens is claimed at admission, so memory can run out. Then the youngest running request is preempted:
-it gives its row and blocks back, goes to the head of the waiting queue and computes its KV again later (vLLM's recomputation).
-The oldest is never the victim of a younger one, so it always advances and nobody starves.
+Only the KV of known tokens is claimed at admission, and admission.py foresees whether that can end well. Where it was wrong and
+memory runs out, the youngest running request is preempted: it gives its row and blocks back, goes to the head of the waiting queue
+and computes its KV again later (vLLM's recomputation), but for what the prefix cache still holds of it. The oldest is never the
+victim of a younger one, so it always advances and nobody starves.
 """
 
+from itertools import islice
+
+from nanovllm.config import ResolvedConfig
+from nanovllm.engine.admission import GATHERED, Forecast
+from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler, StepPlan
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import Sequence, TokenLogprobs
+from nanovllm.engine.stats import StepStats
 
 
 class ContinuousScheduler(Scheduler):
     """The interface of Scheduler; config.optimizations.batching says which of the two policies."""
 
+    def __init__(self, config: ResolvedConfig, blocks: BlockManager, stats: StepStats) -> None:
+        super().__init__(config, blocks, stats)
+        self.forecast = Forecast(blocks)
+        self.found_full = (0, 0)  # how many ran and waited when nobody could be admitted: while they are the same, nobody can
+
     def _admit(self, plan: StepPlan) -> None:
-        """Oldest first, as far as rows, blocks and the token budget of the next step go."""
-        planned = sum(seq.num_to_schedule for seq in self.prefilling.values())
-        refill = bool(self.prefilling or self.decoding)
+        """Oldest first, as far as rows, blocks, those that run already and the token budget of the next step go."""
+        running = [*self.prefilling.values(), *self.decoding.values()]
+        if not self.waiting or (len(running), len(self.waiting)) == self.found_full:
+            return
+        if running and not self._room_for_some(running):
+            self.found_full = (len(running), len(self.waiting))
+            return
+        planned, refill = sum(seq.num_to_schedule for seq in self.prefilling.values()), bool(running)
+        at_most, capacity = sum(map(self.forecast.longest, running)), self.blocks.num_blocks * self.blocks.block_size
         while self.waiting and self.free_rows and planned < self.config.max_num_batched_tokens:
             seq = next(iter(self.waiting.values()))
-            if seq.in_flight or not self._start(plan, seq, len(seq.token_ids)):
+            if seq.in_flight:
                 break  # a preempted request waits for its own token; a younger one must not overtake the oldest
+            at_most += self.forecast.longest(seq)
+            if running and at_most > capacity and not self.forecast.fits(running, [seq]):
+                break
+            if not self._start(plan, seq, len(seq.token_ids)):
+                break
+            running.append(seq)
             planned += seq.num_to_schedule
             self.stats.refills += refill
             self.stats.recomputed_tokens += seq.num_to_schedule if seq.num_output_tokens else 0
+
+    def _room_for_some(self, running: list[Sequence]) -> bool:
+        """Whether all that wait, or enough of them to be worth a step that is no replay, can join."""
+        enough = max(1, len(running) // GATHERED) if self.config.optimizations.cuda_graphs else 1
+        first = list(islice(self.waiting.values(), enough))
+        return len(first) <= len(self.free_rows) and self.forecast.fits(running, first)
+
+    def commit(self, plan: StepPlan, tokens: list[int], logprobs: list[TokenLogprobs] | None = None) -> list[Sequence]:
+        advanced = super().commit(plan, tokens, logprobs)
+        for seq in advanced:
+            if seq.finish_reason is not None:
+                self.forecast.finished(seq)
+        return advanced
 
     def _fill(self, plan: StepPlan, seqs: list[Sequence]) -> None:
         if self.policy == "chunked":

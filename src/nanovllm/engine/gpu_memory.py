@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import weakref
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +23,7 @@ def bytes_for_steps(runner: ModelRunner, spec: KVCacheSpec) -> int:
     Raises MemoryError, saying what to lower, where that step does not fit.
     """
     config = runner.config
+    forget_workspaces_with(runner.model)
     runner.kv_caches = spec.allocate(1, runner.device)
     try:
         reserved = _peak_bytes(runner, min(config.max_num_batched_tokens, config.max_num_seqs * config.max_model_len))
@@ -37,6 +39,12 @@ def bytes_for_steps(runner: ModelRunner, spec: KVCacheSpec) -> int:
     runner.stats.reset()
     torch.cuda.empty_cache()
     return reserved
+
+
+def forget_workspaces_with(model: Any) -> None:
+    """cuBLAS keeps a workspace for every stream it was used on, 32 MiB each on Hopper, until the process ends. Here they go to
+    PyTorch's pool as soon as the model goes, and `ModelRunner.close` then empties that."""
+    weakref.finalize(model, torch._C._cuda_clearCublasWorkspaces).atexit = False  # the driver may be gone by then
 
 
 def _peak_bytes(runner: ModelRunner, num_tokens: int) -> int:

@@ -120,6 +120,10 @@ class CachingBlockManager(BlockManager):
         self.stats.prefix_hit_tokens += seq.num_scheduled
         return True
 
+    def shared_tokens(self, token_ids: SequenceOf[int]) -> int:
+        """Of the longest cached prefix, those in blocks that somebody owns: sharing them takes no room."""
+        return sum(self.ref_counts[hit.block] > 0 for hit in self.cache.match(token_ids)) * self.block_size
+
     def share(self, blocks: Iterable[int]) -> None:
         """One more owner for blocks that were found."""
         for block in blocks:

@@ -9,7 +9,7 @@ from typing import Any
 from nanovllm.config import Optimizations
 
 _KERNELS = {"torch": "nanovllm.kernels.torch", "compile": "nanovllm.kernels.compiled", "triton": "nanovllm.kernels.triton"}
-_ATTENTION = {"torch": "TorchAttention", "triton": "TritonAttention", "flash_attn": "FlashAttention"}
+_ATTENTION = {"torch": "attention.TorchAttention", "triton": "attention.TritonAttention", "flash_attn": "FlashAttention"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ def load_kernels(optimizations: Optimizations, calls: Counter[str]) -> Kernels:
 
 def load_attention(optimizations: Optimizations, calls: Counter[str], **geometry: Any) -> AttentionBackend:
     """The implementation of `optimizations.attention_backend`; each call of attend adds one to calls[level]."""
-    level = optimizations.attention_backend
-    backend = getattr(_load(f"nanovllm.kernels.{level}.attention", f"attention_backend={level!r}"), _ATTENTION[level])(**geometry)
+    module, _, name = f"nanovllm.kernels.{(level := optimizations.attention_backend)}.{_ATTENTION[level]}".rpartition(".")
+    backend = getattr(_load(module, f"attention_backend={level!r}"), name)(**geometry)
     return AttentionBackend(backend.prepare, counted(backend.attend, level, calls))
 
 
