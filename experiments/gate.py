@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from experiments.chance import binomial_limit, normal_limit, quantile, quantiles, self_normalized_excess
-from experiments.rescoring import DTYPE, REFERENCE_DTYPE, Scores
+from experiments.rescoring import DTYPE, REFERENCE_DTYPE
+from experiments.scoring import Scores
 
 
 @dataclass(frozen=True)

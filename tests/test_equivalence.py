@@ -29,8 +29,9 @@ from experiments.gate import GateParams, GateResult, compare_logprobs, judge
 from experiments.margins import Rows, kept, margins, truncate
 from experiments.negative_controls import change_norm_epsilon, scale_rope_theta, swap_kv_slots, tamper
 from experiments.reference import check_decomposition
-from experiments.rescoring import DTYPE, Request, Rescorer, Scores, batches_of_similar_length
+from experiments.rescoring import DTYPE, Request, Rescorer, batches_of_similar_length
 from experiments.same_work import same_work
+from experiments.scoring import Scores
 
 DTYPES = ["float32", "bfloat16"]
 PARAMS = GateParams()
