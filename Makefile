@@ -1,7 +1,7 @@
 # The commands people type. `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow lint format bench ablate report ui clean
+.PHONY: help setup test test-slow lint format bench ablate check report ui clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -31,6 +31,9 @@ $(READY): pyproject.toml constraints.txt
 
 ablate: $(READY)  ## what does each optimization buy on this machine: table, report, MLflow (resumes where it was stopped)
 	@$(BIN)/python -m experiments ablate $(OPTIONS)
+
+check: $(READY)  ## is the output right: all pairs of switches, HF and vLLM through the gate; broken engines must fail (VLLM_PYTHON=interpreter)
+	@$(BIN)/python -m experiments check $(if $(PROFILE),--profile $(PROFILE)) $(if $(MODEL),--model $(MODEL)) $(if $(VLLM_PYTHON),--python vllm=$(VLLM_PYTHON))
 
 test: $(READY)  ## the test suite, under ten minutes on two cores
 	@$(BIN)/python -m pytest -m "not slow and not bench"

@@ -133,8 +133,6 @@ def _noisy(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> Sco
     limit = total - REACH
     hf_limit = limit + (hf_scaled - scaled).amax(-1)
     complete = (best_scores[:, -1] > limit) & (hf_best_scores[:, 0] > hf_limit)
-    if not bool(complete.all()):
-        return _mixed(complete, logits, hf_logits, rows, tokens)
     best, hf_best = candidates.gather(1, at), candidates.gather(1, hf_at)
     agrees = best[:, 0] == tokens
     margin = torch.zeros_like(total)
@@ -144,16 +142,12 @@ def _noisy(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> Sco
         )
         margin[others] = (best_scores[others, 0] - own[:, 0]) * rows.divisor[others]
     error = _error(best_scores, hf_scores.gather(1, at), rows)
-    return _scores(logits, hf_logits, rows, tokens, agrees, margin, error, best, best_scores, hf_best, hf_best_scores, best)
-
-
-def _mixed(complete: Tensor, logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> Scores:
-    """Rows whose candidates were too few look at the whole vocabulary."""
-    good, bad = complete.nonzero().flatten(), (~complete).nonzero().flatten()
-    parts = [
-        score(logits[i], hf_logits[i], rows[i], tokens[i]) for i, score in ((good, _noisy), (bad, _whole_vocabulary)) if len(i)
-    ]
-    return Scores.cat(parts)[torch.cat([good, bad]).argsort().cpu()]
+    result = _scores(logits, hf_logits, rows, tokens, agrees, margin, error, best, best_scores, hf_best, hf_best_scores, best)
+    if len(rest := (~complete).nonzero().flatten()):
+        whole = _whole_vocabulary(logits[rest], hf_logits[rest], rows[rest], tokens[rest])
+        result = Scores.cat([result[complete.nonzero().flatten().cpu()], whole])
+        result = result[torch.cat([complete.nonzero().flatten(), rest]).argsort().cpu()]
+    return result
 
 
 def _whole_vocabulary(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> Scores:
@@ -266,13 +260,12 @@ def _scores(
     own = tokens[:, None]
     hf_logits = hf_logits.float()
     log_p, entropy, variance, root_sum, drift = terms or (torch.zeros_like(error),) * 5
-    columns = dict(
-        tokens=tokens, agrees=agrees, margin=margin.double(), error=error.double(), hf_agrees=hf_best[:, 0] == best[:, 0],
-        scale=logits.gather(1, candidates).abs().amax(-1).double(), best=best, best_scores=best_scores.double(),
-        hf_best=hf_best, hf_best_scores=hf_best_scores.double(),
-        logprob=(logits.gather(1, own)[:, 0] - logits.logsumexp(-1)).double(),
-        hf_logprob=(hf_logits.gather(1, own)[:, 0] - hf_logits.logsumexp(-1)).double(),
-        foreign=rows.foreign & ~rows.greedy, log_p=log_p.double(), entropy=entropy.double(), variance=variance.double(),
-        root_sum=root_sum.double(), drift=drift.double(),
-    )  # fmt: skip
+    in_double = {"margin": margin, "error": error, "best_scores": best_scores, "hf_best_scores": hf_best_scores,
+                 "scale": logits.gather(1, candidates).abs().amax(-1),
+                 "logprob": logits.gather(1, own)[:, 0] - logits.logsumexp(-1),
+                 "hf_logprob": hf_logits.gather(1, own)[:, 0] - hf_logits.logsumexp(-1),
+                 "log_p": log_p, "entropy": entropy, "variance": variance, "root_sum": root_sum, "drift": drift}  # fmt: skip
+    as_it_is = {"tokens": tokens, "agrees": agrees, "hf_agrees": hf_best[:, 0] == best[:, 0], "best": best, "hf_best": hf_best,
+                "foreign": rows.foreign & ~rows.greedy}  # fmt: skip
+    columns = {name: column.double() for name, column in in_double.items()} | as_it_is
     return Scores(**{name: column.cpu() for name, column in columns.items()})

@@ -30,9 +30,7 @@ class Adapter:
         return self._llm.resolved_config()  # type: ignore[no-any-return]
 
     def serve(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
-        names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
-        prompts = [{"prompt_token_ids": request["prompt_token_ids"]} for request in requests]
-        params = [self._sampling_params(**{name: request[name] for name in names}) for request in requests]
+        prompts, params = self._inputs(requests)
         steps_before = len(self._llm.step_times())
         begin = time.perf_counter()
         results = self._llm.generate(prompts, params, use_tqdm=False)
@@ -45,6 +43,20 @@ class Adapter:
             "request_times_s": [[moment - begin for moment in request] for request in moments],
             "step_times_s": self._llm.step_times()[steps_before:],
         }
+
+    def logprobs(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
+        """Serves requests with log-probabilities asked for, which changes the work: never timed. See WithLogprobs."""
+        prompts, params = self._inputs(requests, logprobs=0)
+        completions = [result.outputs[0] for result in self._llm.generate(prompts, params, use_tqdm=False)]
+        return {
+            "outputs": [list(c.token_ids) for c in completions],
+            "logprobs": [[at[token].logprob for token, at in zip(c.token_ids, c.logprobs, strict=True)] for c in completions],
+        }
+
+    def _inputs(self, requests: list[dict[str, Any]], **more: Any) -> tuple[list[dict[str, Any]], list[Any]]:
+        names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
+        prompts = [{"prompt_token_ids": request["prompt_token_ids"]} for request in requests]
+        return prompts, [self._sampling_params(**{name: request[name] for name in names}, **more) for request in requests]
 
     def reset(self) -> None:
         self._llm.reset_prefix_cache()
