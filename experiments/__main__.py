@@ -88,7 +88,7 @@ def compare(
 @app.command()
 def check(
     profile: ProfileOption = None, model: ModelOption = None, out: OutOption = None, python: PythonOption = None,
-    drawn: Annotated[int, typer.Option("--workloads", min=4, help="how many workloads Hypothesis draws")] = 200,
+    drawn: Annotated[int, typer.Option("--workloads", min=4, help="how many workloads Hypothesis draws")] = 120,
 ) -> None:  # fmt: skip
     """Is the output right? All pairs of switches, HF and vLLM through the gate, and engines broken on purpose, which must fail.
 

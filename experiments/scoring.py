@@ -3,13 +3,12 @@
 The gate has to cost little more than the two forward passes it rests on, and with random numbers for the whole vocabulary, or
 a sort of it, at each position it would not. So each kind of row does no more than its answer needs:
 
-- greedy, and foreign without top-k and top-p: the five best logits;
 - sampled by our generator: the noise of token i cannot exceed -log(u_i), its bits as a number in (0, 1), so only tokens with
-  u_i < p_i e^c can reach a score of logsumexp(scores) - c: some thirty of them, and the best score is below that once in 10^14
-  rows. Exact noise is computed of those alone; where a row turns out otherwise, of the whole vocabulary;
-- truncated by top-k or top-p: the most likely tokens, as many as hold all that is kept, and noise for those.
+  u_i < p_i e^c can reach a score of logsumexp(scores) - c: some fifty of them, and the best score is hardly ever below that.
+  Exact noise is computed of those alone; where a row turns out otherwise, of the whole vocabulary;
+- truncated by top-k or top-p: a sort of values without their places gives the threshold.
 
-tests/test_equivalence.py compares the last two with the plain computation.
+tests/test_equivalence.py compares both with the plain computation.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,10 +25,9 @@ from experiments.margins import Rows, smallest_explaining_noise
 from experiments.noise import gumbel, noise_of, uniform_bits
 
 CANDIDATES = 5
-REACH = 3.5
-"""c above: how far below logsumexp(scores) a score still counts. e^c tokens, on average, come that far."""
-FIRST_GUESS = 128
-"""So many of the most likely tokens are looked at first where top-k or top-p is in force."""
+REACH = 5.0
+"""c above: how far below logsumexp(scores) a score still counts. At most e^c tokens, on average, come that far."""
+_ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,8 @@ def score_rows(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) ->
 
     Raises FloatingPointError for logits that are not finite.
     """
-    noisy = ~rows.greedy & ~rows.truncated & ~rows.foreign
-    kinds = [(noisy, _noisy), (rows.truncated, _truncated), (~noisy & ~rows.truncated, _plain)]
+    noisy = ~rows.greedy & ~rows.foreign
+    kinds = [(noisy & ~rows.truncated, _noisy), (noisy & rows.truncated, _noisy), (~noisy, _noiseless)]
     if only := next((score for mask, score in kinds if bool(mask.all())), None):
         scores = only(logits, hf_logits, rows, tokens)
     else:
@@ -97,100 +96,109 @@ def score_rows(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) ->
     return scores
 
 
-def _plain(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> Scores:
+def _noiseless(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> Scores:
+    """Greedy rows, and those of another generator: there `agrees` says that the token is kept at all."""
     scaled, hf_scaled = over_temperature(logits, hf_logits, rows)
-    best_scores, best = scaled.topk(min(CANDIDATES, logits.shape[1]))
-    hf_best_scores, hf_best = hf_scaled.topk(best.shape[1])
     foreign = rows.foreign & ~rows.greedy
-    agrees = (best[:, 0] == tokens) | foreign  # without top-k and top-p any token may be sampled
+    keep, hf_keep = kept(scaled, rows), kept(hf_scaled, rows)
+    best, best_scores, candidates, candidate_scores = _five_best(scaled, keep)
+    hf_best, hf_best_scores, _, _ = _five_best(hf_scaled, hf_keep)
     own = scaled.gather(1, tokens[:, None])[:, 0]
-    margin = torch.where(agrees, 0.0, (best_scores[:, 0] - own) * rows.divisor)
-    error = _error(best_scores, hf_scaled.gather(1, best), rows)
-    everything = torch.ones_like(foreign)[:, None]
-    terms = _distribution(scaled, hf_scaled, everything, own, foreign) if bool(foreign.any()) else None
-    return _scores(logits, hf_logits, rows, tokens, agrees, margin, error, best, best_scores, hf_best, hf_best_scores, best, terms)
+    possible = foreign if keep is None else foreign & keep.gather(1, tokens[:, None])[:, 0]
+    agrees = possible | (~foreign & (best[:, 0] == tokens))
+    margin = _margins(agrees, scaled, rows, tokens, best_scores[:, 0] - own)
+    error = _error(candidate_scores, hf_scaled.gather(1, candidates), rows)
+    terms = None
+    if bool(foreign.any()):
+        everything = torch.ones_like(foreign)[:, None]
+        terms = _distribution(
+            scaled, hf_scaled, everything if keep is None else keep, torch.where(possible, own, torch.nan), foreign
+        )
+    return _scores(
+        logits, hf_logits, rows, tokens, agrees, margin, error, best, best_scores, hf_best, hf_best_scores, candidates, terms
+    )
 
 
 def _noisy(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> Scores:
+    """Rows sampled by our generator: exact noise for those tokens alone that can win."""
     scaled, hf_scaled = over_temperature(logits, hf_logits, rows)
     n, vocab_size = logits.shape
-    total = scaled.logsumexp(-1)
+    keep, hf_keep = kept(scaled, rows), kept(hf_scaled, rows)
     bits = uniform_bits(rows.seed, rows.position, vocab_size)
-    # Of rounding, in the noise and here, the last factor takes more than care.
-    reachable = bits < (scaled - total[:, None]).float().exp_().mul_(math.exp(REACH) * 2.0**32 * (1 + 1e-4))
+    p = scaled.float().softmax(-1)
+    total = (scaled.amax(-1) - p.amax(-1).log()) + _ROUNDING  # logsumexp(scaled), at most a little more
+    # Of rounding, in the noise and in float32 here, the last factor takes more than care.
+    reachable = bits < p.mul_(math.exp(REACH + 2 * _ROUNDING) * 2.0**32)
     row, token = reachable.nonzero().unbind(-1)
-    counts = reachable.sum(-1)
+    counts = row.bincount(minlength=n)
     width = max(CANDIDATES, int(counts.max()))
     column = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-    candidates = torch.zeros(n, width, dtype=torch.int64, device=row.device)
-    candidates[row, column] = token
+    ids = torch.zeros(n, width, dtype=torch.int64, device=row.device)
+    ids[row, column] = token
     noise = torch.full((n, width), -torch.inf, device=row.device)
     noise[row, column] = gumbel(bits[row, token])
-    scores, hf_scores = (table.gather(1, candidates) + noise for table in (scaled, hf_scaled))
-    best_scores, at = scores.topk(min(CANDIDATES, vocab_size))
-    hf_best_scores, hf_at = hf_scores.topk(at.shape[1])
-    # Whatever is not a candidate scores less than this, in the reference and in HF.
+
+    scores, hf_scores = (table.gather(1, ids) + noise for table in (scaled, hf_scaled))
+    here, hf_here = (mask if mask is None else mask.gather(1, ids) for mask in (keep, hf_keep))
+    at, best_scores, candidates_at, candidate_scores = _five_best(scores, here)
+    hf_at, hf_best_scores, _, _ = _five_best(hf_scores, hf_here)
+    error = _error(candidate_scores, hf_scores.gather(1, candidates_at), rows)
+    best, hf_best, candidates = (ids.gather(1, i) for i in (at, hf_at, candidates_at))
+    # Whatever is not among the candidates scores less than this, in the reference and in HF.
     limit = total - REACH
     hf_limit = limit + (hf_scaled - scaled).amax(-1)
-    complete = (best_scores[:, -1] > limit) & (hf_best_scores[:, 0] > hf_limit)
-    best, hf_best = candidates.gather(1, at), candidates.gather(1, hf_at)
-    agrees = best[:, 0] == tokens
-    margin = torch.zeros_like(total)
+    complete = (candidate_scores[:, -1] > limit) & (best_scores[:, 0] > limit) & (hf_best_scores[:, 0] > hf_limit)
+    good, rest = complete.nonzero().flatten(), (~complete).nonzero().flatten()
+
+    agrees = (best[:, 0] == tokens) | ~complete  # the others are judged below
+    distance = torch.zeros_like(total)
     if len(others := (~agrees).nonzero().flatten()):
-        own = scaled[others].gather(1, tokens[others, None]) + noise_of(
-            rows.seed[others], rows.position[others], tokens[others, None]
-        )
-        margin[others] = (best_scores[others, 0] - own[:, 0]) * rows.divisor[others]
-    error = _error(best_scores, hf_scores.gather(1, at), rows)
-    result = _scores(logits, hf_logits, rows, tokens, agrees, margin, error, best, best_scores, hf_best, hf_best_scores, best)
-    if len(rest := (~complete).nonzero().flatten()):
+        own = tokens[others, None]
+        own_score = scaled[others].gather(1, own) + noise_of(rows.seed[others], rows.position[others], own)
+        distance[others] = best_scores[others, 0] - own_score[:, 0]
+    margin = _margins(agrees, scaled, rows, tokens, distance)
+    result = _scores(
+        logits, hf_logits, rows, tokens, agrees, margin, error, best, best_scores, hf_best, hf_best_scores, candidates
+    )
+    if len(rest):
         whole = _whole_vocabulary(logits[rest], hf_logits[rest], rows[rest], tokens[rest])
-        result = Scores.cat([result[complete.nonzero().flatten().cpu()], whole])
-        result = result[torch.cat([complete.nonzero().flatten(), rest]).argsort().cpu()]
+        result = Scores.cat([result[good.cpu()], whole])[torch.cat([good, rest]).argsort().cpu()]
     return result
 
 
 def _whole_vocabulary(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> Scores:
-    """`_noisy` without short cuts, and the oracle of its test."""
-    noise = rows.noise(logits.shape[1])
-    scores, hf_scores = (table + noise for table in over_temperature(logits, hf_logits, rows))
-    best_scores, best = scores.topk(min(CANDIDATES, logits.shape[1]))
-    hf_best_scores, hf_best = hf_scores.topk(best.shape[1])
-    agrees = best[:, 0] == tokens
-    margin = torch.where(agrees, 0.0, (best_scores[:, 0] - scores.gather(1, tokens[:, None])[:, 0]) * rows.divisor)
-    error = _error(best_scores, hf_scores.gather(1, best), rows)
-    return _scores(logits, hf_logits, rows, tokens, agrees, margin, error, best, best_scores, hf_best, hf_best_scores, best)
-
-
-def _truncated(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> Scores:
+    """`_noisy` without short cuts: for the rows where those do not reach, and the oracle of its test."""
     scaled, hf_scaled = over_temperature(logits, hf_logits, rows)
-    likely, ids, keep = most_likely(scaled, rows)
-    hf_likely, hf_ids, hf_keep = most_likely(hf_scaled, rows)
-    ours = (~rows.foreign)[:, None]
-    noise = torch.where(ours, noise_of(rows.seed, rows.position, ids), 0.0)
-    scores, hf_scores = likely + noise, hf_likely + torch.where(ours, noise_of(rows.seed, rows.position, hf_ids), 0.0)
-    number = min(CANDIDATES, logits.shape[1])
-    best_scores, at = scores.masked_fill(~keep, -torch.inf).topk(number)
-    hf_best_scores, hf_at = hf_scores.masked_fill(~hf_keep, -torch.inf).topk(number)
-    best, hf_best = ids.gather(1, at), hf_ids.gather(1, hf_at)
-    # HF's error is taken over what could have won without top-k and top-p: what they leave may be a single token.
-    candidate_scores, candidates = scores.topk(number)
-    hf_candidates = hf_scaled.gather(1, ids.gather(1, candidates)) + noise.gather(1, candidates)
-    error = _error(candidate_scores, hf_candidates, rows)
-    is_own = (ids == tokens[:, None]) & keep
-    agrees = torch.where(rows.foreign, is_own.any(-1), best[:, 0] == tokens)
-    margin = torch.zeros_like(error)
-    others = (~agrees).nonzero().flatten()
-    for part in others.split(max(1, 2**24 // logits.shape[1])) if len(others) else ():  # a few tables at a time
-        margin[part] = (smallest_explaining_noise(scaled[part], rows[part], tokens[part]) * rows.divisor[part]).to(margin.dtype)
-    terms = None
-    if bool(rows.foreign.any()):
-        own = torch.where(is_own.any(-1), scaled.gather(1, tokens[:, None])[:, 0], torch.nan)
-        terms = _distribution(likely, hf_scaled.gather(1, ids), keep, own, rows.foreign)
+    noise = rows.noise(logits.shape[1])
+    scores, hf_scores = scaled + noise, hf_scaled + noise
+    best, best_scores, candidates, candidate_scores = _five_best(scores, kept(scaled, rows))
+    hf_best, hf_best_scores, _, _ = _five_best(hf_scores, kept(hf_scaled, rows))
+    agrees = best[:, 0] == tokens
+    margin = _margins(agrees, scaled, rows, tokens, best_scores[:, 0] - scores.gather(1, tokens[:, None])[:, 0])
+    error = _error(candidate_scores, hf_scores.gather(1, candidates), rows)
     return _scores(
-        logits, hf_logits, rows, tokens, agrees, margin, error, best, best_scores, hf_best, hf_best_scores,
-        ids.gather(1, candidates), terms,
-    )  # fmt: skip
+        logits, hf_logits, rows, tokens, agrees, margin, error, best, best_scores, hf_best, hf_best_scores, candidates
+    )
+
+
+def _five_best(scores: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(where, score) of the five best that are kept, and of the five best of all: what HF's error is taken over, as what top-k
+    and top-p keep may be a single token. All [n, 5]."""
+    number = min(CANDIDATES, scores.shape[1])
+    all_scores, candidates = scores.topk(number)
+    if keep is None:
+        return candidates, all_scores, candidates, all_scores
+    best_scores, best = scores.masked_fill(~keep, -torch.inf).topk(number)
+    return best, best_scores, candidates, all_scores
+
+
+def _margins(agrees: Tensor, scaled: Tensor, rows: Rows, tokens: Tensor, distance: Tensor) -> Tensor:
+    """Margins [n] in logits; distance [n]: of the token's score from the best, which is the margin where nothing truncates."""
+    margin = torch.where(agrees, 0.0, distance).double()
+    search = (~agrees & rows.truncated).nonzero().flatten()
+    for part in search.split(max(1, 2**24 // scaled.shape[1])) if len(search) else ():  # a few tables at a time
+        margin[part] = smallest_explaining_noise(scaled[part], rows[part], tokens[part]).double()
+    return margin * rows.divisor
 
 
 def over_temperature(logits: Tensor, hf_logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -201,27 +209,26 @@ def over_temperature(logits: Tensor, hf_logits: Tensor, rows: Rows) -> tuple[Ten
     return logits / divisor.to(logits.dtype), hf_logits.float() / divisor.float()
 
 
-def most_likely(scaled: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """(logits over temperature, token ids, bool: kept by top-k and then top-p), all [n, m], the most likely token first.
+def kept(scaled: Tensor, rows: Rows) -> Tensor | None:
+    """Which tokens top-k, then top-p on what is left, keep: bool [n, V] from logits over temperature [n, V]; None: all of them.
 
-    m is large enough to hold all that is kept of every row.
+    Tokens as likely as the last one that is kept are kept as well.
     """
-    vocab_size = scaled.shape[1]
-    k, p = rows.limits(vocab_size)
-    limited = torch.where(k < vocab_size, k, 0)
-    m = min(vocab_size, max(FIRST_GUESS, int(limited.max())))
-    whole = scaled.logsumexp(-1, keepdim=True)
-    while True:
-        values, ids = scaled.topk(m)
-        within_k = torch.arange(m, device=scaled.device) < k
-        of_k = values.masked_fill(~within_k, -torch.inf)
-        mass = (of_k - torch.where(k <= m, of_k.logsumexp(-1, keepdim=True), whole)).exp()
-        before = mass.cumsum(-1) - mass
-        keep = within_k & (before < p)
-        keep[:, 0] = True
-        if m == vocab_size or bool(((k <= m) | ~keep[:, -1:]).all()):
-            return values, ids, keep
-        m = min(vocab_size, 4 * m)
+    if not bool(rows.truncated.any()):
+        return None
+    k, p = rows.limits(scaled.shape[1])
+    ordered = descending(scaled)
+    within_k = torch.arange(scaled.shape[1], device=scaled.device) < k
+    mass = ordered.masked_fill(~within_k, -torch.inf).softmax(-1)
+    count = (within_k & (mass.cumsum(-1) - mass < p)).sum(-1, keepdim=True).clamp_(min=1)
+    return scaled >= ordered.gather(1, count - 1)
+
+
+def descending(values: Tensor) -> Tensor:
+    """Sorted values [n, V], without their places: on a CPU NumPy does that ten times as fast as torch sorts."""
+    if values.device.type != "cpu":
+        return values.sort(dim=-1, descending=True).values
+    return torch.from_numpy(np.sort((-values).numpy(), axis=-1)).neg_()
 
 
 def _error(scores: Tensor, hf_scores: Tensor, rows: Rows) -> Tensor:
@@ -262,8 +269,8 @@ def _scores(
     log_p, entropy, variance, root_sum, drift = terms or (torch.zeros_like(error),) * 5
     in_double = {"margin": margin, "error": error, "best_scores": best_scores, "hf_best_scores": hf_best_scores,
                  "scale": logits.gather(1, candidates).abs().amax(-1),
-                 "logprob": logits.gather(1, own)[:, 0] - logits.logsumexp(-1),
-                 "hf_logprob": hf_logits.gather(1, own)[:, 0] - hf_logits.logsumexp(-1),
+                 "logprob": logits.log_softmax(-1).gather(1, own)[:, 0],
+                 "hf_logprob": hf_logits.log_softmax(-1).gather(1, own)[:, 0],
                  "log_p": log_p, "entropy": entropy, "variance": variance, "root_sum": root_sum, "drift": drift}  # fmt: skip
     as_it_is = {"tokens": tokens, "agrees": agrees, "hf_agrees": hf_best[:, 0] == best[:, 0], "best": best, "hf_best": hf_best,
                 "foreign": rows.foreign & ~rows.greedy}  # fmt: skip

@@ -22,17 +22,17 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from experiments import records, scoring, workloads
+from experiments import margins, records, scoring, workloads
 from experiments.chance import binomial_limit, normal_limit
 from experiments.equivalence import main
 from experiments.gate import GateParams, GateResult, compare_logprobs, judge
-from experiments.margins import Rows
+from experiments.margins import Rows, smallest_explaining_noise
 from experiments.negative_controls import change_norm_epsilon, scale_rope_theta, swap_kv_slots, tamper
 from experiments.noise import gumbel, noise_of, uniform_bits
 from experiments.reference import check_decomposition
 from experiments.rescoring import DTYPE, Request, Rescorer, batches_of_similar_length
 from experiments.same_work import same_work
-from experiments.scoring import Scores, most_likely, score_rows
+from experiments.scoring import Scores, score_rows
 from nanovllm.kernels.torch.sampling import gumbel_noise
 from nanovllm.models.checkpoint import checkpoint_digest, ensure_checkpoint
 
@@ -371,30 +371,56 @@ def random_rows(n: int, vocab_size: int, *parameters: dict[str, float]) -> tuple
     return logits, hf_logits, rows, tokens
 
 
-@pytest.mark.parametrize("reach", [scoring.REACH, -0.5])
-def test_a_few_candidates_tell_what_the_whole_vocabulary_tells(reach: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reach", [scoring.REACH, 2.0])
+@pytest.mark.parametrize("parameters", [({},), ({"top_k": 5}, {"top_p": 0.7}, {"top_k": 1})])
+def test_a_few_candidates_tell_what_the_whole_vocabulary_tells(
+    reach: float, parameters: tuple[dict[str, float], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a reach so short that most rows have too few candidates, the rest of the vocabulary is looked at."""
     monkeypatch.setattr(scoring, "REACH", reach)
-    arguments = random_rows(300, 500, {})
+    arguments = random_rows(300, 500, *parameters)
     ours, plain = scoring._noisy(*arguments), scoring._whole_vocabulary(*arguments)
-    for name in ("agrees", "best", "margin", "error", "hf_agrees", "scale", "logprob", "hf_logprob", "best_scores"):
+    for name in ("agrees", "margin", "error", "hf_agrees", "scale", "logprob", "hf_logprob"):
         torch.testing.assert_close(getattr(ours, name), getattr(plain, name), rtol=0, atol=1e-12)
     assert torch.equal(ours.hf_best[:, 0], plain.hf_best[:, 0])
+    seen = 5 if parameters == ({},) else 1  # of those that top-k and top-p keep, the others are shown where they are candidates
+    assert torch.equal(ours.best[:, :seen], plain.best[:, :seen])
+    torch.testing.assert_close(ours.best_scores[:, :seen], plain.best_scores[:, :seen], rtol=0, atol=1e-12)
     assert 0.2 < float((~ours.agrees).double().mean()) < 0.4
 
 
-def test_the_most_likely_tokens_tell_what_the_whole_vocabulary_tells(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "FIRST_GUESS", 8)
-    logits, hf_logits, rows, tokens = random_rows(
-        300, 500, {"top_k": 5}, {"top_p": 0.5}, {"top_p": 0.99, "temperature": 2.0}, {"top_k": 50, "top_p": 0.8}, {"top_k": 1}
-    )
+@pytest.mark.parametrize("foreign", [False, True])
+def test_what_is_kept_is_what_a_sort_of_tokens_keeps(foreign: bool) -> None:
+    parameters = ({"top_k": 5}, {"top_p": 0.5}, {"top_p": 0.99, "temperature": 2.0}, {"top_k": 50, "top_p": 0.8}, {"top_k": 1}, {})
+    logits, hf_logits, rows, tokens = random_rows(300, 500, *parameters)
     scaled = logits / rows.divisor[:, None]
-    _, ids, keep = most_likely(scaled, rows)
-    assert torch.equal(torch.zeros(300, 500, dtype=torch.bool).scatter_(1, ids, keep), kept(scaled, rows))
+    keep = scoring.kept(scaled, rows)
+    assert keep is not None
+    assert torch.equal(keep, kept(scaled, rows))
+    rows = dataclasses.replace(rows, foreign=torch.full((300,), foreign))
     scores = score_rows(logits, hf_logits, rows, tokens)
     expected = (truncate(scaled, scaled, rows) + rows.noise(500)).argmax(-1)
     assert torch.equal(scores.best[:, 0], expected)
-    assert torch.equal(scores.agrees, expected == tokens)
+    own = keep.gather(1, tokens[:, None])[:, 0]
+    assert torch.equal(scores.agrees, own if foreign else expected == tokens)
+    if foreign:
+        logs = scaled.masked_fill(~keep, -torch.inf).log_softmax(-1)
+        p, logs_or_0 = logs.exp(), logs.masked_fill(~keep, 0.0)
+        torch.testing.assert_close(scores.entropy, -(p * logs_or_0).sum(-1), rtol=0, atol=1e-12)
+        torch.testing.assert_close(scores.log_p[own], logs.gather(1, tokens[:, None])[own, 0], rtol=0, atol=1e-12)
+        mean = -scores.entropy
+        torch.testing.assert_close(scores.variance, (p * (logs_or_0 - mean[:, None]) ** 2).sum(-1), rtol=0, atol=1e-9)
+
+
+def test_the_search_for_a_margin_needs_the_most_likely_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, _, rows, tokens = random_rows(300, 500, {"top_k": 5}, {"top_p": 0.5}, {"top_k": 50, "top_p": 0.8})
+    scaled = logits / rows.divisor[:, None]
+    whole = smallest_explaining_noise(scaled, rows, tokens)
+    monkeypatch.setattr(margins, "_WIDTH", 60)
+    narrow, exact = margins._explaining_noise(scaled, rows, tokens, 60)
+    assert 0.3 < float(exact.double().mean()) < 1
+    torch.testing.assert_close(smallest_explaining_noise(scaled, rows, tokens), whole, rtol=0, atol=1e-8)
+    torch.testing.assert_close(narrow[exact], whole[exact], rtol=0, atol=1e-8)
 
 
 def test_rows_of_every_kind_may_be_mixed() -> None:

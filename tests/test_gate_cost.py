@@ -38,7 +38,7 @@ def cpu_s(work: Callable[[], Any]) -> float:
 
 def tokens_of_hf(rescorer: Rescorer, requests: list[Any]) -> list[list[int]]:
     """A token a position as HF in the engine's dtype would sample it after random tokens: what a correct engine differs by."""
-    from experiments.scoring import most_likely, over_temperature
+    from experiments.scoring import kept, over_temperature
 
     generator = torch.Generator().manual_seed(0)
     outputs = []
@@ -48,9 +48,9 @@ def tokens_of_hf(rescorer: Rescorer, requests: list[Any]) -> list[list[int]]:
         logits = rescorer.hf(input_ids=ids, use_cache=False).logits[0, -len(tail) :]
         rows: Rows = rows_of([request], [tail], False, "cpu")
         scaled = over_temperature(logits, logits, rows)[1]
-        _, kept_ids, keep = most_likely(scaled, rows)
-        kept = torch.zeros_like(scaled, dtype=torch.bool).scatter_(1, kept_ids, keep)
-        outputs.append((scaled.masked_fill(~kept, -torch.inf) + rows.noise(2048)).argmax(-1).tolist())
+        keep = kept(scaled, rows)
+        scaled = scaled if keep is None else scaled.masked_fill(~keep, -torch.inf)
+        outputs.append((scaled + rows.noise(2048)).argmax(-1).tolist())
     return outputs
 
 
@@ -95,4 +95,4 @@ def test_the_gate_costs_at_most_a_fifth_more_than_its_forwards(
     with capsys.disabled():
         generator = "foreign" if foreign else "our generator"
         print(f"\n{dtype}, {sampling}, {generator}: {ratio:.2f} times two forwards ({min(ratios):.2f} to {max(ratios):.2f})")
-    assert ratio <= LIMIT
+    assert ratio <= LIMIT, f"{ratio:.2f} times two forwards; the gate may cost {LIMIT} times"
