@@ -1,7 +1,7 @@
 # The commands people type. `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow lint format bench ablate compare-vllm compare-hf report ui clean
+.PHONY: help setup test test-slow lint format bench ablate check compare-vllm compare-hf report ui clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -50,6 +50,9 @@ $(VLLM_READY): requirements/vllm-$(VLLM_BUILD).txt
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' $<)
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(filter cpu,$(VLLM_BUILD)),--no-deps) -r $<
 	@touch $@
+
+check: $(READY)  ## is the output right: all pairs of switches, HF and vLLM through the gate; broken engines must fail (VLLM_PYTHON=interpreter)
+	@$(BIN)/python -m experiments check $(if $(PROFILE),--profile $(PROFILE)) $(if $(MODEL),--model $(MODEL)) $(if $(VLLM_PYTHON),--python vllm=$(VLLM_PYTHON))
 
 test: $(READY)  ## the test suite, under ten minutes on two cores
 	@$(BIN)/python -m pytest -m "not slow and not bench"

@@ -10,7 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from experiments import execution, machine, records
+from experiments import execution, machine, model_files, provenance, records
+from experiments.checking import run as checking
+from experiments.checking.jobs import Scope
 from experiments.execution import ExecutionError, say
 from experiments.executor import Options
 from experiments.model_files import ModelError, download
@@ -25,7 +27,7 @@ app = typer.Typer(
 )
 console = Console()
 Act = Callable[[dict[str, Any], Path, Options, Console], bool]
-KNOWN_ERRORS = (SpecError, ModelError, RecordError, ExecutionError, TrackingError)
+KNOWN_ERRORS = (SpecError, ModelError, RecordError, ExecutionError, TrackingError, checking.CheckError)
 
 StudyOption = Annotated[str, typer.Option("--study", help="name of a file in ablations/studies, or a path")]
 ProfileOption = Annotated[str | None, typer.Option("--profile", help="hardware; recognized if not given")]
@@ -90,13 +92,14 @@ def compare(
 
 @app.command()
 def check(
-    study: StudyOption = "embedded", profile: ProfileOption = None, model: ModelOption = None, overrides: SetOption = None,
-    out: OutOption = None, python: PythonOption = None,
+    profile: ProfileOption = None, model: ModelOption = None, out: OutOption = None, python: PythonOption = None,
+    drawn: Annotated[int, typer.Option("--workloads", min=4, help="how many workloads Hypothesis draws")] = 120,
 ) -> None:  # fmt: skip
-    """Is every configuration equivalent to HF? One block of a study through the gate, then the negative controls."""
+    """Is the output right? All pairs of switches, HF and vLLM through the gate, and engines broken on purpose, which must fail.
 
-    plan = make_plan(study, profile, model, overrides, None)
-    conclude(plan, out or execution.new_folder(plan), Options(pythons=parse_pythons(python)), execution.check)
+    vLLM takes part where its interpreter is given: --python vllm=PATH.
+    """
+    conclude_check(profile, model, out, parse_pythons(python), drawn)
 
 
 @app.command()
@@ -207,6 +210,38 @@ def conclude(plan: dict[str, Any], folder: Path, options: Options, act: Act = ex
         say(console, f"\nstopped; finished launches are in {execution.shown(folder)}. The same command goes on from there.")
         raise typer.Exit(130) from None
     raise typer.Exit(0 if good else 1)
+
+
+def conclude_check(profile: str | None, model: str | None, out: Path | None, pythons: dict[str, str], drawn: int) -> NoReturn:
+    """Ends the program: status 0 if every verdict is the one expected, 1 if not, 2 for an error, 130 for Ctrl-C."""
+    def work() -> bool:
+        hardware = load_profile(profile) if profile else machine.detect_profile()
+        given = choose_folder(model or "tiny")
+        found = checking.find_model(*given)
+        settled = hardware.model_dump() | {"cpu_cores": hardware.cpu_cores or provenance.cpu_cores()}
+        dtypes = tuple(dict.fromkeys((hardware.dtype, "float32", "bfloat16")))
+        peers = tuple(name for name in pythons if name not in ("nanovllm", "hf"))
+        scope = Scope(settled, model_files.shape(Path(found["path"])), hardware.device, dtypes, peers)
+        folder = out or execution.new_check_folder()
+        good = checking.run(folder, found, scope, drawn, pythons, console)
+        say(console, f"page     {execution.shown(folder / 'check.html')} (and check.md, check.json)")
+        if "vllm" not in pythons:
+            say(console, "vLLM took no part: give --python vllm=PATH of an interpreter that has it", "yellow")
+        return good
+
+    try:
+        good = guarded(work)
+    except KeyboardInterrupt:
+        say(console, "\nstopped; a check begins again from the start")
+        raise typer.Exit(130) from None
+    raise typer.Exit(0 if good else 1)
+
+
+def choose_folder(given: str) -> tuple[str | None, str | None]:
+    """(preset, folder) of --model."""
+    if (Path(given) / "config.json").is_file():
+        return None, str(Path(given).resolve())
+    return (None, str(download(given))) if "/" in given else (given, None)
 
 
 def parse_pythons(given: list[str] | None) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The gate: no speed is reported whose output was not shown to be equivalent to HF transformers'.
 
-    python -m experiments.equivalence --plan plan.json --out DIR [--resume] [--negative-control]
+    python -m experiments.equivalence --plan plan.json --out DIR [--resume] [--negative-control] [--model DIR]
 
 reads the launch records and tokens of DIR, rescores what every distinct (workload, tokens digest) generated, and appends one gate
 record each to DIR/records.jsonl. Exit status 0: all pass; 1: something failed; 2: the folder or the plan cannot be used.
@@ -25,6 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from experiments import records, workloads
 from experiments.gate import GateParams, GateResult, judge
 from experiments.gate_records import GateError, Work, find_work, gate_record, read_tokens
+from experiments.model_files import ModelError, locate
 from experiments.rescoring import Mutation, Request, Rescorer
 from experiments.same_work import read_vocabulary, same_work
 
@@ -85,15 +86,18 @@ def check_same_work(
     return problems
 
 
-def find_model(model: dict[str, Any]) -> Path:
-    """The checkpoint's folder, from a plan's `model`. A preset is built here if it is not there yet."""
-    if model.get("preset"):
-        from nanovllm.models.checkpoint import ensure_checkpoint
+def find_model(model: dict[str, Any], folder: Path | None = None) -> Path:
+    """The checkpoint's folder, from a plan's `model`, or `folder` in its place; a preset is built if it is not there yet.
 
-        return Path(ensure_checkpoint(model["preset"]))
-    path = Path(model["path"])
+    Its digest is computed here, from the very files that are loaded, and compared with the plan's. Raises GateError.
+    """
+    chosen = {"digest": None, **model} | ({"preset": None, "path": str(folder)} if folder else {})
+    try:
+        path = locate(chosen)
+    except ModelError as error:
+        raise GateError(str(error)) from error
     if not (path / "config.json").is_file():
-        raise GateError(f"the plan's model {path} is no folder with a config.json on this machine; put the checkpoint there")
+        raise GateError(f"the plan's model {path} is no folder with a config.json on this machine; give --model FOLDER")
     return path
 
 
@@ -104,13 +108,14 @@ def failed_same_work(problems: list[str]) -> GateResult:
 class Gate:
     """The gate over one folder of records; models are loaded when the first tokens need them."""
 
-    def __init__(self, plan: dict[str, Any], folder: records.Folder) -> None:
+    def __init__(self, plan: dict[str, Any], folder: records.Folder, model: Path | None = None) -> None:
+        """model: where the plan's checkpoint lies on this machine, if elsewhere. Raises GateError."""
         self.plan, self.folder = plan, folder
         try:
             self.params = GateParams.from_plan(plan["gate"])
         except ValueError as error:
             raise GateError(str(error)) from error
-        self.model_dir = find_model(plan["model"])
+        self.model_dir = find_model(plan["model"], model)
         self._rescorer: Rescorer | None = None
         self._requests: dict[str, list[Request]] = {}
 
@@ -214,12 +219,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the folder with records.jsonl and tokens.jsonl")
     parser.add_argument("--resume", action="store_true", help="judge only what has no verdict yet")
     parser.add_argument("--negative-control", action="store_true", help="show that broken references and tokens fail")
+    parser.add_argument("--model", type=Path, help="folder of the plan's checkpoint, where it lies elsewhere on this machine")
     options = parser.parse_args(arguments)
     disable_progress_bar()  # transformers' own, while it loads weights
     try:
         plan = records.read_plan(options.plan)
         with records.Folder(options.out) as folder:
-            gate = Gate(plan, folder)
+            gate = Gate(plan, folder, options.model)
             return run_controls(gate) if options.negative_control else run_gate(gate, options.resume)
     except (records.RecordError, GateError) as error:
         say(str(error))

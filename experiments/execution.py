@@ -7,7 +7,6 @@ the report is a layer above it.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import os
 import statistics
@@ -64,6 +63,11 @@ def new_folder(plan: dict[str, Any]) -> Path:
     return RUNS / f"{stamp}-{plan['study']['name']}-{plan['plan_hash'][:8]}"
 
 
+def new_check_folder() -> Path:
+    """The name of a folder for a new check."""
+    return RUNS / f"{datetime.datetime.now(datetime.UTC).strftime('%Y%m%d-%H%M%S')}-check"
+
+
 def executions() -> list[Path]:
     """Every execution under runs/, the oldest first."""
     return sorted(path.parent for path in RUNS.glob(f"*/{records.PLAN}"))
@@ -79,19 +83,6 @@ def execute(plan: dict[str, Any], folder: Path, options: Options, console: Conso
     publish(folder, console)
     (folder / FINISHED).touch()
     return all_ok(folder, console) and all_pass
-
-
-def check(plan: dict[str, Any], folder: Path, options: Options, console: Console) -> bool:
-    """One block through the gate, then the negative controls; True if all is as it must be."""
-    run_launches(plan, folder, dataclasses.replace(options, blocks=(0,)), console)
-    equivalent = run_gate(folder, console)
-    caught = _gate(folder, "--negative-control")
-    results = {"every launch ran": all_ok(folder, console), "outputs equivalent": equivalent, "negative controls caught": caught}
-    for name, good in results.items():
-        say(console, f"{name}: {'yes' if good else 'NO'}", style="green" if good else "red")
-    say(console, f"records  {shown(folder)}")
-    (folder / FINISHED).touch()
-    return all(results.values())
 
 
 def run_launches(plan: dict[str, Any], folder: Path, options: Options, console: Console) -> bool:

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from experiments.chance import binomial_limit, normal_limit, quantile, quantiles, self_normalized_excess
-from experiments.rescoring import DTYPE, REFERENCE_DTYPE, Scores
+from experiments.rescoring import DTYPE, REFERENCE_DTYPE
+from experiments.scoring import Scores
 
 
 @dataclass(frozen=True)
@@ -157,12 +158,30 @@ def judge(scores: Sequence[Scores], dtype: str, params: GateParams) -> GateResul
             "excess_mismatches_z": excess_z,
             "z_limit": z_limit,
             "margin": quantiles(margin),
+            "by_position": by_position(scores),
             "hf_logprob_error": quantiles((everything.hf_logprob - everything.logprob).abs()),
             "repeated_tokens": _repeats(scores),
             "distribution": distribution,
         },
         first_offender=_offender(scores, bound, int(margin.argmax())) if reasons else None,
     )
+
+
+def by_position(scores: Sequence[Scores]) -> list[dict[str, Any]]:
+    """How errors grow along an answer: of the output positions [first, last], which double in length, the tokens, how many of them
+    differ, and quantiles of the margins and of HF's own error. An engine that loses its way late shows here."""
+    position = torch.cat([torch.arange(len(s)) for s in scores])
+    everything = Scores.cat(scores)
+    result = []
+    first, end = 0, int(position.max()) + 1
+    while first < end:
+        last = min(end, 2 * first + 16) - 1
+        here = everything[((position >= first) & (position <= last)).nonzero().flatten()]
+        result.append({"first": first, "last": last, "tokens": len(here), "mismatches": int((~here.agrees).sum()),
+                       "hf_mismatches": int((~here.hf_agrees & ~here.foreign).sum()), "margin": quantiles(here.margin),
+                       "hf_error": quantiles(here.error)})  # fmt: skip
+        first = last + 1
+    return result
 
 
 def judge_distribution(scores: Sequence[Scores], params: GateParams) -> tuple[dict[str, Any], list[str]]:

@@ -19,7 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_BISECTIONS = 50
+from experiments.noise import noise_of
+
+_BISECTIONS = 36  # of some forty logits: 1e-9
+_WIDTH = 512
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,6 @@ class Rows:
         p = torch.where((self.top_p < 1) & ~self.greedy, self.top_p.double(), torch.inf)
         return k[:, None], p[:, None]
 
-    @property
-    def has_noise(self) -> bool:
-        return bool((~self.greedy & ~self.foreign).any())
-
     def noise(self, vocab_size: int) -> Tensor:
         """Gumbel noise [n, vocab_size], float32: the engine's own; 0 in greedy and foreign rows."""
         from nanovllm.kernels.torch.sampling import gumbel_noise  # the shared generator; torch is all it loads
@@ -78,41 +77,6 @@ class Rows:
         return noise
 
 
-def kept(scaled: Tensor, rows: Rows) -> Tensor:
-    """Which tokens top-k, then top-p on what is left, keep: bool [n, V] from logits over temperature [n, V]."""
-    k, p = rows.limits(scaled.shape[1])
-    ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
-    within_k = torch.arange(scaled.shape[1], device=scaled.device) < k
-    mass = ordered.masked_fill(~within_k, -torch.inf).softmax(-1)
-    keep = within_k & (mass.cumsum(-1) - mass < p)
-    keep[:, 0] = True
-    return torch.zeros_like(keep).scatter_(1, order, keep)
-
-
-def truncate(scores: Tensor, scaled: Tensor, rows: Rows) -> Tensor:
-    """`scores` [n, V] with -infinity for the tokens that top-k and top-p drop, given logits over temperature `scaled` [n, V]."""
-    index = rows.truncated.nonzero().flatten()
-    scores = scores.clone()
-    scores[index] = scores[index].masked_fill(~kept(scaled[index], rows[index]), -torch.inf)
-    return scores
-
-
-def margins(scaled: Tensor, scores: Tensor, best: Tensor, rows: Rows, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """(agrees, margin), both [n]: does the reference choose `tokens` [n], and how far is it from choosing them, in logits.
-
-    scaled: logits over temperature [n, V]; scores: those truncated, plus noise [n, V]; best: argmax of scores [n]. A foreign
-    sampled token agrees where the reference keeps it at all, and its margin is its distance from what is kept.
-    """
-    own = scores.gather(1, tokens[:, None])[:, 0]
-    agrees = torch.where(rows.foreign & ~rows.greedy, own > -torch.inf, best == tokens)
-    margin = torch.where(agrees, 0.0, scores.gather(1, best[:, None])[:, 0] - own)
-    search = (~agrees & rows.truncated).nonzero().flatten()
-    step = max(1, 2**24 // scaled.shape[1])  # a few [step, V] tables at a time
-    for part in search.split(step) if len(search) else ():
-        margin[part] = smallest_explaining_noise(scaled[part], rows[part], tokens[part])
-    return agrees, margin * rows.divisor
-
-
 def smallest_explaining_noise(scaled: Tensor, rows: Rows, tokens: Tensor) -> Tensor:
     """Margin [m] of `tokens` [m] in units of `scaled` [m, V] (logits over temperature), where top-k or top-p is in force.
 
@@ -123,34 +87,51 @@ def smallest_explaining_noise(scaled: Tensor, rows: Rows, tokens: Tensor) -> Ten
       s_i - d are fewer than k and their mass at its largest, b / (b + (1 - b) e^-d), is below p.
 
     Masses are of the reference's own top-k set. Both conditions grow with d, so d is found by bisection. For foreign rows
-    only the first counts.
+    only the first counts. The most likely tokens nearly always suffice; where one beyond them could matter, all are looked at.
     """
+    vocab_size = scaled.shape[1]
+    k, _ = rows.limits(vocab_size)
+    width = min(vocab_size, max(_WIDTH, int(torch.where(k < vocab_size, k, 0).max())))
+    margin, exact = _explaining_noise(scaled, rows, tokens, width)
+    if len(rest := (~exact).nonzero().flatten()):
+        margin[rest], _ = _explaining_noise(scaled[rest], rows[rest], tokens[rest], vocab_size)
+    return margin
+
+
+def _explaining_noise(scaled: Tensor, rows: Rows, tokens: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """(noise [m], whether no token beyond the `width` most likely ones could have changed it [m])."""
     k, p = rows.limits(scaled.shape[1])
-    noise = rows.noise(scaled.shape[1])
-    ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
+    ordered, order = scaled.topk(width)
+    ours = (~rows.foreign)[:, None]
+    noise = torch.where(ours, noise_of(rows.seed, rows.position, torch.cat((order, tokens[:, None]), -1)), 0.0)
     ascending = -ordered  # searchsorted wants ascending values
-    within_k = torch.arange(scaled.shape[1], device=scaled.device) < k
-    mass = ordered.masked_fill(~within_k, -torch.inf).softmax(-1)
-    mass_of_first = torch.nn.functional.pad(mass.cumsum(-1), (1, 0)).clamp(max=1.0)  # [m, V + 1]: of the first 0, 1, ... tokens
-    best_of_first = (ordered + noise.gather(1, order)).cummax(-1).values  # [m, V]: highest score of the first 1, 2, ... tokens
+    within_k = torch.arange(width, device=scaled.device) < k
+    of_k = ordered.masked_fill(~within_k, -torch.inf)
+    mass = (of_k - torch.where(k <= width, of_k.logsumexp(-1, True), scaled.logsumexp(-1, True))).exp()
+    mass_of_first = torch.nn.functional.pad(mass.cumsum(-1), (1, 0)).clamp(max=1.0)  # [m, width + 1]: of the first 0, 1, ... tokens
+    best_of_first = (ordered + noise[:, :-1]).cummax(-1).values  # [m, width]: highest score of the first 1, 2, ... tokens
     own = scaled.gather(1, tokens[:, None])
-    own_score = own + noise.gather(1, tokens[:, None])
+    own_score = own + noise[:, -1:]
 
     def explains(d: Tensor) -> Tensor:  # [m, 1] -> bool [m, 1]
         above = torch.searchsorted(ascending, -(own + d), right=False)
         a = mass_of_first.gather(1, above) * torch.exp(-d)
         may_be_kept = (above < k) & (a / (a + 1 - mass_of_first.gather(1, above)) < p)
-        others = torch.searchsorted(ascending, -(ordered - d), right=True) - 1  # [m, V]
+        others = torch.searchsorted(ascending, -(ordered - d), right=True) - 1  # [m, width]
         b = mass_of_first.gather(1, others + 1) - mass
         certain = ((others < k) & (b / (b + (1 - b) * torch.exp(-d)) < p)).sum(-1, keepdim=True)  # a prefix of the order
         best = torch.where(certain > 0, best_of_first.gather(1, (certain - 1).clamp(min=0)), -torch.inf)
         return may_be_kept & ((best - own_score <= d) | rows.foreign[:, None])
 
     low = torch.zeros_like(own)
-    high = (ordered[:, :1] - ordered[:, -1:]) + (best_of_first[:, -1:] - own_score) + 1.0  # explains any token
+    high = (ordered[:, :1] - scaled.amin(-1, True)) + (best_of_first[:, -1:] - own_score).clamp(min=0) + 1.0  # explains any token
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         enough = explains(middle)
         high = torch.where(enough, middle, high)
         low = torch.where(enough, low, middle)
-    return high[:, 0]
+    # What is certain at any noise is kept without noise: no threshold lies below the last of those, less the noise.
+    kept = (within_k & (mass_of_first[:, :-1] < p)).sum(-1, keepdim=True).clamp(min=1)
+    last = ordered[:, -1:]
+    exact = (own > last) & (ordered.gather(1, kept - 1) - high > last) | (width == scaled.shape[1])
+    return high[:, 0], exact[:, 0]

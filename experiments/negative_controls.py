@@ -14,6 +14,8 @@ import torch
 from experiments.gate import GateParams, judge
 from experiments.rescoring import Mutation, Request, Rescorer
 
+CONTROL_PROMPT = 48
+
 
 def scale_rope_theta(model: Any, factor: float = 1.1) -> None:
     """rope_theta times `factor`: the inverse frequencies theta^(-2i/d) change by factor^(-2i/d)."""
@@ -48,6 +50,14 @@ def swap_kv_slots(model: Any, layer: int | None = None, first: int = 0, second: 
 
     for name in ("k_proj", "v_proj"):
         getattr(attention, name).register_forward_hook(swap)
+
+
+BROKEN: dict[str, Mutation] = {
+    "rope_theta 10 % off": scale_rope_theta,
+    "epsilon 1e-3 in one layer's norm": change_norm_epsilon,
+    "one KV slot of one layer swapped": partial(swap_kv_slots, first=CONTROL_PROMPT - 2, second=CONTROL_PROMPT - 1),
+}
+"""Engines broken on purpose, for prompts of CONTROL_PROMPT tokens each: the last two slots of the prompt are exchanged."""
 
 
 def controls(requests: Sequence[Request]) -> dict[str, Mutation]:

@@ -15,7 +15,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,62 +22,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from experiments.margins import Rows, margins, truncate
+from experiments.margins import Rows
 from experiments.reference import check_decomposition, last_hidden_states, make_exact
+from experiments.scoring import Scores, score_rows
 
 REFERENCE_DTYPE = {"float32": torch.float64, "bfloat16": torch.float32}
 DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CANDIDATES = 5
-CACHE_BYTES = 2**19
+CACHE_BYTES = 2**20
 """On a CPU, tables of logits of this size are scored at a time: they stay in its cache, which doubles the speed."""
 
 Request = dict[str, Any]  # as in a workload: prompt_token_ids, max_tokens, temperature, top_k, top_p, seed, ignore_eos
 Mutation = Callable[[nn.Module], None]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What the two models say of one request's n output tokens; CPU tensors. "Score" is a logit over temperature plus noise.
-
-    tokens: the engine's. agrees, margin: see `margins`. error: of HF in the engine's dtype, in logits: the largest, over the
-    reference's best five candidates, of |(score_hf[i] - score_hf[best]) - (score_ref[i] - score_ref[best])| times temperature.
-    hf_agrees: HF in the engine's dtype chooses what the reference chooses. scale: largest |logit| of the candidates.
-    best, best_scores, hf_best, hf_best_scores: [n, 5], the top candidates of both.
-    logprob, hf_logprob: log softmax(logits)[token]; no temperature.
-    foreign: sampled by another generator; then, of the distribution that was sampled (0 elsewhere): log_p of the token (0 if
-    outside what is kept), entropy, variance of log p, root_sum = log sum_i sqrt(p_i), and drift: the mean of log p + entropy if
-    tokens were drawn from HF's distribution in the engine's dtype instead.
-    """
-
-    tokens: Tensor
-    agrees: Tensor
-    margin: Tensor
-    error: Tensor
-    hf_agrees: Tensor
-    scale: Tensor
-    best: Tensor
-    best_scores: Tensor
-    hf_best: Tensor
-    hf_best_scores: Tensor
-    logprob: Tensor
-    hf_logprob: Tensor
-    foreign: Tensor
-    log_p: Tensor
-    entropy: Tensor
-    variance: Tensor
-    root_sum: Tensor
-    drift: Tensor
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @staticmethod
-    def cat(parts: Sequence[Scores]) -> Scores:
-        return Scores(*(torch.cat([getattr(part, name) for part in parts]) for name in Scores.__dataclass_fields__))
-
-    def split(self, lengths: Sequence[int]) -> list[Scores]:
-        columns = [getattr(self, name).split(list(lengths)) for name in Scores.__dataclass_fields__]
-        return [Scores(*row) for row in zip(*columns, strict=True)]
 
 
 class Rescorer:
@@ -184,68 +138,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def score_rows(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> Scores:
-    """Compares both models at n positions. logits: [n, V] of the reference; hf_logits: [n, V] in the engine's dtype."""
-    divisor = rows.divisor.to(logits.dtype)
-    # An engine samples in float32, whatever its dtype: that rounding is part of the noise that is measured.
-    scaled, hf_scaled = logits, hf_logits.float()
-    if not bool(rows.greedy.all()):
-        scaled, hf_scaled = logits / divisor[:, None], hf_scaled / divisor[:, None].float()
-    untruncated, hf_untruncated = scaled, hf_scaled
-    if rows.has_noise:
-        noise = rows.noise(logits.shape[1])
-        untruncated, hf_untruncated = scaled + noise, hf_scaled + noise
-    scores, hf_scores = untruncated, hf_untruncated
-    if bool(rows.truncated.any()):
-        scores, hf_scores = truncate(untruncated, scaled, rows), truncate(hf_untruncated, hf_scaled, rows)
-
-    best_scores, best = scores.topk(min(CANDIDATES, logits.shape[1]))
-    hf_best_scores, hf_best = hf_scores.topk(best.shape[1])
-    agrees, margin = margins(scaled, scores, best[:, 0], rows, tokens)
-    candidate_scores, candidates = (best_scores, best) if scores is untruncated else untruncated.topk(best.shape[1])
-    hf_candidate_scores = hf_untruncated.gather(1, candidates).to(scores.dtype)
-    differences = candidate_scores - candidate_scores[:, :1]
-    error = (hf_candidate_scores - hf_candidate_scores[:, :1] - differences).abs().amax(-1) * divisor
-
-    own = tokens[:, None]
-    log_p, entropy, variance, root_sum, drift = (torch.zeros_like(error) for _ in range(5))
-    foreign = rows.foreign & ~rows.greedy
-    if foreign.any():
-        logs = scores[foreign].log_softmax(-1)
-        p, dropped = logs.exp(), logs == -torch.inf
-        finite_logs = logs.masked_fill(dropped, 0.0)
-        hf_p = hf_scaled[foreign].masked_fill(dropped, -torch.inf).softmax(-1)
-        mean = (p * finite_logs).sum(-1)
-        log_p[foreign] = finite_logs.gather(1, own[foreign])[:, 0]
-        entropy[foreign] = -mean
-        variance[foreign] = (p * (finite_logs - mean[:, None]).square()).sum(-1)
-        root_sum[foreign] = (logs / 2).logsumexp(-1)
-        drift[foreign] = (hf_p * finite_logs).sum(-1) - mean
-    result = Scores(
-        tokens=tokens,
-        agrees=agrees,
-        margin=margin.double(),
-        error=error.double(),
-        hf_agrees=hf_best[:, 0] == best[:, 0],
-        scale=logits.gather(1, candidates).abs().amax(-1).double(),
-        best=best,
-        best_scores=best_scores.double(),
-        hf_best=hf_best,
-        hf_best_scores=hf_best_scores.double(),
-        logprob=(logits.gather(1, own)[:, 0] - logits.logsumexp(-1)).double(),
-        hf_logprob=(hf_logits.float().gather(1, own)[:, 0] - hf_logits.float().logsumexp(-1)).double(),
-        foreign=foreign,
-        log_p=log_p.double(),
-        entropy=entropy.double(),
-        variance=variance.double(),
-        root_sum=root_sum.double(),
-        drift=drift.double(),
-    )
-    if not (result.best_scores[:, 0].isfinite() & result.error.isfinite()).all():
-        raise FloatingPointError("HF's logits, as reference or in the engine's dtype, are not finite; check the checkpoint")
-    return Scores(*(getattr(result, name).cpu() for name in Scores.__dataclass_fields__))
 
 
 def rows_of(requests: Sequence[Request], outputs: Sequence[Sequence[int]], foreign: bool, device: str) -> Rows:

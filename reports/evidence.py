@@ -115,9 +115,54 @@ def _equivalence(analysis: Analysis) -> Section:
     tables = [
         Table("The gate, in logits", columns, rows, grouped=True),
         Table("What did not pass", [WORKLOAD, Column("tokens", "code"), VERDICT, Column("reason")], reasons),
+        *_first_offenders(gate["rows"] + gate["negative_controls"]),
+        _errors_by_position(gate["rows"]),
         Table("Negative controls", [VERDICT, WORKLOAD, *numbers("tokens"), Column("what the gate said")], controls),
     ]
     return Section("gate", "Is the output still the same", lead, None, tables)
+
+
+def _first_offenders(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """Where each failure begins: the five best candidates of both models, and their scores in logits over temperature, noise
+    included."""
+    tables = []
+    for row in rows:
+        if not (offender := row["first_offender"]):
+            continue
+        lines = [
+            [str(rank), *(part for candidate in pair for part in (str(candidate[0]), text.number(candidate[1])))]
+            for rank, pair in enumerate(zip(offender["reference_top5"], offender["hf_top5"], strict=True), start=1)
+        ]
+        caption = (
+            f"{row['workload']} {row['tokens_digest'][:12]}: request {offender['request']}, output position "
+            f"{offender['position']}: token {offender['token']}, margin {text.number(offender['margin'])} logits"
+        )
+        columns = numbers("rank", "reference", "its score", "HF in the engine's dtype", "its score there")
+        tables.append(Table(caption, columns, lines, folded=True))
+    return tables
+
+
+def _errors_by_position(rows: Sequence[Mapping[str, Any]]) -> Table:
+    lines = []
+    for row in rows:
+        for part in (row["calibration"] or {}).get("by_position", []):
+            lines.append(
+                [
+                    row["workload"],
+                    row["tokens_digest"][:12],
+                    f"{part['first']} to {part['last']}",
+                    *(text.number(part[key]) for key in ("tokens", "mismatches", "hf_mismatches")),
+                    *(text.number(part["margin"][key]) for key in ("q999", "max")),
+                    *(text.number(part["hf_error"][key]) for key in ("q999", "max")),
+                ]
+            )
+    columns = [
+        WORKLOAD,
+        Column("tokens of", "code"),
+        Column("output positions"),
+        *numbers("tokens", "differ", "HF differs", "margin, 99.9 %", "largest", "HF's error, 99.9 %", "HF's largest"),
+    ]
+    return Table("The gate by output position, in logits", columns, lines, grouped=True, folded=True)
 
 
 def _toggles(analysis: Analysis) -> Section:

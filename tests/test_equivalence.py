@@ -22,15 +22,19 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from experiments import records, workloads
+from experiments import margins, records, scoring, workloads
 from experiments.chance import binomial_limit, normal_limit
 from experiments.equivalence import main
 from experiments.gate import GateParams, GateResult, compare_logprobs, judge
-from experiments.margins import Rows, kept, margins, truncate
+from experiments.margins import Rows, smallest_explaining_noise
 from experiments.negative_controls import change_norm_epsilon, scale_rope_theta, swap_kv_slots, tamper
+from experiments.noise import gumbel, noise_of, uniform_bits
 from experiments.reference import check_decomposition
-from experiments.rescoring import DTYPE, Request, Rescorer, Scores, batches_of_similar_length
+from experiments.rescoring import DTYPE, Request, Rescorer, batches_of_similar_length
 from experiments.same_work import same_work
+from experiments.scoring import Scores, score_rows
+from nanovllm.kernels.torch.sampling import gumbel_noise
+from nanovllm.models.checkpoint import checkpoint_digest, ensure_checkpoint
 
 DTYPES = ["float32", "bfloat16"]
 PARAMS = GateParams()
@@ -79,6 +83,25 @@ def rows_of(requests: list[Request], positions: list[int], foreign: bool = False
         position=torch.tensor(positions),
         foreign=torch.full((len(positions),), foreign),
     )
+
+
+def kept(scaled: Tensor, rows: Rows) -> Tensor:
+    """Which tokens top-k, then top-p on what is left, keep: bool [n, V] from logits over temperature [n, V]."""
+    k, p = rows.limits(scaled.shape[1])
+    ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
+    within_k = torch.arange(scaled.shape[1], device=scaled.device) < k
+    mass = ordered.masked_fill(~within_k, -torch.inf).softmax(-1)
+    keep = within_k & (mass.cumsum(-1) - mass < p)
+    keep[:, 0] = True
+    return torch.zeros_like(keep).scatter_(1, order, keep)
+
+
+def truncate(scores: Tensor, scaled: Tensor, rows: Rows) -> Tensor:
+    """`scores` [n, V] with -infinity for the tokens that top-k and top-p drop, given logits over temperature `scaled` [n, V]."""
+    index = rows.truncated.nonzero().flatten()
+    scores = scores.clone()
+    scores[index] = scores[index].masked_fill(~kept(scaled[index], rows[index]), -torch.inf)
+    return scores
 
 
 def choose(logits: Tensor, rows: Rows, generator: torch.Generator | None = None) -> Tensor:
@@ -297,14 +320,13 @@ def test_margin_never_exceeds_the_noise_that_was_there() -> None:
     logits = torch.randn(n, vocab_size, dtype=torch.float64)
     d = torch.rand(n, 1, dtype=torch.float64)
     moved = logits + d * (torch.rand_like(logits) - 0.5).sign() / 2
-    scaled, moved_scaled = logits / rows.divisor[:, None], moved / rows.divisor[:, None]
+    moved_scaled = moved / rows.divisor[:, None]
     tokens = (truncate(moved_scaled, moved_scaled, rows) + rows.noise(vocab_size)).argmax(-1)
-    scores = truncate(scaled, scaled, rows) + rows.noise(vocab_size)
-    agrees, margin = margins(scaled, scores, scores.argmax(-1), rows, tokens)
-    assert 0.1 < float(agrees.double().mean()) < 0.9
-    assert (margin[agrees] == 0).all()
-    assert (margin <= d[:, 0] * (1 + 1e-6)).all()
-    assert (margin[~agrees] > 0).all()
+    scores = score_rows(logits, logits.float(), rows, tokens)
+    assert 0.1 < float(scores.agrees.double().mean()) < 0.9
+    assert (scores.margin[scores.agrees] == 0).all()
+    assert (scores.margin <= d[:, 0] * (1 + 1e-6)).all()
+    assert (scores.margin[~scores.agrees] > 0).all()
 
 
 def test_margin_at_the_edges_of_top_k_and_top_p() -> None:
@@ -312,9 +334,7 @@ def test_margin_at_the_edges_of_top_k_and_top_p() -> None:
 
     def margin(token: int, **parameters: float) -> float:
         rows = rows_of([{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0} | parameters], [0], foreign=True)
-        scaled = logits / rows.divisor[:, None]
-        scores = truncate(scaled, scaled, rows)
-        return float(margins(scaled, scores, scores.argmax(-1), rows, torch.tensor([token]))[1])
+        return float(score_rows(logits, logits.float(), rows, torch.tensor([token])).margin)
 
     assert margin(1, top_k=2) == 0
     assert margin(2, top_k=2) == pytest.approx(0.01, abs=1e-9)  # it would have to overtake token 1
@@ -324,6 +344,102 @@ def test_margin_at_the_edges_of_top_k_and_top_p() -> None:
     assert margin(1, top_p=float(p[0]) + 1e-3) == 0
     assert 0 < margin(1, top_p=float(p[0]) - 1e-3) < 0.01  # the first token's mass is a hair above top_p
     assert margin(3, top_p=0.5) > 1
+
+
+def test_noise_is_the_engines_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    seeds, positions = torch.randint(-(2**63), 2**63 - 1, (40,)), torch.randint(0, 2**20, (40,))
+    for vocab_size in (1, 7, 2048):
+        expected = gumbel_noise(seeds, positions, vocab_size)
+        assert torch.equal(gumbel(uniform_bits(seeds, positions, vocab_size)), expected)
+        token_ids = torch.randint(0, vocab_size, (40, 9))
+        assert torch.equal(noise_of(seeds, positions, token_ids), expected.gather(1, token_ids))
+    extremes = torch.tensor([0.0, 0.5, 1.0, 2.0**31, 2.0**32 - 256, 2.0**32])
+    assert gumbel(extremes).isfinite().all()
+
+
+def random_rows(n: int, vocab_size: int, *parameters: dict[str, float]) -> tuple[Tensor, Tensor, Rows, Tensor]:
+    """Logits of a reference, HF's with errors as of bfloat16, how they are sampled, and tokens of which a third is wrong."""
+    torch.manual_seed(1)
+    defaults = {"temperature": 0.7, "top_k": 0, "top_p": 1.0}
+    requests = [{**defaults, "seed": 1000 + i, **parameters[i % len(parameters)]} for i in range(n)]
+    rows = rows_of(requests, list(range(n)))
+    logits = 3 * torch.randn(n, vocab_size, dtype=torch.float64)
+    hf_logits = (logits + 0.05 * torch.randn_like(logits)).bfloat16()
+    tokens = choose(logits, rows)
+    tokens[::3] = torch.randint(0, vocab_size, tokens[::3].shape)
+    return logits, hf_logits, rows, tokens
+
+
+@pytest.mark.parametrize("reach", [scoring.REACH, 2.0])
+@pytest.mark.parametrize("parameters", [({},), ({"top_k": 5}, {"top_p": 0.7}, {"top_k": 1})])
+def test_a_few_candidates_tell_what_the_whole_vocabulary_tells(
+    reach: float, parameters: tuple[dict[str, float], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a reach so short that most rows have too few candidates, the rest of the vocabulary is looked at."""
+    monkeypatch.setattr(scoring, "REACH", reach)
+    arguments = random_rows(300, 500, *parameters)
+    ours, plain = scoring._noisy(*arguments), scoring._whole_vocabulary(*arguments)
+    for name in ("agrees", "margin", "error", "hf_agrees", "scale", "logprob", "hf_logprob"):
+        torch.testing.assert_close(getattr(ours, name), getattr(plain, name), rtol=0, atol=1e-12)
+    assert torch.equal(ours.hf_best[:, 0], plain.hf_best[:, 0])
+    seen = 5 if parameters == ({},) else 1  # of those that top-k and top-p keep, the others are shown where they are candidates
+    assert torch.equal(ours.best[:, :seen], plain.best[:, :seen])
+    torch.testing.assert_close(ours.best_scores[:, :seen], plain.best_scores[:, :seen], rtol=0, atol=1e-12)
+    assert 0.2 < float((~ours.agrees).double().mean()) < 0.4
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_what_is_kept_is_what_a_sort_of_tokens_keeps(foreign: bool) -> None:
+    parameters = ({"top_k": 5}, {"top_p": 0.5}, {"top_p": 0.99, "temperature": 2.0}, {"top_k": 50, "top_p": 0.8}, {"top_k": 1}, {})
+    logits, hf_logits, rows, tokens = random_rows(300, 500, *parameters)
+    scaled = logits / rows.divisor[:, None]
+    keep = scoring.kept(scaled, rows)
+    assert keep is not None
+    assert torch.equal(keep, kept(scaled, rows))
+    rows = dataclasses.replace(rows, foreign=torch.full((300,), foreign))
+    scores = score_rows(logits, hf_logits, rows, tokens)
+    expected = (truncate(scaled, scaled, rows) + rows.noise(500)).argmax(-1)
+    assert torch.equal(scores.best[:, 0], expected)
+    own = keep.gather(1, tokens[:, None])[:, 0]
+    assert torch.equal(scores.agrees, own if foreign else expected == tokens)
+    if foreign:
+        logs = scaled.masked_fill(~keep, -torch.inf).log_softmax(-1)
+        p, logs_or_0 = logs.exp(), logs.masked_fill(~keep, 0.0)
+        torch.testing.assert_close(scores.entropy, -(p * logs_or_0).sum(-1), rtol=0, atol=1e-12)
+        torch.testing.assert_close(scores.log_p[own], logs.gather(1, tokens[:, None])[own, 0], rtol=0, atol=1e-12)
+        mean = -scores.entropy
+        torch.testing.assert_close(scores.variance, (p * (logs_or_0 - mean[:, None]) ** 2).sum(-1), rtol=0, atol=1e-9)
+
+
+def test_the_search_for_a_margin_needs_the_most_likely_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, _, rows, tokens = random_rows(300, 500, {"top_k": 5}, {"top_p": 0.5}, {"top_k": 50, "top_p": 0.8})
+    scaled = logits / rows.divisor[:, None]
+    whole = smallest_explaining_noise(scaled, rows, tokens)
+    monkeypatch.setattr(margins, "_WIDTH", 60)
+    narrow, exact = margins._explaining_noise(scaled, rows, tokens, 60)
+    assert 0.3 < float(exact.double().mean()) < 1
+    torch.testing.assert_close(smallest_explaining_noise(scaled, rows, tokens), whole, rtol=0, atol=1e-8)
+    torch.testing.assert_close(narrow[exact], whole[exact], rtol=0, atol=1e-8)
+
+
+def test_rows_of_every_kind_may_be_mixed() -> None:
+    logits, hf_logits, rows, tokens = random_rows(60, 100, {}, {"temperature": 0.0}, {"top_k": 5})
+    together = score_rows(logits, hf_logits, rows, tokens)
+    for i in range(60):
+        alone = score_rows(logits[i : i + 1], hf_logits[i : i + 1], rows[i : i + 1], tokens[i : i + 1])
+        for name in ("tokens", "agrees", "margin", "error", "best", "logprob"):
+            torch.testing.assert_close(getattr(alone, name)[0], getattr(together, name)[i], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("parameters", [{}, {"temperature": 0.0}, {"top_k": 5}])
+def test_logits_that_are_not_finite_are_an_error(parameters: dict[str, float]) -> None:
+    logits, hf_logits, rows, tokens = random_rows(4, 100, parameters)
+    for table in (logits, hf_logits):
+        broken = [x.clone() for x in (logits, hf_logits)]
+        broken[0 if table is logits else 1][2, 50] = torch.nan
+        with pytest.raises(FloatingPointError, match="not finite"):
+            score_rows(*broken, rows, tokens)
 
 
 def test_kept_is_the_smallest_set_that_reaches_top_p() -> None:
@@ -378,6 +494,17 @@ def test_many_tokens_beyond_the_typical_bound_fail() -> None:
     result = judge(scores, "bfloat16", PARAMS)
     assert result.max_margin < result.bound
     assert "tokens lie beyond the typical bound of 0.2 logits; chance allows 28" in str(result.reason)
+
+
+def test_errors_are_told_by_position() -> None:
+    scores = synthetic_scores(50, 40, 0.0, hf_differing=0.02, margin=0.5)
+    for s in scores:
+        s.agrees[33:], s.margin[33:] = False, 0.25
+    parts = judge(scores, "bfloat16", PARAMS).calibration["by_position"]
+    assert [(part["first"], part["last"], part["tokens"]) for part in parts] == [(0, 15, 800), (16, 39, 1200)]
+    assert [part["mismatches"] for part in parts] == [0, 50 * 7]
+    assert [part["margin"]["max"] for part in parts] == [0.0, 0.25]
+    assert sum(part["hf_mismatches"] for part in parts) == judge(scores, "bfloat16", PARAMS).calibration["hf_mismatches"]
 
 
 def test_same_work() -> None:
@@ -530,6 +657,22 @@ def test_altered_tokens_are_an_error(study: Study) -> None:
     (study.folder / "tokens.jsonl").write_text(json.dumps(line) + "\n")
     assert study.gate() == 1
     assert "was altered" in study.verdicts()[0]["reason"]
+
+
+def test_other_weights_than_the_plans_are_refused(
+    study: Study, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs, _ = generate(tiny, "float32", study.requests)
+    study.plan["model"] |= {"path": str(tmp_path / "absent"), "digest": checkpoint_digest(tiny)}
+    study.plan["plan_hash"] = records.plan_hash({k: v for k, v in study.plan.items() if k != "plan_hash"})
+    (study.folder / "plan.json").write_text(json.dumps(study.plan))
+    study.add("b00-o00-a", outputs)
+    assert study.gate() == 2
+    assert "no folder with a config.json" in capsys.readouterr().err
+    assert study.gate("--model", str(tiny)) == 0
+    other = ensure_checkpoint("tiny", cache_dir=tmp_path, num_hidden_layers=1)
+    assert study.gate("--model", str(other)) == 2
+    assert "other weights" in capsys.readouterr().err
 
 
 def test_nothing_to_judge_is_no_pass(study: Study, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,6 +46,14 @@ class Adapter(Protocol):
         """Gives memory and processes back."""
 
 
+class WithLogprobs(Protocol):
+    """What an adapter may offer beside: the gate compares log-probabilities of those that do, in a pass that is not timed."""
+
+    def logprobs(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
+        """Serves requests: {"outputs": [[int]], "logprobs": [[float]]}, log softmax(logits)[token] of every output token."""
+        ...
+
+
 def load_adapter(engine: str) -> type[Adapter]:
     """Raises ValueError for an engine that has no adapter."""
     module = f"{__name__}.{engine}" if "." not in engine else engine

@@ -73,6 +73,20 @@ class Adapter:
             "step_times_s": step_times,
         }
 
+    def logprobs(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
+        """Serves requests and keeps the logits of every step: never timed. See WithLogprobs."""
+        size = self._config["max_num_seqs"]
+        outputs: list[list[int]] = []
+        logprobs: list[list[float]] = []
+        for first in range(0, len(requests), size):
+            batch = requests[first : first + size]
+            steps: list[Any] = []
+            rows, _ = self._generate(batch, steps)
+            values = self._torch.stack([step.float().log_softmax(-1) for step in steps], dim=1)  # [batch, steps, vocab]
+            outputs += rows
+            logprobs += [[float(values[i, step, token]) for step, token in enumerate(row)] for i, row in enumerate(rows)]
+        return {"outputs": outputs, "logprobs": logprobs}
+
     def reset(self) -> None:
         """Nothing is kept from one batch to the next."""
 
@@ -85,8 +99,10 @@ class Adapter:
     def close(self) -> None:
         del self._model
 
-    def _generate(self, batch: list[dict[str, Any]]) -> tuple[list[list[int]], list[float]]:
-        """The answers, cut to what each request asked for, and the moment of each step."""
+    def _generate(
+        self, batch: list[dict[str, Any]], logits: list[Any] | None = None
+    ) -> tuple[list[list[int]], list[float]]:
+        """The answers, cut to what each request asked for, and the moment of each step. logits: gets those of each step."""
         torch = self._torch
         width = max(len(request["prompt_token_ids"]) for request in batch)
         ids = torch.tensor([[0] * (width - len(r["prompt_token_ids"])) + r["prompt_token_ids"] for r in batch])
@@ -100,12 +116,19 @@ class Adapter:
 
         with torch.inference_mode(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(batch[0]["seed"])  # `generate` has one generator a batch: the same work gives the same tokens
-            rows = self._model.generate(
+            config = self._generation_config(batch)
+            if logits is not None:
+                config.return_dict_in_generate = config.output_logits = True
+            generated = self._model.generate(
                 input_ids=ids.to(self._config["device"]),
                 attention_mask=mask.to(self._config["device"]),
-                generation_config=self._generation_config(batch),
+                generation_config=config,
                 stopping_criteria=[note_time],
-            )[:, width:].tolist()
+            )
+            if logits is not None:
+                logits += generated.logits
+                generated = generated.sequences
+            rows = generated[:, width:].tolist()
         return [self._cut(request, row) for request, row in zip(batch, rows, strict=True)], moments
 
     def _generation_config(self, batch: list[dict[str, Any]]) -> Any:

@@ -52,9 +52,7 @@ class Adapter:
         runner.collect = timed
 
     def serve(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
-        names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
-        prompts = [{"prompt_token_ids": request["prompt_token_ids"]} for request in requests]
-        params = [self._sampling_params(**{name: request[name] for name in names}) for request in requests]
+        prompts, params = self._inputs(requests)
         steps_before, wait_before = len(self._llm.step_times()), self._wait_s
         begin = time.perf_counter()
         results = self._llm.generate(prompts, params, use_tqdm=False)
@@ -68,6 +66,20 @@ class Adapter:
             "step_times_s": self._llm.step_times()[steps_before:],
             "device_wait_s": None if self._wait_s is None else self._wait_s - (wait_before or 0.0),
         }
+
+    def logprobs(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
+        """Serves requests with log-probabilities asked for, which changes the work: never timed. See WithLogprobs."""
+        prompts, params = self._inputs(requests, logprobs=0)
+        completions = [result.outputs[0] for result in self._llm.generate(prompts, params, use_tqdm=False)]
+        return {
+            "outputs": [list(c.token_ids) for c in completions],
+            "logprobs": [[at[token].logprob for token, at in zip(c.token_ids, c.logprobs, strict=True)] for c in completions],
+        }
+
+    def _inputs(self, requests: list[dict[str, Any]], **more: Any) -> tuple[list[dict[str, Any]], list[Any]]:
+        names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
+        prompts = [{"prompt_token_ids": request["prompt_token_ids"]} for request in requests]
+        return prompts, [self._sampling_params(**{name: request[name] for name in names}, **more) for request in requests]
 
     def reset(self) -> None:
         self._llm.reset_prefix_cache()

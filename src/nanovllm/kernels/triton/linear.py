@@ -127,9 +127,10 @@ def _splits(n: int, k: int) -> int:
 
 
 @functools.cache
-def _has_room_for_tiles(device: torch.device) -> bool:
-    """Four stages take 128 KiB of shared memory: data-centre GPUs have them, an RTX 4070 has 99."""
-    return device.type != "cuda" or torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 128 << 10
+def _stages(columns: int, device: torch.device) -> int:
+    """Of _tile_kernel: four, if they fit. With 64 columns they take 128 KiB of shared memory; an RTX 4070 has 99."""
+    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 0
+    return 4 if columns == 32 or room >= 128 << 10 else 3
 
 
 def _parts(k: int) -> int:
@@ -143,8 +144,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not 0 < num_rows <= _TILE_ROWS or x.dtype.itemsize != 2 or bias is not None:
         return F.linear(x, weight, bias)
     if num_rows > _SOME_ROWS:
-        fits = _splits(n, k) and _has_room_for_tiles(x.device)
-        return _linear_in_tiles(x.contiguous(), weight) if fits else F.linear(x, weight)
+        return _linear_in_tiles(x.contiguous(), weight) if _splits(n, k) else F.linear(x, weight)
     if not parts or n % 16:
         return F.linear(x, weight)
     x = x.contiguous()
@@ -168,6 +168,6 @@ def _linear_in_tiles(x: Tensor, weight: Tensor) -> Tensor:
     parts = torch.empty(splits, num_rows, n, dtype=torch.float32, device=x.device) if splits > 1 else out
     _tile_kernel[(n // columns, splits)](
         x, weight, out, parts, _arrivals(x.device), num_rows, n, k, ROWS=_TILE_ROWS, COLUMNS=columns, STEP=_STEP, SPLITS=splits,
-        PART=k // splits, STAGES=4, num_warps=4, **pdl(x),
+        PART=k // splits, STAGES=_stages(columns, x.device), num_warps=4, **pdl(x),
     )  # fmt: skip
     return out

@@ -1,0 +1,136 @@
+"""What a check runs, and what has to come of each: a job is one engine, with its settings, and the verdict that is right."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from experiments.checking import work
+from experiments.checking.pairs import Choice, pairwise
+from experiments.levels import level_name
+from experiments.negative_controls import BROKEN, CONTROL_PROMPT
+from experiments.plan import inapplicable
+from nanovllm.config import ALL, BASELINE, LEVELS, Optimizations
+
+MAX_NUM_SEQS, MAX_MODEL_LEN, BATCHED_TOKENS = 4, 256, 48
+"""So small that requests wait, prompts are cut, and requests are preempted (see `kv_cache_bytes`)."""
+CONTROL, SAMPLED, TRUNCATED = "control", "sampled", "truncated"
+
+
+@dataclass(frozen=True)
+class Job:
+    """An engine that serves some of the workloads. expected: "pass" | "fail", the gate's verdict. like: the job whose tokens these
+    are compared with, one request at a time. logprobs: workloads that are served a second time, for log-probabilities."""
+
+    name: str
+    group: str
+    engine: str
+    config: dict[str, Any]
+    dtype: str
+    workloads: tuple[str, ...]
+    logprobs: tuple[str, ...]
+    expected: str = "pass"
+    broken: str | None = None
+    like: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is checked on which machine: `shape` of the model as in a plan, `profile` settled or not, as a dict."""
+
+    profile: dict[str, Any]
+    shape: dict[str, Any]
+    device: str
+    dtypes: tuple[str, ...]
+    """The first is the one that all configurations run in."""
+    peers: tuple[str, ...]
+    """Other engines, beside HF: names of adapters."""
+
+
+def control_workloads(vocab_size: int) -> work.Workloads:
+    """Beside the drawn ones: what broken engines serve, and what other random generators are judged by."""
+    hot = {"temperature": 0.8, "top_k": 0, "top_p": 1.0}
+    cut = {"temperature": 1.0, "top_k": 40, "top_p": 0.9}
+    return {
+        CONTROL: work.uniform(48, vocab_size, CONTROL_PROMPT, 24, work.GREEDY, seed=1),
+        SAMPLED: work.uniform(48, vocab_size, CONTROL_PROMPT, 24, hot, seed=2),
+        TRUNCATED: work.uniform(48, vocab_size, CONTROL_PROMPT, 24, cut, seed=3),
+    }
+
+
+def configurations(scope: Scope) -> tuple[list[Choice], list[str]]:
+    """(every pair of levels that can meet on this machine; what cannot run here and why). Baseline first, then all of the best."""
+    levels: dict[str, list[Any]] = {}
+    absent = []
+    for factor, known in LEVELS.items():
+        levels[factor] = []
+        for level in known:
+            if reason := inapplicable(factor, level_name(level), scope.profile, scope.shape):
+                absent.append(f"{factor}={level_name(level)}: {reason}")
+            else:
+                levels[factor].append(level)
+
+    def allowed(choice: Choice) -> bool:
+        try:
+            Optimizations(**choice).resolve(scope.device)  # type: ignore[arg-type]
+        except ValueError:
+            return False
+        return True
+
+    best = dataclasses.asdict(ALL.resolve(scope.device))  # type: ignore[arg-type]
+    return pairwise(levels, allowed, [dataclasses.asdict(BASELINE), best]), absent
+
+
+def all_jobs(scope: Scope, drawn: list[str]) -> tuple[list[Job], list[str]]:
+    """The jobs in the order of the page, and what cannot run here."""
+    choices, absent = configurations(scope)
+    drawn_and_more = (*drawn, CONTROL, SAMPLED, TRUNCATED)
+    first = scope.dtypes[0]
+    jobs = []
+    for number, choice in enumerate(choices):
+        name = ("baseline", "all on")[number] if number < 2 else f"pairs {number - 1}"
+        for dtype in scope.dtypes if number < 2 else (first,):
+            config = engine_config(scope, dtype) | {"optimizations": choice, "block_size": work.BLOCK_SIZE,
+                                                    "kv_cache_memory_bytes": kv_cache_bytes(scope.shape, dtype)}  # fmt: skip
+            like = f"nanovllm {dtype}: baseline" if number else None
+            jobs.append(Job(f"nanovllm {dtype}: {name}", describe(choice), "nanovllm", config, dtype, drawn_and_more,
+                            (*drawn[::4], CONTROL), like=like))  # fmt: skip
+    for dtype in scope.dtypes:
+        for size in (48, 7):
+            config = {"dtype": dtype, "device": scope.device, "max_num_seqs": size}
+            jobs.append(Job(f"hf {dtype}: batches of {size}", "HF generate, its own random numbers", "hf", config, dtype,
+                            (CONTROL, SAMPLED, TRUNCATED), (CONTROL,)))  # fmt: skip
+    for peer in scope.peers:
+        config = engine_config(scope, first)
+        config |= {"kv_cache_memory_bytes": 2**28, "max_num_batched_tokens": MAX_MODEL_LEN} if peer == "vllm" else {}
+        jobs.append(Job(f"{peer} {first}", "another engine, its own random numbers", peer, config, first,
+                        drawn_and_more, (*drawn[::4], CONTROL)))  # fmt: skip
+    for dtype in scope.dtypes:
+        for broken in BROKEN:
+            config = {"dtype": dtype, "device": scope.device, "max_num_seqs": 48}
+            jobs.append(Job(f"broken {dtype}: {broken}", "HF, broken on purpose", "hf", config, dtype, (CONTROL,), (CONTROL,),
+                            expected="fail", broken=broken))  # fmt: skip
+    return jobs, absent
+
+
+def engine_config(scope: Scope, dtype: str) -> dict[str, Any]:
+    return {"dtype": dtype, "device": scope.device, "max_num_seqs": MAX_NUM_SEQS, "max_model_len": MAX_MODEL_LEN,
+            "max_num_batched_tokens": BATCHED_TOKENS, "seed": 0}  # fmt: skip
+
+
+def kv_cache_bytes(shape: dict[str, Any], dtype: str) -> int:
+    """Room for twice the longest request: MAX_NUM_SEQS of them do not fit, so some are preempted."""
+    blocks = 2 * -(-(work.LONGEST_PROMPT + work.LONGEST_ANSWER) // work.BLOCK_SIZE) + 1
+    bytes_per_value = {"float32": 4, "bfloat16": 2}[dtype]
+    per_token = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"] * bytes_per_value
+    return blocks * work.BLOCK_SIZE * per_token
+
+
+def describe(choice: Choice) -> str:
+    """The switches that are not at their baseline."""
+    on = [f"{name}={level_name(level)}" for name, level in choice.items() if level != LEVELS[name][0]]
+    return ", ".join(on) or "everything at its baseline"

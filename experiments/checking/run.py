@@ -1,0 +1,134 @@
+"""Conducts a check: draws the work, runs every job in its own process (two at a time on a CPU), judges, and writes the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from experiments import model_files, provenance
+from experiments.checking import page, work
+from experiments.checking.jobs import Job, Scope, all_jobs, control_workloads
+from experiments.launch import kill_group, tail
+
+TIMEOUT_S = 900
+
+
+class CheckError(Exception):
+    """A check that could not be made; the message says what to do."""
+
+
+def run(folder: Path, model: dict[str, Any], scope: Scope, drawn: int, pythons: dict[str, str], console: Console) -> bool:
+    """True if every verdict is the one expected. model: {"name", "path", "digest"}. Writes folder/check.{json,md,html}.
+
+    Raises CheckError where the gate itself ends in an error.
+    """
+    begin = time.monotonic()
+    (folder / "served").mkdir(parents=True, exist_ok=True)
+    (folder / "logs").mkdir(exist_ok=True)
+    vocab_size = scope.shape["vocab_size"]
+    console.print(f"drawing {drawn} workloads", highlight=False)
+    workloads = work.draw(drawn, vocab_size)
+    names = list(workloads)
+    workloads |= control_workloads(vocab_size)
+    work.write(workloads, folder / "work.json")
+    jobs, absent = all_jobs(scope, names)
+    (folder / "jobs.json").write_text(json.dumps([job.as_dict() for job in jobs], indent=1) + "\n")
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(), console=console,
+        refresh_per_second=2, transient=True, disable=not console.is_terminal,
+    ) as progress:  # fmt: skip
+        serve_all(jobs, folder, model["path"], scope, pythons, console, progress)
+        judge_all(folder, model["path"], progress)
+    verdicts = json.loads((folder / "verdicts.json").read_text())
+    result = {
+        "model": model, "device": scope.device, "hardware": provenance.of_machine().get("cpu_model") or provenance.cpu_model(),
+        "workloads": {"drawn": len(names), "requests": sum(map(len, workloads.values()))}, "absent": absent,
+        "duration_s": time.monotonic() - begin, **verdicts,
+    }  # fmt: skip
+    result["good"] = all(line["good"] for line in result["lines"])
+    (folder / "check.json").write_text(json.dumps(result, indent=1) + "\n")
+    page.write(result, folder)
+    page.show(result, console)
+    return bool(result["good"])
+
+
+def serve_all(
+    jobs: list[Job], folder: Path, model: str, scope: Scope, pythons: dict[str, str], console: Console, progress: Progress
+) -> None:
+    """A job that fails is written down as an error, with the end of what it printed."""
+    task = progress.add_task("serving", total=len(jobs))
+    at_once = 1 if scope.device == "cuda" else max(1, min(2, provenance.cpu_cores()))
+    with ThreadPoolExecutor(at_once) as pool:
+        futures = {
+            pool.submit(serve_one, i, job, folder, model, pythons.get(job.engine, sys.executable)): job
+            for i, job in enumerate(jobs)
+        }
+        for future in as_completed(futures):
+            error = future.result()
+            progress.update(task, advance=1, description=futures[future].name[:40])
+            if error or not console.is_terminal:
+                console.print(f"served   {futures[future].name}{': ' + error if error else ''}", markup=False, highlight=False)
+
+
+def serve_one(number: int, job: Job, folder: Path, model: str, python: str) -> str | None:
+    """Runs one job to its end; the error, if there was one."""
+    out, log = folder / "served" / f"{number:02d}.json", folder / "logs" / f"{number:02d}.log"
+    file = folder / "logs" / f"{number:02d}.job.json"
+    file.write_text(json.dumps(job.as_dict()))
+    command = [python, "-m", "experiments.checking.serve", "--job", str(file), "--work", str(folder / "work.json"),
+               "--model", model, "--out", str(out)]  # fmt: skip
+    error = None
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment()
+        )
+        try:
+            status = child.wait(timeout=TIMEOUT_S)
+            if status != 0:
+                error = f"exit status {status}"
+        except subprocess.TimeoutExpired:
+            error = f"not ready after {TIMEOUT_S} s"
+        finally:
+            kill_group(child)
+    if error is None and not out.exists():
+        error = "ended without a result"
+    if error is not None:
+        error = f"{error}: {tail(log, 3)} (all of it: logs/{log.name})"
+        out.write_text(json.dumps({"job": job.name, "error": error}))
+    return error
+
+
+def judge_all(folder: Path, model: str, progress: Progress) -> None:
+    task = progress.add_task("the gate", total=None)
+    log = folder / "logs" / "judging.log"
+    command = [sys.executable, "-m", "experiments.checking.judging", "--folder", str(folder), "--model", model]
+    with log.open("w") as output:
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=output, text=True, env=environment())
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.startswith("progress "):
+                done, total = map(int, line.split()[1:])
+                progress.update(task, completed=done, total=total)
+        if child.wait() != 0:
+            raise CheckError(f"the gate ended with status {child.returncode}: {tail(log, 6)} (all of it: {log})")
+
+
+def environment() -> dict[str, str]:
+    """One thread a process, for models this small; this repository's modules in every interpreter."""
+    paths = [str(provenance.ROOT), str(provenance.ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return os.environ | threads | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def find_model(preset: str | None, path: str | None) -> dict[str, Any]:
+    """Raises ModelError."""
+    return {"name": preset or path, **model_files.inspect(preset, path)}
