@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -10,7 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from experiments import execution, machine, records
+from experiments import execution, machine, provenance, records
+from experiments.engines import ENGINES
 from experiments.execution import ExecutionError, say
 from experiments.executor import Options
 from experiments.model_files import ModelError, download
@@ -25,6 +29,7 @@ app = typer.Typer(
 )
 console = Console()
 Act = Callable[[dict[str, Any], Path, Options, Console], bool]
+OWN_VLLM = provenance.ROOT / ".venv-vllm" / "bin" / "python"
 KNOWN_ERRORS = (SpecError, ModelError, RecordError, ExecutionError, TrackingError)
 
 StudyOption = Annotated[str, typer.Option("--study", help="name of a file in ablations/studies, or a path")]
@@ -196,6 +201,7 @@ def choose_model(given: str | None, study: Study, profile: Profile) -> ModelChoi
 
 def go(plan: dict[str, Any], out: Path | None, options: Options) -> NoReturn:
     """Executes a plan in `out`, in the folder of its interrupted execution, or in a new one."""
+    check_interpreters(plan, options.pythons)
     conclude(plan, guarded(lambda: out or execution.interrupted(plan, console) or execution.new_folder(plan)), options)
 
 
@@ -210,9 +216,23 @@ def conclude(plan: dict[str, Any], folder: Path, options: Options, act: Act = ex
 
 
 def parse_pythons(given: list[str] | None) -> dict[str, str]:
+    """Interpreters by engine; vLLM's own, if `make compare-vllm` has built it, where none is given."""
     if wrong := [item for item in given or [] if "=" not in item]:
         fail(f"--python {wrong[0]}: write ENGINE=PATH, e.g. vllm=.venv-vllm/bin/python")
-    return dict(item.split("=", 1) for item in given or [])
+    built = {"vllm": str(OWN_VLLM)} if OWN_VLLM.exists() else {}
+    return built | dict(item.split("=", 1) for item in given or [])
+
+
+def check_interpreters(plan: dict[str, Any], pythons: dict[str, str]) -> None:
+    """Ends the program where a cell's engine cannot be found in its interpreter: better now than in every launch."""
+    for engine in {cell["engine"] for cell in plan["cells"].values()} & {"vllm", *pythons}:
+        python = pythons.get(engine, sys.executable)
+        if shutil.which(python) is None:
+            fail(f"--python {engine}={python}: no such program; give the interpreter that has {engine}")
+        probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({engine.split('.')[0]!r}) is None)"
+        if engine in ENGINES and subprocess.run([python, "-c", probe], check=False).returncode:
+            fail(f"{python} has no {engine}: `make compare-vllm` builds an interpreter that has vLLM, or give one with "
+                 "VLLM_PYTHON=PATH (--python vllm=PATH)")  # fmt: skip
 
 
 def latest(folder: Path | None) -> Path:

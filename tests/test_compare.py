@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from experiments import equivalence, fairness, machine, model_files, records
+from experiments.__main__ import app
 from experiments.fairness import FairnessError
 from experiments.launch import Runner
 from experiments.model_files import ModelError
@@ -276,3 +279,14 @@ def test_costs_are_told_apart() -> None:
     served_by_all = [r["workloads"]["scaled"] for r in launches if r["cell"] == "all"]
     per_s = [part["num_requests"] / part["duration_s"] for part in served_by_all]
     assert min(per_s) <= work["requests_per_s"] <= max(per_s)
+
+
+@pytest.mark.parametrize(
+    ("python", "message"),
+    [("vllm=/no/such/python", "no such program"), (f"vllm={sys.executable}", "has no vllm: `make compare-vllm` builds")],
+)
+def test_an_interpreter_without_vllm_is_said_at_once(python: str, message: str, tiny: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["compare", "--with", "vllm", "--out", str(tmp_path / "out"), "--python", python])
+    assert done.exit_code == 2
+    assert message in done.output + done.stderr
+    assert not (tmp_path / "out").exists(), "nothing was run"
