@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from experiments import equivalence, fairness, machine, model_files, records
 from experiments.__main__ import app
 from experiments.fairness import FairnessError
-from experiments.launch import Runner
+from experiments.launch import Runner, tail
 from experiments.model_files import ModelError
 from experiments.plan import build_plan
 from experiments.spec import load_profile, load_study
@@ -138,6 +138,14 @@ def test_an_engine_that_dies_in_mid_run_costs_its_own_launch_only(tiny: Path, tm
     assert (found["other"]["status"], found["baseline"]["status"]) == ("failed", "ok")
     assert "exit status 3; its output ends with: the engine dies in mid-run as told" in found["other"]["reason"]
     assert (tmp_path / "out" / "logs" / f"{found['other']['launch']}.a1.log").is_file()
+
+
+def test_the_first_error_of_a_long_log_is_told(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("start\n(Worker pid=7) RuntimeError: no such kernel\n" + "\n".join(f"line {i}" for i in range(40)))
+    assert tail(log, 2) == "(Worker pid=7) RuntimeError: no such kernel\n[...]\nline 38\nline 39"
+    log.write_text("one\ntwo")
+    assert tail(log, 2) == "one\ntwo"
 
 
 # ------------------------------------------------------------------------------------------------- the rules, without engines
