@@ -47,8 +47,8 @@ compare-hf: $(READY)  ## the engine against HF transformers, the same way
 $(VLLM_READY): requirements/vllm-$(VLLM_BUILD).txt
 	@test -x $(VLLM_VENV)/bin/python || { echo "creating $(VLLM_VENV)"; $(PYTHON) -m venv $(VLLM_VENV); }
 	@echo "installing vLLM ($<) into $(VLLM_VENV): two to five minutes and $(if $(filter cpu,$(VLLM_BUILD)),3,12) GB, once"
-	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' $<)
-	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(if $(filter cpu,$(VLLM_BUILD)),--no-deps) -r $<
+	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check $$(grep '^torch==' $<)
+	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(if $(filter cpu,$(VLLM_BUILD)),--no-deps) -r $<
 	@touch $@
 
 check: $(READY)  ## is the output right: all pairs of switches, HF and vLLM through the gate; broken engines must fail (VLLM_PYTHON=interpreter)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -13,6 +16,7 @@ from rich.table import Table
 from experiments import execution, machine, model_files, provenance, records
 from experiments.checking import run as checking
 from experiments.checking.jobs import Scope
+from experiments.engines import ENGINES
 from experiments.execution import ExecutionError, say
 from experiments.executor import Options
 from experiments.model_files import ModelError, download
@@ -27,6 +31,7 @@ app = typer.Typer(
 )
 console = Console()
 Act = Callable[[dict[str, Any], Path, Options, Console], bool]
+OWN_VLLM = provenance.ROOT / ".venv-vllm" / "bin" / "python"
 KNOWN_ERRORS = (SpecError, ModelError, RecordError, ExecutionError, TrackingError, checking.CheckError)
 
 StudyOption = Annotated[str, typer.Option("--study", help="name of a file in ablations/studies, or a path")]
@@ -199,6 +204,7 @@ def choose_model(given: str | None, study: Study, profile: Profile) -> ModelChoi
 
 def go(plan: dict[str, Any], out: Path | None, options: Options) -> NoReturn:
     """Executes a plan in `out`, in the folder of its interrupted execution, or in a new one."""
+    check_interpreters(plan, options.pythons)
     conclude(plan, guarded(lambda: out or execution.interrupted(plan, console) or execution.new_folder(plan)), options)
 
 
@@ -245,9 +251,23 @@ def choose_folder(given: str) -> tuple[str | None, str | None]:
 
 
 def parse_pythons(given: list[str] | None) -> dict[str, str]:
+    """Interpreters by engine; vLLM's own, if `make compare-vllm` has built it, where none is given."""
     if wrong := [item for item in given or [] if "=" not in item]:
         fail(f"--python {wrong[0]}: write ENGINE=PATH, e.g. vllm=.venv-vllm/bin/python")
-    return dict(item.split("=", 1) for item in given or [])
+    built = {"vllm": str(OWN_VLLM)} if OWN_VLLM.exists() else {}
+    return built | dict(item.split("=", 1) for item in given or [])
+
+
+def check_interpreters(plan: dict[str, Any], pythons: dict[str, str]) -> None:
+    """Ends the program where a cell's engine cannot be found in its interpreter: better now than in every launch."""
+    for engine in {cell["engine"] for cell in plan["cells"].values()} & {"vllm", *pythons}:
+        python = pythons.get(engine, sys.executable)
+        if shutil.which(python) is None:
+            fail(f"--python {engine}={python}: no such program; give the interpreter that has {engine}")
+        probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({engine.split('.')[0]!r}) is None)"
+        if engine in ENGINES and subprocess.run([python, "-c", probe], check=False).returncode:
+            fail(f"{python} has no {engine}: `make compare-vllm` builds an interpreter that has vLLM, or give one with "
+                 "VLLM_PYTHON=PATH (--python vllm=PATH)")  # fmt: skip
 
 
 def latest(folder: Path | None) -> Path:

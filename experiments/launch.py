@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import datetime
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -247,8 +248,13 @@ def kill_group(child: subprocess.Popen[bytes]) -> None:
 
 
 def tail(log: Path, lines: int = 12) -> str:
-    """The last lines of a log, at most 2,000 characters."""
-    return "\n".join(log.read_text(errors="replace").strip().splitlines()[-lines:])[-2000:]
+    """The last lines of a log, at most 2,000 characters; before them its first error, which an engine of several processes often
+    buries under the errors that follow from it."""
+    every = log.read_text(errors="replace").strip().splitlines()
+    end = "\n".join(every[-lines:])[-2000:]
+    errors = (line.strip() for line in every[:-lines] if re.search(r"\w(Error|Exception): ", line) and "WARN" not in line)
+    first = next(errors, None)
+    return f"{first[:500]}\n[...]\n{end}" if first else end
 
 
 def utc_now() -> str:

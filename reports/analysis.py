@@ -13,6 +13,7 @@ from typing import Any
 from experiments import workloads
 from reports import ceiling
 from reports.answer import answer
+from reports.compare import compared, costs
 from reports.contrasts import Contrast, Lattice, Toggle, evaluate
 from reports.counting import Counted, Gate, count
 from reports.facts import equivalence, hardware, run_order, toggles
@@ -61,6 +62,8 @@ def analyse(records: Sequence[Mapping[str, Any]], plan: Mapping[str, Any], notes
         "rates": _rates(values, plan),
         "effects": _effects(values, lattice, plan, rule),
         "references": _references(values, lattice, plan, rule, metric),
+        "comparisons": compared(values, counted.launches, plan, rule),
+        "costs": costs(counted.launches, plan),
         "factors": _factors(values, lattice, rule, metric),
         "interactions": _interactions(values, lattice, rule, metric),
         "ceiling": _ceilings(values, plan, drawn),

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from reports import compare
 from reports.text import count_of, interval, percent, ratio
 
 Analysis = Mapping[str, Any]
@@ -14,9 +15,10 @@ Analysis = Mapping[str, Any]
 
 def answer(analysis: Analysis) -> dict[str, Any]:
     """{"sentence", "verdict", "caveats"} from a finished analysis."""
+    compares = bool(analysis["comparisons"] and analysis["counts"]["counted_launches"])
     return {
-        "sentence": _sentence(analysis),
-        "verdict": _headline_verdict(analysis),
+        "sentence": compare.sentence(analysis) if compares else _sentence(analysis),
+        "verdict": compare.verdict(analysis) if compares else _headline_verdict(analysis),
         "caveats": list(_caveats(analysis)),
     }
 
@@ -98,6 +100,10 @@ def _says(effect: Mapping[str, Any], analysis: Analysis) -> str:
 
 def _caveats(analysis: Analysis) -> Iterator[str]:
     counts = analysis["counts"]
+    for entry in analysis["comparisons"]:
+        if entry["breaches"]:
+            pair = f"{entry['ours']} / {entry['theirs']} ({entry['name']})"
+            yield f"Not a fair comparison, so without a ratio: {pair}: {'; '.join(entry['breaches'])}."
     for effect in _primary(analysis):
         if effect["role"] == "aa" and effect["verdict"] in ("faster", "slower"):
             yield (

@@ -238,7 +238,8 @@ def reproduce_command(plan: Mapping[str, Any]) -> str:
     ]
     if study.get("overrides"):
         words.append("SET=" + " ".join(f"{key}={value}" for key, value in study["overrides"].items()))
-    return "make ablate " + " ".join(map(shlex.quote, words))
+    with_vllm = any(cell["engine"] == "vllm" for cell in plan["cells"].values())
+    return f"make {'compare-vllm' if with_vllm else 'ablate'} " + " ".join(map(shlex.quote, words))
 
 
 def _reproduce(plan: Mapping[str, Any], analysis: Analysis, digest: str) -> Section:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from reports import text
+from reports.compare_sections import compare_sections
 from reports.document import Column, Section, Table
 from reports.intervals import MIN_BLOCKS_BOOTSTRAP
 from reports.metrics import LATENCIES, METRICS, PERCENTILES
@@ -23,10 +24,12 @@ KINDS = {
 
 def results(analysis: Analysis) -> Iterator[Section]:
     """The sections that answer the question, those that the design has numbers for."""
+    yield from compare_sections(analysis)
     yield _effects(analysis)
     yield from _factors(analysis)
     yield from _interactions(analysis)
-    yield from _references(analysis)
+    if not analysis["comparisons"]:  # a study that names its pairs has said which of them are fair
+        yield from _references(analysis)
     yield _ceiling(analysis)
     yield from _latency(analysis)
 

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from reports import text
+from reports.compare import throughput_rows
 
 COLORS = {"faster": "green", "slower": "red", "equivalent": "blue", "inconclusive": "yellow"}
 
@@ -30,7 +31,8 @@ def print_table(analysis: Mapping[str, Any], console: Console | None = None) -> 
         for effect in effects:
             if effect["workload"] == workload:
                 _add_row(table, analysis, effect, effect["cell"], _counters(analysis, effect["cell"], workload))
-        for effect in analysis["references"]:
+        against = [effect for _, effect in throughput_rows(analysis)] if analysis["comparisons"] else analysis["references"]
+        for effect in against:
             if effect["workload"] == workload:
                 _add_row(table, analysis, effect, f"{effect['cell']} / {effect['reference']}")
     console.print(table)

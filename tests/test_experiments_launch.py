@@ -218,9 +218,9 @@ def test_the_runner_needs_the_standard_library_only(plan_file: Path, tmp_path: P
 
 
 def test_an_unknown_engine_or_setting_is_an_error() -> None:
-    with pytest.raises(ValueError, match="engine 'vlm' has no adapter; allowed: nanovllm, hf"):
+    with pytest.raises(ValueError, match="engine 'vlm' has no adapter; allowed: nanovllm, hf, vllm,"):
         load_adapter("vlm")
-    for engine in ("nanovllm", "hf"):
+    for engine in ("nanovllm", "hf", "vllm"):
         with pytest.raises(ValueError, match=f"{engine}: unknown config key max_num_seq; allowed: .*max_num_seqs"):
             load_adapter(engine)("model", {"max_num_seq": 3})
 

@@ -1,0 +1,135 @@
+"""The part of a report that only a comparison of engines has: who was faster, was it fair, what else did it cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from reports import text
+from reports.compare import RULE_WORDS, throughput_rows
+from reports.document import Column, Section, Table
+
+Analysis = Mapping[str, Any]
+LINES = Path(__file__).resolve().parent / "published" / "code-lines" / "lines.json"
+NOT_COMPARED = (
+    "Not compared, and nothing here speaks of it: serving over a network and streaming, text in and out (token ids only), "
+    "multi-modal models, quantization, speculative decoding, LoRA, structured output, other models than this one, several "
+    "machines, requests that arrive over time, and every version but those named."
+)
+_GIB = 2**30
+
+
+def compare_sections(analysis: Analysis) -> Iterator[Section]:
+    """Nothing for a study without comparisons."""
+    if analysis.get("comparisons"):
+        yield _verdicts(analysis)
+        yield _fairness(analysis)
+        yield _costs(analysis)
+
+
+def _verdicts(analysis: Analysis) -> Section:
+    code, number = (lambda title: Column(title, "code")), (lambda title: Column(title, "number"))
+    confidence = text.percent(analysis["rule"]["confidence"], 0)
+    columns = [code("workload"), Column("comparison"), code("ours"), code("theirs"), number("ratio"),
+               number(f"{confidence} interval"), Column("verdict", "verdict"), number("p (Holm)"), number("blocks")]  # fmt: skip
+    rows = [
+        [effect["workload"], entry["name"], entry["ours"], entry["theirs"], text.ratio(effect["ratio"]),
+         text.interval(effect["low"], effect["high"]), effect["verdict"], text.probability(effect["p_holm"]), str(effect["n"])]
+        for entry, effect in throughput_rows(analysis)
+    ]  # fmt: skip
+    lead = [
+        "Output tokens per second of our cell over those of the other engine's, in the same block, steady state: each launch is a "
+        "fresh process, started and warmed up before anything is timed. Each throughput stands beside its bound below, "
+        "and the latencies of both engines under their own heading.",
+        NOT_COMPARED,
+    ]
+    return Section("compared", "Who is faster, on what", lead, None, [Table("Comparisons", columns, rows, grouped=True)])
+
+
+def _fairness(analysis: Analysis) -> Section:
+    entries = analysis["comparisons"]
+    rules = [
+        [entry["name"], f"{entry['ours']} / {entry['theirs']}", RULE_WORDS[entry["rule"]],
+         "; ".join(entry["breaches"]) or "they do", "fail" if entry["breaches"] else "pass"]
+        for entry in entries
+    ]  # fmt: skip
+    tables = [
+        Table("The rules", [Column("comparison"), Column("pair", "code"), Column("must share"), Column("found"),
+                            Column("fair", "verdict")], rules)
+    ]  # fmt: skip
+    seen = set()
+    for entry in entries:
+        pair = f"{entry['ours']} against {entry['theirs']}"
+        if pair not in seen:
+            seen.add(pair)
+            columns = [Column("setting", "code"), Column(entry["ours"], "long"), Column(entry["theirs"], "long")]
+            rows = [[key, _value(mine), _value(other)] for key, mine, other in entry["differences"]]
+            tables.append(Table(f"Whatever else differs: {pair}", columns, rows, folded=True))
+    digest = analysis["hardware"]["model"].get("digest", text.ABSENT)
+    lead = [
+        f"One checkpoint (digest {digest[:16]}), verified before the first launch and watched until the last; one workload "
+        "fingerprint, checked in every launch. Number format and KV-cache bytes are read from what each engine resolved, not "
+        "from what it was asked for. Like for like shares the limits and every switch that both have, too. A breach stops the "
+        "study.",
+    ]
+    return Section("fairness", "Was it a fair comparison", lead, None, tables)
+
+
+def _value(value: Any) -> str:
+    return "has none" if value is None else json.dumps(value) if isinstance(value, (list, dict, bool)) else str(value)
+
+
+def _costs(analysis: Analysis) -> Section:
+    cost = analysis["costs"]
+
+    def numbers(*titles: str) -> list[Column]:
+        return [Column(title, "number") for title in titles]
+
+    launch = [
+        [row["cell"], text.seconds(row["first_load_s"]), text.seconds(row["load_s"]), text.seconds(row["warm_up_s"]),
+         _gib(row["host_bytes"]), _gib(row["device_bytes"]), str(row["n"])]
+        for row in cost["launch"]
+    ]  # fmt: skip
+    work = [
+        [row["workload"], row["cell"], text.number(row["requests_per_s"]), text.seconds(row["cpu_s_per_token"])]
+        for row in cost["work"]
+    ]
+    lines, said = _code_lines()
+    lead = [
+        "Starting: from the start of the process until it takes requests, engine and model loaded; the first launch compiles "
+        "what later ones may find compiled. Warm-up: the head of every workload, before the timed work. Memory: the highest of "
+        "the whole process tree, shared pages counted in each process. CPU time: user and system, all processes of the engine.",
+        said,
+    ]
+    tables = [
+        Table("Starting and memory, medians over launches",
+              [Column("cell", "code"),
+               *numbers("first start", "later starts", "warm-up", "host, GiB", "GPU, GiB", "launches")], launch),
+        Table("Requests and CPU time, by workload",
+              [Column("workload", "code"), Column("cell", "code"), *numbers("requests/s", "CPU time a token")], work, grouped=True),
+        Table("Lines of code, without blanks, comments, docstrings and tests",
+              [Column("engine"), Column("version"), Column("counted"), *numbers("files", "lines")], lines),
+    ]  # fmt: skip
+    return Section("costs", "What else it costs", lead, None, tables)
+
+
+def _code_lines() -> tuple[list[list[str]], str]:
+    """Rows of the table, and a sentence; the count is a record of its own (`python -m reports lines`)."""
+    if not LINES.is_file():
+        return [], "Lines of code have not been counted here: python -m reports lines --vllm .venv-vllm/bin/python does."
+    counts = json.loads(LINES.read_text(encoding="utf-8"))
+    words = {"core": "core: what a baseline run loads", "everything_on": "loaded with everything on",
+             "loaded": "loaded by the same job", "package": "whole package"}  # fmt: skip
+    rows = [
+        [engine, str(counts[engine].get("version") or text.ABSENT), says, text.number(counts[engine][key]["files"]),
+         text.number(counts[engine][key]["lines"])]
+        for engine in ("nanovllm", "vllm") if engine in counts
+        for key, says in words.items() if key in counts[engine]
+    ]  # fmt: skip
+    return rows, f"Lines of code were counted one way for both engines ({counts.get('made_at', 'no date')})."
+
+
+def _gib(value: float | None) -> str:
+    return text.ABSENT if not value else f"{value / _GIB:.2f}"
