@@ -35,6 +35,7 @@ from experiments.same_work import same_work
 from experiments.scoring import Scores, score_rows
 from nanovllm.kernels.torch.sampling import gumbel_noise
 from nanovllm.models.checkpoint import checkpoint_digest, ensure_checkpoint
+from reports import evidence
 
 DTYPES = ["float32", "bfloat16"]
 PARAMS = GateParams()
@@ -505,6 +506,17 @@ def test_errors_are_told_by_position() -> None:
     assert [part["mismatches"] for part in parts] == [0, 50 * 7]
     assert [part["margin"]["max"] for part in parts] == [0.0, 0.25]
     assert sum(part["hf_mismatches"] for part in parts) == judge(scores, "bfloat16", PARAMS).calibration["hf_mismatches"]
+
+
+def test_the_report_shows_the_first_offender_and_errors_by_position() -> None:
+    scores = synthetic_scores(50, 40, 0.0, hf_differing=0.02, margin=0.5)
+    scores[7].agrees[3], scores[7].margin[3] = False, 99.0
+    row = {"workload": "small", "tokens_digest": "f" * 64, **dataclasses.asdict(judge(scores, "bfloat16", PARAMS))}
+    (offender,) = evidence._first_offenders([row, {**row, "first_offender": None}])
+    assert "request 7, output position 3: token 0, margin 99.00 logits" in offender.caption
+    assert len(offender.rows) == 5
+    by_position = evidence._errors_by_position([row, {**row, "calibration": None}])
+    assert [line[2:5] for line in by_position.rows] == [["0 to 15", "800", "1"], ["16 to 39", "1,200", "0"]]
 
 
 def test_same_work() -> None:
