@@ -118,7 +118,7 @@ def _costs(analysis: Analysis) -> Section:
 def _code_lines() -> tuple[list[list[str]], str]:
     """Rows of the table, and a sentence; the count is a record of its own (`python -m reports lines`)."""
     if not LINES.is_file():
-        return [], "Lines of code have not been counted here: python -m reports lines --vllm .venv-vllm/bin/python does."
+        return [], "Lines of code have not been counted here: python -m reports lines --model FOLDER --vllm PYTHON does."
     counts = json.loads(LINES.read_text(encoding="utf-8"))
     words = {"core": "core: what a baseline run loads", "everything_on": "loaded with everything on",
              "loaded": "loaded by the same job", "package": "whole package"}  # fmt: skip
