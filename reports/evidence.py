@@ -1,5 +1,6 @@
 """Why the results may be believed, and how to get them again: the second half of a report."""
 
+import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -191,9 +192,17 @@ def reproduce_command(plan: Mapping[str, Any]) -> str:
         f"PROFILE={plan['profile']['name']}",
         f"MODEL={model['preset'] or model['path']}",
     ]
-    if study.get("overrides"):
-        words.append("SET=" + " ".join(f"{key}={value}" for key, value in study["overrides"].items()))
-    return "make ablate " + " ".join(map(shlex.quote, words))
+    given = [f"{key}={_yaml(value)}" for key, value in study.get("overrides", {}).items()]
+    if any(len(word.split()) != 1 for word in [*words, *given]):  # make would take such a word for two
+        options = [part for word in words for part in ("--" + word.split("=")[0].lower(), word.split("=", 1)[1])]
+        options += [part for word in given for part in ("--set", word)]
+        return ".venv/bin/python -m experiments ablate " + " ".join(map(shlex.quote, options))
+    return "make ablate " + " ".join(map(shlex.quote, [*words, *(["SET=" + " ".join(given)] if given else [])]))
+
+
+def _yaml(value: Any) -> str:
+    """A value as `--set key=value` reads it back, without spaces where it can be."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
 def _reproduce(plan: Mapping[str, Any], analysis: Analysis, digest: str) -> Section:

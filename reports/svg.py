@@ -6,6 +6,8 @@ variable of the page, so that the figure follows the reader's light or dark them
 
 import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html import escape
 
 import matplotlib as mpl
@@ -51,6 +53,16 @@ STYLE = {
     "lines.solid_capstyle": "round",
 }
 
+
+@contextmanager
+def style() -> Iterator[None]:
+    """STYLE over matplotlib's own defaults: what a matplotlibrc on this machine says must not change the bytes."""
+    with mpl.rc_context():
+        mpl.rcParams.update({key: mpl.rcParamsDefault[key] for key in mpl.rcParamsDefault if not key.startswith("backend")})
+        mpl.rcParams.update(STYLE)
+        yield
+
+
 PIXELS_PER_INCH = 72  # one SVG unit is one CSS pixel
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', sans-serif"
 
@@ -58,7 +70,7 @@ FONT = "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', sans-serif"
 def to_svg(figure: Figure) -> str:
     """The <svg> element of a figure, without XML header, metadata and namespaces (HTML needs none)."""
     buffer = io.StringIO()
-    with mpl.rc_context(STYLE):
+    with style():
         figure.savefig(buffer, format="svg", dpi=PIXELS_PER_INCH, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]

@@ -15,6 +15,7 @@ COLORS = {"faster": "green", "slower": "red", "equivalent": "blue", "inconclusiv
 def print_table(analysis: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the answer, a row for each effect on the study's metric, the references, and the caveats."""
     console = console or Console()
+    analysis = text.printable(analysis)
     console.print()
     console.print(Text(analysis["answer"]["sentence"], style="bold"))
     effects = [effect for effect in analysis["effects"] if effect["metric"] == analysis["metric"]["key"]]
@@ -45,7 +46,7 @@ def _add_row(
         text.ratio(effect["ratio"]),
         text.interval(effect["low"], effect["high"], between="–"),
         Text(effect["verdict"], style=COLORS[effect["verdict"]]),
-        _gate(analysis, effect["cell"], effect["workload"]),
+        Text(_gate(analysis, effect["cell"], effect["workload"])),
         counters,
     )
 
