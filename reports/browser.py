@@ -48,7 +48,7 @@ class Browser:
         self._in, from_child = os.pipe()
         redirected = f'exec "$0" "$@" 3<&{to_child} 4>&{from_child}'
         self._process = subprocess.Popen(
-            ["/bin/sh", "-c", redirected, path, *FLAGS, f"--user-data-dir={self._profile.name}"],
+            ["bash", "-c", redirected, path, *FLAGS, f"--user-data-dir={self._profile.name}"],
             pass_fds=(to_child, from_child), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
@@ -56,10 +56,14 @@ class Browser:
         os.close(from_child)
         self._buffer, self._number, self._session = b"", 0, ""
         self.events: list[dict[str, Any]] = []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Network", "Runtime", "Log", "Security"):
-            self.call(f"{domain}.enable")
+        try:
+            target = self.call("Target.createTarget", url="about:blank")["targetId"]
+            self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+            for domain in ("Page", "Network", "Runtime", "Log"):
+                self.call(f"{domain}.enable")
+        except BaseException:
+            self.close()
+            raise
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """One command of the protocol; its result. Raises BrowserError for an error and after the timeout."""

@@ -23,7 +23,7 @@ PALETTE = {
     "faster": ("#0d766c", "#4fc4b5"),
     "slower": ("#b4500b", "#f0a25c"),
     "equivalent": ("#4a5462", "#aab4bf"),
-    "inconclusive": ("#8174a8", "#b7a9dc"),
+    "inconclusive": ("#6f619a", "#b7a9dc"),
 }
 LIGHT = {name: light for name, (light, _) in PALETTE.items()}
 

@@ -1,5 +1,7 @@
 """The result of a study on the terminal: effect, interval, verdict, gate and counters, in 80 columns."""
 
+import io
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +16,10 @@ COLORS = {"faster": "green", "slower": "red", "equivalent": "blue", "inconclusiv
 
 def print_table(analysis: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the answer, a row for each effect on the study's metric, the references, and the caveats."""
-    console = console or Console()
+    if console is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" for "×" instead of a traceback
+        console = Console()
     analysis = text.printable(analysis)
     console.print()
     console.print(Text(analysis["answer"]["sentence"], style="bold"))
