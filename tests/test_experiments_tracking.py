@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+import signal
+import socket
 import sqlite3
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +34,8 @@ def execution(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with Runner(plan, path / "out", resume=False) as runner:
         runner.run()
     report = path / "report"
-    report.mkdir()
+    (report / "figures").mkdir(parents=True)
+    (report / "figures" / "forest.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
     effect = {
         "metric": "output_tokens_per_s", "workload": "a", "cell": "prefix_cache=on", "role": "treatment", "n": 2,
         "ratio": 1.25, "low": 1.1, "high": 1.4, "verdict": "faster",
@@ -81,6 +87,10 @@ def test_a_study_is_a_parent_run_and_a_nested_run_each_launch(execution: Path, r
     on = by_name["b00-o02-prefix_cache=on"]
     assert (on.data.params["prefix_cache"], on.data.params["block"], on.info.status) == ("on", "0", "FINISHED")
     assert on.data.metrics["toggle/prefix_cache/engaged"] == 8
+    assert {"system/cpu_utilization_percentage", "system/process_memory_megabytes"} <= set(on.data.metrics)
+    history = client.get_metric_history(on.info.run_id, "system/process_memory_megabytes")
+    assert len(history) == len({point.timestamp for point in history}) >= 1  # a series over the launch, as MLflow draws its own
+    assert all(point.value > 0 for point in history)
     failed = by_name["b00-o03-crash"]
     assert failed.info.status == "FAILED"
     assert "crashes as told" in failed.data.tags["mlflow.note.content"]
@@ -151,6 +161,64 @@ def test_a_folder_without_launches_is_an_error(execution: Path, root: Path) -> N
     shutil.copyfile(execution / "out" / "plan.json", empty / "plan.json")
     with pytest.raises(tracking.TrackingError, match="no launch has been recorded yet"):
         tracking.import_folder(empty, None, root)
+
+
+def test_what_a_kill_left_is_imported_as_far_as_it_goes(execution: Path, root: Path) -> None:
+    """A study killed while it wrote its last record; when it has gone on and ended, the same runs as of an undisturbed one."""
+    killed = root / "killed"
+    shutil.copytree(execution / "out", killed)
+    whole = (killed / records.RECORDS).read_bytes()
+    third = [i for i, byte in enumerate(whole) if byte == ord("\n")][2]
+    (killed / records.RECORDS).write_bytes(whole[: third + 400])
+    tracking.import_folder(killed, None, root)
+    by_status = [run.info.status for run in runs(root) if "mlflow.parentRunId" not in run.data.tags]
+    assert by_status == ["FAILED"]  # not everything that was planned counts
+    assert len(runs(root)) == 1 + 3
+    (killed / records.RECORDS).write_bytes(whole)
+    tracking.import_folder(killed, execution / "report", root)
+    assert tracking.import_folder(execution / "out", execution / "report", root)[1] is False
+    assert len(runs(root)) == 1 + 8
+
+
+def test_two_studies_share_a_store(execution: Path, root: Path) -> None:
+    """Each is an experiment of its own, and neither import touches the other's runs."""
+    other = root / "other"
+    shutil.copytree(execution / "out", other)
+    plan = json.loads((other / records.PLAN).read_text())
+    old, plan["study"]["name"] = plan["plan_hash"], "another-study"
+    plan["plan_hash"] = records.plan_hash(plan)
+    (other / records.PLAN).write_text(json.dumps(plan))
+    lines = (other / records.RECORDS).read_text().replace(old, plan["plan_hash"])
+    (other / records.RECORDS).write_text(lines)
+    first = tracking.import_folder(execution / "out", execution / "report", root)[0]
+    second = tracking.import_folder(other, None, root)[0]
+    assert len(runs(root)) == 2 * (1 + 8)
+    by_id = {run.info.run_id: run for run in runs(root)}
+    assert by_id[first].info.experiment_id != by_id[second].info.experiment_id
+
+
+@pytest.mark.slow
+def test_the_ui_shows_the_figures_of_a_moved_repository(execution: Path, root: Path) -> None:
+    """`mlflow ui` as a user types it, in the repository, which was moved after the import."""
+    run_id, _ = tracking.import_folder(execution / "out", execution / "report", root)
+    moved = root.rename(root.with_name("moved"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    log = (moved / "ui.log").open("w")
+    with log, subprocess.Popen(command, cwd=moved, stdout=log, stderr=log, start_new_session=True) as ui:
+        try:
+            figure = f"http://127.0.0.1:{port}/get-artifact?path=report/figures/forest.svg&run_uuid={run_id}"
+            for _ in range(240):
+                with contextlib.suppress(OSError):
+                    answer = urllib.request.urlopen(figure, timeout=10)
+                    break
+                time.sleep(0.5)
+            assert answer.status == 200
+            assert answer.read() == (execution / "report" / "figures" / "forest.svg").read_bytes()
+        finally:
+            os.killpg(ui.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
