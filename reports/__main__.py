@@ -1,4 +1,4 @@
-"""python -m reports render FOLDER | published | claims | questions | lines | screenshot: pages, rebuilt from records."""
+"""python -m reports render | publish | published | claims | questions | lines | screenshot: pages, rebuilt from records."""
 
 import json
 import sys
@@ -14,9 +14,11 @@ from reports import claims as claims_page
 from reports import questions as questions_page
 from reports.analysis import analyse
 from reports.browser import BrowserError, screenshot
-from reports.library import PUBLISHED, folders, library
+from reports.evidence import reproduce_command
+from reports.library import PUBLISHED, library
 from reports.line_counts import CountError, count_lines
 from reports.prefix_work import ReplayError
+from reports.publish import publish as publish_records
 from reports.records import RecordError, read_folder
 from reports.render import print_table, render, write_markdown
 
@@ -49,17 +51,25 @@ def render_folder(
 
 
 @app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(help="a finished execution, e.g. the newest one under runs/")],
+    name: Annotated[str, typer.Argument(help="where it goes under reports/published, e.g. cpu-two-cores/conversation")],
+) -> None:
+    """Keep an execution: its plan and records go to reports/published, and every page made from there is rendered again."""
+
+    def work() -> None:
+        target = publish_records(folder, name, reproduce_command(read_folder(folder)[0]))
+        print(f"published: {target}")
+        library.cache_clear()
+        settle(write_all, False)
+
+    guarded(work)
+
+
+@app.command()
 def published(check: CheckOption = False) -> None:
     """Render every page that is made from reports/published: each study's report, the claims, the questions."""
-
-    def write(out: Path) -> None:
-        for folder in track(folders(), "rendering", transient=True):
-            plan, file = read_folder(folder)
-            render(plan, file.records, analyse(file.records, plan, file.notes), out / relative(folder / REPORT))
-        write_claims(out)
-        write_questions(out)
-
-    guarded(lambda: settle(write, check))
+    guarded(lambda: settle(write_all, check))
 
 
 @app.command()
@@ -98,6 +108,13 @@ def make_screenshot(
 ) -> None:
     """Take the README's picture: the head of a report, in a headless Chromium."""
     guarded(lambda: out.write_bytes(screenshot(page, width=1000, height=1500)))
+
+
+def write_all(out: Path) -> None:
+    for study in track(library().studies.values(), "rendering", transient=True):
+        render(study.plan, study.records, study.analysis, out / relative(study.folder / REPORT))
+    write_claims(out)
+    write_questions(out)
 
 
 def write_claims(out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from reports import claims, questions
 from reports import library as shelf
 from reports.__main__ import app, write_claims, write_questions
 from reports.library import PUBLISHED, Study, folders, library
+from reports.publish import publish
+from reports.records import RecordError
 from reports.render import render
 
 STUDIES = {folder.relative_to(PUBLISHED).as_posix(): folder for folder in folders()}
@@ -66,3 +69,30 @@ def test_the_check_says_which_page_is_stale(tmp_path: Path, monkeypatch: pytest.
         assert CliRunner().invoke(app, ["claims", "--check"]).exit_code == 0
     finally:
         shelf.library.cache_clear()
+
+
+def test_publishing_keeps_what_is_needed_and_leaves_the_machine_behind(tmp_path: Path) -> None:
+    study = library().studies["h200/gpu-canonical"]
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "plan.json").write_text((study.folder / "plan.json").read_text())
+    lines = (study.folder / "records.jsonl").read_text().splitlines(keepends=True)
+    first = json.loads(lines[0])
+    first["provenance"]["executable"] = f"{claims.ROOT}/.venv/bin/python"
+    (run / "records.jsonl").write_text("".join([json.dumps(first) + "\n", *lines[1:]]))
+    (run / "tokens.jsonl").write_text("large")
+    kept = tmp_path / "published"
+    target = publish(run, "here/it", "make ablate STUDY=x", kept)
+    assert {path.name for path in target.iterdir()} == {"plan.json", "records.jsonl", "README.md"}
+    assert json.loads((target / "records.jsonl").read_text().splitlines()[0])["provenance"]["executable"] == "./.venv/bin/python"
+    assert "make ablate STUDY=x" in (target / "README.md").read_text()
+    assert library(kept).studies["here/it"].analysis["effects"] == study.analysis["effects"]
+    (target / "README.md").write_text("my own words")
+    publish(run, "here/it", "make ablate STUDY=x", kept)  # again, and grown, is the same folder
+    assert (target / "README.md").read_text() == "my own words"
+    (run / "records.jsonl").write_text("".join(lines[2:]))
+    with pytest.raises(RecordError, match="holds other records"):
+        publish(run, "here/it", "make ablate STUDY=x", kept)
+    (run / "records.jsonl").write_text(lines[0])
+    with pytest.raises(RecordError, match="No answer: not one launch was counted"):
+        publish(run, "here/nothing", "make ablate STUDY=x", kept)
