@@ -17,13 +17,12 @@ from reports.browser import BrowserError, screenshot
 from reports.evidence import reproduce_command
 from reports.library import PUBLISHED, library
 from reports.line_counts import CountError, count_lines
-from reports.prefix_work import ReplayError
 from reports.publish import publish as publish_records
 from reports.records import RecordError, read_folder
 from reports.render import print_table, render, write_markdown
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Reports, rebuilt from records.")
-KNOWN_ERRORS = (RecordError, CountError, ReplayError, BrowserError)
+KNOWN_ERRORS = (RecordError, CountError, BrowserError)
 REPORT = "report"
 LINES = PUBLISHED / "code-lines" / "lines.json"
 PICTURE = claims_page.ROOT / "docs" / "report.png"

@@ -68,7 +68,7 @@ def read_claims(path: Path = CLAIMS) -> list[Claim]:
 
 
 def judge(claim: Claim, library: Library) -> Judged:
-    """Raises ReplayError for records that the measurement cannot believe."""
+    """What the library says of a claim."""
     parameters = {key: value for key, value in claim.measure.items() if key != "kind"}
     findings = list(MEASUREMENTS[claim.measure["kind"]](library, **parameters))
     candidates = [finding for finding in findings if finding.decides]

@@ -117,14 +117,16 @@ def prefix_saving(library: Library, study: str, workload: str) -> Iterator[Findi
             if not records:
                 continue
             work = [saved(record, found.plan, name) for record in records]
-            number = f"counted, the same in {text.count_of(len(work), 'launch')}"
             for label, shares in (
                 ("prefill FLOPs", [one.of_prefill for one in work]),
                 ("all FLOPs", [one.of_all for one in work]),
             ):
                 deciding = name == workload and label == "prefill FLOPs"
+                low, high = min(least for least, _ in shares), max(most for _, most in shares)
+                says = "counted, the same in" if low == high else "counted, least and most of"
+                evidence = f"{says} {text.count_of(len(work), 'launch')}"
                 what = f"{label} saved on {name} ({turns})"
-                yield _finding(found, what, shares[0], min(shares), max(shares), number, deciding, len(shares))
+                yield _finding(found, what, (low + high) / 2, low, high, evidence, deciding, len(shares))
             for label, seconds in (("serving time", _serving_s), ("prefill time", _prefill_s)):
                 what = f"{label} saved on {name} ({turns})"
                 deciding = name == workload and label == "serving time"
