@@ -80,12 +80,14 @@ class Browser:
         return answer["result"]  # type: ignore[no-any-return]
 
     def open(self, page: Path, width: int, height: int, *, dark: bool = False, scale: int = 1, settle_s: float = 0.3) -> None:
-        """Loads a file at this size in CSS pixels, and waits until it is loaded and for a moment more."""
+        """Loads a file at this size in CSS pixels, and waits until it is loaded and for a moment more. Raises BrowserError."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=width < 600)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.events.clear()
-        self.call("Page.navigate", url=page.resolve().as_uri())
+        answer = self.call("Page.navigate", url=page.resolve().as_uri())
+        if "errorText" in answer:
+            raise BrowserError(f"{page}: Chromium cannot open it ({answer['errorText']})")
         until = time.monotonic() + self._deadline_s
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(self._receive(until))

@@ -5,6 +5,7 @@ else is changed. Generated tokens stay behind: the records hold their digests, a
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -29,8 +30,10 @@ kept here; `records.jsonl` holds its digests.
 def publish(folder: Path, name: str, command: str, root: Path = PUBLISHED) -> Path:
     """Copies an execution to reports/published/`name`, with a README that says what it is and `command`, which made it.
 
-    Raises RecordError where nothing counts, or where other records are published under that name.
+    Raises RecordError where nothing counts, where other records are published under that name, and for a name that is none.
     """
+    if not re.fullmatch(r"[a-z0-9][\w.+-]*(/[a-z0-9][\w.+-]*)*", name):
+        raise RecordError(f"{name!r}: give a place under {root.name}/ in small letters and slashes, e.g. cpu-two-cores/embedded")
     plan, file = read_folder(folder)
     analysis = analyse(file.records, plan, file.notes)
     if not analysis["counts"]["counted_launches"]:

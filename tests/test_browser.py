@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from reports.browser import Browser, find
+from reports.browser import Browser, BrowserError, find
 from reports.library import PUBLISHED, folders
 
 REQUIRED = bool(os.environ.get("NANOVLLM_REQUIRE_CHROMIUM"))  # CI sets it: there, a missing browser is a failure
@@ -71,6 +71,11 @@ def test_the_browser_sees_what_a_page_must_not_do(browser: Browser, tmp_path: Pa
     browser.open(page, *DESK)
     assert not [url for url in browser.requests() if url.startswith("http") and not blocked(browser, url)]
     assert not any("broken" in complaint for complaint in browser.complaints())
+
+
+def test_a_page_that_is_not_there_is_an_error(browser: Browser, tmp_path: Path) -> None:
+    with pytest.raises(BrowserError, match="cannot open it"):
+        browser.open(tmp_path / "absent.html", *DESK)
 
 
 def blocked(browser: Browser, url: str) -> bool:
