@@ -73,9 +73,18 @@ def scaling(library: Library, devices: int) -> Iterator[Finding]:
 
 
 def host_time(library: Library, factor: str, fingerprint: str) -> Iterator[Finding]:
-    """Share of the CPU time a step that a factor's upper level saves, from cells that differ in this factor alone."""
+    """Share of the host's time a step that a factor's upper level saves, from cells that differ in this factor alone.
 
-    def per_step(work: Mapping[str, Any]) -> float | None:
+    What a step takes beside waiting for the device decides. CPU time, which older records hold alone, stands beside it: a host that
+    waits by spinning is as busy as one that works.
+    """
+
+    def working(work: Mapping[str, Any]) -> float | None:
+        if work.get("device_wait_s") is None:
+            return None
+        return (sum(step[0] for step in work["step_times_s"]) - work["device_wait_s"]) / len(work["step_times_s"])
+
+    def busy(work: Mapping[str, Any]) -> float | None:
         steps = work["counters"].get("steps")
         return work["host_cpu_s"] / steps if steps and work["host_cpu_s"] else None
 
@@ -90,8 +99,9 @@ def host_time(library: Library, factor: str, fingerprint: str) -> Iterator[Findi
                 continue
             for workload, entry in study.plan["workloads"].items():
                 if entry["fingerprint"] == fingerprint:
-                    what = f"host time a step saved by {factor} on {workload}, {_model(study)}"
-                    yield from _saving(study, what, on, off, workload, per_step, True)
+                    where = f"a step saved by {factor} on {workload}, {_model(study)}"
+                    yield from _saving(study, f"host time {where}", on, off, workload, working, True)
+                    yield from _saving(study, f"CPU time, spinning included, {where}", on, off, workload, busy, False)
 
 
 def prefix_hit_rate(library: Library, study: str, workload: str) -> Iterator[Finding]:
@@ -153,29 +163,28 @@ def code_lines(library: Library) -> Iterator[Finding]:
 _LINES = {"core": "core", "everything_on": "loaded with everything on", "loaded": "loaded modules", "package": "whole package"}
 
 
-def benchmark(library: Library, match: Levels, vary: str, baseline: str, ours: str, decides: Levels) -> Iterator[Finding]:
-    """Ratio of times of two implementations from results of pytest-benchmark: baseline over ours, for each case that both
-    were timed on. Every operation is listed; the one that matches `match` and `decides` decides.
+def benchmark(library: Library, ours: str, group: str, implementation: str) -> Iterator[Finding]:
+    """How many times slower than `ours` each other implementation of an operation is (ablations/bench_kernels.py).
 
-    Cases are told apart by extra_info and params. Several files of one folder are several processes of one benchmark.
+    A file is a process; within one, rounds are paired and the interval is over rounds. Several files of one folder give one over
+    processes. `implementation` in `group` (operation and shape) decides.
     """
+    key = f"times_slower_than_{ours}"
     for folder, files in _benchmark_files(library).items():
-        times: dict[tuple[tuple[str, str], ...], dict[str, list[Mapping[str, float]]]] = {}
-        for entry in (entry for result in files for entry in result["benchmarks"]):
-            labels = {**(entry.get("params") or {}), **entry.get("extra_info", {})}
-            if vary in labels and "operation" in labels:
-                case = tuple(sorted((key, str(value)) for key, value in labels.items() if key != vary and _is_label(value)))
-                times.setdefault(case, {}).setdefault(str(labels[vary]), []).append(entry["stats"])
-        for case, by in sorted(times.items()):
-            if baseline in by and ours in by:
-                labels = dict(case)
-                deciding = all(labels.get(key) == str(value) for key, value in {**match, **decides}.items())
-                what = f"{baseline} over {ours}: " + ", ".join(f"{key} {value}" for key, value in case)
-                yield _of_processes(folder, files, what, by[baseline], by[ours], deciding)
-
-
-def _is_label(value: Any) -> bool:
-    return isinstance(value, (str, int, bool))  # a float is a result (bandwidth, error), not the name of a case
+        ratios: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+        for result in files:
+            for info in _benchmark_rows(result):
+                if key in info:
+                    ratios.setdefault((info["group"], info["implementation"]), []).append(tuple(info[key]))
+        machine = files[0]["machine_info"]
+        hardware = str(machine.get("device") or machine.get("cpu", {}).get("brand_raw", "not recorded"))
+        for (case, other), found in sorted(ratios.items()):
+            what = f"{other} over {ours}: {case}"
+            ratio, low, high = found[0] if len(found) == 1 else _over_processes([one[0] for one in found], folder, what)
+            evidence = "rounds of one process" if len(found) == 1 else text.count_of(len(found), "process")
+            deciding = (case, other) == (group, implementation)
+            when = str(files[0].get("datetime", ""))
+            yield Finding(what, ratio, low, high, f"measured, {evidence}", folder, hardware, deciding, len(found), when)
 
 
 def _benchmark_files(library: Library) -> dict[str, list[dict[str, Any]]]:
@@ -187,26 +196,16 @@ def _benchmark_files(library: Library) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _of_processes(
-    folder: str,
-    files: Sequence[Mapping[str, Any]],
-    what: str,
-    slow: Sequence[Mapping[str, float]],
-    fast: Sequence[Mapping[str, float]],
-    decides: bool,
-) -> Finding:
-    info = files[0]["machine_info"]
-    hardware = str(info.get("gpu") or info.get("device") or info.get("cpu", {}).get("brand_raw", "not recorded"))
-    when, number = str(files[0].get("datetime", "")), min(len(slow), len(fast))
-    if number > 1:
-        log_ratios = {i: math.log(slow[i]["median"] / fast[i]["median"]) for i in range(number)}
-        effect = estimate(log_ratios, Rule(seed=folder), what)
-        evidence = f"medians, {text.count_of(number, 'process')}"
-        return Finding(what, effect["ratio"], effect["low"], effect["high"], evidence, folder, hardware, decides, number, when)
-    before, after = slow[0], fast[0]
-    ratio, low, high = before["median"] / after["median"], before["q1"] / after["q3"], before["q3"] / after["q1"]
-    evidence = f"medians and quartiles of {int(after['rounds']):,} rounds, one process"
-    return Finding(what, ratio, low, high, evidence, folder, hardware, decides, 1, when)
+def _benchmark_rows(result: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """What each entry says of itself, with its group; under pytest the rows of all implementations are in one entry."""
+    for entry in result["benchmarks"]:
+        info = entry.get("extra_info", {})
+        yield from info["rows"] if "rows" in info else [{**info, "group": entry.get("group")}]
+
+
+def _over_processes(ratios: Sequence[float], folder: str, what: str) -> tuple[float, float, float]:
+    effect = estimate({i: math.log(ratio) for i, ratio in enumerate(ratios)}, Rule(seed=folder), what)
+    return effect["ratio"], effect["low"], effect["high"]
 
 
 MEASUREMENTS: dict[str, Callable[..., Iterator[Finding]]] = {

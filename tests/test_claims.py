@@ -114,33 +114,43 @@ def test_host_time_is_what_graphs_save_of_it() -> None:
     fingerprint = plain.plan["workloads"]["scaled"]["fingerprint"]
     for record in (record for record in plain.records if record["kind"] == "launch"):
         work = record["workloads"]["scaled"]
-        work["host_cpu_s"] *= 0.3 if record["cell"] == "graphs" else 1
+        share = 0.15 if record["cell"] == "graphs" else 0.5  # of its steps the host works, and else waits
+        work["device_wait_s"] = (1 - share) * sum(step[0] for step in work["step_times_s"])
     one = claim("cuda-graphs-cpu-overhead")
     measure = one.measure | {"factor": "prefix_cache", "fingerprint": fingerprint}
     judged = judge(one.model_copy(update={"measure": measure}), shelf(plain))
     assert judged.verdict == "reproduced"
     assert judged.deciding[0].value == pytest.approx(0.7, abs=0.03)
+    assert [finding.what.split(" a step")[0] for finding in judged.findings] == ["host time", "CPU time, spinning included,"]
+    for record in (record for record in plain.records if record["kind"] == "launch"):
+        del record["workloads"]["scaled"]["device_wait_s"]  # as records were before they told
+    assert judge(one.model_copy(update={"measure": measure}), shelf(plain)).verdict == "not testable here"
 
 
-def benchmark_result(triton_us: float) -> dict[str, Any]:
-    def entry(implementation: str, median_us: float, tokens: int) -> dict[str, Any]:
-        median = median_us * 1e-6
-        stats = {"median": median, "q1": median * 0.98, "q3": median * 1.02, "rounds": 100}
-        labels = {"operation": "store_kv", "implementation": implementation, "tokens": tokens, "gb_per_s": 1.5 * median_us}
-        return {"name": "x", "params": None, "extra_info": labels, "stats": stats}
+def benchmark_result(ratio: float, inside: bool = False) -> dict[str, Any]:
+    """As ablations/bench_kernels.py writes it, alone or under pytest (`inside`)."""
+    rows = [
+        {"group": f"store KV: {tokens} tokens", "implementation": name, "shape": f"{tokens} tokens", "gb_per_s": 1.5}
+        | ({"times_slower_than_triton": [times, 0.99 * times, 1.01 * times]} if name == "torch" else {})
+        for tokens, times in ((8, 9.0), (256, ratio))
+        for name in ("torch", "triton")
+    ]
+    entries = [{"group": row["group"], "extra_info": {k: v for k, v in row.items() if k != "group"}, "stats": {}} for row in rows]
+    machine = {"device": "NVIDIA H200", "torch": "2.11"}
+    return {"machine_info": machine, "benchmarks": [{"group": None, "extra_info": {"rows": rows}}] if inside else entries}
 
-    times = [("torch", 20.0, 256), ("triton", triton_us, 256), ("torch", 90.0, 4096), ("triton", 9.0, 4096)]
-    return {"machine_info": {"gpu": "NVIDIA H200"}, "datetime": "2026", "benchmarks": [entry(*one) for one in times]}
 
-
-def test_kernels_are_judged_at_the_shape_of_a_decode_step() -> None:
+@pytest.mark.parametrize("inside", [False, True])
+def test_kernels_are_judged_at_the_shape_of_a_decode_step(inside: bool) -> None:
     one = claim("triton-store-kvcache")
-    fast = judge(one, shelf(results={"h200/kernels.json": benchmark_result(4.0)}))
+    fast = judge(one, shelf(results={"h200/kernels.json": benchmark_result(5.0, inside)}))
     assert (fast.verdict, len(fast.findings), len(fast.deciding)) == ("reproduced", 2, 1)
-    assert judge(one, shelf(results={"h200/kernels.json": benchmark_result(10.0)})).verdict == "not reproduced"
-    assert judge(one, shelf(results={"h200/kernels.json": benchmark_result(5.0)})).verdict == "inconclusive"
-    several = {f"h200/kernels-{i}.json": benchmark_result(4.0 + 0.01 * i) for i in range(4)}
-    assert "4 processes" in judge(one, shelf(results=several)).deciding[0].evidence
+    assert (fast.deciding[0].what, fast.deciding[0].hardware) == ("torch over triton: store KV: 256 tokens", "NVIDIA H200")
+    assert judge(one, shelf(results={"h200/kernels.json": benchmark_result(2.0, inside)})).verdict == "not reproduced"
+    assert judge(one, shelf(results={"h200/kernels.json": benchmark_result(4.0, inside)})).verdict == "inconclusive"
+    several = {f"h200/kernels-{i}.json": benchmark_result(5.0 + 0.01 * i, inside) for i in range(4)}
+    judged = judge(one, shelf(results=several))
+    assert ("4 processes" in judged.deciding[0].evidence, judged.verdict) == (True, "reproduced")
 
 
 def test_lines_are_compared_like_with_like() -> None:
