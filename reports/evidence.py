@@ -192,12 +192,14 @@ def reproduce_command(plan: Mapping[str, Any]) -> str:
         f"PROFILE={plan['profile']['name']}",
         f"MODEL={model['preset'] or model['path']}",
     ]
+    target = "compare-vllm" if any(cell["engine"] == "vllm" for cell in plan["cells"].values()) else "ablate"
     given = [f"{key}={_yaml(value)}" for key, value in study.get("overrides", {}).items()]
     if any(len(word.split()) != 1 for word in [*words, *given]):  # make would take such a word for two
         options = [part for word in words for part in ("--" + word.split("=")[0].lower(), word.split("=", 1)[1])]
         options += [part for word in given for part in ("--set", word)]
-        return ".venv/bin/python -m experiments ablate " + " ".join(map(shlex.quote, options))
-    return "make ablate " + " ".join(map(shlex.quote, [*words, *(["SET=" + " ".join(given)] if given else [])]))
+        verb = "compare --with vllm" if target == "compare-vllm" else target
+        return f".venv/bin/python -m experiments {verb} " + " ".join(map(shlex.quote, options))
+    return f"make {target} " + " ".join(map(shlex.quote, [*words, *(["SET=" + " ".join(given)] if given else [])]))
 
 
 def _yaml(value: Any) -> str:

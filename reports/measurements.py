@@ -39,15 +39,18 @@ class Finding:
 def reference_ratio(library: Library, study: str, reference: str, fingerprint: str) -> Iterator[Finding]:
     """Ratios of our best cell to each configuration of another engine, on one workload.
 
-    The least one of the study of this name decides; what other studies say of the same work stands beside it.
+    The least one of the study of this name decides; what other studies say of the same work stands beside it. A pair that broke
+    the rule of its comparison (reports/compare.py) has no ratio.
     """
     for found in library.studies.values():
         cells = found.plan["cells"]
         ours = next((name for name, cell in cells.items() if cell["role"] == "all"), found.analysis["baseline"])
+        unfair = {(pair["ours"], pair["theirs"]) for pair in found.analysis.get("comparisons", []) if pair["breaches"]}
         rows = [
             row
             for row in found.analysis["references"]
             if row["n"]
+            and (row["cell"], row["reference"]) not in unfair
             and row["cell"] == ours
             and cells[row["reference"]]["engine"] == reference
             and found.plan["workloads"].get(row["workload"], {}).get("fingerprint") == fingerprint

@@ -87,6 +87,9 @@ def test_vllm_is_judged_by_the_configuration_against_which_we_do_worst(speed: fl
     assert [finding.what.split(" on ")[0] for finding in judged.deciding] == ["baseline over fast"]
     assert judged.verdict == verdict
     assert judge(claim("throughput-vs-vllm"), shelf(found)).verdict == "not testable here"  # not the canonical workload
+    breach = {"ours": "baseline", "theirs": "fast", "breaches": ["another checkpoint"]}
+    unfair = Study(found.name, found.folder, found.plan, found.records, {**found.analysis, "comparisons": [breach]})
+    assert [finding.what.split(" on ")[0] for finding in judge(one, shelf(unfair)).deciding] == ["baseline over slow"]
 
 
 def slower(work: dict[str, Any], times: float) -> dict[str, Any]:
