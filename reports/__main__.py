@@ -1,21 +1,33 @@
-"""python -m reports render FOLDER: rebuild the report of a study from its plan.json and records.jsonl."""
+"""python -m reports render | publish | published | claims | questions | lines | screenshot: pages, rebuilt from records."""
 
+import json
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.progress import track
 
+from reports import claims as claims_page
+from reports import questions as questions_page
 from reports.analysis import analyse
+from reports.browser import BrowserError, screenshot
+from reports.evidence import reproduce_command
+from reports.library import PUBLISHED, library
+from reports.line_counts import CountError, count_lines
+from reports.publish import publish as publish_records
 from reports.records import RecordError, read_folder
-from reports.render import print_table, render
+from reports.render import print_table, render, write_markdown
 
-app = typer.Typer(add_completion=False, help="Reports, rebuilt from records.")
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Reports, rebuilt from records.")
+KNOWN_ERRORS = (RecordError, CountError, BrowserError)
+REPORT = "report"
+LINES = PUBLISHED / "code-lines" / "lines.json"
+PICTURE = claims_page.ROOT / "docs" / "report.png"
 
-
-@app.callback()
-def main() -> None:
-    """Reports, rebuilt from records."""
+CheckOption = Annotated[bool, typer.Option("--check", help="write nothing; say what is not current, and fail if anything is")]
 
 
 @app.command("render")
@@ -24,17 +36,126 @@ def render_folder(
     out: Annotated[Path | None, typer.Option(help="where to write; FOLDER/report if not given")] = None,
 ) -> None:
     """Write report.md, report.html and figures/ from the records of FOLDER, and print the table."""
-    try:
+
+    def work() -> None:
         plan, file = read_folder(folder)
-    except RecordError as error:
+        analysis = analyse(file.records, plan, file.notes)
+        for note in file.notes:
+            print(f"note: {note}", file=sys.stderr)
+        markdown, html = render(plan, file.records, analysis, out or folder / REPORT)
+        print_table(analysis)
+        print(f"\nreport: {html}\n        {markdown}")
+
+    guarded(work)
+
+
+@app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(help="a finished execution, e.g. the newest one under runs/")],
+    name: Annotated[str, typer.Argument(help="where it goes under reports/published, e.g. cpu-two-cores/conversation")],
+) -> None:
+    """Keep an execution: its plan and records go to reports/published, and every page made from there is rendered again."""
+
+    def work() -> None:
+        target = publish_records(folder, name, reproduce_command(read_folder(folder)[0]))
+        print(f"published: {target}")
+        library.cache_clear()
+        settle(write_all, False)
+
+    guarded(work)
+
+
+@app.command()
+def published(check: CheckOption = False) -> None:
+    """Render every page that is made from reports/published: each study's report, the claims, the questions."""
+    guarded(lambda: settle(write_all, check))
+
+
+@app.command()
+def claims(check: CheckOption = False) -> None:
+    """Render docs/claims.md: what was claimed, what was measured, the verdicts."""
+    guarded(lambda: settle(write_claims, check))
+
+
+@app.command()
+def questions(check: CheckOption = False) -> None:
+    """Render docs/questions.md: what an expert asks, answered from the records."""
+    guarded(lambda: settle(write_questions, check))
+
+
+@app.command()
+def lines(
+    model: Annotated[Path, typer.Option(help="folder of a checkpoint that both engines can run")],
+    vllm: Annotated[Path | None, typer.Option(help="interpreter that has vLLM; without it ours alone is counted")] = None,
+    out: Annotated[Path, typer.Option(help="where the record goes")] = LINES,
+) -> None:
+    """Count code lines of our engine and of vLLM, one way: a record that the claims are rendered from."""
+
+    def work() -> None:
+        result = count_lines(str(model.resolve()), vllm)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(out.read_text(encoding="utf-8"))
+
+    guarded(work)
+
+
+@app.command("screenshot")
+def make_screenshot(
+    page: Annotated[Path, typer.Argument(help="an HTML page")] = PUBLISHED / "cpu-two-cores" / "embedded" / REPORT / "report.html",
+    out: Annotated[Path, typer.Option(help="the PNG file")] = PICTURE,
+) -> None:
+    """Take the README's picture: the head of a report, in a headless Chromium."""
+    guarded(lambda: out.write_bytes(screenshot(page, width=1000, height=1500)))
+
+
+def write_all(out: Path) -> None:
+    for study in track(library().studies.values(), "rendering", transient=True):
+        render(study.plan, study.records, study.analysis, out / relative(study.folder / REPORT))
+    write_claims(out)
+    write_questions(out)
+
+
+def write_claims(out: Path) -> None:
+    judged = [claims_page.judge(claim, library()) for claim in claims_page.read_claims()]
+    write_page(out / relative(claims_page.PAGE), "report.md.j2", report=claims_page.document(judged), pictures={}, folder="")
+
+
+def write_questions(out: Path) -> None:
+    write_page(out / relative(questions_page.PAGE), questions_page.TEMPLATE, **questions_page.values(library()))
+
+
+def write_page(path: Path, template: str, **values: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_markdown(path, template, **values)
+
+
+def relative(path: Path) -> Path:
+    return path.relative_to(claims_page.ROOT)
+
+
+def settle(write: Callable[[Path], None], check: bool) -> None:
+    """Writes pages into the repository; or, for --check, aside, and compares."""
+    if not check:
+        write(claims_page.ROOT)
+        return
+    with tempfile.TemporaryDirectory() as aside:
+        write(Path(aside))
+        fresh = {path.relative_to(aside): path.read_bytes() for path in Path(aside).rglob("*") if path.is_file()}
+    there = {path: claims_page.ROOT / path for path in fresh}
+    stale = [str(path) for path, content in fresh.items() if not there[path].is_file() or there[path].read_bytes() != content]
+    if stale:
+        print("not current: " + ", ".join(stale) + "; render again with: make report", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def guarded(work: Callable[[], object]) -> None:
+    """An error that a user can act on ends the program with its message alone."""
+    try:
+        work()
+    except KNOWN_ERRORS as error:
         print(error, file=sys.stderr)
         raise typer.Exit(2) from error
-    analysis = analyse(file.records, plan, file.notes)
-    for note in file.notes:
-        print(f"note: {note}", file=sys.stderr)
-    markdown, html = render(plan, file.records, analysis, out or folder / "report")
-    print_table(analysis)
-    print(f"\nreport: {html}\n        {markdown}")
 
 
 if __name__ == "__main__":

@@ -106,13 +106,13 @@ class Work:
     def of_waves(cls, waves: Sequence[Wave]) -> "Work":
         requests = [request for wave in waves for request in wave]
         shared = _shared_prefixes([prompt for prompt, _ in requests])
-        kv_tokens_read = sum((n - 1) * len(prompt) + _pairs(n - 1) for prompt, n in requests)
+        kv_tokens_read = sum((n - 1) * len(prompt) + pairs(n - 1) for prompt, n in requests)
         return cls(
             num_requests=len(requests),
             prompt_tokens=sum(len(prompt) for prompt, _ in requests),
             distinct_prompt_tokens=sum(len(prompt) - s for (prompt, _), s in zip(requests, shared, strict=True)),
             distinct_prompt_pairs=sum(
-                _pairs(len(prompt)) - _pairs(s) for (prompt, _), s in zip(requests, shared, strict=True)
+                pairs(len(prompt)) - pairs(s) for (prompt, _), s in zip(requests, shared, strict=True)
             ),
             output_tokens=sum(n for _, n in requests),
             decode_tokens=sum(n - 1 for _, n in requests),
@@ -195,6 +195,6 @@ def _shared_prefixes(prompts: Sequence[Sequence[int]]) -> list[int]:
     return shared
 
 
-def _pairs(length: int) -> int:
+def pairs(length: int) -> int:
     """Pairs of positions in causal attention: position i, counted from 1, sees i positions."""
     return length * (length + 1) // 2

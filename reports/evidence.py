@@ -1,5 +1,6 @@
 """Why the results may be believed, and how to get them again: the second half of a report."""
 
+import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -236,10 +237,19 @@ def reproduce_command(plan: Mapping[str, Any]) -> str:
         f"PROFILE={plan['profile']['name']}",
         f"MODEL={model['preset'] or model['path']}",
     ]
-    if study.get("overrides"):
-        words.append("SET=" + " ".join(f"{key}={value}" for key, value in study["overrides"].items()))
-    with_vllm = any(cell["engine"] == "vllm" for cell in plan["cells"].values())
-    return f"make {'compare-vllm' if with_vllm else 'ablate'} " + " ".join(map(shlex.quote, words))
+    target = "compare-vllm" if any(cell["engine"] == "vllm" for cell in plan["cells"].values()) else "ablate"
+    given = [f"{key}={_yaml(value)}" for key, value in study.get("overrides", {}).items()]
+    if any(len(word.split()) != 1 for word in [*words, *given]):  # make would take such a word for two
+        options = [part for word in words for part in ("--" + word.split("=")[0].lower(), word.split("=", 1)[1])]
+        options += [part for word in given for part in ("--set", word)]
+        verb = "compare --with vllm" if target == "compare-vllm" else target
+        return f".venv/bin/python -m experiments {verb} " + " ".join(map(shlex.quote, options))
+    return f"make {target} " + " ".join(map(shlex.quote, [*words, *(["SET=" + " ".join(given)] if given else [])]))
+
+
+def _yaml(value: Any) -> str:
+    """A value as `--set key=value` reads it back, without spaces where it can be."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
 def _reproduce(plan: Mapping[str, Any], analysis: Analysis, digest: str) -> Section:

@@ -7,7 +7,6 @@ are CSS pixels. pictures() lists those that an analysis has the numbers for, wit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -16,7 +15,7 @@ from reports import text
 from reports.canvas import HEAD, NARROW, WIDE, Analysis, Effect, by_workload, canvas, primary, shorten
 from reports.ratio_plots import aa_panel, factors, forest
 from reports.run_order import run_order
-from reports.svg import LIGHT, STYLE
+from reports.svg import LIGHT, style
 
 
 @dataclass(frozen=True)
@@ -79,12 +78,12 @@ def pictures(analysis: Analysis) -> list[Picture]:
             run_order,
         ),
     ]
-    with mpl.rc_context(STYLE):
+    with style():
         return [picture for picture in found if picture.draw(analysis, NARROW) is not None]
 
 
 def draw(picture: Picture, analysis: Analysis, width: int) -> Figure:
-    with mpl.rc_context(STYLE):
+    with style():
         figure = picture.draw(analysis, width)
     assert figure is not None, f"{picture.name} has nothing to show"
     return figure

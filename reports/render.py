@@ -31,11 +31,12 @@ def render(
     plan: Mapping[str, Any], records: Sequence[Mapping[str, Any]], analysis: Mapping[str, Any], out_dir: Path
 ) -> tuple[Path, Path]:
     """Write `report.md`, `report.html` and `figures/*.svg` into out_dir; returns the paths of the first two."""
+    analysis = text.printable(analysis)
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / FIGURES).mkdir(exist_ok=True)
     for stale in (out_dir / FIGURES).glob("*.svg"):
         stale.unlink()
-    report = document(plan, records, analysis)
+    report = document(text.printable(plan), records, analysis)
     inline, files = {}, {}
     for picture in figures.pictures(analysis):
         wide, narrow = (svg.to_svg(figures.draw(picture, analysis, width)) for width in (WIDE, NARROW))
@@ -55,15 +56,18 @@ def render(
             pictures=inline,
             palette=svg.PALETTE,
             verdicts=VERDICT_WORDS,
-            css=Markup((TEMPLATES / "style.css").read_text()),
+            css=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
         )
     )
-    markdown = (
-        _markdown_environment().get_template("report.md.j2").render(report=report, pictures=files, folder=FIGURES)
-    )
     (out_dir / HTML).write_text(html, encoding="utf-8")
-    (out_dir / MARKDOWN).write_text(re.sub(r"\n{3,}", "\n\n", markdown), encoding="utf-8")
+    write_markdown(out_dir / MARKDOWN, "report.md.j2", report=report, pictures=files, folder=FIGURES)
     return out_dir / MARKDOWN, out_dir / HTML
+
+
+def write_markdown(path: Path, template: str, **values: Any) -> None:
+    """A page from a template in which everything that is printed is escaped; blank lines never pile up."""
+    page = _markdown_environment().get_template(template).render(**values)
+    path.write_text(re.sub(r"\n{3,}", "\n\n", page), encoding="utf-8")
 
 
 def document(plan: Mapping[str, Any], records: Sequence[Mapping[str, Any]], analysis: Mapping[str, Any]) -> Document:
@@ -102,7 +106,7 @@ def document(plan: Mapping[str, Any], records: Sequence[Mapping[str, Any]], anal
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
+        loader=FileSystemLoader(TEMPLATES, encoding="utf-8"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -6,6 +6,8 @@ variable of the page, so that the figure follows the reader's light or dark them
 
 import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html import escape
 
 import matplotlib as mpl
@@ -21,7 +23,7 @@ PALETTE = {
     "faster": ("#0d766c", "#4fc4b5"),
     "slower": ("#b4500b", "#f0a25c"),
     "equivalent": ("#4a5462", "#aab4bf"),
-    "inconclusive": ("#8174a8", "#b7a9dc"),
+    "inconclusive": ("#6f619a", "#b7a9dc"),
 }
 LIGHT = {name: light for name, (light, _) in PALETTE.items()}
 
@@ -51,6 +53,16 @@ STYLE = {
     "lines.solid_capstyle": "round",
 }
 
+
+@contextmanager
+def style() -> Iterator[None]:
+    """STYLE over matplotlib's own defaults: what a matplotlibrc on this machine says must not change the bytes."""
+    with mpl.rc_context():
+        mpl.rcParams.update({key: mpl.rcParamsDefault[key] for key in mpl.rcParamsDefault if not key.startswith("backend")})
+        mpl.rcParams.update(STYLE)
+        yield
+
+
 PIXELS_PER_INCH = 72  # one SVG unit is one CSS pixel
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', sans-serif"
 
@@ -58,7 +70,7 @@ FONT = "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', sans-serif"
 def to_svg(figure: Figure) -> str:
     """The <svg> element of a figure, without XML header, metadata and namespaces (HTML needs none)."""
     buffer = io.StringIO()
-    with mpl.rc_context(STYLE):
+    with style():
         figure.savefig(buffer, format="svg", dpi=PIXELS_PER_INCH, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]

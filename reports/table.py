@@ -1,5 +1,7 @@
 """The result of a study on the terminal: effect, interval, verdict, gate and counters, in 80 columns."""
 
+import io
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +17,11 @@ COLORS = {"faster": "green", "slower": "red", "equivalent": "blue", "inconclusiv
 
 def print_table(analysis: Mapping[str, Any], console: Console | None = None) -> None:
     """Print the answer, a row for each effect on the study's metric, the references, and the caveats."""
-    console = console or Console()
+    if console is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" for "×" instead of a traceback
+        console = Console()
+    analysis = text.printable(analysis)
     console.print()
     console.print(Text(analysis["answer"]["sentence"], style="bold"))
     effects = [effect for effect in analysis["effects"] if effect["metric"] == analysis["metric"]["key"]]
@@ -47,7 +53,7 @@ def _add_row(
         text.ratio(effect["ratio"]),
         text.interval(effect["low"], effect["high"], between="–"),
         Text(effect["verdict"], style=COLORS[effect["verdict"]]),
-        _gate(analysis, effect["cell"], effect["workload"]),
+        Text(_gate(analysis, effect["cell"], effect["workload"])),
         counters,
     )
 

@@ -3,7 +3,12 @@
 A value that could not be had is None and written as an en dash.
 """
 
+import re
+from collections.abc import Mapping
+from typing import Any
+
 ABSENT = "–"
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 def ratio(value: float | None) -> str:
@@ -62,6 +67,16 @@ def count_of(number_: int, noun: str) -> str:
     """3, "launch" -> "3 launches"."""
     plural = noun + ("es" if noun.endswith(("ch", "sh", "s", "x")) else "s")
     return f"{number_:,} {noun if number_ == 1 else plural}"
+
+
+def printable(value: Any) -> Any:
+    """The same JSON with every sign in its text that would not be shown but obeyed replaced by U+FFFD: control characters
+    move a terminal's cursor and break an SVG, overrides of the writing direction make a name read as another one."""
+    if isinstance(value, str):
+        return _OBEYED.sub("\ufffd", value)
+    if isinstance(value, Mapping):
+        return {printable(key): printable(inner) for key, inner in value.items()}
+    return [printable(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def level_range(bounds: list[int] | None) -> str:

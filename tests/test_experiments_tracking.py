@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import os
 import shutil
+import signal
+import socket
 import sqlite3
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from experiments import records, tracking
+from experiments import provenance, records, tracking
 from experiments.launch import Runner
+from experiments.run_view import launch_view
 from tests.fake_engine import make_plan
 
 mlflow = pytest.importorskip("mlflow")
@@ -29,7 +36,8 @@ def execution(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with Runner(plan, path / "out", resume=False) as runner:
         runner.run()
     report = path / "report"
-    report.mkdir()
+    (report / "figures").mkdir(parents=True)
+    (report / "figures" / "forest.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
     effect = {
         "metric": "output_tokens_per_s", "workload": "a", "cell": "prefix_cache=on", "role": "treatment", "n": 2,
         "ratio": 1.25, "low": 1.1, "high": 1.4, "verdict": "faster",
@@ -84,6 +92,23 @@ def test_a_study_is_a_parent_run_and_a_nested_run_each_launch(execution: Path, r
     failed = by_name["b00-o03-crash"]
     assert failed.info.status == "FAILED"
     assert "crashes as told" in failed.data.tags["mlflow.note.content"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "series"),
+    [("cpu-two-cores/embedded", "system/cpu_utilization_percentage"), ("h200/gpu-canonical", "system/gpu_0_power_usage_watts")],
+)
+def test_a_launch_shows_what_the_machine_did_meanwhile(folder: str, series: str) -> None:
+    """Published records of real launches, as the series that MLflow draws under "system metrics"."""
+    published = provenance.ROOT / "reports" / "published" / folder
+    found = records.read(published)
+    record = next(record for record in found if record["kind"] == "launch")
+    view = launch_view(records.read_plan(published / records.PLAN), record, found)
+    points = [point for point in view.metrics if point.key == series]
+    assert len(points) > 3
+    assert [point.step for point in points] == list(range(len(points)))
+    assert all(0 < earlier.time_s < later.time_s for earlier, later in itertools.pairwise(points))
+    assert any(point.value > 0 for point in points)
 
 
 def test_importing_again_creates_nothing_new(execution: Path, root: Path) -> None:
@@ -151,6 +176,64 @@ def test_a_folder_without_launches_is_an_error(execution: Path, root: Path) -> N
     shutil.copyfile(execution / "out" / "plan.json", empty / "plan.json")
     with pytest.raises(tracking.TrackingError, match="no launch has been recorded yet"):
         tracking.import_folder(empty, None, root)
+
+
+def test_what_a_kill_left_is_imported_as_far_as_it_goes(execution: Path, root: Path) -> None:
+    """A study killed while it wrote its last record; when it has gone on and ended, the same runs as of an undisturbed one."""
+    killed = root / "killed"
+    shutil.copytree(execution / "out", killed)
+    whole = (killed / records.RECORDS).read_bytes()
+    third = [i for i, byte in enumerate(whole) if byte == ord("\n")][2]
+    (killed / records.RECORDS).write_bytes(whole[: third + 400])
+    tracking.import_folder(killed, None, root)
+    by_status = [run.info.status for run in runs(root) if "mlflow.parentRunId" not in run.data.tags]
+    assert by_status == ["FAILED"]  # not everything that was planned counts
+    assert len(runs(root)) == 1 + 3
+    (killed / records.RECORDS).write_bytes(whole)
+    tracking.import_folder(killed, execution / "report", root)
+    assert tracking.import_folder(execution / "out", execution / "report", root)[1] is False
+    assert len(runs(root)) == 1 + 8
+
+
+def test_two_studies_share_a_store(execution: Path, root: Path) -> None:
+    """Each is an experiment of its own, and neither import touches the other's runs."""
+    other = root / "other"
+    shutil.copytree(execution / "out", other)
+    plan = json.loads((other / records.PLAN).read_text())
+    old, plan["study"]["name"] = plan["plan_hash"], "another-study"
+    plan["plan_hash"] = records.plan_hash(plan)
+    (other / records.PLAN).write_text(json.dumps(plan))
+    lines = (other / records.RECORDS).read_text().replace(old, plan["plan_hash"])
+    (other / records.RECORDS).write_text(lines)
+    first = tracking.import_folder(execution / "out", execution / "report", root)[0]
+    second = tracking.import_folder(other, None, root)[0]
+    assert len(runs(root)) == 2 * (1 + 8)
+    by_id = {run.info.run_id: run for run in runs(root)}
+    assert by_id[first].info.experiment_id != by_id[second].info.experiment_id
+
+
+@pytest.mark.slow
+def test_the_ui_shows_the_figures_of_a_moved_repository(execution: Path, root: Path) -> None:
+    """`mlflow ui` as a user types it, in the repository, which was moved after the import."""
+    run_id, _ = tracking.import_folder(execution / "out", execution / "report", root)
+    moved = root.rename(root.with_name("moved"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    log = (moved / "ui.log").open("w")
+    with log, subprocess.Popen(command, cwd=moved, stdout=log, stderr=log, start_new_session=True) as ui:
+        try:
+            figure = f"http://127.0.0.1:{port}/get-artifact?path=report/figures/forest.svg&run_uuid={run_id}"
+            for _ in range(240):
+                with contextlib.suppress(OSError):
+                    answer = urllib.request.urlopen(figure, timeout=10)
+                    break
+                time.sleep(0.5)
+            assert answer.status == 200
+            assert answer.read() == (execution / "report" / "figures" / "forest.svg").read_bytes()
+        finally:
+            os.killpg(ui.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow

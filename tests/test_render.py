@@ -5,8 +5,10 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -132,13 +134,30 @@ def test_every_verdict_has_an_interval(study: Study) -> None:
             assert effect["low"] <= effect["ratio"] <= effect["high"]
 
 
-def test_same_records_same_bytes(study: Study, pages: tuple[str, str, Path], tmp_path: Path) -> None:
-    """In another process with another hash seed, through the command, from files."""
+OTHER_MACHINES = {
+    "hash seed": {"PYTHONHASHSEED": "7"},
+    "locale without UTF-8, another time zone": {
+        "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TZ": "Pacific/Auckland",
+    },
+    "processor without vector units": {
+        "NPY_DISABLE_CPU_FEATURES": "AVX512F AVX512CD AVX512_SKX AVX2 FMA3", "OPENBLAS_CORETYPE": "Nehalem",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("machine", OTHER_MACHINES)
+def test_same_records_same_bytes(machine: str, study: Study, pages: tuple[str, str, Path], tmp_path: Path) -> None:
+    """In another process on what looks like another machine, through the command, from files, wherever it is typed; even
+    where a matplotlibrc lies about."""
     plan, records = study
+    (tmp_path / "matplotlibrc").write_text("lines.linewidth: 9\nfont.size: 30\naxes.facecolor: red\nfont.family: serif\n")
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     root = Path(__file__).resolve().parent.parent
-    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": f"{root / 'src'}:{root}"}
+    known = available_cpu_features()
+    wanted = OTHER_MACHINES[machine].get("NPY_DISABLE_CPU_FEATURES", "").split()
+    environment = {**os.environ, **OTHER_MACHINES[machine], "PYTHONPATH": f"{root / 'src'}:{root}"}
+    environment["NPY_DISABLE_CPU_FEATURES"] = " ".join(feature for feature in wanted if feature in known)
     subprocess.run(
         [sys.executable, "-m", "reports", "render", str(tmp_path)],
         check=True,
@@ -150,6 +169,13 @@ def test_same_records_same_bytes(study: Study, pages: tuple[str, str, Path], tmp
     second = {path: (tmp_path / "report" / path).read_bytes() for path in first}
     assert first == second
     assert len(first) == 6
+
+
+def available_cpu_features() -> set[str]:
+    """What numpy dispatches to here: it refuses to switch off what it does not have."""
+    import numpy as np
+
+    return set(np.show_config(mode="dicts")["SIMD Extensions"].get("found", []))
 
 
 def test_text_from_outside_stays_text(tmp_path: Path) -> None:
@@ -170,6 +196,29 @@ def test_text_from_outside_stays_text(tmp_path: Path) -> None:
     assert "<script>" not in outside_code
     assert "[link](" not in outside_code
     assert not ragged_tables(markdown)
+
+
+SIGNS = "\x1b[31mred\x07 \x00nul \u202edesrever\u202c 漢字 🙂 ]]> </svg> {{ 7*7 }} %s"
+
+
+def test_signs_that_would_be_obeyed_are_shown(tmp_path: Path) -> None:
+    """Control characters move a terminal's cursor and make an SVG unreadable; overrides turn a name around."""
+    cells = cell_of("baseline", "baseline") | cell_of("aa", "aa") | cell_of(SIGNS, "all", ["batching"])
+    plan = make_plan(cells, 2, title=SIGNS, question=SIGNS)
+    records = make_records(plan, SPEEDUPS)
+    records[0] |= {"status": "failed", "reason": SIGNS}
+    console = Console(file=io.StringIO(), width=200, force_terminal=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # matplotlib has no glyph to measure for some of them
+        markdown, html = rendered(plan, records, tmp_path)
+    print_table(analyse(records, plan), console)
+    parse(html)
+    for path in (tmp_path / "figures").iterdir():
+        ElementTree.parse(path)
+    for page in (markdown, html, console.file.getvalue()):  # type: ignore[attr-defined]
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", page)
+        assert "49" not in page.split("{{ 7")[-1][:8]
+    assert "漢字" in html
 
 
 def test_markdown_is_escaped_without_spoiling_names() -> None:
@@ -252,4 +301,11 @@ def test_the_command_to_reproduce_names_overrides_and_quotes_them() -> None:
     plan = make_plan(one_at_a_time(), 1, overrides={"design.blocks": 2, "title": "a b"})
     plan["model"] |= {"preset": None, "path": "/models/my qwen"}
     command = reproduce_command(plan)
-    assert command == "make ablate STUDY=synthetic PROFILE=cpu 'MODEL=/models/my qwen' 'SET=design.blocks=2 title=a b'"
+    assert command == (  # make would take a word with a space for two
+        ".venv/bin/python -m experiments ablate --study synthetic --profile cpu --model '/models/my qwen' "
+        "--set design.blocks=2 --set 'title=a b'"
+    )
+    plan = make_plan(one_at_a_time(), 1, overrides={"workloads.scaled.prompt_tokens": [4, 8], "workloads.scaled.ignore_eos": True})
+    words = shlex.split(reproduce_command(plan))
+    assert words[:2] == ["make", "ablate"]
+    assert words[-1] == "SET=workloads.scaled.prompt_tokens=[4,8] workloads.scaled.ignore_eos=true"
