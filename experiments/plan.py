@@ -143,7 +143,7 @@ def _cells(
     kind, off, where = study.design.kind, study.baselines(), f"on profile {profile['name']}"
 
     def impossible(point: Mapping[str, Level]) -> str | None:
-        return why_not(study.fixed | point, profile)
+        return why_not({**study.fixed, **point}, profile)
 
     for factor, level in study.fixed.items():
         if reason := inapplicable(factor, level, profile, shape):

@@ -58,10 +58,13 @@ def previous_noise(plan: dict[str, Any], folders: Iterable[Path]) -> tuple[float
     """Noise of the latest earlier execution of this study on this profile: the median, over cells and workloads, of the
     standard deviation over blocks of log(cell / reference) of throughput; and its folder. `folders`: the latest first."""
     for folder in folders:
-        earlier = records.read_plan(folder / records.PLAN)
-        if any(earlier[key]["name"] != plan[key]["name"] for key in ("study", "profile")):
-            continue
-        spreads = _spreads(earlier, records.counted(records.read(folder)))
+        try:
+            earlier = records.read_plan(folder / records.PLAN)
+            if any(earlier[key]["name"] != plan[key]["name"] for key in ("study", "profile")):
+                continue
+            spreads = _spreads(earlier, records.counted(records.read(folder)))
+        except records.RecordError:
+            continue  # what an old folder cannot tell is for `report` to say; it must not stop a new study
         if spreads:
             return median(spreads), folder
     return None

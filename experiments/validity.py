@@ -13,8 +13,11 @@ THROTTLE_REASONS = (*HARMFUL, "power_cap")
 """What experiments/telemetry.py can report. A power cap is how a GPU under full load works: allowed, unless a study forbids it."""
 
 
-def objections(telemetry: dict[str, Any], rules: dict[str, Any]) -> list[str]:
-    """The rules that a launch broke, each with what was seen and what is allowed; empty for a valid one."""
+def objections(telemetry: dict[str, Any], rules: dict[str, Any] | None) -> list[str]:
+    """The rules that a launch broke, each with what was seen and what is allowed; empty for a valid one, and for a plan of an
+    older version, which had no rules."""
+    if rules is None:
+        return []
     found = []
     foreign = telemetry["foreign_gpu_pids"]
     if len(foreign) > rules["foreign_gpu_processes"]:
