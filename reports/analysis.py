@@ -18,6 +18,7 @@ from reports.counting import Counted, Gate, count
 from reports.facts import equivalence, hardware, run_order, toggles
 from reports.intervals import Effect, Rule, estimate, judge
 from reports.linear_model import fit
+from reports.residuals import diagnose
 from reports.metrics import METRICS, THROUGHPUT, Metric, harmonic_mean, of_launch
 
 ANALYSIS_SCHEMA = 1
@@ -72,6 +73,11 @@ def analyse(records: Sequence[Mapping[str, Any]], plan: Mapping[str, Any], notes
         "references": _references(values, lattice, plan, rule, metric),
         "factors": _factors(values, lattice, rule, metric),
         "interactions": _interactions(values, lattice, rule, metric),
+        "residuals": {
+            workload: found
+            for workload in drawn
+            if (found := diagnose(values[metric.key].get(workload, {}))) is not None
+        },
         "linear_model": _linear_model(values, lattice, rule, metric),
         "ceiling": _ceilings(values, plan, drawn),
         "gate": equivalence(gate, counted),
