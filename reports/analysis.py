@@ -18,8 +18,8 @@ from reports.counting import Counted, Gate, count
 from reports.facts import equivalence, hardware, run_order, toggles
 from reports.intervals import Effect, Rule, estimate, judge
 from reports.linear_model import fit
-from reports.residuals import diagnose
 from reports.metrics import METRICS, THROUGHPUT, Metric, harmonic_mean, of_launch
+from reports.residuals import diagnose
 
 ANALYSIS_SCHEMA = 1
 ALL_WORKLOADS = (

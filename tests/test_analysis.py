@@ -282,6 +282,24 @@ def test_a_plan_has_one_baseline() -> None:
         Lattice({name: cell for name, cell in factorial().items() if name != "baseline"})
 
 
+def test_residuals_tell_normal_noise_from_skew_and_name_the_odd_one_out() -> None:
+    plan = make_plan(one_at_a_time(), 12)
+    normal = analyse(make_records(plan, SPEEDUPS, sd=0.02), plan)["residuals"]["scaled"]
+    assert normal["n"] == 12 * 7
+    assert normal["sd"] == pytest.approx(0.02, rel=0.2)
+    assert normal["p_normal"] > 0.05
+    plan = make_plan(one_at_a_time(), 40)
+    skewed = analyse(make_records(plan, SPEEDUPS, sd=0.02, kind="skewed"), plan)["residuals"]["scaled"]
+    assert skewed["p_normal"] < 0.01
+    assert skewed["skewness"] < -0.5, "rates: the long tail is on the slow side"
+    records = make_records(plan, SPEEDUPS, sd=0.001)
+    odd = next(record for record in records if record.get("cell") == "hf" and record["block"] == 5)
+    odd["workloads"]["scaled"]["duration_s"] *= 1.5
+    found = analyse(records, plan)["residuals"]["scaled"]
+    assert (found["cell"], found["block"], found["largest"] < -5) == ("hf", 5, True)
+    assert analyse(make_records(make_plan(one_at_a_time(), 2), {}), make_plan(one_at_a_time(), 2))["residuals"] == {}
+
+
 # ------------------------------------------------------------------------------------------------------ what counts
 
 
@@ -339,6 +357,27 @@ def test_a_record_that_contradicts_itself_is_no_evidence(study: Any, change: dic
     analysis = analyse(records, plan)
     assert ["contradicts itself" in found and check in found for found in reasons(analysis)] == [True]
     assert analysis["checks"]["failed"][0]["hard"]
+
+
+@pytest.mark.parametrize(
+    ("change", "check"),
+    [
+        ({"prefill_tokens": 7}, "prompt tokens are computed or found"),
+        ({"preemptions": 1}, "admissions are requests and preemptions"),
+        ({"prefix_hit_tokens": 9, "prefill_tokens": -9}, "hits among what was looked up"),
+        ({"steps": 1}, "every step has a time"),
+    ],
+)
+def test_counters_that_disagree_with_the_work_are_noted(study: Any, change: dict[str, int], check: str) -> None:
+    plan, records = study
+    work = records[4]["workloads"]["scaled"]
+    work["counters"] = {
+        "prefill_tokens": work["prompt_tokens"], "prefix_hit_tokens": 0, "prefix_lookup_tokens": 0, "preemptions": 0,
+        "admissions": work["num_requests"], "steps": len(work["step_times_s"]),
+    }  # fmt: skip
+    assert not analyse(records, plan)["checks"]["failed"]
+    work["counters"] |= {name: work["counters"][name] + value for name, value in change.items()}
+    assert [row["check"] for row in analyse(records, plan)["checks"]["failed"]] == [check]
 
 
 def test_a_step_clock_that_disagrees_is_noted_but_counts(study: Any) -> None:

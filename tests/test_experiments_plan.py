@@ -10,7 +10,7 @@ import pytest
 
 from experiments import machine, model_files, records
 from experiments.levels import level_name
-from experiments.plan import build_plan
+from experiments.plan import NotHereError, build_plan
 from experiments.spec import ModelChoice, Profile, load_profile, load_study
 from experiments.yaml_files import SpecError
 from nanovllm.config import LEVELS
@@ -99,6 +99,75 @@ def test_what_cannot_run_is_listed_with_the_reason(cpu: Profile, model: ModelCho
     assert "cuda_graphs" in reasons["cuda_graphs", "on"]
     assert reasons["graphs", "cuda_graphs=on"] == reasons["cuda_graphs", "on"]
     assert not {"tensor_parallel_size=2", "cuda_graphs=on", "graphs"} & set(plan["cells"])
+
+
+TWO = "factors={prefix_cache: {levels: on}, batching: {levels: [continuous, chunked]}}"
+
+
+def test_a_budget_gives_the_number_of_blocks(cpu: Profile, model: ModelChoice) -> None:
+    plan = plan_of(cpu, model, TWO, "cells={}", "design={kind: full_factorial, budget_s: 600}")
+    assert plan["study"]["design"]["blocks"] == 600 // (7 * 8) == 10
+    assert (len(plan["launches"]), plan["expected_s"]) == (70, 560)
+    message = r"embedded.yaml .with overrides .*: design.budget_s: 2 blocks of 7 cells at 8 s a launch take 112 s, 100 s hold 1"
+    with pytest.raises(SpecError, match=message):
+        plan_of(cpu, model, TWO, "cells={}", "design={kind: full_factorial, budget_s: 100}")
+
+
+def test_the_reference_of_leave_one_out_is_everything_on(cpu: Profile, model: ModelChoice) -> None:
+    plan = plan_of(cpu, model, TWO, "cells={}", "design={kind: leave_one_out}")
+    assert list(plan["cells"]) == ["all", "aa", "all-but-prefix_cache", "all-but-batching"]
+    assert plan["cells"]["all"]["role"] == "baseline"
+    assert plan["cells"]["all"]["config"] == plan["cells"]["aa"]["config"]
+    assert plan["cells"]["all"]["config"]["optimizations"]["batching"] == "chunked"
+    assert plan["cells"]["all-but-batching"]["levels"] == {"prefix_cache": "on", "batching": "static"}
+
+
+def test_fixed_levels_are_in_every_cell_of_the_engine(cpu: Profile, model: ModelChoice) -> None:
+    plan = plan_of(
+        cpu, model, "factors={prefix_cache: {levels: on}}", "fixed={batching: chunked}", "cells.all.levels={prefix_cache: on}"
+    )
+    ours = [cell for cell in plan["cells"].values() if cell["engine"] == "nanovllm"]
+    assert {cell["config"]["optimizations"]["batching"] for cell in ours} == {"chunked"}
+    with pytest.raises(NotHereError, match=r"fixed.cuda_graphs: on cannot run on profile cpu"):
+        plan_of(cpu, model, "fixed={cuda_graphs: on}")
+
+
+def test_a_factorial_cannot_lose_a_cell_and_other_designs_list_it(cpu: Profile, model: ModelChoice) -> None:
+    graphs = "factors={prefix_cache: {levels: on}, cuda_graphs: {levels: on}}"
+    message = (
+        r"design.kind: full_factorial cannot lose a level, and factors.cuda_graphs.levels: on cannot run on profile cpu: .* use an"
+    )
+    with pytest.raises(NotHereError, match=message):
+        plan_of(cpu, model, graphs, "cells={}", "design={kind: full_factorial}")
+    assert set(plan_of(cpu, model, graphs, "cells={}", "design={kind: add_one_in}")["cells"]) == {
+        "baseline",
+        "aa",
+        "prefix_cache=on",
+    }
+
+    gpus = load_profile("h200-x2")
+    pair = "factors={cuda_graphs: {levels: on}, tensor_parallel_size: {levels: 2}}"
+    with pytest.raises(
+        NotHereError, match=r"cannot lose a cell, and all cannot run on profile h200-x2: cuda_graphs=True cannot run with"
+    ):
+        plan_of(gpus, model, pair, "cells={}", "design={kind: full_factorial}")
+    plan = plan_of(gpus, model, pair, "cells={}", "design={kind: add_one_in}")
+    assert list(plan["cells"]) == ["baseline", "aa", "cuda_graphs=on", "tensor_parallel_size=2"]
+    (lost,) = plan["not_applicable"]
+    assert (lost["factor"], lost["level"]) == ("all", "cuda_graphs=on, tensor_parallel_size=2")
+    with pytest.raises(NotHereError, match=r"the reference, all .* cannot run on profile h200-x2"):
+        plan_of(gpus, model, pair, "cells={}", "design={kind: leave_one_out}")
+    with pytest.raises(NotHereError, match="nothing to compare baseline with on profile cpu"):
+        plan_of(cpu, model, "factors={cuda_graphs: {levels: on}}", "cells={}")
+
+
+def test_a_fraction_keeps_its_generators(cpu: Profile, model: ModelChoice) -> None:
+    gpu = load_profile("h200")
+    four = "factors={kernels: {levels: triton}, cuda_graphs: {levels: on}, overlap: {levels: on}, batching: {levels: chunked}}"
+    plan = plan_of(gpu, model, four, "cells={}", "design={kind: fractional_factorial}")
+    assert plan["study"]["design"]["generators"] == {"batching": ["kernels", "cuda_graphs", "overlap"]}
+    assert len(plan["cells"]) == 8 + 1
+    assert plan["cells"]["all"]["role"] == "all"
 
 
 def test_a_workload_that_cannot_run_is_refused_before_anything_runs(cpu: Profile, model: ModelChoice) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -151,3 +152,15 @@ def test_intervals_of_the_linear_model_of_a_fraction_cover(kind: Noise, blocks: 
         covered += [row["low"] <= math.exp(truth.get(row["terms"][0], 0.0)) <= row["high"] for row in rows]
     assert len(covered) == 300 * 7
     assert 0.93 <= np.mean(covered) <= 0.97
+
+
+def test_every_place_that_the_methodology_page_names_exists() -> None:
+    """Twelve rules, each with the files that keep it."""
+    page = PAGE.read_text()
+    rules = [line for line in page.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert [int(line.split("|")[1]) for line in rules] == list(range(1, 13))
+    named = {line: re.findall(r"`([\w./-]+\.(?:py|yaml|md))`", line.split("|")[3]) for line in rules}
+    assert all(named.values()), "a rule without a place"
+    everywhere = set(re.findall(r"`((?:experiments|reports|tests|docs|ablations)/[\w./-]+)`", page)) | set().union(*named.values())
+    missing = [path for path in sorted(everywhere) if not (PAGE.parents[1] / path).exists()]
+    assert not missing
