@@ -21,6 +21,7 @@ from reports.contrasts import Lattice, evaluate
 from reports.intervals import Rule, bootstrap_interval, estimate, judge, verdict
 from reports.metrics import harmonic_mean, of_launch
 from reports.records import read_records
+from reports.render import render
 from tests.synthetic import BASE_LEVELS, designed, factorial, gate_line, make_plan, make_records, one_at_a_time
 
 RULE = Rule(alpha=0.05, smallest_effect=0.05, seed="test")
@@ -203,16 +204,19 @@ def test_leave_one_out_is_read_from_the_cells_without_a_factor() -> None:
 
 def test_leave_one_out_starts_from_everything_on() -> None:
     factors = ["prefix_cache", "batching", "tensor_parallel_size"]
-    plan = make_plan(designed("leave_one_out", factors), 4, factors=off_levels(factors))
-    analysis = analyse(make_records(plan, SPEEDUPS, sd=0.005), plan)
+    plan = make_plan(designed("leave_one_out", factors), 4, factors=off_levels(factors), design={"kind": "leave_one_out"})
+    analysis = analyse(make_records(plan, SPEEDUPS | {"tensor_parallel_size": 1.2}, sd=0.005), plan)
     assert analysis["baseline"] == "all"
     (without,) = effects_of(analysis, cell="all-but-batching")
     assert (without["verdict"], without["ratio"]) == ("slower", pytest.approx(1 / 2.5, rel=0.02))
     found = {row["factor"]: row for row in analysis["factors"]}
     assert {row["kind"] for row in analysis["factors"]} == {"left out"}
     assert found["batching"]["ratio"] == pytest.approx(2.5, rel=0.02)
-    assert found["tensor_parallel_size"]["verdict"] == "slower"
+    assert found["tensor_parallel_size"]["verdict"] == "faster"
     assert effects_of(analysis, role="aa")[0]["verdict"] == "equivalent"
+    sentence = analysis["answer"]["sentence"]
+    assert sentence.startswith("From everything on, the baseline of this study: all-but-batching gives 0.4")
+    assert "the largest of 2 losses among 3 effects" in sentence
 
 
 def test_both_directions_stand_side_by_side_and_differ_by_the_interaction() -> None:
@@ -230,7 +234,7 @@ def off_levels(factors: list[str]) -> dict[str, Any]:
     return {factor: {"baseline": BASE_LEVELS.get(factor, "off")} for factor in factors}
 
 
-def test_a_fraction_finds_main_effects_and_names_what_it_mixes() -> None:
+def test_a_fraction_finds_main_effects_and_names_what_it_mixes(tmp_path: Path) -> None:
     factors = ["prefix_cache", "batching", "kernels", "overlap"]
     generators = choose_generators(factors, 4)
     design = {"kind": "fractional_factorial", "generators": generators}
@@ -242,6 +246,8 @@ def test_a_fraction_finds_main_effects_and_names_what_it_mixes() -> None:
     assert average["kernels"]["verdict"] == "slower"
     assert average["overlap"]["ratio"] == pytest.approx(math.sqrt(1.3), rel=0.02), "on half of its cells prefix_cache is on"
     assert analysis["interactions"] == [], "each pair is mixed with another one"
+    _, page = render(plan, records, analysis, tmp_path)
+    assert "prefix_cache*overlap + batching*kernels" in page.read_text().replace("<wbr />", "")
     model = {tuple(row["terms"]): row for row in analysis["linear_model"]}
     mixed = model["prefix_cache*overlap", "batching*kernels"]
     assert (mixed["verdict"], mixed["ratio"]) == ("help each other", pytest.approx(1.3, rel=0.03))
