@@ -16,8 +16,8 @@ A regular fraction of 2^k (Box, Hunter and Hunter, *Statistics for Experimenters
 other one, a *generated* factor, is on exactly where an odd number of the factors that generate it are on. So everything off is part
 of the fraction. {factor} + its generators is a word; words multiply (symmetric difference) to the defining relation. Its
 shortest word is the resolution: at IV no main effect is mixed with a two-way interaction, at V no two-way interaction with
-another. Without stated generators the smallest fraction of the resolution asked for is taken, and of those the one of
-least aberration (fewest short words; Fries and Hunter, Technometrics 1980).
+another. Without stated generators the smallest fraction of the resolution asked for is taken, and of those one of the highest
+resolution; for up to seven factors these are the textbook's, of least aberration (Fries and Hunter, Technometrics 1980).
 """
 
 from __future__ import annotations
@@ -113,23 +113,18 @@ def resolution(generators: Generators) -> int:
 
 
 def choose_generators(factors: Sequence[str], least: int) -> dict[str, list[str]]:
-    """Generators of the smallest fraction of at least this resolution, of least aberration. Raises ValueError if none is."""
+    """Generators of the smallest fraction of at least this resolution, of the highest. Raises ValueError if there is none."""
     for generated in range(len(factors) - 1, 0, -1):
         free = list(factors[: len(factors) - generated])
         parents = [list(c) for size in range(least - 1, len(free) + 1) for c in combinations(free, size)]
         found = [dict(zip(factors[len(free) :], chosen, strict=True)) for chosen in combinations(parents, generated)]
         fitting = [generators for generators in found if resolution(generators) >= least]
         if fitting:
-            return min(fitting, key=_aberration)
+            return max(fitting, key=resolution)
     raise ValueError(
         f"{len(factors)} factors have no fraction of resolution {least}; "
         f"use kind: full_factorial ({2 ** len(factors)} cells), or a lower design.resolution"
     )
-
-
-def _aberration(generators: Generators) -> tuple[int, ...]:
-    lengths = [len(word) for word in defining_words(generators)]
-    return tuple(lengths.count(n) for n in range(3, max(lengths) + 1))
 
 
 def aliases(effect: Iterable[str], generators: Generators) -> list[tuple[int, Effect]]:
