@@ -76,4 +76,4 @@ class Validity(Strict):
 
     foreign_gpu_processes: int = Field(default=0, ge=0)
     throttle: list[Literal[THROTTLE_REASONS]] = list(HARMFUL)  # type: ignore[valid-type]
-    max_foreign_cpu: float = Field(default=0.8, gt=0, le=1)
+    max_foreign_cpu: float = Field(default=0.9, gt=0, le=1)
