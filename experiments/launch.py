@@ -121,6 +121,7 @@ class Runner:
             "status": "failed", "reason": None, "engine": cell["engine"], "requested": cell["config"], "resolved": {},
             "process_start_s": None, "load_s": None, "warm_up_s": None, "total_s": None, "workloads": {}, "toggles": {},
         }  # fmt: skip
+        environment = self._environment_report(cell["engine"])
         self.listener("start", {"launch": entry, "attempt": attempt, "expected_s": self.expected_launch_s(entry["cell"])})
         begin = time.monotonic()
         measurement = self.plan["study"]["measurement"]
@@ -135,7 +136,7 @@ class Runner:
             "total_s": time.monotonic() - begin,
             "peak_memory_bytes": outcome["peak_memory_bytes"],
             "telemetry": outcome["telemetry"],
-            "provenance": self.machine | interpreter | {"collect_env": self._environment_report(cell["engine"])},
+            "provenance": self.machine | interpreter | {"collect_env": environment},
         }
         self.folder.append(record, outcome["tokens"])
         self.listener("end", {"launch": entry, "record": record})

@@ -69,8 +69,13 @@ def of_interpreter() -> dict[str, Any]:
 
 def collect_env(python: str, folder: Path) -> str | None:
     """torch's own report on an interpreter and its machine (torch.utils.collect_env), written into `folder` under a name that
-    holds its digest, once per content; the name. None where the interpreter has no torch. Takes some two seconds."""
-    done = subprocess.run([python, "-m", "torch.utils.collect_env"], capture_output=True, text=True, timeout=120, check=False)
+    holds its digest, once per content; the name. None where the interpreter has no torch, or the report takes over two minutes
+    (as a rule, two seconds): a record without it is better than no record."""
+    command = [python, "-m", "torch.utils.collect_env"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired:
+        return None
     if done.returncode != 0:
         return None
     text = "\n".join(line for line in done.stdout.splitlines() if "MHz" not in line) + "\n"  # the clock of the moment is telemetry
