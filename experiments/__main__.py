@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from experiments import execution, machine, model_files, provenance, records
+from experiments import execution, machine, model_files, plan_view, provenance, records
 from experiments.checking import run as checking
 from experiments.checking.jobs import Scope
 from experiments.engines import ENGINES
@@ -135,28 +136,37 @@ def validate(
     files: Annotated[
         list[str] | None, typer.Argument(help="studies by name or path; all studies and profiles if not given")
     ] = None,
-) -> None:
-    """Check studies and profiles without running anything."""
+    profile: ProfileOption = None, overrides: SetOption = None,
+) -> None:  # fmt: skip
+    """Check studies and profiles without running anything; what each study would launch on this machine, or on --profile."""
     problems = 0
-    for load, chosen in ((load_study, files or names(STUDIES)), (load_profile, [] if files else names(PROFILES))):
-        for name in chosen:
-            try:
-                load(name)
-                say(console, f"ok       {name}")
-            except SpecError as error:
-                problems += 1
-                say(console, str(error), "red")
+    hardware = guarded(lambda: load_profile(profile) if profile else machine.detect_profile())
+
+    def study_in_short(name: str) -> str:
+        return plan_view.in_short(load_study(name, overrides or [])[0], hardware)
+
+    checks: list[tuple[str, Callable[[], str]]] = [(name, partial(study_in_short, name)) for name in files or names(STUDIES)]
+    if not files:
+        checks += [(name, partial(lambda name: load_profile(name).title, name)) for name in names(PROFILES)]
+    for name, in_short in checks:
+        try:
+            say(console, f"ok       {name}: {in_short()}")
+        except SpecError as error:
+            problems += 1
+            say(console, str(error), "red")
     raise typer.Exit(1 if problems else 0)
 
 
 @app.command("list")
-def list_command() -> None:
-    """Studies, profiles and executions."""
-    table = Table("study", "question", "cells of factors", "blocks", box=None, pad_edge=False)
+def list_command(profile: ProfileOption = None) -> None:
+    """Studies and what they would launch on this machine or on --profile; profiles; executions."""
+    hardware = guarded(lambda: load_profile(profile) if profile else machine.detect_profile())
+    table = Table("study", "question", "factors", f"on {hardware.name}", box=None, pad_edge=False)
     for name in names(STUDIES):
         study: Study = guarded(lambda name=name: load_study(name)[0])
         factors = ", ".join(f"{factor}={level}" for factor, f in study.factors.items() for level in f.levels)
-        table.add_row(name, study.question, factors, str(study.design.blocks))
+        plan = guarded(lambda study=study: plan_view.in_short(study, hardware))
+        table.add_row(name, study.question, factors, "cannot run here; `validate` says why" if plan.startswith("not on") else plan)
     console.print(table, "\nprofiles: " + ", ".join(names(PROFILES)), highlight=False)
     for folder in execution.executions():
         state = "finished" if (folder / execution.FINISHED).exists() else "interrupted"
@@ -176,17 +186,10 @@ def make_plan(
         return build_plan(chosen, hardware, choose_model(model, chosen, hardware), applied)
 
     plan: dict[str, Any] = guarded(work)
-    model_name = plan["model"]["preset"] or plan["model"]["path"]
-    say(console, f"study    {plan['study']['name']}: {plan['study']['question'].strip()}")
-    say(console, f"machine  profile {plan['profile']['name']}; model {model_name}, {plan['model']['dtype']}")
-    number, seconds = len(plan["launches"]), plan["expected_s"]
-    say(
-        console,
-        f"plan     {number} launches ({plan['study']['design']['blocks']} blocks of {len(plan['cells'])} cells), expected "
-        f"{seconds / 60:.1f} min and the gate; hash {plan['plan_hash'][:12]}",
-    )
-    for entry in plan["not_applicable"]:
-        say(console, f"not here {entry['factor']}={entry['level']}: {entry['reason']}", "yellow")
+    published = sorted(plan_file.parent for plan_file in (provenance.ROOT / "reports" / "published").rglob(records.PLAN))
+    earlier = [*reversed(execution.executions()), *published]
+    for line, style in guarded(lambda: plan_view.lines(plan, earlier)):
+        say(console, line, style)
     return plan
 
 

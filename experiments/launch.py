@@ -25,7 +25,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from experiments import fairness, provenance, records, telemetry
+from experiments import fairness, provenance, records, telemetry, validity
+from experiments.engines import ENGINES
 from experiments.model_files import ModelError, locate
 from experiments.records import Folder, Record, RecordError
 
@@ -58,6 +59,7 @@ class Runner:
         self.listener = listener or (lambda event, details: None)
         self.boot_id = provenance.boot_id()
         self.machine = provenance.of_machine()
+        self._environments: dict[str, str | None] = {}
         self.folder = Folder(out)
         try:
             for message in self.folder.messages:
@@ -129,6 +131,7 @@ class Runner:
             "status": "failed", "reason": None, "engine": cell["engine"], "requested": cell["config"], "resolved": {},
             "process_start_s": None, "load_s": None, "warm_up_s": None, "total_s": None, "workloads": {}, "toggles": {},
         }  # fmt: skip
+        environment = self._environment_report(cell["engine"])
         self.listener("start", {"launch": entry, "attempt": attempt, "expected_s": self.expected_launch_s(entry["cell"])})
         begin = time.monotonic()
         measurement = self.plan["study"]["measurement"]
@@ -136,11 +139,14 @@ class Runner:
         outcome = run_child(self._command(entry, attempt), scratch, measurement["timeout_s"], measurement["environment"])
         interpreter = outcome["record"].pop("provenance", {})
         record |= outcome["record"]
+        broken = validity.objections(outcome["telemetry"], self.plan["study"].get("validity"))
+        if broken and record["status"] in records.DONE:
+            record |= {"status": "invalid", "reason": "; ".join(filter(None, [record["reason"], *broken]))}
         record |= {
             "total_s": time.monotonic() - begin,
             "peak_memory_bytes": outcome["peak_memory_bytes"],
             "telemetry": outcome["telemetry"],
-            "provenance": self.machine | interpreter,
+            "provenance": self.machine | interpreter | {"collect_env": environment},
         }
         self.folder.append(record, outcome["tokens"])
         self.listener("end", {"launch": entry, "record": record})
@@ -155,6 +161,13 @@ class Runner:
         own = [r["total_s"] for r in finished if r["cell"] == cell]
         every = [r["total_s"] for r in finished]
         return statistics.median(own or every or [self.plan["expected_s"] / max(1, len(self.plan["launches"]))])
+
+    def _environment_report(self, engine: str) -> str | None:
+        """The name of the file in the folder that holds torch's report on the environment of an engine's interpreter."""
+        python = self.pythons.get(engine, sys.executable)
+        if python not in self._environments:
+            self._environments[python] = provenance.collect_env(python, self.out) if engine in ENGINES else None
+        return self._environments[python]
 
     def _command(self, entry: dict[str, Any], attempt: int) -> list[str]:
         engine = self.plan["cells"][entry["cell"]]["engine"]

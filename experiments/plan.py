@@ -1,7 +1,7 @@
 """From a study, a profile and a model to a plan: every launch there will be, in an order drawn from the study's seed.
 
 Randomized complete blocks: a block holds every cell once, in random order, and each launch serves the workloads in random
-order. The same study, profile, model and overrides give the same plan, byte for byte.
+order. The same study, profile, model and overrides give the same plan, byte for byte. `outline` is its shape, without a model.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import hashlib
 import os
 import random
 import shutil
+import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments import machine, model_files, records, workloads
+from experiments import designs, machine, model_files, records, sizing, workloads
 from experiments.engines import load_adapter
 from experiments.levels import Level, level_value
 from experiments.spec import FACTORS, Cell, ModelChoice, Profile, Study
@@ -22,6 +24,29 @@ from experiments.yaml_files import SpecError
 from nanovllm.config import BASELINE
 
 Plan = dict[str, Any]
+
+
+class NotHereError(SpecError):
+    """A sound study that cannot run on this profile; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """The shape of a plan: its cells, what cannot run, how many blocks, and how a fraction was generated."""
+
+    cells: dict[str, Cell]
+    not_applicable: list[dict[str, Any]]
+    blocks: int
+    generators: dict[str, list[str]]
+    launch_s: float
+
+    @property
+    def launches(self) -> int:
+        return self.blocks * len(self.cells)
+
+    @property
+    def expected_s(self) -> float:
+        return self.launches * self.launch_s
 
 
 def build_plan(study: Study, profile: Profile, model: ModelChoice | None = None, overrides: dict[str, Any] | None = None) -> Plan:
@@ -38,20 +63,22 @@ def build_plan(study: Study, profile: Profile, model: ModelChoice | None = None,
     settled_profile["kv_cache_memory_bytes"] = settings["kv_cache_memory_bytes"]
     _check_fit(study, work, resolved_model["shape"], settings)
 
-    cells, not_applicable = _cells(study, settled_profile, resolved_model["shape"])
+    shape = outline(study, settled_profile, resolved_model["shape"])
     shared = {**settings, "dtype": choice.dtype, "device": profile.device}
-    launches = _launches(study, list(cells), list(work))
+    launches = _launches(study.design.seed, shape.blocks, list(shape.cells), list(work))
+    described = {**study.model_dump(exclude={"workloads", "cells", "gate", "model"}), "overrides": overrides or {}}
+    described["design"] |= {"blocks": shape.blocks, "generators": shape.generators}  # as they were settled
     plan: Plan = {
         "plan_version": 1,
-        "study": {**study.model_dump(exclude={"workloads", "cells", "gate", "model"}), "overrides": overrides or {}},
+        "study": described,
         "profile": settled_profile,
         "model": resolved_model,
         "workloads": {name: workloads.summarize(w) for name, w in work.items()},
-        "cells": {name: _entry(study, cell, shared) for name, cell in cells.items()},
-        "not_applicable": not_applicable,
+        "cells": {name: _entry(study, cell, shared) for name, cell in shape.cells.items()},
+        "not_applicable": shape.not_applicable,
         "launches": launches,
         "gate": study.gate,
-        "expected_s": len(launches) * study.measurement.launch_s,
+        "expected_s": shape.expected_s,
     }
     return {**plan, "plan_hash": records.plan_hash(plan)}
 
@@ -64,15 +91,27 @@ def resolve_model(choice: ModelChoice) -> dict[str, Any]:
     return {"preset": choice.preset, "path": path, "dtype": choice.dtype, "digest": found["digest"], "shape": shape}
 
 
-def inapplicable(factor: str, level: Level, profile: dict[str, Any], shape: dict[str, Any]) -> str | None:
-    """Why a level of a factor cannot run on a profile with a model; None if it can."""
+def outline(study: Study, profile: dict[str, Any], shape: dict[str, Any] | None = None) -> Outline:
+    """Cells and blocks of a study on a profile; `shape` is the model's, where it is known. Raises SpecError, NotHereError.
+
+    A level or a combination of levels that cannot run is listed with the reason and has no cell. A design that cannot lose a
+    cell is refused instead.
+    """
+    cells, not_applicable, generators = _cells(study, profile, shape)
+    design, launch_s = study.design, study.measurement.launch_s
     try:
-        change: dict[str, Any] = {factor: level_value(level)}
-        dataclasses.replace(BASELINE, **change).resolve(profile["device"])
+        blocks = sizing.blocks_within(design.blocks, design.budget_s, design.bootstrap, len(cells), launch_s)
     except ValueError as error:
-        return str(error)
+        raise SpecError(f"{study.source}: {error}") from error
+    return Outline(cells, not_applicable, blocks, generators, launch_s)
+
+
+def inapplicable(factor: str, level: Level, profile: dict[str, Any], shape: dict[str, Any] | None) -> str | None:
+    """Why a level of a factor cannot run on a profile with a model; None if it can."""
+    if reason := why_not({factor: level}, profile):
+        return reason
     if factor == "tensor_parallel_size":
-        heads = shape["num_key_value_heads"]
+        heads = shape["num_key_value_heads"] if shape else 0
         if heads % int(level):
             return f"{level} processes cannot share the model's {heads} KV heads evenly"
         have, unit = (profile["num_devices"], "GPU") if profile["device"] == "cuda" else (profile["cpu_cores"], "CPU core")
@@ -87,55 +126,104 @@ def _cpp_compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
 
 
-def _cells(study: Study, profile: dict[str, Any], shape: dict[str, Any]) -> tuple[dict[str, Cell], list[dict[str, Any]]]:
-    """The cells that can run, by name, and what cannot. The baseline and its A/A arm need no YAML: they are always there."""
-    not_applicable: list[dict[str, Any]] = []
-    cells = {
-        "baseline": Cell.model_construct(engine=study.engine, role="baseline", levels={}, config={}),
-        "aa": Cell.model_construct(engine=study.engine, role="aa", levels={}, config={}),
+def why_not(levels: Mapping[str, Level], profile: dict[str, Any]) -> str | None:
+    """Why a combination of levels cannot run on the device of a profile; None if it can. The engine itself decides."""
+    try:
+        change: dict[str, Any] = {factor: level_value(level) for factor, level in levels.items()}
+        dataclasses.replace(BASELINE, **change).resolve(profile["device"])
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _cells(
+    study: Study, profile: dict[str, Any], shape: dict[str, Any] | None
+) -> tuple[dict[str, Cell], list[dict[str, Any]], dict[str, list[str]]]:
+    """The cells that can run, by name; what cannot; the generators of a fraction."""
+    kind, off, where = study.design.kind, study.baselines(), f"on profile {profile['name']}"
+
+    def impossible(point: Mapping[str, Level]) -> str | None:
+        return why_not({**study.fixed, **point}, profile)
+
+    for factor, level in study.fixed.items():
+        if reason := inapplicable(factor, level, profile, shape):
+            raise NotHereError(f"{study.source}: fixed.{factor}: {level} cannot run {where}: {reason}")
+    for factor, level in off.items():
+        if reason := inapplicable(factor, level, profile, shape):
+            raise NotHereError(f"{study.source}: the baseline of {factor} cannot run {where}: {reason}")
+    absent = {
+        (factor, level): reason
+        for factor, spec in study.factors.items()
+        for level in spec.levels
+        if (reason := inapplicable(factor, level, profile, shape))
     }
-    alone = study.design.kind == "one_at_a_time"
-    for factor, spec in study.factors.items():
-        if reason := inapplicable(factor, spec.baseline or FACTORS[factor][0], profile, shape):
-            raise SpecError(f"study {study.name}: the baseline of {factor} cannot run on profile {profile['name']}: {reason}")
-        for level in spec.levels:
-            if reason := inapplicable(factor, level, profile, shape):
-                not_applicable.append({"factor": factor, "level": level, "reason": reason})
-            elif alone:
-                cells[f"{factor}={level}"] = Cell(engine=study.engine, role="treatment", levels={factor: level})
-    absent = {(entry["factor"], entry["level"]): entry["reason"] for entry in not_applicable}
-    for name, cell in study.cells.items():
-        if missing := [pair for pair in cell.levels.items() if pair in absent]:
-            factor, level = missing[0]
-            not_applicable.append({"factor": name, "level": f"{factor}={level}", "reason": absent[missing[0]]})
+    if absent and kind in designs.FACTORIALS:
+        (factor, level), reason = next(iter(absent.items()))
+        raise NotHereError(f"{study.source}: design.kind: {kind} cannot lose a level, and factors.{factor}.levels: {level} cannot "
+                           f"run {where}: {reason} Leave it out, or use another kind: {_others()}")  # fmt: skip
+    not_applicable = [{"factor": factor, "level": level, "reason": reason} for (factor, level), reason in absent.items()]
+    levels = {f: [level for level in spec.levels if (f, level) not in absent] for f, spec in study.factors.items()}
+    generators = study.generators(levels)
+
+    name, point = designs.reference(kind, off, levels)
+    if reason := impossible(point):
+        raise NotHereError(f"{study.source}: the reference, {name} ({_described(point)}), cannot run {where}: {reason}")
+    cells = {
+        name: Cell.model_construct(engine=study.engine, role="baseline", levels=point, config={}),
+        "aa": Cell.model_construct(engine=study.engine, role="aa", levels=point, config={}),
+    }
+    for made, (role, point) in designs.cells(kind, off, levels, generators).items():
+        reason = impossible(point)
+        if reason and kind in designs.FACTORIALS:
+            raise NotHereError(f"{study.source}: design.kind: {kind} cannot lose a cell, and {made} cannot run {where}: {reason} "
+                               f"Leave a factor out, or use another kind: {_others()}")  # fmt: skip
+        if reason:
+            not_applicable.append({"factor": made, "level": _described(point), "reason": reason})
         else:
-            cells[name] = cell
-    return cells, not_applicable
+            cells[made] = Cell(engine=study.engine, role=role, levels=point)
+    for given, cell in study.cells.items():
+        missing = [pair for pair in cell.levels.items() if pair in absent]
+        reason = absent[missing[0]] if missing else impossible(off | cell.levels) if cell.engine == study.engine else None
+        if reason:
+            lacking = "{}={}".format(*missing[0]) if missing else _described(cell.levels)
+            not_applicable.append({"factor": given, "level": lacking, "reason": reason})
+        else:
+            cells[given] = cell
+    if len(cells) == 2:
+        raise NotHereError(f"{study.source}: nothing to compare {name} with {where}: {not_applicable[0]['reason']}")
+    return cells, not_applicable, generators
+
+
+def _described(levels: Mapping[str, Level]) -> str:
+    return ", ".join(f"{factor}={level}" for factor, level in levels.items())
+
+
+def _others() -> str:
+    return ", ".join(other for other in typing.get_args(designs.Kind) if other not in designs.FACTORIALS)
 
 
 def _entry(study: Study, cell: Cell, shared: dict[str, Any]) -> dict[str, Any]:
     """A cell as a plan stores it. Every optimization is set explicitly, whatever the engine's defaults are."""
     allowed = load_adapter(cell.engine).allowed
-    baseline = {factor: spec.baseline or FACTORS[factor][0] for factor, spec in study.factors.items()}
-    levels = baseline | cell.levels if cell.engine == study.engine else cell.levels
+    levels = study.baselines() | cell.levels if cell.engine == study.engine else cell.levels
     config = {key: value for key, value in shared.items() if key in allowed}
     if "optimizations" in allowed:
-        every = {factor: known[0] for factor, known in FACTORS.items()} | levels
+        every = {factor: known[0] for factor, known in FACTORS.items()} | study.fixed | levels
         config["optimizations"] = {factor: level_value(level) for factor, level in every.items()}
     if unknown := sorted(set(cell.config) - set(allowed)):
-        raise SpecError(f"study {study.name}: engine {cell.engine} has no setting {unknown[0]!r}; allowed: {', '.join(allowed)}")
+        raise SpecError(f"{study.source}: engine {cell.engine} has no setting {unknown[0]!r}; allowed: {', '.join(allowed)}")
     return {"engine": cell.engine, "config": config | cell.config, "levels": levels, "role": cell.role}
 
 
-def _launches(study: Study, cells: list[str], work: list[str]) -> list[dict[str, Any]]:
+def _launches(seed: int, blocks: int, cells: list[str], work: list[str]) -> list[dict[str, Any]]:
     launches = []
-    for block in range(study.design.blocks):
-        rng = random.Random(f"{study.design.seed}/{block}")
+    for block in range(blocks):
+        rng = random.Random(f"{seed}/{block}")
         order = rng.sample(cells, len(cells))
         for position, cell in enumerate(order):
             launches.append({
                 "launch": f"b{block:02d}-o{position:02d}-{cell}", "block": block, "order": position, "cell": cell,
-                "seed": _seed(f"{study.design.seed}/{block}/{cell}"), "workload_order": rng.sample(work, len(work)),
+                "seed": _seed(f"{seed}/{block}/{cell}"), "workload_order": rng.sample(work, len(work)),
             })  # fmt: skip
     return launches
 
@@ -149,7 +237,7 @@ def _check_fit(study: Study, work: dict[str, Any], shape: dict[str, Any], settin
     for name, workload in work.items():
         requests = [request for wave in workload["waves"] for request in wave]
         longest = max(len(r["prompt_token_ids"]) + r["max_tokens"] for r in requests)
-        where = f"study {study.name}: workload {name}"
+        where = f"{study.source}: workload {name}"
         if longest > settings["max_model_len"]:
             raise SpecError(f"{where} has a request of {longest} tokens; settings.max_model_len is {settings['max_model_len']}")
         drawn = workload["params"]["vocab_size"]

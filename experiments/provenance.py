@@ -24,7 +24,7 @@ _PACKAGES = (
 _ENVIRONMENT = (
     "CUDA_", "NVIDIA_", "NCCL_", "TORCH", "PYTORCH_", "TRITON_", "OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "ATEN_", "DNNL_",
     "ONEDNN_", "GLOO_", "VLLM_", "HF_HUB_OFFLINE", "TRANSFORMERS_", "TOKENIZERS_", "LD_PRELOAD", "MALLOC_", "NANOVLLM_",
-    "PYTHONHASHSEED", "PYTHONOPTIMIZE",
+    "CUBLAS_", "PYTHONHASHSEED", "PYTHONOPTIMIZE",
 )  # fmt: skip
 _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 _MEASURED_CODE = (
@@ -65,6 +65,24 @@ def of_interpreter() -> dict[str, Any]:
             if name.startswith(_ENVIRONMENT) and not any(word in name for word in _SECRET)
         },
     }
+
+
+def collect_env(python: str, folder: Path) -> str | None:
+    """torch's own report on an interpreter and its machine (torch.utils.collect_env), written into `folder` under a name that
+    holds its digest, once per content; the name. None where the interpreter has no torch, or the report takes over two minutes
+    (as a rule, two seconds): a record without it is better than no record."""
+    command = [python, "-m", "torch.utils.collect_env"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired:
+        return None
+    if done.returncode != 0:
+        return None
+    text = "\n".join(line for line in done.stdout.splitlines() if "MHz" not in line) + "\n"  # the clock of the moment is telemetry
+    path = folder / f"environment-{hashlib.sha256(text.encode()).hexdigest()[:12]}.txt"
+    if not path.exists():
+        path.write_text(text)
+    return path.name
 
 
 def git_state(root: Path = ROOT) -> dict[str, Any] | None:

@@ -5,15 +5,16 @@ Studies and profiles are only read here; `experiments.plan` expands a study on a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from experiments import workloads, yaml_files
+from experiments import designs, workloads, yaml_files
 from experiments.engines import ENGINES
 from experiments.levels import Level, level_name
+from experiments.protocol import Design, Measurement, Strict, Validity
 from experiments.yaml_files import suggest
 from nanovllm.config import LEVELS
 
@@ -31,11 +32,7 @@ Dtype = Literal["float32", "bfloat16"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+=-]*$")]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Workload(_Strict):
+class Workload(Strict):
     """kind and its parameters (experiments/workloads.py); `params` is what is left of the mapping once `kind` is taken."""
 
     kind: str
@@ -50,8 +47,9 @@ class Workload(_Strict):
         return {"kind": given["kind"], "params": workloads.check_params(given["kind"], params)}
 
 
-class Factor(_Strict):
-    """One switch that a study varies. workloads: where it has an opportunity; all of the study's, if not given."""
+class Factor(Strict):
+    """One switch that a study varies. levels: what to compare with the baseline, the last one being that of everything on.
+    baseline: the engine's, if not given. workloads: where it has an opportunity; all of the study's, if not given."""
 
     levels: list[Level] = Field(min_length=1)
     baseline: Level | None = None
@@ -65,10 +63,12 @@ class Factor(_Strict):
     @field_validator("baseline", mode="before")
     @classmethod
     def _name_baseline(cls, given: Any) -> Any:
-        return None if given is None else level_name(given)
+        if given is None:
+            raise ValueError("is missing its level; give one, or leave the key out for the engine's own baseline")
+        return level_name(given)
 
 
-class Cell(_Strict):
+class Cell(Strict):
     """One more configuration beside those that the design makes: levels of factors, or another engine as a reference.
 
     config: engine settings that differ from the study's.
@@ -94,7 +94,7 @@ class Cell(_Strict):
         return engine
 
 
-class Comparison(_Strict):
+class Comparison(Strict):
     """A cell of the study's engine against cells of others, and how alike they must be (experiments/fairness.py).
 
     rule: `best` shares the checkpoint, dtype, workload and KV bytes; `like-for-like` the limits and the switches as well.
@@ -105,30 +105,7 @@ class Comparison(_Strict):
     rule: Literal["best", "like-for-like"] = "best"
 
 
-class Measurement(_Strict):
-    """How a launch is measured. Warm-up: the first requests of each wave, answers cut short. timeout_s: a launch that takes
-    longer is killed and recorded as failed. launch_s: what a launch is expected to take, for the estimate before the first.
-    environment: variables set for every launch of every engine, whatever the shell says."""
-
-    warm_up_requests: int = Field(default=16, ge=1)
-    warm_up_tokens: int = Field(default=8, ge=1)
-    timeout_s: float = Field(default=300, gt=0)
-    launch_s: float = Field(default=8, gt=0)
-    environment: dict[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")], str] = {}
-
-
-class Design(_Strict):
-    """Which configurations run and how often, beside the baseline, its A/A arm and the study's own `cells`.
-
-    one_at_a_time: each level of each factor alone. listed: nothing else.
-    """
-
-    kind: Literal["one_at_a_time", "listed"] = "one_at_a_time"
-    blocks: int = Field(default=6, ge=2)
-    seed: int = Field(default=0, ge=0)
-
-
-class EngineSettings(_Strict):
+class EngineSettings(Strict):
     """What every cell shares. `None` is taken from the profile."""
 
     max_num_seqs: int = Field(default=64, ge=1)
@@ -138,7 +115,7 @@ class EngineSettings(_Strict):
     kv_cache_memory_bytes: int | None = Field(default=None, ge=1)
 
 
-class ModelChoice(_Strict):
+class ModelChoice(Strict):
     """A preset of nanovllm.models.checkpoint, or a folder; and the dtype it runs in."""
 
     preset: str | None = None
@@ -152,8 +129,11 @@ class ModelChoice(_Strict):
         return self
 
 
-class Study(_Strict):
-    """A question, the factors that answer it, and the work on which it is asked."""
+class Study(Strict):
+    """A question, the factors that answer it, and the work on which it is asked.
+
+    fixed: levels that every cell of the engine under study has, of optimizations that are no factors here; else their baselines.
+    """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
     title: str = Field(default_factory=lambda data: data["name"].replace("-", " "))
@@ -167,23 +147,44 @@ class Study(_Strict):
     measurement: Measurement = Measurement()
     settings: EngineSettings = EngineSettings()
     factors: dict[str, Factor] = Field(min_length=1)
+    fixed: dict[str, Level] = {}
     workloads: dict[Name, Workload] = Field(min_length=1)
     cells: dict[Name, Cell] = {}
     comparisons: dict[Name, Comparison] = {}
+    validity: Validity = Validity()
     gate: dict[str, Any] = {}
+    _source: str = PrivateAttr(default="")
+
+    @property
+    def source(self) -> str:
+        """How messages call this study: its file where it was read from one."""
+        return self._source or f"study {self.name}"
 
     @field_validator("factors")
     @classmethod
     def _known_factors(cls, factors: dict[str, Factor]) -> dict[str, Factor]:
         return {name: factor.model_copy(update={"baseline": _check_levels(name, factor)}) for name, factor in factors.items()}
 
+    @field_validator("fixed", mode="before")
+    @classmethod
+    def _name_fixed(cls, given: Any) -> Any:
+        return {name: level_name(level) for name, level in given.items()} if isinstance(given, dict) else given
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        for name, level in self.fixed.items():
+            free = [factor for factor in FACTORS if factor not in self.factors]
+            if name not in free:
+                raise ValueError(f"fixed.{name}: no optimization that this study leaves alone; allowed: {', '.join(free)}")
+            if level not in FACTORS[name]:
+                raise ValueError(f"fixed.{name}: {level!r} is not a level; allowed: {_listed(FACTORS[name])}")
         for name, factor in self.factors.items():
             if missing := [w for w in factor.workloads if w not in self.workloads]:
                 raise ValueError(f"factors.{name}.workloads: {missing[0]!r} is no workload of this study; "
                                  f"allowed: {', '.join(self.workloads)}")  # fmt: skip
-        made = {"baseline", "aa", *(f"{f}={level}" for f, factor in self.factors.items() for level in factor.levels)}
+        if self.design.kind == "listed" and not self.cells:
+            raise ValueError("design.kind: listed makes no cells of its own, and the study has no `cells`: nothing to compare")
+        made = {"baseline", "aa", *self._made_by_design()}
         for name, cell in self.cells.items():
             if name in made:
                 raise ValueError(f"cells.{name}: the design makes a cell of this name; choose another")
@@ -205,15 +206,48 @@ class Study(_Strict):
                     raise ValueError(f"comparisons.{name}: {cell_name!r} is no cell of this study; it has {known}")
         return self
 
+    def baselines(self) -> dict[str, Level]:
+        """The level at which each factor is off."""
+        return {name: FACTORS[name][0] if factor.baseline is None else factor.baseline for name, factor in self.factors.items()}
 
-class Match(_Strict):
+    def generators(self, levels: Mapping[str, Sequence[Level]]) -> dict[str, list[str]]:
+        """The generators of a fractional factorial over these factors, stated or chosen; {} of any other design.
+
+        Raises ValueError for what makes no fraction.
+        """
+        if self.design.kind != "fractional_factorial":
+            return {}
+        if wide := [name for name, found in levels.items() if len(found) != 1]:
+            raise ValueError(f"factors.{wide[0]}.levels: a fractional factorial has one level beside the baseline, "
+                             f"not {len(levels[wide[0]])}; keep one, or use kind: full_factorial")  # fmt: skip
+        stated, least = self.design.generators, self.design.resolution
+        if not stated:
+            return designs.choose_generators(list(levels), least)
+        free = [name for name in levels if name not in stated]
+        for factor, parents in stated.items():
+            where = f"design.generators.{factor}"
+            if factor not in levels:
+                raise ValueError(f"{where}: no factor of this study; allowed: {', '.join(levels)}")
+            if len(set(parents)) < 2 or len(set(parents)) < len(parents) or not set(parents) <= set(free):
+                raise ValueError(f"{where}: {_listed(parents)}; allowed: two or more of the factors without a generator, each "
+                                 f"once: {_listed(free)}")  # fmt: skip
+        if (reached := designs.resolution(stated)) < least:
+            raise ValueError(f"design.generators: their resolution is {reached}; design.resolution asks for {least} or more")
+        return {factor: list(parents) for factor, parents in stated.items()}
+
+    def _made_by_design(self) -> Iterable[str]:
+        levels = {name: factor.levels for name, factor in self.factors.items()}
+        return designs.cells(self.design.kind, self.baselines(), levels, self.generators(levels))
+
+
+class Match(Strict):
     """How a machine is recognized: part of the name of its GPUs, and how many of them."""
 
     gpu_name: str
     num_gpus: int = Field(default=1, ge=1)
 
 
-class Profile(_Strict):
+class Profile(Strict):
     """Hardware. Bandwidth and peaks are per device and bound what any engine can do; `measure` measures them here, once.
 
     memory_bytes and cpu_cores: None is what this machine has. preset and dtype: the model where a study names none.
@@ -236,7 +270,10 @@ class Profile(_Strict):
 
 def load_study(source: str | Path, overrides: Iterable[str] = ()) -> tuple[Study, dict[str, Any]]:
     """A study by path or by the name of a file in ablations/studies, and its overrides ("design.blocks=2") as a mapping."""
-    return yaml_files.load(Study, yaml_files.find(source, STUDIES, "study"), overrides)
+    path = yaml_files.find(source, STUDIES, "study")
+    study, applied = yaml_files.load(Study, path, overrides)
+    study._source = yaml_files.named(path, applied)
+    return study, applied
 
 
 def load_profile(source: str | Path) -> Profile:
@@ -254,7 +291,8 @@ def _check_levels(name: str, factor: Factor) -> Level:
         if level not in allowed:
             raise ValueError(f"{name}: {level!r} is not a level; allowed: {_listed(allowed)}")
     if baseline in factor.levels or len(set(factor.levels)) < len(factor.levels):
-        raise ValueError(f"{name}: levels {_listed(factor.levels)} must differ from each other and from the baseline, {baseline}")
+        raise ValueError(f"{name}: levels {_listed(factor.levels)} must differ from each other and from the baseline, {baseline}, "
+                         "which runs anyway")  # fmt: skip
     return baseline
 
 

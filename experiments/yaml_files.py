@@ -49,9 +49,14 @@ def load(model: type[M], path: Path, overrides: Iterable[str] = ()) -> tuple[M, 
     try:
         return model.model_validate(raw), applied
     except ValidationError as error:
-        given = f" (with overrides {', '.join(applied)})" if applied else ""
-        lines = [f"{_shown(path)}{given}: {_explain(model, problem)}" for problem in error.errors()]
+        lines = [f"{named(path, applied)}: {_explain(model, problem)}" for problem in error.errors()]
         raise SpecError("\n".join(lines)) from error
+
+
+def named(path: Path, applied: Iterable[str]) -> str:
+    """How messages call a file that was read with overrides."""
+    given = ", ".join(applied)
+    return _shown(path) + (f" (with overrides {given})" if given else "")
 
 
 def suggest(name: str, allowed: Iterable[str]) -> str:

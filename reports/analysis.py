@@ -18,12 +18,22 @@ from reports.contrasts import Contrast, Lattice, Toggle, evaluate
 from reports.counting import Counted, Gate, count
 from reports.facts import equivalence, hardware, run_order, toggles
 from reports.intervals import Effect, Rule, estimate, judge
+from reports.linear_model import fit
 from reports.metrics import METRICS, THROUGHPUT, Metric, harmonic_mean, of_launch
+from reports.residuals import diagnose
 
 ANALYSIS_SCHEMA = 1
 ALL_WORKLOADS = (
     "all workloads"  # the pseudo-workload of a launch's total: all its output tokens over all its serving time
 )
+
+# What the verdict on an interaction is called.
+PAIR_VERDICTS = {
+    "faster": "help each other",
+    "slower": "stand in each other's way",
+    "equivalent": "independent",
+    "inconclusive": "inconclusive",
+}
 
 # {metric: {workload: {cell: {block: value}}}}
 Values = dict[str, dict[str, dict[str, dict[int, float]]]]
@@ -37,7 +47,7 @@ def analyse(records: Sequence[Mapping[str, Any]], plan: Mapping[str, Any], notes
     study = plan["study"]
     metric = _metric(study)
     rule = Rule(alpha=study.get("alpha", 0.05), smallest_effect=study["smallest_effect"], seed=plan["plan_hash"])
-    lattice = Lattice(plan["cells"])
+    lattice = Lattice(plan["cells"], _off(study), study.get("design", {}).get("generators"))
     drawn = {name: workloads.rebuild(name, entry) for name, entry in plan["workloads"].items()}
     gate = Gate(records, plan["plan_hash"])
     counted = count(records, plan, gate)
@@ -66,6 +76,12 @@ def analyse(records: Sequence[Mapping[str, Any]], plan: Mapping[str, Any], notes
         "costs": costs(counted.launches, plan),
         "factors": _factors(values, lattice, rule, metric),
         "interactions": _interactions(values, lattice, rule, metric),
+        "residuals": {
+            workload: found
+            for workload in drawn
+            if (found := diagnose(values[metric.key].get(workload, {}))) is not None
+        },
+        "linear_model": _linear_model(values, lattice, rule, metric),
         "ceiling": _ceilings(values, plan, drawn),
         "gate": equivalence(gate, counted),
         "toggles": toggles(counted, plan),
@@ -85,6 +101,11 @@ def _metric(study: Mapping[str, Any]) -> Metric:
     if key not in METRICS:
         raise ValueError(f"study {study.get('name')!r}: metric {key!r} is unknown; known: {', '.join(METRICS)}")
     return METRICS[key]
+
+
+def _off(study: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The level at which each factor is off, where the plan says so (plans of older versions may not)."""
+    return {name: factor["baseline"] for name, factor in study["factors"].items()} if "factors" in study else None
 
 
 def _values(counted: Counted, drawn: Mapping[str, Mapping[str, Any]]) -> Values:
@@ -236,14 +257,23 @@ def _interactions(values: Values, lattice: Lattice, rule: Rule, metric: Metric) 
             effect = _contrast_effect(values, contrast, workload, rule, metric, f"{_label(first)}*{_label(second)}")
             family.append({"first": _label(first), "second": _label(second), **effect})
     judge(family, rule, metric.better)
-    words = {
-        "faster": "help each other",
-        "slower": "stand in each other's way",
-        "equivalent": "independent",
-        "inconclusive": "inconclusive",
-    }
     for effect in family:
-        effect["verdict"] = words[effect["verdict"]]
+        effect["verdict"] = PAIR_VERDICTS[effect["verdict"]]
+    return family
+
+
+def _linear_model(values: Values, lattice: Lattice, rule: Rule, metric: Metric) -> list[Effect]:
+    """Main effects and pairs of a two-level factorial, gathered by what a fraction cannot tell apart; [] of any other."""
+    runs, family = lattice.factorial_cells(), []
+    for workload in sorted(set(values[metric.key]) - {ALL_WORKLOADS}) if runs else ():
+        by_cell = values[metric.key][workload]
+        log_values = {cell: {b: math.log(v) for b, v in by_cell.get(cell, {}).items()} for cell in runs}
+        for effect in fit(log_values, runs, lattice.factors, lattice.generators, rule):
+            family.append({"metric": metric.key, "workload": workload, **effect})
+    judge(family, rule, metric.better)
+    for effect in family:
+        if effect["order"] == 2:
+            effect["verdict"] = PAIR_VERDICTS[effect["verdict"]]
     return family
 
 

@@ -67,6 +67,11 @@ def _sentence(analysis: Analysis) -> str:
     if best is not None:
         rank = f"the largest of {count_of(len(gains), 'gain')} among {len(tested)} effects"
         return f"{_place(best, analysis)} {_says(best, analysis)}, {rank}."
+    losses = [effect for effect in tested if effect["verdict"] == "slower"]
+    if analysis["study"].get("design", {}).get("kind") == "leave_one_out" and losses:
+        worst = (min if better is max else max)(losses, key=lambda effect: effect["ratio"])
+        rank = f"the largest of {count_of(len(losses), 'loss')} among {len(tested)} effects"
+        return f"From everything on, the baseline of this study: {_place(worst, analysis)} {_says(worst, analysis)}, {rank}."
     tally = Counter(effect["verdict"] for effect in tested)
     found = ", ".join(f"{n} {verdict}" for verdict, n in sorted(tally.items()))
     return f"Nothing tested is faster than the baseline: of {count_of(len(tested), 'effect')}, {found}."

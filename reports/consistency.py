@@ -65,6 +65,7 @@ def check_workload(
     for counter, value in sorted(work.get("counters", {}).items()):
         if value < 0:
             yield Check("counters are not negative", True, False, f"{counter} = {value}")
+    yield from _check_counters(work)
 
 
 def _equal(name: str, got: Any, want: Any) -> Check:
@@ -116,3 +117,21 @@ def _check_steps(work: Mapping[str, Any], times: np.ndarray, duration_s: float, 
             fine,
             f"{integral_s:.2f} of {residence_s:.2f} request seconds",
         )
+
+
+def _check_counters(work: Mapping[str, Any]) -> Iterator[Check]:
+    """The engine's own counters (nanovllm.engine.stats) against the work; an engine without them is not checked."""
+    counters = work.get("counters", {})
+    if not {"prefill_tokens", "prefix_hit_tokens", "preemptions", "admissions", "steps"} <= set(counters):
+        return
+    # A prompt token is computed or found in the cache, once; once more only after a preemption.
+    known, prompt = counters["prefill_tokens"] + counters["prefix_hit_tokens"], work["prompt_tokens"]
+    fine = known >= prompt if counters["preemptions"] else known == prompt
+    yield Check("prompt tokens are computed or found", False, fine, f"{known} of {prompt}, {counters['preemptions']} preemptions")
+    entered, wanted = counters["admissions"], work["num_requests"] + counters["preemptions"]
+    yield Check("admissions are requests and preemptions", False, entered == wanted, f"{entered} of {wanted}")
+    hits, looked = counters["prefix_hit_tokens"], counters.get("prefix_lookup_tokens", 0)
+    yield Check("hits among what was looked up", False, hits <= looked, f"{hits} of {looked}")
+    timed = len(work.get("step_times_s") or [])
+    if timed:
+        yield Check("every step has a time", False, timed == counters["steps"], f"{timed} of {counters['steps']}")

@@ -10,17 +10,15 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import TTestPower
 
-# Below this number of blocks a resampling interval means nothing (facts.md; Hoefler and Belli, rule 5).
-MIN_BLOCKS_BOOTSTRAP = 6
+from experiments.sizing import MIN_BLOCKS_BOOTSTRAP, POWER, detectable
+
 BOOTSTRAP_RESAMPLES = 9_999
 
 Better = Literal["higher", "lower"]
@@ -39,7 +37,7 @@ class Rule:
 
     alpha: float = 0.05
     smallest_effect: float = 0.05
-    power: float = 0.8
+    power: float = POWER
     seed: str = ""
 
     def __post_init__(self) -> None:
@@ -86,12 +84,6 @@ def bootstrap_interval(samples: NDArray[np.float64], alpha: float, seed: str) ->
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
-@lru_cache(maxsize=256)
-def detectable_in_sd(n: int, alpha: float, power: float) -> float:
-    """The mean, in standard deviations, that a two-sided paired t test of n samples finds with the given power."""
-    return float(TTestPower().solve_power(nobs=n, alpha=alpha, power=power, alternative="two-sided"))
-
-
 def holm(p_values: Sequence[float], alpha: float) -> list[float]:
     """Holm's step-down adjustment of a family of p-values (Holm 1979)."""
     if len(p_values) < 2:
@@ -131,7 +123,7 @@ def estimate(log_ratios: Mapping[int, float], rule: Rule, name: str) -> Effect:
         "high": math.exp(high),
         "sd_log": sd,
         "p": float(t_test(samples)),
-        "detectable": math.expm1(detectable_in_sd(n, rule.alpha, rule.power) * sd),
+        "detectable": detectable(sd, n, rule.alpha, rule.power),
     }
     if n >= MIN_BLOCKS_BOOTSTRAP:
         boot_low, boot_high = bootstrap_interval(samples, rule.alpha, f"{rule.seed}/{name}")

@@ -18,6 +18,7 @@ from reports import figures, svg, text
 from reports.canvas import NARROW, WIDE
 from reports.document import VERDICT_WORDS, Document
 from reports.evidence import evidence
+from reports.model_sections import modelled
 from reports.sections import results
 from reports.table import print_table
 
@@ -100,7 +101,7 @@ def document(plan: Mapping[str, Any], records: Sequence[Mapping[str, Any]], anal
         verdict=analysis["answer"]["verdict"],
         caveats=analysis["answer"]["caveats"],
         facts=facts,
-        sections=[*results(analysis), *evidence(plan, analysis, digest)],
+        sections=[*results(analysis), *modelled(analysis), *evidence(plan, analysis, digest)],
     )
 
 

@@ -8,21 +8,20 @@ one of the launch's own. Everything is drawn from one seed.
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from experiments import workloads
+from experiments import designs, workloads
 from experiments.records import plan_hash
-
-Noise = Literal["normal", "heavy", "skewed"]
+from reports.coverage import Noise, noise
 
 TINY_SHAPE = {
     "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
     "intermediate_size": 768, "vocab_size": 2048, "tie_word_embeddings": True,
 }  # fmt: skip
 BASE_LEVELS: dict[str, Any] = {"prefix_cache": "off", "batching": "static", "tensor_parallel_size": 1}
+# A factor beside these three is off or on.
 ON: dict[str, Any] = {"prefix_cache": "on", "batching": "continuous", "tensor_parallel_size": 2}
 WORKLOADS = {
     "scaled": ("random", {"num_requests": 8, "prompt_tokens": [12, 32], "output_tokens": [12, 32], "seed": 0}),
@@ -33,23 +32,10 @@ WORKLOADS = {
 }
 
 
-def noise(rng: np.random.Generator, kind: Noise, size: tuple[int, ...], sd: float) -> NDArray[np.float64]:
-    """Noise of a log time with mean 0 and standard deviation sd: Gaussian, Student's t with 4 degrees of freedom, or
-    exponential.
-    """
-    if kind == "normal":
-        return rng.normal(0, sd, size)
-    if kind == "heavy":
-        return rng.standard_t(4, size) * sd / math.sqrt(2)
-    return (rng.exponential(1, size) - 1) * sd
-
-
 def cell_of(name: str, role: str, on: Sequence[str] = (), engine: str = "nanovllm") -> dict[str, Any]:
     """A plan's cell with the named factors at their other level."""
     levels = (
-        {}
-        if engine != "nanovllm"
-        else {factor: ON[factor] if factor in on else level for factor, level in BASE_LEVELS.items()}
+        {} if engine != "nanovllm" else {factor: ON[factor] if factor in on else level for factor, level in BASE_LEVELS.items()}
     )
     return {name: {"engine": engine, "config": dict(levels), "levels": levels, "role": role}}
 
@@ -71,6 +57,17 @@ def factorial() -> dict[str, Any]:
         role = "all" if len(on) == len(ON) else "treatment"
         cells |= cell_of("all" if role == "all" else "+".join(on), role, on)
     return cells
+
+
+def designed(kind: designs.Kind, factors: Sequence[str], generators: designs.Generators | None = None) -> dict[str, Any]:
+    """The cells that experiments/designs.py makes of factors with one level each, and the A/A arm of their reference."""
+    off = {factor: BASE_LEVELS.get(factor, "off") for factor in factors}
+    levels = {factor: [ON.get(factor, "on")] for factor in factors}
+    name, point = designs.reference(kind, off, levels)
+    points = {name: ("baseline", point), "aa": ("aa", point)} | designs.cells(kind, off, levels, generators or {})
+    return {
+        cell: {"engine": "nanovllm", "config": dict(found), "levels": found, "role": role} for cell, (role, found) in points.items()
+    }
 
 
 def make_plan(
@@ -119,7 +116,7 @@ def make_records(
     records: list[dict[str, Any]] = []
     for number, launch in enumerate(plan["launches"]):
         cell = plan["cells"][launch["cell"]]
-        on = [factor for factor, level in cell["levels"].items() if level != BASE_LEVELS[factor]]
+        on = [factor for factor, level in cell["levels"].items() if level != BASE_LEVELS.get(factor, "off")]
         speed = math.prod(speedups.get(factor, 1.0) for factor in on) * speedups.get(cell["engine"], 1.0)
         speed *= math.prod(times for pair, times in (interactions or {}).items() if set(pair) <= set(on))
         parts = {}
@@ -127,9 +124,7 @@ def make_records(
             log_time = block_log[launch["block"]] + float(noise(rng, kind, (1,), sd)[0])
             parts[name] = _served(work, plan["workloads"][name], math.exp(log_time) / speed, cell)
         records.append(_launch_record(plan, launch, cell, parts, number))
-    digests = sorted(
-        {(name, part["tokens_digest"]) for record in records for name, part in record["workloads"].items()}
-    )
+    digests = sorted({(name, part["tokens_digest"]) for record in records for name, part in record["workloads"].items()})
     records += [gate_line(plan, name, digest) for name, digest in digests]
     broken = gate_line(plan, digests[0][0], "broken") | {
         "status": "fail",
@@ -150,20 +145,17 @@ def gate_line(plan: Mapping[str, Any], workload: str, digest: str, status: str =
     }  # fmt: skip
 
 
-def _served(
-    work: Mapping[str, Any], planned: Mapping[str, Any], duration_s: float, cell: Mapping[str, Any]
-) -> dict[str, Any]:
+def _served(work: Mapping[str, Any], planned: Mapping[str, Any], duration_s: float, cell: Mapping[str, Any]) -> dict[str, Any]:
     """A workload's part of a record: all requests arrive at 0, share the machine evenly, and finish by their length."""
     lengths = [request["max_tokens"] for wave in work["waves"] for request in wave]
     longest = max(lengths)
     times = [[0.0, 0.1 * duration_s, duration_s * (0.1 + 0.9 * length / longest)] for length in lengths]
     steps = [[0.1 * duration_s, planned["prompt_tokens"], 0]]
     steps += [[0.9 * duration_s / longest, 0, sum(length > step for length in lengths)] for step in range(1, longest)]
-    digest = hashlib.sha256(
-        f"{work['name']}/{cell['engine']}/{cell['levels'].get('tensor_parallel_size')}".encode()
-    ).hexdigest()
+    digest = hashlib.sha256(f"{work['name']}/{cell['engine']}/{cell['levels'].get('tensor_parallel_size')}".encode()).hexdigest()
     toggles = {
-        factor: {"level": level, "baseline": BASE_LEVELS[factor], "engaged": 0 if level == BASE_LEVELS[factor] else 7,
+        factor: {"level": level, "baseline": BASE_LEVELS.get(factor, "off"),
+                 "engaged": 0 if level == BASE_LEVELS.get(factor, "off") else 7,
                  "opportunity": 0 if factor == "prefix_cache" else None}
         for factor, level in cell["levels"].items()
     }  # fmt: skip

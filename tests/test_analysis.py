@@ -13,17 +13,18 @@ import pytest
 from scipy import stats
 
 from experiments import workloads
+from experiments.designs import choose_generators
 from experiments.records import RecordError
 from reports import ceiling
 from reports.analysis import ALL_WORKLOADS, analyse
 from reports.contrasts import Lattice, evaluate
-from reports.intervals import Rule, bootstrap_interval, estimate, holm, judge, t_interval, t_test, verdict
+from reports.intervals import Rule, bootstrap_interval, estimate, judge, verdict
 from reports.metrics import harmonic_mean, of_launch
 from reports.records import read_records
-from tests.synthetic import Noise, factorial, gate_line, make_plan, make_records, noise, one_at_a_time
+from reports.render import render
+from tests.synthetic import BASE_LEVELS, designed, factorial, gate_line, make_plan, make_records, one_at_a_time
 
 RULE = Rule(alpha=0.05, smallest_effect=0.05, seed="test")
-STUDIES = 4_000
 SPEEDUPS = {"prefix_cache": 1.0, "batching": 2.5, "tensor_parallel_size": 0.7, "hf": 0.8}
 
 
@@ -35,74 +36,12 @@ def _cheap_collections() -> Iterator[None]:
     gc.unfreeze()
 
 
-def log_ratios(kind: Noise, blocks: int, ratio: float, sd: float = 0.03, seed: int = 0) -> np.ndarray:
-    """[studies, blocks] log-ratios of rates, from noisy times of a treatment and a baseline that share their block's
-    noise.
-    """
-    rng = np.random.default_rng([seed, blocks])
-    block = rng.normal(0, 0.2, (STUDIES, blocks, 1))
-    log_times = block + noise(rng, kind, (STUDIES, blocks, 2), sd)
-    log_times[:, :, 1] -= math.log(ratio)
-    return log_times[:, :, 0] - log_times[:, :, 1]
-
-
 def effects_of(analysis: dict[str, Any], **wanted: Any) -> list[dict[str, Any]]:
     wanted.setdefault("metric", "output_tokens_per_s")
     return [effect for effect in analysis["effects"] if all(effect[key] == value for key, value in wanted.items())]
 
 
-# ------------------------------------------------------------------------------------------- simulation, known truth
-
-
-@pytest.mark.parametrize("kind", ["normal", "heavy"])
-@pytest.mark.parametrize("blocks", [2, 3, 4, 5, 6, 8, 10, 12, 16, 24])
-def test_intervals_cover_the_planted_ratio(kind: Noise, blocks: int) -> None:
-    low, high = t_interval(log_ratios(kind, blocks, 1.3), 0.05)
-    coverage = float(((low <= math.log(1.3)) & (math.log(1.3) <= high)).mean())
-    assert 0.93 <= coverage <= 0.97
-
-
-def test_intervals_under_strong_skew_err_little() -> None:
-    low, high = t_interval(log_ratios("skewed", 6, 1.3), 0.05)
-    coverage = float(((low <= math.log(1.3)) & (math.log(1.3) <= high)).mean())
-    assert coverage > 0.92  # a pair shares the skew, so their ratio has little of it
-
-
-def test_a_percentile_bootstrap_would_not_do() -> None:
-    """Why Student's t comes first (facts.md): at six blocks the percentile bootstrap covers far less than 95 %."""
-    samples = log_ratios("normal", 6, 1.3)[:1000]
-    picks = np.random.default_rng(0).integers(0, 6, (500, 6))
-    low, high = np.percentile(samples[:, picks].mean(axis=2), [2.5, 97.5], axis=1)
-    assert 0.75 <= float(((low <= math.log(1.3)) & (math.log(1.3) <= high)).mean()) <= 0.91
-
-
-@pytest.mark.parametrize(("sd", "most"), [(0.02, 0.05), (0.2, 0.06)])  # 0.2: nothing is equivalent; 1 % for chance
-def test_the_aa_arm_is_called_different_at_most_as_often_as_stated(sd: float, most: float) -> None:
-    samples = log_ratios("normal", 6, 1.0, sd)
-    low, high = np.exp(t_interval(samples, RULE.alpha))
-    verdicts = [
-        verdict(*numbers, RULE) for numbers in zip(low, high, t_test(samples), strict=True)
-    ]  # alone in its family
-    assert np.mean([found in ("faster", "slower") for found in verdicts]) <= most
-
-
-def test_holm_bounds_the_error_of_a_whole_family() -> None:
-    samples = np.stack(
-        [log_ratios("normal", 4, 1.0, 0.2, seed) for seed in range(6)], axis=1
-    )  # [studies, effects, blocks]
-    p_values = t_test(samples)
-    assert (p_values.min(axis=1) < 0.05).mean() > 0.2  # without it, a false alarm in every fourth study
-    for row in p_values[:10]:
-        assert min(holm(list(row), 0.05)) == pytest.approx(min(1, 6 * row.min()))
-    assert (6 * p_values.min(axis=1) < 0.05).mean() <= 0.06
-
-
-def test_detectable_is_the_effect_found_with_the_stated_power() -> None:
-    samples = log_ratios("normal", 6, 1.0, 0.03)
-    truth_sd = 0.03 * math.sqrt(2)
-    detectable = estimate(dict(enumerate(stats.norm.ppf(np.linspace(0.1, 0.9, 6)))), RULE, "x")
-    shift = math.log1p(detectable["detectable"]) / detectable["sd_log"] * truth_sd
-    assert 0.78 <= float((t_test(samples + shift) < 0.05).mean()) <= 0.82
+# ------------------------------------------------------------------------------------- known truth, whole studies
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -224,9 +163,7 @@ def test_rates_are_averaged_by_their_times() -> None:
     rates = [record["workloads"]["scaled"]["output_tokens"] / record["workloads"]["scaled"]["duration_s"]
              for record in records if record.get("cell") == "baseline"]  # fmt: skip
     (row,) = [
-        row
-        for row in analyse(records, plan)["rates"]
-        if row["cell"] == "baseline" and row["metric"] == "output_tokens_per_s"
+        row for row in analyse(records, plan)["rates"] if row["cell"] == "baseline" and row["metric"] == "output_tokens_per_s"
     ]
     assert row["mean"] == pytest.approx(harmonic_mean(rates))
 
@@ -265,9 +202,108 @@ def test_leave_one_out_is_read_from_the_cells_without_a_factor() -> None:
     assert evaluate(contrast, values) == {1: 3.0}
 
 
+def test_leave_one_out_starts_from_everything_on() -> None:
+    factors = ["prefix_cache", "batching", "tensor_parallel_size"]
+    plan = make_plan(designed("leave_one_out", factors), 4, factors=off_levels(factors), design={"kind": "leave_one_out"})
+    analysis = analyse(make_records(plan, SPEEDUPS | {"tensor_parallel_size": 1.2}, sd=0.005), plan)
+    assert analysis["baseline"] == "all"
+    (without,) = effects_of(analysis, cell="all-but-batching")
+    assert (without["verdict"], without["ratio"]) == ("slower", pytest.approx(1 / 2.5, rel=0.02))
+    found = {row["factor"]: row for row in analysis["factors"]}
+    assert {row["kind"] for row in analysis["factors"]} == {"left out"}
+    assert found["batching"]["ratio"] == pytest.approx(2.5, rel=0.02)
+    assert found["tensor_parallel_size"]["verdict"] == "faster"
+    assert effects_of(analysis, role="aa")[0]["verdict"] == "equivalent"
+    sentence = analysis["answer"]["sentence"]
+    assert sentence.startswith("From everything on, the baseline of this study: all-but-batching gives 0.4")
+    assert "the largest of 2 losses among 3 effects" in sentence
+
+
+def test_both_directions_stand_side_by_side_and_differ_by_the_interaction() -> None:
+    factors = ["prefix_cache", "batching", "tensor_parallel_size", "overlap"]
+    plan = make_plan(designed("both", factors), 4, factors=off_levels(factors))
+    records = make_records(plan, SPEEDUPS, sd=0.005, interactions={("prefix_cache", "batching"): 1.2})
+    found = {(row["kind"], row["factor"]): row["ratio"] for row in analyse(records, plan)["factors"]}
+    assert found["alone", "batching"] == pytest.approx(2.5, rel=0.02)
+    assert found["left out", "batching"] == pytest.approx(2.5 * 1.2, rel=0.02)
+    assert set(found) == {(kind, factor) for kind in ("alone", "left out") for factor in factors}
+
+
+def off_levels(factors: list[str]) -> dict[str, Any]:
+    """`study.factors` of a plan, as far as the analysis reads it."""
+    return {factor: {"baseline": BASE_LEVELS.get(factor, "off")} for factor in factors}
+
+
+def test_a_fraction_finds_main_effects_and_names_what_it_mixes(tmp_path: Path) -> None:
+    factors = ["prefix_cache", "batching", "kernels", "overlap"]
+    generators = choose_generators(factors, 4)
+    design = {"kind": "fractional_factorial", "generators": generators}
+    plan = make_plan(designed("fractional_factorial", factors, generators), 4, factors=off_levels(factors), design=design)
+    records = make_records(plan, {"batching": 2.5, "kernels": 0.7}, sd=0.005, interactions={("prefix_cache", "overlap"): 1.3})
+    analysis = analyse(records, plan)
+    average = {row["factor"]: row for row in analysis["factors"] if row["kind"] == "average"}
+    assert average["batching"]["ratio"] == pytest.approx(2.5, rel=0.02)
+    assert average["kernels"]["verdict"] == "slower"
+    assert average["overlap"]["ratio"] == pytest.approx(math.sqrt(1.3), rel=0.02), "on half of its cells prefix_cache is on"
+    assert analysis["interactions"] == [], "each pair is mixed with another one"
+    _, page = render(plan, records, analysis, tmp_path)
+    assert "prefix_cache*overlap + batching*kernels" in page.read_text().replace("<wbr />", "")
+    model = {tuple(row["terms"]): row for row in analysis["linear_model"]}
+    mixed = model["prefix_cache*overlap", "batching*kernels"]
+    assert (mixed["verdict"], mixed["ratio"]) == ("help each other", pytest.approx(1.3, rel=0.03))
+    assert {row["verdict"] for terms, row in model.items() if len(terms) == 2} == {"help each other", "independent"}
+    for row in analysis["linear_model"][:4]:
+        assert row["ratio"] == pytest.approx(average[row["terms"][0]]["ratio"])
+        assert row["df"] == 7 * 3
+
+
+def test_the_linear_model_agrees_with_the_contrasts_of_a_full_factorial() -> None:
+    plan = make_plan(factorial(), 5)
+    analysis = analyse(make_records(plan, SPEEDUPS, interactions={("prefix_cache", "batching"): 1.2}), plan)
+    model = {row["terms"][0]: row["ratio"] for row in analysis["linear_model"]}
+    for row in analysis["factors"]:
+        if row["kind"] == "average":
+            assert model[row["factor"]] == pytest.approx(row["ratio"])
+    for row in analysis["interactions"]:
+        pair = {row[side].partition("=")[0] for side in ("first", "second")}
+        assert next(ratio for term, ratio in model.items() if set(term.split("*")) == pair) == pytest.approx(row["ratio"])
+    assert {row["df"] for row in analysis["linear_model"]} == {7 * 4}
+
+
+def test_a_fraction_with_a_lost_cell_says_less_but_nothing_wrong() -> None:
+    factors = ["prefix_cache", "batching", "kernels", "overlap"]
+    generators = choose_generators(factors, 4)
+    design = {"kind": "fractional_factorial", "generators": generators}
+    plan = make_plan(designed("fractional_factorial", factors, generators), 3, factors=off_levels(factors), design=design)
+    records = make_records(plan, {"batching": 2.5}, sd=0.005)
+    lost = "kernels=on+overlap=on"
+    some = analyse([r for r in records if r.get("cell") != lost or r["block"] == 0], plan)
+    assert {row["n"] for row in some["factors"] if row["kind"] == "average"} == {1}
+    assert next(row for row in some["linear_model"] if row["terms"] == ["batching"])["ratio"] == pytest.approx(2.5, rel=0.02)
+    assert analyse([r for r in records if r.get("cell") != lost], plan)["linear_model"] == []
+
+
 def test_a_plan_has_one_baseline() -> None:
     with pytest.raises(ValueError, match="exactly one baseline"):
         Lattice({name: cell for name, cell in factorial().items() if name != "baseline"})
+
+
+def test_residuals_tell_normal_noise_from_skew_and_name_the_odd_one_out() -> None:
+    plan = make_plan(one_at_a_time(), 12)
+    normal = analyse(make_records(plan, SPEEDUPS, sd=0.02), plan)["residuals"]["scaled"]
+    assert normal["n"] == 12 * 7
+    assert normal["sd"] == pytest.approx(0.02, rel=0.2)
+    assert normal["p_normal"] > 0.05
+    plan = make_plan(one_at_a_time(), 40)
+    skewed = analyse(make_records(plan, SPEEDUPS, sd=0.02, kind="skewed"), plan)["residuals"]["scaled"]
+    assert skewed["p_normal"] < 0.01
+    assert skewed["skewness"] < -0.5, "rates: the long tail is on the slow side"
+    records = make_records(plan, SPEEDUPS, sd=0.001)
+    odd = next(record for record in records if record.get("cell") == "hf" and record["block"] == 5)
+    odd["workloads"]["scaled"]["duration_s"] *= 1.5
+    found = analyse(records, plan)["residuals"]["scaled"]
+    assert (found["cell"], found["block"], found["largest"] < -5) == ("hf", 5, True)
+    assert analyse(make_records(make_plan(one_at_a_time(), 2), {}), make_plan(one_at_a_time(), 2))["residuals"] == {}
 
 
 # ------------------------------------------------------------------------------------------------------ what counts
@@ -327,6 +363,27 @@ def test_a_record_that_contradicts_itself_is_no_evidence(study: Any, change: dic
     analysis = analyse(records, plan)
     assert ["contradicts itself" in found and check in found for found in reasons(analysis)] == [True]
     assert analysis["checks"]["failed"][0]["hard"]
+
+
+@pytest.mark.parametrize(
+    ("change", "check"),
+    [
+        ({"prefill_tokens": 7}, "prompt tokens are computed or found"),
+        ({"preemptions": 1}, "admissions are requests and preemptions"),
+        ({"prefix_hit_tokens": 9, "prefill_tokens": -9}, "hits among what was looked up"),
+        ({"steps": 1}, "every step has a time"),
+    ],
+)
+def test_counters_that_disagree_with_the_work_are_noted(study: Any, change: dict[str, int], check: str) -> None:
+    plan, records = study
+    work = records[4]["workloads"]["scaled"]
+    work["counters"] = {
+        "prefill_tokens": work["prompt_tokens"], "prefix_hit_tokens": 0, "prefix_lookup_tokens": 0, "preemptions": 0,
+        "admissions": work["num_requests"], "steps": len(work["step_times_s"]),
+    }  # fmt: skip
+    assert not analyse(records, plan)["checks"]["failed"]
+    work["counters"] |= {name: work["counters"][name] + value for name, value in change.items()}
+    assert [row["check"] for row in analyse(records, plan)["checks"]["failed"]] == [check]
 
 
 def test_a_step_clock_that_disagrees_is_noted_but_counts(study: Any) -> None:
@@ -407,9 +464,7 @@ def test_the_first_attempt_that_finished_decides(study: Any, first: str, counted
 def test_missing_cells_leave_the_other_effects_alone(study: Any) -> None:
     plan, records = study
     kept = [
-        record
-        for record in records
-        if record.get("cell") != "batching=continuous" and record.get("launch") != records[0]["launch"]
+        record for record in records if record.get("cell") != "batching=continuous" and record.get("launch") != records[0]["launch"]
     ]
     analysis = analyse(kept, plan)
     (missing,) = effects_of(analysis, cell="batching=continuous")
@@ -431,8 +486,7 @@ def test_without_any_counted_launch_there_is_no_answer(study: Any) -> None:
         if record["kind"] == "launch":
             record["status"] = "failed"
     assert (
-        analyse(records, plan)["answer"]["sentence"]
-        == "No answer: not one launch was counted (21 launches excluded, 21 planned)."
+        analyse(records, plan)["answer"]["sentence"] == "No answer: not one launch was counted (21 launches excluded, 21 planned)."
     )
     assert "none recorded" in analyse([], plan)["answer"]["sentence"]
 
@@ -491,9 +545,7 @@ def test_a_small_cache_costs_steps_only_for_what_cannot_be_shared() -> None:
     together = ceiling.Work.of_waves([[([*range(50), i], 11) for i in range(8)]])
     cache = 100 * QWEN3_06B.kv_bytes_per_token  # room for 100 tokens; eight requests hold 51 to 61 each
     assert ceiling.bound(apart, QWEN3_06B, 1e12, 1e15, cache).decode_steps == math.ceil(8 * sum(range(52, 62)) / 100)
-    assert ceiling.bound(together, QWEN3_06B, 1e12, 1e15, cache).decode_steps == math.ceil(
-        (8 * sum(range(2, 12)) + 10 * 50) / 100
-    )
+    assert ceiling.bound(together, QWEN3_06B, 1e12, 1e15, cache).decode_steps == math.ceil((8 * sum(range(2, 12)) + 10 * 50) / 100)
     assert ceiling.bound(apart, QWEN3_06B, 1e12, 1e15).decode_steps == 10
 
 
@@ -523,9 +575,7 @@ def test_a_truncated_last_line_is_left_out_and_named(tmp_path: Path, study: Any)
 
 def test_a_record_glued_to_a_stump_is_saved(tmp_path: Path, study: Any) -> None:
     _, records = study
-    path = write(
-        tmp_path / "records.jsonl", records[:2], b'{"kind": "launch", "sch' + json.dumps(records[2]).encode() + b"\n"
-    )
+    path = write(tmp_path / "records.jsonl", records[:2], b'{"kind": "launch", "sch' + json.dumps(records[2]).encode() + b"\n")
     file = read_records(path)
     assert file.records == records[:3]
     assert "stump" in file.notes[0]
@@ -548,11 +598,7 @@ def test_unknown_kinds_and_damage_are_named(tmp_path: Path, study: Any) -> None:
     _, records = study
     path = tmp_path / "records.jsonl"
     path.write_bytes(
-        b"no json\n"
-        + json.dumps({"kind": "weather", "schema": 1}).encode()
-        + b"\n"
-        + json.dumps(records[0]).encode()
-        + b"\n"
+        b"no json\n" + json.dumps({"kind": "weather", "schema": 1}).encode() + b"\n" + json.dumps(records[0]).encode() + b"\n"
     )
     file = read_records(path)
     assert file.records == records[:1]

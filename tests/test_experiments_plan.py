@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from experiments import machine, model_files, records
+import experiments.__main__ as cli
+from experiments import machine, model_files, plan_view, provenance, records
 from experiments.levels import level_name
-from experiments.plan import build_plan
+from experiments.plan import NotHereError, build_plan
 from experiments.spec import ModelChoice, Profile, load_profile, load_study
 from experiments.yaml_files import SpecError
 from nanovllm.config import LEVELS
@@ -101,6 +104,75 @@ def test_what_cannot_run_is_listed_with_the_reason(cpu: Profile, model: ModelCho
     assert not {"tensor_parallel_size=2", "cuda_graphs=on", "graphs"} & set(plan["cells"])
 
 
+TWO = "factors={prefix_cache: {levels: on}, batching: {levels: [continuous, chunked]}}"
+
+
+def test_a_budget_gives_the_number_of_blocks(cpu: Profile, model: ModelChoice) -> None:
+    plan = plan_of(cpu, model, TWO, "cells={}", "design={kind: full_factorial, budget_s: 600}")
+    assert plan["study"]["design"]["blocks"] == 600 // (7 * 8) == 10
+    assert (len(plan["launches"]), plan["expected_s"]) == (70, 560)
+    message = r"embedded.yaml .with overrides .*: design.budget_s: 2 blocks of 7 cells at 8 s a launch take 112 s, 100 s hold 1"
+    with pytest.raises(SpecError, match=message):
+        plan_of(cpu, model, TWO, "cells={}", "design={kind: full_factorial, budget_s: 100}")
+
+
+def test_the_reference_of_leave_one_out_is_everything_on(cpu: Profile, model: ModelChoice) -> None:
+    plan = plan_of(cpu, model, TWO, "cells={}", "design={kind: leave_one_out}")
+    assert list(plan["cells"]) == ["all", "aa", "all-but-prefix_cache", "all-but-batching"]
+    assert plan["cells"]["all"]["role"] == "baseline"
+    assert plan["cells"]["all"]["config"] == plan["cells"]["aa"]["config"]
+    assert plan["cells"]["all"]["config"]["optimizations"]["batching"] == "chunked"
+    assert plan["cells"]["all-but-batching"]["levels"] == {"prefix_cache": "on", "batching": "static"}
+
+
+def test_fixed_levels_are_in_every_cell_of_the_engine(cpu: Profile, model: ModelChoice) -> None:
+    plan = plan_of(
+        cpu, model, "factors={prefix_cache: {levels: on}}", "fixed={batching: chunked}", "cells.all.levels={prefix_cache: on}"
+    )
+    ours = [cell for cell in plan["cells"].values() if cell["engine"] == "nanovllm"]
+    assert {cell["config"]["optimizations"]["batching"] for cell in ours} == {"chunked"}
+    with pytest.raises(NotHereError, match=r"fixed.cuda_graphs: on cannot run on profile cpu"):
+        plan_of(cpu, model, "fixed={cuda_graphs: on}")
+
+
+def test_a_factorial_cannot_lose_a_cell_and_other_designs_list_it(cpu: Profile, model: ModelChoice) -> None:
+    graphs = "factors={prefix_cache: {levels: on}, cuda_graphs: {levels: on}}"
+    message = (
+        r"design.kind: full_factorial cannot lose a level, and factors.cuda_graphs.levels: on cannot run on profile cpu: .* use an"
+    )
+    with pytest.raises(NotHereError, match=message):
+        plan_of(cpu, model, graphs, "cells={}", "design={kind: full_factorial}")
+    assert set(plan_of(cpu, model, graphs, "cells={}", "design={kind: add_one_in}")["cells"]) == {
+        "baseline",
+        "aa",
+        "prefix_cache=on",
+    }
+
+    gpus = load_profile("h200-x2")
+    pair = "factors={cuda_graphs: {levels: on}, tensor_parallel_size: {levels: 2}}"
+    with pytest.raises(
+        NotHereError, match=r"cannot lose a cell, and all cannot run on profile h200-x2: cuda_graphs=True cannot run with"
+    ):
+        plan_of(gpus, model, pair, "cells={}", "design={kind: full_factorial}")
+    plan = plan_of(gpus, model, pair, "cells={}", "design={kind: add_one_in}")
+    assert list(plan["cells"]) == ["baseline", "aa", "cuda_graphs=on", "tensor_parallel_size=2"]
+    (lost,) = plan["not_applicable"]
+    assert (lost["factor"], lost["level"]) == ("all", "cuda_graphs=on, tensor_parallel_size=2")
+    with pytest.raises(NotHereError, match=r"the reference, all .* cannot run on profile h200-x2"):
+        plan_of(gpus, model, pair, "cells={}", "design={kind: leave_one_out}")
+    with pytest.raises(NotHereError, match="nothing to compare baseline with on profile cpu"):
+        plan_of(cpu, model, "factors={cuda_graphs: {levels: on}}", "cells={}")
+
+
+def test_a_fraction_keeps_its_generators(cpu: Profile, model: ModelChoice) -> None:
+    gpu = load_profile("h200")
+    four = "factors={kernels: {levels: triton}, cuda_graphs: {levels: on}, overlap: {levels: on}, batching: {levels: chunked}}"
+    plan = plan_of(gpu, model, four, "cells={}", "design={kind: fractional_factorial}")
+    assert plan["study"]["design"]["generators"] == {"batching": ["kernels", "cuda_graphs", "overlap"]}
+    assert len(plan["cells"]) == 8 + 1
+    assert plan["cells"]["all"]["role"] == "all"
+
+
 def test_a_workload_that_cannot_run_is_refused_before_anything_runs(cpu: Profile, model: ModelChoice) -> None:
     with pytest.raises(SpecError, match=r"workload scaled has a request of \d+ tokens; settings.max_model_len is 180"):
         plan_of(cpu, model, "settings.max_model_len=180")
@@ -112,3 +184,43 @@ def test_a_workload_that_cannot_run_is_refused_before_anything_runs(cpu: Profile
 
 def test_a_listed_design_has_no_cells_of_its_own(cpu: Profile, model: ModelChoice) -> None:
     assert list(plan_of(cpu, model, study="compare-hf")["cells"]) == ["baseline", "aa", "all", "hf"]
+
+
+def said(plan: dict[str, Any], *earlier: Path) -> str:
+    return "\n".join(line for line, _ in plan_view.lines(plan, earlier))
+
+
+def test_a_plan_says_what_it_costs_and_what_it_cannot_do(cpu: Profile, model: ModelChoice) -> None:
+    text = said(plan_of(cpu, model, TWO, "factors.cuda_graphs={levels: on}", "cells={}", "measurement.launch_s=10"))
+    assert "plan     30 launches (6 blocks of 5 cells) x 10 s: expected 5.0 min and the gate; hash" in text
+    assert "not here cuda_graphs=on: cuda_graphs=True cannot run on device 'cpu'" in text
+    assert "finds    changes of 1.4 standard deviations of a block's ratio and more (no earlier run here" in text
+    assert "aliases" not in text
+
+
+def test_a_plan_says_what_a_fraction_mixes(model: ModelChoice) -> None:
+    four = "factors={kernels: {levels: triton}, cuda_graphs: {levels: on}, overlap: {levels: on}, batching: {levels: chunked}}"
+    text = said(plan_of(load_profile("h200"), model, four, "cells={}", "design={kind: fractional_factorial}"))
+    assert "fraction resolution 4, generated by batching = kernels * cuda_graphs * overlap" in text
+    assert "aliases  kernels*cuda_graphs + overlap*batching cannot be told apart" in text
+
+
+def test_a_plan_says_what_it_will_find_if_noise_is_as_before(cpu: Profile, model: ModelChoice) -> None:
+    published = provenance.ROOT / "reports" / "published" / "cpu-two-cores" / "embedded"
+    text = said(plan_of(cpu, model), published)
+    found = re.search(
+        r"finds    changes of ([\d.]+)% and more, in 80% of such studies, if blocks scatter as in embedded: ([\d.]+)%", text
+    )
+    assert found
+    assert 1 < float(found[1]) / float(found[2]) < 2, "six blocks find about one and a half standard deviations"
+
+
+def test_validate_shows_launches_and_time_and_what_cannot_run_here() -> None:
+    result = CliRunner().invoke(cli.app, ["validate", "embedded", "gpu-canonical", "--profile", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert re.search(r"ok       embedded: one_at_a_time, \d+ launches \(6 blocks of \d+ cells.*\), about [\d.]+ min", result.output)
+    assert "gpu-canonical: not on profile cpu: " in result.output
+    small = ["validate", "embedded", "--profile", "cpu", "--set", "design.budget_s=20"]
+    refused = CliRunner().invoke(cli.app, small)
+    assert refused.exit_code == 1
+    assert "embedded.yaml (with overrides design.budget_s): design.budget_s: 6 blocks of" in refused.output

@@ -74,11 +74,60 @@ def test_overrides_are_applied_and_returned(study: Path) -> None:
         ("cells.all={role: all}", "cells.all: a cell of role all needs `levels`"),
         ("settings.max_num_seqs=0", "settings.max_num_seqs: .*greater than or equal to 1"),
         ("name=Not A Name", "name: String should match pattern"),
+        ("design.kind=leave_one_in", "design.kind: Input should be 'one_at_a_time', 'add_one_in'.*given: 'leave_one_in'"),
+        ("design.blocks=41", "design.blocks: Input should be less than or equal to 40 .given: 41."),
+        ("design={blocks: 3, bootstrap: true}", "design: blocks: 3 are too few for a bootstrap interval; allowed: 6 to 40"),
+        ("design.resolution=4", "design: resolution and generators belong to kind fractional_factorial, this one is one_at_a_time"),
+        ("design.kind=listed", "design.kind: listed makes no cells of its own, and the study has no `cells`"),
+        (
+            "design.kind=fractional_factorial",
+            "factors.batching.levels: a fractional factorial has one level beside the baseline, not 2",
+        ),
+        ("factors.prefix_cache.baseline=", "factors.prefix_cache.baseline: is missing its level"),
+        (
+            "factors.prefix_cache.levels=[off, on]",
+            "levels off, on must differ from each other and from the baseline, off, which runs",
+        ),
+        (
+            "fixed={batching: chunked}",
+            "fixed.batching: no optimization that this study leaves alone; allowed: attention_backend, kern",
+        ),
+        ("fixed={kernels: cuda}", "fixed.kernels: 'cuda' is not a level; allowed: torch, compile, triton"),
+        ("validity.throttle=[heat]", "validity.throttle.0: Input should be 'hw_slowdown'.*given: 'heat'"),
     ],
 )
 def test_errors_name_the_file_the_key_and_what_is_allowed(study: Path, override: str, message: str) -> None:
     with pytest.raises(SpecError, match=f"five-lines.yaml .with overrides.*{message}"):
         spec.load_study(study, [override])
+
+
+THREE = "factors={prefix_cache: {levels: on}, batching: {levels: chunked}, kernels: {levels: compile}}"
+FOUR = THREE[:-1] + ", overlap: {levels: on}}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([THREE, "design={kind: fractional_factorial}"], "3 factors have no fraction of resolution 4; use kind: full_factorial .8"),
+        ([FOUR, "design={kind: fractional_factorial, generators: {cuda_graphs: [kernels, overlap]}}"],
+         "design.generators.cuda_graphs: no factor of this study; allowed: prefix_cache, batching"),
+        ([FOUR, "design={kind: fractional_factorial, generators: {overlap: [kernels, kernels]}}"],
+         "design.generators.overlap: kernels, kernels; allowed: two or more of the factors without a generator, each once: prefix"),
+        ([FOUR, "design={kind: fractional_factorial, generators: {overlap: [kernels, batching]}}"],
+         "design.generators: their resolution is 3; design.resolution asks for 4 or more"),
+    ],
+)  # fmt: skip
+def test_a_fraction_that_is_none_is_refused(study: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        spec.load_study(study, overrides)
+
+
+def test_stated_generators_are_taken(study: Path) -> None:
+    design = "design={kind: fractional_factorial, resolution: 3, generators: {overlap: [kernels, batching]}}"
+    loaded, _ = spec.load_study(study, [FOUR, design])
+    assert loaded.generators({name: factor.levels for name, factor in loaded.factors.items()}) == {
+        "overlap": ["kernels", "batching"]
+    }
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
