@@ -14,6 +14,12 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def own_machine_locks(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests measure nothing: they neither wait for a study on this machine nor hold one up."""
+    os.environ["NANOVLLM_LOCKS"] = str(tmp_path_factory.mktemp("locks"))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """Small tensors: a second thread costs more than it brings, above all where another process computes as well."""
     before = torch.get_num_threads()
