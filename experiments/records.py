@@ -105,7 +105,7 @@ class Folder:
             self.records = read(path)  # before anything is repaired: a file of a newer program is left as it is
             self._records, self._tokens = JsonLines(path / RECORDS), JsonLines(path / TOKENS)
             self.messages = [lines.healed for lines in (self._records, self._tokens) if lines.healed]
-            self._digests = {line["digest"] for line in _lines(path / TOKENS)}
+            self._digests = {line["digest"] for line in token_lines(path)}
         except BaseException:
             os.close(self._lock)
             raise
@@ -153,6 +153,11 @@ def read(folder: Path) -> list[Record]:
             )
         records.setdefault(text, record)
     return list(records.values())
+
+
+def token_lines(folder: Path) -> list[Record]:
+    """{"digest", "tokens"} of everything that was generated, in the order of writing. Raises RecordError."""
+    return _lines(folder / TOKENS)
 
 
 def launches(records: Iterable[Record]) -> list[Record]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +14,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by whichever test comes first
 
 
-@pytest.fixture(scope="session", autouse=True)
-def own_machine_locks(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tests measure nothing: they neither wait for a study on this machine nor hold one up."""
-    os.environ["NANOVLLM_LOCKS"] = str(tmp_path_factory.mktemp("locks"))
+# Tests measure nothing: they neither wait for a study on this machine nor hold one up.
+_LOCKS = tempfile.TemporaryDirectory(prefix="nanovllm-test-locks-")
+os.environ["NANOVLLM_LOCKS"] = _LOCKS.name
 
 
 @pytest.fixture(scope="session", autouse=True)

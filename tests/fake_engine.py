@@ -13,8 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments import records, workloads
+from experiments import provenance, records, workloads
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(provenance.ROOT), str(provenance.ROOT / "src")])}
+"""For a runner in a process of its own."""
 BEHAVIOURS = ("fine", "crash", "hang", "wrong_work", "dead_toggle", "stuck_toggle", "orphan")
 
 
