@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from experiments import execution, machine, records
+from experiments import execution, machine, records, visits
 from experiments.dispatch import WorkerError
 from experiments.execution import ExecutionError, say
 from experiments.executor import EXECUTORS, Options
@@ -113,8 +113,18 @@ def report(folder: FolderArgument = None) -> None:
 @app.command("import")
 def import_command(
     folders: Annotated[list[Path], typer.Argument(help="folders of records, e.g. brought home from a GPU host")],
+    merge: Annotated[
+        Path | None, typer.Option("--merge", metavar="NEW", help="the folders are visits of one study: write and import one folder")
+    ] = None,
 ) -> None:
     """Report and MLflow runs from records; any number of times, with the same result."""
+    if merge:
+        for note in guarded(lambda: visits.merge(folders, merge)):
+            say(console, note, "yellow")
+        folders = [merge]
+    elif alike := guarded(lambda: visits.of_one_plan(folders)):
+        listed = " and ".join(str(folder) for folder in alike)
+        say(console, f"{listed} hold one plan and are imported as separate executions; --merge NEW makes them one", "yellow")
     for folder in folders:
 
         def work(folder: Path = folder) -> None:

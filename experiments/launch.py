@@ -243,6 +243,7 @@ def main(arguments: list[str] | None = None) -> int:
         deadline = None if given.deadline_s is None else begin + given.deadline_s
         with Runner(plan, given.out, resume=given.resume, pythons=pythons, model=given.model, listener=print_event) as runner:
             finished = runner.run(given.blocks, deadline)
+        say_what_to_carry(given.out)
     except (RecordError, ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -250,6 +251,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\nstopped; finished launches are in {given.out}. Go on with the same command and --resume.", file=sys.stderr)
         return 130
     return 0 if finished else DEADLINE_STATUS
+
+
+def say_what_to_carry(out: Path) -> None:
+    """The records are enough for a report; the tokens are for a gate that has not been run here."""
+    sizes = {name: (out / name).stat().st_size / 1e6 for name in (records.PLAN, records.RECORDS, records.TOKENS)}
+    print(f"{out}: " + ", ".join(f"{name} {size:.1f} MB" for name, size in sizes.items()), file=sys.stderr, flush=True)
 
 
 def print_event(event: str, details: dict[str, Any]) -> None:

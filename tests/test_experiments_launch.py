@@ -18,7 +18,7 @@ import pytest
 from experiments import launch, machine_lock, provenance, records, telemetry
 from experiments.engines import load_adapter
 from experiments.launch import Runner
-from tests.fake_engine import ENVIRONMENT, make_plan
+from tests.fake_engine import ENVIRONMENT, LABORATORY, make_plan, without
 
 
 def command(plan: Path, out: Path, *options: str) -> list[str]:
@@ -232,19 +232,8 @@ def test_a_stopped_runner_leaves_no_process_behind(tmp_path: Path, how: signal.S
 
 
 def test_the_runner_needs_the_standard_library_only(plan_file: Path, tmp_path: Path) -> None:
-    """On a bare GPU host there is no pydantic, MLflow, YAML, typer, rich or numpy; runner and child run without them."""
-    blocked = ("pydantic", "mlflow", "yaml", "typer", "rich", "jinja2", "numpy", "psutil", "pynvml", "torch")
-    hook = tmp_path / "hook"
-    hook.mkdir()
-    (hook / "sitecustomize.py").write_text(
-        "import sys\n"
-        "class Blocker:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.split('.')[0] in {blocked!r}:\n"
-        "            raise ImportError(f'{name} is blocked')\n"
-        "sys.meta_path.insert(0, Blocker())\n"
-    )
-    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(hook), ENVIRONMENT["PYTHONPATH"]])}
+    """On a bare GPU host there is no pydantic, MLflow, YAML, typer, rich, numpy or ray; runner and child run without them."""
+    environment = without(tmp_path / "hook", *LABORATORY, "numpy", "psutil", "pynvml", "torch", "transformers")
     probe = subprocess.run([sys.executable, "-c", "import yaml"], env=environment, capture_output=True, text=True, check=False)
     assert "yaml is blocked" in probe.stderr, "the blocker itself must work"
     done = subprocess.run(command(plan_file, tmp_path / "out"), env=environment, capture_output=True, text=True, check=False)
