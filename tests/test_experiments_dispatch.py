@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+import experiments.__main__ as cli
 from experiments import provenance, records
 from experiments.dispatch import Dispatcher, Event, Job, WorkerError
+from experiments.executor import EXECUTORS, Options
 from experiments.launch import Runner
 from experiments.ledger import Ledger
-from tests.fake_engine import make_plan
+from tests.fake_engine import make_plan, without
 
 Script = Callable[[str, int], list[str] | None]
 """(slot, block) -> the events in place of a whole block ("end" is the next launch); None for a whole block."""
@@ -130,3 +135,29 @@ def test_what_another_executor_left_half_done_begins_again(plan: dict[str, Any],
             runner.run_launch(entry)
     assert dispatch(plan, tmp_path / "out", ScriptedWorkers(plan, ["a"], lambda slot, block: None))[0]
     assert places(tmp_path / "out") == {0: {provenance.boot_id()}, 1: {"a"}, 2: {"a"}}
+
+
+def test_without_ray_everything_else_works_and_the_error_says_what_to_install(
+    plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = "import sys, experiments.__main__; sys.exit('ray' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", load], env=without(tmp_path / "hook", "ray"), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(WorkerError, match=r"needs the package ray: pip install -c constraints.txt -e '.\[ray\]'"):
+        EXECUTORS["ray"](plan, tmp_path / "out", Options(executor="ray"), lambda event, details: None)
+
+
+@pytest.mark.parametrize(
+    ("executor", "address", "message"),
+    [
+        ("slurm", None, "--executor slurm: unknown; allowed: local, ray"),
+        ("local", "auto", "--ray-address auto: add --executor ray"),
+    ],
+)
+def test_wrong_options_are_said(executor: str, address: str | None, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit):
+        cli.make_options(None, None, executor, address)
+    assert message in capsys.readouterr().err
