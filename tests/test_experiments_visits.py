@@ -119,12 +119,14 @@ def test_gate_records_and_hardware_of_all_visits(visited: Path, tmp_path: Path) 
     found: list[list[dict[str, Any]]] = [copy.deepcopy(records.read(visited / name)) for name in ("one", "two")]
     gate = {"kind": "gate", "schema": 1, "plan_hash": plan["plan_hash"], "workload": "a", "tokens_digest": "x"}
     found[0].append({**gate, "status": "pass"})
-    found[1].append({**gate, "status": "error"})
+    found[1] += [{**gate, "status": "error"}, {**gate, "status": "fail"}]
     for record in found[1]:
         if record["kind"] == "launch":
             record["provenance"]["gpus"] = [{"name": "another GPU"}]
     merged, notes = visits.combine(plan, found)
-    assert [r["status"] for r in merged if r["kind"] == "gate"] == ["error", "pass"], "the last one counts"
+    assert [r["status"] for r in merged if r["kind"] == "gate"] == ["error", "pass", "fail"], (
+        "the last one counts: an error decides nothing, and what failed once is not passed"
+    )
     assert "different hardware" in notes[-1]
     assert "another GPU" in notes[-1]
     with Folder(tmp_path) as folder:
