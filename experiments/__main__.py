@@ -14,12 +14,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from experiments import execution, machine, model_files, plan_view, provenance, records
+from experiments import execution, machine, model_files, plan_view, provenance, records, visits
 from experiments.checking import run as checking
 from experiments.checking.jobs import Scope
+from experiments.dispatch import WorkerError
 from experiments.engines import ENGINES
 from experiments.execution import ExecutionError, say
-from experiments.executor import Options
+from experiments.executor import EXECUTORS, Options
 from experiments.model_files import ModelError, download
 from experiments.plan import build_plan
 from experiments.records import RecordError
@@ -33,7 +34,7 @@ app = typer.Typer(
 console = Console()
 Act = Callable[[dict[str, Any], Path, Options, Console], bool]
 OWN_VLLM = provenance.ROOT / ".venv-vllm" / "bin" / "python"
-KNOWN_ERRORS = (SpecError, ModelError, RecordError, ExecutionError, TrackingError, checking.CheckError)
+KNOWN_ERRORS = (SpecError, ModelError, RecordError, ExecutionError, TrackingError, checking.CheckError, WorkerError)
 
 StudyOption = Annotated[str, typer.Option("--study", help="name of a file in ablations/studies, or a path")]
 ProfileOption = Annotated[str | None, typer.Option("--profile", help="hardware; recognized if not given")]
@@ -47,6 +48,11 @@ OutOption = Annotated[Path | None, typer.Option("--out", help="folder of the rec
 BlocksOption = Annotated[int | None, typer.Option("--blocks", help="number of blocks, short for --set design.blocks=N")]
 PythonOption = Annotated[list[str] | None, typer.Option("--python", metavar="ENGINE=PATH", help="interpreter of an engine")]
 DeadlineOption = Annotated[float | None, typer.Option("--deadline-s", help="start no launch that would not end within this time")]
+ExecutorOption = Annotated[str, typer.Option("--executor", help="local, or ray: whole blocks on the machines of a Ray cluster")]
+RayAddressOption = Annotated[
+    str | None,
+    typer.Option("--ray-address", help="host:port of a cluster, or auto; if not given $RAY_ADDRESS, else a Ray of this machine"),
+]
 FolderArgument = Annotated[Path | None, typer.Argument(help="folder of an execution; the latest under runs/ if not given")]
 
 
@@ -54,10 +60,11 @@ FolderArgument = Annotated[Path | None, typer.Argument(help="folder of an execut
 def ablate(
     study: StudyOption = "embedded", profile: ProfileOption = None, model: ModelOption = None, overrides: SetOption = None,
     blocks: BlocksOption = None, out: OutOption = None, python: PythonOption = None, deadline_s: DeadlineOption = None,
+    executor: ExecutorOption = "local", ray_address: RayAddressOption = None,
 ) -> None:  # fmt: skip
     """What does each optimization buy on this machine? Runs or resumes a study; gate, table, report, MLflow."""
     plan = make_plan(study, profile, model, overrides, blocks)
-    go(plan, out, Options(pythons=parse_pythons(python), deadline_s=deadline_s))
+    go(plan, out, make_options(python, deadline_s, executor, ray_address))
 
 
 @app.command()
@@ -65,6 +72,7 @@ def run(
     study: Annotated[str, typer.Option("--study", help="name of a file in ablations/studies, or a path")],
     profile: ProfileOption = None, model: ModelOption = None, overrides: SetOption = None, blocks: BlocksOption = None,
     out: OutOption = None, python: PythonOption = None, deadline_s: DeadlineOption = None,
+    executor: ExecutorOption = "local", ray_address: RayAddressOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and run nothing")] = False,
     write_plan: Annotated[Path | None, typer.Option("--write-plan", help="write the plan, to be run on another host")] = None,
 ) -> None:  # fmt: skip
@@ -77,7 +85,7 @@ def run(
             f"plan     {write_plan}; run it with: python -m experiments.launch --plan {write_plan.name} --out DIR --resume",
         )
     if not dry_run:
-        go(plan, out, Options(pythons=parse_pythons(python), deadline_s=deadline_s))
+        go(plan, out, make_options(python, deadline_s, executor, ray_address))
 
 
 @app.command()
@@ -119,8 +127,18 @@ def report(folder: FolderArgument = None) -> None:
 @app.command("import")
 def import_command(
     folders: Annotated[list[Path], typer.Argument(help="folders of records, e.g. brought home from a GPU host")],
+    merge: Annotated[
+        Path | None, typer.Option("--merge", metavar="NEW", help="the folders are visits of one study: write and import one folder")
+    ] = None,
 ) -> None:
     """Report and MLflow runs from records; any number of times, with the same result."""
+    if merge:
+        for note in guarded(lambda: visits.merge(folders, merge)):
+            say(console, note, "yellow")
+        folders = [merge]
+    elif alike := guarded(lambda: visits.of_one_plan(folders)):
+        listed = " and ".join(str(folder) for folder in alike)
+        say(console, f"{listed} hold one plan and are imported as separate executions; --merge NEW makes them one", "yellow")
     for folder in folders:
 
         def work(folder: Path = folder) -> None:
@@ -251,6 +269,14 @@ def choose_folder(given: str) -> tuple[str | None, str | None]:
     if (Path(given) / "config.json").is_file():
         return None, str(Path(given).resolve())
     return (None, str(download(given))) if "/" in given else (given, None)
+
+
+def make_options(python: list[str] | None, deadline_s: float | None, executor: str, ray_address: str | None) -> Options:
+    if executor not in EXECUTORS:
+        fail(f"--executor {executor}: unknown; allowed: {', '.join(EXECUTORS)}")
+    if ray_address and executor != "ray":
+        fail(f"--ray-address {ray_address}: add --executor ray")
+    return Options(executor, parse_pythons(python), deadline_s=deadline_s, ray_address=ray_address)
 
 
 def parse_pythons(given: list[str] | None) -> dict[str, str]:

@@ -105,6 +105,8 @@ def all_ok(folder: Path, console: Console) -> bool:
     bad = [r for r in records.launches(records.read(folder)) if r["status"] != "ok"]
     for record in bad:
         say(console, f"{record['status']}: {record['launch']}: {record['reason']}", "red")
+    if any(record["status"] == "failed" for record in bad):
+        say(console, f"failed launches run again with the same command and --out {shown(folder)}", "yellow")
     return not bad
 
 

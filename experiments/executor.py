@@ -1,8 +1,6 @@
 """Where blocks run. A block is dispatched as a whole, so that no pair of launches straddles two machines.
 
-`local` runs them here, one after the other. An executor for a cluster gives each worker whole blocks of the same plan and a
-folder of its own, runs `python -m experiments.launch --plan ... --blocks ... --out ...` there, and carries the folders home:
-whatever it is, it is a function with the signature of `run_local`, listed in `EXECUTORS`.
+`local` runs them here, one after the other; `ray` on the machines of a Ray cluster, many at a time (docs/adr/0005-ray.md).
 """
 
 from __future__ import annotations
@@ -13,17 +11,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.launch import Listener, Runner
+from experiments import provenance
+from experiments.dispatch import Dispatcher
+from experiments.launch import Runner
+from experiments.ledger import Ledger, Listener
+from experiments.ray_workers import RayWorkers
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a plan is executed. pythons: interpreters by engine. blocks: only these. deadline_s: start nothing that ends later."""
+    """How a plan is executed. pythons: interpreters by engine. blocks: only these. deadline_s: start nothing that ends later.
+    ray_address: of a running cluster; see RayWorkers."""
 
     executor: str = "local"
     pythons: dict[str, str] = field(default_factory=dict)
     blocks: tuple[int, ...] | None = None
     deadline_s: float | None = None
+    ray_address: str | None = None
 
 
 Execute = Callable[[dict[str, Any], Path, Options, Listener], bool]
@@ -40,4 +44,17 @@ def run_local(plan: dict[str, Any], out: Path, options: Options, listener: Liste
         return all(runner.run([block], deadline) for block in blocks)
 
 
-EXECUTORS: dict[str, Execute] = {"local": run_local}
+def run_ray(plan: dict[str, Any], out: Path, options: Options, listener: Listener) -> bool:
+    """Runs every unfinished block on a Ray cluster, from its start; False if the deadline came first.
+
+    Raises RecordError, WorkerError.
+    """
+    deadline = None if options.deadline_s is None else time.monotonic() + options.deadline_s
+    with Ledger(plan, out, provenance.code_digest(), resume=True, listener=listener) as ledger:
+        if not ledger.pending(options.blocks):
+            return True
+        with RayWorkers(plan, options.ray_address, options.pythons) as workers:
+            return Dispatcher(ledger, workers).run(options.blocks, deadline)
+
+
+EXECUTORS: dict[str, Execute] = {"local": run_local, "ray": run_ray}

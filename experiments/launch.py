@@ -13,32 +13,31 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import os
 import re
+import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from experiments import fairness, provenance, records, telemetry, validity
+from experiments import fairness, machine_lock, provenance, records, telemetry, validity
 from experiments.engines import ENGINES
+from experiments.ledger import Ledger, Listener, utc_now
 from experiments.model_files import ModelError, locate
-from experiments.records import Folder, Record, RecordError
+from experiments.records import Record, RecordError
 
 Plan = dict[str, Any]
 DEADLINE_STATUS = 75  # EX_TEMPFAIL: run the same command again
 
-Listener = Callable[[str, dict[str, Any]], None]
-"""Called with ("pending" | "start" | "end" | "message", details) as a run goes on."""
+_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 class Runner:
-    """Executes launches of one plan into one folder. Use it as a context manager; the folder is locked meanwhile."""
+    """Executes launches of one plan into one folder. Use it as a context manager; folder and machine are locked meanwhile."""
 
     def __init__(
         self,
@@ -49,58 +48,54 @@ class Runner:
         pythons: dict[str, str] | None = None,
         model: str | None = None,
         listener: Listener | None = None,
+        earlier: dict[str, int] | None = None,
     ) -> None:
         """pythons: interpreters by engine, this one where absent. model: where the plan's checkpoint lies on this machine.
+        earlier: attempts by launch that are recorded elsewhere.
 
-        Raises RecordError where `out` holds other records, or holds some and `resume` is not given; FairnessError; ModelError.
+        Raises RecordError where `out` holds other records, or holds some and `resume` is not given, where an interpreter is
+        absent, and where another runner measures on this machine; FairnessError; ModelError.
         """
         self.plan, self.out = plan, out
         self.pythons = pythons or {}
-        self.listener = listener or (lambda event, details: None)
+        self.earlier = earlier or {}
+        for engine, python in self.pythons.items():
+            if shutil.which(python) is None:
+                raise RecordError(f"--python {engine}={python}: no such program on this machine")
         self.boot_id = provenance.boot_id()
         self.machine = provenance.of_machine()
         self._environments: dict[str, str | None] = {}
-        self.folder = Folder(out)
+        self.ledger = Ledger(plan, out, self.machine["code_digest"], resume=resume, listener=listener)
+        self.listener = self.ledger.listener
+        self._machine = contextlib.ExitStack()
         try:
-            for message in self.folder.messages:
-                self.listener("message", {"text": message})
-            self._check_folder(resume)
-            (out / records.LOGS).mkdir(exist_ok=True)
-            for leftover in (out / records.LOGS).glob("*.result*"):
-                leftover.unlink()  # of a child whose runner was killed
-            plan_file = out / records.PLAN
-            if not plan_file.exists():
-                records.write_plan(plan, plan_file)
+            self._machine.enter_context(machine_lock.held(plan, out))
             fairness.check_plan(plan)
-            fairness.check_launches(plan, self.folder.records)
+            fairness.check_launches(plan, self.ledger.folder.records)
             self.model = locate({**plan["model"], "preset": None, "path": model} if model else plan["model"])
             self._model_state = state_of(self.model)
-            if resume and self.folder.records:
+            if resume and self.ledger.folder.records:
                 self._mark_resumed()
             self.listener("pending", {"launches": self.pending()})
         except BaseException:
-            self.folder.close()
+            self.__exit__()
             raise
 
     def __enter__(self) -> Runner:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.folder.close()
+        self._machine.close()
+        self.ledger.close()
 
     def pending(self, blocks: Iterable[int] | None = None) -> list[dict[str, Any]]:
         """The launches without a finished record, in plan order."""
-        wanted = None if blocks is None else set(blocks)
-        done = {r["launch"] for r in records.launches(self.folder.records) if r["status"] in records.DONE}
-        return [
-            entry for entry in self.plan["launches"]
-            if entry["launch"] not in done and (wanted is None or entry["block"] in wanted)
-        ]  # fmt: skip
+        return self.ledger.pending(blocks)
 
     def run(self, blocks: Iterable[int] | None = None, deadline: float | None = None) -> bool:
         """Runs what is pending. deadline: a time.monotonic() by which the last launch should have ended. True: all ran."""
         for entry in self.pending(blocks):
-            if deadline is not None and time.monotonic() + self.expected_launch_s(entry["cell"]) > deadline:
+            if deadline is not None and time.monotonic() + self.ledger.expected_launch_s(entry["cell"]) > deadline:
                 self.listener("message", {"text": f"stopped before {entry['launch']}: it would not end before the deadline"})
                 return False
             self.run_launch(entry)
@@ -109,8 +104,8 @@ class Runner:
     def run_launch(self, entry: dict[str, Any]) -> Record:
         """Runs one launch and appends its record. Ctrl-C ends the child and leaves no record: the launch runs again.
 
-        Raises RecordError if the code or the checkpoint has changed since the run began, FairnessError if launches that are to be
-        compared turn out to be no comparison.
+        Raises RecordError if the code or the checkpoint has changed since the run began, or nothing can be written; FairnessError
+        if launches that are to be compared turn out to be no comparison.
         """
         if provenance.code_digest() != self.machine["code_digest"]:
             raise RecordError(
@@ -122,21 +117,25 @@ class Runner:
                 f"the checkpoint in {self.model} has changed since this run began: {entry['launch']} would serve other weights. "
                 "What is recorded is kept; restore the checkpoint and resume."
             )
-        attempt = 1 + sum(r["kind"] == "launch" and r["launch"] == entry["launch"] for r in self.folder.records)
+        attempt = 1 + self.earlier.get(entry["launch"], 0) + self.ledger.attempts(entry["launch"])
         cell = self.plan["cells"][entry["cell"]]
         record: Record = {
-            "kind": "launch", "schema": records.SCHEMA, "study": self.plan["study"]["name"], "plan_hash": self.plan["plan_hash"],
+            "kind": "launch", **self.ledger.head,
             "launch": entry["launch"], "block": entry["block"], "order": entry["order"], "cell": entry["cell"],
             "attempt": attempt, "seed": entry["seed"], "boot_id": self.boot_id, "started_at": utc_now(),
             "status": "failed", "reason": None, "engine": cell["engine"], "requested": cell["config"], "resolved": {},
             "process_start_s": None, "load_s": None, "warm_up_s": None, "total_s": None, "workloads": {}, "toggles": {},
         }  # fmt: skip
         environment = self._environment_report(cell["engine"])
-        self.listener("start", {"launch": entry, "attempt": attempt, "expected_s": self.expected_launch_s(entry["cell"])})
+        expected_s = self.ledger.expected_launch_s(entry["cell"])
+        self.listener("start", {"launch": entry, "attempt": attempt, "expected_s": expected_s})
         begin = time.monotonic()
         measurement = self.plan["study"]["measurement"]
         scratch = self.out / records.LOGS / f"{entry['launch']}.a{attempt}"
-        outcome = run_child(self._command(entry, attempt), scratch, measurement["timeout_s"], measurement["environment"])
+        try:
+            outcome = run_child(self._command(entry, attempt), scratch, measurement["timeout_s"], measurement["environment"])
+        except OSError as error:
+            raise RecordError(f"{entry['launch']}: {error}. {records.INTACT}") from error
         interpreter = outcome["record"].pop("provenance", {})
         record |= outcome["record"]
         broken = validity.objections(outcome["telemetry"], self.plan["study"].get("validity"))
@@ -148,19 +147,10 @@ class Runner:
             "telemetry": outcome["telemetry"],
             "provenance": self.machine | interpreter | {"collect_env": environment},
         }
-        self.folder.append(record, outcome["tokens"])
-        self.listener("end", {"launch": entry, "record": record})
-        fairness.check_launches(self.plan, self.folder.records)
+        self.ledger.folder.append(record, outcome["tokens"])
+        self.listener("end", {"launch": entry, "record": record, "tokens": outcome["tokens"]})
+        fairness.check_launches(self.plan, self.ledger.folder.records)
         return record
-
-    def expected_launch_s(self, cell: str) -> float:
-        """Median of this cell's launches so far, else of all launches, else what the plan expects."""
-        finished = [
-            r for r in self.folder.records if r["kind"] == "launch" and r["total_s"] is not None and r["status"] in records.DONE
-        ]
-        own = [r["total_s"] for r in finished if r["cell"] == cell]
-        every = [r["total_s"] for r in finished]
-        return statistics.median(own or every or [self.plan["expected_s"] / max(1, len(self.plan["launches"]))])
 
     def _environment_report(self, engine: str) -> str | None:
         """The name of the file in the folder that holds torch's report on the environment of an engine's interpreter."""
@@ -174,33 +164,20 @@ class Runner:
         return [self.pythons.get(engine, sys.executable), "-m", "experiments.launch", "--plan", str(self.out / records.PLAN),
                 "--launch", entry["launch"], "--attempt", str(attempt), "--model", str(self.model)]  # fmt: skip
 
-    def _check_folder(self, resume: bool) -> None:
-        existing = self.folder.records
-        if not existing:
-            return
-        if not resume:
-            raise RecordError(f"{self.out} already holds {len(existing)} records; add --resume to go on, or give another --out")
-        if foreign := {r["plan_hash"] for r in existing} - {self.plan["plan_hash"]}:
-            raise RecordError(f"{self.out} holds records of another plan ({foreign.pop()[:12]}); give another --out")
-        made_by = {r["provenance"]["code_digest"] for r in existing if r["kind"] == "launch"}
-        if made_by - {self.machine["code_digest"]}:
-            raise RecordError(
-                f"{self.out} holds records made by other code (digest {made_by.pop()[:12]}; now "
-                f"{self.machine['code_digest'][:12]}): launches of two versions must not be compared. "
-                "Start again with another --out, or check out the code that made them."
-            )
-
     def _mark_resumed(self) -> None:
-        """Blocks that another boot has left unfinished begin again: a pair never straddles two boots."""
-        head = {"schema": records.SCHEMA, "study": self.plan["study"]["name"], "plan_hash": self.plan["plan_hash"]}
-        unfinished = {entry["block"] for entry in self.pending()}
-        for record in records.launches(self.folder.records):
-            if record["block"] in unfinished and record["boot_id"] != self.boot_id:
-                reason = f"block {record['block']} was not finished on boot {record['boot_id']}; it begins again on {self.boot_id}"
-                self.folder.append(
-                    {"kind": "superseded", **head, "launch": record["launch"], "attempt": record["attempt"], "reason": reason}
-                )
-        self.folder.append({"kind": "resumed", **head, "boot_id": self.boot_id, "at": utc_now()})
+        """Blocks that were left unfinished elsewhere begin again: a pair never straddles two boots, or two GPUs of one host."""
+        variables = os.environ | self.plan["study"]["measurement"]["environment"]
+
+        def elsewhere(record: Record) -> bool:
+            then = record["provenance"].get("environment")  # absent where the launch failed before it could tell
+            other_gpu = then is not None and then.get(_GPUS) != variables.get(_GPUS)
+            return record["boot_id"] != self.boot_id or other_gpu
+
+        for block in sorted({entry["block"] for entry in self.pending()}):
+            places = {r["boot_id"] for r in records.launches(self.ledger.folder.records) if r["block"] == block and elsewhere(r)}
+            reason = f"block {block} was not finished on boot {', '.join(sorted(places))}; it begins again on {self.boot_id}"
+            self.ledger.supersede(block, reason, elsewhere)
+        self.ledger.note_resumed(self.boot_id)
 
 
 def state_of(model: Path) -> list[tuple[str, int, int]]:
@@ -270,10 +247,6 @@ def tail(log: Path, lines: int = 12) -> str:
     return f"{first[:500]}\n[...]\n{end}" if first else end
 
 
-def utc_now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.launch", description="Run the launches of a plan.")
     parser.add_argument(
@@ -305,6 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
         deadline = None if given.deadline_s is None else begin + given.deadline_s
         with Runner(plan, given.out, resume=given.resume, pythons=pythons, model=given.model, listener=print_event) as runner:
             finished = runner.run(given.blocks, deadline)
+        say_what_to_carry(given.out)
     except (RecordError, ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -312,6 +286,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\nstopped; finished launches are in {given.out}. Go on with the same command and --resume.", file=sys.stderr)
         return 130
     return 0 if finished else DEADLINE_STATUS
+
+
+def say_what_to_carry(out: Path) -> None:
+    """The records are enough for a report; the tokens are for a gate that has not been run here."""
+    sizes = {name: (out / name).stat().st_size / 1e6 for name in (records.PLAN, records.RECORDS, records.TOKENS)}
+    print(f"{out}: " + ", ".join(f"{name} {size:.1f} MB" for name, size in sizes.items()), file=sys.stderr, flush=True)
 
 
 def print_event(event: str, details: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ class ProgressBar:
         self._total = len(plan["launches"])
         self._expected_s = plan["expected_s"] / max(1, len(plan["launches"]))
         self._times: dict[str, list[float]] = {}
+        self._workers = 1
         self._progress = Progress(
             TextColumn("{task.fields[left]}"), BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("{task.description}"),
             console=console, refresh_per_second=1, transient=True, disable=not console.is_terminal,
@@ -46,16 +47,20 @@ class ProgressBar:
             self._remaining[record["cell"]] -= 1
             self._times.setdefault(record["cell"], []).append(record["total_s"])
             self._progress.update(self._task, advance=1, left=self._left())
+        elif event == "workers":
+            self._workers = max(self._workers, details["count"])
         if event == "message":
             self._console.print(details["text"], style="yellow", markup=False)
         elif not self._console.is_terminal or (event == "end" and details["record"]["status"] != "ok"):
             print_event(event, details)
 
     def remaining_s(self) -> float:
-        """Expected time of what is left: each cell's own median so far, else that of all, else what the plan says."""
+        """Expected time of what is left, shared by the workers: each cell's own median so far, else that of all, else what the
+        plan says."""
         every = [seconds for times in self._times.values() for seconds in times]
         fallback = statistics.median(every) if every else self._expected_s
-        return sum(count * statistics.median(self._times.get(cell) or [fallback]) for cell, count in self._remaining.items())
+        alone = sum(count * statistics.median(self._times.get(cell) or [fallback]) for cell, count in self._remaining.items())
+        return alone / self._workers
 
     def _left(self) -> str:
         seconds = self.remaining_s()

@@ -23,6 +23,10 @@ SCHEMA = 1
 RECORDS, TOKENS, PLAN, LOGS = "records.jsonl", "tokens.jsonl", "plan.json", "logs"
 DONE = ("ok", "invalid")
 """A launch with a record of this status is not run again: whether it is must not depend on how fast it was."""
+INTACT = (
+    "What was recorded before is intact. Make room on the disk, then run the same command again (--resume for "
+    "experiments.launch): it goes on from here."
+)
 
 Record = dict[str, Any]
 
@@ -35,11 +39,20 @@ class JsonLines:
     """Appends whole lines to one file; a line is there completely or not at all."""
 
     def __init__(self, path: Path) -> None:
-        """Opens or creates the file. A last line cut by a power cut or a full disk is removed; `healed` then says so."""
+        """Opens or creates the file. A last line cut by a power cut or a full disk is removed; `healed` then says so.
+
+        Raises RecordError where it cannot be opened.
+        """
         self.path = path
         self.healed: str | None = None
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        self._heal()
+        is_new = not path.exists()
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            if is_new:
+                sync_folder(path.parent)
+            self._heal()
+        except OSError as error:
+            raise RecordError(f"{path}: cannot be written ({error}). {INTACT}") from error
 
     def append(self, record: Record) -> None:
         """Raises RecordError if the line cannot be written; the file is then as it was before."""
@@ -52,10 +65,7 @@ class JsonLines:
             os.fsync(self._fd)
         except OSError as error:
             os.ftruncate(self._fd, size)
-            raise RecordError(
-                f"{self.path}: cannot write a record of {len(data)} bytes ({error}). What was recorded before is intact. "
-                "Make room on the disk, then run the same command again: it goes on from here."
-            ) from error
+            raise RecordError(f"{self.path}: cannot write a record of {len(data)} bytes ({error}). {INTACT}") from error
 
     def close(self) -> None:
         os.close(self._fd)
@@ -66,6 +76,10 @@ class JsonLines:
         tail = content[end:]
         if not tail:
             return
+        if _is_whole(tail):  # only its end of line is missing
+            os.write(self._fd, b"\n")
+            os.fsync(self._fd)
+            return
         os.ftruncate(self._fd, end)
         os.fsync(self._fd)
         self.healed = f"{self.path}: the last line was cut short (a power cut, a kill or a full disk); {len(tail)} bytes removed"
@@ -75,20 +89,23 @@ class Folder:
     """The folder of one execution, held by one runner at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Raises RecordError where another runner holds the folder or its records cannot be read."""
-        path.mkdir(parents=True, exist_ok=True)
+        """Raises RecordError where another runner holds the folder, or it cannot be written, or its records cannot be read."""
         self.path = path
-        self._lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise RecordError(f"{path}: cannot be written ({error}). {INTACT}") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._lock)
             raise RecordError(f"{path}: another runner is at work here; wait for it or give another folder") from error
         try:
+            self.records = read(path)  # before anything is repaired: a file of a newer program is left as it is
             self._records, self._tokens = JsonLines(path / RECORDS), JsonLines(path / TOKENS)
             self.messages = [lines.healed for lines in (self._records, self._tokens) if lines.healed]
-            self.records = read(path)
-            self._digests = {line["digest"] for line in _lines(path / TOKENS)}
+            self._digests = {line["digest"] for line in token_lines(path)}
         except BaseException:
             os.close(self._lock)
             raise
@@ -115,17 +132,32 @@ class Folder:
 
 
 def read(folder: Path) -> list[Record]:
-    """All records of a folder in the order of writing, duplicated lines once. Raises RecordError for a damaged line and
-    for a schema newer than this program."""
+    """All records of a folder in the order of writing, duplicated lines once. Raises RecordError for a damaged line, for a
+    schema newer than this program, and for two different records of one attempt (two folders copied together)."""
     records: dict[str, Record] = {}
+    attempts: dict[tuple[str, int], str] = {}
     for number, record in enumerate(_lines(folder / RECORDS), start=1):
-        if record.get("schema", SCHEMA) > SCHEMA:
+        where = f"{folder / RECORDS}, line {number}"
+        schema = record.get("schema", SCHEMA)
+        if not isinstance(schema, int) or schema > SCHEMA:
             raise RecordError(
-                f"{folder / RECORDS}, line {number}: schema {record['schema']} is newer than this program's {SCHEMA}; "
+                f"{where}: schema {schema} is newer than this program's {SCHEMA}; "
                 "read it with the version of nanovllm that wrote it, or a newer one"
             )
-        records.setdefault(json.dumps(record, sort_keys=True), record)
+        text = json.dumps(record, sort_keys=True)
+        if record.get("kind") == "launch" and attempts.setdefault((record["launch"], record["attempt"]), text) != text:
+            raise RecordError(
+                f"{where}: another record of {record['launch']}, attempt {record['attempt']}: this file was copied together from "
+                "two visits. Keep their folders apart, and count them as one with "
+                "`python -m experiments import FOLDER FOLDER --merge NEW_FOLDER`."
+            )
+        records.setdefault(text, record)
     return list(records.values())
+
+
+def token_lines(folder: Path) -> list[Record]:
+    """{"digest", "tokens"} of everything that was generated, in the order of writing. Raises RecordError."""
+    return _lines(folder / TOKENS)
 
 
 def launches(records: Iterable[Record]) -> list[Record]:
@@ -158,10 +190,31 @@ def read_plan(path: Path) -> dict[str, Any]:
 
 def write_plan(plan: dict[str, Any], path: Path) -> None:
     """Written aside and renamed: a plan is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(plan, indent=1) + "\n")
-    partial.rename(path)
+    write_whole(path, json.dumps(plan, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Written aside, synced and renamed: the file is there whole or not at all, after a power cut too. Raises RecordError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be written ({error}). {INTACT}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """A new name in a folder outlives a power cut only once the folder itself was synced."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -178,11 +231,24 @@ def plan_hash(plan: dict[str, Any]) -> str:
 def _lines(path: Path) -> list[Record]:
     if not path.exists():
         return []
-    lines = []
     content = path.read_bytes()
-    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
+    end = content.rfind(b"\n") + 1
+    whole = content if _is_whole(content[end:]) else content[:end]
+    lines = []
+    for number, line in enumerate(whole.splitlines(), start=1):
         try:
-            lines.append(json.loads(line))
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("not a JSON object")
         except ValueError as error:
             raise RecordError(f"{path}, line {number}: damaged ({error}); restore the file, or remove that one line") from error
+        lines.append(record)
     return lines
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether a line without its end is a record all the same: the cut, or a copy by hand, took the newline only."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False

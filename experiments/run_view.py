@@ -55,7 +55,9 @@ def parent_view(plan: dict[str, Any], found: list[Record], analysis: dict[str, A
     """An execution of a study: its design, every counted figure by block, the effects, the verdicts in words."""
     study, model, profile = plan["study"], plan["model"], plan["profile"]
     all_launches = [record for record in found if record["kind"] == "launch"]
-    first, last = all_launches[0], all_launches[-1]
+    # From a cluster, or of several visits, records stand in the order they came home.
+    first = min(all_launches, key=lambda record: str(record["started_at"]))
+    last = max(all_launches, key=lambda record: str(record["started_at"]))
     counted = records.counted(found)
     gate = [r["status"] for r in found if r["kind"] == "gate" and not r["is_negative_control"]]
     return View(

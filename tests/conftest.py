@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,11 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by whichever test comes first
+
+
+# Tests measure nothing: they neither wait for a study on this machine nor hold one up.
+_LOCKS = tempfile.TemporaryDirectory(prefix="nanovllm-test-locks-")
+os.environ["NANOVLLM_LOCKS"] = _LOCKS.name
 
 
 @pytest.fixture(scope="session", autouse=True)

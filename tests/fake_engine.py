@@ -13,7 +13,29 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments import records, workloads
+from experiments import provenance, records, workloads
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(provenance.ROOT), str(provenance.ROOT / "src")])}
+"""For a runner in a process of its own."""
+LABORATORY = (
+    "pydantic", "mlflow", "yaml", "typer", "rich", "jinja2", "matplotlib", "scipy", "statsmodels", "pandas", "sklearn", "ray",
+)  # fmt: skip
+"""What a bare GPU host has not."""
+
+
+def without(hook: Path, *packages: str) -> dict[str, str]:
+    """An environment for processes in which packages cannot be imported. hook: a folder to be made."""
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Blocker:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] in {packages!r}:\n"
+        "            raise ImportError(f'{name} is blocked')\n"
+        "sys.meta_path.insert(0, Blocker())\n"
+    )
+    return {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(hook), ENVIRONMENT["PYTHONPATH"]])}
+
 
 BEHAVIOURS = ("fine", "crash", "hang", "wrong_work", "dead_toggle", "stuck_toggle", "orphan")
 

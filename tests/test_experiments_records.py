@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 
 from experiments import records
 from experiments.records import Folder, RecordError
+from tests.fake_engine import ENVIRONMENT, make_plan
 
 
 def launch(name: str, attempt: int = 1, status: str = "ok") -> dict[str, Any]:
@@ -23,13 +27,27 @@ def test_a_cut_last_line_is_removed_and_said(tmp_path: Path) -> None:
         folder.append(launch("b"))
     path = tmp_path / records.RECORDS
     whole = path.read_bytes()
-    for cut in range(1, len(whole.splitlines(keepends=True)[-1])):
+    for cut in range(2, len(whole.splitlines(keepends=True)[-1])):
         path.write_bytes(whole[:-cut])
         with Folder(tmp_path) as folder:
             assert [r["launch"] for r in folder.records] == ["a"]
             assert "the last line was cut short" in folder.messages[0]
             folder.append(launch("b"))
         assert path.read_bytes() == whole
+
+
+def test_a_record_that_lost_only_its_end_of_line_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / records.RECORDS
+    path.write_text(json.dumps(launch("a")) + "\n" + json.dumps(launch("b")))
+    assert [r["launch"] for r in records.read(tmp_path)] == ["a", "b"]
+    with Folder(tmp_path) as folder:
+        assert folder.messages == []
+        folder.append(launch("c"))
+    assert [r["launch"] for r in records.read(tmp_path)] == ["a", "b", "c"]
+    path.write_bytes(path.read_bytes() + b"\0" * 512)  # what some file systems leave after a power cut
+    with Folder(tmp_path) as folder:
+        assert "512 bytes removed" in folder.messages[0]
+    assert [r["launch"] for r in records.read(tmp_path)] == ["a", "b", "c"]
 
 
 def test_tokens_are_written_once_and_before_their_record(tmp_path: Path) -> None:
@@ -56,6 +74,47 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pyte
         assert (tmp_path / records.RECORDS).read_bytes() == before
 
 
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from experiments.launch import main
+limit = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path) -> None:
+    """The kernel's limit on the size of a file cuts a write in the middle, as a full disk does."""
+    plan = make_plan(tmp_path / "model", blocks=3)
+    records.write_plan(plan, tmp_path / "plan.json")
+    out = tmp_path / "out"
+    arguments = ["--plan", str(tmp_path / "plan.json"), "--out", str(out), "--resume"]
+    full = [sys.executable, "-c", FULL_DISK, "20000", *arguments]
+    done = subprocess.run(full, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert re.search(r"cannot write a record of \d+ bytes .*recorded before is intact.*same command again", done.stderr)
+    before = (out / records.RECORDS).read_bytes()
+    assert before.endswith(b"\n")
+    kept = records.counted(records.read(out))
+    assert 0 < len(kept) < 9
+    nothing_fits = [sys.executable, "-c", FULL_DISK, "64", *arguments]  # not even the plan, or a new line
+    for place in (out, tmp_path / "new"):
+        nothing_fits[-2] = str(place)
+        done = subprocess.run(nothing_fits, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+        assert "What was recorded before is intact" in done.stderr
+    assert (out / records.RECORDS).read_bytes() == before
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.launch", *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    counted = records.counted(records.read(out))
+    assert counted[: len(kept)] == kept
+    assert [r["launch"] for r in counted] == [entry["launch"] for entry in plan["launches"]]
+
+
 def test_a_folder_has_one_runner(tmp_path: Path) -> None:
     with Folder(tmp_path), pytest.raises(RecordError, match="another runner is at work here"):
         Folder(tmp_path)
@@ -66,6 +125,13 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     path = tmp_path / records.RECORDS
     path.write_text(json.dumps({**launch("a"), "schema": 2}) + "\n")
     with pytest.raises(RecordError, match="line 1: schema 2 is newer than this program's 1"):
+        records.read(tmp_path)
+    before = path.read_bytes()
+    with pytest.raises(RecordError, match="schema 2 is newer"):
+        Folder(tmp_path)
+    assert path.read_bytes() == before, "left as it is"
+    path.write_text(json.dumps(launch("a")) + "\nnull\n")
+    with pytest.raises(RecordError, match=r"line 2: damaged \(not a JSON object\)"):
         records.read(tmp_path)
     path.write_text("{nonsense\n" + json.dumps(launch("a")) + "\n")
     with pytest.raises(RecordError, match="line 1: damaged"):
@@ -82,6 +148,13 @@ def test_a_duplicated_file_counts_once(tmp_path: Path) -> None:
     text = "".join(json.dumps(launch(name)) + "\n" for name in "ab")
     (tmp_path / records.RECORDS).write_text(text + text)
     assert [r["launch"] for r in records.counted(records.read(tmp_path))] == ["a", "b"]
+
+
+def test_two_visits_copied_into_one_file_are_not_mixed_up(tmp_path: Path) -> None:
+    visits = [{**launch("a"), "boot_id": boot} for boot in ("one", "two")]
+    (tmp_path / records.RECORDS).write_text("".join(json.dumps(record) + "\n" for record in visits))
+    with pytest.raises(RecordError, match=r"line 2: another record of a, attempt 1: .*two visits.*import FOLDER FOLDER --merge"):
+        records.read(tmp_path)
 
 
 def test_what_counts() -> None:

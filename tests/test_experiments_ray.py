@@ -1,0 +1,113 @@
+"""A real Ray cluster on this machine: a head and two nodes' worth of workers. One worker is killed in mid-block, then a node."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from experiments import records
+from experiments.dispatch import WorkerError
+from experiments.executor import EXECUTORS, Options
+from experiments.ray_workers import RayWorkers
+from tests.fake_engine import make_plan
+
+ray = pytest.importorskip("ray", reason="Ray is an extra: pip install -c constraints.txt -e '.[ray]'")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(180)]  # Ray deprecates things of its own
+
+_STORE = 80 << 20
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Two nodes of one core each; to each its own locks, as if it were a machine of its own."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    monkeypatch.setenv("RAY_health_check_period_ms", "300")
+    monkeypatch.setenv("RAY_health_check_failure_threshold", "2")
+    folder = tempfile.mkdtemp(prefix="ray")  # short: sockets lie in it
+    head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": folder, "object_store_memory": _STORE}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    for name in "ab":
+        variables = {"NANOVLLM_LOCKS": f"{folder}/locks-{name}"}
+        cluster.add_node(wait=False, num_cpus=1, object_store_memory=_STORE, env_vars=variables)
+    cluster.wait_for_nodes()
+    yield cluster
+    cluster.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def worker_of(launch: str) -> psutil.Process:
+    """The Ray worker whose child serves a launch; waits for it to be there."""
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        for process in psutil.process_iter(["cmdline"]):
+            command = process.info["cmdline"] or []
+            if launch in command and any("nanovllm-block-" in part for part in command):
+                return process.parent()
+        time.sleep(0.02)
+    raise AssertionError(f"{launch} never ran in a worker")
+
+
+def test_blocks_run_on_two_nodes_and_begin_again_when_their_worker_dies(cluster: Any, tmp_path: Path) -> None:
+    plan = make_plan(tmp_path / "model", blocks=5, seconds=0.02)
+    second = {entry["block"]: entry["launch"] for entry in plan["launches"] if entry["order"] == 1}
+    told: list[str] = []
+    killed: dict[str, str] = {}
+
+    def listen(event: str, details: dict[str, Any]) -> None:
+        if event == "message":
+            told.append(details["text"])
+        if event != "start":
+            return
+        launch = details["launch"]["launch"]
+        if launch == second[0] and "worker" not in killed:
+            worker = worker_of(launch)
+            killed["worker"] = worker.environ()["NANOVLLM_LOCKS"]
+            worker.send_signal(signal.SIGKILL)
+        elif launch == second[3] and "node" not in killed:
+            worker = worker_of(launch)
+            killed["node"] = worker.environ()["NANOVLLM_LOCKS"]
+            worker.send_signal(signal.SIGKILL)  # a machine dies as a whole
+            index = killed["node"][-1] == "b"
+            [node] = [n for n in cluster.worker_nodes if n._ray_params.env_vars["NANOVLLM_LOCKS"].endswith("ab"[index])]
+            cluster.remove_node(node, allow_graceful=False)
+
+    options = Options(executor="ray", ray_address=cluster.address)
+    assert EXECUTORS["ray"](plan, tmp_path / "out", options, listen)
+
+    found = records.read(tmp_path / "out")
+    counted = records.counted(found)
+    assert sorted((r["block"], r["cell"]) for r in counted) == sorted((e["block"], e["cell"]) for e in plan["launches"])
+    assert len(counted) == len({r["launch"] for r in counted}) == len(plan["launches"])
+    superseded = [r for r in found if r["kind"] == "superseded"]
+    assert [(r["launch"], r["attempt"]) for r in superseded if r["launch"].startswith("b00")] == [("b00-o00-baseline", 1)]
+    assert {r["launch"][:3] for r in superseded} == {"b00", "b03"}
+    assert all("begins again from its start" in r["reason"] for r in superseded)
+    assert any("WorkerCrashedError" in r["reason"] for r in superseded)
+    again = [r for r in counted if r["block"] == 0]
+    assert {r["attempt"] for r in again if r["order"] == 0} == {2}
+    assert all(r["provenance"]["git"] is not None for r in counted)
+    assert {r["provenance"]["environment"].get("OMP_NUM_THREADS") for r in counted} == {os.environ.get("OMP_NUM_THREADS")}
+    assert len([text for text in told if "was lost in block" in text]) == 2
+    digests = {work["tokens_digest"] for r in counted for work in r["workloads"].values()}
+    assert digests <= {line["digest"] for line in records.token_lines(tmp_path / "out")}
+    lines = (tmp_path / "out" / records.RECORDS).read_text()
+    assert EXECUTORS["ray"](plan, tmp_path / "out", options, listen), "nothing is left to do"
+    assert (tmp_path / "out" / records.RECORDS).read_text() == lines
+
+
+def test_what_ray_cannot_do_is_said(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path / "model")
+    with pytest.raises(WorkerError, match=r"client protocol cannot stream records.*host:port"):
+        RayWorkers(plan, "ray://localhost:10001")
