@@ -1,0 +1,73 @@
+"""The real engine on the embedded checkpoint: whatever is on, its tokens are those of HF transformers, in any company."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import strategies as st
+
+from nanovllm import LLM
+from property_tests.profiles import holds
+from property_tests.real_engine import engine_of, reference, run, serve, tiny
+from property_tests.strategies import Shape, Workload, workloads
+
+ALONE = Shape("static", False, 0, 16, 8, 1, 128)
+"""Nobody else, nothing shared, nothing cut: one request in the baseline."""
+
+
+@holds(fast=40, workload=workloads(longest_prompt=60))
+def test_every_token_is_that_of_hf(workload: Workload) -> None:
+    """Tokens of any workload under any toggles, rescored by HF: each is the reference's choice or within the noise of float32."""
+    reference().assert_right(run(workload))
+
+
+@holds(fast=30, workload=workloads(min_requests=2), chosen=st.integers(0, 8))
+def test_company_does_not_matter(workload: Workload, chosen: int) -> None:
+    """A seeded request alone and in a crowd (batched, preempted, chunked, overlapped, aborted neighbours): the same tokens."""
+    request = replace(workload.requests[chosen % len(workload.requests)], abort=None)
+    crowd = tuple(request if r is workload.requests[chosen % len(workload.requests)] else r for r in workload.requests)
+    alone = run(Workload(ALONE, (replace(request, arrival=0),)))[0]
+    crowded = run(replace(workload, requests=crowd))[crowd.index(request)]
+    reference().assert_same(alone, crowded)
+
+
+@holds(fast=20, workload=workloads(max_requests=4))
+def test_a_warm_prefix_cache_does_not_matter(workload: Workload) -> None:
+    """The same requests twice in one engine, cold and warm: the same tokens, and those of HF."""
+    requests = tuple(replace(r, abort=None) for r in workload.requests)
+    shape = replace(workload.shape, prefix_cache=True, num_blocks=workload.shape.num_blocks + 8)
+    with engine_of(shape) as engine:
+        cold = serve(engine, requests, "cold")
+        hits = engine.stats()["prefix_hit_tokens"]
+        warm = serve(engine, requests, "warm")
+        hits = engine.stats()["prefix_hit_tokens"] - hits
+    largest = max(len(r.prompt) for r in requests)
+    roomy = shape.num_blocks * shape.block_size >= 2 * sum(len(r.prompt) + r.params.max_tokens for r in requests) + 16 * len(requests)
+    assert hits or not roomy or largest <= shape.block_size, "nothing was evicted and nothing was found"
+    for before, after in zip(cold, warm, strict=True):
+        reference().assert_same(before, after)
+    reference().assert_right(warm)
+
+
+@holds(fast=12, workload=workloads(max_requests=4, longest_output=8, graphs=False, ranks=2))
+def test_two_ranks_compute_the_same(workload: Workload) -> None:
+    """Tensor parallelism over two ranks (in threads, over real process groups): each token is that of HF."""
+    reference().assert_right(run(workload))
+
+
+@pytest.mark.slow
+@holds(fast=8, workload=workloads(min_requests=3, longest_output=8, graphs=False), cuts=st.sampled_from([1, 5, 64]))
+def test_seeded_tokens_under_real_ranks(workload: Workload, cuts: int) -> None:
+    """Two ranks in processes of their own: every request gets the tokens that it gets alone on one."""
+    shape, requests = workload.shape, tuple(replace(r, abort=None, arrival=0) for r in workload.requests)
+    bytes_a_rank = max(2, shape.num_blocks) * shape.block_size * 4 * 2 * 64 * 4
+    toggles = {"batching": shape.batching, "prefix_cache": shape.prefix_cache, "overlap": shape.lag == 1, "tensor_parallel_size": 2}
+    with LLM(str(tiny()), device="cpu", max_model_len=128, max_num_seqs=shape.max_num_seqs, block_size=shape.block_size,
+             max_num_batched_tokens=shape.max_num_seqs + cuts, kv_cache_memory_bytes=bytes_a_rank, skip_tokenizer_init=True,
+             optimizations=toggles) as llm:  # fmt: skip
+        served = serve(llm, requests)
+        assert llm.stats()["all_reduces"] > 0
+    reference().assert_right(served)
+    for one in served:
+        reference().assert_same(run(Workload(ALONE, (one.request,)))[0], one)
