@@ -92,7 +92,7 @@ def blocks_are_found_before_they_are_computed() -> list[Patch]:
     return [(CachingBlockManager, "claim", claim)]
 
 
-@bad("engine_machine", "2")
+@bad("whole_workloads", "2")
 def a_chunk_publishes_the_next_block_as_well() -> list[Patch]:
     """The block after the computed ones is published with them."""
 
@@ -244,7 +244,7 @@ def the_sampled_token_is_lost_at_preemption() -> list[Patch]:
     return [(Scheduler, "_leave", leave)]
 
 
-@bad("engine_machine", "4")
+@bad("whole_workloads", "4")
 def a_token_in_flight_is_lost_at_preemption() -> list[Patch]:
     """A token that was sampled before its request was preempted, and committed after, is dropped."""
 
@@ -279,13 +279,13 @@ def a_resumed_request_does_not_wait_for_its_own_token() -> list[Patch]:
     return [(ContinuousScheduler, "_admit", admit)]
 
 
-@bad("engine_machine", "5")
+@bad("whole_workloads", "5")
 def two_long_requests_preempt_each_other() -> list[Patch]:
     """The oldest is the victim and goes to the end of the queue: nobody ever finishes."""
 
     def grow(self: ContinuousScheduler, plan: StepPlan, seq: Sequence) -> bool:
         while self.blocks.num_free == 0:
-            victim = next(iter(self.decoding.values()))
+            victim = next((other for other in self.decoding.values() if other.row not in plan.rows), seq)
             self._leave(victim, self.decoding)
             self.waiting[victim.request_id] = victim
             if victim is seq:
@@ -306,7 +306,7 @@ def a_request_larger_than_the_pool_is_taken() -> list[Patch]:
     return [(Scheduler, "add", add)]
 
 
-@bad("engine_machine")
+@bad("whole_workloads")
 def a_lagged_commit_appends_twice() -> list[Patch]:
     """With another step in flight, a request's token is appended once more."""
 
@@ -321,7 +321,7 @@ def a_lagged_commit_appends_twice() -> list[Patch]:
     return [(Scheduler, "commit", commit)]
 
 
-@bad("engine_machine")
+@bad("whole_workloads")
 def a_chunk_samples() -> list[Patch]:
     """The first chunk of a prompt yields a token as if it were the last."""
 
@@ -346,7 +346,7 @@ def a_stop_token_is_ignored() -> list[Patch]:
     return [(Sequence, "append", append)]
 
 
-@bad("engine_machine")
+@bad("whole_workloads")
 def max_tokens_is_passed_by_one() -> list[Patch]:
     """One token more is planned than was asked for."""
     wants_more = property(lambda self: self.num_output_tokens + self.pending <= self.params.max_tokens)
@@ -398,7 +398,7 @@ def slots_are_off_by_one() -> list[Patch]:
     return _changed_batch(change)
 
 
-@bad("every_token_is_that_of_hf", "4")
+@bad("preemption_changes_nothing", "4")
 def rope_restarts_after_preemption() -> list[Patch]:
     """A resumed request counts the positions of new tokens from its resumption on."""
     offsets: dict[int, int] = {}
@@ -478,7 +478,7 @@ def a_row_keeps_the_last_owners_parameters() -> list[Patch]:
     return [(ModelRunner, "_update_rows", update)]
 
 
-@bad("every_token_is_that_of_hf", "6")
+@bad("replayed_graphs_change_nothing", "6")
 def a_graph_is_padded_with_a_live_row() -> list[Patch]:
     """A batch between two buckets is filled up with row 0, which belongs to a request."""
 
@@ -490,7 +490,7 @@ def a_graph_is_padded_with_a_live_row() -> list[Patch]:
     return [(cuda_graph.GraphRunner, "__init__", init)]
 
 
-@bad("every_token_is_that_of_hf", "6")
+@bad("replayed_graphs_change_nothing", "6")
 def a_graph_replays_stale_rows() -> list[Patch]:
     """Rows and positions on the device are taken for current as long as the bucket is the same."""
 
@@ -685,7 +685,7 @@ def the_seed_repeats_at_every_position() -> list[Patch]:
     return [(sampling, "gumbel_noise", noise)]
 
 
-@bad("an_engine_samples_what_hf_would")
+@bad("seeds_tell_requests_apart")
 def half_of_the_seed_is_lost() -> list[Patch]:
     """Seeds that differ in their upper 32 bits alone give the same tokens."""
 
@@ -696,7 +696,7 @@ def half_of_the_seed_is_lost() -> list[Patch]:
     return [(sampling, "gumbel_noise", noise)]
 
 
-@bad("an_engine_samples_what_hf_would")
+@bad("seeds_tell_requests_apart")
 def requests_without_a_seed_share_one() -> list[Patch]:
     """Every request that gives no seed gets the engine's."""
 

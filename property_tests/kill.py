@@ -39,6 +39,14 @@ def properties() -> dict[str, Property]:
     return found
 
 
+EXAMPLES = {"engine_machine": 1500, "whole_workloads": 1500, "replayed_graphs_change_nothing": 60, "preemption_changes_nothing": 60}
+
+
+def examples_for(bad: BadImplementation, tested: Property) -> int:
+    """More than the fast number where the property is the one that must kill it: kills are looked for until one is found."""
+    return EXAMPLES.get(tested.name, max(tested.fast, 20)) if tested.name == bad.killer else tested.fast
+
+
 @dataclass(frozen=True)
 class Verdict:
     killed: bool

@@ -23,9 +23,9 @@ COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": list(Health
 
 
 def register() -> None:
-    """Both profiles. Each has a database of its own: what failed there is what is tried first next time."""
-    for name in ("fast", "deep"):
-        database = DirectoryBasedExampleDatabase(ROOT / ".hypothesis" / name)
+    """fast and deep each have a database of their own: what failed there is tried first next time. repeat is fast without one."""
+    for name in ("fast", "deep", "repeat"):
+        database = None if name == "repeat" else DirectoryBasedExampleDatabase(ROOT / ".hypothesis" / name)
         settings.register_profile(name, database=database, print_blob=True, **COMMON)
     settings.load_profile("fast")
 

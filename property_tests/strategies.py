@@ -100,7 +100,7 @@ def endings(draw: Any, vocab_size: int, longest: int) -> dict[str, Any]:
     if draw(st.sampled_from([False, False, True])):
         every = draw(st.sampled_from([2, 5]))
         stops = range(draw(st.integers(0, every - 1)), vocab_size, every)  # a range is short to print
-    max_tokens = draw(st.sampled_from([1, 2, longest // 2, longest]) | st.integers(1, longest))
+    max_tokens = draw(st.sampled_from([1, 2, longest // 2, longest, longest, longest]))
     return {"max_tokens": max_tokens, "stop_token_ids": stops, "ignore_eos": not stops}
 
 
@@ -108,34 +108,44 @@ ABORTS = st.none() | st.none() | st.integers(0, 8)
 
 
 @st.composite
-def shapes(draw: Any, *, lags: tuple[int, ...] = (0, 1, 1), block_sizes: tuple[int, ...] = (1, 2, 3, 4, 8)) -> Shape:
+def shapes(draw: Any, *, lags: tuple[int, ...] = (0, 1, 1), block_sizes: tuple[int, ...] = (1, 2, 3, 4, 8),
+           batching: tuple[str, ...] = BATCHING) -> Shape:  # fmt: skip
     """Token budgets from one token a row up; pools from two blocks up (a workload's own may be tighter or roomier)."""
-    max_num_seqs = draw(st.sampled_from(BUCKET_EDGES))
+    max_num_seqs = draw(st.sampled_from(BUCKET_EDGES) | st.sampled_from(BUCKET_EDGES[-4:]))
     return Shape(
-        batching=draw(st.sampled_from(BATCHING)),
+        batching=draw(st.sampled_from(batching)),
         prefix_cache=draw(st.booleans()),
         lag=draw(st.sampled_from(lags)),
         block_size=draw(st.sampled_from(block_sizes)),
         num_blocks=draw(st.integers(2, 8) | st.integers(2, 24)),
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_seqs + draw(st.integers(0, 24) | st.sampled_from([0, 1, 8, 64])),
+        max_num_batched_tokens=max_num_seqs + draw(st.integers(0, 24) | st.sampled_from([0, 1, 60, 200, 600, 600])),
     )
+
+
+EVERYTHING = -1
+POOLS = (0, 1, 3, EVERYTHING, EVERYTHING)
+"""Blocks beyond those of the largest request, or enough for all requests at once."""
 
 
 @st.composite
 def workloads(draw: Any, *, vocab_size: int = 2048, max_requests: int = 9, min_requests: int = 1, longest_prompt: int = 36,
-              longest_output: int = 14, lags: tuple[int, ...] = (0, 1), graphs: bool = True, ranks: int = 1) -> Workload:  # fmt: skip
-    """Requests and an engine in which each of them fits, some of them barely: the pool holds the largest request, or a few
-    blocks more, or everything. Half of the workloads use no filter, so that graphs, where they are on, are replayed.
+              longest_output: int = 14, lags: tuple[int, ...] = (0, 1), graphs: tuple[bool, ...] = (False, True), ranks: int = 1,
+              batching: tuple[str, ...] = BATCHING, pools: tuple[int, ...] = POOLS) -> Workload:  # fmt: skip
+    """Requests, and an engine in which each of them fits, some of them barely. Where graphs may be on, many workloads use no filter,
+    so that graphs are replayed.
     """
-    shape = draw(shapes(lags=lags, block_sizes=(2, 4, 8, 16)))
-    replayed, filters = graphs and draw(st.booleans()), draw(st.booleans())
+    shape = draw(shapes(lags=lags, block_sizes=(2, 4, 8, 16), batching=batching))
+    replayed = draw(st.sampled_from(graphs))
+    filters = draw(st.sampled_from([False, False, False, True] if replayed else [False, True]))
     requests: list[Request] = []
-    for _ in range(draw(st.sampled_from(range(min_requests, max_requests + 1)))):
+    count = draw(st.integers(min_requests, max_requests) | st.integers(max_requests // 2 + 1, max_requests))
+    for _ in range(count):
         prompt = draw(prompts([r.prompt for r in requests], vocab_size, shape.block_size, longest_prompt))
         params = SamplingParams(**draw(samplings(filters)), **draw(endings(vocab_size, longest_output)))
         arrival = draw(st.sampled_from([0, 0, 0, 1, 2, 5, 12]))
         requests.append(Request(prompt, params, arrival, draw(ABORTS)))
     needed = [-(-(len(r.prompt) + r.params.max_tokens) // shape.block_size) for r in requests]
-    num_blocks = draw(st.sampled_from([max(needed), max(needed) + 1, max(needed) + 3, sum(needed), sum(needed)]))
+    extra = draw(st.sampled_from(pools))
+    num_blocks = sum(needed) if extra == EVERYTHING else max(needed) + extra
     return Workload(replace(shape, num_blocks=num_blocks, graphs=replayed, ranks=ranks), tuple(requests))

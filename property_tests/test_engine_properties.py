@@ -7,22 +7,48 @@ from dataclasses import replace
 import pytest
 from hypothesis import strategies as st
 
-from nanovllm import LLM
+from nanovllm import LLM, SamplingParams
 from property_tests.profiles import holds
 from property_tests.real_engine import engine_of, reference, run, serve, tiny
-from property_tests.strategies import Shape, Workload, workloads
+from property_tests.strategies import EVERYTHING, SEEDS, Request, Shape, Workload, workloads
 
 ALONE = Shape("static", False, 0, 16, 8, 1, 128)
 """Nobody else, nothing shared, nothing cut: one request in the baseline."""
 
 
-@holds(fast=40, workload=workloads(longest_prompt=60))
+@holds(fast=30, workload=workloads(longest_prompt=60))
 def test_every_token_is_that_of_hf(workload: Workload) -> None:
     """Tokens of any workload under any toggles, rescored by HF: each is the reference's choice or within the noise of float32."""
     reference().assert_right(run(workload))
 
 
-@holds(fast=30, workload=workloads(min_requests=2), chosen=st.integers(0, 8))
+@holds(fast=10, workload=workloads(min_requests=3, graphs=(True,), pools=(EVERYTHING,)))
+def test_replayed_graphs_change_nothing(workload: Workload) -> None:
+    """Decodes replayed by bucket, with batches between two buckets and requests that end or come: each token is that of HF."""
+    reference().assert_right(run(workload))
+
+
+@holds(fast=10, workload=workloads(min_requests=4, max_requests=6, longest_prompt=8, longest_output=24, graphs=(False,), pools=(0, 1),
+                                   batching=("continuous", "chunked")))  # fmt: skip
+def test_preemption_changes_nothing(workload: Workload) -> None:
+    """Pools that hold little more than the largest request, outputs longer than prompts: each token is that of HF."""
+    reference().assert_right(run(workload))
+
+
+@holds(fast=12, seed=SEEDS, bit=st.integers(0, 63), prompt=st.sampled_from([(3, 4), (9,) * 5]))
+def test_seeds_tell_requests_apart(seed: int, bit: int, prompt: tuple[int, ...]) -> None:
+    """Equal requests whose seeds differ in one bit, and such without a seed, get different tokens; equal seeds get equal ones."""
+    flipped = ((seed + 2**63) ^ (1 << bit)) - 2**63
+    params = [SamplingParams(temperature=1.7, max_tokens=8, seed=own, ignore_eos=True) for own in (seed, flipped, seed, None, None)]
+    one, other, again, *unseeded = (
+        s.tokens for s in run(Workload(Shape("chunked", True, 0, 4, 64, 8, 64), tuple(Request(prompt, p) for p in params)))
+    )
+    assert one == again, f"seed {seed} gave {one} and {again}"
+    assert one != other, f"seeds {seed} and {flipped} both gave {one}"
+    assert unseeded[0] != unseeded[1], f"two requests without a seed both gave {unseeded[0]}"
+
+
+@holds(fast=20, workload=workloads(min_requests=2), chosen=st.integers(0, 8))
 def test_company_does_not_matter(workload: Workload, chosen: int) -> None:
     """A seeded request alone and in a crowd (batched, preempted, chunked, overlapped, aborted neighbours): the same tokens."""
     request = replace(workload.requests[chosen % len(workload.requests)], abort=None)
@@ -32,7 +58,7 @@ def test_company_does_not_matter(workload: Workload, chosen: int) -> None:
     reference().assert_same(alone, crowded)
 
 
-@holds(fast=20, workload=workloads(max_requests=4))
+@holds(fast=12, workload=workloads(max_requests=4))
 def test_a_warm_prefix_cache_does_not_matter(workload: Workload) -> None:
     """The same requests twice in one engine, cold and warm: the same tokens, and those of HF."""
     requests = tuple(replace(r, abort=None) for r in workload.requests)
@@ -50,7 +76,7 @@ def test_a_warm_prefix_cache_does_not_matter(workload: Workload) -> None:
     reference().assert_right(warm)
 
 
-@holds(fast=12, workload=workloads(max_requests=4, longest_output=8, graphs=False, ranks=2))
+@holds(fast=8, workload=workloads(max_requests=4, longest_output=8, graphs=(False,), ranks=2))
 def test_two_ranks_compute_the_same(workload: Workload) -> None:
     """Tensor parallelism over two ranks (in threads, over real process groups): each token is that of HF."""
     reference().assert_right(run(workload))

@@ -172,7 +172,7 @@ def test_a_lost_rank_leaves_nobody_hanging(lost: int) -> None:
     """A rank that never joins an all-reduce: the other gets an error within the stated time."""
     groups: dict[int, workers.DistributedTensorParallel] = {}
     caught: list[BaseException] = []
-    with tempfile.TemporaryDirectory() as folder, patch.object(workers, "COLLECTIVE_TIMEOUT_S", 0.5):
+    with tempfile.TemporaryDirectory() as folder, patch.object(workers, "COLLECTIVE_TIMEOUT_S", 0.3):
         in_two_ranks(lambda group: groups.__setitem__(group.rank, group), f"{folder}/r")
 
         def wait() -> None:
@@ -183,7 +183,7 @@ def test_a_lost_rank_leaves_nobody_hanging(lost: int) -> None:
 
         waiting = threading.Thread(target=wait, daemon=True)
         waiting.start()
-        waiting.join(3)
+        waiting.join(2)
         hangs = waiting.is_alive()
         if hangs:  # let it go before it is judged
             groups[lost].all_reduce(torch.ones(3))
