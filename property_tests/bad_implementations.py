@@ -582,7 +582,9 @@ def rms_norm_writes_into_its_residual() -> list[Patch]:
         wide = x.float()
         return wide.mul_(torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
-    def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def add_rms_norm(
+        x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         total = x + residual
         return rms_norm(total, weight, eps), total
 

@@ -18,7 +18,7 @@ LONGEST_PROMPT, LONGEST_OUTPUT = 30, 14
 
 
 class CheckedEngine:
-    """Every request gets the tokens that it would get alone, whatever the policy, the pool, arrivals, sharing, preemption, aborts and lag.
+    """Every request gets the tokens that it would get alone, whatever the policy, pool, arrivals, sharing, preemption, aborts, lag.
 
     After each step: the structure holds together (`check_invariants`: no block owned twice, reference counts equal owners, free and
     owned add up); a cached entry's block holds what its tokens and all before them must have left there; no request is lost

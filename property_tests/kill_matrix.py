@@ -1,7 +1,7 @@
-"""`python -m property_tests.kill_matrix`: which property kills which bad implementation; `--write` renews docs/bad-implementations.md.
+"""`python -m property_tests.kill_matrix`: which property kills which bad implementation; --write renews the page in docs/.
 
-Every property gets its fast number of examples, always the same ones; the one that is there for a bad implementation gets as many as
-the test suite gives it. A cross is a death by assertion; where the engine only crashed, there is none.
+Every property gets a third of its fast number of examples, always the same ones; the one that is there for a bad implementation
+gets as many as the test suite gives it. A cross is a death by assertion; where the engine only crashed, there is none.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def document(matrix: dict[str, dict[str, Verdict]]) -> str:
         "# Bad implementations that the property tests catch",
         "",
         "Made by `make property MATRIX=1`. Each bad implementation is a small patch of real functions, made from outside",
-        "(`property_tests/bad_implementations.py`). **x**: killed by the property that is there for it; x: killed by another one as well,",
-        "within its fast number of examples. Killed means that an assertion of the property or of `check_invariants` failed: a crash of the",
-        "engine does not count.",
+        "(`property_tests/bad_implementations.py`). **x**: killed by the property that is there for it; x: killed by another one",
+        "as well, within a third of its fast number of examples. Killed means that an assertion of the property or of",
+        "`check_invariants` failed: a crash of the engine does not count.",
         "",
         "| | property | what must hold |",
         "| --- | --- | --- |",
@@ -84,7 +84,9 @@ def main() -> int:
                 print(f"    {bad.killer}: {found[bad.killer].message[:150]}", flush=True)
     if args.write:
         DOCUMENT.write_text(document(matrix))
-    print(f"{len(matrix) - len(survivors)} of {len(matrix)} killed by their property" + (f"; NOT: {survivors}" if survivors else ""))
+    print(
+        f"{len(matrix) - len(survivors)} of {len(matrix)} killed by their property" + (f"; NOT: {survivors}" if survivors else "")
+    )
     return 1 if survivors else 0
 
 

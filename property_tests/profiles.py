@@ -1,7 +1,7 @@
 """How much a property is tried: `fast` in every run of the test suite, `deep` for an hour (`make property DEEP=1`).
 
-`@holds(fast=60, name=strategy, ...)` makes a Hypothesis test of a function; the deep profile multiplies the number of examples. What
-it is made of stays at hand (`test.property`), so that bad implementations can be tried against the very same property.
+`@holds(fast=60, name=strategy, ...)` makes a Hypothesis test of a function; the deep profile multiplies the number of examples.
+What it is made of stays at hand (`test.property`), so that bad implementations can be tried against the very same property.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Property:
         return (self.body.__doc__ or "").strip().split("\n")[0]
 
 
-def holds(fast: int, **strategies: SearchStrategy[Any]) -> Callable[[Callable[..., None]], Any]:
-    """Makes a test of a function: it must hold for whatever the strategies draw."""
+def holds(fast: int, factor: int = DEEP_FACTOR, **strategies: SearchStrategy[Any]) -> Callable[[Callable[..., None]], Any]:
+    """Makes a test of a function: it must hold for whatever the strategies draw. factor: times as many in the deep profile."""
 
     def make(body: Callable[..., None]) -> Any:
-        test = settings(max_examples=examples(fast))(given(**strategies)(body))
+        test = settings(max_examples=examples(fast, factor))(given(**strategies)(body))
         test.property = Property(body.__name__.removeprefix("test_"), body, strategies, fast)
         return test
 

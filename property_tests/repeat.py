@@ -1,4 +1,4 @@
-"""`python -m property_tests.repeat 50`: the fast properties again and again with other seeds. Any failure is a bug or a false alarm.
+"""`python -m property_tests.repeat 50`: the fast properties again and again with other seeds. A failure is a bug or a false alarm.
 
 Bad implementations are left out: they are always tried on the same examples.
 """
@@ -19,7 +19,11 @@ def once(seed: int) -> tuple[bool, str]:
     """Runs the fast properties with `--hypothesis-seed`, without an example database: repetitions know nothing of each other."""
     command = [sys.executable, "-m", "pytest", *FAST, "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, "--hypothesis-profile=repeat", f"--hypothesis-seed={seed}"], cwd=ROOT, capture_output=True, text=True, check=False
+        [*command, "--hypothesis-profile=repeat", f"--hypothesis-seed={seed}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return done.returncode == 0, done.stdout + done.stderr
 

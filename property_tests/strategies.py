@@ -132,8 +132,8 @@ POOLS = (0, 1, 3, EVERYTHING, EVERYTHING)
 def workloads(draw: Any, *, vocab_size: int = 2048, max_requests: int = 9, min_requests: int = 1, longest_prompt: int = 36,
               longest_output: int = 14, lags: tuple[int, ...] = (0, 1), graphs: tuple[bool, ...] = (False, True), ranks: int = 1,
               batching: tuple[str, ...] = BATCHING, pools: tuple[int, ...] = POOLS) -> Workload:  # fmt: skip
-    """Requests, and an engine in which each of them fits, some of them barely. Where graphs may be on, many workloads use no filter,
-    so that graphs are replayed.
+    """Requests, and an engine in which each of them fits, some of them barely. Where graphs are on, most workloads use no
+    filter, so that they are replayed.
     """
     shape = draw(shapes(lags=lags, block_sizes=(2, 4, 8, 16), batching=batching))
     replayed = draw(st.sampled_from(graphs))

@@ -26,7 +26,7 @@ def test_bad_implementations_cover_the_known_bugs() -> None:
 
 
 def test_the_page_names_what_there_is() -> None:
-    """docs/bad-implementations.md is current in its names, and shows each bad implementation dead; `make property MATRIX=1` renews it."""
+    """docs/bad-implementations.md has every name of today, and shows each of them dead. `make property MATRIX=1` renews it."""
     page = DOCUMENT.read_text()
     names = list(properties())
     assert re.findall(r"^\| \d+ \| `(\w+)` \|", page, re.M) == names

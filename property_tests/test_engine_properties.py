@@ -28,8 +28,18 @@ def test_replayed_graphs_change_nothing(workload: Workload) -> None:
     reference().assert_right(run(workload))
 
 
-@holds(fast=10, workload=workloads(min_requests=4, max_requests=6, longest_prompt=8, longest_output=24, graphs=(False,), pools=(0, 1),
-                                   batching=("continuous", "chunked")))  # fmt: skip
+@holds(
+    fast=10,
+    workload=workloads(
+        min_requests=4,
+        max_requests=6,
+        longest_prompt=8,
+        longest_output=24,
+        graphs=(False,),
+        pools=(0, 1),
+        batching=("continuous", "chunked"),
+    ),
+)
 def test_preemption_changes_nothing(workload: Workload) -> None:
     """Pools that hold little more than the largest request, outputs longer than prompts: each token is that of HF."""
     reference().assert_right(run(workload))
@@ -69,7 +79,9 @@ def test_a_warm_prefix_cache_does_not_matter(workload: Workload) -> None:
         warm = serve(engine, requests, "warm")
         hits = engine.stats()["prefix_hit_tokens"] - hits
     largest = max(len(r.prompt) for r in requests)
-    roomy = shape.num_blocks * shape.block_size >= 2 * sum(len(r.prompt) + r.params.max_tokens for r in requests) + 16 * len(requests)
+    roomy = shape.num_blocks * shape.block_size >= 2 * sum(len(r.prompt) + r.params.max_tokens for r in requests) + 16 * len(
+        requests
+    )
     assert hits or not roomy or largest <= shape.block_size, "nothing was evicted and nothing was found"
     for before, after in zip(cold, warm, strict=True):
         reference().assert_same(before, after)

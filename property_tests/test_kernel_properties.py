@@ -86,8 +86,12 @@ ENTRIES = st.lists(st.tuples(st.booleans(), st.integers(0, 40), st.integers(1, 1
 """(decode?, tokens already cached, tokens of the query)"""
 
 
-@holds(fast=60, text=TEXTS, block_size=st.sampled_from([1, 4, 16]), entries=ENTRIES, heads=st.sampled_from([(1, 1), (4, 2), (6, 2)]))
-def test_attention_is_its_definition(text: int, block_size: int, entries: list[tuple[bool, int, int]], heads: tuple[int, int]) -> None:
+@holds(
+    fast=60, text=TEXTS, block_size=st.sampled_from([1, 4, 16]), entries=ENTRIES, heads=st.sampled_from([(1, 1), (4, 2), (6, 2)])
+)
+def test_attention_is_its_definition(
+    text: int, block_size: int, entries: list[tuple[bool, int, int]], heads: tuple[int, int]
+) -> None:
     """Paged attention of decodes, prompts and chunks in one batch: causal softmax attention over each entry's own tokens."""
     (q_heads, kv_heads), head_dim = heads, 8
     decodes = [(past, 1) for decode, past, _ in entries if decode]
@@ -124,7 +128,7 @@ def test_attention_is_its_definition(text: int, block_size: int, entries: list[t
 
 
 def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """q: [length, q_heads, head_dim], the last tokens of k, v: [tokens, kv_heads, head_dim]. Query head h reads KV head h // group."""
+    """q: [length, q_heads, head_dim], the last of k, v: [tokens, kv_heads, head_dim]. Query head h reads KV head h // group."""
     past, group = len(k) - len(q), q.shape[1] // k.shape[1]
     result = torch.empty_like(q)
     for i in range(len(q)):

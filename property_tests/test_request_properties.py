@@ -71,8 +71,11 @@ def test_a_valid_request_is_served(prompt: list[int], max_tokens: int, greedy: b
     assert all(0 <= token < VOCAB for token in served[0].tokens)
 
 
-@holds(fast=30, prompt=st.just([]) | st.lists(st.integers(), min_size=1, max_size=5).filter(lambda p: not 0 <= min(p) <= max(p) < VOCAB)
-       | st.integers(MAX_MODEL_LEN - 3, MAX_MODEL_LEN + 200).map(lambda n: [1] * n))  # fmt: skip
+UNKNOWN = st.lists(st.integers(), min_size=1, max_size=5).filter(lambda prompt: not 0 <= min(prompt) <= max(prompt) < VOCAB)
+TOO_LONG = st.integers(MAX_MODEL_LEN - 3, MAX_MODEL_LEN + 200).map(lambda length: [1] * length)
+
+
+@holds(fast=30, prompt=st.just([]) | UNKNOWN | TOO_LONG)
 def test_an_impossible_request_is_refused(prompt: list[int]) -> None:
     """An empty prompt, an unknown token, more than max_model_len tokens: a ValueError, and the engine is as it was."""
     with engine_of(SHAPE) as engine:
@@ -110,7 +113,9 @@ def test_config_files_are_read_as_they_are_written(theta: float, layout: str, ep
     """rope_theta, epsilon and end-of-sequence ids, where transformers 4 and 5 write them."""
     raw = json.loads((tiny() / "config.json").read_text()) | {"rms_norm_eps": eps, "eos_token_id": eos if len(eos) > 1 else eos[0]}
     raw = {key: value for key, value in raw.items() if key not in ("rope_theta", "rope_parameters", "rope_scaling")}
-    raw |= {"rope_theta": theta} if layout == "transformers 4" else {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+    raw |= (
+        {"rope_theta": theta} if layout == "transformers 4" else {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+    )
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(raw))
         try:

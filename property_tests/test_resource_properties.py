@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import tempfile
 import threading
@@ -157,10 +158,8 @@ def test_engines_of_one_host_share_no_name(count: int) -> None:
     def _start_another() -> None:
         config = EngineConfig(model=str(tiny()), device="cpu", optimizations=Optimizations(tensor_parallel_size=2))
         resolved = config.resolve(device="cpu", dtype="float32", max_position_embeddings=4096)
-        try:
+        with contextlib.suppress(_StopError):
             workers.TensorParallelRunner(resolved, load_hf_config(tiny()), tiny(), StepStats())
-        except _StopError:
-            pass
 
     with patch.object(workers.TensorParallelRunner, "_start", record):
         _start_another()

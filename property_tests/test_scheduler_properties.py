@@ -18,7 +18,6 @@ TestEngineMachine = EngineMachine.TestCase
 STEPS = 3000 if deep() else 300
 
 
-
 @holds(fast=150, workload=workloads(vocab_size=VOCAB, lags=(0, 1, 2), longest_prompt=20))
 def test_whole_workloads(workload: Workload) -> None:
     """Requests that fit barely, arriving together or apart, some aborted: each gets the tokens that it would get alone."""
@@ -36,8 +35,6 @@ def serve(checked: CheckedEngine, workload: Workload) -> None:
                 checked.abort(ids[i])
         checked.step()
     checked.finish()
-
-
 
 
 @holds(fast=40, shape=shapes(), seed=st.integers(0, 2**32))
