@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -32,6 +33,7 @@ from nanovllm.kernels.torch import attention, filtering, kv_store, norm, rope, s
 from nanovllm.models import config as model_config
 from nanovllm.models import loader
 from nanovllm.sampling_params import SamplingParams
+from property_tests.ranks import Group, collectives
 
 Patch = tuple[Any, str, Any]  # owner, name of the attribute, what stands there instead
 
@@ -280,12 +282,12 @@ def a_resumed_request_does_not_wait_for_its_own_token() -> list[Patch]:
 
 
 @bad("whole_workloads", "5")
-def two_long_requests_preempt_each_other() -> list[Patch]:
-    """The oldest is the victim and goes to the end of the queue: nobody ever finishes."""
+def the_oldest_is_preempted() -> list[Patch]:
+    """The oldest is the victim, even where this step has planned it already, and goes to the end of the queue."""
 
     def grow(self: ContinuousScheduler, plan: StepPlan, seq: Sequence) -> bool:
         while self.blocks.num_free == 0:
-            victim = next((other for other in self.decoding.values() if other.row not in plan.rows), seq)
+            victim = next(iter(self.decoding.values()))
             self._leave(victim, self.decoding)
             self.waiting[victim.request_id] = victim
             if victim is seq:
@@ -740,13 +742,13 @@ def greedy_rows_get_noise_in_company() -> list[Patch]:
 def a_rank_skips_the_all_reduce() -> list[Patch]:
     """Rank 1 goes on with its own part of the sum."""
 
-    def all_reduce(self: workers.DistributedTensorParallel, x: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self: Group, x: torch.Tensor) -> torch.Tensor:
         own = x.clone()
         total = real(self, x)
         return own if self.rank == 1 else total
 
-    real = workers.DistributedTensorParallel.all_reduce
-    return [(workers.DistributedTensorParallel, "all_reduce", all_reduce)]
+    real = Group.all_reduce
+    return [(Group, "all_reduce", all_reduce)]
 
 
 @bad("two_ranks_compute_the_same")
@@ -763,19 +765,13 @@ def a_rank_loads_the_values_of_another() -> list[Patch]:
 @bad("ranks_hold_caches_of_one_size", "7")
 def ranks_size_their_caches_differently() -> list[Patch]:
     """Each rank takes as many blocks as fit into its own memory."""
-    return [(workers.DistributedTensorParallel, "agree_on_least", lambda self, value: value)]
+    return [(Group, "agree_on_least", lambda self, value: value)]
 
 
 @bad("a_lost_rank_leaves_nobody_hanging", "7")
 def a_lost_rank_is_waited_for() -> list[Patch]:
-    """Collective operations wait for ever."""
-
-    def init(self: workers.DistributedTensorParallel, *args: Any) -> None:
-        with patch.object(workers, "COLLECTIVE_TIMEOUT_S", 3600.0):
-            real(self, *args)
-
-    real = workers.DistributedTensorParallel.__init__
-    return [(workers.DistributedTensorParallel, "__init__", init)]
+    """Collective operations wait for an hour."""
+    return [(collectives, "timedelta", lambda seconds: timedelta(seconds=3600))]
 
 
 @bad("engines_of_one_host_share_no_name", "7")

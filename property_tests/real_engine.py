@@ -1,14 +1,12 @@
 """The real engine on the embedded checkpoint, and what HF transformers says of its tokens.
 
 What a CPU has of the toggles is all here: batching, prefix cache, overlap; CUDA graphs replayed by hand (the real buckets, padding
-and inputs, see tests/test_cuda_graph.py); tensor parallelism with ranks in threads (the real model, shards and gloo groups).
+and inputs, see tests/test_cuda_graph.py); tensor parallelism with ranks in threads (ranks.py).
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,16 +18,12 @@ import torch
 
 from experiments.gate import GateParams, GateResult, judge
 from experiments.rescoring import Rescorer, Scores
-from nanovllm.config import EngineConfig, Optimizations, ResolvedConfig
-from nanovllm.engine import llm_engine, workers
+from nanovllm.config import EngineConfig, Optimizations
+from nanovllm.engine import llm_engine
 from nanovllm.engine.invariants import check_invariants
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.model_runner import ModelRunner, StepHandle
-from nanovllm.engine.scheduler import StepPlan
-from nanovllm.engine.sequence import TokenLogprobs
-from nanovllm.engine.stats import StepStats
 from nanovllm.models.checkpoint import ensure_checkpoint
-from nanovllm.models.config import ModelConfig
+from property_tests.ranks import in_place_of_processes
 from property_tests.strategies import Request, Shape, Workload
 from tests.test_cuda_graph import FakeGraphRunner
 
@@ -41,44 +35,6 @@ VOCAB = 2048
 @cache
 def tiny() -> Path:
     return ensure_checkpoint("tiny")
-
-
-class RanksInThreads:
-    """TensorParallelRunner's interface with its ranks in threads of this process: the real runners, shards and process groups,
-    and a patch of any of them reaches every rank."""
-
-    def __init__(self, resolved: ResolvedConfig, model_config: ModelConfig, folder: Path, stats: StepStats) -> None:
-        size = resolved.optimizations.tensor_parallel_size
-        self._folder = tempfile.TemporaryDirectory()
-        self._threads = ThreadPoolExecutor(size)
-
-        def start(rank: int) -> ModelRunner:
-            own = stats if rank == 0 else StepStats()
-            group = workers.DistributedTensorParallel(rank, size, f"{self._folder.name}/rendezvous", "cpu", own)
-            return ModelRunner(resolved, model_config, folder, own, group)
-
-        try:
-            self.ranks = self._each(range(size), start)
-        except BaseException:
-            self.close()
-            raise
-        self.num_blocks, self.kv_cache_bytes = self.ranks[0].num_blocks, self.ranks[0].kv_cache_bytes
-
-    def launch(self, plan: StepPlan) -> list[StepHandle]:
-        return self._each(self.ranks, lambda rank: rank.launch(plan))
-
-    def collect(self, handle: list[StepHandle]) -> tuple[list[int], list[TokenLogprobs] | None]:
-        tokens, *others = (rank.collect(part) for rank, part in zip(self.ranks, handle, strict=True))
-        for other in others:
-            assert other[0] == tokens[0], f"ranks sampled different tokens: {tokens[0]} and {other[0]}"
-        return tokens
-
-    def close(self) -> None:
-        self._threads.shutdown()
-        self._folder.cleanup()
-
-    def _each(self, items: Any, work: Callable[[Any], Any]) -> list[Any]:
-        return list(self._threads.map(work, items))
 
 
 @contextmanager
@@ -96,8 +52,7 @@ def engine_of(shape: Shape, **changes: Any) -> Iterator[LLMEngine]:
         with ExitStack() as building:
             if shape.graphs:
                 building.enter_context(patch.object(llm_engine, "ModelRunner", FakeGraphRunner))
-            building.enter_context(patch.object(workers, "TensorParallelRunner", RanksInThreads))
-            building.enter_context(patch.object(workers, "COLLECTIVE_TIMEOUT_S", 10.0))
+            building.enter_context(in_place_of_processes())
             engine = stack.enter_context(LLMEngine(EngineConfig(**config | changes)))
         yield engine
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nanovllm import LLM, SamplingParams
 from property_tests.profiles import holds
-from property_tests.real_engine import engine_of, reference, run, serve, tiny
+from property_tests.real_engine import BYTES_A_TOKEN, engine_of, reference, run, serve, tiny
 from property_tests.strategies import EVERYTHING, SEEDS, Request, Shape, Workload, workloads
 
 ALONE = Shape("static", False, 0, 16, 8, 1, 128)
@@ -79,10 +79,9 @@ def test_a_warm_prefix_cache_does_not_matter(workload: Workload) -> None:
         warm = serve(engine, requests, "warm")
         hits = engine.stats()["prefix_hit_tokens"] - hits
     largest = max(len(r.prompt) for r in requests)
-    roomy = shape.num_blocks * shape.block_size >= 2 * sum(len(r.prompt) + r.params.max_tokens for r in requests) + 16 * len(
-        requests
-    )
-    assert hits or not roomy or largest <= shape.block_size, "nothing was evicted and nothing was found"
+    tokens = sum(len(r.prompt) + r.params.max_tokens + shape.block_size for r in requests)
+    evicted = shape.num_blocks * shape.block_size < 2 * tokens  # perhaps
+    assert hits or evicted or largest <= shape.block_size, "nothing was evicted and nothing was found"
     for before, after in zip(cold, warm, strict=True):
         reference().assert_same(before, after)
     reference().assert_right(warm)
@@ -90,16 +89,20 @@ def test_a_warm_prefix_cache_does_not_matter(workload: Workload) -> None:
 
 @holds(fast=8, workload=workloads(max_requests=4, longest_output=8, graphs=(False,), ranks=2))
 def test_two_ranks_compute_the_same(workload: Workload) -> None:
-    """Tensor parallelism over two ranks (in threads, over real process groups): each token is that of HF."""
-    reference().assert_right(run(workload))
+    """Tensor parallelism over two ranks (in threads, over real process groups): each token is that of HF, and of one rank alone."""
+    served = run(workload)
+    reference().assert_right(served)
+    if served[0].finish_reason != "abort":
+        request = replace(served[0].request, arrival=0, abort=None)
+        reference().assert_same(run(Workload(ALONE, (request,)))[0], served[0])
 
 
 @pytest.mark.slow
-@holds(fast=8, workload=workloads(min_requests=3, longest_output=8, graphs=False), cuts=st.sampled_from([1, 5, 64]))
+@holds(fast=8, factor=5, workload=workloads(min_requests=3, longest_output=8, graphs=(False,)), cuts=st.sampled_from([1, 5, 64]))
 def test_seeded_tokens_under_real_ranks(workload: Workload, cuts: int) -> None:
     """Two ranks in processes of their own: every request gets the tokens that it gets alone on one."""
     shape, requests = workload.shape, tuple(replace(r, abort=None, arrival=0) for r in workload.requests)
-    bytes_a_rank = max(2, shape.num_blocks) * shape.block_size * 4 * 2 * 64 * 4
+    bytes_a_rank = shape.num_blocks * shape.block_size * BYTES_A_TOKEN // 2
     toggles = {"batching": shape.batching, "prefix_cache": shape.prefix_cache, "overlap": shape.lag == 1, "tensor_parallel_size": 2}
     with LLM(str(tiny()), device="cpu", max_model_len=128, max_num_seqs=shape.max_num_seqs, block_size=shape.block_size,
              max_num_batched_tokens=shape.max_num_seqs + cuts, kv_cache_memory_bytes=bytes_a_rank, skip_tokenizer_init=True,

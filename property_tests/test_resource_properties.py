@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 from unittest.mock import patch
 
 import torch
 from hypothesis import strategies as st
 
-from nanovllm.config import EngineConfig, Optimizations
-from nanovllm.engine import kv_cache, workers
+from nanovllm.engine import kv_cache
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.stats import StepStats
-from nanovllm.models.config import load_hf_config
 from nanovllm.sampling_params import SamplingParams
 from property_tests.model_free import ModelFreeEngine
 from property_tests.profiles import holds
+from property_tests.ranks import in_ranks, meeting_places
 from property_tests.real_engine import BYTES_A_TOKEN, engine_of, tiny
 from property_tests.strategies import BATCHING, Shape
 
@@ -121,58 +115,28 @@ def test_leaving_costs_nothing_per_bystander(batching: str, prefix_cache: bool, 
     assert costs[1] <= costs[0] + 4, f"among 20 it costs {costs[0]} looks, among 200 {costs[1]}"
 
 
-def in_two_ranks(work: Callable[[workers.DistributedTensorParallel], Any], rendezvous: str) -> list[Any]:
-    """`work` in two threads, each with a rank of one group."""
-
-    def start(rank: int) -> Any:
-        return work(workers.DistributedTensorParallel(rank, 2, rendezvous, "cpu", StepStats()))
-
-    with ThreadPoolExecutor(2) as threads:
-        return list(threads.map(start, range(2)))
-
-
 @holds(fast=4, least=st.integers(1, 1000), more=st.integers(0, 1000), first=st.booleans())
 def test_ranks_agree_on_what_all_of_them_have(least: int, more: int, first: bool) -> None:
     """Ranks with different memory take the same number of blocks: the least."""
     values = (least, least + more) if first else (least + more, least)
     with tempfile.TemporaryDirectory() as folder:
-        agreed = in_two_ranks(lambda group: group.agree_on_least(values[group.rank]), f"{folder}/r")
+        agreed = in_ranks(2, f"{folder}/r", lambda group, _: group.agree_on_least(values[group.rank]))
     assert agreed == [least, least], f"ranks with {values} agreed on {agreed}"
-
-
-class _StopError(ValueError):
-    """Ends a start that a property has seen enough of (a ValueError passes through as it is)."""
 
 
 @holds(fast=2, count=st.integers(2, 3))
 def test_engines_of_one_host_share_no_name(count: int) -> None:
     """Several tensor-parallel engines at once: each has its own place to meet (no fixed port, no fixed name)."""
-    places: list[str] = []
-
-    def record(self: workers.TensorParallelRunner, job: Any) -> None:
-        places.append(job.rendezvous)
-        if len(places) < count:
-            _start_another()
-        raise _StopError
-
-    def _start_another() -> None:
-        config = EngineConfig(model=str(tiny()), device="cpu", optimizations=Optimizations(tensor_parallel_size=2))
-        resolved = config.resolve(device="cpu", dtype="float32", max_position_embeddings=4096)
-        with contextlib.suppress(_StopError):
-            workers.TensorParallelRunner(resolved, load_hf_config(tiny()), tiny(), StepStats())
-
-    with patch.object(workers.TensorParallelRunner, "_start", record):
-        _start_another()
-    assert len(set(places)) == count, f"{count} engines meet at {sorted(set(places))}"
+    places = meeting_places(tiny(), count)
+    assert len(set(places)) == len(places) == count, f"{count} engines meet at {sorted(places)}"
 
 
 @holds(fast=1, lost=st.sampled_from([0, 1]))
 def test_a_lost_rank_leaves_nobody_hanging(lost: int) -> None:
     """A rank that never joins an all-reduce: the other gets an error within the stated time."""
-    groups: dict[int, workers.DistributedTensorParallel] = {}
     caught: list[BaseException] = []
-    with tempfile.TemporaryDirectory() as folder, patch.object(workers, "COLLECTIVE_TIMEOUT_S", 0.3):
-        in_two_ranks(lambda group: groups.__setitem__(group.rank, group), f"{folder}/r")
+    with tempfile.TemporaryDirectory() as folder:
+        groups = in_ranks(2, f"{folder}/r", lambda group, _: group, timeout_s=0.3)
 
         def wait() -> None:
             try:
