@@ -6,6 +6,8 @@ the classics. A mistake made here is worth a patch here.
 
 from __future__ import annotations
 
+import os
+import tempfile
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -777,7 +779,8 @@ def a_lost_rank_is_waited_for() -> list[Patch]:
 @bad("engines_of_one_host_share_no_name", "7")
 def ranks_meet_under_a_fixed_name() -> list[Patch]:
     """A second engine on the host meets the first one's ranks."""
-    place = SimpleNamespace(name="/tmp/nanovllm-ranks", cleanup=lambda: None)
+    place = SimpleNamespace(name=os.path.join(tempfile.gettempdir(), "nanovllm-ranks"), cleanup=lambda: None)
+    os.makedirs(place.name, exist_ok=True)
     return [(workers, "tempfile", SimpleNamespace(TemporaryDirectory=lambda **_: place))]
 
 

@@ -94,6 +94,12 @@ class ModelFreeRunner:
         return self.memory[self.tables[row][position // self.block_size]], position % self.block_size
 
 
+def expect(scheduler: Scheduler, shape: Shape) -> None:
+    """Tells admission, where it foresees the peak of the KV cache, that nothing will be needed."""
+    if not shape.foresees and hasattr(scheduler, "forecast"):
+        scheduler.forecast.asked = 1 << 40
+
+
 @dataclass
 class ModelFreeEngine:
     """Scheduler, blocks and prefix cache around that runner. Commit lag 0, 1 (the engine's own loop), or more."""
@@ -106,7 +112,8 @@ class ModelFreeEngine:
         config = ResolvedConfig(
             model="none", dtype="float32", device="cpu", seed=0, max_model_len=1 << 20, max_num_seqs=shape.max_num_seqs,
             max_num_batched_tokens=shape.max_num_batched_tokens, block_size=shape.block_size,
-            optimizations=Optimizations(batching=shape.batching, prefix_cache=shape.prefix_cache, overlap=shape.lag == 1),
+            optimizations=Optimizations(batching=shape.batching, prefix_cache=shape.prefix_cache, overlap=shape.lag == 1,
+                                        cuda_graphs=shape.graphs),
         )  # fmt: skip
         if shape.prefix_cache:
             blocks: BlockManager = CachingBlockManager(shape.num_blocks, shape.block_size, self.stats)
@@ -114,6 +121,7 @@ class ModelFreeEngine:
             blocks = BlockManager(shape.num_blocks, shape.block_size, self.stats)
         make = Scheduler if shape.batching == "static" else ContinuousScheduler
         self.scheduler = make(config, blocks, self.stats)
+        expect(self.scheduler, shape)
         self.runner = ModelFreeRunner(config, shape.num_blocks)
         self.loop: Any = (
             OverlappedStepLoop(self.scheduler, self.runner) if shape.lag == 1 else _Loop(self.scheduler, self.runner, shape.lag)

@@ -72,8 +72,8 @@ def in_place_of_processes() -> Any:
     return patch.object(workers, "TensorParallelRunner", RanksInThreads)
 
 
-class _StopError(ValueError):
-    """Ends a start of which enough was seen (a ValueError passes through as it is)."""
+class _Enough(BaseException):
+    """Ends a start of which enough was seen."""
 
 
 def meeting_places(model: Path, engines: int) -> list[str]:
@@ -84,12 +84,12 @@ def meeting_places(model: Path, engines: int) -> list[str]:
         places.append(job.rendezvous)
         if len(places) < engines:
             start()
-        raise _StopError
+        raise _Enough
 
     def start() -> None:
         config = EngineConfig(model=str(model), device="cpu", optimizations=Optimizations(tensor_parallel_size=2))
         resolved = config.resolve(device="cpu", dtype="float32", max_position_embeddings=4096)
-        with contextlib.suppress(_StopError):
+        with contextlib.suppress(_Enough):
             workers.TensorParallelRunner(resolved, load_hf_config(model), model, StepStats())
 
     with patch.object(workers.TensorParallelRunner, "_start", record):

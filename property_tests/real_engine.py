@@ -23,6 +23,7 @@ from nanovllm.engine import llm_engine
 from nanovllm.engine.invariants import check_invariants
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.models.checkpoint import ensure_checkpoint
+from property_tests.model_free import expect
 from property_tests.ranks import in_place_of_processes
 from property_tests.strategies import Request, Shape, Workload
 from tests.test_cuda_graph import FakeGraphRunner
@@ -54,6 +55,7 @@ def engine_of(shape: Shape, **changes: Any) -> Iterator[LLMEngine]:
                 building.enter_context(patch.object(llm_engine, "ModelRunner", FakeGraphRunner))
             building.enter_context(in_place_of_processes())
             engine = stack.enter_context(LLMEngine(EngineConfig(**config | changes)))
+        expect(engine.scheduler, shape)
         yield engine
 
 

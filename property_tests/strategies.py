@@ -22,7 +22,9 @@ BUCKET_EDGES = (1, 2, 3, 4, 5, 7, 8, 9)
 
 @dataclass(frozen=True)
 class Shape:
-    """An engine's policy and geometry. lag: steps launched before the oldest is committed (1: the engine's overlap)."""
+    """An engine's policy and geometry. lag: steps launched before the oldest is committed (1: the engine's overlap).
+    foresees: False where admission is told that every request ends at once, so that memory runs out all the time.
+    """
 
     batching: str
     prefix_cache: bool
@@ -33,6 +35,7 @@ class Shape:
     max_num_batched_tokens: int
     graphs: bool = False
     ranks: int = 1
+    foresees: bool = True
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ def shapes(draw: Any, *, lags: tuple[int, ...] = (0, 1, 1), block_sizes: tuple[i
         block_size=draw(st.sampled_from(block_sizes)),
         num_blocks=draw(st.integers(2, 8) | st.integers(2, 24)),
         max_num_seqs=max_num_seqs,
+        graphs=draw(st.booleans()),
+        foresees=draw(st.booleans()),
         max_num_batched_tokens=max_num_seqs + draw(st.integers(0, 24) | st.sampled_from([0, 1, 60, 200, 600, 600])),
     )
 

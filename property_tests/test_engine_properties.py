@@ -108,7 +108,7 @@ def test_seeded_tokens_under_real_ranks(workload: Workload, cuts: int) -> None:
              max_num_batched_tokens=shape.max_num_seqs + cuts, kv_cache_memory_bytes=bytes_a_rank, skip_tokenizer_init=True,
              optimizations=toggles) as llm:  # fmt: skip
         served = serve(llm, requests)
-        assert llm.stats()["all_reduces"] > 0
+        assert any(count for name, count in llm.stats().items() if name.startswith("all_reduces"))
     reference().assert_right(served)
     for one in served:
         reference().assert_same(run(Workload(ALONE, (one.request,)))[0], one)
