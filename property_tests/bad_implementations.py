@@ -283,7 +283,7 @@ def a_resumed_request_does_not_wait_for_its_own_token() -> list[Patch]:
     return [(ContinuousScheduler, "_admit", admit)]
 
 
-@bad("whole_workloads", "5")
+@bad("engine_machine", "5")
 def the_oldest_is_preempted() -> list[Patch]:
     """The oldest is the victim, even where this step has planned it already, and goes to the end of the queue."""
 
