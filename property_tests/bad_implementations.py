@@ -248,24 +248,6 @@ def the_sampled_token_is_lost_at_preemption() -> list[Patch]:
     return [(Scheduler, "_leave", leave)]
 
 
-@bad("whole_workloads", "4")
-def a_token_in_flight_is_lost_at_preemption() -> list[Patch]:
-    """A token that was sampled before its request was preempted, and committed after, is dropped."""
-
-    def commit(self: Scheduler, plan: StepPlan, tokens: list[int], logprobs: Any = None) -> list[Sequence]:
-        _, seqs = self.launched[0]
-        preempted = [seq for seq, row in zip(seqs, plan.rows, strict=True) if seq.row != row and seq.finish_reason is None]
-        before = [len(seq.token_ids) for seq in preempted]
-        advanced = real(self, plan, tokens, logprobs)
-        for seq, length in zip(preempted, before, strict=True):
-            if seq.finish_reason is None:
-                del seq.token_ids[length:]
-        return advanced
-
-    real = Scheduler.commit
-    return [(Scheduler, "commit", commit)]
-
-
 @bad("engine_machine", "4")
 def a_resumed_request_does_not_wait_for_its_own_token() -> list[Patch]:
     """A preempted request is admitted again while a token of it is in flight."""
