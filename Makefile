@@ -1,7 +1,7 @@
 # The commands people type. `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow lint format bench ablate check compare-vllm compare-hf report ui clean
+.PHONY: help setup test test-slow property lint bench ablate check compare-vllm compare-hf report ui clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -59,6 +59,19 @@ test: $(READY)  ## the test suite, under ten minutes on two cores
 
 test-slow: $(READY)  ## what takes longer
 	@$(BIN)/python -m pytest -m slow
+
+# `make property`: the fast profile, as in `make test`; DEEP=1: thousands of examples, about an hour; REPEAT=50: fast with 50 seeds;
+# MATRIX=1: which property kills which bad implementation, written to docs/bad-implementations.md.
+property: $(READY)  ## property tests alone (DEEP=1: an hour; REPEAT=50: as many seeds; MATRIX=1: the page of bad implementations)
+ifdef REPEAT
+	@$(BIN)/python -m property_tests.repeat $(REPEAT)
+else ifdef MATRIX
+	@PYTHONPATH=src:. $(BIN)/python -m property_tests.kill_matrix --write
+else ifdef DEEP
+	@$(BIN)/python -m pytest property_tests -k "not bad_implementation" --hypothesis-profile=deep --timeout=0 --durations=0
+else
+	@$(BIN)/python -m pytest property_tests -m "not slow"
+endif
 
 lint: $(READY)  ## ruff, mypy, import-linter
 	@$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from array import array
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from nanovllm.config import Optimizations, ResolvedConfig
@@ -20,6 +21,7 @@ from nanovllm.engine.prefix_cache import CachingBlockManager
 from nanovllm.engine.scheduler import Scheduler, StepPlan
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stats import StepStats
+from property_tests.strategies import Shape
 
 VOCAB = 7
 
@@ -28,8 +30,13 @@ def extend(kv: list[int], tokens: list[int]) -> list[int]:
     """The numbers of `tokens`, which come after those whose numbers are `kv`."""
     result = list(kv)
     for token in tokens:
-        result.append(zlib.crc32(array("q", [*result, token]).tobytes()))
+        result.append(_next(tuple(result), token))
     return result[len(kv) :]
+
+
+@cache
+def _next(past: tuple[int, ...], token: int) -> int:
+    return zlib.crc32(array("q", [*past, token]).tobytes())
 
 
 def oracle(prompt: list[int], max_tokens: int, stops: frozenset[int]) -> list[int]:
@@ -87,47 +94,49 @@ class ModelFreeRunner:
         return self.memory[self.tables[row][position // self.block_size]], position % self.block_size
 
 
+def expect(scheduler: Scheduler, shape: Shape) -> None:
+    """Tells admission, where it foresees the peak of the KV cache, that nothing will be needed."""
+    if not shape.foresees and hasattr(scheduler, "forecast"):
+        scheduler.forecast.asked = 1 << 40
+
+
 @dataclass
 class ModelFreeEngine:
     """Scheduler, blocks and prefix cache around that runner. Commit lag 0, 1 (the engine's own loop), or more."""
 
-    batching: str
-    prefix_cache: bool
-    lag: int
-    block_size: int
-    num_blocks: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
+    shape: Shape
     stats: StepStats = field(default_factory=StepStats)
-    finished: dict[str, Sequence] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        shape = self.shape
         config = ResolvedConfig(
-            model="none", dtype="float32", device="cpu", seed=0, max_model_len=1 << 20, max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=self.max_num_batched_tokens, block_size=self.block_size,
-            optimizations=Optimizations(batching=self.batching, prefix_cache=self.prefix_cache, overlap=self.lag == 1,
-                                        cuda_graphs=self.max_num_batched_tokens % 3 == 0),  # admission then gathers requests
+            model="none", dtype="float32", device="cpu", seed=0, max_model_len=1 << 20, max_num_seqs=shape.max_num_seqs,
+            max_num_batched_tokens=shape.max_num_batched_tokens, block_size=shape.block_size,
+            optimizations=Optimizations(batching=shape.batching, prefix_cache=shape.prefix_cache, overlap=shape.lag == 1,
+                                        cuda_graphs=shape.graphs),
         )  # fmt: skip
-        if self.prefix_cache:
-            blocks: BlockManager = CachingBlockManager(self.num_blocks, self.block_size, self.stats)
+        if shape.prefix_cache:
+            blocks: BlockManager = CachingBlockManager(shape.num_blocks, shape.block_size, self.stats)
         else:
-            blocks = BlockManager(self.num_blocks, self.block_size, self.stats)
-        make = Scheduler if self.batching == "static" else ContinuousScheduler
+            blocks = BlockManager(shape.num_blocks, shape.block_size, self.stats)
+        make = Scheduler if shape.batching == "static" else ContinuousScheduler
         self.scheduler = make(config, blocks, self.stats)
-        if isinstance(self.scheduler, ContinuousScheduler) and self.max_num_batched_tokens % 2:
-            self.scheduler.forecast.asked = 1 << 40  # it expects every request to end at once: memory runs out, all the time
-        self.runner = ModelFreeRunner(config, self.num_blocks)
+        expect(self.scheduler, shape)
+        self.runner = ModelFreeRunner(config, shape.num_blocks)
         self.loop: Any = (
-            OverlappedStepLoop(self.scheduler, self.runner) if self.lag == 1 else _Loop(self.scheduler, self.runner, self.lag)
+            OverlappedStepLoop(self.scheduler, self.runner) if shape.lag == 1 else _Loop(self.scheduler, self.runner, shape.lag)
         )
 
     @property
     def busy(self) -> bool:
         return bool(self.scheduler.num_unfinished or self.scheduler.launched)
 
-    def step(self) -> None:
-        _, advanced = self.loop.step()
-        self.finished |= {seq.request_id: seq for seq in advanced if seq.finish_reason is not None}
+    def step(self) -> list[Sequence]:
+        """The sequences that got a token."""
+        in_flight = len(self.scheduler.launched)
+        plan, advanced = self.loop.step()
+        assert plan is not None or in_flight or not self.scheduler.num_unfinished, "requests wait and nothing is planned"
+        return advanced
 
 
 @dataclass

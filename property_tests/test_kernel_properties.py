@@ -1,0 +1,138 @@
+"""The operations of the model against their definitions, written out here without pages, batches or fused steps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from nanovllm.kernels import torch as kernels
+from nanovllm.kernels.batch import ForwardBatch
+from nanovllm.kernels.torch import attention, kv_store, rope
+from property_tests.profiles import holds
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+TEXTS = st.integers(0, 2**20)
+
+
+def noise(text: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(text)).to(dtype)
+
+
+def assert_close(found: torch.Tensor, exact: torch.Tensor, what: str) -> None:
+    tolerance = 16 * torch.finfo(found.dtype).eps
+    error = float(((found.double() - exact) / exact.abs().clamp(min=1.0)).abs().max())
+    assert error <= tolerance, f"{what} is off by {error:.2g}, {tolerance:.2g} is allowed in {found.dtype}"
+
+
+@holds(fast=60, text=TEXTS, rows=st.integers(1, 5), n=st.sampled_from([1, 8, 64]), dtype=DTYPES, eps=st.sampled_from([1e-6, 1e-2]))
+def test_rms_norm_is_its_definition(text: int, rows: int, n: int, dtype: torch.dtype, eps: float) -> None:
+    """RMSNorm and add + RMSNorm equal their formulas in float64, and write to none of their inputs."""
+    inputs = [noise(text + i, rows, n, dtype=dtype) for i in range(2)] + [noise(text + 2, n, dtype=dtype)]
+    before = [tensor.clone() for tensor in inputs]
+    x, residual, weight = inputs
+    normed = kernels.rms_norm(x, weight, eps)
+    total_normed, total = kernels.add_rms_norm(x, residual, weight, eps)
+    for name, tensor, old in zip(("x", "residual", "weight"), inputs, before, strict=True):
+        assert torch.equal(tensor, old), f"{name} was written to"
+
+    def exact(values: torch.Tensor) -> torch.Tensor:
+        return values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps) * weight.double()
+
+    assert_close(normed, exact(x.double()), "the norm")
+    assert torch.equal(total, x + residual), "the sum is another"
+    assert_close(total_normed, exact(total.double()), "the norm of the sum")
+
+
+@holds(fast=40, text=TEXTS, head_dim=st.sampled_from([2, 8, 64]), first=st.integers(0, 50), distance=st.integers(0, 50))
+def test_rope_scores_depend_on_distance_alone(text: int, head_dim: int, first: int, distance: int) -> None:
+    """Rotation keeps lengths, and the score of a query and a key depends on their distance and nothing else."""
+    from nanovllm.layers.rotary_embedding import RotaryEmbedding
+
+    table = RotaryEmbedding(head_dim, 128, 1e4)
+    x = noise(text, 2, 3, head_dim)
+    query, key = (rope.apply_rope(x[None, i].expand(2, -1, -1), table(torch.tensor([position, position + distance])))
+                  for i, position in ((0, first), (1, 0)))  # fmt: skip
+    assert_close(query.norm(dim=-1), x[0].double().norm(dim=-1).expand(2, -1), "the length of a rotated vector")
+    here, there = (query[0] * key[0]).sum(-1), (query[1] * key[1]).sum(-1)
+    assert torch.allclose(here, there, atol=2e-4 * math.sqrt(head_dim)), "the score of a query and a key moved with both of them"
+
+
+@holds(fast=40, text=TEXTS, rows=st.integers(1, 4), n=st.sampled_from([1, 8, 33]), dtype=DTYPES)
+def test_swiglu_is_its_definition(text: int, rows: int, n: int, dtype: torch.dtype) -> None:
+    """silu(gate) * up, the gate in the first half."""
+    x = noise(text, rows, 2 * n, dtype=dtype)
+    gate, up = x.double().split(n, dim=-1)
+    assert_close(kernels.silu_and_mul(x), gate * torch.sigmoid(gate) * up, "SwiGLU")
+
+
+@holds(fast=40, text=TEXTS, block_size=st.sampled_from([1, 4, 16]), tokens=st.integers(1, 9))
+def test_kv_is_stored_in_its_slots_alone(text: int, block_size: int, tokens: int) -> None:
+    """K and V of each token lie in its slot; no other slot changes."""
+    blocks, heads, head_dim = 12, 2, 4
+    k, v = noise(text, 2, tokens, heads, head_dim)
+    caches = noise(text + 1, 2, blocks, heads, block_size, head_dim)
+    slots = torch.randperm(blocks * block_size, generator=torch.Generator().manual_seed(text))[:tokens]
+    expected = caches.clone()
+    for i, slot in enumerate(slots.tolist()):
+        expected[0, slot // block_size, :, slot % block_size], expected[1, slot // block_size, :, slot % block_size] = k[i], v[i]
+    kv_store.store_kv(k, v, caches[0], caches[1], slots)
+    assert torch.equal(caches, expected), "K or V lie elsewhere than in their slots"
+
+
+ENTRIES = st.lists(st.tuples(st.booleans(), st.integers(0, 40), st.integers(1, 12)), min_size=1, max_size=20)
+"""(decode?, tokens already cached, tokens of the query)"""
+
+
+@holds(
+    fast=60, text=TEXTS, block_size=st.sampled_from([1, 4, 16]), entries=ENTRIES, heads=st.sampled_from([(1, 1), (4, 2), (6, 2)])
+)
+def test_attention_is_its_definition(
+    text: int, block_size: int, entries: list[tuple[bool, int, int]], heads: tuple[int, int]
+) -> None:
+    """Paged attention of decodes, prompts and chunks in one batch: causal softmax attention over each entry's own tokens."""
+    (q_heads, kv_heads), head_dim = heads, 8
+    decodes = [(past, 1) for decode, past, _ in entries if decode]
+    shapes = decodes + [(past, length) for decode, past, length in entries if not decode]
+    seq_lens = [past + length for past, length in shapes]
+    query_lens = [length for _, length in shapes]
+    needed = [-(-n // block_size) for n in seq_lens]
+    generator = torch.Generator().manual_seed(text)
+    pool = torch.randperm(sum(needed) + 3, generator=generator).tolist()
+    caches = torch.full((2, len(pool), kv_heads, block_size, head_dim), 1e3)  # what nobody may read
+    tables = torch.zeros(len(shapes), max(needed), dtype=torch.int32)
+    queries, fresh, expected = [], [], []
+    for i, (past, length) in enumerate(shapes):
+        table = [pool.pop() for _ in range(needed[i])]
+        tables[i, : len(table)] = torch.tensor(table)
+        k, v = torch.randn(2, past + length, kv_heads, head_dim, generator=generator)
+        for position in range(past + length):
+            block, offset = table[position // block_size], position % block_size
+            caches[0, block, :, offset], caches[1, block, :, offset] = k[position], v[position]
+        q = torch.randn(length, q_heads, head_dim, generator=generator)
+        queries.append(q)
+        fresh.append((k[past:], v[past:]))
+        expected.append(dense_attention(q.double(), k.double(), v.double()))
+    batch = ForwardBatch(
+        torch.zeros(sum(query_lens), dtype=torch.int64), torch.zeros(sum(query_lens), dtype=torch.int64),
+        torch.zeros(sum(query_lens), dtype=torch.int64), tables, torch.tensor(seq_lens, dtype=torch.int32),
+        torch.tensor([0, *query_lens]).cumsum(0), len(decodes), query_lens, seq_lens,
+    )  # fmt: skip
+    backend: Any = attention.TorchAttention(kv_heads, block_size, head_dim**-0.5, torch.float32)
+    backend.prepare(batch)
+    k, v = (torch.cat([kv[part] for kv in fresh]) for part in (0, 1))
+    found = backend.attend(torch.cat(queries), k, v, caches[0], caches[1], batch)
+    assert_close(found, torch.cat(expected), "attention")
+
+
+def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """q: [length, q_heads, head_dim], the last of k, v: [tokens, kv_heads, head_dim]. Query head h reads KV head h // group."""
+    past, group = len(k) - len(q), q.shape[1] // k.shape[1]
+    result = torch.empty_like(q)
+    for i in range(len(q)):
+        for h in range(q.shape[1]):
+            keys, values = k[: past + i + 1, h // group], v[: past + i + 1, h // group]
+            result[i, h] = (keys @ q[i, h] * q.shape[2] ** -0.5).softmax(0) @ values
+    return result
