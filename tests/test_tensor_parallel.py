@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ import psutil
 import pytest
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.config import Optimizations
 from nanovllm.engine import workers
+from nanovllm.models.checkpoint import ensure_checkpoint
 
 SMALL: dict[str, Any] = {
     "device": "cpu",
@@ -30,7 +34,13 @@ def tokens_of(llm: LLM) -> list[list[int]]:
 
 
 def children() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if "nanovllm.engine.workers" in " ".join(p.cmdline())]
+    return [p for p in psutil.Process().children() if "nanovllm.engine.rank" in " ".join(p.cmdline())]
+
+
+@pytest.fixture(scope="module")
+def four_heads() -> Path:
+    """`tiny` with as many KV heads as four ranks need."""
+    return ensure_checkpoint("tiny", num_key_value_heads=4)
 
 
 def test_two_ranks_compute_the_same_and_two_engines_run_side_by_side(tiny: Path) -> None:
@@ -40,39 +50,106 @@ def test_two_ranks_compute_the_same_and_two_engines_run_side_by_side(tiny: Path)
         assert single.toggles()["tensor_parallel_size"]["engaged"] == 0
     toggles = {"tensor_parallel_size": 2, "batching": "chunked", "prefix_cache": True, "overlap": True}
     with LLM(str(tiny), **SMALL, optimizations=toggles) as one, LLM(str(tiny), **SMALL, optimizations=toggles) as other:
-        assert len(children()) == 2
+        assert len(children()) == 4
         assert tokens_of(one) == expected
         assert tokens_of(other) == expected
         assert one.toggles()["tensor_parallel_size"]["engaged"] > 0
+        assert one.toggles()["all_reduce"]["engaged"] == 0
         assert one.resolved_config()["num_kv_blocks"] == 2 * blocks  # the same bytes a rank hold twice the tokens
     assert children() == []
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True),
+        SamplingParams(temperature=0.9, max_tokens=24, ignore_eos=True, seed=5),
+        SamplingParams(temperature=1.0, top_k=50, top_p=0.9, max_tokens=12, ignore_eos=True, seed=6),
+    ],
+)
+def test_four_ranks_with_preemptions_and_cached_prefixes(four_heads: Path, params: SamplingParams) -> None:
+    """Too few blocks for all, prompts that begin alike, and the counters of one process."""
+    prompts = [{"prompt_token_ids": [*range(30, 46), 100 + i]} for i in range(6)]
+    results = []
+    for degree in (1, 4):
+        arguments = SMALL | {"kv_cache_memory_bytes": 4 * 4 * 2 * 64 * 8 * 14 * 4 // degree}  # 14 blocks of 8 tokens
+        switches = {"tensor_parallel_size": degree, "batching": "chunked", "prefix_cache": True, "overlap": True}
+        with LLM(str(four_heads), **arguments, optimizations=switches) as llm:
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            stats = llm.stats()
+        assert stats["preemptions"] > 0
+        assert stats["prefix_hit_tokens"] > 0
+        results.append([output.outputs[0].token_ids for output in outputs])
+    assert results[0] == results[1]
+    assert children() == []
+
+
 def test_a_killed_rank_ends_the_engine_with_an_error(tiny: Path) -> None:
+    for victim in (0, 1):
+        llm = LLM(str(tiny), **SMALL, tensor_parallel_size=2)
+        os.kill(llm.runner._children[victim].process.pid, signal.SIGKILL)
+        begin = time.monotonic()
+        with pytest.raises(workers.WorkerError, match=rf"rank {victim} was killed \(SIGKILL\)"):
+            tokens_of(llm)
+        assert time.monotonic() - begin < 20
+        assert children() == []
+        with pytest.raises(RuntimeError, match="takes no requests"):
+            tokens_of(llm)
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_hung_rank_ends_the_engine_with_an_error(four_heads: Path, monkeypatch: pytest.MonkeyPatch, victim: int) -> None:
+    monkeypatch.setattr(workers, "COLLECTIVE_TIMEOUT_S", 2.0)
+    llm = LLM(str(four_heads), **SMALL, tensor_parallel_size=4)
+    os.kill(llm.runner._children[victim].process.pid, signal.SIGSTOP)
+    with pytest.raises(workers.WorkerError, match=f"rank {victim} hangs: it did not answer within 2 s"):
+        tokens_of(llm)
+    assert children() == []
+
+
+def test_a_step_that_nobody_finishes_ends_the_engine(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a graph whose all-reduce never ends: every rank has launched it, all of them live, and no tokens come."""
+    monkeypatch.setattr(workers, "COLLECTIVE_TIMEOUT_S", 1.0)
+    hang = ("import time; from nanovllm.engine import rank, model_runner\n"
+            "model_runner.ModelRunner.collect = lambda *_: time.sleep(99)")  # fmt: skip
+    monkeypatch.setattr(workers, "START_RANK", f"{hang}\nrank.main()")
     llm = LLM(str(tiny), **SMALL, tensor_parallel_size=2)
-    os.kill(children()[0].pid, signal.SIGKILL)
     begin = time.monotonic()
-    with pytest.raises(workers.WorkerError, match=r"rank 1 was killed \(SIGKILL\)"):
+    with pytest.raises(workers.WorkerError, match="ranks 0 to 1 have launched the same step, and none has finished it"):
         tokens_of(llm)
     assert time.monotonic() - begin < 20
     assert children() == []
-    with pytest.raises(RuntimeError, match="takes no requests"):
-        tokens_of(llm)
 
 
-def test_a_hung_rank_ends_the_engine_with_an_error(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "COLLECTIVE_TIMEOUT_S", 2.0)
-    llm = LLM(str(tiny), **SMALL, tensor_parallel_size=2)
-    os.kill(children()[0].pid, signal.SIGSTOP)
-    with pytest.raises(workers.WorkerError, match="did not answer within 2 s"):
-        tokens_of(llm)
-    assert children() == []
+def test_ranks_end_with_the_engine_however_it_ends(tiny: Path) -> None:
+    """kill -9 of the engine's process, while a rank waits for a peer that is stopped."""
+    code = (
+        "import os, signal, sys; from nanovllm import LLM\n"
+        "llm = LLM(sys.argv[1], device='cpu', max_model_len=64, max_num_seqs=2, tensor_parallel_size=2)\n"
+        "pids = [child.process.pid for child in llm.runner._children.values()]\n"
+        "print(*pids, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(workers.__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code, str(tiny)], capture_output=True, text=True, env=environment, check=False)
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2, done.stderr
+    deadline = time.monotonic() + 10
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+        assert time.monotonic() < deadline, "a rank outlived its engine"
+        time.sleep(0.05)
+
+
+def test_symmetric_memory_is_refused_where_it_cannot_run(tiny: Path) -> None:
+    with pytest.raises(ValueError, match="all_reduce='symmetric_memory' cannot run on device 'cpu'"):
+        LLM(str(tiny), **SMALL, optimizations={"tensor_parallel_size": 2, "all_reduce": "symmetric_memory"})
+    with pytest.raises(ValueError, match="needs tensor_parallel_size of 2 or more"):
+        Optimizations(all_reduce="symmetric_memory").resolve("cuda")
 
 
 def test_a_rank_that_fails_at_start_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "START_TIMEOUT_S", 20.0)
     monkeypatch.setattr(workers.sys, "executable", "/bin/false")
-    with pytest.raises(workers.WorkerError, match="rank 1 ended"):
+    with pytest.raises(workers.WorkerError, match="rank 0 ended"):
         LLM(str(tiny), **SMALL, tensor_parallel_size=2)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class _Recorded:
     token_ids: Tensor  # [bucket] int64: overwritten by each replay
     kernel_calls: Counter[str]  # what one replay executes
     attention_calls: Counter[str]
+    all_reduces: Counter[str] = field(default_factory=Counter)
 
 
 class GraphRunner(ModelRunner):
@@ -87,6 +88,7 @@ class GraphRunner(ModelRunner):
             self.stats.graph_replays += 1
             self.stats.kernel_calls.update(recorded.kernel_calls)
             self.stats.attention_calls.update(recorded.attention_calls)
+            self.stats.all_reduces.update(recorded.all_reduces)
             return self._read_back(recorded.token_ids[:n])
 
     def _record_all(self) -> dict[tuple[int, bool], _Recorded]:
@@ -105,10 +107,12 @@ class GraphRunner(ModelRunner):
             self._decode(bucket, greedy)  # compiles kernels and chooses GEMM algorithms
             stream.synchronize()
             self.stats.reset()
-            graph.capture_begin(pool)
+            # Other threads (NCCL's watchdog) may go on asking the device how far it is.
+            graph.capture_begin(pool, capture_error_mode="thread_local")
             token_ids = self._decode(bucket, greedy)
             graph.capture_end()
-        return _Recorded(graph, token_ids, Counter(self.stats.kernel_calls), Counter(self.stats.attention_calls))
+        counters = self.stats.kernel_calls, self.stats.attention_calls, self.stats.all_reduces
+        return _Recorded(graph, token_ids, *map(Counter, counters))
 
     def _decode(self, bucket: int, greedy: bool) -> Tensor:
         """A decode step of the rows in `inputs`, in tensors alone. Returns the sampled tokens: [bucket]."""

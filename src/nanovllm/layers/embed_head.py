@@ -24,5 +24,5 @@ class VocabParallelEmbedding(nn.Module):
         return self.tp.all_reduce(F.embedding(local * mine, self.weight) * mine[:, None])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[rows, hidden] -> [rows, vocabulary], on every rank."""
-        return self.tp.all_gather(F.linear(hidden, self.weight))
+        """[rows, hidden] -> [rows, this rank's part of the vocabulary]."""
+        return F.linear(hidden, self.weight)
