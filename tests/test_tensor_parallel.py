@@ -15,7 +15,10 @@ import pytest
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Optimizations
-from nanovllm.engine import workers
+from nanovllm.engine import children as processes
+from nanovllm.engine import rank, workers
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.wire import Channel
 from nanovllm.models.checkpoint import ensure_checkpoint
 
 SMALL: dict[str, Any] = {
@@ -107,15 +110,18 @@ def test_a_hung_rank_ends_the_engine_with_an_error(four_heads: Path, monkeypatch
     assert children() == []
 
 
+def main_of_a_rank_that_never_finishes(channel: Channel) -> None:
+    ModelRunner.collect = lambda *_: time.sleep(99)  # type: ignore[method-assign,assignment,return-value]
+    rank.main(channel)
+
+
 def test_a_step_that_nobody_finishes_ends_the_engine(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with a graph whose all-reduce never ends: every rank has launched it, all of them live, and no tokens come."""
     monkeypatch.setattr(workers, "COLLECTIVE_TIMEOUT_S", 1.0)
-    hang = ("import time; from nanovllm.engine import rank, model_runner\n"
-            "model_runner.ModelRunner.collect = lambda *_: time.sleep(99)")  # fmt: skip
-    monkeypatch.setattr(workers, "START_RANK", f"{hang}\nrank.main()")
+    monkeypatch.setattr(workers, "RANK_MAIN", "tests.test_tensor_parallel.main_of_a_rank_that_never_finishes")
     llm = LLM(str(tiny), **SMALL, tensor_parallel_size=2)
     begin = time.monotonic()
-    with pytest.raises(workers.WorkerError, match="ranks 0 to 1 have launched the same step, and none has finished it"):
+    with pytest.raises(workers.WorkerError, match="ranks 0 to 1 hang: all have launched the same step"):
         tokens_of(llm)
     assert time.monotonic() - begin < 20
     assert children() == []
@@ -126,7 +132,7 @@ def test_ranks_end_with_the_engine_however_it_ends(tiny: Path) -> None:
     code = (
         "import os, signal, sys; from nanovllm import LLM\n"
         "llm = LLM(sys.argv[1], device='cpu', max_model_len=64, max_num_seqs=2, tensor_parallel_size=2)\n"
-        "pids = [child.process.pid for child in llm.runner._children.values()]\n"
+        "pids = [child.process.pid for child in llm.runner._children]\n"
         "print(*pids, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(workers.__file__).parents[2])}
@@ -148,7 +154,7 @@ def test_symmetric_memory_is_refused_where_it_cannot_run(tiny: Path) -> None:
 
 def test_a_rank_that_fails_at_start_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "START_TIMEOUT_S", 20.0)
-    monkeypatch.setattr(workers.sys, "executable", "/bin/false")
+    monkeypatch.setattr(processes.sys, "executable", "/bin/false")
     with pytest.raises(workers.WorkerError, match="rank 0 ended"):
         LLM(str(tiny), **SMALL, tensor_parallel_size=2)
 

@@ -23,6 +23,9 @@ _NOT_BUILT = {("attention_backend", "flash_attn")}
 
 def resolve(requested: Optimizations, device: Device) -> Optimizations:
     """Replaces every 'auto'. Raises ValueError for a level that cannot run on `device`, with what to use instead."""
+    if requested.data_parallel_size > 1:
+        raise ValueError(f"data_parallel_size={requested.data_parallel_size} is for LLM.generate, which shares requests out to "
+                         "replicas; an engine that is stepped is one of them: use data_parallel_size=1.")
     best = {"prefix_cache": True, "all_reduce": "library", **_BEST[device]}
     asked = {f.name: getattr(requested, f.name) for f in fields(requested)}
     chosen = {name: best[name] if level == "auto" else level for name, level in asked.items()}

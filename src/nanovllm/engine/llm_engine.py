@@ -199,9 +199,8 @@ class LLM(LLMEngine):
 
     def __new__(cls, model: str, **kwargs: Any) -> Any:
         """Replicas of an engine, of the same interface, where data_parallel_size says so."""
-        config = EngineConfig.from_kwargs(model, **kwargs)
-        many = config.optimizations.data_parallel_size > 1
-        return _load("data_parallel", "ReplicatedLLM")(config) if many else super().__new__(cls)
+        one = (config := EngineConfig.from_kwargs(model, **kwargs)).optimizations.data_parallel_size == 1
+        return super().__new__(cls) if one else _load("data_parallel", "ReplicatedLLM")(config)
 
     def __init__(self, model: str, **kwargs: Any) -> None:
         super().__init__(EngineConfig.from_kwargs(model, **kwargs))

@@ -5,53 +5,26 @@ Launching a step and waiting for its tokens are two threads: plan n + 1 is launc
 
 import marshal
 import mmap
-import os
 import pickle
 import queue
-import signal
-import socket
 import sys
 import threading
-import traceback
 from importlib import import_module
 from typing import Any
 
 import torch
 
+from nanovllm.engine.children import report_failure
 from nanovllm.engine.collectives import DistributedTensorParallel
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.stats import StepStats
 from nanovllm.engine.wire import Channel, Job, PlanCoder, counts_of
 
 
-def main() -> None:
-    """argv: the numbers of two inherited descriptors, the channel's and the lifeline's. Ends when the channel closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's to handle
-    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
-    threading.Thread(target=_end_with_engine, args=(int(sys.argv[2]),), daemon=True).start()
-    try:
-        Rank(channel).run()
-    except (EOFError, ConnectionError):
-        return  # the engine was closed, or is gone
-    except BaseException:  # noqa: BLE001  whatever it was, the engine must hear of it
-        _report(channel)
-
-
-def _end_with_engine(lifeline: int) -> None:
-    """However the engine's process ends, and whatever this one is waiting for: nobody writes to the lifeline, it only closes."""
-    os.read(lifeline, 1)
-    os._exit(1)
-
-
-def _report(channel: Channel) -> None:
-    """Tells the engine what went wrong, and ends this process at once: its peers may never answer a polite goodbye."""
-    text = traceback.format_exc()
-    try:
-        channel.send(b"failed:" + text.encode(), timeout_s=5)
-    except OSError:
-        sys.stderr.write(text)
-        sys.stderr.flush()
-    os._exit(1)
+def main(channel: Channel) -> None:
+    """Of a rank's process: until the channel closes."""
+    sys.setswitchinterval(0.0005)  # the thread that sends tokens back must not wait long for the one that launches
+    Rank(channel).run()
 
 
 class Rank:
@@ -98,4 +71,4 @@ class Rank:
         except ConnectionError:
             pass
         except BaseException:  # noqa: BLE001
-            _report(self.channel)
+            report_failure(self.channel)

@@ -3,7 +3,7 @@
 A library's all-reduce passes through protocols and channels that pay off for large messages; those of a decode step are small,
 two a layer. Here each rank copies its part into a buffer that its peers have mapped, and one kernel reads all of them:
 
-    one-shot   every rank reads every part and sums all of it                  (size - 1) * n bytes read, one barrier before, one after
+    one-shot   every rank reads every part and sums all of it                  (size - 1) * n bytes read
     two-shot   every rank sums its own slice, then all read the sums           2 * (size - 1) / size * n bytes
 
 with the kernels of torch.distributed._symmetric_memory. What exceeds the buffer goes through the library. No NVLink multicast.

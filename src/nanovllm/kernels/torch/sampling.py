@@ -77,8 +77,7 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int, first: int =
     num_counters = (vocab_size + 3) // 4
     counters = torch.arange(num_counters, dtype=torch.int64, device=seeds.device) + first // 4
     zero = torch.zeros((), dtype=torch.int64, device=seeds.device)
-    seeds = seeds[:, None]
-    words = philox4x32(seeds & _LOW32, (seeds >> 32) & _LOW32, counters, positions[:, None] & _LOW32, zero, zero)
+    words = philox4x32(seeds[:, None] & _LOW32, (seeds[:, None] >> 32) & _LOW32, counters, positions[:, None] & _LOW32, zero, zero)
     uniform = torch.empty(len(seeds), num_counters, 4, dtype=torch.float32, device=seeds.device)
     for lane, word in enumerate(words):
         uniform[:, :, lane] = word
