@@ -1,7 +1,7 @@
 """Several GPUs: do more ranks compute the same, what does a step cost, and what does an all-reduce?
 
-    PYTHONPATH=src:. python ablations/gpu_tp.py --out DIR                     # every part; under five minutes on two H200s
-    PYTHONPATH=src:. python ablations/gpu_tp.py --out DIR --parts all-reduce tokens
+    PYTHONPATH=src:. python ablations/gpu_tp.py --out DIR          # all-reduce, tokens, times: under five minutes on two H200s
+    PYTHONPATH=src:. python ablations/gpu_tp.py --out DIR --parts split large    # time by kind of kernel; Qwen3-8B's shape
 
 Each part runs in processes of its own and may fail alone: its traceback is printed and the next part begins. DIR gets one JSON file
 a part. A tool for finding out what to do next: what is published comes from ablations/studies/scaling.yaml.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -22,6 +23,8 @@ import time
 import traceback
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ENGINE = {"max_model_len": 4096, "block_size": 256, "max_num_seqs": 256, "skip_tokenizer_init": True,
           "kv_cache_memory_bytes": 48 << 30}  # fmt: skip
@@ -55,6 +58,11 @@ def serve_main(job: dict[str, Any], out: Path) -> None:
     from nanovllm import ALL, LLM, SamplingParams
     from nanovllm.models.checkpoint import ensure_checkpoint
 
+    if "profile" in job:
+        from nanovllm.engine import children, workers
+
+        os.environ["GPU_TP_PROFILE"] = job["profile"]
+        workers.RANK_MAIN, children.CLOSE_TIMEOUT_S = "ablations.gpu_tp.profiled_rank", 90.0
     folder = ensure_checkpoint(job["preset"], **job["changes"])
     begin = time.perf_counter()
     switches = {f.name: getattr(ALL, f.name) for f in dataclasses.fields(ALL)} | job["optimizations"]
@@ -173,6 +181,7 @@ def run(commands: list[list[str]], timeout_s: float) -> None:
             if failed := [child.returncode for child in children if child.poll() not in (None, 0)]:
                 raise RuntimeError(f"{commands[0][0]} ended with status {failed[0]}")
             if time.monotonic() > deadline:
+                _show_where(children)
                 raise RuntimeError(f"{commands[0][0]} took longer than {timeout_s:.0f} s")
             time.sleep(0.1)
         if failed := [child.returncode for child in children if child.returncode]:
@@ -182,6 +191,15 @@ def run(commands: list[list[str]], timeout_s: float) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
+
+
+def _show_where(children: list[subprocess.Popen[bytes]]) -> None:
+    """Has every process print its stacks."""
+    for child in children:
+        with contextlib.suppress(psutil.Error):
+            for process in [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]:
+                process.send_signal(signal.SIGUSR1)
+    time.sleep(1)
 
 
 def served(name: str, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
@@ -240,7 +258,70 @@ def part_tokens(degree: int, out: Path, device: str) -> None:
 
 def part_times(degree: int, out: Path, device: str) -> None:
     """Qwen3-0.6B's shape in bfloat16: the canonical workload, and steps of small batches."""
-    job = {"preset": "qwen3-0.6b", "changes": {}, "workloads": WORKLOADS, "repeats": 2, "engine": ENGINE}
+    job = {"preset": "qwen3-0.6b", "changes": {}, "workloads": WORKLOADS, "repeats": 1, "engine": ENGINE}
+    _times(degree, out / "times.json", job)
+
+
+def part_large(degree: int, out: Path, device: str) -> None:
+    """Qwen3-8B's shape, its weights made on the GPUs."""
+    work = {f"decode-{n}": ("random", {"num_requests": n, "prompt_tokens": 128, "output_tokens": 128}) for n in (8, 64, 256)}
+    _times(degree, out / "large.json", {"preset": "qwen3-8b", "changes": {}, "workloads": work, "repeats": 1, "engine": ENGINE})
+
+
+def part_split(degree: int, out: Path, device: str) -> None:
+    """Where a decode step's time goes on rank 0: kernels that compute, kernels that sum over ranks (and wait for them), neither."""
+    work = {f"decode-{n}": ("random", {"num_requests": n, "prompt_tokens": 128, "output_tokens": 128}) for n in (8, 256)}
+    results: dict[str, Any] = {}
+    for name, switches in engines_for(degree).items():
+        if "tensor_parallel_size" not in switches:
+            continue
+        for workload, described in work.items():
+            with tempfile.TemporaryDirectory() as folder:
+                profile = Path(folder, "profile.json")
+                job = {"preset": "qwen3-0.6b", "changes": {}, "workloads": {workload: described}, "repeats": 1, "engine": ENGINE,
+                       "optimizations": switches, "profile": str(profile)}  # fmt: skip
+                try:
+                    served(f"split of {name}, {workload}", job, 120)
+                    results[f"{name}, {workload}"] = found = json.loads(profile.read_text())
+                except (RuntimeError, OSError):
+                    traceback.print_exc()
+                    continue
+            shares = {kind: f"{us / found['span_us']:.1%}" for kind, us in found["us"].items()}
+            print(f"  {found['span_us'] / 1e3:.0f} ms in the middle of the run: {shares}")
+            for kernel, us in found["kernels"][:12]:
+                print(f"    {us / found['span_us']:6.1%} {kernel[:100]}")
+    (out / "split.json").write_text(json.dumps(results))
+
+
+def profiled_rank(channel: Any) -> None:
+    """Of a rank's process: as nanovllm.engine.rank.main; rank 0 records its kernels and writes a summary when it ends."""
+    import torch
+
+    from nanovllm.engine.rank import Rank
+
+    rank = Rank(channel)
+    if rank.rank > 0:
+        return rank.run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler, contextlib.suppress(EOFError):
+        rank.run()
+    spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in profiler.events()
+                   if e.device_type == torch.autograd.DeviceType.CUDA)  # fmt: skip
+    spans = spans[len(spans) // 2 : -len(spans) // 8]  # of steady decode
+    us, kernels, reached = {"compute": 0.0, "communication": 0.0}, dict[str, float](), spans[0][0]
+    for begin, end, kernel in spans:
+        sums = any(word in kernel.lower() for word in ("nccl", "one_shot", "two_shot", "symm"))
+        fresh = max(0.0, end - max(begin, reached))  # kernels overlap a little: count a moment once
+        reached = max(reached, end)
+        us["communication" if sums else "compute"] += fresh
+        kernels[kernel] = kernels.get(kernel, 0.0) + fresh
+    span_us = reached - spans[0][0]
+    us["host, or gaps between kernels"] = span_us - sum(us.values())
+    top = sorted(kernels.items(), key=lambda item: -item[1])
+    Path(os.environ["GPU_TP_PROFILE"]).write_text(json.dumps({"span_us": span_us, "us": us, "kernels": top[:40]}))
+    return None
+
+
+def _times(degree: int, out: Path, job: dict[str, Any]) -> None:
     results: dict[str, Any] = {}
     for name, switches in engines_for(degree).items():
         try:
@@ -249,7 +330,7 @@ def part_times(degree: int, out: Path, device: str) -> None:
             traceback.print_exc()
             continue
         print(f"  start {results[name]['start_s']:.1f} s")
-        for workload in WORKLOADS:
+        for workload in job["workloads"]:
             runs = results[name]["runs"][workload]
             best = min(runs, key=lambda r: r["seconds"])
             step = "" if best["decode_ms_median"] is None else f", decode step {best['decode_ms_median']:.3f} ms"
@@ -259,7 +340,7 @@ def part_times(degree: int, out: Path, device: str) -> None:
                 runs[0]["agreement"] = found = agreement(*pair)
                 line += f"; {found['requests_equal']} of {found['requests']} requests as tp1"
             print(line, flush=True)
-    (out / "times.json").write_text(json.dumps(_without_tokens(results)))
+    out.write_text(json.dumps(_without_tokens(results)))
 
 
 def _without_tokens(results: dict[str, Any]) -> dict[str, Any]:
@@ -270,13 +351,13 @@ def _without_tokens(results: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-PARTS = {"all-reduce": part_all_reduce, "tokens": part_tokens, "times": part_times}
+PARTS = {"all-reduce": part_all_reduce, "tokens": part_tokens, "times": part_times, "split": part_split, "large": part_large}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--out", type=Path, help="folder for the JSON files")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=["all-reduce", "tokens", "times"])
     parser.add_argument("--degree", type=int, default=2)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: the part `tokens` over gloo")
     hidden = {"help": argparse.SUPPRESS}
@@ -285,6 +366,7 @@ def main() -> None:
     parser.add_argument("--all-reduce-rank", type=int, **hidden)  # type: ignore[arg-type]
     parser.add_argument("--rendezvous", **hidden)  # type: ignore[arg-type]
     given = parser.parse_args()
+    faulthandler.register(signal.SIGUSR1)  # run() asks for it before it ends what takes too long
     if given.serve:
         return serve_main(json.loads(given.serve.read_text()), given.result)
     if given.all_reduce_rank is not None:

@@ -149,7 +149,7 @@ def test_symmetric_memory_is_refused_where_it_cannot_run(tiny: Path) -> None:
     with pytest.raises(ValueError, match="all_reduce='symmetric_memory' cannot run on device 'cpu'"):
         LLM(str(tiny), **SMALL, optimizations={"tensor_parallel_size": 2, "all_reduce": "symmetric_memory"})
     with pytest.raises(ValueError, match="needs tensor_parallel_size of 2 or more"):
-        Optimizations(all_reduce="symmetric_memory").resolve("cuda")
+        Optimizations(all_reduce="symmetric_memory").resolve("cuda", in_engine=True)
 
 
 def test_a_rank_that_fails_at_start_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

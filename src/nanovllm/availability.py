@@ -21,11 +21,9 @@ _NEEDS_CUDA: dict[tuple[str, Any], str] = {
 _NOT_BUILT = {("attention_backend", "flash_attn")}
 
 
-def resolve(requested: Optimizations, device: Device) -> Optimizations:
-    """Replaces every 'auto'. Raises ValueError for a level that cannot run on `device`, with what to use instead."""
-    if requested.data_parallel_size > 1:
-        raise ValueError(f"data_parallel_size={requested.data_parallel_size} is for LLM.generate, which shares requests out to "
-                         "replicas; an engine that is stepped is one of them: use data_parallel_size=1.")
+def resolve(requested: Optimizations, device: Device, in_engine: bool) -> Optimizations:
+    """Replaces every 'auto'. Raises ValueError for a level that cannot run on `device`, with what to use instead; in_engine:
+    also for one that has no meaning in a single engine with the other levels as they are."""
     best = {"prefix_cache": True, "all_reduce": "library", **_BEST[device]}
     asked = {f.name: getattr(requested, f.name) for f in fields(requested)}
     chosen = {name: best[name] if level == "auto" else level for name, level in asked.items()}
@@ -36,7 +34,10 @@ def resolve(requested: Optimizations, device: Device) -> Optimizations:
                              f"Use {name}={LEVELS[name][0]!r}, or a machine with an NVIDIA GPU.")
         if choice in _NOT_BUILT:
             raise ValueError(f"{name}={level!r} is not part of this version of nanovllm; use {name}={LEVELS[name][0]!r}.")
-    if chosen["all_reduce"] != "library" and requested.tensor_parallel_size == 1:
+    if in_engine and requested.data_parallel_size > 1:
+        raise ValueError(f"data_parallel_size={requested.data_parallel_size} is for LLM.generate, which shares requests out to "
+                         "replicas; an engine that is stepped is one of them: use data_parallel_size=1.")
+    if in_engine and chosen["all_reduce"] != "library" and requested.tensor_parallel_size == 1:
         raise ValueError(f"all_reduce={chosen['all_reduce']!r} needs tensor_parallel_size of 2 or more: one rank has nothing to "
                          "sum. Use all_reduce='library'.")
     return Optimizations(**chosen)

@@ -54,13 +54,13 @@ class Optimizations:
                 same = any(value == level and type(value) is type(level) for level in allowed)
                 _require(same, name, value, "one of " + ", ".join(map(repr, allowed)))
 
-    def resolve(self, device: Device) -> Optimizations:
-        """Replaces every 'auto'. Raises ValueError for a level that cannot run on `device`."""
+    def resolve(self, device: Device, in_engine: bool = False) -> Optimizations:
+        """Replaces every 'auto'. Raises ValueError for a level that cannot run on `device`; in_engine: in one engine, as it is."""
         if self == BASELINE:
             return self
         from nanovllm.availability import resolve
 
-        return resolve(self, device)
+        return resolve(self, device, in_engine)
 
 
 BASELINE = Optimizations()
@@ -118,7 +118,7 @@ class EngineConfig:
         _require(budget >= self.max_num_seqs, "max_num_batched_tokens", budget,
                  f"at least max_num_seqs, {self.max_num_seqs}: each running request decodes one token a step")
         return ResolvedConfig(**{**vars(self), "device": device, "dtype": dtype, "max_model_len": max_model_len,
-                                 "max_num_batched_tokens": budget, "optimizations": self.optimizations.resolve(device)})
+                                 "max_num_batched_tokens": budget, "optimizations": self.optimizations.resolve(device, True)})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ Each is a fresh interpreter (subprocess, so a script needs no `if __name__ == "_
 """
 
 import contextlib
+import faulthandler
 import os
 import signal
 import socket
@@ -20,6 +21,9 @@ from collections.abc import Callable, Iterable
 import psutil
 
 from nanovllm.engine.wire import Channel
+
+CLOSE_TIMEOUT_S = 5.0
+"""A child that was asked to end and is still there after this long is killed."""
 
 
 class WorkerError(RuntimeError):
@@ -91,18 +95,23 @@ class Child:
         except psutil.Error:
             return False
 
+    def show_where(self) -> None:
+        """Has it print where it is, on standard error: for what hangs, before it is killed."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGUSR1)
+
     def close(self) -> None:
         os.close(self._lifeline)
 
 
 def end(children: Iterable[Child], force: bool) -> None:
-    """Ends every child: asked to first (unless force), killed after five seconds. Returns when all are gone."""
+    """Ends every child: asked to first (unless force), killed after CLOSE_TIMEOUT_S. Returns when all are gone."""
     children = list(children)
     for child in children:
         child.channel.close()
         if force:
             child.process.kill()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + CLOSE_TIMEOUT_S
     for child in children:
         try:
             child.process.wait(max(0.1, deadline - time.monotonic()))
@@ -115,6 +124,7 @@ def end(children: Iterable[Child], force: bool) -> None:
 def run(main: Callable[[Channel], None]) -> None:
     """The child's end: runs `main` until the channel closes, and tells the parent of any other failure."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    faulthandler.register(signal.SIGUSR1)  # Child.show_where
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
     threading.Thread(target=_end_with_parent, args=(int(sys.argv[2]),), daemon=True).start()
     try:

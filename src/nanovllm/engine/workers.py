@@ -96,7 +96,7 @@ class TensorParallelRunner:
         return tokens, logprobs
 
     def close(self, force: bool = False) -> None:
-        """Ends every rank: killed, where one has failed (or force); else asked to first, and killed after five seconds."""
+        """Ends every rank: killed, where one has failed (or force); else asked to first, and killed soon after."""
         end(self._children, force or self._broken)
         self._children = []
         self._folder.cleanup()
@@ -146,8 +146,15 @@ class TensorParallelRunner:
             first = self._children[min(suspects, key=at.__getitem__)]
             if first.has_failed:
                 return WorkerError(first.failure())
+            self._show_where()
             return WorkerError(f"{first.title} hangs: it did not answer within {self._timeout_s:.0f} s ({error})")
+        self._show_where()
         return WorkerError(str(error))
+
+    def _show_where(self) -> None:
+        for child in self._children:
+            child.show_where()
+        time.sleep(_LOOK_EVERY_S)
 
     def _count(self, counts: Counts) -> None:
         """Adds to the engine's counters what rank 0 has counted since the last step."""
