@@ -45,14 +45,14 @@ def _fill(target: Tensor, name: str, seed: int, first: list[int], ranks_beside: 
     if columns % 4:
         raise ValueError(f"{name} has {columns} columns a rank; generated weights need a multiple of 4")
     device = target.device
-    key = [torch.tensor([value & 0xFFFFFFFF], device=device) for value in (seed, zlib.crc32(name.encode()))]
+    low, high = (torch.tensor([value & 0xFFFFFFFF], device=device) for value in (seed, zlib.crc32(name.encode())))
     across = torch.arange(first_column // 4, (first_column + columns) // 4, device=device)
     zero = torch.zeros(1, dtype=torch.int64, device=device)
     step = max(1, _CHUNK // len(across))
     for begin in range(0, rows, step):
         part = matrix[begin : begin + step]
         down = torch.arange(first_row + begin, first_row + begin + len(part), device=device)
-        words = torch.stack(philox4x32(*key, across[None, :], down[:, None], zero, zero), dim=-1)
+        words = torch.stack(philox4x32(low, high, across[None, :], down[:, None], zero, zero), dim=-1)
         noise = words.float().mul_(2.0**-32).sub_(0.5).mul_(math.sqrt(12.0)).view(len(part), columns)
         if target.dim() == 1:
             noise.mul_(0.1).add_(1.0)  # a norm's weights
