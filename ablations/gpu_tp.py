@@ -121,6 +121,10 @@ def all_reduce_main(rank: int, size: int, rendezvous: str, out: Path) -> None:
             return x
 
         def one_shot(x: torch.Tensor = x, buffer: torch.Tensor = buffer) -> torch.Tensor:
+            buffer.copy_(x)
+            return torch.ops.symm_mem.one_shot_all_reduce(buffer, "sum", name)
+
+        def one_shot_copy(x: torch.Tensor = x, buffer: torch.Tensor = buffer) -> torch.Tensor:
             return torch.ops.symm_mem.one_shot_all_reduce_copy(buffer, x, "sum", name)
 
         def two_shot(x: torch.Tensor = x, buffer: torch.Tensor = buffer) -> torch.Tensor:
@@ -128,7 +132,7 @@ def all_reduce_main(rank: int, size: int, rendezvous: str, out: Path) -> None:
             torch.ops.symm_mem.two_shot_all_reduce_(buffer, "sum", name)
             return x.copy_(buffer)
 
-        for kind in (library, one_shot, two_shot):
+        for kind in (library, one_shot, one_shot_copy, two_shot):
             row: dict[str, Any] = {"bytes": nbytes, "kind": kind.__name__}
             try:
                 x.fill_(rank + 1)
@@ -229,7 +233,7 @@ def part_all_reduce(degree: int, out: Path, device: str) -> None:
     (out / "all-reduce.json").write_text(json.dumps({"degree": degree, "rows": rows}))
     for row in rows:
         eager, graph = row.get("eager_us", float("nan")), row.get("graph_us", float("nan"))
-        print(f"  {row['bytes']:>9} B  {row['kind']:9} eager {eager:8.1f} us  in a graph {graph:8.1f} us  right {row.get('right')}")
+        print(f"  {row['bytes']:>9} B  {row['kind']:13} eager {eager:8.1f} us  in a graph {graph:8.1f} us  right {row.get('right')}")
 
 
 def part_tokens(degree: int, out: Path, device: str) -> None:

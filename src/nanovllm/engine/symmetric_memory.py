@@ -3,8 +3,8 @@
 A library's all-reduce passes through protocols and channels that pay off for large messages; those of a decode step are small,
 two a layer. Here each rank copies its part into a buffer that its peers have mapped, and one kernel reads all of them:
 
-    one-shot   every rank reads every part and sums all of it                  (size - 1) * n bytes read
-    two-shot   every rank sums its own slice, then all read the sums           2 * (size - 1) / size * n bytes
+    one-shot   every rank reads every part and sums all of it                     (size - 1) * n bytes
+    two-shot   every rank sums a slice and writes the sums into all buffers       2 * (size - 1) / size * n bytes
 
 with the kernels of torch.distributed._symmetric_memory. What exceeds the buffer goes through the library. No NVLink multicast.
 """
@@ -42,9 +42,10 @@ class SymmetricAllReduce:
         """The sum over all ranks, a new tensor or x itself. Enqueued; nothing waits."""
         x = x.contiguous()
         buffer = self.memory[: x.nbytes].view(x.dtype)
-        if x.nbytes <= self.one_shot_bytes:
-            return torch.ops.symm_mem.one_shot_all_reduce_copy(buffer, x.view(-1), "sum", self.name).view(x.shape)
+        # one_shot_all_reduce_copy would save a kernel, but signals its peers while other warps of a block may still be copying.
         buffer.copy_(x.view(-1))
+        if x.nbytes <= self.one_shot_bytes:
+            return torch.ops.symm_mem.one_shot_all_reduce(buffer, "sum", self.name).view(x.shape)
         torch.ops.symm_mem.two_shot_all_reduce_(buffer, "sum", self.name)
         x.view(-1).copy_(buffer)
         return x
