@@ -233,7 +233,7 @@ def part_all_reduce(degree: int, out: Path, device: str) -> None:
     (out / "all-reduce.json").write_text(json.dumps({"degree": degree, "rows": rows}))
     for row in rows:
         eager, graph = row.get("eager_us", float("nan")), row.get("graph_us", float("nan"))
-        print(f"  {row['bytes']:>9} B  {row['kind']:13} eager {eager:8.1f} us  in a graph {graph:8.1f} us  right {row.get('right')}")
+        print(f"  {row['bytes']:>9} B {row['kind']:13} eager {eager:8.1f} us, in a graph {graph:8.1f}, right: {row.get('right')}")
 
 
 def part_tokens(degree: int, out: Path, device: str) -> None:

@@ -57,6 +57,7 @@ def test_two_replicas_give_the_outputs_of_one_engine(tiny: Path) -> None:
         llm.generate(PROMPTS, PARAMS)
 
 
+@pytest.mark.slow
 def test_replicas_of_several_ranks(tiny: Path) -> None:
     switches = {"data_parallel_size": 2, "tensor_parallel_size": 2, "batching": "chunked", "overlap": True}
     params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)

@@ -65,9 +65,10 @@ def test_two_ranks_compute_the_same_and_two_engines_run_side_by_side(tiny: Path)
 @pytest.mark.parametrize(
     "params",
     [
-        SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True),
         SamplingParams(temperature=0.9, max_tokens=24, ignore_eos=True, seed=5),
-        SamplingParams(temperature=1.0, top_k=50, top_p=0.9, max_tokens=12, ignore_eos=True, seed=6),
+        pytest.param(SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True), marks=pytest.mark.slow),
+        pytest.param(SamplingParams(temperature=1.0, top_k=50, top_p=0.9, max_tokens=24, ignore_eos=True, seed=6),
+                     marks=pytest.mark.slow),
     ],
 )
 def test_four_ranks_with_preemptions_and_cached_prefixes(four_heads: Path, params: SamplingParams) -> None:
@@ -100,7 +101,7 @@ def test_a_killed_rank_ends_the_engine_with_an_error(tiny: Path) -> None:
             tokens_of(llm)
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_hung_rank_ends_the_engine_with_an_error(four_heads: Path, monkeypatch: pytest.MonkeyPatch, victim: int) -> None:
     monkeypatch.setattr(workers, "COLLECTIVE_TIMEOUT_S", 2.0)
     llm = LLM(str(four_heads), **SMALL, tensor_parallel_size=4)

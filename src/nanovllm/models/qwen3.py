@@ -88,7 +88,7 @@ class Qwen3ForCausalLM(nn.Module):
         super().__init__()
         self.model = Qwen3Model(config, max_model_len, kernels, attention, tp)
         tied = config.tie_word_embeddings
-        self.lm_head = self.model.embed_tokens if tied else VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
+        self.lm_head = self.model.embed_tokens if tied else VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp, True)
 
     def forward(self, batch: ForwardBatch, kv_caches: list[KVCache]) -> Tensor:
         """-> hidden states: [tokens, hidden]."""
