@@ -11,6 +11,9 @@ import torch
 
 from nanovllm.kernels.torch.sampling import sample
 
+pytestmark = pytest.mark.filterwarnings(  # of Triton's interpreter, which computes with NumPy
+    "ignore:Conversion of an array with ndim:DeprecationWarning", "ignore:invalid value encountered:RuntimeWarning",
+    "ignore:overflow encountered:RuntimeWarning", "ignore:divide by zero:RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -88,6 +88,26 @@ def test_four_ranks_with_preemptions_and_cached_prefixes(four_heads: Path, param
     assert children() == []
 
 
+def main_of_a_rank_that_records(channel: Channel) -> None:
+    """As with cuda_graphs on, as far as a CPU can: 'replay' computes again what would have been recorded."""
+    from tests.test_cuda_graph import FakeGraphRunner
+
+    rank.ModelRunner = FakeGraphRunner  # type: ignore[misc,attr-defined]
+    rank.main(channel)
+
+
+def test_ranks_replay_recorded_steps(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches between the buckets, rows that change owners, and steps whose plan is not sent in full."""
+    params = [SamplingParams(temperature=0.8 * (i % 2), max_tokens=3 + 5 * i, ignore_eos=True, seed=i) for i in range(5)]
+    with LLM(str(tiny), **SMALL) as single:
+        expected = [o.outputs[0].token_ids for o in single.generate(PROMPTS, params, use_tqdm=False)]
+    monkeypatch.setattr(workers, "RANK_MAIN", "tests.test_tensor_parallel.main_of_a_rank_that_records")
+    with LLM(str(tiny), **SMALL | {"max_num_seqs": 3}, tensor_parallel_size=2) as llm:
+        assert [o.outputs[0].token_ids for o in llm.generate(PROMPTS, params, use_tqdm=False)] == expected
+        assert llm.stats()["graph_replays"] > 0
+        assert llm.stats()["all_reduces.library"] == 2 * 4 * llm.stats()["steps"]
+
+
 def test_a_killed_rank_ends_the_engine_with_an_error(tiny: Path) -> None:
     for victim in (0, 1):
         llm = LLM(str(tiny), **SMALL, tensor_parallel_size=2)

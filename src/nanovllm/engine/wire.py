@@ -1,6 +1,6 @@
 """What the engine's process and its ranks say to each other: plans out, tokens back, over anonymous socket pairs. No torch.
 
-    SAME      the rows of the last step, each one token further: what does not change is not sent (some 60 bytes)
+    SAME      the rows of the last step, each one token further: what does not change is not sent (some 30 bytes)
     DECODES   other rows, one token each
     FULL      prompts as well
 """
