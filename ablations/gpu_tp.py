@@ -35,6 +35,7 @@ WORKLOADS: dict[str, tuple[str, dict[str, Any]]] = {
     "canonical": ("canonical", {}),
 }
 MEBIBYTE = 1 << 20
+ENDS_AT = "GPU_TP_ENDS_AT"
 
 
 def engines_for(degree: int) -> dict[str, dict[str, Any]]:
@@ -178,6 +179,10 @@ def _timed_us(work: Any, repeats: int = 20) -> float:
 
 def run(commands: list[list[str]], timeout_s: float) -> None:
     """Runs processes side by side. Raises RuntimeError where one fails or takes too long; ends all of them, and their children."""
+    left_s = float(os.environ[ENDS_AT]) - time.monotonic()
+    if left_s < 15:
+        raise RuntimeError(f"{commands[0][0]} was not started: --budget-s is used up")
+    timeout_s = min(timeout_s, left_s)
     children = [subprocess.Popen([sys.executable, __file__, *command], start_new_session=True) for command in commands]
     deadline = time.monotonic() + timeout_s
     try:
@@ -248,7 +253,7 @@ def part_tokens(degree: int, out: Path, device: str) -> None:
     results: dict[str, Any] = {}
     for name, switches in engines_for(degree).items():
         try:
-            results[name] = served(f"tokens of {name}", {**job, "optimizations": switches}, 100)
+            results[name] = served(f"tokens of {name}", {**job, "optimizations": switches}, 75)
         except RuntimeError:
             traceback.print_exc()
             continue
@@ -329,7 +334,7 @@ def _times(degree: int, out: Path, job: dict[str, Any]) -> None:
     results: dict[str, Any] = {}
     for name, switches in engines_for(degree).items():
         try:
-            results[name] = served(f"times of {name}", {**job, "optimizations": switches}, 120)
+            results[name] = served(f"times of {name}", {**job, "optimizations": switches}, 90)
         except RuntimeError:
             traceback.print_exc()
             continue
@@ -362,6 +367,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--out", type=Path, help="folder for the JSON files")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=["all-reduce", "tokens", "times"])
+    parser.add_argument("--budget-s", type=float, default=285, help="what has not ended by then is ended")
     parser.add_argument("--degree", type=int, default=2)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: the part `tokens` over gloo")
     hidden = {"help": argparse.SUPPRESS}
@@ -377,6 +383,7 @@ def main() -> None:
         return all_reduce_main(given.all_reduce_rank, given.degree, given.rendezvous, given.result)
     if given.out is None:
         parser.error("--out is required")
+    os.environ[ENDS_AT] = str(time.monotonic() + given.budget_s)
     given.out.mkdir(parents=True, exist_ok=True)
     for name in given.parts:
         begin = time.monotonic()
