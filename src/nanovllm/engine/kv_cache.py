@@ -47,10 +47,14 @@ def num_blocks_for(config: ResolvedConfig, spec: KVCacheSpec, device: torch.devi
     Never more than max_num_seqs requests of max_model_len tokens can fill. Raises ValueError where not even one block fits.
     """
     if (budget := config.kv_cache_memory_bytes) is None:
-        # Both over all processes.
-        free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else psutil.virtual_memory()[1::-1]
+        free, total = memory(device)
         budget = int(free - reserved_bytes - (1 - config.gpu_memory_utilization) * total)
     if budget < spec.block_bytes:
         raise ValueError(f"the KV cache would have {max(budget, 0)} bytes, one block of {config.block_size} tokens takes "
                          f"{spec.block_bytes}: raise kv_cache_memory_bytes or gpu_memory_utilization, or free memory")
     return min(config.max_num_seqs * -(-config.max_model_len // config.block_size), budget // spec.block_bytes)
+
+
+def memory(device: torch.device) -> tuple[int, int]:
+    """(free, total) bytes of the device, over all processes."""
+    return torch.cuda.mem_get_info(device) if device.type == "cuda" else psutil.virtual_memory()[1::-1]
