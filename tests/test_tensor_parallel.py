@@ -148,20 +148,24 @@ def test_a_step_that_nobody_finishes_ends_the_engine(tiny: Path, monkeypatch: py
     assert children() == []
 
 
-def test_ranks_end_with_the_engine_however_it_ends(tiny: Path) -> None:
-    """kill -9 of the engine's process, while a rank waits for a peer that is stopped."""
+def main_that_waits_for_ever(channel: Channel) -> None:
+    """As a rank whose device never answers: it does not see that its channel has closed."""
+    time.sleep(99)
+
+
+def test_ranks_end_with_the_engine_however_it_ends() -> None:
+    """kill -9 of the engine's process, while a rank waits for something else than its channel."""
     code = (
-        "import os, signal, sys; from nanovllm import LLM\n"
-        "llm = LLM(sys.argv[1], device='cpu', max_model_len=64, max_num_seqs=2, tensor_parallel_size=2)\n"
-        "pids = [child.process.pid for child in llm.runner._children]\n"
-        "print(*pids, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal; from nanovllm.engine.children import Child\n"
+        "child = Child('rank', 'tests.test_tensor_parallel.main_that_waits_for_ever')\n"
+        "print(child.process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(workers.__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", code, str(tiny)], capture_output=True, text=True, env=environment, check=False)
-    pids = [int(pid) for pid in done.stdout.split()]
-    assert len(pids) == 2, done.stderr
-    deadline = time.monotonic() + 10
-    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as engine:
+        assert engine.stdout is not None
+        pid = int(engine.stdout.readline())
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "a rank outlived its engine"
         time.sleep(0.05)
 
