@@ -114,6 +114,7 @@ def inapplicable(factor: str, level: Level, profile: dict[str, Any], shape: dict
         heads = shape["num_key_value_heads"] if shape else 0
         if heads % int(level):
             return f"{level} processes cannot share the model's {heads} KV heads evenly"
+    if factor in ("tensor_parallel_size", "data_parallel_size"):
         have, unit = (profile["num_devices"], "GPU") if profile["device"] == "cuda" else (profile["cpu_cores"], "CPU core")
         if int(level) > have:
             return f"needs {level} {unit}s, one a process; profile {profile['name']} has {have}"

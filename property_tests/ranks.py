@@ -10,17 +10,16 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 from nanovllm.config import EngineConfig, Optimizations, ResolvedConfig
-from nanovllm.engine import workers
+from nanovllm.engine import collectives, workers
 from nanovllm.engine.model_runner import ModelRunner, StepHandle
 from nanovllm.engine.scheduler import StepPlan
 from nanovllm.engine.sequence import TokenLogprobs
 from nanovllm.engine.stats import StepStats
 from nanovllm.models.config import ModelConfig, load_hf_config
 
-collectives = workers  # the module with the process group
 Group = collectives.DistributedTensorParallel
 
 
@@ -30,9 +29,10 @@ def in_ranks(size: int, rendezvous: str, work: Callable[[Group, StepStats], Any]
 
     def start(rank: int) -> Any:
         own = stats if stats is not None and rank == 0 else StepStats()
-        return work(Group(rank, size, rendezvous, "cpu", own), own)
+        on = Optimizations(tensor_parallel_size=size)
+        return work(Group(rank, size, rendezvous, "cpu", on, own, [0] * 2 * size, timeout_s), own)
 
-    with patch.object(workers, "COLLECTIVE_TIMEOUT_S", timeout_s), ThreadPoolExecutor(size) as threads:
+    with ThreadPoolExecutor(size) as threads:
         return list(threads.map(start, range(size)))
 
 
@@ -80,8 +80,8 @@ def meeting_places(model: Path, engines: int) -> list[str]:
     """Where the ranks of several engines meet that are started side by side; each start ends with its first rank."""
     places: list[str] = []
 
-    def record(self: workers.TensorParallelRunner, job: Any) -> None:
-        places.append(job.rendezvous)
+    def record(rank: int, rendezvous: str, *_: Any) -> None:
+        places.append(rendezvous)
         if len(places) < engines:
             start()
         raise _Enough
@@ -92,6 +92,6 @@ def meeting_places(model: Path, engines: int) -> list[str]:
         with contextlib.suppress(_Enough):
             workers.TensorParallelRunner(resolved, load_hf_config(model), model, StepStats())
 
-    with patch.object(workers.TensorParallelRunner, "_start", record):
+    with patch.object(workers, "Child", MagicMock()), patch.object(workers, "Job", record):
         start()
     return places

@@ -37,12 +37,12 @@ class FakeGraphRunner(GraphRunner):
         self.inputs[:bucket] = self.spare_row
         self.inputs[bucket:] = 0
         self.stats.reset()
-        recorded = cuda_graph._Recorded(None, self._decode(bucket, greedy).clone(), Counter(self.stats.kernel_calls),
+        recorded = cuda_graph.Recorded(None, self._decode(bucket, greedy).clone(), Counter(self.stats.kernel_calls),
                                         Counter(self.stats.attention_calls))
 
         def replay() -> None:
             before = Counter(self.stats.kernel_calls), Counter(self.stats.attention_calls)
-            recorded.token_ids.copy_(self._decode(bucket, greedy))
+            recorded.output.copy_(self._decode(bucket, greedy))
             for calls, old in zip((self.stats.kernel_calls, self.stats.attention_calls), before, strict=True):
                 calls.clear()
                 calls.update(old)

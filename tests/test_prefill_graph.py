@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from nanovllm.config import Optimizations
-from nanovllm.engine import prefill_graph
+from nanovllm.engine import cuda_graph, prefill_graph
 from nanovllm.engine.kv_cache import KVCacheSpec
 from nanovllm.engine.prefill_graph import ShortPrefills
 from nanovllm.engine.stats import StepStats
@@ -42,7 +42,7 @@ class ReplayedByHand(ShortPrefills):
         def replay() -> None:
             hidden.copy_(self._forward(bucket, kv_caches))
 
-        return prefill_graph._Recorded(SimpleNamespace(replay=replay), hidden, Counter(), Counter())
+        return cuda_graph.Recorded(SimpleNamespace(replay=replay), hidden, Counter(), Counter())
 
 
 def model_with(level: str, folder: Path) -> tuple[Any, Any, Any]:

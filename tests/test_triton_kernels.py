@@ -35,6 +35,7 @@ from nanovllm.kernels.triton import kv_store as triton_kv_store  # noqa: E402
 from nanovllm.kernels.triton import norm as triton_norm  # noqa: E402
 from nanovllm.kernels.triton import rope as triton_rope  # noqa: E402
 from nanovllm.kernels.triton import sampling as triton_sampling  # noqa: E402
+from nanovllm.kernels.triton import sampling_shards as triton_sampling_shards  # noqa: E402
 from nanovllm.kernels.triton.attention import TritonAttention, _prefill_tiles  # noqa: E402
 from nanovllm.kernels.triton.linear import _splits as splits_of  # noqa: E402
 from nanovllm.kernels.triton.linear import linear as triton_linear  # noqa: E402
@@ -346,6 +347,9 @@ def every_launch(dtype: torch.dtype) -> None:
                                       empty(tokens, head_dim, dtype=torch.float32), cache, cache, empty(tokens, dtype=long))
     floats, ints = empty(tokens, dtype=torch.float32), empty(tokens, dtype=long)
     triton_sampling.sample(empty(tokens, vocab), floats, ints, floats, ints, ints, all_greedy=False, any_top_k_top_p=False)
+    for shard_size in (vocab // 2, vocab // 8):
+        best = triton_sampling_shards.best_of_shard(empty(tokens, shard_size), floats, ints, ints, shard_size, all_greedy=False)
+        triton_sampling_shards.best_of_shards(empty(vocab // shard_size, *best.shape, dtype=torch.int32))
     rows = empty(tokens, dtype=long)
     triton_decode_step.gather_decode_inputs(rows, rows, empty(257, 160, dtype=torch.int32), empty(257, dtype=long),
                                             empty(257, dtype=torch.float32), empty(257, dtype=long), page)  # fmt: skip

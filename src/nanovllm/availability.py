@@ -16,17 +16,14 @@ _NEEDS_CUDA: dict[tuple[str, Any], str] = {
     ("attention_backend", "flash_attn"): "FlashAttention runs on a GPU",
     ("kernels", "triton"): "Triton kernels run on a GPU",
     ("cuda_graphs", True): "a CUDA graph is recorded on a GPU",
+    ("all_reduce", "symmetric_memory"): "symmetric memory is that of GPUs",
 }
 
 
-def resolve(requested: Optimizations, device: Device) -> Optimizations:
-    """Replaces every 'auto'. Raises ValueError for a level that cannot run on `device`, with what to use instead."""
-    best = {"prefix_cache": True, **_BEST[device]}
-    if requested.tensor_parallel_size > 1:
-        best["cuda_graphs"] = False
-        if requested.cuda_graphs is True:
-            raise ValueError(f"cuda_graphs=True cannot run with tensor_parallel_size={requested.tensor_parallel_size}: collective"
-                             " operations are not recorded yet. Use cuda_graphs=False, or tensor_parallel_size=1.")
+def resolve(requested: Optimizations, device: Device, in_engine: bool) -> Optimizations:
+    """Replaces every 'auto'. Raises ValueError for a level that cannot run on `device`, with what to use instead; in_engine:
+    also for one that has no meaning in a single engine with the other levels as they are."""
+    best = {"prefix_cache": True, "all_reduce": "library", **_BEST[device]}
     asked = {f.name: getattr(requested, f.name) for f in fields(requested)}
     chosen = {name: best[name] if level == "auto" else level for name, level in asked.items()}
     for choice in chosen.items():
@@ -34,4 +31,10 @@ def resolve(requested: Optimizations, device: Device) -> Optimizations:
         if choice in _NEEDS_CUDA and device != "cuda":
             raise ValueError(f"{name}={level!r} cannot run on device {device!r}: {_NEEDS_CUDA[choice]}. "
                              f"Use {name}={LEVELS[name][0]!r}, or a machine with an NVIDIA GPU.")
+    if in_engine and requested.data_parallel_size > 1:
+        raise ValueError(f"data_parallel_size={requested.data_parallel_size} is for LLM.generate, which shares requests out to "
+                         "replicas; an engine that is stepped is one of them: use data_parallel_size=1.")
+    if in_engine and chosen["all_reduce"] != "library" and requested.tensor_parallel_size == 1:
+        raise ValueError(f"all_reduce={chosen['all_reduce']!r} needs tensor_parallel_size of 2 or more: one rank has nothing to "
+                         "sum. Use all_reduce='library'.")
     return Optimizations(**chosen)

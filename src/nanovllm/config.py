@@ -20,12 +20,10 @@ LEVELS: dict[str, tuple[Any, ...]] = {
     "cuda_graphs": (False, True),
     "overlap": (False, True),
     "tensor_parallel_size": (1, 2, 4, 8),
+    "all_reduce": ("library", "symmetric_memory"),
+    "data_parallel_size": (1, 2, 4, 8),
 }
 """The levels of each optimization; the first is its baseline."""
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
@@ -44,29 +42,31 @@ class Optimizations:
     cuda_graphs: bool | Literal["auto"] = False
     overlap: bool | Literal["auto"] = False
     tensor_parallel_size: int = 1
+    all_reduce: str = "library"
+    data_parallel_size: int = 1
 
     def __post_init__(self) -> None:
         for name, levels in LEVELS.items():
             value, allowed = getattr(self, name), (*levels, "auto")
-            if name == "tensor_parallel_size":
-                _require(_is_int(value) and value >= 1, name, value, "a whole number of processes, 1 or more")
+            if name.endswith("parallel_size"):
+                _require(type(value) is int and value >= 1, name, value, "a whole number of processes, 1 or more")
             else:
                 same = any(value == level and type(value) is type(level) for level in allowed)
                 _require(same, name, value, "one of " + ", ".join(map(repr, allowed)))
 
-    def resolve(self, device: Device) -> Optimizations:
-        """Replaces every 'auto'. Raises ValueError for a level that cannot run on `device`."""
+    def resolve(self, device: Device, in_engine: bool = False) -> Optimizations:
+        """Replaces every 'auto'. Raises ValueError for a level that cannot run on `device`; in_engine: in one engine, as it is."""
         if self == BASELINE:
             return self
         from nanovllm.availability import resolve
 
-        return resolve(self, device)
+        return resolve(self, device, in_engine)
 
 
 BASELINE = Optimizations()
 """Every optimization off."""
-ALL = Optimizations(**{name: "auto" for name in LEVELS if name != "tensor_parallel_size"})  # type: ignore[arg-type]
-"""The best level of each optimization on the machine at hand (tensor_parallel_size is a question of its own: 1)."""
+ALL = Optimizations(**{name: "auto" for name in LEVELS if not name.endswith("parallel_size")})  # type: ignore[arg-type]
+"""The best level of each optimization on the machine at hand (how many GPUs share the work is a question of its own: 1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class EngineConfig:
         _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "'auto', 'cpu' or 'cuda'")
         for name in ("max_num_seqs", "block_size", "max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes"):
             value, optional = getattr(self, name), type(self).__dataclass_fields__[name].default is None
-            _require((value is None and optional) or (_is_int(value) and value >= 1), name, value, "a whole number, 1 or more")
+            _require((value is None and optional) or (type(value) is int and value >= 1), name, value, "a whole number, 1 or more")
         _require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", self.gpu_memory_utilization, "in (0, 1]")
 
     @classmethod
@@ -118,7 +118,7 @@ class EngineConfig:
         _require(budget >= self.max_num_seqs, "max_num_batched_tokens", budget,
                  f"at least max_num_seqs, {self.max_num_seqs}: each running request decodes one token a step")
         return ResolvedConfig(**{**vars(self), "device": device, "dtype": dtype, "max_model_len": max_model_len,
-                                 "max_num_batched_tokens": budget, "optimizations": self.optimizations.resolve(device)})
+                                 "max_num_batched_tokens": budget, "optimizations": self.optimizations.resolve(device, True)})
 
 
 @dataclass(frozen=True, kw_only=True)

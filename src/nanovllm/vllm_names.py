@@ -11,6 +11,7 @@ SWITCHES = {
     "enforce_eager": lambda on: {"cuda_graphs": False if on else "auto"},
     "async_scheduling": lambda on: {"overlap": on},
     "tensor_parallel_size": lambda degree: {"tensor_parallel_size": degree},
+    "data_parallel_size": lambda degree: {"data_parallel_size": degree},
 }
 """vLLM's name -> the fields of `Optimizations` that it sets; None leaves them as they are, as in vLLM."""
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,38 @@ def buckets_for(max_num_seqs: int) -> list[int]:
 
 
 @dataclass(slots=True)
-class _Recorded:
+class Recorded:
+    """A graph, where its result lies, and what one replay executes."""
+
     graph: Any  # torch.cuda.CUDAGraph
-    token_ids: Tensor  # [bucket] int64: overwritten by each replay
-    kernel_calls: Counter[str]  # what one replay executes
+    output: Tensor  # overwritten by each replay
+    kernel_calls: Counter[str]
     attention_calls: Counter[str]
+    all_reduces: Counter[str] = field(default_factory=Counter)
+
+    def replay(self, stats: StepStats) -> Tensor:
+        self.graph.replay()
+        stats.graph_replays += 1
+        stats.kernel_calls.update(self.kernel_calls)
+        stats.attention_calls.update(self.attention_calls)
+        stats.all_reduces.update(self.all_reduces)
+        return self.output
+
+
+@torch.inference_mode()
+def record(forward: Callable[[], Tensor], stats: StepStats, pool: Any, stream: torch.cuda.Stream) -> Recorded:
+    """Runs `forward` twice: once to compile kernels and choose GEMM algorithms, once to be recorded."""
+    torch.cuda.synchronize(stream.device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        forward()
+        stream.synchronize()
+        stats.reset()
+        # Other threads (NCCL's watchdog) may go on asking the device how far it is.
+        graph.capture_begin(pool, capture_error_mode="thread_local")
+        output = forward()
+        graph.capture_end()
+    return Recorded(graph, output, *map(Counter, (stats.kernel_calls, stats.attention_calls, stats.all_reduces)))
 
 
 class GraphRunner(ModelRunner):
@@ -82,12 +110,9 @@ class GraphRunner(ModelRunner):
                 values = plan.rows + [self.spare_row] * padding + plan.starts + [0] * padding
                 self.inputs[: 2 * bucket] = self._tensor(values)
             recorded = self.recorded[bucket, plan.greedy_only and True in self.greedy_variants]
-            recorded.graph.replay()
+            token_ids = recorded.replay(self.stats)
             self.on_device = (bucket, plan.rows, [start + 1 for start in plan.starts])
-            self.stats.graph_replays += 1
-            self.stats.kernel_calls.update(recorded.kernel_calls)
-            self.stats.attention_calls.update(recorded.attention_calls)
-            return self._read_back(recorded.token_ids[:n])
+            return self._read_back(token_ids[:n])
 
     def _update_rows(self, plan: StepPlan) -> None:
         if plan.new_blocks:  # in one launch: nearly every step of a large batch has some
@@ -95,7 +120,7 @@ class GraphRunner(ModelRunner):
             plan = replace(plan, new_blocks=[])
         super()._update_rows(plan)
 
-    def _record_all(self) -> dict[tuple[int, bool], _Recorded]:
+    def _record_all(self) -> dict[tuple[int, bool], Recorded]:
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
         if self.config.optimizations.attention_backend == "triton":  # the others need lengths that the host knows
             from nanovllm.engine.prefill_graph import ShortPrefills
@@ -107,20 +132,10 @@ class GraphRunner(ModelRunner):
                 for bucket in reversed(self.buckets)  # the largest first: the others fit into its memory
                 for greedy in self.greedy_variants}  # fmt: skip
 
-    @torch.inference_mode()
-    def _record(self, bucket: int, greedy: bool, pool: Any, stream: torch.cuda.Stream) -> _Recorded:
+    def _record(self, bucket: int, greedy: bool, pool: Any, stream: torch.cuda.Stream) -> Recorded:
         self.inputs[:bucket] = self.spare_row
         self.inputs[bucket:] = 0
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
-            self._decode(bucket, greedy)  # compiles kernels and chooses GEMM algorithms
-            stream.synchronize()
-            self.stats.reset()
-            graph.capture_begin(pool)
-            token_ids = self._decode(bucket, greedy)
-            graph.capture_end()
-        return _Recorded(graph, token_ids, Counter(self.stats.kernel_calls), Counter(self.stats.attention_calls))
+        return record(lambda: self._decode(bucket, greedy), self.stats, pool, stream)
 
     def _decode(self, bucket: int, greedy: bool) -> Tensor:
         """A decode step of the rows in `inputs`, in tensors alone. Returns the sampled tokens: [bucket]."""

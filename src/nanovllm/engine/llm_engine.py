@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from nanovllm.config import EngineConfig, ResolvedConfig
+from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Scheduler, StepPlan
@@ -64,8 +64,7 @@ class LLMEngine:
         make_runner = (_load("workers", "TensorParallelRunner") if on.tensor_parallel_size > 1
                        else _load("cuda_graph", "GraphRunner") if on.cuda_graphs else ModelRunner)  # fmt: skip
         self.runner = make_runner(resolved, self.model_config, folder, self._stats)
-        sizes: dict[str, Any] = {"num_kv_blocks": self.runner.num_blocks, "kv_cache_bytes": self.runner.kv_cache_bytes}
-        self.config: ResolvedConfig = dataclasses.replace(resolved, **sizes)
+        self.config = dataclasses.replace(resolved, num_kv_blocks=self.runner.num_blocks, kv_cache_bytes=self.runner.kv_cache_bytes)
         make_blocks = _load("prefix_cache", "CachingBlockManager") if on.prefix_cache else BlockManager
         make_scheduler = Scheduler if on.batching == "static" else _load("continuous_batching", "ContinuousScheduler")
         blocks = make_blocks(self.runner.num_blocks, resolved.block_size, self._stats)
@@ -197,6 +196,11 @@ class LLMEngine:
 
 class LLM(LLMEngine):
     """vLLM's offline interface: `LLM(model, **arguments).generate(prompts, sampling_params)`."""
+
+    def __new__(cls, model: str, **kwargs: Any) -> Any:
+        """Replicas of an engine, of the same interface, where data_parallel_size says so."""
+        one = (config := EngineConfig.from_kwargs(model, **kwargs)).optimizations.data_parallel_size == 1
+        return super().__new__(cls) if one else _load("data_parallel", "ReplicatedLLM")(config)
 
     def __init__(self, model: str, **kwargs: Any) -> None:
         super().__init__(EngineConfig.from_kwargs(model, **kwargs))

@@ -40,10 +40,10 @@ class ModelRunner:
 
     def __init__(self, resolved: ResolvedConfig, model_config: ModelConfig, folder: Path, stats: StepStats,
                  tp: TensorParallel | None = None) -> None:
-        self.config, self.stats, tp = resolved, stats, tp or TensorParallel()
+        self.config, self.stats, self.tp = resolved, stats, (tp := tp or TensorParallel())
         self.device = torch.device(resolved.device, tp.rank) if resolved.device == "cuda" else torch.device("cpu")
         dtype = getattr(torch, resolved.dtype)
-        self.kernels = load_kernels(resolved.optimizations, stats.kernel_calls)
+        self.kernels = tp.over_shards(load_kernels(resolved.optimizations, stats.kernel_calls))
         self.attention = load_attention(
             resolved.optimizations, stats.attention_calls, num_kv_heads=model_config.num_key_value_heads // tp.size,
             block_size=resolved.block_size, scale=model_config.head_dim**-0.5, dtype=dtype,
@@ -93,7 +93,7 @@ class ModelRunner:
             return self._read_back(token_ids)
         from nanovllm.kernels.torch.logprobs import logprobs
 
-        return self._read_back(token_ids, *logprobs(logits, token_ids, plan.num_logprobs))
+        return self._read_back(token_ids, *logprobs(self.tp.all_gather(logits), token_ids, plan.num_logprobs))
 
     def _read_back(self, *tensors: Tensor) -> StepHandle:
         """Enqueues their copies to the host; an event tells when those have arrived, however much is enqueued behind."""
@@ -113,8 +113,8 @@ class ModelRunner:
         torch.cuda.empty_cache()
 
     def _tensor(self, values: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:
-        pinned = self.device.type == "cuda"  # a copy from pageable memory would wait for the device
-        return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(self.device, non_blocking=True)
+        # A copy from pageable memory would wait for the device.
+        return torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
 
     def _update_rows(self, plan: StepPlan) -> None:
         if plan.new_rows:

@@ -12,13 +12,12 @@ What stands before and behind it (the batch, logits, sampling) runs eagerly, and
 from __future__ import annotations
 
 import bisect
-from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nanovllm.engine.cuda_graph import Recorded, record
 from nanovllm.engine.stats import StepStats
 from nanovllm.kernels.batch import ForwardBatch
 from nanovllm.kernels.registry import AttentionBackend
@@ -29,28 +28,11 @@ TOKENS = (64, 128, 256, 512, 1024)
 ENTRIES = 16
 
 
-@dataclass(slots=True)
-class _Recorded:
-    graph: Any  # torch.cuda.CUDAGraph
-    hidden: Tensor  # [bucket, hidden]: overwritten by each replay
-    kernel_calls: Counter[str]
-    attention_calls: Counter[str]
-
-
 class ShortPrefills:
     """Stands where the model stands: the same calls; those of short prefills are replayed."""
 
-    def __init__(
-        self,
-        model: Qwen3ForCausalLM,
-        attention: AttentionBackend,
-        stats: StepStats,
-        kv_caches: list[KVCache],
-        max_blocks: int,
-        spare_slot: int,
-        pool: Any,
-        stream: torch.cuda.Stream,
-    ) -> None:
+    def __init__(self, model: Qwen3ForCausalLM, attention: AttentionBackend, stats: StepStats, kv_caches: list[KVCache],
+                 max_blocks: int, spare_slot: int, pool: Any, stream: torch.cuda.Stream) -> None:
         """max_blocks: columns of a block table. spare_slot: where K and V of padding go. pool: of the graphs' memory."""
         self.model, self.attention, self.stats, self.spare_slot = model, attention, stats, spare_slot
         with kv_caches[0][0].device:
@@ -75,28 +57,14 @@ class ShortPrefills:
         self.seq_lens[:num_entries] = batch.seq_lens
         self.query_start_loc[: num_entries + 1] = batch.query_start_loc
         self.query_start_loc[num_entries + 1 :] = num_tokens
-        recorded.graph.replay()
-        self.stats.graph_replays += 1
-        self.stats.kernel_calls.update(recorded.kernel_calls)
-        self.stats.attention_calls.update(recorded.attention_calls)
-        return recorded.hidden[:num_tokens]
+        return recorded.replay(self.stats)[:num_tokens]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] -> [rows, vocabulary]."""
         return self.model.logits(hidden)
 
-    @torch.inference_mode()
-    def _record(self, bucket: int, kv_caches: list[KVCache], pool: Any, stream: torch.cuda.Stream) -> _Recorded:
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
-            self._forward(bucket, kv_caches)  # compiles kernels and chooses GEMM algorithms
-            stream.synchronize()
-            self.stats.reset()
-            graph.capture_begin(pool)
-            hidden = self._forward(bucket, kv_caches)
-            graph.capture_end()
-        return _Recorded(graph, hidden, Counter(self.stats.kernel_calls), Counter(self.stats.attention_calls))
+    def _record(self, bucket: int, kv_caches: list[KVCache], pool: Any, stream: torch.cuda.Stream) -> Recorded:
+        return record(lambda: self._forward(bucket, kv_caches), self.stats, pool, stream)
 
     def _forward(self, bucket: int, kv_caches: list[KVCache]) -> Tensor:
         batch = ForwardBatch(

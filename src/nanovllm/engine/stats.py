@@ -26,7 +26,7 @@ class StepStats:
     discarded_tokens: int = 0  # sampled for a request that had ended (commit lag 1, aborts)
     overlapped_steps: int = 0  # launched while another step was in flight
     graph_replays: int = 0
-    all_reduces: int = 0
+    all_reduces: Counter[str] = field(default_factory=Counter)  # over tensor-parallel ranks, by who does them
     attention_calls: Counter[str] = field(default_factory=Counter)  # by backend
     kernel_calls: Counter[str] = field(default_factory=Counter)  # by implementation
 

@@ -22,7 +22,9 @@ def toggle_counters(optimizations: Optimizations, stats: StepStats) -> dict[str,
         "batching": (policy, stats.mixed_steps if optimizations.batching == "chunked" else stats.refills),
         "cuda_graphs": (stats.graph_replays, None),
         "overlap": (stats.overlapped_steps, None),
-        "tensor_parallel_size": (stats.all_reduces, None),
+        "tensor_parallel_size": (sum(stats.all_reduces.values()), None),
+        "all_reduce": (stats.all_reduces["symmetric_memory"], None),
+        "data_parallel_size": (0, None),  # of one replica; data_parallel.py counts over all
     }
     return {name: {"level": getattr(optimizations, name), "baseline": LEVELS[name][0], "engaged": counters[name][0],
                    "opportunity": counters[name][1]} for name in LEVELS}  # fmt: skip

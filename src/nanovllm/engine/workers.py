@@ -1,94 +1,40 @@
 """tensor_parallel_size > 1: one process a rank, fed with flat StepPlans. Loaded only when on.
 
-Rank 0 is the engine's own process. Every other rank is a child that holds its shard, runs the same steps and samples the
-same tokens (randomness is counter-based), so nothing but plans goes out and nothing comes back:
+    engine's process   schedules, commits; no model, no GPU
+        plan  ---socketpair---> rank 0 .. n-1      each launches the same steps on its shard and samples the same tokens
+        tokens <--socketpair--- rank 0
 
-    rank 0   plan ---socketpair---> rank 1 .. n-1
-             all-reduce / all-gather over gloo (CPU) or NCCL (GPU), loopback only
-
-Ranks meet through a file in a private temporary folder: no port to choose, no name to guess, any number of engines a host.
-A child ends when its socket closes, however the parent died. A child that dies or hangs ends the engine with an error.
+Ranks sum over gloo (CPU), NCCL or symmetric memory (GPU): collectives.py. A rank ends when its lifeline closes, however the
+engine's process died. A rank that dies or hangs ends the engine with an error that names it; as the engine's process holds no
+GPU memory and waits for no device, ending all ranks gives everything back, whatever a kernel is still waiting for.
 """
 
+import contextlib
+import marshal
+import mmap
 import os
 import pickle
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-import traceback
-from dataclasses import dataclass
-from datetime import timedelta
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from nanovllm.config import ResolvedConfig
-from nanovllm.engine.model_runner import ModelRunner, StepHandle
+from nanovllm.engine.children import Child, WorkerError, end
 from nanovllm.engine.scheduler import StepPlan
 from nanovllm.engine.sequence import TokenLogprobs
 from nanovllm.engine.stats import StepStats
+from nanovllm.engine.wire import Counts, Job, PlanCoder
 from nanovllm.layers.linear import TensorParallel
 from nanovllm.models.config import ModelConfig
 
-COLLECTIVE_TIMEOUT_S = 30.0
-"""A rank that has not joined a collective operation after this long is taken for dead."""
+COLLECTIVE_TIMEOUT_S = 20.0
+"""Ranks of which none has moved for this long, while a step is being computed, hang."""
 START_TIMEOUT_S = 600.0
-
-
-class WorkerError(RuntimeError):
-    """A tensor-parallel rank died, hung or failed; the message names it."""
-
-
-class DistributedTensorParallel(TensorParallel):
-    """The group of ranks, over a process group of its own: torch's global one is left to the user's program."""
-
-    def __init__(self, rank: int, size: int, rendezvous: str, device: str, stats: StepStats) -> None:
-        self.rank, self.size, self.stats = rank, size, stats
-        store = dist.FileStore(rendezvous, size)
-        if device == "cuda":
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
-            torch.cuda.set_device(rank)
-            self.group: Any = dist.ProcessGroupNCCL(store, rank, size, options)
-        else:
-            options = dist.ProcessGroupGloo._Options()
-            options._devices = [dist.ProcessGroupGloo.create_device(interface="lo")]
-            options._timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
-            options._threads = 2
-            self.group = dist.ProcessGroupGloo(store, rank, size, options)
-
-    def all_reduce(self, x: Tensor) -> Tensor:
-        self.stats.all_reduces += 1
-        self.group.allreduce([x]).wait()
-        return x
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        self.group.allgather([parts], [x]).wait()
-        return torch.cat(parts, dim=-1)
-
-    def agree_on_least(self, value: int) -> int:
-        parts = self.all_gather(torch.tensor([value], device="cuda" if "nccl" in self.group.name() else "cpu"))
-        return int(parts.min())
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What a child needs to become a rank."""
-
-    rank: int
-    rendezvous: str
-    num_threads: int
-    resolved: ResolvedConfig
-    model_config: ModelConfig
-    folder: Path
+RANK_MAIN = "nanovllm.engine.rank.main"
+_LOOK_EVERY_S = 0.2
 
 
 class TensorParallelRunner:
@@ -102,127 +48,125 @@ class TensorParallelRunner:
         ranks.size = self.size
         ranks.share(model_config.num_attention_heads, "query heads")  # said before any process is started
         ranks.share(model_config.num_key_value_heads, "KV heads")
-        self._threads_before = torch.get_num_threads()
-        num_threads = max(1, self._threads_before // self.size)
+        self.stats = stats
+        self._counted: Counts = (0, {}, {}, {})
+        self._coder = PlanCoder()
         self._folder = tempfile.TemporaryDirectory(prefix="nanovllm-")
-        self._children: dict[int, tuple[subprocess.Popen[bytes], Connection]] = {}
-        self._local: ModelRunner | None = None
-        rendezvous = os.path.join(self._folder.name, "rendezvous")
+        self._children: list[Child] = []
+        self._broken = False
+        self._timeout_s = COLLECTIVE_TIMEOUT_S
+        self._progress = _shared_counters(os.path.join(self._folder.name, "progress"), 2 * self.size)
+        self._moved: tuple[float, list[int]] = (time.monotonic(), [])
+        num_threads = max(1, torch.get_num_threads() // self.size)
         try:
-            for rank in range(1, self.size):
-                self._start(_Job(rank, rendezvous, num_threads, resolved, model_config, folder))
-            torch.set_num_threads(num_threads)
-            self._await_all("imported")
-            group = DistributedTensorParallel(0, self.size, rendezvous, resolved.device, stats)
-            self._local = ModelRunner(resolved, model_config, folder, stats, group)
-            self._await_all("ready")
+            for rank in range(self.size):
+                self._children.append(Child(f"tensor-parallel rank {rank}", RANK_MAIN))
+                job = Job(rank, os.path.join(self._folder.name, "rendezvous"), os.path.join(self._folder.name, "progress"),
+                          num_threads, self._timeout_s, resolved, model_config, folder)  # fmt: skip
+                self._children[-1].channel.send(pickle.dumps(job), START_TIMEOUT_S)
+            self._await_all(b"imported")
+            for child in self._children:
+                child.channel.send(b"go on")
+            self.num_blocks, self.kv_cache_bytes = marshal.loads(self._await_all(b"ready"))
         except BaseException as error:
             failure = self._failure(error)
             self.close(force=True)
             raise failure from error
-        self.num_blocks, self.kv_cache_bytes = self._local.num_blocks, self._local.kv_cache_bytes
 
-    def launch(self, plan: StepPlan) -> StepHandle:
-        assert self._local is not None
+    def launch(self, plan: StepPlan) -> int:
+        """Sends the plan to every rank; the handle is the step's number."""
         try:
-            message = pickle.dumps(plan, protocol=pickle.HIGHEST_PROTOCOL)
-            for _, connection in self._children.values():
-                connection.send_bytes(message)
-            return self._local.launch(plan)
-        except (RuntimeError, OSError) as error:
+            message = self._coder.encode(plan)
+            for child in self._children:
+                child.channel.send(message, self._timeout_s)
+        except OSError as error:
             raise self._failure(error) from error
+        self._moved = time.monotonic(), []
+        return plan.step
 
-    def collect(self, handle: StepHandle) -> tuple[list[int], list[TokenLogprobs] | None]:
-        assert self._local is not None
+    def collect(self, handle: int) -> tuple[list[int], list[TokenLogprobs] | None]:
+        """Waits for a step's tokens, looking after the ranks meanwhile."""
         try:
-            return self._local.collect(handle)
-        except RuntimeError as error:
+            while (message := self._children[0].hear(b"tokens", _LOOK_EVERY_S)) is None:
+                self._look_after_ranks()
+        except (WorkerError, OSError) as error:
             raise self._failure(error) from error
+        tokens, logprobs, counts = marshal.loads(message)
+        self._count(counts)
+        return tokens, logprobs
 
     def close(self, force: bool = False) -> None:
-        """Ends every child: asked to first (unless force), killed after five seconds."""
-        for child, connection in self._children.values():
-            connection.close()
-            if force:
-                child.kill()
-        for child, _ in self._children.values():
-            try:
-                child.wait(5)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
-        self._children.clear()
-        if self._local is not None:
-            self._local.close()
-            self._local = None
-        torch.set_num_threads(self._threads_before)
+        """Ends every rank: killed, where one has failed (or force); else asked to first, and killed soon after."""
+        end(self._children, force or self._broken)
+        self._children = []
         self._folder.cleanup()
 
-    def _start(self, job: _Job) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            child = subprocess.Popen(
-                [sys.executable, "-c", "from nanovllm.engine.workers import main; main()", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-            )  # fmt: skip
-        connection = Connection(ours.detach())
-        self._children[job.rank] = (child, connection)
-        connection.send_bytes(pickle.dumps(job))
+    def _await_all(self, word: bytes) -> bytes:
+        """Waits until every rank has said `word`; what rank 0 said after it. Raises WorkerError where one does not."""
+        deadline, answers = time.monotonic() + START_TIMEOUT_S, dict[int, bytes]()
+        while waiting := [rank for rank in range(self.size) if rank not in answers]:
+            for rank in waiting:
+                answer = self._children[rank].hear(word, _LOOK_EVERY_S / len(waiting))
+                if answer is not None:
+                    answers[rank] = answer
+            if time.monotonic() > deadline:
+                title = self._children[waiting[0]].title
+                raise WorkerError(f"{title} was not {word.decode()} within {START_TIMEOUT_S:.0f} s")
+        return answers[0]
 
-    def _await_all(self, word: str) -> None:
-        """Waits until every child has said `word`. Raises WorkerError if one dies, fails or is silent for too long."""
-        deadline = time.monotonic() + START_TIMEOUT_S
-        for rank, (child, connection) in self._children.items():
-            while not connection.poll(0.2):
-                if child.poll() is not None:
-                    raise WorkerError(f"tensor-parallel rank {rank} ended with status {child.returncode} before it was {word}")
-                if time.monotonic() > deadline:
-                    raise WorkerError(f"tensor-parallel rank {rank} was not {word} within {START_TIMEOUT_S:.0f} s")
-            try:
-                said = connection.recv_bytes().decode()
-            except EOFError as error:
-                raise WorkerError(f"tensor-parallel rank {rank} ended before it was {word}") from error
-            if said != word:
-                raise WorkerError(f"tensor-parallel rank {rank} failed:\n{said}")
+    def _look_after_ranks(self) -> None:
+        """Raises WorkerError where a rank has ended or failed, or all stand still."""
+        for child in self._children[1:]:
+            child.hear(b"nothing", 0.0)
+        moved_at, seen = self._moved
+        if seen != (now := list(self._progress)):
+            self._moved = time.monotonic(), now
+        elif time.monotonic() - moved_at > self._timeout_s + 2:  # gloo's own limit comes first, and says more
+            raise WorkerError(f"the tensor-parallel ranks 0 to {self.size - 1} hang: all have launched the same step, and none has "
+                              f"finished it within {self._timeout_s:.0f} s")  # fmt: skip
 
     def _failure(self, error: BaseException) -> BaseException:
-        """The error to raise: the first dead or failed rank by name where there is one, else what was caught."""
-        if isinstance(error, (WorkerError, ValueError, MemoryError)) or not isinstance(error, Exception):
+        """The error to raise: the dead, failed or hung rank by name where there is one, else what was caught.
+
+        When one rank goes, the others fail or wait as well, in an operation that it has not entered: it is the one behind.
+        """
+        if not isinstance(error, (WorkerError, OSError)):
             return error
-        time.sleep(0.2)  # a child that just failed needs a moment to say why
-        for rank, (child, _) in self._children.items():
-            if child.poll() is not None and child.returncode < 0:  # the others only report that their peer is gone
-                return WorkerError(f"tensor-parallel rank {rank} was killed ({signal.Signals(-child.returncode).name})")
-        for rank, (_, connection) in self._children.items():
-            try:
-                if not connection.closed and connection.poll(0):
-                    return WorkerError(f"tensor-parallel rank {rank} failed:\n{connection.recv_bytes().decode()}")
-            except (EOFError, OSError):
-                return WorkerError(f"tensor-parallel rank {rank} ended without a word")
-        return WorkerError(f"a tensor-parallel rank did not answer within {COLLECTIVE_TIMEOUT_S:.0f} s: {error}")
+        self._broken = True
+        time.sleep(_LOOK_EVERY_S)  # a rank that just failed needs a moment to say why, and to end
+        for child in self._children:
+            with contextlib.suppress(WorkerError):
+                child.hear(b"", 0.0)
+        if killed := [child for child in self._children if child.was_killed]:
+            return WorkerError(killed[0].failure())
+        at = [(self._progress[2 * rank], self._progress[2 * rank + 1]) for rank in range(self.size)]
+        silent = [rank for rank, child in enumerate(self._children) if child.is_stopped]
+        silent = silent or [rank for rank in range(self.size) if at[rank] < max(at)]
+        if suspects := silent or [rank for rank, child in enumerate(self._children) if child.has_failed]:
+            first = self._children[min(suspects, key=at.__getitem__)]
+            if first.has_failed:
+                return WorkerError(first.failure())
+            self._show_where()
+            return WorkerError(f"{first.title} hangs: it did not answer within {self._timeout_s:.0f} s ({error})")
+        self._show_where()
+        return WorkerError(str(error))
+
+    def _show_where(self) -> None:
+        for child in self._children:
+            child.show_where()
+        time.sleep(_LOOK_EVERY_S)
+
+    def _count(self, counts: Counts) -> None:
+        """Adds to the engine's counters what rank 0 has counted since the last step."""
+        before, self._counted = self._counted, counts
+        self.stats.graph_replays += counts[0] - before[0]
+        names = "all_reduces", "attention_calls", "kernel_calls"
+        for name, now, then in zip(names, counts[1:], before[1:], strict=True):
+            getattr(self.stats, name).update({key: n - then.get(key, 0) for key, n in now.items()})
 
 
-def main() -> None:
-    """A child rank: argv[1] is the number of its inherited socket. Ends when that socket closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    connection = Connection(int(sys.argv[1]))
-    try:
-        job: _Job = pickle.loads(connection.recv_bytes())  # from our own parent, over an anonymous socket
-        torch.set_num_threads(job.num_threads)
-        connection.send_bytes(b"imported")
-        size = job.resolved.optimizations.tensor_parallel_size
-        stats = StepStats()
-        group = DistributedTensorParallel(job.rank, size, job.rendezvous, job.resolved.device, stats)
-        runner = ModelRunner(job.resolved, job.model_config, job.folder, stats, group)
-        connection.send_bytes(b"ready")
-        while True:
-            runner.launch(pickle.loads(connection.recv_bytes()))
-    except (EOFError, ConnectionError):
-        return  # the parent closed the engine, or is gone
-    except Exception:  # noqa: BLE001  whatever it was, the parent must hear of it
-        try:
-            connection.send_bytes(traceback.format_exc().encode())
-        except OSError:
-            sys.stderr.write(traceback.format_exc())
-        sys.exit(1)
+def _shared_counters(path: str, count: int) -> Any:
+    """[count] uint64 that the ranks write and the engine reads."""
+    with open(path, "w+b") as file:
+        file.truncate(8 * count)
+        return memoryview(mmap.mmap(file.fileno(), 0)).cast("Q")

@@ -1,4 +1,4 @@
-"""Token embedding and output head, both sharded over the vocabulary."""
+"""Token embedding and output head; the head is sharded over the vocabulary."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,22 +7,19 @@ from nanovllm.layers.linear import TensorParallel, parameter
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rank r holds rows [r * n, (r + 1) * n) of the table."""
+    """The table is whole on every rank, as looking up a few rows costs less than a sum over ranks; only_head: it is never looked up
+    in, and rank r holds rows [r * n, (r + 1) * n). The head works with those rows in either case."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel, only_head: bool = False) -> None:
         super().__init__()
-        self.tp = tp
-        self.num_rows = tp.share(vocab_size, "tokens of the vocabulary")
-        self.weight = parameter(self.num_rows, hidden_size, shard_dim=0)
+        n = tp.share(vocab_size, "tokens of the vocabulary")
+        self.weight = parameter(n, hidden_size, shard_dim=0) if only_head else parameter(vocab_size, hidden_size)
+        self.head = slice(None) if only_head else slice(tp.rank * n, (tp.rank + 1) * n)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """[tokens] -> [tokens, hidden]."""
-        if self.tp.size == 1:
-            return F.embedding(token_ids, self.weight)
-        local = token_ids - self.tp.rank * self.num_rows
-        mine = (local >= 0) & (local < self.num_rows)
-        return self.tp.all_reduce(F.embedding(local * mine, self.weight) * mine[:, None])
+        return F.embedding(token_ids, self.weight)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[rows, hidden] -> [rows, vocabulary], on every rank."""
-        return self.tp.all_gather(F.linear(hidden, self.weight))
+        """[rows, hidden] -> [rows, this rank's part of the vocabulary]."""
+        return F.linear(hidden, self.weight[self.head])

@@ -14,8 +14,7 @@ from nanovllm.kernels.registry import Kernels
 class TensorParallel:
     """The group of ranks that share a model. This one is the group of one; workers.py has the real one."""
 
-    rank: int = 0
-    size: int = 1
+    rank, size = 0, 1
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum of every rank's x."""
@@ -24,6 +23,10 @@ class TensorParallel:
     def all_gather(self, x: Tensor) -> Tensor:
         """Every rank's x: [n, m], side by side: [n, size * m]."""
         return x
+
+    def over_shards(self, kernels: Kernels) -> Kernels:
+        """Kernels whose sampler takes this rank's part of the logits."""
+        return kernels
 
     def agree_on_least(self, value: int) -> int:
         """The least of every rank's value."""

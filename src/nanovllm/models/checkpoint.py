@@ -40,6 +40,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 
 from nanovllm.kernels.torch.sampling import philox4x32
+from nanovllm.models.generated import RECIPE
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,18 @@ PRESETS = {
     ),
 }  # fmt: skip
 
+GENERATED = {
+    "qwen3-8b": Preset(
+        vocab_size=151_936, hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960, tie_word_embeddings=False, dtype="bfloat16",
+    ),
+    "qwen3-32b": Preset(
+        vocab_size=151_936, hidden_size=5120, intermediate_size=25_600, num_hidden_layers=64, num_attention_heads=64,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960, tie_word_embeddings=False, dtype="bfloat16",
+    ),
+}  # fmt: skip
+"""Shapes whose weights are no files: every rank makes its own (models/generated.py). For the time of steps; HF cannot read them."""
+
 DIGESTS = {
     "tiny": "6be35bac76c4b39d14faad25342f2c4886a400894b1c1ccd841487fd68c55ecd",
     "qwen3-0.6b": "ede9ae520131c293186386ba002643f07b7baa8a905ee6376b1280af18940c71",
@@ -124,12 +137,13 @@ def ensure_checkpoint(preset: str, *, cache_dir: Path | str | None = None, **cha
     Two processes may build the same one: each builds aside, and the first to finish wins. Raises ValueError for an unknown
     preset or field, RuntimeError where the weights of an unchanged preset do not have their recorded digest.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset {preset!r} is unknown; known are {', '.join(PRESETS)}")
+    known = PRESETS | GENERATED
+    if preset not in known:
+        raise ValueError(f"preset {preset!r} is unknown; known are {', '.join(known)}")
     fields = {field.name for field in dataclasses.fields(Preset)}
     if unknown := sorted(set(changes) - fields):
         raise ValueError(f"a preset has no {', '.join(unknown)}; it has {', '.join(sorted(fields))}")
-    recipe = dataclasses.replace(PRESETS[preset], **changes)
+    recipe = dataclasses.replace(known[preset], **changes)
     key = hashlib.sha256(f"{recipe} {DIGESTS}".encode()).hexdigest()[:12]  # DIGESTS: another builder, another checkpoint
     cache = Path(cache_dir or os.environ.get("NANOVLLM_CACHE") or _home() / ".cache" / "nanovllm")
     folder = cache / "-".join([preset, *(f"{name}={value}" for name, value in sorted(changes.items()) if name != "gains"), key])
@@ -138,8 +152,8 @@ def ensure_checkpoint(preset: str, *, cache_dir: Path | str | None = None, **cha
     cache.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".building-{preset}-", dir=cache))
     try:
-        build_checkpoint(recipe, aside)
-        if not changes and (digest := checkpoint_digest(aside)) != DIGESTS[preset]:
+        build_checkpoint(recipe, aside, weights=preset in PRESETS)
+        if not changes and preset in DIGESTS and (digest := checkpoint_digest(aside)) != DIGESTS[preset]:
             raise RuntimeError(f"{preset} built here has digest {digest}, recorded is {DIGESTS[preset]}: its recipe has changed "
                                "(record the new digest) or torch computes otherwise here (weights differ from other machines')")
         aside.chmod(0o755)
@@ -166,7 +180,9 @@ def checkpoint_digest(folder: Path | str) -> str:
             header = json.loads(stream.read(header_size))
         places |= {name: (file, 8 + header_size, meta) for name, meta in header.items() if name != "__metadata__"}
     if not places:
-        raise FileNotFoundError(f"{folder} holds no *.safetensors")
+        if not (generated := folder / RECIPE).is_file():
+            raise FileNotFoundError(f"{folder} holds no *.safetensors")
+        digest.update(generated.read_bytes())
     for name, (file, start, meta) in sorted(places.items()):
         digest.update(json.dumps([name, meta["dtype"], meta["shape"]]).encode())
         begin, end = meta["data_offsets"]
@@ -177,8 +193,8 @@ def checkpoint_digest(folder: Path | str) -> str:
     return digest.hexdigest()
 
 
-def build_checkpoint(recipe: Preset, folder: Path) -> None:
-    """Writes config.json, generation_config.json, the tokenizer and the weights into `folder`."""
+def build_checkpoint(recipe: Preset, folder: Path, weights: bool = True) -> None:
+    """Writes config.json, generation_config.json, the tokenizer and the weights (or what to generate them from) into `folder`."""
     _write_json(folder / "config.json", _config(recipe))
     _write_json(folder / "generation_config.json", {"eos_token_id": EOS_TOKEN_ID, "pad_token_id": EOS_TOKEN_ID})
     train_tokenizer().save(str(folder / "tokenizer.json"))
@@ -186,6 +202,9 @@ def build_checkpoint(recipe: Preset, folder: Path) -> None:
         "tokenizer_class": "Qwen2Tokenizer", "eos_token": SPECIAL_TOKENS[0], "pad_token": SPECIAL_TOKENS[0],
         "model_max_length": recipe.max_position_embeddings, "add_prefix_space": False, "clean_up_tokenization_spaces": False,
     })  # fmt: skip
+    if not weights:
+        _write_json(folder / RECIPE, {"seed": recipe.seed})
+        return
     dtype = getattr(torch, recipe.dtype)
     shards: list[dict[str, Tensor]] = [{}]
     room = recipe.max_shard_bytes or math.inf
@@ -381,7 +400,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 def main() -> None:
     """Builds a preset and prints its folder and digest."""
     parser = argparse.ArgumentParser(prog="python -m nanovllm.models.checkpoint", description="Build a seeded Qwen3 checkpoint.")
-    parser.add_argument("preset", choices=PRESETS)
+    parser.add_argument("preset", choices=[*PRESETS, *GENERATED])
     parser.add_argument("--cache-dir", help="default: $NANOVLLM_CACHE, else .cache/nanovllm")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--num-hidden-layers", type=int, help="a cut variant: the first layers, and a final norm scaled to them")

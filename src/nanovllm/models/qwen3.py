@@ -19,8 +19,6 @@ KVCache = tuple[Tensor, Tensor]  # keys and values of one layer: [blocks, kv_hea
 class Qwen3Attention(nn.Module):
     def __init__(self, config: ModelConfig, kernels: Kernels, attention: AttentionBackend, tp: TensorParallel) -> None:
         super().__init__()
-        tp.share(config.num_attention_heads, "query heads")
-        tp.share(config.num_key_value_heads, "KV heads")
         self.kernels, self.attention, self.eps = kernels, attention, config.rms_norm_eps
         q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         parts = {"q": q_size, "k": kv_size, "v": kv_size}
@@ -90,12 +88,12 @@ class Qwen3ForCausalLM(nn.Module):
         super().__init__()
         self.model = Qwen3Model(config, max_model_len, kernels, attention, tp)
         tied = config.tie_word_embeddings
-        self.lm_head = self.model.embed_tokens if tied else VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
+        self.lm_head = self.model.embed_tokens if tied else VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp, True)
 
     def forward(self, batch: ForwardBatch, kv_caches: list[KVCache]) -> Tensor:
         """-> hidden states: [tokens, hidden]."""
         return self.model(batch, kv_caches)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[rows, hidden] -> [rows, vocabulary]."""
+        """[rows, hidden] -> [rows, this rank's part of the vocabulary]."""
         return self.lm_head.logits(hidden)

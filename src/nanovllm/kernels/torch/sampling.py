@@ -66,22 +66,22 @@ def _log(x: Tensor) -> Tensor:
     return y.add_(exponent.mul_(_LN2_HIGH))
 
 
-def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """Gumbel(0, 1) noise [n, vocab_size] (float32) of each row's seed and position (int64 [n]), on their device.
+def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int, first: int = 0) -> Tensor:
+    """Gumbel(0, 1) noise [n, vocab_size] (float32) of each row's seed and position (int64 [n]), on their device: that of
+    tokens first (a multiple of 4) to first + vocab_size - 1.
 
     `positions[i]` is the position that the sampled token will take in its sequence (prompt included), below 2^32.
     """
     if seeds.device.type == "cpu" and len(seeds) > 16:  # a few rows at a time: what is computed on the way stays in the cache
-        return torch.cat([gumbel_noise(*rows, vocab_size) for rows in zip(seeds.split(16), positions.split(16), strict=True)])
-    num_rows, num_counters = seeds.shape[0], (vocab_size + 3) // 4
-    counters = torch.arange(num_counters, dtype=torch.int64, device=seeds.device)
+        return torch.cat([gumbel_noise(s, p, vocab_size, first) for s, p in zip(seeds.split(16), positions.split(16), strict=True)])
+    num_counters = (vocab_size + 3) // 4
+    counters = torch.arange(num_counters, dtype=torch.int64, device=seeds.device) + first // 4
     zero = torch.zeros((), dtype=torch.int64, device=seeds.device)
-    seeds = seeds[:, None]
-    words = philox4x32(seeds & _LOW32, (seeds >> 32) & _LOW32, counters, positions[:, None] & _LOW32, zero, zero)
-    uniform = torch.empty(num_rows, num_counters, 4, dtype=torch.float32, device=seeds.device)
+    words = philox4x32(seeds[:, None] & _LOW32, (seeds[:, None] >> 32) & _LOW32, counters, positions[:, None] & _LOW32, zero, zero)
+    uniform = torch.empty(len(seeds), num_counters, 4, dtype=torch.float32, device=seeds.device)
     for lane, word in enumerate(words):
         uniform[:, :, lane] = word
-    uniform = uniform.view(num_rows, -1)[:, :vocab_size].contiguous()
+    uniform = uniform.flatten(1)[:, :vocab_size].contiguous()
     uniform.clamp_(0.5, 2.0**32 - 2.0**8).mul_(2.0**-32)
     # log1p(-u) after D. Goldberg, "What every computer scientist should know about floating-point arithmetic", theorem 4.
     rest = 1.0 - uniform

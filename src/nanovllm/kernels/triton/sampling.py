@@ -77,10 +77,11 @@ def gumbel(uniform):
     return -_log(exponential)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_token"])
 def _best_of_slice_kernel(logits_ptr, temperature_ptr, seed_ptr, position_ptr, values_ptr, tokens_ptr, vocab_size, slice_size,
-                          row_stride, TILE: tl.constexpr, PDL: tl.constexpr):
-    """Best perturbed logit of row program_id(0) within slice program_id(1), and its token (the lowest on a tie).
+                          row_stride, first_token, TILE: tl.constexpr, PDL: tl.constexpr):
+    """Best perturbed logit of row program_id(0) within slice program_id(1), and its token (the lowest on a tie). The first
+    column is of token first_token, a multiple of 4.
 
     The exact noise costs a hundred operations a token, and few tokens have a chance. -log1p(-u) >= u, so the noise is at most
     -log(u), and little less where it is large. Read as integers, the bits of u are a piecewise linear log2(u) from below, off by
@@ -109,7 +110,7 @@ def _best_of_slice_kernel(logits_ptr, temperature_ptr, seed_ptr, position_ptr, v
                 best = value
                 best_token = tl.min(tl.where(logits == value, tokens, 0x7FFFFFFF), axis=0)
         else:
-            uniform = uniform_tile(seed, position, first, TILE)
+            uniform = uniform_tile(seed, position, first_token + first, TILE)
             log2_from_below = uniform.to(tl.int32, bitcast=True).to(tl.float32) * 1.1920929e-07 - 127.0
             bound = tl.maximum(logits * less, logits * more) - log2_from_below * 0.6931472
             if tl.max(bound, axis=0) + 1e-4 > best:
@@ -120,7 +121,7 @@ def _best_of_slice_kernel(logits_ptr, temperature_ptr, seed_ptr, position_ptr, v
                     best_token = tl.min(tl.where(perturbed == value, tokens, 0x7FFFFFFF), axis=0)
     place = row * tl.num_programs(1) + tl.program_id(1)
     tl.store(values_ptr + place, best)
-    tl.store(tokens_ptr + place, best_token)
+    tl.store(tokens_ptr + place, first_token + best_token)
 
 
 @triton.jit(do_not_specialize=["num_slices"])
@@ -152,18 +153,24 @@ def sample(
     if any_top_k_top_p:
         logits = filtered_logits(logits, temperatures, top_ks, top_ps)
         temperatures = (temperatures != 0.0).float()  # they are scaled already; x / 1 is x
+    n = logits.shape[0]
+    best, tokens = best_of_slices(logits, temperatures, seeds, positions)
+    values = best.view(torch.float32)
+    out = torch.empty(n, dtype=torch.int64, device=logits.device)
+    block = triton.next_power_of_2(triton.cdiv(logits.shape[1], _TILE))
+    _best_of_slices_kernel[(n,)](values, tokens, out, values.shape[1], BLOCK=block, num_warps=1, **pdl(logits))
+    return out
+
+
+def best_of_slices(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, first_token: int = 0) -> Tensor:
+    """[2, n, slices] int32: the bits of the best perturbed logit (float32) of each slice of a row, and its token."""
     n, vocab_size = logits.shape
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     slice_size = triton.cdiv(triton.cdiv(vocab_size, max(1, _PROGRAMS // max(n, 1))), _TILE) * _TILE
-    num_slices = triton.cdiv(vocab_size, slice_size)
-    values = torch.empty(n, num_slices, dtype=torch.float32, device=logits.device)
-    tokens = torch.empty(n, num_slices, dtype=torch.int32, device=logits.device)
-    out = torch.empty(n, dtype=torch.int64, device=logits.device)
-    _best_of_slice_kernel[(n, num_slices)](
-        logits, temperatures, seeds, positions, values, tokens, vocab_size, slice_size, logits.stride(0), TILE=_TILE,
-        num_warps=4, enable_fp_fusion=False, **pdl(logits),
+    best = torch.empty(2, n, triton.cdiv(vocab_size, slice_size), dtype=torch.int32, device=logits.device)
+    _best_of_slice_kernel[(n, best.shape[2])](
+        logits, temperatures, seeds, positions, best[0].view(torch.float32), best[1], vocab_size, slice_size, logits.stride(0),
+        first_token, TILE=_TILE, num_warps=4, enable_fp_fusion=False, **pdl(logits),
     )  # fmt: skip
-    block = triton.next_power_of_2(triton.cdiv(vocab_size, _TILE))
-    _best_of_slices_kernel[(n,)](values, tokens, out, num_slices, BLOCK=block, num_warps=1, **pdl(logits))
-    return out
+    return best

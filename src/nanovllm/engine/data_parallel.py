@@ -1,0 +1,248 @@
+"""data_parallel_size > 1: independent replicas of the engine behind one `generate`. Loaded only when on.
+
+    ReplicatedLLM   prompts  --by expected work-->  replica 0 .. n-1    a process each: a whole engine, on GPUs of its own
+                    outputs, in the order of the prompts  <--
+
+Replicas exchange nothing, so they scale as far as the work can be shared out evenly; each holds all weights, and what one has
+in its prefix cache the others do not know. A request's random numbers are those it has in a single engine.
+"""
+
+import dataclasses
+import os
+import pickle
+import time
+from collections.abc import Sequence as SequenceOf
+from typing import Any, Self
+
+import torch
+
+from nanovllm.config import EngineConfig
+from nanovllm.engine.children import Child, WorkerError, end
+from nanovllm.engine.llm_engine import LLM, EngineDeadError, Params, Prompt
+from nanovllm.engine.wire import Channel
+from nanovllm.outputs import RequestOutput
+from nanovllm.sampling_params import SamplingParams
+
+START_TIMEOUT_S = 600.0
+STEP_TIMEOUT_S = {"cuda": 25.0, "cpu": 300.0}
+"""A replica that is at work and has not ended a step for this long hangs. A step on a CPU may be a very long prompt's."""
+_LOOK_EVERY_S = 0.2
+_CHARACTERS_PER_TOKEN = 4
+REPLICA_MAIN = "nanovllm.engine.data_parallel.main"
+
+
+def expected_work(prompt_tokens: int, max_tokens: int) -> float:
+    """Of a request, in tokens: each output token costs one, and one more for every 1,000 tokens of context that it reads; a
+    token of the prompt a twentieth. Only ratios matter; a request that stops early was overestimated."""
+    return prompt_tokens / 20 + max_tokens * (1 + (prompt_tokens + max_tokens / 2) / 1000)
+
+
+def share_out(work: SequenceOf[float], parts: int) -> list[list[int]]:
+    """Indices of each part, ascending: the largest item first, always to the part with the least work (Graham's LPT rule)."""
+    loads, shares = [0.0] * parts, [[] for _ in range(parts)]  # type: ignore[var-annotated]
+    for index in sorted(range(len(work)), key=lambda i: -work[i]):
+        least = loads.index(min(loads))
+        loads[least] += work[index]
+        shares[least].append(index)
+    return [sorted(share) for share in shares]
+
+
+class ReplicatedLLM:
+    """The interface of LLM over several replicas. Raises WorkerError, naming the replica, when one dies or hangs."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        switches = config.optimizations
+        self.size, ranks = switches.data_parallel_size, switches.tensor_parallel_size
+        on_gpus = config.device != "cpu" and torch.cuda.is_available()
+        if on_gpus and torch.cuda.device_count() < self.size * ranks:
+            raise ValueError(f"data_parallel_size={self.size} with tensor_parallel_size={ranks} needs {self.size * ranks} GPUs; "
+                             f"there are {torch.cuda.device_count()}")  # fmt: skip
+        self.config = dataclasses.replace(config, optimizations=dataclasses.replace(switches, data_parallel_size=1))
+        self._timeout_s = STEP_TIMEOUT_S["cuda" if on_gpus else "cpu"]
+        self._num_requests, self._dispatched = 0, 0
+        self._dead: str | None = None
+        self._counters: list[dict[str, int]] = []
+        self._toggles: list[dict[str, Any]] = []
+        self._children: list[Child] = []
+        num_threads = max(1, torch.get_num_threads() // self.size)
+        try:
+            for replica in range(self.size):
+                gpus = _visible_gpus(replica * ranks, ranks) if on_gpus else {}
+                self._children.append(Child(f"replica {replica}", REPLICA_MAIN, gpus))
+                self._children[-1].channel.send(pickle.dumps((self.config, num_threads)), START_TIMEOUT_S)
+            resolved = self._answers(b"ready", START_TIMEOUT_S)
+        except BaseException:
+            self._end("it did not start", force=True)
+            raise
+        self._resolved: dict[str, Any] = resolved[0]
+        self._read_counters("stats")
+
+    def generate(self, prompts: Prompt | SequenceOf[Prompt], sampling_params: Params = None, *,
+                 use_tqdm: bool = True) -> list[RequestOutput]:
+        """Runs every prompt to its end; outputs in the order of the prompts. Nothing runs if one of them is not valid."""
+        self._check_alive()
+        one = isinstance(prompts, (str, dict)) or (len(prompts) > 0 and all(isinstance(token, int) for token in prompts))
+        batch: list[Any] = [prompts] if one else list(prompts)
+        given = sampling_params if sampling_params is not None else SamplingParams()
+        params = [given] * len(batch) if isinstance(given, SamplingParams) else list(given)
+        if len(params) != len(batch):
+            raise ValueError(f"{len(batch)} prompts and {len(params)} sampling_params; give one for all, or one for each")
+        first, self._num_requests = self._num_requests, self._num_requests + len(batch)
+        key = (self.config.seed & 0x7FFFFFFF) << 32  # as a single engine seeds its requests
+        params = [p if p.seed is not None else dataclasses.replace(p, seed=key | ((first + i) & 0xFFFFFFFF))
+                  for i, p in enumerate(params)]  # fmt: skip
+        shares = share_out([expected_work(_length(b), p.max_tokens) for b, p in zip(batch, params, strict=True)], self.size)
+        self._dispatched += sum(map(len, shares[1:]))
+        try:
+            for child, share in zip(self._children, shares, strict=True):
+                child.channel.send(pickle.dumps(("check", [batch[i] for i in share], [params[i] for i in share])), self._timeout_s)
+            if invalid := [error for error in self._answers(b"checked", self._timeout_s) if error is not None]:
+                raise invalid[0]
+            self._tell(("run",))
+            outputs: dict[int, RequestOutput] = {}
+            for share, answers in zip(shares, self._answers(b"outputs", self._timeout_s), strict=True):
+                outputs |= {i: dataclasses.replace(o, request_id=str(first + i)) for i, o in zip(share, answers, strict=True)}
+            self._read_counters("stats")
+        except (WorkerError, OSError, KeyboardInterrupt) as error:
+            self._end(f"a replica failed ({error})", force=True)
+            raise
+        return [outputs[i] for i in range(len(batch))]
+
+    # -- evidence: sums over replicas ---------------------------------------------------------------------------------------
+
+    def resolved_config(self) -> dict[str, Any]:
+        """Of one replica (its KV cache, its ranks), and how many of them there are."""
+        switches = {**self._resolved["optimizations"], "data_parallel_size": self.size}
+        return {**self._resolved, "optimizations": switches}
+
+    def stats(self) -> dict[str, int]:
+        names = {name for counters in self._counters for name in counters}
+        return {name: sum(counters.get(name, 0) for counters in self._counters) for name in sorted(names)}
+
+    def toggles(self) -> dict[str, dict[str, Any]]:
+        """As in one engine. data_parallel_size engages with every request that another replica than the first serves."""
+        result = {}
+        for name, toggle in self._toggles[0].items():
+            every = [toggles[name] for toggles in self._toggles]
+            found = [t["opportunity"] for t in every if t["opportunity"] is not None]
+            result[name] = toggle | {"engaged": sum(t["engaged"] for t in every), "opportunity": sum(found) if found else None}
+        result["data_parallel_size"] |= {"level": self.size, "engaged": self._dispatched}
+        return result
+
+    def step_times(self) -> list[tuple[float, int, int]]:
+        """None: the steps of replicas overlap, and no sum of them is a duration."""
+        return []
+
+    def reset_stats(self) -> None:
+        self._dispatched = 0
+        self._read_counters("reset_stats")
+
+    def reset_prefix_cache(self) -> None:
+        self._read_counters("reset_prefix_cache")
+
+    # -- life -------------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Ends every replica. May be called twice."""
+        if self._dead is None:
+            self._end("it was closed", force=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _end(self, reason: str, force: bool) -> None:
+        self._dead = reason
+        end(self._children, force)
+        self._children = []
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDeadError(f"this engine takes no requests: {self._dead}; make a new one")
+
+    def _tell(self, command: tuple[Any, ...]) -> None:
+        for child in self._children:
+            child.channel.send(pickle.dumps(command), self._timeout_s)
+
+    def _read_counters(self, command: str) -> None:
+        self._check_alive()
+        self._tell((command,))
+        self._counters, self._toggles = map(list, zip(*self._answers(b"counters", self._timeout_s), strict=True))
+
+    def _answers(self, word: bytes, timeout_s: float) -> list[Any]:
+        """Every replica's answer. Raises WorkerError where one ends, fails, is stopped, or neither answers nor ends a step."""
+        answers: dict[int, Any] = {}
+        heard = [time.monotonic()] * self.size
+        while len(answers) < self.size:
+            for replica, child in enumerate(self._children):
+                if replica in answers:
+                    continue
+                message = child.hear(b"", _LOOK_EVERY_S / self.size)
+                if message is not None:
+                    heard[replica] = time.monotonic()
+                    if message.startswith(word):
+                        answers[replica] = pickle.loads(message[len(word) :])
+                elif child.is_stopped or time.monotonic() - heard[replica] > timeout_s:
+                    raise WorkerError(f"{child.title} hangs: it did not answer within {timeout_s:.0f} s")
+        return [answers[replica] for replica in range(self.size)]
+
+
+class _Replica(LLM):
+    """An engine that lets its front end know, once a second, that it is getting on."""
+
+    channel: Channel
+    told = 0.0
+
+    def advance(self) -> Any:
+        if (now := time.monotonic()) - self.told > 1.0:
+            self.told = now
+            self.channel.send(b"working")
+        return super().advance()
+
+
+def main(channel: Channel) -> None:
+    """Of a replica's process: until the channel closes."""
+    config, num_threads = pickle.loads(channel.receive())  # from our own front end, over an anonymous socket
+    torch.set_num_threads(num_threads)
+    arguments = {f.name: getattr(config, f.name) for f in dataclasses.fields(EngineConfig) if f.name != "model"}
+    with _Replica(config.model, **arguments) as llm:
+        llm.channel = channel
+        channel.send(b"ready" + pickle.dumps(llm.resolved_config()))
+        prompts: list[Any] = []
+        params: list[SamplingParams] = []
+        while True:
+            command, *given = pickle.loads(channel.receive())
+            if command == "check":
+                prompts, params = given
+                channel.send(b"checked" + pickle.dumps(_first_invalid(llm, prompts, params)))
+            elif command == "run":
+                channel.send(b"outputs" + pickle.dumps(llm.generate(prompts, params, use_tqdm=False)))
+            else:
+                if command != "stats":
+                    getattr(llm, command)()
+                channel.send(b"counters" + pickle.dumps((llm.stats(), llm.toggles())))
+
+
+def _first_invalid(llm: LLM, prompts: list[Any], params: list[SamplingParams]) -> Exception | None:
+    try:
+        for i, (prompt, given) in enumerate(zip(prompts, params, strict=True)):
+            llm.make_sequence(str(i), prompt, given)
+    except (ValueError, TypeError) as error:
+        return error
+    return None
+
+
+def _length(prompt: Any) -> int:
+    """Of a prompt, about, in tokens."""
+    if isinstance(prompt, dict):
+        prompt = next(iter(prompt.values()), [])
+    return len(prompt) // _CHARACTERS_PER_TOKEN if isinstance(prompt, str) else len(prompt) if isinstance(prompt, list) else 0
+
+
+def _visible_gpus(first: int, count: int) -> dict[str, str]:
+    """The environment of a replica that sees these of our GPUs and no others."""
+    ours = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = ours.split(",") if ours else [str(i) for i in range(torch.cuda.device_count())]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[first : first + count])}

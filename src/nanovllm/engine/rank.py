@@ -1,0 +1,74 @@
+"""One tensor-parallel rank: a process that holds a shard, runs the plans it is sent and, if it is rank 0, sends the tokens back.
+
+Launching a step and waiting for its tokens are two threads: plan n + 1 is launched while step n is on the device.
+"""
+
+import marshal
+import mmap
+import pickle
+import queue
+import sys
+import threading
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from nanovllm.engine.children import report_failure
+from nanovllm.engine.collectives import DistributedTensorParallel
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.stats import StepStats
+from nanovllm.engine.wire import Channel, Job, PlanCoder, counts_of
+
+
+def main(channel: Channel) -> None:
+    """Of a rank's process: until the channel closes."""
+    sys.setswitchinterval(0.0005)  # the thread that sends tokens back must not wait long for the one that launches
+    Rank(channel).run()
+
+
+class Rank:
+    """Loads on construction, serves in `run`."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
+        job: Job = pickle.loads(channel.receive())  # from our own engine, over an anonymous socket
+        torch.set_num_threads(job.num_threads)
+        with open(job.progress, "r+b") as file:
+            self.progress: Any = memoryview(mmap.mmap(file.fileno(), 0)).cast("Q")  # [2 * ranks]: plans, collectives
+        self.rank, self.stats = job.rank, StepStats()
+        channel.send(b"imported")
+        channel.receive()  # every rank has got as far: from here on they wait for each other
+        on = job.resolved.optimizations
+        self.group = DistributedTensorParallel(job.rank, on.tensor_parallel_size, job.rendezvous, job.resolved.device, on,
+                                               self.stats, self.progress, job.timeout_s)  # fmt: skip
+        make_runner = import_module("nanovllm.engine.cuda_graph").GraphRunner if on.cuda_graphs else ModelRunner
+        self.runner = make_runner(job.resolved, job.model_config, job.folder, self.stats, self.group)
+        self.stats.reset()
+        channel.send(b"ready" + marshal.dumps((self.runner.num_blocks, self.runner.kv_cache_bytes)))
+
+    def run(self) -> None:
+        """Until the channel closes. Raises what a step raises."""
+        coder, handles = PlanCoder(), queue.SimpleQueue[Any]()
+        if self.rank == 0:
+            threading.Thread(target=self._send_back, args=(handles,), daemon=True).start()
+        try:
+            while True:
+                handle = self.runner.launch(coder.decode(self.channel.receive()))
+                self.progress[2 * self.rank] += 1
+                if self.rank == 0:
+                    handles.put((handle, counts_of(self.stats)))
+        except EOFError:
+            self.runner.close()  # recorded steps hold the group's operations
+            self.group.close()
+            raise
+
+    def _send_back(self, handles: Any) -> None:
+        try:
+            while True:
+                handle, counts = handles.get()
+                self.channel.send(b"tokens" + marshal.dumps((*self.runner.collect(handle), counts)))
+        except ConnectionError:
+            pass
+        except BaseException:  # noqa: BLE001
+            report_failure(self.channel)

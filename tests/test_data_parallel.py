@@ -1,0 +1,98 @@
+"""Replicas: the tokens of one engine, the order of the prompts, and a replica that dies or stops is an error that names it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from nanovllm import LLM, EngineConfig, LLMEngine, SamplingParams
+from nanovllm.config import Optimizations
+from nanovllm.engine.children import WorkerError
+from nanovllm.engine.data_parallel import expected_work, share_out
+
+SMALL: dict[str, Any] = {
+    "device": "cpu",
+    "max_model_len": 128,
+    "max_num_seqs": 4,
+    "block_size": 8,
+    "kv_cache_memory_bytes": 1 << 20,
+}
+PROMPTS = ["one two three", *({"prompt_token_ids": [20 + i, *[30] * (i % 4), 40 + i]} for i in range(8))]
+PARAMS = [SamplingParams(temperature=0.8, max_tokens=4 + 5 * (i % 3), ignore_eos=True, logprobs=1) for i in range(9)]
+
+
+def children() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_two_replicas_give_the_outputs_of_one_engine(tiny: Path) -> None:
+    with LLM(str(tiny), **SMALL) as single:
+        expected = single.generate(PROMPTS, PARAMS, use_tqdm=False)
+        assert single.toggles()["data_parallel_size"] == {"level": 1, "baseline": 1, "engaged": 0, "opportunity": None}
+    with LLM(str(tiny), **SMALL, data_parallel_size=2) as llm:
+        assert len(children()) == 2
+        outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+        assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in expected]
+        assert [o.outputs[0].text for o in outputs] == [o.outputs[0].text for o in expected]
+        assert [o.request_id for o in outputs] == [o.request_id for o in expected]
+        assert all(o.metrics.arrival_time < o.metrics.finished_time for o in outputs)
+        toggle = llm.toggles()["data_parallel_size"]
+        assert 0 < toggle["engaged"] < len(PROMPTS)
+        assert toggle["level"] == llm.resolved_config()["optimizations"]["data_parallel_size"] == 2
+        assert llm.stats()["decode_tokens"] == sum(p.max_tokens - 1 for p in PARAMS)
+        with pytest.raises(ValueError, match="empty prompt"):
+            llm.generate([[1, 2], []], PARAMS[:2], use_tqdm=False)
+        assert llm.stats()["decode_tokens"] == sum(p.max_tokens - 1 for p in PARAMS), "one was not valid, and another ran"
+        llm.reset_stats()
+        assert not any(llm.stats().values())
+        again = llm.generate(PROMPTS[:1], PARAMS[:1], use_tqdm=False)  # alive, and fewer requests than replicas
+        assert again[0].finished
+    assert children() == []
+    with pytest.raises(RuntimeError, match="takes no requests"):
+        llm.generate(PROMPTS, PARAMS)
+
+
+@pytest.mark.slow
+def test_replicas_of_several_ranks(tiny: Path) -> None:
+    switches = {"data_parallel_size": 2, "tensor_parallel_size": 2, "batching": "chunked", "overlap": True}
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    with LLM(str(tiny), **SMALL) as single:
+        expected = [o.outputs[0].token_ids for o in single.generate(PROMPTS, params, use_tqdm=False)]
+    with LLM(str(tiny), **SMALL, optimizations=switches) as llm:
+        assert len(children()) == 6
+        assert [o.outputs[0].token_ids for o in llm.generate(PROMPTS, params, use_tqdm=False)] == expected
+        assert llm.toggles()["tensor_parallel_size"]["engaged"] > 0
+    assert children() == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [(signal.SIGKILL, r"replica 1 was killed \(SIGKILL\)"), (signal.SIGSTOP, "replica 1 hangs")]
+)
+def test_a_replica_that_dies_or_stops_ends_the_engine(tiny: Path, kind: signal.Signals, message: str) -> None:
+    llm = LLM(str(tiny), **SMALL, data_parallel_size=2)
+    os.kill(children()[1].pid, kind)
+    with pytest.raises(WorkerError, match=message):
+        llm.generate(PROMPTS, PARAMS)
+    assert children() == []
+    with pytest.raises(RuntimeError, match="takes no requests"):
+        llm.generate(PROMPTS, PARAMS)
+
+
+def test_an_engine_that_steps_has_no_replicas(tiny: Path) -> None:
+    with pytest.raises(ValueError, match=r"LLM\.generate"):
+        LLMEngine(EngineConfig(model=str(tiny), optimizations=Optimizations(data_parallel_size=2), device="cpu"))
+
+
+def test_work_is_shared_out_evenly() -> None:
+    work = [expected_work(100 + 37 * i % 900, 100 + 61 * i % 900) for i in range(256)]
+    for parts in (2, 4, 8):
+        shares = share_out(work, parts)
+        assert sorted(i for share in shares for i in share) == list(range(256))
+        loads = [sum(work[i] for i in share) for share in shares]
+        assert max(loads) < 1.02 * min(loads)
+    assert share_out([5.0], 3) == [[0], [], []]

@@ -1,0 +1,34 @@
+"""The scaling studies: what of them runs on which machine."""
+
+from __future__ import annotations
+
+import pytest
+
+from experiments.plan import build_plan, inapplicable
+from experiments.spec import load_profile, load_study
+
+
+@pytest.mark.parametrize(("profile", "degrees"), [("h200", []), ("h200-x2", [2]), ("h200-x4", [2, 4]), ("8gpu", [2, 4, 8])])
+def test_degrees_as_far_as_the_machine_has_them(profile: str, degrees: list[int]) -> None:
+    plan = build_plan(load_study("scaling-8b")[0], load_profile(profile))
+    found = {cell.split("-")[0] for cell in plan["cells"] if cell.startswith("tp")}
+    assert found == {f"tp{degree}" for degree in degrees}
+    if 2 in degrees:
+        assert plan["cells"]["tp2-symmetric"]["config"]["optimizations"]["all_reduce"] == "symmetric_memory"
+        assert plan["cells"]["dp2"]["config"]["optimizations"]["data_parallel_size"] == 2
+    reasons = [entry["reason"] for entry in plan["not_applicable"] if entry["factor"] == "tensor_parallel_size"]
+    assert len(reasons) == 3 - len(degrees)
+    assert all("one a process; profile" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("name", ["scaling", "scaling-32b"])
+def test_the_other_studies_are_valid(name: str) -> None:
+    study = load_study(name)[0]
+    assert {"tp2", "tp8-symmetric"} <= study.cells.keys()
+
+
+def test_symmetric_memory_is_not_for_a_cpu() -> None:
+    profile = {"name": "cpu", "device": "cpu", "num_devices": 1, "cpu_cores": 2}
+    assert "cannot run on device 'cpu'" in str(inapplicable("all_reduce", "symmetric_memory", profile, {}))
+    assert inapplicable("data_parallel_size", 2, profile, {}) is None
+    assert "needs 4 CPU cores" in str(inapplicable("data_parallel_size", 4, profile, {}))
