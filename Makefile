@@ -51,8 +51,8 @@ $(VLLM_READY): requirements/vllm-$(VLLM_BUILD).txt
 	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(if $(filter cpu,$(VLLM_BUILD)),--no-deps) -r $<
 	@touch $@
 
-check: $(READY)  ## is the output right: all pairs of switches, HF and vLLM through the gate; broken engines must fail (VLLM_PYTHON=interpreter)
-	@$(BIN)/python -m experiments check $(if $(PROFILE),--profile $(PROFILE)) $(if $(MODEL),--model $(MODEL)) $(if $(VLLM_PYTHON),--python vllm=$(VLLM_PYTHON))
+check: $(READY) $(if $(VLLM_PYTHON),,$(VLLM_READY))  ## is the output right: all pairs of switches, HF and vLLM through the gate; broken engines must fail
+	@$(BIN)/python -m experiments check --python vllm=$(or $(VLLM_PYTHON),$(VLLM_VENV)/bin/python) $(if $(PROFILE),--profile $(PROFILE)) $(if $(MODEL),--model $(MODEL))
 
 test: $(READY)  ## the test suite, under ten minutes on two cores
 	@$(BIN)/python -m pytest -m "not slow and not bench"
@@ -81,8 +81,8 @@ lint: $(READY)  ## ruff, mypy, import-linter
 bench: $(READY)  ## pytest-benchmark: scheduler, block manager, kernels
 	@$(BIN)/python -m pytest -m bench --benchmark-only --benchmark-columns=median,iqr,ops,rounds
 
-report: $(READY)  ## render the report of the last study again, from its records (RUN=folder for another)
-	@$(BIN)/python -m experiments report $(RUN)
+report: $(READY)  ## render every published report, the claims and the questions from their records (RUN=folder: that execution's)
+	@$(if $(RUN),$(BIN)/python -m experiments report $(RUN),PYTHONPATH=src:. $(BIN)/python -m reports published)
 
 ui: $(READY)  ## MLflow on 127.0.0.1:5000
 	@$(BIN)/mlflow ui --host 127.0.0.1

@@ -114,10 +114,8 @@ def inapplicable(factor: str, level: Level, profile: dict[str, Any], shape: dict
         heads = shape["num_key_value_heads"] if shape else 0
         if heads % int(level):
             return f"{level} processes cannot share the model's {heads} KV heads evenly"
-    if factor in ("tensor_parallel_size", "data_parallel_size"):
-        have, unit = (profile["num_devices"], "GPU") if profile["device"] == "cuda" else (profile["cpu_cores"], "CPU core")
-        if int(level) > have:
-            return f"needs {level} {unit}s, one a process; profile {profile['name']} has {have}"
+    if factor in ("tensor_parallel_size", "data_parallel_size") and (reason := _too_few_devices(int(level), profile)):
+        return reason
     if (factor, level) == ("kernels", "compile") and profile["device"] == "cpu" and not _cpp_compiler():
         return "torch.compile needs a C++ compiler on a CPU and finds none; install g++, or set CXX"
     return None
@@ -127,14 +125,23 @@ def _cpp_compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
 
 
-def why_not(levels: Mapping[str, Level], profile: dict[str, Any]) -> str | None:
-    """Why a combination of levels cannot run on the device of a profile; None if it can. The engine itself decides."""
+def why_not(levels: Mapping[str, Level], profile: dict[str, Any], *, whole: bool = False) -> str | None:
+    """Why a combination of levels cannot run on a profile; None if it can. The engine itself decides.
+
+    whole: these are all levels of a cell that are not at their baseline.
+    """
     try:
         change: dict[str, Any] = {factor: level_value(level) for factor, level in levels.items()}
-        dataclasses.replace(BASELINE, **change).resolve(profile["device"])
+        asked = dataclasses.replace(BASELINE, **change)
+        dataclasses.replace(asked, data_parallel_size=1).resolve(profile["device"], in_engine=whole)
     except ValueError as error:
         return str(error)
-    return None
+    return _too_few_devices(asked.tensor_parallel_size * asked.data_parallel_size, profile) if whole else None
+
+
+def _too_few_devices(processes: int, profile: dict[str, Any]) -> str | None:
+    have, unit = (profile["num_devices"], "GPU") if profile["device"] == "cuda" else (profile["cpu_cores"], "CPU core")
+    return f"needs {processes} {unit}s, one a process; profile {profile['name']} has {have}" if processes > (have or 1) else None
 
 
 def _cells(
@@ -144,7 +151,7 @@ def _cells(
     kind, off, where = study.design.kind, study.baselines(), f"on profile {profile['name']}"
 
     def impossible(point: Mapping[str, Level]) -> str | None:
-        return why_not({**study.fixed, **point}, profile)
+        return why_not({**study.fixed, **point}, profile, whole=True)
 
     for factor, level in study.fixed.items():
         if reason := inapplicable(factor, level, profile, shape):

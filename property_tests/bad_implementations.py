@@ -666,8 +666,8 @@ def top_p_keeps_one_too_few() -> list[Patch]:
 def the_seed_repeats_at_every_position() -> list[Patch]:
     """The same random numbers for every token of a request. HF, rescored with them, sees nothing wrong."""
 
-    def noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
-        return real(seeds, torch.zeros_like(positions), vocab_size)
+    def noise(seeds: torch.Tensor, positions: torch.Tensor, *rest: int) -> torch.Tensor:
+        return real(seeds, torch.zeros_like(positions), *rest)
 
     real = sampling.gumbel_noise
     return [(sampling, "gumbel_noise", noise)]
@@ -677,8 +677,8 @@ def the_seed_repeats_at_every_position() -> list[Patch]:
 def half_of_the_seed_is_lost() -> list[Patch]:
     """Seeds that differ in their upper 32 bits alone give the same tokens."""
 
-    def noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
-        return real(seeds & 0xFFFFFFFF, positions, vocab_size)
+    def noise(seeds: torch.Tensor, positions: torch.Tensor, *rest: int) -> torch.Tensor:
+        return real(seeds & 0xFFFFFFFF, positions, *rest)
 
     real = sampling.gumbel_noise
     return [(sampling, "gumbel_noise", noise)]

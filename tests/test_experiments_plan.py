@@ -149,17 +149,17 @@ def test_a_factorial_cannot_lose_a_cell_and_other_designs_list_it(cpu: Profile, 
     }
 
     gpus = load_profile("h200-x2")
-    pair = "factors={cuda_graphs: {levels: on}, tensor_parallel_size: {levels: 2}}"
-    with pytest.raises(
-        NotHereError, match=r"cannot lose a cell, and all cannot run on profile h200-x2: cuda_graphs=True cannot run with"
-    ):
+    pair = "factors={all_reduce: {levels: symmetric_memory}, tensor_parallel_size: {levels: 2}}"
+    with pytest.raises(NotHereError, match=r"cannot lose a cell, and all_reduce=symmetric_memory cannot run on profile h200-x2: "
+                                           r"all_reduce='symmetric_memory' needs tensor_parallel_size of 2"):  # fmt: skip
         plan_of(gpus, model, pair, "cells={}", "design={kind: full_factorial}")
     plan = plan_of(gpus, model, pair, "cells={}", "design={kind: add_one_in}")
-    assert list(plan["cells"]) == ["baseline", "aa", "cuda_graphs=on", "tensor_parallel_size=2"]
+    assert list(plan["cells"]) == ["baseline", "aa", "tensor_parallel_size=2", "all"]
     (lost,) = plan["not_applicable"]
-    assert (lost["factor"], lost["level"]) == ("all", "cuda_graphs=on, tensor_parallel_size=2")
-    with pytest.raises(NotHereError, match=r"the reference, all .* cannot run on profile h200-x2"):
-        plan_of(gpus, model, pair, "cells={}", "design={kind: leave_one_out}")
+    assert (lost["factor"], lost["level"]) == ("all_reduce=symmetric_memory", "all_reduce=symmetric_memory, tensor_parallel_size=1")
+    four = "factors={data_parallel_size: {levels: 2}, tensor_parallel_size: {levels: 2}}"
+    with pytest.raises(NotHereError, match=r"the reference, all .* cannot run on profile h200-x2: needs 4 GPUs"):
+        plan_of(gpus, model, four, "cells={}", "design={kind: leave_one_out}")
     with pytest.raises(NotHereError, match="nothing to compare baseline with on profile cpu"):
         plan_of(cpu, model, "factors={cuda_graphs: {levels: on}}", "cells={}")
 

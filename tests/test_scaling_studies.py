@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.plan import build_plan, inapplicable
+from experiments.plan import NotHereError, build_plan, inapplicable
 from experiments.spec import load_profile, load_study
 
 
-@pytest.mark.parametrize(("profile", "degrees"), [("h200", []), ("h200-x2", [2]), ("h200-x4", [2, 4]), ("8gpu", [2, 4, 8])])
+@pytest.mark.parametrize(("profile", "degrees"), [("h200-x2", [2]), ("h200-x4", [2, 4]), ("8gpu", [2, 4, 8])])
 def test_degrees_as_far_as_the_machine_has_them(profile: str, degrees: list[int]) -> None:
     plan = build_plan(load_study("scaling-8b")[0], load_profile(profile))
     found = {cell.split("-")[0] for cell in plan["cells"] if cell.startswith("tp")}
@@ -19,6 +19,11 @@ def test_degrees_as_far_as_the_machine_has_them(profile: str, degrees: list[int]
     reasons = [entry["reason"] for entry in plan["not_applicable"] if entry["factor"] == "tensor_parallel_size"]
     assert len(reasons) == 3 - len(degrees)
     assert all("one a process; profile" in reason for reason in reasons)
+
+
+def test_one_gpu_has_nothing_to_scale_to() -> None:
+    with pytest.raises(NotHereError, match="needs 2 GPUs, one a process; profile h200 has 1"):
+        build_plan(load_study("scaling-8b")[0], load_profile("h200"))
 
 
 @pytest.mark.parametrize("name", ["scaling", "scaling-32b"])
