@@ -6,7 +6,7 @@ and inputs, see tests/test_cuda_graph.py); tensor parallelism with ranks in thre
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -96,14 +96,14 @@ def serve(engine: LLMEngine, requests: tuple[Request, ...], tag: str = "") -> li
     assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks, "blocks were lost"
     served = [Served(request, tokens[i], ended[i]) for i, request in enumerate(requests)]
     for one in served:
-        check_end(one)
+        check_end(one, () if one.request.params.ignore_eos else engine.model_config.eos_token_ids)
     return served
 
 
-def check_end(served: Served) -> None:
-    """A request stops at the first stop token or at max_tokens, whichever comes first, and says which it was."""
+def check_end(served: Served, eos_token_ids: Collection[int]) -> None:
+    """A request stops at the first stop or end-of-sequence token, or at max_tokens, whichever comes first, and says which."""
     params, tokens = served.request.params, served.tokens
-    stops = [i for i, token in enumerate(tokens) if token in params.stop_token_ids]
+    stops = [i for i, token in enumerate(tokens) if token in params.stop_token_ids or token in eos_token_ids]
     if served.finish_reason == "stop":
         assert stops == [len(tokens) - 1], f"stopped with {len(tokens)} tokens, of which {stops} are stop tokens"
     elif served.finish_reason == "length":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by whichever test comes first
 
+
+# A shell that puts a command in the background may have it ignore Ctrl-C, and all its children with it; tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests measure nothing: they neither wait for a study on this machine nor hold one up.
 _LOCKS = tempfile.TemporaryDirectory(prefix="nanovllm-test-locks-")

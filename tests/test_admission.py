@@ -54,6 +54,32 @@ def serve(scheduler: ContinuousScheduler, used: float = 1.0) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("batching", ["continuous", "chunked"])
+def test_a_prefix_is_computed_once_however_many_ask_for_it(batching: str) -> None:
+    scheduler = scheduler_of(2000, batching=batching)
+    prefixes = [request(f"prefix {i}", 96, 1).token_ids for i in range(4)]
+    for i in range(40):
+        prefix = prefixes[i % 4]
+        scheduler.add(Sequence(str(i), [*prefix, *request(f"own {i}", 8, 1).token_ids], SamplingParams(max_tokens=4)))
+    while scheduler.num_unfinished:
+        plan = scheduler.schedule()
+        assert plan is not None
+        check_invariants(scheduler)
+        scheduler.commit(plan, [1] * sum(plan.samples))
+    assert scheduler.stats.prefill_tokens == 4 * 96 + 40 * 8
+    assert scheduler.stats.steps < 10, "they wait for a step or two, not for each other's answers"
+
+
+def test_a_short_common_beginning_is_no_reason_to_wait() -> None:
+    scheduler = scheduler_of(2000)
+    common = request("common", 32, 1).token_ids
+    for i in range(6):
+        scheduler.add(Sequence(str(i), [*common, *request(f"own {i}", 48, 1).token_ids], SamplingParams(max_tokens=4)))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert len(plan.rows) == 6
+
+
+@pytest.mark.parametrize("batching", ["continuous", "chunked"])
 @pytest.mark.parametrize("used", [1.0, 0.2])
 def test_little_is_computed_twice_and_no_time_is_lost(monkeypatch: pytest.MonkeyPatch, batching: str, used: float) -> None:
     ours = serve(scheduler_of(320, batching=batching), used)

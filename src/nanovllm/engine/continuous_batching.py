@@ -9,6 +9,7 @@ and computes its KV again later (vLLM's recomputation), but for what the prefix 
 victim of a younger one, so it always advances and nobody starves.
 """
 
+from collections.abc import Callable
 from itertools import islice
 
 from nanovllm.config import ResolvedConfig
@@ -25,10 +26,12 @@ class ContinuousScheduler(Scheduler):
     def __init__(self, config: ResolvedConfig, blocks: BlockManager, stats: StepStats) -> None:
         super().__init__(config, blocks, stats)
         self.forecast = Forecast(blocks)
+        self.coming: Callable[..., set[int]] = getattr(blocks, "coming", lambda _: set())  # of the prefix cache, where there is one
         self.found_full = (0, 0)  # how many ran and waited when nobody could be admitted: while they are the same, nobody can
 
     def _admit(self, plan: StepPlan) -> None:
-        """Oldest first, as far as rows, blocks, those that run already and the token budget of the next step go."""
+        """Oldest first, as far as rows, blocks, those that run already and the token budget of the next step go. But a request
+        whose prefix another is just computing waits the step or two until it is found."""
         running = [*self.prefilling.values(), *self.decoding.values()]
         if not self.waiting or (len(running), len(self.waiting)) == self.found_full:
             return
@@ -37,19 +40,29 @@ class ContinuousScheduler(Scheduler):
             return
         planned, refill = sum(seq.num_to_schedule for seq in self.prefilling.values()), bool(running)
         at_most, capacity = sum(map(self.forecast.longest, running)), self.blocks.num_blocks * self.blocks.block_size
+        coming, held = self.coming(running), []
         while self.waiting and self.free_rows and planned < self.config.max_num_batched_tokens:
             seq = next(iter(self.waiting.values()))
             if seq.in_flight:
                 break  # a preempted request waits for its own token; a younger one must not overtake the oldest
+            if coming and not seq.num_output_tokens and self.blocks.had_better_wait(seq, coming):  # type: ignore[attr-defined]
+                held.append(self.waiting.pop(seq.request_id))
+                if len(held) < self.config.max_num_seqs:
+                    continue
+                break  # however many wait, few are looked at
             at_most += self.forecast.longest(seq)
             if running and at_most > capacity and not self.forecast.fits(running, [seq]):
                 break
             if not self._start(plan, seq, len(seq.token_ids)):
                 break
             running.append(seq)
+            coming |= self.coming([seq])
             planned += seq.num_to_schedule
             self.stats.refills += refill
             self.stats.recomputed_tokens += seq.num_to_schedule if seq.num_output_tokens else 0
+        for seq in reversed(held):
+            self.waiting[seq.request_id] = seq
+            self.waiting.move_to_end(seq.request_id, last=False)
 
     def _room_for_some(self, running: list[Sequence]) -> bool:
         """Whether all that wait, or enough of them to be worth a step that is no replay, can join."""

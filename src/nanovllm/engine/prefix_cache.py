@@ -8,8 +8,9 @@ tokens and its parent, by identity, were compared. By induction over the chain a
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
+from itertools import takewhile
 
 import xxhash
 
@@ -76,6 +77,13 @@ class PrefixCache:
         del self.by_key[entry.key]
         entry.block = -1
 
+    def keys(self, token_ids: SequenceOf[int], first: int, parent: CachedBlock | None) -> Iterator[int]:
+        """Of the full blocks from number `first` on, behind `parent`, whether they are there or not."""
+        key = parent.key if parent else 0
+        for i in range(first, len(token_ids) // self.block_size):
+            key = xxhash.xxh64_intdigest(self._tokens(token_ids, i), seed=key)
+            yield key
+
     def _tokens(self, token_ids: SequenceOf[int], index: int) -> bytes:
         return array("i", token_ids[index * self.block_size : (index + 1) * self.block_size]).tobytes()
 
@@ -123,6 +131,18 @@ class CachingBlockManager(BlockManager):
     def shared_tokens(self, token_ids: SequenceOf[int]) -> int:
         """Of the longest cached prefix, those in blocks that somebody owns: sharing them takes no room."""
         return sum(self.ref_counts[hit.block] > 0 for hit in self.cache.match(token_ids)) * self.block_size
+
+    def coming(self, seqs: Iterable[Sequence]) -> set[int]:
+        """Keys of the full blocks that these requests are computing, and that cannot be found yet."""
+        return {key for seq in seqs if seq.num_published >= 0
+                for key in self.cache.keys(seq.token_ids, seq.num_published, seq.published_tail)}  # type: ignore[arg-type]  # fmt: skip
+
+    def had_better_wait(self, seq: Sequence, coming: set[int]) -> bool:
+        """Whether half of what it would compute, or more, will be found as soon as `coming` is. (A collision costs a step.)"""
+        hits, size = self.cache.match(seq.token_ids), self.block_size
+        keys = self.cache.keys(seq.token_ids[:-1], len(hits), hits[-1] if hits else None)
+        found = sum(1 for _ in takewhile(coming.__contains__, keys))
+        return 2 * found * size >= len(seq.token_ids) - len(hits) * size
 
     def share(self, blocks: Iterable[int]) -> None:
         """One more owner for blocks that were found."""
