@@ -76,7 +76,7 @@ def test_four_ranks_with_preemptions_and_cached_prefixes(four_heads: Path, param
     prompts = [{"prompt_token_ids": [*range(30, 46), 100 + i]} for i in range(6)]
     results = []
     for degree in (1, 4):
-        arguments = SMALL | {"kv_cache_memory_bytes": 4 * 4 * 2 * 64 * 8 * 14 * 4 // degree}  # 14 blocks of 8 tokens
+        arguments = SMALL | {"kv_cache_memory_bytes": 4 * 4 * 2 * 64 * 8 * 9 * 4 // degree}  # 9 blocks of 8 tokens
         switches = {"tensor_parallel_size": degree, "batching": "chunked", "prefix_cache": True, "overlap": True}
         with LLM(str(four_heads), **arguments, optimizations=switches) as llm:
             llm.scheduler.forecast.asked = 1 << 40  # it expects every request to end at once: memory runs out
