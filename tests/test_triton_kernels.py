@@ -31,6 +31,7 @@ from nanovllm.kernels.torch import activation, decode_step, kv_store, norm, rope
 from nanovllm.kernels.torch.attention import TorchAttention  # noqa: E402
 from nanovllm.kernels.triton import activation as triton_activation  # noqa: E402
 from nanovllm.kernels.triton import decode_step as triton_decode_step  # noqa: E402
+from nanovllm.kernels.triton import fused  # noqa: E402
 from nanovllm.kernels.triton import kv_store as triton_kv_store  # noqa: E402
 from nanovllm.kernels.triton import norm as triton_norm  # noqa: E402
 from nanovllm.kernels.triton import rope as triton_rope  # noqa: E402
@@ -128,6 +129,113 @@ def test_rope_and_stores(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, fe
     kv_store.store_kv(twin[1], twin[2], caches[0], caches[1], slots)
     assert torch.equal(caches[4], caches[0])
     assert torch.equal(caches[5], caches[1])
+
+
+FUSED_ROWS = [1, 3, 16, 17, 40, 64, 100, 130, 256]
+
+
+@pytest.mark.parametrize("rows", FUSED_ROWS)
+@pytest.mark.parametrize(("n", "k"), [(64, 128), (192, 384)])
+def test_gate_and_up_in_one_kernel(monkeypatch: pytest.MonkeyPatch, rows: int, n: int, k: int) -> None:
+    monkeypatch.setattr(fused, "silu_and_mul", None)  # no fallback
+    x, weight = draw(rows, k, dtype=DOT_DTYPES[1]), draw(2 * n, k, dtype=DOT_DTYPES[1], seed=1) / 8
+    close(fused.linear_silu_and_mul(x, weight), activation.linear_silu_and_mul(x, weight))
+
+
+def head_case(rows: int, kv_heads: int, group: int, head_dim: int, page: int, k: int, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What a layer's linear_qk_norm_rope_store_kv is given, with no bias; the caches hold sevens."""
+    x, weight = draw(rows, k, dtype=dtype), draw((group + 2) * kv_heads * head_dim, k, dtype=dtype, seed=1) / 8
+    angles = draw(rows, head_dim // 2, seed=4)
+    num_blocks = rows // page + 2
+    caches = (torch.full((num_blocks, kv_heads, page, head_dim), 7.0, dtype=dtype, device=DEVICE) for _ in range(2))
+    slots = torch.randperm(num_blocks * page, generator=torch.Generator().manual_seed(5))[:rows].to(DEVICE)
+    norms = draw(head_dim, dtype=dtype, seed=2), draw(head_dim, dtype=dtype, seed=3)
+    return x, weight, None, *norms, 1e-6, torch.cat((angles.cos(), angles.sin()), dim=1), *caches, slots
+
+
+def with_own_caches(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return *arguments[:7], arguments[7].clone(), arguments[8].clone(), arguments[9]
+
+
+@pytest.mark.parametrize("rows", FUSED_ROWS)
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim", "page", "k"),
+                         [(2, 2, 64, 16, 128), (1, 5, 32, 32, 256), (3, 1, 16, 8, 384), (1, 2, 128, 256, 128)])
+def test_heads_in_one_kernel(monkeypatch: pytest.MonkeyPatch, rows: int, kv_heads: int, group: int, head_dim: int, page: int,
+                             k: int) -> None:
+    monkeypatch.setattr(fused, "qk_norm_rope_store_kv", None)  # no fallback
+    arguments = head_case(rows, kv_heads, group, head_dim, page, k, DOT_DTYPES[1])
+    theirs = with_own_caches(arguments)
+    ours, twin = fused.linear_qk_norm_rope_store_kv(*arguments), rope.linear_qk_norm_rope_store_kv(*theirs)
+    for a, b in zip((*ours, *arguments[7:9]), (*twin, *theirs[7:9]), strict=True):
+        close(a, b)
+    untouched = torch.ones(arguments[7].shape[0] * page, dtype=torch.bool, device=DEVICE)
+    untouched[arguments[9]] = False
+    for cache in arguments[7:9]:
+        assert (cache.transpose(1, 2).flatten(0, 1)[untouched] == 7).all(), "a slot that no token has was written to"
+
+
+@pytest.mark.parametrize("rows", [1, 17, 65])
+def test_rows_past_the_last_store_nothing(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Behind the rows stand others, of inputs and of outputs; the last slot's neighbours and slot 0 are not theirs either."""
+    spare, real_empty = 128, torch.empty
+
+    def part_of_more(n: int, *rest: int, **kwargs: Any) -> Tensor:
+        outputs.append(torch.full((n + spare, *rest), 5.0, **kwargs))
+        return outputs[-1][:n]
+
+    x, weight, *rest, slots = head_case(rows + spare, 2, 2, 32, 16, 128, DOT_DTYPES[1])
+    slots[slots == 0] = 1
+    for product in (lambda: fused.linear_silu_and_mul(x[:rows], weight),
+                    lambda: fused.linear_qk_norm_rope_store_kv(x[:rows], weight, *rest, slots[:rows])):
+        outputs: list[Tensor] = []
+        monkeypatch.setattr(torch, "empty", part_of_more)
+        product()
+        monkeypatch.setattr(torch, "empty", real_empty)
+        assert outputs
+        assert all((output[rows:] == 5).all() and (output[:rows] != 5).any() for output in outputs)
+    for cache in rest[-2:]:
+        by_slot = cache.transpose(1, 2).flatten(0, 1)
+        assert (by_slot == 7).flatten(1).all(dim=1).sum() == len(by_slot) - len(slots[:rows].unique())
+
+
+def test_what_the_fused_kernels_do_not_do_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    fallbacks: list[int] = []
+    for name, separate in (("silu_and_mul", fused.silu_and_mul), ("qk_norm_rope_store_kv", fused.qk_norm_rope_store_kv)):
+        monkeypatch.setattr(fused, name, lambda *args, f=separate: fallbacks.append(1) or f(*args))
+
+    def check(case: tuple[Any, ...], falls_back: bool) -> None:
+        fallbacks.clear()
+        theirs = with_own_caches(case)
+        ours, twin = fused.linear_qk_norm_rope_store_kv(*case), rope.linear_qk_norm_rope_store_kv(*theirs)
+        for a, b in zip((*ours, *case[7:9]), (*twin, *theirs[7:9]), strict=True):
+            close(a, b)
+        close(fused.linear_silu_and_mul(*case[:3]), activation.linear_silu_and_mul(*case[:3]))
+        assert len(fallbacks) == 2 * falls_back
+
+    dtype = DOT_DTYPES[1]
+    check(head_case(5, 2, 2, 32, 16, 128, dtype), False)
+    check(head_case(257, 2, 2, 32, 16, 128, dtype), True)  # a prefill
+    check(head_case(5, 2, 2, 32, 16, 128, torch.float32), True)
+    check(head_case(5, 2, 2, 32, 16, 96, dtype), True)  # no multiple of a step
+    check(head_case(5, 1, 1, 24, 16, 128, dtype), True)  # neither a head dimension nor a number of columns for tiles
+    x, weight, _, *rest = head_case(5, 2, 2, 32, 16, 128, dtype)
+    check((x, weight, draw(len(weight), dtype=dtype, seed=9), *rest), True)
+    monkeypatch.setattr(fused, "_FUSED_WEIGHTS", weight.numel())
+    check((x, weight, None, *rest), True)
+    monkeypatch.undo()
+    monkeypatch.setattr(fused, "_FUSED_ROWS", (1, 0))
+    assert not fused.fits(x, weight, None, fused.GATE_UP_TILINGS[16])
+
+
+def test_large_products_are_left_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles: list[int] = []
+    module = sys.modules["nanovllm.kernels.triton.linear"]
+    monkeypatch.setattr(module, "_linear_in_tiles", lambda x, weight: tiles.append(1) or x @ weight.T)
+    monkeypatch.setattr(module, "_LARGE", 64 * 1024)
+    for n, expected in ((32, 1), (64, 0)):
+        tiles.clear()
+        triton_linear(draw(20, 1024, dtype=torch.bfloat16), draw(n, 1024, dtype=torch.bfloat16))
+        assert len(tiles) == expected
 
 
 def test_noise_has_the_twins_bits() -> None:
@@ -328,7 +436,7 @@ def all_kernels() -> set[str]:
 
 
 def every_launch(dtype: torch.dtype) -> None:
-    """Calls every wrapper at the shapes of Qwen3-0.6B, on meta tensors."""
+    """Calls every wrapper at the shapes of Qwen3-0.6B, the fused products also at those of Qwen3-8B, on meta tensors."""
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -345,6 +453,12 @@ def every_launch(dtype: torch.dtype) -> None:
         triton_linear(empty(40, k), empty(n, k))
     triton_rope.qk_norm_rope_store_kv(empty(tokens, 32 * head_dim), empty(head_dim), empty(head_dim), 1e-6,
                                       empty(tokens, head_dim, dtype=torch.float32), cache, cache, empty(tokens, dtype=long))
+    for rows, (k, intermediate, heads) in itertools.product((16, 32, 64, 128, 256), ((1024, 3072, 32), (4096, 12_288, 48))):
+        if dtype == torch.bfloat16:
+            fused.fused_gate_up(empty(rows, k), empty(2 * intermediate, k), fused.tiling_for(fused.GATE_UP_TILINGS, rows))
+            fused.fused_qkv(empty(rows, k), empty(heads * head_dim, k), empty(head_dim), empty(head_dim), 1e-6,
+                            empty(rows, head_dim, dtype=torch.float32), cache, cache, empty(rows, dtype=long),
+                            fused.tiling_for(fused.QKV_TILINGS, rows))
     floats, ints = empty(tokens, dtype=torch.float32), empty(tokens, dtype=long)
     triton_sampling.sample(empty(tokens, vocab), floats, ints, floats, ints, ints, all_greedy=False, any_top_k_top_p=False)
     for shard_size in (vocab // 2, vocab // 8):
@@ -379,8 +493,9 @@ def compile_every_launch(capability: int) -> dict[str, dict[str, Any]]:
         launches.append((self, args, kwargs))
 
     JITFunction.run = record  # type: ignore[method-assign]
-    if capability != 89:
-        sys.modules["nanovllm.kernels.triton.linear"]._stages = lambda columns, device: 4  # type: ignore[attr-defined]
+    for name in ("linear", "fused"):
+        module: Any = sys.modules[f"nanovllm.kernels.triton.{name}"]
+        module.shared_memory = lambda device: SHARED_MEMORY_LIMIT[capability]
     for dtype in (torch.bfloat16, torch.float32):
         every_launch(dtype)
     built: dict[str, dict[str, Any]] = {}

@@ -4,7 +4,10 @@ Batch sizes are symbolic: one compilation serves every step. The sampler stays a
 operation by operation in IEEE arithmetic, and a compiler that contracts a multiplication and an addition changes their bits.
 """
 
+from typing import Any as _Any
+
 import torch as _torch
+from torch import Tensor as _Tensor
 
 from nanovllm.kernels import torch as _oracle
 
@@ -16,3 +19,14 @@ add_rms_norm = _compile(_oracle.add_rms_norm)
 qk_norm_rope_store_kv = _compile(_oracle.qk_norm_rope_store_kv)
 silu_and_mul = _compile(_oracle.silu_and_mul)
 sample = _oracle.sample
+
+
+def linear_silu_and_mul(x: _Tensor, weight: _Tensor, bias: _Tensor | None = None) -> _Tensor:
+    """The product is the library's; what follows it is compiled."""
+    return silu_and_mul(linear(x, weight, bias))
+
+
+def linear_qk_norm_rope_store_kv(x: _Tensor, weight: _Tensor, bias: _Tensor | None,
+                                 *rest: _Any) -> tuple[_Tensor, _Tensor, _Tensor]:
+    """The product is the library's; what follows it is compiled."""
+    return qk_norm_rope_store_kv(linear(x, weight, bias), *rest)

@@ -11,17 +11,19 @@ from nanovllm.config import Optimizations
 _KERNELS = {"torch": "nanovllm.kernels.torch", "compile": "nanovllm.kernels.compiled", "triton": "nanovllm.kernels.triton"}
 _ATTENTION = {"torch": "attention.TorchAttention", "triton": "attention.TritonAttention", "flash_attn": "FlashAttention"}
 
+Operation = Callable[..., Any]
+
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """The operations of a model beside attention; signatures as in kernels/torch/."""
+    """The operations of a model beside attention; signatures as in kernels/torch/. A product may take what follows it along."""
 
-    linear: Callable[..., Any]
-    rms_norm: Callable[..., Any]
-    add_rms_norm: Callable[..., Any]
-    qk_norm_rope_store_kv: Callable[..., Any]
-    silu_and_mul: Callable[..., Any]
-    sample: Callable[..., Any]
+    linear: Operation
+    rms_norm: Operation
+    add_rms_norm: Operation
+    linear_qk_norm_rope_store_kv: Operation
+    linear_silu_and_mul: Operation
+    sample: Operation
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class AttentionBackend:
     """prepare(batch): once a step. attend(q, k, v, k_cache, v_cache, batch) -> output: once a layer."""
 
     prepare: Callable[..., None]
-    attend: Callable[..., Any]
+    attend: Operation
 
 
 def load_kernels(optimizations: Optimizations, calls: Counter[str]) -> Kernels:
@@ -46,7 +48,7 @@ def load_attention(optimizations: Optimizations, calls: Counter[str], **geometry
     return AttentionBackend(backend.prepare, counted(backend.attend, level, calls))
 
 
-def counted(function: Callable[..., Any], level: str, calls: Counter[str]) -> Callable[..., Any]:
+def counted(function: Operation, level: str, calls: Counter[str]) -> Operation:
     """`function`, adding one to calls[level] at each call."""
 
     def call(*args: Any, **kwargs: Any) -> Any:

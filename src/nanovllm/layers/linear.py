@@ -8,7 +8,7 @@ A parameter knows which part of a checkpoint's tensor is its rank's, and the loa
 import torch
 from torch import Tensor, nn
 
-from nanovllm.kernels.registry import Kernels
+from nanovllm.kernels.registry import Kernels, Operation
 
 
 class TensorParallel:
@@ -47,19 +47,22 @@ def parameter(*shape: int, shard_dim: int | None = None, parts: dict[str, tuple[
 
 
 class ColumnParallelLinear(nn.Module):
-    """y = x W^T (+ b), the outputs shared out over the ranks. parts: name -> outputs (over all ranks) of each projection."""
+    """product(x, W, b, ...), of x W^T (+ b) and what follows it; the outputs are shared out over the ranks.
 
-    def __init__(self, in_features: int, parts: dict[str, int], bias: bool, kernels: Kernels, tp: TensorParallel) -> None:
+    parts: name -> outputs (over all ranks) of each projection.
+    """
+
+    def __init__(self, in_features: int, parts: dict[str, int], bias: bool, product: Operation, tp: TensorParallel) -> None:
         super().__init__()
-        self.linear = kernels.linear
+        self.product = product
         rows, total = {}, 0
         for name, size in parts.items():
             rows[name] = (total, total := total + tp.share(size, f"outputs of {name}_proj"))
         self.weight = parameter(total, in_features, shard_dim=0, parts=rows)
         self.bias = parameter(total, shard_dim=0, parts=rows) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, *rest: object) -> Tensor | tuple[Tensor, ...]:
+        return self.product(x, self.weight, self.bias, *rest)
 
 
 class RowParallelLinear(nn.Module):

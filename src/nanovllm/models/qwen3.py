@@ -19,30 +19,28 @@ KVCache = tuple[Tensor, Tensor]  # keys and values of one layer: [blocks, kv_hea
 class Qwen3Attention(nn.Module):
     def __init__(self, config: ModelConfig, kernels: Kernels, attention: AttentionBackend, tp: TensorParallel) -> None:
         super().__init__()
-        self.kernels, self.attention, self.eps = kernels, attention, config.rms_norm_eps
+        self.attention, self.eps = attention, config.rms_norm_eps
         q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         parts = {"q": q_size, "k": kv_size, "v": kv_size}
-        self.qkv_proj = ColumnParallelLinear(config.hidden_size, parts, config.attention_bias, kernels, tp)
+        product = kernels.linear_qk_norm_rope_store_kv
+        self.qkv_proj = ColumnParallelLinear(config.hidden_size, parts, config.attention_bias, product, tp)
         self.o_proj = RowParallelLinear(q_size, config.hidden_size, config.attention_bias, kernels, tp)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, kernels)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, kernels)
+        self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.rms_norm_eps, kernels) for _ in range(2))
 
     def forward(self, x: Tensor, cos_sin: Tensor, kv_cache: KVCache, batch: ForwardBatch) -> Tensor:
-        weights = self.q_norm.weight, self.k_norm.weight
-        q, k, v = self.kernels.qk_norm_rope_store_kv(self.qkv_proj(x), *weights, self.eps, cos_sin, *kv_cache, batch.slot_mapping)
+        q, k, v = self.qkv_proj(x, self.q_norm.weight, self.k_norm.weight, self.eps, cos_sin, *kv_cache, batch.slot_mapping)
         return self.o_proj(self.attention.attend(q, k, v, *kv_cache, batch).flatten(1))
 
 
 class Qwen3MLP(nn.Module):
     def __init__(self, config: ModelConfig, kernels: Kernels, tp: TensorParallel) -> None:
         super().__init__()
-        self.kernels = kernels
         parts = {"gate": config.intermediate_size, "up": config.intermediate_size}
-        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, parts, False, kernels, tp)
+        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, parts, False, kernels.linear_silu_and_mul, tp)
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, False, kernels, tp)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.kernels.silu_and_mul(self.gate_up_proj(x)))
+        return self.down_proj(self.gate_up_proj(x))
 
 
 class Qwen3DecoderLayer(nn.Module):

@@ -1,5 +1,7 @@
 """Rotary position embedding (Su et al., 2021), preceded by Qwen3's norm of each head and followed by the KV store."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,9 +25,13 @@ def qk_norm_rope_store_kv(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: 
     Returns q: [tokens, q_heads, head_dim] and k, v: [tokens, kv_heads, head_dim]; k and v are also in the cache.
     """
     kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
-    heads = qkv.view(qkv.shape[0], -1, head_dim)
-    q, k, v = heads.split((heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
+    q, k, v = qkv.view(qkv.shape[0], -1, head_dim).tensor_split((-2 * kv_heads, -kv_heads), dim=1)
     qk = torch.cat((rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)), dim=1)
     q, k = apply_rope(qk, cos_sin).split((q.shape[1], kv_heads), dim=1)
     store_kv(k, v, k_cache, v_cache, slot_mapping)
     return q, k, v
+
+
+def linear_qk_norm_rope_store_kv(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """x: [tokens, k], weight: [(q_heads + 2 * kv_heads) * head_dim, k]: qk_norm_rope_store_kv of their product and the rest."""
+    return qk_norm_rope_store_kv(torch.nn.functional.linear(x, weight, bias), *rest)

@@ -26,13 +26,11 @@ _EXPONENT_MASK = -0x800000  # sign and exponent of a float32, as int32
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 _LOG_POLYNOMIAL = (  # (log(1 + x) - x + x^2 / 2) / x^3 on [sqrt(1/2) - 1, sqrt(2) - 1], highest power first (Cephes logf)
     7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1, 2.0000714765e-1,
-    -2.4999993993e-1, 3.3333331174e-1,
-)  # fmt: skip
+    -2.4999993993e-1, 3.3333331174e-1)  # fmt: skip
 
 
-def philox4x32(
-    key0: Tensor, key1: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, rounds: int = 10
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox4x32(key0: Tensor, key1: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor,
+               rounds: int = 10) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit random words for each key and counter: Philox4x32 of Salmon et al., "Parallel random numbers: as easy as
     1, 2, 3" (SC'11).
 
@@ -107,6 +105,5 @@ def sample(logits: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor,
         scaled = filtered_logits(logits, temperatures, top_ks, top_ps)
     else:
         scaled = logits.float() / torch.where(temperatures == 0.0, 1.0, temperatures)[:, None]
-    noise = gumbel_noise(seeds, positions, logits.shape[-1])
-    noise.masked_fill_((temperatures == 0.0)[:, None], 0.0)
+    noise = gumbel_noise(seeds, positions, logits.shape[-1]).masked_fill_((temperatures == 0.0)[:, None], 0.0)
     return scaled.add_(noise).argmax(dim=-1)

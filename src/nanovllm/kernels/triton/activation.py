@@ -11,6 +11,14 @@ from nanovllm.kernels.triton.launch import pdl, wait_for_inputs
 
 
 @triton.jit
+def gated(gate, up):
+    """silu(gate) * up, rounded where the torch twin rounds: once after silu, and at the end."""
+    x = gate.to(tl.float32)
+    activated = (x / (1.0 + tl.exp(-x))).to(gate.dtype)
+    return (activated.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
+
+
+@triton.jit
 def _silu_and_mul_kernel(gate_up_ptr, out_ptr, n, BLOCK: tl.constexpr, PDL: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -18,9 +26,7 @@ def _silu_and_mul_kernel(gate_up_ptr, out_ptr, n, BLOCK: tl.constexpr, PDL: tl.c
     wait_for_inputs(PDL)
     gate = tl.load(gate_up_ptr + token * 2 * n + columns, mask=inside)
     up = tl.load(gate_up_ptr + token * 2 * n + n + columns, mask=inside)
-    x = gate.to(tl.float32)
-    activated = (x / (1.0 + tl.exp(-x))).to(gate.dtype)  # rounded once here, as torch's silu does
-    tl.store(out_ptr + token * n + columns, (activated.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=inside)
+    tl.store(out_ptr + token * n + columns, gated(gate, up), mask=inside)
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:

@@ -14,22 +14,28 @@ _FEW_TOKENS = 1024
 
 
 @triton.jit
-def _norm_and_rotate(x_ptr, weight_ptr, rows, columns, inside, cos, sin, eps, HEAD_DIM: tl.constexpr):
-    """The heads at x_ptr + rows ([heads, 1] offsets), as (first half, second half): [heads, head_dim / 2] each.
+def norm_and_rotate(first, second, weight_ptr, columns, in_half, cos, sin, eps, HEAD_DIM: tl.constexpr):
+    """Rows of heads, as (first half, second half): [rows, head_dim / 2] each -> the same, with `columns` those of a half.
 
     Rounded to the model's type after the norm and after its weight, as the torch twin.
     """
     half: tl.constexpr = HEAD_DIM // 2
-    first = tl.load(x_ptr + rows + columns, mask=inside, other=0.0)
-    second = tl.load(x_ptr + rows + half + columns, mask=inside, other=0.0)
     dtype = first.dtype
     a, b = first.to(tl.float32), second.to(tl.float32)
     scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / HEAD_DIM + eps)[:, None]
-    in_half = columns < half
     a = (a * scale).to(dtype).to(tl.float32) * tl.load(weight_ptr + columns, mask=in_half).to(tl.float32)
     b = (b * scale).to(dtype).to(tl.float32) * tl.load(weight_ptr + half + columns, mask=in_half).to(tl.float32)
     a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
     return (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
+
+
+@triton.jit
+def _load_norm_and_rotate(x_ptr, weight_ptr, rows, columns, inside, cos, sin, eps, HEAD_DIM: tl.constexpr):
+    """norm_and_rotate of the heads at x_ptr + rows ([heads, 1] offsets)."""
+    half: tl.constexpr = HEAD_DIM // 2
+    first = tl.load(x_ptr + rows + columns, mask=inside, other=0.0)
+    second = tl.load(x_ptr + rows + half + columns, mask=inside, other=0.0)
+    return norm_and_rotate(first, second, weight_ptr, columns, columns < half, cos, sin, eps, HEAD_DIM)
 
 
 @triton.jit
@@ -53,7 +59,7 @@ def _qk_norm_rope_store_kv_kernel(
     members = tl.arange(0, Q_BLOCK)[:, None]
     inside = (members < HEADS * GROUP) & in_half
     q_rows = (first_head * GROUP + members) * HEAD_DIM
-    first, second = _norm_and_rotate(heads, q_weight_ptr, q_rows, columns, inside, cos, sin, eps, HEAD_DIM)
+    first, second = _load_norm_and_rotate(heads, q_weight_ptr, q_rows, columns, inside, cos, sin, eps, HEAD_DIM)
     q_out = q_ptr + token * q_heads * HEAD_DIM + q_rows + columns
     tl.store(q_out, first, mask=inside)
     tl.store(q_out + half, second, mask=inside)
@@ -61,7 +67,8 @@ def _qk_norm_rope_store_kv_kernel(
     members = tl.arange(0, KV_BLOCK)[:, None]
     inside = (members < HEADS) & in_half
     kv_heads = first_head + members
-    first, second = _norm_and_rotate(heads, k_weight_ptr, (q_heads + kv_heads) * HEAD_DIM, columns, inside, cos, sin, eps, HEAD_DIM)
+    k_rows = (q_heads + kv_heads) * HEAD_DIM
+    first, second = _load_norm_and_rotate(heads, k_weight_ptr, k_rows, columns, inside, cos, sin, eps, HEAD_DIM)
     v_rows = heads + (q_heads + KV_HEADS + kv_heads) * HEAD_DIM + columns
     k_out = k_ptr + (token * KV_HEADS + kv_heads) * HEAD_DIM + columns
     slot = tl.load(slot_ptr + token)
