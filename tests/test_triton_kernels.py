@@ -142,6 +142,15 @@ def test_gate_and_up_in_one_kernel(monkeypatch: pytest.MonkeyPatch, rows: int, n
     close(fused.linear_silu_and_mul(x, weight), activation.linear_silu_and_mul(x, weight))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 16])
+@pytest.mark.parametrize(("n", "k"), [(8, 512), (24, 2048), (16, 1536)])
+def test_gate_and_up_of_few_rows(monkeypatch: pytest.MonkeyPatch, rows: int, n: int, k: int) -> None:
+    monkeypatch.setattr(fused, "silu_and_mul", None)
+    monkeypatch.setattr(fused, "fused_gate_up", None)
+    x, weight = draw(rows, k, dtype=DOT_DTYPES[1]), draw(2 * n, k, dtype=DOT_DTYPES[1], seed=1) / 16
+    close(fused.linear_silu_and_mul(x, weight), activation.linear_silu_and_mul(x, weight))
+
+
 def head_case(rows: int, kv_heads: int, group: int, head_dim: int, page: int, k: int, dtype: torch.dtype) -> tuple[Any, ...]:
     """What a layer's linear_qk_norm_rope_store_kv is given, with no bias; the caches hold sevens."""
     x, weight = draw(rows, k, dtype=dtype), draw((group + 2) * kv_heads * head_dim, k, dtype=dtype, seed=1) / 8
@@ -174,7 +183,7 @@ def test_heads_in_one_kernel(monkeypatch: pytest.MonkeyPatch, rows: int, kv_head
         assert (cache.transpose(1, 2).flatten(0, 1)[untouched] == 7).all(), "a slot that no token has was written to"
 
 
-@pytest.mark.parametrize("rows", [1, 17, 65])
+@pytest.mark.parametrize("rows", [1, 5, 17, 65])
 def test_rows_past_the_last_store_nothing(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """Behind the rows stand others, of inputs and of outputs; the last slot's neighbours and slot 0 are not theirs either."""
     spare, real_empty = 128, torch.empty
@@ -185,7 +194,9 @@ def test_rows_past_the_last_store_nothing(monkeypatch: pytest.MonkeyPatch, rows:
 
     x, weight, *rest, slots = head_case(rows + spare, 2, 2, 32, 16, 128, DOT_DTYPES[1])
     slots[slots == 0] = 1
+    wide = draw(rows + spare, 512, dtype=x.dtype), draw(32, 512, dtype=x.dtype)  # where few rows have kernels of their own
     for product in (lambda: fused.linear_silu_and_mul(x[:rows], weight),
+                    lambda: fused.linear_silu_and_mul(wide[0][:rows], wide[1]),
                     lambda: fused.linear_qk_norm_rope_store_kv(x[:rows], weight, *rest, slots[:rows])):
         outputs: list[Tensor] = []
         monkeypatch.setattr(torch, "empty", part_of_more)
@@ -223,8 +234,9 @@ def test_what_the_fused_kernels_do_not_do_falls_back(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(fused, "_FUSED_WEIGHTS", weight.numel())
     check((x, weight, None, *rest), True)
     monkeypatch.undo()
-    monkeypatch.setattr(fused, "_FUSED_ROWS", (1, 0))
-    assert not fused.fits(x, weight, None, fused.GATE_UP_TILINGS[16])
+    for rows, off in (((6, 256), True), ((1, 4), True), ((5, 5), False), ((1, 0), True)):
+        monkeypatch.setattr(fused, "_FUSED_ROWS", rows)
+        assert fused.may_fuse(x, None) != off
 
 
 def test_large_products_are_left_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -447,8 +459,10 @@ def every_launch(dtype: torch.dtype) -> None:
     triton_activation.silu_and_mul(empty(tokens, 6144))
     kv = empty(tokens, kv_heads, head_dim)
     triton_kv_store.store_kv(kv, kv, cache, cache, empty(tokens, dtype=long))
-    for rows, k in ((1, 1024), (4, 3072), (8, 2048), (16, 3072)):
+    for rows, k in ((1, 1024), (4, 3072), (8, 2048), (16, 3072), (1, 4096), (16, 4096)):
         triton_linear(empty(rows, k), empty(4096, k))
+        if dtype == torch.bfloat16:
+            fused.linear_silu_and_mul(empty(rows, k), empty(6144, k))
     for n, k in ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)):
         triton_linear(empty(40, k), empty(n, k))
     triton_rope.qk_norm_rope_store_kv(empty(tokens, 32 * head_dim), empty(head_dim), empty(head_dim), 1e-6,

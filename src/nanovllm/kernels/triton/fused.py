@@ -8,6 +8,9 @@ the chain of dependent launches (launch.py), so they need not wait for the kerne
     weights     the two rows of a pair lie next to each other in the tile, so that each thread has both sums in registers
     grid        the row tiles of one group of columns run side by side: they read the same weights, from L2
 
+Gate and up of up to 16 rows is no kernel of this file: those of linear.py, which hold their weights before they wait, end in SwiGLU
+as well. Heads have no such kernel, as a norm needs the whole of one, and its weights fit into no program.
+
 Not measured yet. Predicted for Qwen3-0.6B on an H200: at 256 rows 2 us a layer less for gate and up and 3 us less for q, k and v,
 3 % of a canonical step; at 1 to 64 rows 5 us a layer less. `ablations/gpu_fused.py` measures both and tries other tilings.
 """
@@ -23,13 +26,13 @@ from torch import Tensor
 
 from nanovllm.kernels.triton.activation import gated, silu_and_mul
 from nanovllm.kernels.triton.launch import let_next_start, pdl, prefetch_to_l2, shared_memory, wait_for_inputs
-from nanovllm.kernels.triton.linear import linear
+from nanovllm.kernels.triton.linear import linear, linear_of_few, suits_few
 from nanovllm.kernels.triton.rope import norm_and_rotate, qk_norm_rope_store_kv
 
 _FUSED_ROWS = 1, 256
 """From here to there a product and what follows it are one kernel; (1, 0) turns both fused products off."""
 _FUSED_WEIGHTS = 1 << 23
-"""Only products of fewer weights: the larger fill the GPU by themselves, and what a kernel costs beside them is little."""
+"""In tiles only products of fewer weights: the larger fill the GPU by themselves, and what a kernel costs beside them is little."""
 _LINES = 16
 """Of each row of weights, so many lines of 128 bytes are fetched into L2 while the kernel in front still runs."""
 
@@ -136,18 +139,24 @@ def tiling_for(tilings: dict[int, Tiling], num_rows: int) -> Tiling:
     return next((tiling for most, tiling in tilings.items() if num_rows <= most), list(tilings.values())[-1])
 
 
-def fits(x: Tensor, weight: Tensor, bias: Tensor | None, tiling: Tiling) -> bool:
-    """Whether the fused kernels may have this product; n is the caller's to look at."""
-    (num_rows, k), (low, high) = x.shape, _FUSED_ROWS
-    suits = x.dtype.itemsize == 2 and bias is None and k % tiling.step == 0
-    return low <= num_rows <= high and suits and weight.numel() < _FUSED_WEIGHTS
+def may_fuse(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether a product is for one kernel at all."""
+    return _FUSED_ROWS[0] <= x.shape[0] <= _FUSED_ROWS[1] and x.dtype.itemsize == 2 and bias is None
+
+
+def fits_tiles(x: Tensor, weight: Tensor, tiling: Tiling) -> bool:
+    """Whether it is for the kernels of this file; n is the caller's to look at."""
+    return x.shape[1] % tiling.step == 0 and weight.numel() < _FUSED_WEIGHTS
 
 
 def linear_silu_and_mul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x: [rows, k], weight: [2 * n, k], gate first -> silu(gate) * up: [rows, n]."""
-    tiling = tiling_for(GATE_UP_TILINGS, x.shape[0])
-    if fits(x, weight, bias, tiling) and weight.shape[0] % tiling.columns == 0:
-        return fused_gate_up(x, weight, tiling)
+    if may_fuse(x, bias):
+        tiling = tiling_for(GATE_UP_TILINGS, x.shape[0])
+        if suits_few(x, weight):
+            return linear_of_few(x, weight, gate_and_up=True)
+        if fits_tiles(x, weight, tiling) and weight.shape[0] % tiling.columns == 0:
+            return fused_gate_up(x, weight, tiling)
     return silu_and_mul(linear(x, weight, bias))
 
 
@@ -171,7 +180,7 @@ def linear_qk_norm_rope_store_kv(x: Tensor, weight: Tensor, bias: Tensor | None,
     tensor of its own where the product is fused."""
     tiling, head_dim = tiling_for(QKV_TILINGS, x.shape[0]), k_cache.shape[3]
     rest = q_weight, k_weight, eps, cos_sin, k_cache, v_cache, slot_mapping
-    if fits(x, weight, bias, tiling) and head_dim in (16, 32, 64, 128, 256):
+    if may_fuse(x, bias) and fits_tiles(x, weight, tiling) and head_dim in (16, 32, 64, 128, 256):
         return fused_qkv(x, weight, *rest, tiling)
     return qk_norm_rope_store_kv(linear(x, weight, bias), *rest)
 

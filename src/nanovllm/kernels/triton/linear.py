@@ -9,7 +9,8 @@ columns' weights in registers or shared memory before the kernel in front of it 
     17 to 64 rows   tensor cores; where there are few columns, several programs share the reduction dimension (split-K), and
                     the one that comes last adds their parts up, in order
 
-More rows, other shapes and other types go to cuBLAS, which is the faster one there.
+More rows, other shapes and other types go to cuBLAS, which is the faster one there. The kernels of up to 16 rows can end in SwiGLU
+(fused.py).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.triton.activation import gated
 from nanovllm.kernels.triton.launch import let_next_start, pdl, prefetch_to_l2, shared_memory, wait_for_inputs
 
 _FEW_ROWS, _SOME_ROWS, _TILE_ROWS = 1, 16, 64
@@ -32,13 +34,21 @@ smaller, and a large product fills the GPU by itself."""
 
 
 @triton.jit
+def _weight_rows(columns, n, GATED: tl.constexpr):
+    """The weights of a program's columns. GATED: 2 c is gate's column c, 2 c + 1 up's; gate has n columns, and then comes up."""
+    if GATED:
+        return (columns // 2 + columns % 2 * n).to(tl.int64)
+    return columns.to(tl.int64)
+
+
+@triton.jit
 def _few_rows_kernel(x_ptr, weight_ptr, out_ptr, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PART: tl.constexpr,
-                     PARTS: tl.constexpr, PDL: tl.constexpr):
-    """out[:, columns] for COLUMNS columns; the reduction dimension is PARTS parts of PART."""
+                     PARTS: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr):
+    """out[:, columns] for COLUMNS columns; the reduction dimension is PARTS parts of PART. GATED: silu(gate) * up of pairs."""
     let_next_start(PDL)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     ks = tl.arange(0, PART)
-    weight_ptrs = weight_ptr + columns[:, None].to(tl.int64) * (PART * PARTS) + ks[None, :]
+    weight_ptrs = weight_ptr + _weight_rows(columns, n, GATED)[:, None] * (PART * PARTS) + ks[None, :]
     weights = ()
     for part in tl.static_range(PARTS):
         weights = weights + (tl.load(weight_ptrs + part * PART),)  # type: ignore[assignment]
@@ -48,19 +58,25 @@ def _few_rows_kernel(x_ptr, weight_ptr, out_ptr, n, ROWS: tl.constexpr, COLUMNS:
         for part in tl.static_range(PARTS):
             x = tl.load(x_ptr + (row * PARTS + part) * PART + ks)
             products += weights[part].to(tl.float32) * x.to(tl.float32)[None, :]
-        tl.store(out_ptr + row * n + columns, tl.sum(products, axis=1).to(out_ptr.dtype.element_ty))
+        out = tl.sum(products, axis=1).to(out_ptr.dtype.element_ty)
+        if GATED:
+            gate, up = tl.split(tl.reshape(out, (COLUMNS // 2, 2)))
+            pairs = tl.program_id(0) * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+            tl.store(out_ptr + row * n + pairs, gated(gate, up))
+        else:
+            tl.store(out_ptr + row * n + columns, out)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _some_rows_kernel(x_ptr, weight_ptr, out_ptr, num_rows, n, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SLICES: tl.constexpr,
-                      PART: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr):
+                      PART: tl.constexpr, PARTS: tl.constexpr, GATED: tl.constexpr, PDL: tl.constexpr):
     """The same, transposed: weights times x. A part is SLICES slices, one a warp; their results are added at the end."""
     let_next_start(PDL)
     size: tl.constexpr = PART // SLICES
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     slices = tl.arange(0, SLICES)[:, None, None] * size
     rows, ks = tl.arange(0, ROWS), tl.arange(0, size)
-    weight_ptrs = weight_ptr + columns[None, :, None].to(tl.int64) * (PART * PARTS) + slices + ks[None, None, :]
+    weight_ptrs = weight_ptr + _weight_rows(columns, n, GATED)[None, :, None] * (PART * PARTS) + slices + ks[None, None, :]
     x_ptrs = x_ptr + rows[None, None, :] * (PART * PARTS) + slices + ks[None, :, None]
     exists = (rows < num_rows)[None, None, :]
     weights = ()
@@ -71,7 +87,12 @@ def _some_rows_kernel(x_ptr, weight_ptr, out_ptr, num_rows, n, ROWS: tl.constexp
     for part in tl.static_range(PARTS):
         acc = tl.dot(weights[part], tl.load(x_ptrs + part * PART, mask=exists, other=0.0), acc)
     out = tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + rows[None, :] * n + columns[:, None], out, mask=(rows < num_rows)[None, :])
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(out, (COLUMNS // 2, 2, ROWS)), (0, 2, 1)))
+        pairs = tl.program_id(0) * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+        tl.store(out_ptr + rows[None, :] * n + pairs[:, None], gated(gate, up), mask=(rows < num_rows)[None, :])
+    else:
+        tl.store(out_ptr + rows[None, :] * n + columns[:, None], out, mask=(rows < num_rows)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -144,24 +165,34 @@ def _parts(k: int) -> int:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x: [rows, k], weight: [n, k], bias: [n] -> x W^T (+ b): [rows, n]."""
-    (num_rows, k), n, parts = x.shape, weight.shape[0], _parts(x.shape[1])
+    (num_rows, k), n = x.shape, weight.shape[0]
     if not 0 < num_rows <= _TILE_ROWS or x.dtype.itemsize != 2 or bias is not None:
         return F.linear(x, weight, bias)
     if num_rows > _SOME_ROWS:
         return _linear_in_tiles(x.contiguous(), weight) if _splits(n, k) and n * k < _LARGE else F.linear(x, weight)
-    if not parts or n % 16:
-        return F.linear(x, weight)
+    return linear_of_few(x, weight) if suits_few(x, weight) else F.linear(x, weight)
+
+
+def suits_few(x: Tensor, weight: Tensor) -> bool:
+    """Whether linear_of_few takes this shape."""
+    return 0 < x.shape[0] <= _SOME_ROWS and _parts(x.shape[1]) > 0 and weight.shape[0] % 16 == 0
+
+
+def linear_of_few(x: Tensor, weight: Tensor, gate_and_up: bool = False) -> Tensor:
+    """x W^T of up to 16 rows; gate_and_up: the weights' rows are those of gate and then those of up -> silu(gate) * up."""
     x = x.contiguous()
-    out = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
+    (num_rows, k), n, parts = x.shape, weight.shape[0], _parts(x.shape[1])
+    width = n // 2 if gate_and_up else n
+    out = torch.empty(num_rows, width, dtype=x.dtype, device=x.device)
     if num_rows <= _FEW_ROWS:
         columns, warps = (8, 2) if parts == 1 else (4, 4)
-        _few_rows_kernel[(n // columns,)](x, weight, out, n, ROWS=num_rows, COLUMNS=columns, PART=k // parts, PARTS=parts,
-                                          num_warps=warps, **pdl(x))  # fmt: skip
+        _few_rows_kernel[(n // columns,)](x, weight, out, width, ROWS=num_rows, COLUMNS=columns, PART=k // parts, PARTS=parts,
+                                          GATED=gate_and_up, num_warps=warps, **pdl(x))  # fmt: skip
     else:
         rows = 8 if num_rows <= 8 else 16
         columns = 16 if parts <= 2 else 8  # 16 would be no faster in the chain, and too large for an RTX 4070
-        _some_rows_kernel[(n // columns,)](x, weight, out, num_rows, n, ROWS=rows, COLUMNS=columns, SLICES=4, PART=k // parts,
-                                           PARTS=parts, num_warps=4, **pdl(x))  # fmt: skip
+        _some_rows_kernel[(n // columns,)](x, weight, out, num_rows, width, ROWS=rows, COLUMNS=columns, SLICES=4, PARTS=parts,
+                                           PART=k // parts, GATED=gate_and_up, num_warps=4, **pdl(x))  # fmt: skip
     return out
 
 
