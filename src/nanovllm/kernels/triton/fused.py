@@ -203,9 +203,10 @@ def fused_qkv(x: Tensor, weight: Tensor, q_weight: Tensor, k_weight: Tensor, eps
 
 
 def _stages(tiling: Tiling, columns: int, device: torch.device) -> int:
-    """The tiling's, or as many as this device has shared memory for."""
+    """The tiling's, or as many as this device has shared memory for. Below 64 rows Triton takes the older tensor-core instructions,
+    on any device, and then a stage less lies in shared memory."""
     stage_bytes = (tiling.rows + columns) * tiling.step * 2
-    return min(tiling.stages, shared_memory(device) // stage_bytes)
+    return min(tiling.stages, shared_memory(device) // stage_bytes + (tiling.rows < 64))
 
 
 def _lines(k: int) -> int:
