@@ -20,11 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from experiments.margins import Rows
 from experiments.reference import check_decomposition, last_hidden_states, make_exact
 from experiments.scoring import Scores, score_rows
+from nanovllm.models import generated
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
 REFERENCE_DTYPE = {"float32": torch.float64, "bfloat16": torch.float32}
 DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -68,10 +70,13 @@ class Rescorer:
         self._known: dict[str, Scores] = {}
 
     def _load(self, model_dir: str | Path) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=DTYPE[self.dtype], attn_implementation="sdpa", local_files_only=True, trust_remote_code=False
-        )
-        return model.to(self.device).eval()
+        folder, how = Path(model_dir), {"dtype": DTYPE[self.dtype], "attn_implementation": "sdpa", "trust_remote_code": False}
+        if (folder / generated.RECIPE).is_file():  # weights that are no files
+            with torch.device(self.device):
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True), **how)
+            generated.fill_whole(model.named_parameters(), folder, Qwen3ForCausalLM.packed_modules_mapping)
+            return model.eval()
+        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **how).to(self.device).eval()
 
     @torch.inference_mode()
     def score(
