@@ -52,6 +52,12 @@ def pdl(x: Tensor) -> dict[str, Any]:
     return {"PDL": False}
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; without a GPU those of an RTX 4070."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 99 << 10
+
+
 def warps_for(block: int) -> int:
     """Warps for a program that handles `block` elements: eight a thread, so that bfloat16 moves 16 bytes at a time."""
     return min(16, max(1, block // 256))

@@ -22,10 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.triton.launch import let_next_start, pdl, prefetch_to_l2, wait_for_inputs
+from nanovllm.kernels.triton.launch import let_next_start, pdl, prefetch_to_l2, shared_memory, wait_for_inputs
 
 _FEW_ROWS, _SOME_ROWS, _TILE_ROWS = 1, 16, 64
 _STEP = 128  # of the reduction dimension, an iteration of _tile_kernel
+_LARGE = 1 << 23
+"""Products of that many weights are cuBLAS's beyond _SOME_ROWS: _tile_kernel was measured at Qwen3-0.6B's shapes, all of them
+smaller, and a large product fills the GPU by itself."""
 
 
 @triton.jit
@@ -111,7 +114,10 @@ def _tile_kernel(x_ptr, weight_ptr, out_ptr, parts_ptr, arrivals_ptr, num_rows, 
 
 @functools.cache
 def _arrivals(device: torch.device) -> Tensor:
-    """Zero between launches; launches that share it run one after the other."""
+    """Zero between launches; launches that share it run one after the other.
+
+    One for each group of columns: fewer than 4,096 columns are split, in groups of 32.
+    """
     return torch.zeros(4096 // 32, dtype=torch.int32, device=device)
 
 
@@ -126,11 +132,9 @@ def _splits(n: int, k: int) -> int:
     return splits if n % _tile_columns(n) == 0 and k % (splits * _STEP) == 0 else 0
 
 
-@functools.cache
 def _stages(columns: int, device: torch.device) -> int:
     """Of _tile_kernel: four, if they fit. With 64 columns they take 128 KiB of shared memory; an RTX 4070 has 99."""
-    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 0
-    return 4 if columns == 32 or room >= 128 << 10 else 3
+    return 4 if columns == 32 or shared_memory(device) >= 128 << 10 else 3
 
 
 def _parts(k: int) -> int:
@@ -144,7 +148,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not 0 < num_rows <= _TILE_ROWS or x.dtype.itemsize != 2 or bias is not None:
         return F.linear(x, weight, bias)
     if num_rows > _SOME_ROWS:
-        return _linear_in_tiles(x.contiguous(), weight) if _splits(n, k) else F.linear(x, weight)
+        return _linear_in_tiles(x.contiguous(), weight) if _splits(n, k) and n * k < _LARGE else F.linear(x, weight)
     if not parts or n % 16:
         return F.linear(x, weight)
     x = x.contiguous()
