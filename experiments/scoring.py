@@ -4,18 +4,18 @@ The gate has to cost little more than the two forward passes it rests on, and wi
 a sort of it, at each position it would not. So each kind of row does no more than its answer needs:
 
 - sampled by our generator: the noise of token i cannot exceed -log(u_i), its bits as a number in (0, 1), so only tokens with
-  u_i < p_i e^c can reach a score of logsumexp(scores) - c: some fifty of them, and the best score is hardly ever below that.
-  Exact noise is computed of those alone; where a row turns out otherwise, of the whole vocabulary;
-- truncated by top-k or top-p: values sorted without their places give the least score that is kept. Masks of the whole
-  vocabulary are never used to select: on a CPU that costs more than to sort it;
+  u_i < p_i e^c can reach a score of logsumexp(scores) - c: some fifty of them where c = 4, and the best score is hardly ever
+  below that. Exact noise is computed of those alone; where a row turns out otherwise, of the whole vocabulary;
+- truncated by top-k or top-p: values sorted without their places give the least score that is kept (`truncation`);
 - not the reference's choice, with top-k or top-p: the search for a margin takes all such rows of a batch together.
+
+Selecting by a mask of the whole vocabulary costs more on a CPU than sorting it, so products with 0 and 1 stand for masks.
 
 property_tests/test_gate_properties.py compares all of it with the plain computation.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,17 +24,15 @@ import torch
 from torch import Tensor
 
 from experiments.margins import Rows, smallest_explaining_noise
-from experiments.noise import gumbel, noise_of, uniform_bits
+from experiments.noise import gumbel, uniform_bits
+from experiments.truncation import distribution, least_kept
 
 CANDIDATES = 5
-REACH = 5.0
-"""c above: how far below logsumexp(scores) a score still counts. At most e^c tokens, on average, come that far."""
+REACH = 3.6
+"""c above, where no token has much of the mass: how far below logsumexp(scores) a score still counts. e^c = 37 tokens, on average,
+come that far. Where one token has nearly all of it the five best lie farther down; see `_reachable`."""
 _ROUNDING = 1e-4
-_MOST_LIKELY = 1024
-"""Tokens among which the threshold of top-p is looked for, where the vocabulary is larger by far."""
-_FAR = 1e18
-"""A score less this has a probability of 0."""
-_CACHE_BYTES = 2**21
+_CACHE_BYTES = 2**20
 """On a CPU, tables of logits of this size are scored at a time: they stay in its cache, which doubles the speed."""
 
 
@@ -91,11 +89,14 @@ def score_rows(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) ->
 
     Raises FloatingPointError for logits that are not finite.
     """
-    step = max(1, len(tokens))
-    if logits.device.type == "cpu":
-        step = max(1, _CACHE_BYTES // (logits.shape[1] * logits.dtype.itemsize))
-    cuts = [slice(i, i + step) for i in range(0, len(tokens), step)]
-    scores = Scores.cat([_score_some(logits[cut], hf_logits[cut].float(), rows[cut], tokens[cut]) for cut in cuts])
+    noisy = ~rows.greedy & ~rows.foreign
+    kinds = [(noisy & ~rows.truncated, _noisy), (noisy & rows.truncated, _noisy), (~noisy, _noiseless)]
+    if only := next((score for mask, score in kinds if bool(mask.all())), None):
+        scores = only(logits, hf_logits, rows, tokens)
+    else:
+        indices = [(mask.nonzero().flatten(), score) for mask, score in kinds]
+        parts = [score(logits[i], hf_logits[i], rows[i], tokens[i]) for i, score in indices if len(i)]
+        scores = Scores.cat(parts)[torch.cat([i for i, _ in indices]).argsort().cpu()]
     if bool((truncated := rows.truncated).any()):
         _search_margins(scores, logits, rows, tokens, truncated)
     if not all(bool(x.isfinite().all()) for x in (scores.best_scores[:, 0], scores.error, scores.margin, scores.hf_logprob)):
@@ -103,15 +104,10 @@ def score_rows(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) ->
     return scores
 
 
-def _score_some(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> Scores:
-    """`score_rows` of a few rows, all but the margins that take a search. hf_logits: float32 here and below."""
-    noisy = ~rows.greedy & ~rows.foreign
-    kinds = [(noisy & ~rows.truncated, _noisy), (noisy & rows.truncated, _noisy), (~noisy, _noiseless)]
-    if only := next((score for mask, score in kinds if bool(mask.all())), None):
-        return only(logits, hf_logits, rows, tokens)
-    indices = [(mask.nonzero().flatten(), score) for mask, score in kinds]
-    parts = [score(logits[i], hf_logits[i], rows[i], tokens[i]) for i, score in indices if len(i)]
-    return Scores.cat(parts)[torch.cat([i for i, _ in indices]).argsort().cpu()]
+def _cuts(n: int, logits: Tensor) -> list[slice]:
+    """Of n rows as those of logits [_, V], as many at a time as stay in a CPU's cache."""
+    step = max(1, n if logits.device.type != "cpu" else _CACHE_BYTES // (logits.shape[1] * logits.dtype.itemsize))
+    return [slice(i, i + step) for i in range(0, n, step)]
 
 
 def _search_margins(scores: Scores, logits: Tensor, rows: Rows, tokens: Tensor, truncated: Tensor) -> None:
@@ -126,6 +122,10 @@ def _search_margins(scores: Scores, logits: Tensor, rows: Rows, tokens: Tensor, 
 
 def _noiseless(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> Scores:
     """Greedy rows, and those of another generator: there `agrees` says that the token is kept at all."""
+    return Scores.cat([_noiseless_few(logits[i], hf_logits[i].float(), rows[i], tokens[i]) for i in _cuts(len(tokens), logits)])
+
+
+def _noiseless_few(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> Scores:
     scaled, hf_scaled = over_temperature(logits, hf_logits, rows)
     foreign = rows.foreign & ~rows.greedy
     least, hf_least = least_kept(scaled, rows), least_kept(hf_scaled, rows)
@@ -142,54 +142,108 @@ def _noiseless(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) ->
     distance = torch.where(agrees, 0.0, best_scores[:, 0] - own)
     terms = None
     if bool(foreign.any()):
-        terms = _distribution(scaled, hf_scaled, least, torch.where(possible, own, torch.nan), foreign)
-    return _scores(logits, hf_logits, rows, tokens, agrees, distance, error, candidates, best_scores, hf_best, hf_best_scores,
-                   candidates, terms)  # fmt: skip
+        terms = distribution(scaled, hf_scaled, least, torch.where(possible, own, torch.nan), foreign)
+    return _scores(rows, tokens, agrees, distance, error, logits.gather(1, candidates), candidates, best_scores, hf_best,
+                   hf_best_scores, logprob(logits, tokens), logprob(hf_logits, tokens), terms)  # fmt: skip
 
 
 def _noisy(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> Scores:
     """Rows sampled by our generator: exact noise for those tokens alone that can win."""
-    scaled, hf_scaled = over_temperature(logits, hf_logits, rows)
     n, vocab_size = logits.shape
-    least, hf_least = least_kept(scaled, rows), least_kept(hf_scaled, rows)
-    bits = uniform_bits(rows.seed, rows.position, vocab_size)
-    p = scaled.float().softmax(-1)
-    total = (scaled.amax(-1) - p.amax(-1).log()) + _ROUNDING  # logsumexp(scaled), at most a little more
-    # Of rounding, in the noise and in float32 here, the last factor takes more than care.
-    row, token = _where_less(bits, p.mul_(math.exp(REACH + 2 * _ROUNDING) * 2.0**32))
-    counts = row.bincount(minlength=n)
-    width = max(min(CANDIDATES, vocab_size), int(counts.max()))
-    column = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-    ids = torch.zeros(n, width, dtype=torch.int64, device=row.device)
-    ids[row, column] = token
-    noise = torch.full((n, width), -torch.inf, device=row.device)
-    noise[row, column] = gumbel(bits[row, token])
+    everyone = [_reachable(logits[i], hf_logits[i].float(), rows[i], tokens[i]) for i in _cuts(len(tokens), logits)]
+    reach = _Reachable(*(torch.cat([getattr(some, name) for some in everyone]) for name in _Reachable.__dataclass_fields__))
+    row = torch.arange(n, device=logits.device).repeat_interleave(reach.count)
+    width = max(min(CANDIDATES, vocab_size), int(reach.count.max()))
+    column = torch.arange(len(row), device=row.device) - (reach.count.cumsum(0) - reach.count)[row]
 
-    here, hf_here = scaled.gather(1, ids), hf_scaled.gather(1, ids)
-    scores, hf_scores = here + noise, hf_here + noise
-    at, best_scores, candidates_at, candidate_scores = _five_best(scores, None if least is None else here >= least)
-    hf_at, hf_best_scores, _, _ = _five_best(hf_scores, None if hf_least is None else hf_here >= hf_least)
+    def table(values: Tensor, empty: float) -> Tensor:
+        result = torch.full((n, width), empty, dtype=values.dtype, device=values.device)
+        result[row, column] = values
+        return result
+
+    noise = gumbel(reach.bits)
+    ids, scaled, hf_scaled = table(reach.token, 0), table(reach.scaled, -torch.inf), table(reach.hf_scaled, -torch.inf)
+    scores, hf_scores = table(reach.scaled + noise, -torch.inf), table(reach.hf_scaled + noise, -torch.inf)
+    truncated = bool(rows.truncated.any())
+    at, best_scores, candidates_at, candidate_scores = _five_best(scores, scaled >= reach.least if truncated else None)
+    hf_at, hf_best_scores, _, _ = _five_best(hf_scores, hf_scaled >= reach.hf_least if truncated else None)
     error = _error(candidate_scores, hf_scores.gather(1, candidates_at), rows)
     best, hf_best, candidates = (ids.gather(1, i) for i in (at, hf_at, candidates_at))
-    # Whatever is not among the candidates scores less than this, in the reference and in HF.
-    limit = total - REACH
-    hf_limit = limit + (hf_scaled - scaled).amax(-1)
-    complete = (candidate_scores[:, -1] > limit) & (best_scores[:, 0] > limit) & (hf_best_scores[:, 0] > hf_limit)
-    good, rest = complete.nonzero().flatten(), (~complete).nonzero().flatten()
-
-    agrees = (best[:, 0] == tokens) | ~complete  # the others are judged below
-    distance = torch.zeros_like(total)
-    if len(others := (~agrees).nonzero().flatten()):
-        own = tokens[others, None]
-        own_score = scaled[others].gather(1, own) + noise_of(rows.seed[others], rows.position[others], own)
-        distance[others] = best_scores[others, 0] - own_score[:, 0]
-    result = _scores(
-        logits, hf_logits, rows, tokens, agrees, distance, error, best, best_scores, hf_best, hf_best_scores, candidates
+    agrees = best[:, 0] == tokens
+    # Whatever is not among the candidates scores less than this, in the reference and in HF. Of a token that may be shown as an
+    # offender all five that are kept must be known.
+    limit, hf_limit = reach.limit, reach.limit + reach.rise
+    last = torch.where(agrees, 0, best_scores.shape[1] - 1)[:, None]
+    complete = (candidate_scores[:, -1] > limit) & (best_scores.gather(1, last)[:, 0] > limit) & (
+        hf_best_scores.gather(1, last)[:, 0] > hf_limit
     )
-    if len(rest):
-        whole = _whole_vocabulary(logits[rest], hf_logits[rest], rows[rest], tokens[rest])
-        result = Scores.cat([result[good.cpu()], whole])[torch.cat([good, rest]).argsort().cpu()]
+    distance = torch.where(agrees, 0.0, best_scores[:, 0] - (reach.own + gumbel(reach.own_bits)))
+    result = _scores(rows, tokens, agrees, distance, error, logits.gather(1, candidates), best, best_scores,
+                     hf_best, hf_best_scores, reach.logprob, reach.hf_logprob)  # fmt: skip
+    if len(rest := (~complete).nonzero().flatten()):
+        some = [rest[i] for i in _cuts(len(rest), logits)]
+        whole = [_whole_vocabulary(logits[i], hf_logits[i].float(), rows[i], tokens[i]) for i in some]
+        good = complete.nonzero().flatten()
+        result = Scores.cat([result[good.cpu()], *whole])[torch.cat([good, rest]).argsort().cpu()]
     return result
+
+
+@dataclass(frozen=True)
+class _Reachable:
+    """What the whole vocabulary is looked at for, in n rows sampled by our generator.
+
+    Of each row [n]: limit: logsumexp(scaled) - c, or a little more; count: of the tokens that can reach it;
+    rise: the most by which HF's logits over temperature exceed the reference's; least, hf_least [n, 1]: see `least_kept`; the
+    engine's own token's logit over temperature (own) and own_bits; logprob, hf_logprob. Of the tokens that can, row after
+    row: token, bits of its noise, logit over temperature of the reference and of HF.
+    """
+
+    count: Tensor
+    limit: Tensor
+    rise: Tensor
+    least: Tensor
+    hf_least: Tensor
+    own: Tensor
+    own_bits: Tensor
+    logprob: Tensor
+    hf_logprob: Tensor
+    token: Tensor
+    bits: Tensor
+    scaled: Tensor
+    hf_scaled: Tensor
+
+
+def _reachable(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> _Reachable:
+    scaled, hf_scaled = over_temperature(logits, hf_logits, rows)
+    least, hf_least = least_kept(scaled, rows), least_kept(hf_scaled, rows)
+    bits = uniform_bits(rows.seed, rows.position, logits.shape[1])
+    p = scaled.float().softmax(-1)
+    highest = p.amax(-1)
+    k, top_p = rows.limits(logits.shape[1])
+    # Any reach is right; this one rarely finds too few: the mass r beyond the first token sends r e^c of them, and of what they are
+    # top-p keeps top_p at least; of a small k nothing is known.
+    kept_mass = torch.maximum(top_p[:, 0].clamp(max=1).float(), highest)
+    reach = REACH - 1.4 * (1 - highest).clamp(min=1e-3).log() - kept_mass.log() + 1.4 * (k[:, 0] < 32)
+    total = (scaled.amax(-1) - highest.log()) + _ROUNDING  # logsumexp(scaled), at most a little more
+    # Of rounding, in the noise and in float32 here, the factor takes more than care.
+    row, token = _where_less(bits, p.mul_((reach + 2 * _ROUNDING).exp()[:, None] * 2.0**32))
+    nothing = torch.full_like(total[:, None], -torch.inf)
+    own = tokens[:, None]
+    return _Reachable(
+        count=row.bincount(minlength=len(tokens)),
+        limit=total - reach,
+        rise=(hf_scaled - scaled).amax(-1),
+        least=nothing if least is None else least,
+        hf_least=nothing if hf_least is None else hf_least,
+        own=scaled.gather(1, own)[:, 0],
+        own_bits=bits.gather(1, own)[:, 0],
+        logprob=logprob(logits, tokens),
+        hf_logprob=logprob(hf_logits, tokens),
+        token=token,
+        bits=bits[row, token],
+        scaled=scaled[row, token],
+        hf_scaled=hf_scaled[row, token],
+    )
 
 
 def _whole_vocabulary(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> Scores:
@@ -203,9 +257,13 @@ def _whole_vocabulary(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Ten
     agrees = best[:, 0] == tokens
     distance = torch.where(agrees, 0.0, best_scores[:, 0] - scores.gather(1, tokens[:, None])[:, 0])
     error = _error(candidate_scores, hf_scores.gather(1, candidates), rows)
-    return _scores(
-        logits, hf_logits, rows, tokens, agrees, distance, error, best, best_scores, hf_best, hf_best_scores, candidates
-    )
+    return _scores(rows, tokens, agrees, distance, error, logits.gather(1, candidates), best, best_scores, hf_best, hf_best_scores,
+                   logprob(logits, tokens), logprob(hf_logits, tokens))  # fmt: skip
+
+
+def logprob(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log softmax(logits [n, V])[tokens [n]]: [n]."""
+    return logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
 
 def _five(scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,51 +298,6 @@ def over_temperature(logits: Tensor, hf_logits: Tensor, rows: Rows) -> tuple[Ten
     return logits / divisor.to(logits.dtype), hf_logits / divisor.float()
 
 
-def least_kept(scaled: Tensor, rows: Rows) -> Tensor | None:
-    """The least of the logits over temperature [n, V] that top-k, then top-p on what is left, keep: [n, 1]; None: all are kept.
-
-    Tokens as likely as the last one that is kept are kept as well.
-    """
-    if not bool(rows.truncated.any()):
-        return None
-    vocab_size = scaled.shape[1]
-    k, p = rows.limits(vocab_size)
-    width = int(torch.where(k < vocab_size, k, _MOST_LIKELY).max())
-    if 4 * width >= vocab_size:
-        return _least_of(descending(scaled), scaled, k, p)[0]
-    least, found = _least_of(descending(scaled, width), scaled, k, p)
-    if len(rest := (~found).nonzero().flatten()):
-        least[rest], _ = _least_of(descending(scaled[rest]), scaled[rest], k[rest], p[rest])
-    return least
-
-
-def _least_of(ordered: Tensor, scaled: Tensor, k: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """(`least_kept` [n, 1], whether it is among the most likely tokens [n]), whose logits over temperature are `ordered` [n, w]."""
-    vocab_size, width = scaled.shape[1], ordered.shape[1]
-    mass = (ordered - ordered[:, :1]).exp_().cumsum(-1)  # of the first 1, 2, ... tokens
-    total = mass.gather(1, k.clamp(max=width) - 1)
-    if width < vocab_size and bool((k > width).any()):
-        total = torch.where(k > width, (scaled - ordered[:, :1]).exp_().sum(-1, keepdim=True), total)
-    count = torch.searchsorted(mass, (p * total).to(mass.dtype)) + 1  # the first that reach p
-    count = torch.minimum(count, k)
-    everything = (k == vocab_size) & p.isinf()
-    least = ordered.gather(1, count.clamp(max=width) - 1).masked_fill_(everything, -torch.inf)
-    return least, ((count <= width) | everything)[:, 0]
-
-
-def descending(values: Tensor, width: int | None = None) -> Tensor:
-    """The `width` largest (all) of values [n, V], sorted, without their places: on a CPU NumPy does that ten times as fast as
-    torch."""
-    if values.device.type != "cpu":
-        return values.sort(dim=-1, descending=True).values if width is None else values.topk(width).values
-    negative = (-values).numpy()
-    if width is not None:
-        negative.partition(width - 1, axis=-1)
-        negative = negative[:, :width].copy()
-    negative.sort(axis=-1)
-    return torch.from_numpy(negative).neg_()
-
-
 def _error(scores: Tensor, hf_scores: Tensor, rows: Rows) -> Tensor:
     """HF's error [n], in logits, from the scores of both for the same candidates [n, 5], the reference's best first."""
     differences = scores - scores[:, :1]
@@ -292,47 +305,15 @@ def _error(scores: Tensor, hf_scores: Tensor, rows: Rows) -> Tensor:
     return (hf_scores - hf_scores[:, :1] - differences).abs().amax(-1) * rows.divisor
 
 
-def _distribution(scaled: Tensor, hf_scaled: Tensor, least: Tensor | None, own: Tensor, foreign: Tensor) -> tuple[Tensor, ...]:
-    """log_p, entropy, variance, root_sum, drift of Scores, [n] each, over the tokens whose logit over temperature [n, V] is `least`
-    [n, 1] or more; 0 where not foreign.
-
-    own [n]: the token's logit over temperature; NaN if it is not kept.
-    """
-    highest = scaled.amax(-1, True)
-    shifted = scaled - highest
-    roots = (shifted / 2).exp_()  # of the weights; a table of 0 and 1, and products with it: see the module's docstring
-    if least is not None:
-        keep = torch.ge(scaled, least, out=torch.empty_like(scaled))
-        roots.mul_(keep)
-        hf_scaled = hf_scaled + keep.sub_(1).mul_(_FAR)
-    weights = roots.square()
-    weight = weights.sum(-1)
-    mean = (weights * shifted).sum(-1) / weight  # of log p + log weight
-    log_weight = weight.log()
-    centred = shifted.sub_(mean[:, None])
-    columns = (
-        (own - highest[:, 0] - log_weight).nan_to_num(0.0),
-        log_weight - mean,
-        (weights * centred * centred).sum(-1) / weight,
-        roots.sum(-1).log() - log_weight / 2,
-        (hf_scaled.softmax(-1) * centred).sum(-1),
-    )
-    return tuple(torch.where(foreign, column, 0.0) for column in columns)
-
-
 def _scores(
-    logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor, agrees: Tensor, distance: Tensor, error: Tensor,
-    best: Tensor, best_scores: Tensor, hf_best: Tensor, hf_best_scores: Tensor, candidates: Tensor,
+    rows: Rows, tokens: Tensor, agrees: Tensor, distance: Tensor, error: Tensor, five_logits: Tensor, best: Tensor,
+    best_scores: Tensor, hf_best: Tensor, hf_best_scores: Tensor, logprob: Tensor, hf_logprob: Tensor,
     terms: tuple[Tensor, ...] | None = None,
 ) -> Scores:  # fmt: skip
     """distance [n]: of the token's score from the best, 0 where it agrees: the margin over temperature if nothing truncates."""
-    own = tokens[:, None]
     log_p, entropy, variance, root_sum, drift = terms or (torch.zeros_like(error),) * 5
-    in_double = {"margin": distance.double() * rows.divisor, "error": error,
-                 "best_scores": best_scores, "hf_best_scores": hf_best_scores,
-                 "scale": logits.gather(1, candidates).abs().amax(-1),
-                 "logprob": logits.log_softmax(-1).gather(1, own)[:, 0],
-                 "hf_logprob": hf_logits.log_softmax(-1).gather(1, own)[:, 0],
+    in_double = {"margin": distance.double() * rows.divisor, "error": error, "scale": five_logits.abs().amax(-1),
+                 "best_scores": best_scores, "hf_best_scores": hf_best_scores, "logprob": logprob, "hf_logprob": hf_logprob,
                  "log_p": log_p, "entropy": entropy, "variance": variance, "root_sum": root_sum, "drift": drift}  # fmt: skip
     as_it_is = {"tokens": tokens, "agrees": agrees, "hf_agrees": hf_best[:, 0] == best[:, 0], "best": best, "hf_best": hf_best,
                 "foreign": rows.foreign & ~rows.greedy}  # fmt: skip
