@@ -128,21 +128,21 @@ def _noiseless(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) ->
 def _noiseless_few(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> Scores:
     scaled, hf_scaled = over_temperature(logits, hf_logits, rows)
     foreign = rows.foreign & ~rows.greedy
-    least, hf_least = least_kept(scaled, rows), least_kept(hf_scaled, rows)
+    least = least_kept((scaled, hf_scaled), rows)
     own = scaled.gather(1, tokens[:, None])[:, 0]
     candidates, candidate_scores = _five(scaled)
     hf_best, hf_best_scores = _five(hf_scaled)
     error = _error(candidate_scores, hf_scaled.gather(1, candidates), rows)
     possible, best_scores = foreign, candidate_scores
-    if least is not None and hf_least is not None:  # no token that is kept lies below one that is dropped
-        possible = foreign & (own >= least[:, 0])
-        best_scores = candidate_scores.masked_fill(candidate_scores < least, -torch.inf)
-        hf_best_scores = hf_best_scores.masked_fill(hf_best_scores < hf_least, -torch.inf)
+    if least is not None:  # no token that is kept lies below one that is dropped
+        possible = foreign & (own >= least[0][:, 0])
+        best_scores = candidate_scores.masked_fill(candidate_scores < least[0], -torch.inf)
+        hf_best_scores = hf_best_scores.masked_fill(hf_best_scores < least[1], -torch.inf)
     agrees = possible | (~foreign & (candidates[:, 0] == tokens))
     distance = torch.where(agrees, 0.0, best_scores[:, 0] - own)
     terms = None
     if bool(foreign.any()):
-        terms = distribution(scaled, hf_scaled, least, torch.where(possible, own, torch.nan), foreign)
+        terms = distribution(scaled, hf_scaled, None if least is None else least[0], torch.where(possible, own, torch.nan), foreign)
     return _scores(rows, tokens, agrees, distance, error, logits.gather(1, candidates), candidates, best_scores, hf_best,
                    hf_best_scores, logprob(logits, tokens), logprob(hf_logits, tokens), terms)  # fmt: skip
 
@@ -215,7 +215,7 @@ class _Reachable:
 
 def _reachable(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> _Reachable:
     scaled, hf_scaled = over_temperature(logits, hf_logits, rows)
-    least, hf_least = least_kept(scaled, rows), least_kept(hf_scaled, rows)
+    least = least_kept((scaled, hf_scaled), rows)
     bits = uniform_bits(rows.seed, rows.position, logits.shape[1])
     p = scaled.float().softmax(-1)
     highest = p.amax(-1)
@@ -227,14 +227,14 @@ def _reachable(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) ->
     total = (scaled.amax(-1) - highest.log()) + _ROUNDING  # logsumexp(scaled), at most a little more
     # Of rounding, in the noise and in float32 here, the factor takes more than care.
     row, token = _where_less(bits, p.mul_((reach + 2 * _ROUNDING).exp()[:, None] * 2.0**32))
-    nothing = torch.full_like(total[:, None], -torch.inf)
+    everything = torch.full_like(total[:, None], -torch.inf)
     own = tokens[:, None]
     return _Reachable(
         count=row.bincount(minlength=len(tokens)),
         limit=total - reach,
-        rise=(hf_scaled - scaled).amax(-1),
-        least=nothing if least is None else least,
-        hf_least=nothing if hf_least is None else hf_least,
+        rise=torch.sub(hf_scaled, scaled, out=p).amax(-1),  # p has served; fresh memory costs more than the difference
+        least=everything if least is None else least[0],
+        hf_least=everything if least is None else least[1],
         own=scaled.gather(1, own)[:, 0],
         own_bits=bits.gather(1, own)[:, 0],
         logprob=logprob(logits, tokens),
@@ -249,11 +249,11 @@ def _reachable(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) ->
 def _whole_vocabulary(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> Scores:
     """`_noisy` without short cuts, for the rows where those do not reach."""
     scaled, hf_scaled = over_temperature(logits, hf_logits, rows)
-    least, hf_least = least_kept(scaled, rows), least_kept(hf_scaled, rows)
+    least = least_kept((scaled, hf_scaled), rows)
     noise = rows.noise(logits.shape[1])
     scores, hf_scores = scaled + noise, hf_scaled + noise
-    best, best_scores, candidates, candidate_scores = _five_best(scores, None if least is None else scaled >= least)
-    hf_best, hf_best_scores, _, _ = _five_best(hf_scores, None if hf_least is None else hf_scaled >= hf_least)
+    best, best_scores, candidates, candidate_scores = _five_best(scores, None if least is None else scaled >= least[0])
+    hf_best, hf_best_scores, _, _ = _five_best(hf_scores, None if least is None else hf_scaled >= least[1])
     agrees = best[:, 0] == tokens
     distance = torch.where(agrees, 0.0, best_scores[:, 0] - scores.gather(1, tokens[:, None])[:, 0])
     error = _error(candidate_scores, hf_scores.gather(1, candidates), rows)

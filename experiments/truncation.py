@@ -6,33 +6,39 @@ exponential 0.2; so what is kept is said by a threshold, and products with 0 and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from experiments.margins import Rows
 
-_MOST_LIKELY = 1024
+_MOST_LIKELY = 640
 """Tokens among which the threshold of top-p is looked for, where the vocabulary is larger by far."""
 _FAR = 1e18
 """A score less this has a probability of 0."""
 
 
-def least_kept(scaled: Tensor, rows: Rows) -> Tensor | None:
-    """The least of the logits over temperature [n, V] that top-k, then top-p on what is left, keep: [n, 1]; None: all are kept.
+def least_kept(tables: Sequence[Tensor], rows: Rows) -> list[Tensor] | None:
+    """Of each table of logits over temperature [n, V] the least that top-k, then top-p on what is left, keep: [n, 1]. None: all are
+    kept.
 
     Tokens as likely as the last one that is kept are kept as well.
     """
     if not bool(rows.truncated.any()):
         return None
-    vocab_size = scaled.shape[1]
+    vocab_size = tables[0].shape[1]
     k, p = rows.limits(vocab_size)
     width = int(torch.where(k < vocab_size, k, _MOST_LIKELY).max())
-    if 4 * width >= vocab_size:
-        return _least_of(descending(scaled), scaled, k, p)[0]
-    least, found = _least_of(descending(scaled, width), scaled, k, p)
-    if len(rest := (~found).nonzero().flatten()):
-        least[rest], _ = _least_of(descending(scaled[rest]), scaled[rest], k[rest], p[rest])
-    return least
+    if 3 * width >= vocab_size:
+        return [_least_of(descending(table), table, k, p)[0] for table in tables]
+    result = []
+    for table in tables:
+        least, found = _least_of(descending(table, width), table, k, p)
+        if len(rest := (~found).nonzero().flatten()):
+            least[rest], _ = _least_of(descending(table[rest]), table[rest], k[rest], p[rest])
+        result.append(least)
+    return result
 
 
 def _least_of(ordered: Tensor, scaled: Tensor, k: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:

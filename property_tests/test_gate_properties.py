@@ -92,9 +92,9 @@ def test_the_most_likely_tokens_tell_what_is_kept(vocab_size: int, dtype: str, *
     """A vocabulary so large that it is not sorted, and what is kept so much at times that it must be."""
     logits, _, rows, _ = table(vocab_size=vocab_size, dtype=dtype, **arguments)  # type: ignore[arg-type]
     scaled = logits / rows.divisor[:, None].to(logits.dtype)
-    least = truncation.least_kept(scaled, rows)
+    least = truncation.least_kept((scaled,), rows)
     if least is None:
         assert not rows.truncated.any()
         return
     usable = certain(logits, rows)
-    assert torch.equal((scaled >= least)[usable], kept(scaled, rows)[usable])
+    assert torch.equal((scaled >= least[0])[usable], kept(scaled, rows)[usable])

@@ -398,9 +398,9 @@ def test_what_is_kept_is_what_a_sort_of_tokens_keeps(foreign: bool) -> None:
     parameters = ({"top_k": 5}, {"top_p": 0.5}, {"top_p": 0.99, "temperature": 2.0}, {"top_k": 50, "top_p": 0.8}, {"top_k": 1}, {})
     logits, hf_logits, rows, tokens = random_rows(300, 500, *parameters)
     scaled = logits / rows.divisor[:, None]
-    least = truncation.least_kept(scaled, rows)
+    least = truncation.least_kept((scaled,), rows)
     assert least is not None
-    keep = scaled >= least
+    keep = scaled >= least[0]
     assert torch.equal(keep, kept(scaled, rows))
     rows = dataclasses.replace(rows, foreign=torch.full((300,), foreign))
     scores = score_rows(logits, hf_logits, rows, tokens)
