@@ -108,8 +108,9 @@ def _explaining_noise(scaled: Tensor, rows: Rows, tokens: Tensor, width: int) ->
         noise[ours] = noise_of(rows.seed[ours], rows.position[ours], named[ours])
     ascending = -ordered  # searchsorted wants ascending values
     within_k = torch.arange(width, device=scaled.device) < k
-    of_k = ordered.masked_fill(~within_k, -torch.inf)
-    mass = (of_k - torch.where(k <= width, of_k.logsumexp(-1, True), scaled.logsumexp(-1, True))).exp()
+    # In double: a margin of d hangs on 1 - a, about e^-d (1 - p) / p, of which float32 leaves nothing where d is large.
+    of_k = ordered.double().masked_fill(~within_k, -torch.inf)
+    mass = (of_k - torch.where(k <= width, of_k.logsumexp(-1, True), scaled.double().logsumexp(-1, True))).exp()
     mass_of_first = torch.nn.functional.pad(mass.cumsum(-1), (1, 0)).clamp(max=1.0)  # [m, width + 1]: of the first 0, 1, ... tokens
     scores = ordered + noise[:, :-1]
     best_of_first = scores.cummax(-1).values  # [m, width]: highest score of the first 1, 2, ... tokens
@@ -125,15 +126,13 @@ def _explaining_noise(scaled: Tensor, rows: Rows, tokens: Tensor, width: int) ->
 
     def explains(d: Tensor) -> Tensor:  # [m, s] -> bool [m, s]
         above = torch.searchsorted(ascending, -(own + d), right=False)
-        mass_above = mass_of_first.gather(1, above)
-        a = mass_above * torch.exp(-d)
-        may_be_kept = (above < k) & (a / (a + 1 - mass_above) < p)
+        may_be_kept = (above < k) & (torch.sigmoid(mass_of_first.gather(1, above).logit() - d) < p)
         if not count:
             return may_be_kept
         each = d[:, :, None]
         others = torch.searchsorted(ascending, (each - rival_value[:, None]).flatten(1), right=True).view(*d.shape, -1) - 1
-        b = mass_of_first.gather(1, others.flatten(1) + 1).view(others.shape) - rival_mass[:, None]
-        certain = (others < k[..., None]) & (b / (b + (1 - b) * torch.exp(-each)) < p[..., None]) & rival[:, None]
+        b = (mass_of_first.gather(1, others.flatten(1) + 1).view(others.shape) - rival_mass[:, None]).clamp(0.0, 1.0)
+        certain = (others < k[..., None]) & (torch.sigmoid(b.logit() + each) < p[..., None]) & rival[:, None]
         return may_be_kept & ~(certain & (rival_score - own_score)[:, None].gt(each)).any(-1)
 
     low = torch.zeros_like(own)

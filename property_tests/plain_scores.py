@@ -84,11 +84,11 @@ def explaining_noise(scaled: Tensor, rows: Rows, tokens: Tensor) -> Tensor:
 
     def explains(d: Tensor) -> Tensor:  # [n, 1] -> bool [n, 1]
         above = scaled > own + d
-        a = (mass * above).sum(-1, keepdim=True)
+        a = (mass * above).sum(-1, keepdim=True).clamp(max=1.0)
         may_be_kept = (above.sum(-1, keepdim=True) < k) & (a * (-d).exp() / (a * (-d).exp() + 1 - a) < p)
         above_each = scaled[:, None, :] >= scaled[:, :, None] - d[..., None]  # [n, V, V]: of token i, the others that may lie above
         above_each &= ~torch.eye(scaled.shape[1], dtype=torch.bool)
-        b = (mass[:, None, :] * above_each).sum(-1)
+        b = (mass[:, None, :] * above_each).sum(-1).clamp(max=1.0)
         is_certain = (above_each.sum(-1) < k) & (b / (b + (1 - b) * (-d).exp()) < p)
         beaten = scores.masked_fill(~is_certain, -torch.inf).amax(-1, keepdim=True) - own_score <= d
         return may_be_kept & (beaten | rows.foreign[:, None])

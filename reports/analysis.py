@@ -13,7 +13,7 @@ from typing import Any
 from experiments import workloads
 from reports import ceiling
 from reports.answer import answer
-from reports.compare import compared, costs
+from reports.compare import compared, costs, paired
 from reports.contrasts import Contrast, Lattice, Toggle, evaluate
 from reports.counting import Counted, Gate, count
 from reports.descriptive import measured
@@ -109,13 +109,8 @@ def ratios(records: Sequence[Mapping[str, Any]], plan: Mapping[str, Any], ours: 
     study = plan["study"]
     rule = Rule(alpha=study.get("alpha", 0.05), smallest_effect=study["smallest_effect"], seed=plan["plan_hash"])
     drawn = {name: workloads.rebuild(name, entry) for name, entry in plan["workloads"].items()}
-    values = _values(count(records, plan, Gate(records, plan["plan_hash"])), drawn)[THROUGHPUT.key]
-    found = []
-    for workload, by_cell in values.items():
-        above, below = by_cell.get(ours, {}), by_cell.get(theirs, {})
-        logs = {block: math.log(above[block] / below[block]) for block in sorted(above.keys() & below.keys())}
-        found.append({"workload": workload, **estimate(logs, rule, f"{workload}/{ours}/{theirs}")})
-    return found
+    values = _values(count(records, plan, Gate(records, plan["plan_hash"])), drawn)
+    return [paired(values, THROUGHPUT.key, workload, ours, theirs, rule) for workload in values[THROUGHPUT.key]]
 
 
 def _metric(study: Mapping[str, Any]) -> Metric:
