@@ -22,7 +22,7 @@ from torch import Tensor
 from experiments.noise import noise_of
 
 _BISECTIONS = 36  # of some forty logits: 1e-9
-_WIDTH = 512
+_WIDTH = 640
 
 
 @dataclass(frozen=True)
@@ -102,34 +102,46 @@ def _explaining_noise(scaled: Tensor, rows: Rows, tokens: Tensor, width: int) ->
     """(noise [m], whether no token beyond the `width` most likely ones could have changed it [m])."""
     k, p = rows.limits(scaled.shape[1])
     ordered, order = scaled.topk(width)
-    ours = (~rows.foreign)[:, None]
-    noise = torch.where(ours, noise_of(rows.seed, rows.position, torch.cat((order, tokens[:, None]), -1)), 0.0)
+    noise = torch.zeros(len(tokens), width + 1, device=scaled.device)
+    if len(ours := (~rows.foreign).nonzero().flatten()):
+        named = torch.cat((order, tokens[:, None]), -1)
+        noise[ours] = noise_of(rows.seed[ours], rows.position[ours], named[ours])
     ascending = -ordered  # searchsorted wants ascending values
     within_k = torch.arange(width, device=scaled.device) < k
-    of_k = ordered.masked_fill(~within_k, -torch.inf)
-    mass = (of_k - torch.where(k <= width, of_k.logsumexp(-1, True), scaled.logsumexp(-1, True))).exp()
+    # In double: a margin of d hangs on 1 - a, about e^-d (1 - p) / p, of which float32 leaves nothing where d is large.
+    of_k = ordered.double().masked_fill(~within_k, -torch.inf)
+    mass = (of_k - torch.where(k <= width, of_k.logsumexp(-1, True), scaled.double().logsumexp(-1, True))).exp()
     mass_of_first = torch.nn.functional.pad(mass.cumsum(-1), (1, 0)).clamp(max=1.0)  # [m, width + 1]: of the first 0, 1, ... tokens
-    best_of_first = (ordered + noise[:, :-1]).cummax(-1).values  # [m, width]: highest score of the first 1, 2, ... tokens
+    scores = ordered + noise[:, :-1]
+    best_of_first = scores.cummax(-1).values  # [m, width]: highest score of the first 1, 2, ... tokens
     own = scaled.gather(1, tokens[:, None])
     own_score = own + noise[:, -1:]
+    # What is kept for certain is a prefix of the order, so only a token that beats `tokens` and all before it stands in the way.
+    rivals = scores > torch.maximum(own_score, torch.nn.functional.pad(best_of_first[:, :-1], (1, 0), value=-torch.inf))
+    rivals &= ~rows.foreign[:, None]
+    count = int(rivals.sum(-1).max())
+    at = rivals.byte().topk(max(1, count)).indices  # [m, R], and others in the place of rivals that are too few
+    rival = rivals.gather(1, at)
+    rival_value, rival_mass, rival_score = ordered.gather(1, at), mass.gather(1, at), scores.gather(1, at)
 
-    def explains(d: Tensor) -> Tensor:  # [m, 1] -> bool [m, 1]
+    def explains(d: Tensor) -> Tensor:  # [m, s] -> bool [m, s]
         above = torch.searchsorted(ascending, -(own + d), right=False)
-        a = mass_of_first.gather(1, above) * torch.exp(-d)
-        may_be_kept = (above < k) & (a / (a + 1 - mass_of_first.gather(1, above)) < p)
-        others = torch.searchsorted(ascending, -(ordered - d), right=True) - 1  # [m, width]
-        b = mass_of_first.gather(1, others + 1) - mass
-        certain = ((others < k) & (b / (b + (1 - b) * torch.exp(-d)) < p)).sum(-1, keepdim=True)  # a prefix of the order
-        best = torch.where(certain > 0, best_of_first.gather(1, (certain - 1).clamp(min=0)), -torch.inf)
-        return may_be_kept & ((best - own_score <= d) | rows.foreign[:, None])
+        may_be_kept = (above < k) & (torch.sigmoid(mass_of_first.gather(1, above).logit() - d) < p)
+        if not count:
+            return may_be_kept
+        each = d[:, :, None]
+        others = torch.searchsorted(ascending, (each - rival_value[:, None]).flatten(1), right=True).view(*d.shape, -1) - 1
+        b = (mass_of_first.gather(1, others.flatten(1) + 1).view(others.shape) - rival_mass[:, None]).clamp(0.0, 1.0)
+        certain = (others < k[..., None]) & (torch.sigmoid(b.logit() + each) < p[..., None]) & rival[:, None]
+        return may_be_kept & ~(certain & (rival_score - own_score)[:, None].gt(each)).any(-1)
 
     low = torch.zeros_like(own)
     high = (ordered[:, :1] - scaled.amin(-1, True)) + (best_of_first[:, -1:] - own_score).clamp(min=0) + 1.0  # explains any token
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        enough = explains(middle)
-        high = torch.where(enough, middle, high)
-        low = torch.where(enough, low, middle)
+    parts = torch.tensor([0.25, 0.5, 0.75], dtype=own.dtype, device=own.device)
+    for _ in range(_BISECTIONS // 2):  # two at a time: what each operation costs is to begin it
+        edges = torch.cat((low, low + (high - low) * parts, high), -1)
+        first = (~explains(edges[:, 1:-1])).sum(-1, keepdim=True)
+        low, high = edges.gather(1, first), edges.gather(1, first + 1)
     # What is certain at any noise is kept without noise: no threshold lies below the last of those, less the noise.
     kept = (within_k & (mass_of_first[:, :-1] < p)).sum(-1, keepdim=True).clamp(min=1)
     last = ordered[:, -1:]

@@ -1,8 +1,8 @@
 """The engine's Gumbel noise as the gate needs it: the same bits as `nanovllm.kernels.torch.sampling.gumbel_noise`, for less work.
 
 A rescorer asks for the noise of every position of a run, and that costs more than a small model's forward pass. Philox runs
-here in place, on enough rows at a time to hide the dispatch of each operation; and logarithms, half of the cost, are taken
-only of tokens that can win, or of a few tokens that are named. tests/test_equivalence.py holds both to the engine's bits.
+here in place, on so many rows at a time that they stay in a CPU's cache; and logarithms, half of the cost, are taken only of
+tokens that can win, or of a few tokens that are named. tests/test_equivalence.py holds both to the engine's bits.
 """
 
 from __future__ import annotations
@@ -13,13 +13,20 @@ from torch import Tensor
 from nanovllm.kernels.torch import sampling
 
 _LOW32 = 0xFFFFFFFF
+_BLOCK = 2**15
+"""Counters of which Philox is computed at a time on a CPU: six tables of 256 KiB."""
 
 
 def uniform_bits(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     """The random 32 bits of every token [n, vocab_size], as float32 and as `gumbel` takes them; seeds, positions: int64 [n]."""
     counters = torch.arange((vocab_size + 3) // 4, device=seeds.device)
-    words = _philox(seeds[:, None], positions[:, None], counters[None])
-    return torch.stack(words, dim=-1).flatten(1)[:, :vocab_size].float()
+    bits = torch.empty(len(seeds), len(counters), 4, device=seeds.device)
+    step = max(1, _BLOCK // len(counters)) if seeds.device.type == "cpu" else max(1, len(seeds))
+    for i in range(0, len(seeds), step):
+        words = _philox(seeds[i : i + step, None], positions[i : i + step, None], counters[None])
+        for lane, word in enumerate(words):
+            bits[i : i + step, :, lane] = word
+    return bits.flatten(1)[:, :vocab_size]
 
 
 def noise_of(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:

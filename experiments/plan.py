@@ -191,9 +191,13 @@ def _cells(
             cells[made] = Cell(engine=study.engine, role=role, levels=point)
     for given, cell in study.cells.items():
         missing = [pair for pair in cell.levels.items() if pair in absent]
-        reason = absent[missing[0]] if missing else impossible(off | cell.levels) if cell.engine == study.engine else None
+        ranks = cell.config.get("tensor_parallel_size", 1)  # of another engine
+        if missing:
+            reason = absent[missing[0]]
+        else:
+            reason = impossible(off | cell.levels) if cell.engine == study.engine else _too_few_devices(ranks, profile)
         if reason:
-            lacking = "{}={}".format(*missing[0]) if missing else _described(cell.levels)
+            lacking = "{}={}".format(*missing[0]) if missing else _described(cell.levels or {"tensor_parallel_size": ranks})
             not_applicable.append({"factor": given, "level": lacking, "reason": reason})
         else:
             cells[given] = cell

@@ -20,16 +20,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from experiments.margins import Rows
 from experiments.reference import check_decomposition, last_hidden_states, make_exact
 from experiments.scoring import Scores, score_rows
+from nanovllm.models import generated
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
 REFERENCE_DTYPE = {"float32": torch.float64, "bfloat16": torch.float32}
 DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CACHE_BYTES = 2**20
-"""On a CPU, tables of logits of this size are scored at a time: they stay in its cache, which doubles the speed."""
+SMALL_ROW_BYTES = 2**19
+"""Rows of logits up to this size are scored on one thread."""
 
 Request = dict[str, Any]  # as in a workload: prompt_token_ids, max_tokens, temperature, top_k, top_p, seed, ignore_eos
 Mutation = Callable[[nn.Module], None]
@@ -68,10 +70,13 @@ class Rescorer:
         self._known: dict[str, Scores] = {}
 
     def _load(self, model_dir: str | Path) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=DTYPE[self.dtype], attn_implementation="sdpa", local_files_only=True, trust_remote_code=False
-        )
-        return model.to(self.device).eval()
+        folder, how = Path(model_dir), {"dtype": DTYPE[self.dtype], "attn_implementation": "sdpa", "trust_remote_code": False}
+        if (folder / generated.RECIPE).is_file():  # weights that are no files
+            with torch.device(self.device):
+                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True), **how)
+            generated.fill_whole(model.named_parameters(), folder, Qwen3ForCausalLM.packed_modules_mapping)
+            return model.eval()
+        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **how).to(self.device).eval()
 
     @torch.inference_mode()
     def score(
@@ -116,15 +121,13 @@ class Rescorer:
         vocab_size = self.reference.get_output_embeddings().weight.shape[0]
         row_bytes = REFERENCE_DTYPE[self.dtype].itemsize * vocab_size
         step = max(1, self.logits_bytes // row_bytes)
-        inner = max(1, CACHE_BYTES // row_bytes) if self.device == "cpu" else step
         parts = []
         for i in range(0, len(tokens), step):
-            logits = self.reference.get_output_embeddings()(hidden[i : i + step])
-            hf_logits = self.hf.get_output_embeddings()(hf_hidden[i : i + step])
-            with one_thread() if self.device == "cpu" and inner > 1 else nullcontext():
-                for j in range(0, len(logits), inner):
-                    part = slice(i + j, min(i + j + inner, i + step))
-                    parts.append(score_rows(logits[j : j + inner], hf_logits[j : j + inner], rows[part], tokens[part]))
+            part = slice(i, i + step)
+            logits = self.reference.get_output_embeddings()(hidden[part])
+            hf_logits = self.hf.get_output_embeddings()(hf_hidden[part])
+            with one_thread() if self.device == "cpu" and row_bytes <= SMALL_ROW_BYTES else nullcontext():
+                parts.append(score_rows(logits, hf_logits, rows[part], tokens[part]))
         return Scores.cat(parts).split([len(output) for output in outputs])
 
 

@@ -1,4 +1,4 @@
-"""python -m reports render | publish | published | claims | questions | lines | screenshot: pages, rebuilt from records."""
+"""python -m reports render | ratio | publish | published | claims | questions | lines | screenshot: pages, rebuilt from records."""
 
 import json
 import sys
@@ -12,7 +12,8 @@ from rich.progress import track
 
 from reports import claims as claims_page
 from reports import questions as questions_page
-from reports.analysis import analyse
+from reports import text
+from reports.analysis import analyse, ratios
 from reports.browser import BrowserError, screenshot
 from reports.evidence import reproduce_command
 from reports.library import PUBLISHED, library
@@ -61,6 +62,28 @@ def publish(
         print(f"published: {target}")
         library.cache_clear()
         settle(write_all, False)
+
+    guarded(work)
+
+
+@app.command("ratio")
+def show_ratio(
+    folder: Annotated[Path, typer.Argument(help="holds plan.json and records.jsonl")],
+    ours: Annotated[str, typer.Argument(help="a cell of the study")],
+    theirs: Annotated[str, typer.Argument(help="another one: what the first is divided by")],
+) -> None:
+    """Print the throughput of one cell over another's, for a question that the study did not ask before it ran."""
+
+    def work() -> None:
+        plan, file = read_folder(folder)
+        try:
+            found = ratios(file.records, plan, ours, theirs)
+        except ValueError as error:
+            raise RecordError(str(error)) from error
+        print(f"{ours} / {theirs}, output tokens per second, paired within blocks; asked after the study ran, so no verdict")
+        for effect in found:
+            what = f"{text.ratio(effect['ratio']):>8}  {text.interval(effect['low'], effect['high']):16}"
+            print(f"{effect['workload']:24} {what} {text.count_of(effect['n'], 'block')}")
 
     guarded(work)
 

@@ -13,9 +13,10 @@ from typing import Any
 from experiments import workloads
 from reports import ceiling
 from reports.answer import answer
-from reports.compare import compared, costs
+from reports.compare import compared, costs, paired
 from reports.contrasts import Contrast, Lattice, Toggle, evaluate
 from reports.counting import Counted, Gate, count
+from reports.descriptive import measured
 from reports.facts import equivalence, hardware, run_order, toggles
 from reports.intervals import Effect, Rule, estimate, judge
 from reports.linear_model import fit
@@ -87,6 +88,7 @@ def analyse(records: Sequence[Mapping[str, Any]], plan: Mapping[str, Any], notes
         "toggles": toggles(counted, plan),
         "not_applicable": [dict(entry) for entry in plan.get("not_applicable", [])],
         "excluded": counted.excluded,
+        "unjudged": measured(records, plan, gate, counted),
         "checks": {"made": dict(sorted(counted.checks_made.items())), "failed": counted.checks_failed},
         "order": run_order(counted, values[metric.key]),
         "hardware": hardware(counted, plan),
@@ -94,6 +96,21 @@ def analyse(records: Sequence[Mapping[str, Any]], plan: Mapping[str, Any], notes
     }
     result["answer"] = answer(result)
     return result
+
+
+def ratios(records: Sequence[Mapping[str, Any]], plan: Mapping[str, Any], ours: str, theirs: str) -> list[Effect]:
+    """Throughput of one cell over that of another, workload by workload, paired within blocks as `effects` are.
+
+    For a question that the study did not ask before it ran: no verdicts. Raises ValueError for a cell that the plan does not have.
+    """
+    for cell in (ours, theirs):
+        if cell not in plan["cells"]:
+            raise ValueError(f"{cell!r} is no cell of this study; it has {', '.join(plan['cells'])}")
+    study = plan["study"]
+    rule = Rule(alpha=study.get("alpha", 0.05), smallest_effect=study["smallest_effect"], seed=plan["plan_hash"])
+    drawn = {name: workloads.rebuild(name, entry) for name, entry in plan["workloads"].items()}
+    values = _values(count(records, plan, Gate(records, plan["plan_hash"])), drawn)
+    return [paired(values, THROUGHPUT.key, workload, ours, theirs, rule) for workload in values[THROUGHPUT.key]]
 
 
 def _metric(study: Mapping[str, Any]) -> Metric:

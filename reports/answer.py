@@ -43,6 +43,9 @@ def _headline_verdict(analysis: Analysis) -> str:
 
 def _sentence(analysis: Analysis) -> str:
     counts = analysis["counts"]
+    if not counts["counted_launches"] and analysis["unjudged"]:
+        launches = count_of(counts["excluded_launches"], "launch")
+        return f"Descriptive: {launches} of generated weights, measured and not judged; no ratio and no verdict."
     if not counts["counted_launches"]:
         made = (
             count_of(counts["excluded_launches"], "launch") + " excluded"

@@ -38,7 +38,7 @@ def compared(values: Values, launches: Launches, plan: Mapping[str, Any], rule: 
             if not entry["breaches"]:
                 found = entry["effects"].setdefault(key, {})
                 for workload in plan["workloads"]:
-                    found[workload] = _effect(values, key, workload, entry["ours"], entry["theirs"], rule)
+                    found[workload] = paired(values, key, workload, entry["ours"], entry["theirs"], rule)
                     family.append(found[workload])
         judge(family, rule, metric.better)
     return entries
@@ -69,7 +69,8 @@ def _pair(
     }
 
 
-def _effect(values: Values, key: str, workload: str, ours: str, theirs: str, rule: Rule) -> dict[str, Any]:
+def paired(values: Values, key: str, workload: str, ours: str, theirs: str, rule: Rule) -> dict[str, Any]:
+    """The Effect of one cell over another on a workload, over the blocks that have both; without a verdict."""
     by_cell = values[key].get(workload, {})
     above, below = by_cell.get(ours, {}), by_cell.get(theirs, {})
     log_ratios = {block: math.log(above[block] / below[block]) for block in sorted(above.keys() & below.keys())}

@@ -14,13 +14,31 @@ Analysis = Mapping[str, Any]
 
 def evidence(plan: Mapping[str, Any], analysis: Analysis, digest: str) -> Iterator[Section]:
     """The sections on validity; digest: of the records that the report was made from."""
-    yield _against_itself(analysis)
-    yield _order(analysis)
-    yield _equivalence(analysis)
-    yield _toggles(analysis)
+    if analysis["unjudged"]:
+        yield _unjudged(analysis)
+    else:
+        yield _against_itself(analysis)
+        yield _order(analysis)
+        yield _equivalence(analysis)
+        yield _toggles(analysis)
     yield _not_applicable(analysis)
     yield _excluded(analysis)
     yield _reproduce(plan, analysis, digest)
+
+
+def _unjudged(analysis: Analysis) -> Section:
+    lead = [
+        "The weights of this model were made on the GPUs, and no reference judged the outputs: none of these launches counts, "
+        "and nothing is concluded from them here. This is what they measured; no interval, no ratio, no verdict.",
+        "A decode step is the median of a launch's steps without prefill, and of those the median; replicas record none.",
+    ]
+    columns = [WORKLOAD, CELL, *numbers("launches", "least tok/s", "median tok/s", "most tok/s", "decode step")]
+    rows = [
+        [row["workload"], row["cell"], str(row["n"]), *(text.number(row[key]) for key in ("least", "median", "most")),
+         text.seconds(row["step_s"])]
+        for row in analysis["unjudged"]
+    ]  # fmt: skip
+    return Section("unjudged", "Descriptive: measured, not judged", lead, None, [Table("As measured", columns, rows, grouped=True)])
 
 
 def _against_itself(analysis: Analysis) -> Section:

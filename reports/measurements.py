@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from reports import text
+from reports.descriptive import decode_steps_s
 from reports.intervals import Rule, estimate
 from reports.library import Library, Study
 from reports.prefix_work import saved
+from reports.scaling_model import AllReduce, Step
 
 Levels = Mapping[str, Any]
 
@@ -63,8 +65,14 @@ def reference_ratio(library: Library, study: str, reference: str, fingerprint: s
             yield _of_blocks(found, what, row, row["ratio"] == least and found.plan["study"]["name"] == study)
 
 
-def scaling(library: Library, devices: int) -> Iterator[Finding]:
-    """Throughput with so many ranks over that many times the throughput of one, on machines that have the devices."""
+def scaling(library: Library, devices: int, all_reduce: str | None = None) -> Iterator[Finding]:
+    """Throughput with so many ranks over that many times the throughput of one, on machines that have the devices.
+
+    all_reduce: of the published results, the all-reduces measured between two GPUs. Then what reports/scaling_model.py expects of
+    so many devices stands beside it, from decode steps measured on one and on two. It is no measurement and decides nothing.
+    """
+    if all_reduce is not None and all_reduce in library.results:
+        yield from _modelled_scaling(library, devices, library.results[all_reduce]["rows"])
     for study in library.studies.values():
         if study.plan["profile"].get("num_devices", 1) < devices:
             continue
@@ -73,6 +81,37 @@ def scaling(library: Library, devices: int) -> Iterator[Finding]:
             if effect["metric"] == "output_tokens_per_s" and effect["n"] and change == {"tensor_parallel_size": (1, devices)}:
                 scaled = effect | {key: effect[key] and effect[key] / devices for key in ("ratio", "low", "high")}
                 yield _of_blocks(study, f"{devices} GPUs on {effect['workload']}, {_model(study)}", scaled, True)
+
+
+def _modelled_scaling(library: Library, devices: int, rows: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """One figure for each study, workload of equal requests (steady decode), and way to sum."""
+    kinds = {"library": "library", "symmetric_memory": "one_shot"}
+    sums = {
+        level: AllReduce.fit((row["bytes"], row["graph_us"] / 1e6) for row in rows if row["kind"] == kind and "graph_us" in row)
+        for level, kind in kinds.items()
+    }
+    for study in library.studies.values():
+        shape, unjudged = study.plan["model"].get("shape") or {}, bool(study.analysis["unjudged"])
+        durations = decode_steps_s(study.records if unjudged else _all_counted(study), study.plan["workloads"])
+        for cell, workload in sorted(durations):
+            change, drawn = _change(study, cell), study.plan["workloads"][workload]
+            alone = durations.get((study.analysis["baseline"], workload))
+            lengths = drawn["params"].get("output_tokens")
+            if change.pop("tensor_parallel_size", None) != (1, 2) or change.keys() - {"all_reduce"} or not alone:
+                continue
+            if drawn["kind"] != "random" or not isinstance(lengths, list) or lengths[0] != lengths[1]:
+                continue
+            level, batch = str(study.plan["cells"][cell]["levels"].get("all_reduce", "library")), drawn["num_requests"]
+            num_sums, num_bytes = 2 * shape["num_hidden_layers"], 2 * batch * shape["hidden_size"]
+            try:
+                step = Step.from_measured(alone, durations[cell, workload], num_sums, num_bytes, sums[level])
+            except ValueError:
+                continue  # the model does not hold for these two
+            says = f"modelled; measured on two GPUs: {text.percent(alone / durations[cell, workload] / 2)}"
+            what = f"MODEL, not measured: a decode step of {batch} requests on {devices} GPUs, {_model(study)}, {level} on two"
+            efficiency = step.efficiency(devices, sums["symmetric_memory"])
+            says += ", outputs not judged" if unjudged else ""
+            yield Finding(what, efficiency, None, None, says, study.name, study.hardware, False)
 
 
 def host_time(library: Library, factor: str, fingerprint: str) -> Iterator[Finding]:
@@ -266,6 +305,10 @@ def _counted(study: Study, cell: str) -> list[Mapping[str, Any]]:
         if record["kind"] == "launch" and record["launch"] in names
     }
     return [record for key, record in sorted(records.items()) if key not in excluded]
+
+
+def _all_counted(study: Study) -> list[Mapping[str, Any]]:
+    return [record for cell in study.plan["cells"] for record in _counted(study, cell)]
 
 
 def _change(study: Study, cell: str) -> dict[str, tuple[Any, Any]]:

@@ -36,7 +36,7 @@ def publish(folder: Path, name: str, command: str, root: Path = PUBLISHED) -> Pa
         raise RecordError(f"{name!r}: give a place under {root.name}/ in small letters and slashes, e.g. cpu-two-cores/embedded")
     plan, file = read_folder(folder)
     analysis = analyse(file.records, plan, file.notes)
-    if not analysis["counts"]["counted_launches"]:
+    if not analysis["counts"]["counted_launches"] and not analysis["unjudged"]:
         raise RecordError(f"{folder}: {analysis['answer']['sentence']} Such records are not published; see its report for why")
     text = (folder / RECORDS).read_text(encoding="utf-8").replace(json.dumps(str(provenance.ROOT))[1:-1], ".")
     target = root / name

@@ -101,7 +101,7 @@ def document(plan: Mapping[str, Any], records: Sequence[Mapping[str, Any]], anal
         verdict=analysis["answer"]["verdict"],
         caveats=analysis["answer"]["caveats"],
         facts=facts,
-        sections=[*results(analysis), *modelled(analysis), *evidence(plan, analysis, digest)],
+        sections=[*(() if analysis["unjudged"] else (*results(analysis), *modelled(analysis))), *evidence(plan, analysis, digest)],
     )
 
 

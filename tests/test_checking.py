@@ -215,6 +215,7 @@ def test_a_check_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_whole_check(tiny: Path, tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=200)
     model = run.find_model("tiny", None)

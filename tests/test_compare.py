@@ -111,7 +111,7 @@ def test_unequal_kv_bytes_stop_it(tiny: Path, tmp_path: Path) -> None:
         Runner(asked, tmp_path / "asked", resume=False)
     resolves_to_less = plan_of(tmp_path, "cells.other.config.misbehave=less_memory", "comparisons.like.rule=best")
     plan = keep(resolves_to_less, ("baseline", "other", "aa"))
-    with pytest.raises(FairnessError, match=r"kv_cache_bytes: 1048576 against 524288.*launches that ran are kept"):
+    with pytest.raises(FairnessError, match=r"kv_cache_bytes: 4194304 against 2097152.*launches that ran are kept"):
         run(plan, tmp_path / "out")
     assert [r["cell"] for r in records.read(tmp_path / "out")] == ["baseline", "other"], "stopped at the first pair"
     with pytest.raises(FairnessError, match="kv_cache_bytes"):

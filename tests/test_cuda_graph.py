@@ -117,7 +117,7 @@ def test_tokens_are_those_of_the_eager_runner(tiny: Path, monkeypatch: pytest.Mo
         switches = {"overlap": overlap, "attention_backend": level, "kernels": level}
         engine = make_engine(tiny, monkeypatch, graphs=graphs, switches=switches, max_num_seqs=max_num_seqs,
                              kv_cache_memory_bytes=num_blocks * 4 * 2 * 2 * 64 * 16 * 4)  # fmt: skip
-        assert engine.config.num_kv_blocks == min(num_blocks, max_num_seqs * 16)
+        assert engine.config.num_kv_blocks == num_blocks
         engine.scheduler.forecast.asked = 1 << 40  # it expects every request to end at once: memory runs out
         results.append(serve(engine, requests_of(count, **params), abort=1))
         stats = engine.stats()

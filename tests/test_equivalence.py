@@ -22,7 +22,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from experiments import margins, records, scoring, workloads
+from experiments import margins, records, scoring, truncation, workloads
 from experiments.chance import binomial_limit, normal_limit
 from experiments.equivalence import main
 from experiments.gate import GateParams, GateResult, compare_logprobs, judge
@@ -379,14 +379,17 @@ def test_a_few_candidates_tell_what_the_whole_vocabulary_tells(
 ) -> None:
     """With a reach so short that most rows have too few candidates, the rest of the vocabulary is looked at."""
     monkeypatch.setattr(scoring, "REACH", reach)
-    arguments = random_rows(300, 500, *parameters)
-    ours, plain = scoring._noisy(*arguments), scoring._whole_vocabulary(*arguments)
+    logits, hf_logits, rows, tokens = random_rows(300, 500, *parameters)
+    ours, plain = (score(logits, hf_logits.float(), rows, tokens) for score in (scoring._noisy, scoring._whole_vocabulary))
     for name in ("agrees", "margin", "error", "hf_agrees", "scale", "logprob", "hf_logprob"):
         torch.testing.assert_close(getattr(ours, name), getattr(plain, name), rtol=0, atol=1e-12)
     assert torch.equal(ours.hf_best[:, 0], plain.hf_best[:, 0])
-    seen = 5 if parameters == ({},) else 1  # of those that top-k and top-p keep, the others are shown where they are candidates
-    assert torch.equal(ours.best[:, :seen], plain.best[:, :seen])
-    torch.testing.assert_close(ours.best_scores[:, :seen], plain.best_scores[:, :seen], rtol=0, atol=1e-12)
+    for which in ("best", "hf_best"):  # where the token agrees, those that top-k and top-p keep are shown if they are candidates
+        seen = plain.agrees[:, None].logical_not() | (torch.arange(5) < (5 if parameters == ({},) and which == "best" else 1))
+        found, expected = (getattr(x, f"{which}_scores").where(seen, 0.0) for x in (ours, plain))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        seen &= plain.best_scores.isfinite() if which == "best" else plain.hf_best_scores.isfinite()
+        assert torch.equal(getattr(ours, which)[seen], getattr(plain, which)[seen])
     assert 0.2 < float((~ours.agrees).double().mean()) < 0.4
 
 
@@ -395,8 +398,9 @@ def test_what_is_kept_is_what_a_sort_of_tokens_keeps(foreign: bool) -> None:
     parameters = ({"top_k": 5}, {"top_p": 0.5}, {"top_p": 0.99, "temperature": 2.0}, {"top_k": 50, "top_p": 0.8}, {"top_k": 1}, {})
     logits, hf_logits, rows, tokens = random_rows(300, 500, *parameters)
     scaled = logits / rows.divisor[:, None]
-    keep = scoring.kept(scaled, rows)
-    assert keep is not None
+    least = truncation.least_kept((scaled,), rows)
+    assert least is not None
+    keep = scaled >= least[0]
     assert torch.equal(keep, kept(scaled, rows))
     rows = dataclasses.replace(rows, foreign=torch.full((300,), foreign))
     scores = score_rows(logits, hf_logits, rows, tokens)
@@ -429,8 +433,10 @@ def test_rows_of_every_kind_may_be_mixed() -> None:
     together = score_rows(logits, hf_logits, rows, tokens)
     for i in range(60):
         alone = score_rows(logits[i : i + 1], hf_logits[i : i + 1], rows[i : i + 1], tokens[i : i + 1])
-        for name in ("tokens", "agrees", "margin", "error", "best", "logprob"):
+        for name in ("tokens", "agrees", "margin", "error", "best_scores", "logprob"):
             torch.testing.assert_close(getattr(alone, name)[0], getattr(together, name)[i], rtol=0, atol=1e-12)
+        shown = alone.best_scores[0].isfinite()
+        assert torch.equal(alone.best[0][shown], together.best[i][shown])
 
 
 @pytest.mark.parametrize("parameters", [{}, {"temperature": 0.0}, {"top_k": 5}])

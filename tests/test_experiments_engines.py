@@ -45,6 +45,18 @@ def nanovllm(model: Path, **optimizations: Any) -> Any:
     return adapter
 
 
+def test_replicas_serve_like_one_engine(model: Path) -> None:
+    adapter = nanovllm(model, data_parallel_size=2)
+    try:
+        served = adapter.serve(REQUESTS)
+        assert (served["step_times_s"], served["device_wait_s"]) == ([], None)  # each replica has its own
+        one = nanovllm(model)
+        assert served["outputs"] == one.serve(REQUESTS)["outputs"]
+        one.close()
+    finally:
+        adapter.close()
+
+
 def check_served(served: dict[str, Any], requests: list[dict[str, Any]]) -> None:
     assert [len(output) for output in served["outputs"]] == [request["max_tokens"] for request in requests]
     assert set(served["finish_reasons"]) == {"length"}

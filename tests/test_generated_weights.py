@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments import workloads
+from experiments.equivalence import rescore
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Optimizations
 from nanovllm.kernels.registry import load_attention, load_kernels
@@ -61,6 +63,22 @@ def test_ranks_generate_the_tokens_of_one(folder: Path) -> None:
             results.append([o.outputs[0].token_ids for o in outputs])
     assert results[0] == results[1]
     assert len({tuple(tokens) for tokens in results[0]}) == 4
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_the_gate_judges_against_the_same_weights(folder: Path, tmp_path: Path, degree: int) -> None:
+    """The reference makes them as well: a rank's tokens pass, and those of other weights fail."""
+    work = workloads.build("w", "random", {"num_requests": 6, "prompt_tokens": 12, "output_tokens": 16, "temperature": 0.8})
+    requests = work["waves"][0]
+    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
+    with LLM(str(folder), device="cpu", max_model_len=64, max_num_seqs=6, skip_tokenizer_init=True, kv_cache_memory_bytes=1 << 20,
+             tensor_parallel_size=degree) as llm:  # fmt: skip
+        outputs = llm.generate([{"prompt_token_ids": r["prompt_token_ids"]} for r in requests],
+                               [SamplingParams(**{n: r[n] for n in names}) for r in requests], use_tqdm=False)  # fmt: skip
+    tokens = [o.outputs[0].token_ids for o in outputs]
+    assert rescore(folder, "float32", requests, tokens).status == "pass"
+    other = ensure_checkpoint("qwen3-8b", cache_dir=tmp_path, **SHAPE, seed=2)
+    assert rescore(other, "float32", requests, tokens).status == "fail"
 
 
 def test_digest_and_missing_recipe(folder: Path, tmp_path: Path) -> None:

@@ -32,6 +32,23 @@ def test_the_other_studies_are_valid(name: str) -> None:
     assert {"tp2", "tp8-symmetric"} <= study.cells.keys()
 
 
+@pytest.mark.parametrize(("profile", "found"), [("h200-x2", {"vllm-tp2"}), ("8gpu", {"vllm-tp2", "vllm-tp8"})])
+def test_another_engine_needs_its_gpus_as_well(profile: str, found: set[str]) -> None:
+    plan = build_plan(load_study("scaling")[0], load_profile(profile))
+    assert {cell for cell in plan["cells"] if cell.startswith("vllm")} == found
+    reasons = {entry["factor"]: entry["reason"] for entry in plan["not_applicable"] if entry["factor"].startswith("vllm")}
+    assert reasons == ({} if profile == "8gpu" else {"vllm-tp8": "needs 8 GPUs, one a process; profile h200-x2 has 2"})
+
+
+@pytest.mark.parametrize("preset", ["qwen3-8b-4-layers", "qwen3-32b-4-layers"])
+def test_the_gate_has_a_study_of_its_own(preset: str) -> None:
+    study = load_study("scaling-gate")[0]
+    model = study.model.model_copy(update={"preset": preset})
+    plan = build_plan(study.model_copy(update={"model": model}), load_profile("h200-x2"))
+    assert plan["model"]["shape"]["num_hidden_layers"] == 4
+    assert {"baseline", "tp2", "tp2-symmetric"} <= plan["cells"].keys()
+
+
 def test_symmetric_memory_is_not_for_a_cpu() -> None:
     profile = {"name": "cpu", "device": "cpu", "num_devices": 1, "cpu_cores": 2}
     assert "cannot run on device 'cpu'" in str(inapplicable("all_reduce", "symmetric_memory", profile, {}))

@@ -154,6 +154,16 @@ def main_that_waits_for_ever(channel: Channel) -> None:
     time.sleep(99)
 
 
+@pytest.mark.slow
+def test_ranks_that_compile_do_not_hang(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "COLLECTIVE_TIMEOUT_S", 1.0)  # a C++ compiler takes longer
+    monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+    with LLM(str(tiny), **SMALL) as single:
+        expected = tokens_of(single)
+    with LLM(str(tiny), **SMALL, optimizations={"tensor_parallel_size": 2, "kernels": "compile"}) as llm:
+        assert tokens_of(llm) == expected
+
+
 def test_ranks_end_with_the_engine_however_it_ends() -> None:
     """kill -9 of the engine's process, while a rank waits for something else than its channel."""
     code = (

@@ -112,13 +112,17 @@ def judge_all(folder: Path, model: str, progress: Progress) -> None:
     log = folder / "logs" / "judging.log"
     command = [sys.executable, "-m", "experiments.checking.judging", "--folder", str(folder), "--model", model]
     with log.open("w") as output:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=output, text=True, env=environment())
-        assert child.stdout is not None
-        for line in child.stdout:
-            if line.startswith("progress "):
-                done, total = map(int, line.split()[1:])
-                progress.update(task, completed=done, total=total)
-        if child.wait() != 0:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=output, text=True, env=environment()) as child:
+            assert child.stdout is not None
+            try:
+                for line in child.stdout:
+                    if line.startswith("progress "):
+                        done, total = map(int, line.split()[1:])
+                        progress.update(task, completed=done, total=total)
+            except BaseException:
+                child.kill()
+                raise
+        if child.returncode != 0:
             raise CheckError(f"the gate ended with status {child.returncode}: {tail(log, 6)} (all of it: {log})")
 
 

@@ -39,7 +39,9 @@ class Adapter:
         """Adds up how long the host waits for the device: what is left of a step is the host's own time. CPU seconds cannot tell
         them apart, because a host that waits for a GPU does so by spinning."""
         self._wait_s: float | None = None  # unknown where no step has an event: on a CPU, and with tensor parallelism
-        runner = self._llm.runner
+        runner = getattr(self._llm, "runner", None)
+        if runner is None:  # replicas: each waits in a process of its own
+            return
         collect = runner.collect
 
         def timed(handle: Any) -> Any:

@@ -32,6 +32,8 @@ from nanovllm.models.config import ModelConfig
 
 COLLECTIVE_TIMEOUT_S = 20.0
 """Ranks of which none has moved for this long, while a step is being computed, hang."""
+COMPILE_TIMEOUT_S = 300.0
+"""The same with kernels=compile: a rank stands still while it compiles, at its first steps, and long on a busy machine."""
 START_TIMEOUT_S = 600.0
 RANK_MAIN = "nanovllm.engine.rank.main"
 _LOOK_EVERY_S = 0.2
@@ -54,7 +56,7 @@ class TensorParallelRunner:
         self._folder = tempfile.TemporaryDirectory(prefix="nanovllm-")
         self._children: list[Child] = []
         self._broken = False
-        self._timeout_s = COLLECTIVE_TIMEOUT_S
+        self._timeout_s = COMPILE_TIMEOUT_S if resolved.optimizations.kernels == "compile" else COLLECTIVE_TIMEOUT_S
         self._progress = _shared_counters(os.path.join(self._folder.name, "progress"), 2 * self.size)
         self._moved: tuple[float, list[int]] = (time.monotonic(), [])
         num_threads = max(1, torch.get_num_threads() // self.size)

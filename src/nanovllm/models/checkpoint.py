@@ -107,7 +107,7 @@ PRESETS = {
     ),
 }  # fmt: skip
 
-GENERATED = {
+_GENERATED = {
     "qwen3-8b": Preset(
         vocab_size=151_936, hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36, num_attention_heads=32,
         num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960, tie_word_embeddings=False, dtype="bfloat16",
@@ -117,7 +117,8 @@ GENERATED = {
         num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960, tie_word_embeddings=False, dtype="bfloat16",
     ),
 }  # fmt: skip
-"""Shapes whose weights are no files: every rank makes its own (models/generated.py). For the time of steps; HF cannot read them."""
+GENERATED = _GENERATED | {f"{name}-4-layers": dataclasses.replace(shape, num_hidden_layers=4) for name, shape in _GENERATED.items()}
+"""Shapes whose weights are no files: every rank makes its own (models/generated.py). Cut to 4 layers, a reference fits beside."""
 
 DIGESTS = {
     "tiny": "6be35bac76c4b39d14faad25342f2c4886a400894b1c1ccd841487fd68c55ecd",

@@ -9,6 +9,7 @@ same model, on every device.
 import json
 import math
 import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,30 @@ _CHUNK = 1 << 22  # counters at a time: 32 MiB in each of a dozen temporary tens
 
 def fill(model: nn.Module, folder: Path, tp: TensorParallel) -> None:
     """Fills every parameter. Raises FileNotFoundError where the folder holds no recipe either."""
-    recipe = folder / RECIPE
-    if not recipe.is_file():
-        raise FileNotFoundError(f"{folder} holds no *.safetensors; other formats are not read (they can carry code)")
-    seed = int(json.loads(recipe.read_text())["seed"])
+    seed = seed_of(folder)
     parameters: dict[str, Any] = dict(model.named_parameters())
     for name, param in parameters.items():
         for part, (begin, end) in (param.parts or {"": (0, len(param))}).items():
             target = param.data[begin:end]
             first = [tp.rank * n if dim == param.shard_dim else 0 for dim, n in enumerate(target.shape)]
             _fill(target, f"{name}.{part}", seed, first, tp.size if param.shard_dim == 1 else 1)
+
+
+def fill_whole(tensors: Iterable[tuple[str, Tensor]], folder: Path, packed: Mapping[str, tuple[str, str]]) -> None:
+    """Fills tensors named as in a checkpoint file with what all ranks together hold; packed: as Qwen3ForCausalLM's."""
+    seed = seed_of(folder)
+    for name, tensor in tensors:
+        *path, module, leaf = name.split(".")
+        fused, part = packed.get(module, (module, ""))
+        _fill(tensor.data, f"{'.'.join([*path, fused, leaf])}.{part}", seed, [0, 0], 1)
+
+
+def seed_of(folder: Path) -> int:
+    """Raises FileNotFoundError where there is no recipe."""
+    recipe = folder / RECIPE
+    if not recipe.is_file():
+        raise FileNotFoundError(f"{folder} holds no *.safetensors; other formats are not read (they can carry code)")
+    return int(json.loads(recipe.read_text())["seed"])
 
 
 def _fill(target: Tensor, name: str, seed: int, first: list[int], ranks_beside: int) -> None:
