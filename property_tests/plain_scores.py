@@ -85,7 +85,7 @@ def explaining_noise(scaled: Tensor, rows: Rows, tokens: Tensor) -> Tensor:
     def explains(d: Tensor) -> Tensor:  # [n, 1] -> bool [n, 1]
         above = scaled > own + d
         a = (mass * above).sum(-1, keepdim=True).clamp(max=1.0)
-        may_be_kept = (above.sum(-1, keepdim=True) < k) & (a * (-d).exp() / (a * (-d).exp() + 1 - a) < p)
+        may_be_kept = (above.sum(-1, keepdim=True) < k) & (a * (-d).exp() / (a * (-d).exp() + (1 - a)) < p)
         above_each = scaled[:, None, :] >= scaled[:, :, None] - d[..., None]  # [n, V, V]: of token i, the others that may lie above
         above_each &= ~torch.eye(scaled.shape[1], dtype=torch.bool)
         b = (mass[:, None, :] * above_each).sum(-1).clamp(max=1.0)

@@ -71,12 +71,13 @@ def assert_equal(ours: Scores, plain: dict[str, Tensor], usable: Tensor, largest
 SHORT = {"reach": 3.0, "most_likely": 1, "width": 2, "cache_bytes": 1, "alike": False, "foreign": True, "noise": 0.1, "draw": 0}
 
 
-# What failed once: a mass of 1 - 2e-4 in float32, and 0 / 0 where e^-d is no number any more.
+# What failed once: a mass of 1 - 2e-4 in float32, 0 / 0 where e^-d is no number any more, and in the oracle x + 1 - 1.
 @example(vocab_size=130, sampling=[(1.0, 0, 0.99, 0, 0)], spread=12.0, dtype="bfloat16", **SHORT)
 @example(vocab_size=37, sampling=[(0.05, 7, 1.0, 0, 0)], spread=3.0, dtype="float32", **SHORT)
-@holds(fast=300, vocab_size=st.sampled_from([130, 130, 130, 37, 5, 4, 2, 1]), reach=st.sampled_from([scoring.REACH, 3.0, 0.0]),
-       most_likely=st.sampled_from([1, 8, 1024]), width=st.sampled_from([2, 16, 512]),
-       cache_bytes=st.sampled_from([1, 2**12, 2**21]), **TABLES)  # fmt: skip
+@example(vocab_size=130, sampling=[(0.05, 2, 1.0, 0, 0)], spread=3.0, dtype="float32", **SHORT)
+@holds(fast=300, factor=30, vocab_size=st.sampled_from([130, 130, 130, 37, 5, 4, 2, 1]),
+       reach=st.sampled_from([scoring.REACH, 3.0, 0.0]), most_likely=st.sampled_from([1, 8, 1024]),
+       width=st.sampled_from([2, 16, 512]), cache_bytes=st.sampled_from([1, 2**12, 2**21]), **TABLES)  # fmt: skip
 def test_scores_are_those_of_the_plain_computation(
     vocab_size: int, reach: float, most_likely: int, width: int, cache_bytes: int, dtype: str, **arguments: object
 ) -> None:

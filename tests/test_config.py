@@ -34,11 +34,25 @@ def test_unknown_levels_are_named_with_what_is_allowed(name: str, value: object)
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("attention_backend", "triton"), ("attention_backend", "flash_attn"), ("kernels", "triton"), ("cuda_graphs", True)],
+    [("attention_backend", "triton"), ("attention_backend", "flash_attn"), ("kernels", "triton"), ("cuda_graphs", True),
+     ("cascade_attention", True)],
 )
 def test_a_gpu_level_on_a_cpu_says_what_to_use_instead(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name}=.*cpu.*[Uu]se {name}="):
         Optimizations(**{name: value}).resolve("cpu")  # type: ignore[arg-type]
+
+
+def test_cascade_attention_needs_what_it_reads_through() -> None:
+    on: dict[str, Any] = {"attention_backend": "triton", "prefix_cache": True}
+    assert Optimizations(**on, cascade_attention="auto").resolve("cuda", in_engine=True).cascade_attention is True
+    assert ALL.resolve("cuda").cascade_attention is True
+    for lacking in ({"prefix_cache": False}, {"attention_backend": "torch"}):
+        resolved = Optimizations(**{**on, **lacking}, cascade_attention="auto").resolve("cuda", in_engine=True)
+        assert resolved.cascade_attention is False
+        with pytest.raises(ValueError, match=r"cascade_attention=True needs .*Use cascade_attention=False"):
+            Optimizations(**{**on, **lacking}, cascade_attention=True).resolve("cuda", in_engine=True)
+    config = EngineConfig.from_kwargs("m", disable_cascade_attn=True)
+    assert config.optimizations.cascade_attention is False
 
 
 def test_vllm_names_are_translated() -> None:

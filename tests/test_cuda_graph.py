@@ -4,6 +4,7 @@ positions and the bookkeeping are the real ones. On a GPU the same tests replay 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from nanovllm.config import EngineConfig, Optimizations
 from nanovllm.engine import cuda_graph, llm_engine
-from nanovllm.engine.cuda_graph import GraphRunner, buckets_for
+from nanovllm.engine.cuda_graph import GraphRunner, Variant, buckets_for
 from nanovllm.engine.invariants import check_invariants
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.sampling_params import SamplingParams
@@ -26,23 +27,22 @@ class FakeGraphRunner(GraphRunner):
     """Replays by computing again; keeps what the device would keep."""
 
     def _record_all(self) -> Any:
-        return {(bucket, greedy): self._record(bucket, greedy, None, None)  # type: ignore[arg-type]
-                for bucket in self.buckets for greedy in self.greedy_variants}  # fmt: skip
+        return {variant: self._record(variant, None, None) for variant in self.variants}  # type: ignore[arg-type]
 
     def _read_back(self, *tensors: torch.Tensor) -> Any:
         return super()._read_back(*(tensor.clone() for tensor in tensors))  # on a GPU the copy to the host is one
 
     @torch.inference_mode()
-    def _record(self, bucket: int, greedy: bool, pool: Any, stream: Any) -> Any:
-        self.inputs[:bucket] = self.spare_row
-        self.inputs[bucket:] = 0
+    def _record(self, variant: Variant, pool: Any, stream: Any) -> Any:
+        self.inputs[: variant.bucket] = self.spare_row
+        self.inputs[variant.bucket :] = 0
         self.stats.reset()
-        recorded = cuda_graph.Recorded(None, self._decode(bucket, greedy).clone(), Counter(self.stats.kernel_calls),
+        recorded = cuda_graph.Recorded(None, self._decode(variant).clone(), Counter(self.stats.kernel_calls),
                                         Counter(self.stats.attention_calls))
 
         def replay() -> None:
             before = Counter(self.stats.kernel_calls), Counter(self.stats.attention_calls)
-            recorded.output.copy_(self._decode(bucket, greedy))
+            recorded.output.copy_(self._decode(variant))
             for calls, old in zip((self.stats.kernel_calls, self.stats.attention_calls), before, strict=True):
                 calls.clear()
                 calls.update(old)
@@ -138,6 +138,44 @@ def test_a_replay_counts_what_it_executes(tiny: Path, monkeypatch: pytest.Monkey
         counts.append({k: v for k, v in engine.stats().items() if k != "graph_replays"})
         engine.close()
     assert counts[0] == counts[1]
+
+
+def test_steps_whose_rows_share_a_block_replay_the_graph_for_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(tiny, monkeypatch, graphs=True, max_num_seqs=4, kv_cache_memory_bytes=1 << 24)
+    runner: Any = engine.runner
+    replayed: list[tuple[int, bool]] = []
+    if ON_GPU:
+        pytest.skip("the fake runner's variants")
+    runner.shares_from = 2
+    for variant in list(runner.recorded):
+        runner.recorded[replace(variant, shares=True)] = runner.recorded[variant]
+    runner.recorded = Told(runner.recorded, replayed)
+    params = SamplingParams(temperature=0.7, max_tokens=6, ignore_eos=True)
+    prefix = list(range(50, 50 + engine.config.block_size))
+    prompts = [[*prefix, 7], [9, 8, 7], [*prefix, 6], [*prefix, 5]]
+    serve(engine, [(prefix + [1], SamplingParams(max_tokens=1))])  # found from now on
+    serve(engine, [(prompts[0], params), (prompts[1], params)])
+    assert replayed
+    assert not any(shares for _, shares in replayed), "one of the two has the prefix"
+    replayed.clear()
+    serve(engine, [(prompt, params) for prompt in prompts])
+    assert all(shares for bucket, shares in replayed if bucket == 4)
+    replayed.clear()
+    serve(engine, [(prompts[1], params), ([4, 3, 2], params)])  # their rows were those of others
+    assert not any(shares for _, shares in replayed)
+    engine.close()
+
+
+class Told(dict[Variant, Any]):
+    """Graphs, and which were asked for."""
+
+    def __init__(self, graphs: dict[Variant, Any], asked: list[tuple[int, bool]]) -> None:
+        super().__init__(graphs)
+        self.asked = asked
+
+    def __getitem__(self, variant: Variant) -> Any:
+        self.asked.append((variant.bucket, variant.shares))
+        return super().__getitem__(variant)
 
 
 def test_unchanged_rows_need_no_input(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from nanovllm.kernels.batch import ForwardBatch  # noqa: E402
 from nanovllm.kernels.torch import activation, decode_step, kv_store, norm, rope, sampling  # noqa: E402
 from nanovllm.kernels.torch.attention import TorchAttention  # noqa: E402
 from nanovllm.kernels.triton import activation as triton_activation  # noqa: E402
+from nanovllm.kernels.triton import attention as triton_attention  # noqa: E402
+from nanovllm.kernels.triton import attention_shared as triton_attention_shared  # noqa: E402
 from nanovllm.kernels.triton import decode_step as triton_decode_step  # noqa: E402
 from nanovllm.kernels.triton import fused  # noqa: E402
 from nanovllm.kernels.triton import kv_store as triton_kv_store  # noqa: E402
@@ -423,6 +426,72 @@ def test_padding_entries_cost_nothing_and_harm_nobody() -> None:
     assert batch.attention.totals[1] == units
 
 
+SHARING = [  # who shares how many pages with whom: entries' groups, and the pages of each entry that are its group's
+    ([0, 0, 0], [2, 2, 2], [40, 90, 33]),  # one group; one of them has a single token of its own
+    ([0, 1, 0, 2, 1, 0], [3, 1, 2, 0, 1, 3], [70, 17, 33, 40, 200, 49]),  # two groups in any order, a loner, a shorter common part
+    ([0, 0, 1, 1], [1, 1, 4, 4], [17, 0, 65, 0]),  # padding
+    ([0] * 5 + [1] * 2, [6] * 5 + [1] * 2, [97, 100, 128, 160, 400, 20, 30]),
+]
+
+
+def sharing_case(dtype: torch.dtype, groups: list[int], pages: list[int], seq_lens: list[int], page: int, kv_heads: int, group: int,
+                 head_dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, ForwardBatch]:
+    """As attention_case, decodes only; the first pages of an entry are those of the first entry of its group."""
+    scale = page // 16  # lengths are given for pages of 16
+    q, _, _, k_cache, v_cache, batch = attention_case(dtype, [1] * len(groups), [max(1, n * scale) for n in seq_lens],
+                                                      len(groups), page, kv_heads, group, head_dim)  # fmt: skip
+    for entry, shared in enumerate(pages):
+        batch.block_tables[entry, :shared] = batch.block_tables[groups.index(groups[entry]), :shared]
+    batch.seq_lens[:] = torch.tensor([n * scale for n in seq_lens])
+    return q, q, q, k_cache, v_cache, batch  # decodes read k and v from the caches
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize(("groups", "pages", "seq_lens"), SHARING)
+@pytest.mark.parametrize(("page", "kv_heads", "group", "head_dim"), [(16, 2, 2, 16), (64, 1, 5, 16), (16, 1, 1, 32)])
+def test_shared_prefixes_are_read_once(dtype: torch.dtype, groups: list[int], pages: list[int], seq_lens: list[int], page: int,
+                                       kv_heads: int, group: int, head_dim: int) -> None:
+    *tensors, batch = sharing_case(dtype, groups, pages, seq_lens, page, kv_heads, group, head_dim)
+    alive = batch.seq_lens > 0
+    expected = TritonAttention(kv_heads, page, head_dim**-0.5, dtype)
+    expected.prepare(batch)
+    plain = expected.attend(*tensors, batch)[alive]
+    counts: Counter[str] = Counter()
+    cascade = TritonAttention(kv_heads, page, head_dim**-0.5, dtype, cascade=counts)
+    cascade.prepare(batch)
+    ours = [cascade.attend(*tensors, batch)[alive] for _ in range(2)]
+    close(ours[0], plain)
+    assert torch.equal(ours[0], ours[1])
+    assert counts == {"cascade": 2, "shared": 2}
+    common = {g: min(n for n, of, length in zip(pages, groups, seq_lens, strict=True) if of == g and length) for g in set(groups)}
+    expected_shared = [common[g] * page * (length > 0 and sum(x == g and n > 0 for x, n in zip(groups, seq_lens, strict=True)) > 1)
+                       for g, length in zip(groups, seq_lens, strict=True)]  # fmt: skip
+    shared = batch.attention.shared
+    assert shared.tokens.tolist() == expected_shared
+    assert sorted(shared.order.tolist()) == list(range(len(groups)))
+    units = sum(-(-int(n - s) // cascade.decode.kv_tile) + 2 for n, s in zip(batch.seq_lens, expected_shared, strict=True) if n)
+    assert batch.attention.totals[1] == units * kv_heads, "the decode kernel has only what is left"
+
+
+def test_tiles_of_a_large_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More members than a tile takes, and than the rows of one program hold."""
+    groups = [0, 1, 2] * 23
+    pages = [(2, 1, 3)[g] for g in groups]
+    *tensors, batch = sharing_case(torch.float32, groups, pages, [50 + i % 13 for i in range(69)], 16, 1, 3, 16)
+    outputs = []
+    monkeypatch.setattr(triton_attention_shared, "MEMBERS", tl.constexpr(8))
+    monkeypatch.setattr(triton_attention, "MEMBERS", tl.constexpr(8))
+    for counts in (None, Counter[str]()):
+        attention = TritonAttention(1, 16, 0.25, torch.float32, cascade=counts)
+        attention.prefill = attention.prefill._replace(rows=16)  # five members a program
+        attention.prepare(batch)
+        outputs.append(attention.attend(*tensors, batch))
+    close(outputs[1], outputs[0])
+    sizes = batch.attention.shared.tile_sizes.tolist()
+    assert sorted(size for size in sizes if size) == [7, 7, 7, 8, 8, 8, 8, 8, 8]
+    assert sizes[9:] == [0] * (len(sizes) - 9)
+
+
 # -- compiled for GPUs that are not here ----------------------------------------------------------------------------------
 
 
@@ -483,8 +552,8 @@ def every_launch(dtype: torch.dtype) -> None:
                                             empty(257, dtype=torch.float32), empty(257, dtype=long), page)  # fmt: skip
     triton_decode_step.advance_rows(rows, rows, empty(257, dtype=long), rows)
     triton_decode_step.write_blocks(empty(257, 160, dtype=torch.int32), empty(tokens, 3, dtype=long))
-    for page in (256, 64, 16):
-        attention = TritonAttention(kv_heads, page, head_dim**-0.5, dtype)
+    for page, cascade in itertools.product((256, 64, 16), (None, Counter[str]())):
+        attention = TritonAttention(kv_heads, page, head_dim**-0.5, dtype, cascade)
         batch = ForwardBatch(ints, ints, ints, empty(tokens, 4, dtype=torch.int32), empty(tokens, dtype=torch.int32), ints, 4,
                              [1] * 4 + [70] * 4, [1] * 4 + [70] * 4)
         attention.prepare(batch)

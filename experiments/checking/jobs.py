@@ -76,7 +76,7 @@ def configurations(scope: Scope) -> tuple[list[Choice], list[str]]:
 
     def allowed(choice: Choice) -> bool:
         try:
-            Optimizations(**choice).resolve(scope.device)  # type: ignore[arg-type]
+            dataclasses.replace(Optimizations(**choice), data_parallel_size=1).resolve(scope.device, in_engine=True)  # type: ignore[arg-type]
         except ValueError:
             return False
         return True

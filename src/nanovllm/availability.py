@@ -15,6 +15,7 @@ _NEEDS_CUDA: dict[tuple[str, Any], str] = {
     ("attention_backend", "triton"): "Triton kernels run on a GPU",
     ("attention_backend", "flash_attn"): "FlashAttention runs on a GPU",
     ("kernels", "triton"): "Triton kernels run on a GPU",
+    ("cascade_attention", True): "it is done by Triton kernels, which run on a GPU",
     ("cuda_graphs", True): "a CUDA graph is recorded on a GPU",
     ("all_reduce", "symmetric_memory"): "symmetric memory is that of GPUs",
 }
@@ -25,7 +26,9 @@ def resolve(requested: Optimizations, device: Device, in_engine: bool) -> Optimi
     also for one that has no meaning in a single engine with the other levels as they are."""
     best = {"prefix_cache": True, "all_reduce": "library", **_BEST[device]}
     asked = {f.name: getattr(requested, f.name) for f in fields(requested)}
-    chosen = {name: best[name] if level == "auto" else level for name, level in asked.items()}
+    chosen: dict[str, Any] = {name: best.get(name) if level == "auto" else level for name, level in asked.items()}
+    if requested.cascade_attention == "auto":
+        chosen["cascade_attention"] = chosen["attention_backend"] == "triton" and chosen["prefix_cache"]
     for choice in chosen.items():
         name, level = choice
         if choice in _NEEDS_CUDA and device != "cuda":
@@ -34,6 +37,9 @@ def resolve(requested: Optimizations, device: Device, in_engine: bool) -> Optimi
     if in_engine and requested.data_parallel_size > 1:
         raise ValueError(f"data_parallel_size={requested.data_parallel_size} is for LLM.generate, which shares requests out to "
                          "replicas; an engine that is stepped is one of them: use data_parallel_size=1.")
+    if in_engine and chosen["cascade_attention"] and not (chosen["attention_backend"] == "triton" and chosen["prefix_cache"]):
+        raise ValueError("cascade_attention=True needs attention_backend='triton', which does it, and prefix_cache=True, without "
+                         "which no two requests share a page. Use cascade_attention=False.")
     if in_engine and chosen["all_reduce"] != "library" and requested.tensor_parallel_size == 1:
         raise ValueError(f"all_reduce={chosen['all_reduce']!r} needs tensor_parallel_size of 2 or more: one rank has nothing to "
                          "sum. Use all_reduce='library'.")

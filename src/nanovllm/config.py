@@ -16,6 +16,7 @@ LEVELS: dict[str, tuple[Any, ...]] = {
     "attention_backend": ("torch", "triton", "flash_attn"),
     "kernels": ("torch", "compile", "triton"),
     "prefix_cache": (False, True),
+    "cascade_attention": (False, True),
     "batching": ("static", "continuous", "chunked"),
     "cuda_graphs": (False, True),
     "overlap": (False, True),
@@ -38,6 +39,7 @@ class Optimizations:
     attention_backend: str = "torch"
     kernels: str = "torch"
     prefix_cache: bool | Literal["auto"] = False
+    cascade_attention: bool | Literal["auto"] = False
     batching: str = "static"
     cuda_graphs: bool | Literal["auto"] = False
     overlap: bool | Literal["auto"] = False

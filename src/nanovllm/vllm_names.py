@@ -7,6 +7,7 @@ from nanovllm.config import ALL, EngineConfig
 
 SWITCHES = {
     "enable_prefix_caching": lambda on: {"prefix_cache": on},
+    "disable_cascade_attn": lambda off: {"cascade_attention": False if off else "auto"},
     "enable_chunked_prefill": lambda on: {"batching": "chunked" if on else "continuous"},
     "enforce_eager": lambda on: {"cuda_graphs": False if on else "auto"},
     "async_scheduling": lambda on: {"overlap": on},

@@ -9,7 +9,8 @@ positions, so a step whose rows are those of the last one needs no input at all:
 
 There is a graph for each bucket b of batch sizes. A batch between two buckets is padded with the spare row: it owns the spare
 block, where its K and V go, stands at position 0 for ever, and has length 0, so attention passes over it. What a graph cannot
-do (prefill, top-k, top-p, log-probabilities) runs eagerly, on the same state.
+do (prefill, top-k, top-p, log-probabilities) runs eagerly, on the same state. With cascade_attention=True there is a second graph
+of larger batches, for steps in which rows share a first block: the others need not look for shared prefixes in every layer.
 """
 
 from __future__ import annotations
@@ -33,10 +34,22 @@ from nanovllm.kernels.batch import ForwardBatch
 from nanovllm.layers.linear import TensorParallel
 from nanovllm.models.config import ModelConfig
 
+SHARES_FROM = 8
+"""Batches from this size on get a graph for shared prefixes: a smaller one reads little KV."""
+
 
 def buckets_for(max_num_seqs: int) -> list[int]:
     """Batch sizes that get a graph, ascending: 1, 2, 4, 8, then steps of 16, and always max_num_seqs itself."""
     return [b for b in (1, 2, 4, 8, *range(16, max_num_seqs, 16)) if b < max_num_seqs] + [max_num_seqs]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Which decode step a graph holds."""
+
+    bucket: int
+    greedy: bool  # draws no noise
+    shares: bool  # reads shared prefixes once
 
 
 @dataclass(slots=True)
@@ -82,6 +95,13 @@ class GraphRunner(ModelRunner):
     def __init__(self, resolved: ResolvedConfig, model_config: ModelConfig, folder: Path, stats: StepStats,
                  tp: TensorParallel | None = None) -> None:
         self.buckets = buckets_for(resolved.max_num_seqs)
+        # Only our sampler draws no noise for greedy rows by itself; the others get a graph that never does.
+        self.greedy_variants = (False,) if resolved.optimizations.kernels == "triton" else (False, True)
+        self.shares_from = SHARES_FROM if resolved.optimizations.cascade_attention else resolved.max_num_seqs + 1
+        self.variants = [Variant(bucket, greedy, shares)
+                         for bucket in reversed(self.buckets)  # the largest first: the others fit into its memory
+                         for greedy in self.greedy_variants
+                         for shares in ((False, True) if bucket >= self.shares_from else (False,))]  # fmt: skip
         super().__init__(resolved, model_config, folder, stats, tp)
         self.spare_row = resolved.max_num_seqs
         self.block_tables[self.spare_row] = self.num_blocks  # the spare block
@@ -89,10 +109,10 @@ class GraphRunner(ModelRunner):
             self.inputs = torch.zeros(2 * resolved.max_num_seqs, dtype=torch.int64)
             self.query_start_loc = torch.arange(resolved.max_num_seqs + 1, dtype=torch.int64)
         self.on_device: tuple[int, list[int], list[int]] | None = None  # bucket, rows, positions that `inputs` holds now
+        self.first_blocks = [-1] * (resolved.max_num_seqs + 1)  # of each row
+        self.share = False  # whether rows on the device share a prefix
         level = "triton" if resolved.optimizations.kernels == "triton" else "torch"
         self.ends = import_module(f"nanovllm.kernels.{level}.decode_step")
-        # Only our sampler draws no noise for greedy rows by itself; the others get a graph that never does.
-        self.greedy_variants = (False,) if resolved.optimizations.kernels == "triton" else (False, True)
         self.recorded = self._record_all()
         stats.reset()
 
@@ -109,18 +129,22 @@ class GraphRunner(ModelRunner):
                 padding = bucket - n
                 values = plan.rows + [self.spare_row] * padding + plan.starts + [0] * padding
                 self.inputs[: 2 * bucket] = self._tensor(values)
-            recorded = self.recorded[bucket, plan.greedy_only and True in self.greedy_variants]
+                self.share = bucket >= self.shares_from and len({self.first_blocks[row] for row in plan.rows}) < n
+            recorded = self.recorded[Variant(bucket, plan.greedy_only and True in self.greedy_variants, self.share)]
             token_ids = recorded.replay(self.stats)
             self.on_device = (bucket, plan.rows, [start + 1 for start in plan.starts])
             return self._read_back(token_ids[:n])
 
     def _update_rows(self, plan: StepPlan) -> None:
+        for row, column, block in plan.new_blocks:
+            if column == 0:
+                self.first_blocks[row] = block
         if plan.new_blocks:  # in one launch: nearly every step of a large batch has some
             self.ends.write_blocks(self.block_tables, self._tensor(plan.new_blocks))
             plan = replace(plan, new_blocks=[])
         super()._update_rows(plan)
 
-    def _record_all(self) -> dict[tuple[int, bool], Recorded]:
+    def _record_all(self) -> dict[Variant, Recorded]:
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
         if self.config.optimizations.attention_backend == "triton":  # the others need lengths that the host knows
             from nanovllm.engine.prefill_graph import ShortPrefills
@@ -128,17 +152,16 @@ class GraphRunner(ModelRunner):
             spare_slot = self.num_blocks * self.config.block_size
             self.model = ShortPrefills(self.model, self.attention, self.stats, self.kv_caches,  # type: ignore[assignment]
                                        self.block_tables.shape[1], spare_slot, pool, stream)  # fmt: skip
-        return {(bucket, greedy): self._record(bucket, greedy, pool, stream)
-                for bucket in reversed(self.buckets)  # the largest first: the others fit into its memory
-                for greedy in self.greedy_variants}  # fmt: skip
+        return {variant: self._record(variant, pool, stream) for variant in self.variants}
 
-    def _record(self, bucket: int, greedy: bool, pool: Any, stream: torch.cuda.Stream) -> Recorded:
-        self.inputs[:bucket] = self.spare_row
-        self.inputs[bucket:] = 0
-        return record(lambda: self._decode(bucket, greedy), self.stats, pool, stream)
+    def _record(self, variant: Variant, pool: Any, stream: torch.cuda.Stream) -> Recorded:
+        self.inputs[: variant.bucket] = self.spare_row
+        self.inputs[variant.bucket :] = 0
+        return record(lambda: self._decode(variant), self.stats, pool, stream)
 
-    def _decode(self, bucket: int, greedy: bool) -> Tensor:
+    def _decode(self, variant: Variant) -> Tensor:
         """A decode step of the rows in `inputs`, in tensors alone. Returns the sampled tokens: [bucket]."""
+        bucket = variant.bucket
         rows, positions = self.inputs[:bucket], self.inputs[bucket : 2 * bucket]
         inputs = self.ends.gather_decode_inputs(rows, positions, self.block_tables, self.last_tokens, self.temperatures, self.seeds,
                                                 self.config.block_size)  # fmt: skip
@@ -153,11 +176,11 @@ class GraphRunner(ModelRunner):
             host_query_lens=[1] * bucket,
             host_seq_lens=[self.config.max_model_len] * bucket,  # the graph serves every length
         )
-        self.attention.prepare(batch)
+        self.attention.prepare(batch, **({"share": variant.shares} if self.config.optimizations.cascade_attention else {}))
         logits = self.model.logits(self.model(batch, self.kv_caches))
         token_ids = self.kernels.sample(
             logits, inputs.temperatures, self.top_ks[:bucket], self.top_ps[:bucket],  # not read: no row has a filter
-            inputs.seeds, inputs.next_positions, all_greedy=greedy, any_top_k_top_p=False,
+            inputs.seeds, inputs.next_positions, all_greedy=variant.greedy, any_top_k_top_p=False,
         )  # fmt: skip
         self.ends.advance_rows(rows, positions, self.last_tokens, token_ids)
         return token_ids

@@ -28,7 +28,7 @@ def bytes_for_steps(runner: ModelRunner, spec: KVCacheSpec) -> int:
     try:
         reserved = _peak_bytes(runner, min(config.max_num_batched_tokens, config.max_num_seqs * config.max_model_len))
         if config.optimizations.cuda_graphs:
-            reserved += _peak_bytes(runner, config.max_num_seqs) + GRAPH_BYTES * 2 * len(runner.buckets)  # type: ignore[attr-defined]
+            reserved += _peak_bytes(runner, config.max_num_seqs) + GRAPH_BYTES * 2 * len(runner.variants)  # type: ignore[attr-defined]
     except torch.OutOfMemoryError as error:
         raise MemoryError(
             f"a step of {config.max_num_batched_tokens} tokens and {config.max_num_seqs} requests does not fit beside the "

@@ -37,8 +37,7 @@ class StepLoop:
 
     def step(self) -> tuple[StepPlan | None, list[Sequence]]:
         """Returns the plan and the sequences that got a token."""
-        plan = self.scheduler.schedule()
-        if plan is None:
+        if (plan := self.scheduler.schedule()) is None:
             return None, []
         return plan, self.scheduler.commit(plan, *self.runner.collect(self.runner.launch(plan)))
 
@@ -69,8 +68,7 @@ class LLMEngine:
         make_scheduler = Scheduler if on.batching == "static" else _load("continuous_batching", "ContinuousScheduler")
         blocks = make_blocks(self.runner.num_blocks, resolved.block_size, self._stats)
         self.scheduler = make_scheduler(self.config, blocks, self._stats)
-        make_loop = _load("overlap", "OverlappedStepLoop") if on.overlap else StepLoop
-        self.loop = make_loop(self.scheduler, self.runner)
+        self.loop = (_load("overlap", "OverlappedStepLoop") if on.overlap else StepLoop)(self.scheduler, self.runner)
         self._step_times: list[tuple[float, int, int]] = []
         self._num_requests, self._dead = 0, None
 

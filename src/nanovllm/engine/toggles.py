@@ -13,12 +13,13 @@ def toggle_counters(optimizations: Optimizations, stats: StepStats) -> dict[str,
     invalid. opportunity counts what it could do for this workload: may be 0; None where being engaged says it all.
     """
     policy = stats.policy_steps["continuous"] + stats.policy_steps["chunked"]
-    fused = {name: sum(n for key, n in calls.items() if key != "torch")
-             for name, calls in (("attention", stats.attention_calls), ("kernels", stats.kernel_calls))}
+    fused = {name: sum(calls[key] for key in LEVELS[name][1:])
+             for name, calls in (("attention_backend", stats.attention_calls), ("kernels", stats.kernel_calls))}
     counters: dict[str, tuple[int, int | None]] = {
-        "attention_backend": (fused["attention"], None),
+        "attention_backend": (fused["attention_backend"], None),
         "kernels": (fused["kernels"], None),
         "prefix_cache": (stats.prefix_lookups, stats.prefix_hit_tokens),
+        "cascade_attention": (stats.attention_calls["cascade"], stats.attention_calls["shared"]),
         "batching": (policy, stats.mixed_steps if optimizations.batching == "chunked" else stats.refills),
         "cuda_graphs": (stats.graph_replays, None),
         "overlap": (stats.overlapped_steps, None),

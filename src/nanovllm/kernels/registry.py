@@ -44,6 +44,7 @@ def load_kernels(optimizations: Optimizations, calls: Counter[str]) -> Kernels:
 def load_attention(optimizations: Optimizations, calls: Counter[str], **geometry: Any) -> AttentionBackend:
     """The implementation of `optimizations.attention_backend`; each call of attend adds one to calls[level]."""
     module, _, name = f"nanovllm.kernels.{(level := optimizations.attention_backend)}.{_ATTENTION[level]}".rpartition(".")
+    geometry |= {"cascade": calls} if optimizations.cascade_attention else {}  # it counts what it reads once
     backend = getattr(_load(module, f"attention_backend={level!r}"), name)(**geometry)
     return AttentionBackend(backend.prepare, counted(backend.attend, level, calls))
 

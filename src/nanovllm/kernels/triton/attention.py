@@ -1,9 +1,11 @@
-"""Attention over the paged KV cache: the backend that launches attention_decode.py and attention_prefill.py."""
+"""Attention over the paged KV cache: the backend that launches attention_decode.py, attention_prefill.py and, where shared
+prefixes are read once, attention_shared.py."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,6 +14,7 @@ from torch import Tensor
 from nanovllm.kernels.batch import ForwardBatch
 from nanovllm.kernels.triton.attention_decode import cut_kernel, decode_kernel
 from nanovllm.kernels.triton.attention_prefill import prefill_kernel, tiles_kernel
+from nanovllm.kernels.triton.attention_shared import MEMBERS, groups_kernel, shared_kernel, shared_tiles_kernel
 from nanovllm.kernels.triton.launch import pdl
 
 _LOG2_E = 1.4426950408889634
@@ -37,9 +40,21 @@ def tilings(dtype: torch.dtype) -> tuple[Tiling, Tiling]:
 
 
 @dataclass(slots=True)
+class Shared:
+    """Which prefixes are shared, and what attention over them left behind; all int32 but the state."""
+
+    tokens: Tensor  # [decodes]: of each one's shared prefix
+    order: Tensor  # [decodes]: group after group
+    tile_starts: Tensor  # [tiles]: in `order`
+    tile_sizes: Tensor  # [tiles]: entries, 0 where there is no tile
+    state: tuple[Tensor, Tensor, Tensor] | None = None  # acc [decodes, q_heads, head_dim], top, mass [decodes, q_heads], float32
+
+
+@dataclass(slots=True)
 class _Prepared:
     """What is the same in all layers."""
 
+    shared: Shared | None = None
     unit_starts: Tensor | None = None  # [decodes] int32: units of the entries before each
     first_entries: Tensor | None = None  # [programs] int32: the entry in which each piece begins
     totals: Tensor | None = None  # [2] int32: units a program, units in all
@@ -51,11 +66,13 @@ class _Prepared:
 class TritonAttention:
     """The same interface as TorchAttention. Pages are a power of two of tokens, 16 or more; head_dim a power of two."""
 
-    def __init__(self, num_kv_heads: int, block_size: int, scale: float, dtype: torch.dtype) -> None:
+    def __init__(self, num_kv_heads: int, block_size: int, scale: float, dtype: torch.dtype,
+                 cascade: Counter[str] | None = None) -> None:
+        """cascade: reads shared prefixes once, and counts there its calls (`cascade`) and those that look for any (`shared`)."""
         if block_size < 16 or block_size & (block_size - 1):
             raise ValueError(f"block_size={block_size} cannot be used with attention_backend='triton': "
                              "take a power of two, 16 or more")
-        self.num_kv_heads = num_kv_heads
+        self.num_kv_heads, self.cascade = num_kv_heads, cascade
         self.block_size = block_size
         self.scale_log2 = scale * _LOG2_E
         self.precision = "ieee" if dtype == torch.float32 else "tf32"  # tf32 says nothing of bfloat16
@@ -63,20 +80,39 @@ class TritonAttention:
         self.decode, self.prefill = tilings(dtype)
         self.num_programs = num_sms * PROGRAMS_PER_SM
 
-    def prepare(self, batch: ForwardBatch) -> None:
-        """Cuts the decodes' work, on the device: its lengths are all that is read, so a graph may hold this."""
+    def prepare(self, batch: ForwardBatch, share: bool = True) -> None:
+        """Cuts the decodes' work, on the device, so that a graph may hold this. share=False: no two of them share a page."""
         prepared = batch.attention = _Prepared()
         n, device = batch.num_decodes, batch.seq_lens.device
         if n == 0:
             return
+        if share and self.cascade is not None and n > 1:
+            prepared.shared = self._find_shared(batch)
         prepared.unit_starts = torch.empty(n, dtype=torch.int32, device=device)
         prepared.first_entries = torch.empty(self.num_programs, dtype=torch.int32, device=device)
         prepared.totals = torch.empty(2, dtype=torch.int32, device=device)
         prepared.arrivals = torch.zeros(n * self.num_kv_heads, dtype=torch.int32, device=device)
         cut_kernel[(self.num_programs,)](
-            batch.seq_lens, prepared.unit_starts, prepared.first_entries, prepared.totals, n, KV_HEADS=self.num_kv_heads,
-            TILE=self.decode.kv_tile, BLOCK=max(256, triton.next_power_of_2(n)), num_warps=4, **pdl(batch.seq_lens),
+            batch.seq_lens, prepared.shared.tokens if prepared.shared else batch.seq_lens, prepared.unit_starts,
+            prepared.first_entries, prepared.totals, n, KV_HEADS=self.num_kv_heads, TILE=self.decode.kv_tile,
+            BLOCK=max(256, triton.next_power_of_2(n)), SHARED=prepared.shared is not None, num_warps=4, **pdl(batch.seq_lens),
         )  # fmt: skip
+
+    def _find_shared(self, batch: ForwardBatch) -> Shared:
+        """On the device, from the block tables: a graph may hold this."""
+        n, tables = batch.num_decodes, batch.block_tables
+        leaders, ranks, sizes, pages, tokens, order = torch.empty(6, n, dtype=torch.int32, device=tables.device)
+        tile_starts, tile_sizes = torch.empty(2, n // 2, dtype=torch.int32, device=tables.device)
+        block = max(256, triton.next_power_of_2(n))
+        groups_kernel[(n,)](
+            tables, batch.seq_lens, leaders, ranks, sizes, pages, tables.stride(0), n, PAGE=self.block_size, BLOCK=block,
+            PAGES=128, num_warps=4, **pdl(tables),
+        )  # fmt: skip
+        shared_tiles_kernel[(n,)](
+            leaders, ranks, sizes, pages, tokens, order, tile_starts, tile_sizes, n, n // 2, PAGE=self.block_size,
+            BLOCK=block, num_warps=4, **pdl(tables),
+        )  # fmt: skip
+        return Shared(tokens, order, tile_starts, tile_sizes)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch) -> Tensor:
         """q: [tokens, q_heads, head_dim]; k, v: [tokens, kv_heads, head_dim], already in the caches -> as q."""
@@ -85,7 +121,7 @@ class TritonAttention:
         out = torch.empty_like(q)
         _, q_heads, head_dim = q.shape
         group = q_heads // self.num_kv_heads
-        shape = dict(KV_HEADS=self.num_kv_heads, GROUP=group, HEAD_DIM=head_dim, PAGE=self.block_size,
+        shape: dict[str, Any] = dict(KV_HEADS=self.num_kv_heads, GROUP=group, HEAD_DIM=head_dim, PAGE=self.block_size,
                      PRECISION=self.precision, **pdl(q))  # fmt: skip
         if batch.num_decodes:
             if prepared.partials is None:
@@ -93,11 +129,18 @@ class TritonAttention:
                 prepared.partials = (torch.empty(*places, head_dim, dtype=torch.float32, device=q.device),
                                      torch.empty(places, dtype=torch.float32, device=q.device),
                                      torch.empty(places, dtype=torch.float32, device=q.device))  # fmt: skip
+            of_shared: tuple[Tensor, ...] = (batch.seq_lens, q, q, q)  # not read
+            if self.cascade is not None:
+                self.cascade["cascade"] += 1
+            if shared := prepared.shared:
+                assert self.cascade is not None
+                self.cascade["shared"] += 1
+                of_shared = shared.tokens, *self._attend_to_shared(q, k_cache, v_cache, batch, shared, shape)
             decode_kernel[(self.num_programs,)](
-                q, k_cache, v_cache, batch.block_tables, batch.seq_lens, prepared.unit_starts, prepared.first_entries,
+                q, k_cache, v_cache, batch.block_tables, batch.seq_lens, *of_shared, prepared.unit_starts, prepared.first_entries,
                 prepared.totals, out, *prepared.partials, prepared.arrivals, batch.block_tables.stride(0), self.scale_log2,
                 ROWS=max(self.decode.rows, triton.next_power_of_2(group)), TILE=self.decode.kv_tile,
-                STAGES=self.decode.stages, num_warps=self.decode.warps, **shape,
+                STAGES=self.decode.stages, SHARED=bool(shared), num_warps=self.decode.warps, **shape,
             )  # fmt: skip
         if batch.num_decodes < len(batch.host_query_lens):
             rows = max(self.prefill.rows, triton.next_power_of_2(group))
@@ -110,6 +153,24 @@ class TritonAttention:
                 STAGES=self.prefill.stages, num_warps=self.prefill.warps, **shape,
             )  # fmt: skip
         return out
+
+
+    def _attend_to_shared(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch, shared: Shared, shape: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The state of each decode after its shared tokens."""
+        if shared.state is None:
+            n, (_, q_heads, head_dim) = batch.num_decodes, q.shape
+            shared.state = (torch.empty(n, q_heads, head_dim, dtype=torch.float32, device=q.device),
+                            *torch.empty(2, n, q_heads, dtype=torch.float32, device=q.device))  # fmt: skip
+        rows = max(self.prefill.rows, triton.next_power_of_2(shape["GROUP"]))
+        parts = triton.cdiv(MEMBERS.value, rows // shape["GROUP"])
+        shared_kernel[(len(shared.tile_sizes), self.num_kv_heads, parts)](
+            q, k_cache, v_cache, batch.block_tables, shared.tokens, shared.order, shared.tile_starts, shared.tile_sizes,
+            *shared.state, batch.block_tables.stride(0), self.scale_log2, ROWS=rows, TILE=self.prefill.kv_tile,
+            STAGES=self.prefill.stages, num_warps=self.prefill.warps, **shape,
+        )  # fmt: skip
+        return shared.state
 
 
 def _prefill_tiles(batch: ForwardBatch, tokens_per_tile: int) -> Tensor:

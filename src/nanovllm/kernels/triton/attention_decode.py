@@ -10,6 +10,9 @@ its beginning takes:
 
 An item whose tiles lie in several pieces is computed by several programs. Each writes its partial result, and the one that comes
 last (an atomic counter tells) combines them. So there is no second kernel, and nobody waits.
+
+With SHARED, the first `shared` tokens of an entry are done (attention_shared.py), and an item is what is left: it begins with the
+state that those left behind.
 """
 
 from __future__ import annotations
@@ -30,11 +33,17 @@ def _units(seq_len, TILE: tl.constexpr):
 
 
 @triton.jit
-def _prefetch_tile(k_cache_ptr, v_cache_ptr, table_ptr, seq_len, unit, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+def _shared_by(shared_ptr, entry, SHARED: tl.constexpr):
+    """Tokens of an entry that attention_shared.py has done."""
+    return tl.load(shared_ptr + entry) if SHARED else 0
+
+
+@triton.jit
+def _prefetch_tile(k_cache_ptr, v_cache_ptr, table_ptr, seq_len, shared, unit, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
                    PAGE: tl.constexpr, TILE: tl.constexpr):
     """Starts fetching the tile of unit number `unit` of an entry (counted over its heads)."""
-    units = _units(seq_len, TILE)
-    first_token = tl.maximum(unit % units - SETUP, 0) * TILE
+    units = _units(seq_len - shared, TILE)
+    first_token = shared + tl.maximum(unit % units - SETUP, 0) * TILE
     rows = rows_of_tile(table_ptr, unit // units, first_token, seq_len, KV_HEADS, PAGE, TILE)
     lines = tl.arange(0, HEAD_DIM // 16) * 16  # sectors of 32 bytes, in elements of two
     exists = (first_token + tl.arange(0, TILE) < seq_len)[:, None]
@@ -44,14 +53,17 @@ def _prefetch_tile(k_cache_ptr, v_cache_ptr, table_ptr, seq_len, unit, KV_HEADS:
 
 
 @triton.jit(do_not_specialize=["num_entries"])
-def cut_kernel(seq_lens_ptr, unit_starts_ptr, first_entries_ptr, totals_ptr, num_entries, KV_HEADS: tl.constexpr,
-                TILE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def cut_kernel(seq_lens_ptr, shared_ptr, unit_starts_ptr, first_entries_ptr, totals_ptr, num_entries, KV_HEADS: tl.constexpr,
+               TILE: tl.constexpr, BLOCK: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr):
     """Where each program's piece begins. One program a program of the decode kernel; number 0 also writes what all share."""
     program = tl.program_id(0)
     entries = tl.arange(0, BLOCK)
     inside = entries < num_entries
     wait_for_inputs(PDL)
-    units = _units(tl.load(seq_lens_ptr + entries, mask=inside, other=0), TILE) * KV_HEADS
+    lengths = tl.load(seq_lens_ptr + entries, mask=inside, other=0)
+    if SHARED:
+        lengths -= tl.load(shared_ptr + entries, mask=inside, other=0)
+    units = _units(lengths, TILE) * KV_HEADS
     ends = tl.cumsum(units, axis=0)
     total = tl.sum(units, axis=0)
     per_program = tl.cdiv(total, tl.num_programs(0))
@@ -95,10 +107,11 @@ def _combine(out_ptr, partial_acc_ptr, partial_top_ptr, partial_mass_ptr, first_
 
 @triton.jit
 def _decode_tiles(
-    q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, out_ptr, partial_acc_ptr, partial_top_ptr, partial_mass_ptr, arrival_ptr,
-    scale_log2, entry, kv_head, seq_len, first_tile, last_tile, first_program, last_program,
+    q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, shared_acc_ptr, shared_top_ptr, shared_mass_ptr, out_ptr, partial_acc_ptr,
+    partial_top_ptr, partial_mass_ptr, arrival_ptr, scale_log2, entry, kv_head, seq_len, shared, first_tile, last_tile,
+    first_program, last_program,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
-    TILE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Tiles [first_tile, last_tile) of an item that programs [first_program, last_program] share."""
     program = tl.program_id(0)
@@ -112,9 +125,14 @@ def _decode_tiles(
     top = tl.full([ROWS], float("-inf"), tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    if SHARED:
+        begun = real & (shared > 0) & (first_tile == 0)
+        top = tl.load(shared_top_ptr + q_rows, mask=begun, other=float("-inf"))
+        mass = tl.load(shared_mass_ptr + q_rows, mask=begun, other=0.0)
+        acc = tl.load(shared_acc_ptr + places, mask=begun[:, None], other=0.0)
     for tile in tl.range(first_tile, last_tile, num_stages=STAGES):
         top, mass, acc = attend_to_tile(
-            q, top, mass, acc, k_cache_ptr, v_cache_ptr, table_ptr, kv_head, tile * TILE, seq_len, limits, scale_log2,
+            q, top, mass, acc, k_cache_ptr, v_cache_ptr, table_ptr, kv_head, shared + tile * TILE, seq_len, limits, scale_log2,
             KV_HEADS, HEAD_DIM, PAGE, TILE, PRECISION, MASKED=True)  # fmt: skip
     if first_program == last_program:
         tl.store(out_ptr + places, (acc / mass[:, None]).to(q.dtype), mask=real[:, None])
@@ -133,10 +151,11 @@ def _decode_tiles(
 
 @triton.jit(do_not_specialize=["table_stride"])  # it is another in every eager step
 def decode_kernel(
-    q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, seq_lens_ptr, unit_starts_ptr, first_entries_ptr, totals_ptr, out_ptr,
-    partial_acc_ptr, partial_top_ptr, partial_mass_ptr, arrivals_ptr, table_stride, scale_log2,
+    q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, seq_lens_ptr, shared_ptr, shared_acc_ptr, shared_top_ptr, shared_mass_ptr,
+    unit_starts_ptr, first_entries_ptr, totals_ptr, out_ptr, partial_acc_ptr, partial_top_ptr, partial_mass_ptr, arrivals_ptr,
+    table_stride, scale_log2,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
-    TILE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One piece of the line of tiles. Partial results lie in two places for each program: 0 for an item that began in an
     earlier program, 1 for one that begins here."""
@@ -149,11 +168,13 @@ def decode_kernel(
     if PDL:  # noqa: SIM102  a constant, and a condition of the device
         if at < end:
             _prefetch_tile(k_cache_ptr, v_cache_ptr, tables_ptr + entry.to(tl.int64) * table_stride, tl.load(seq_lens_ptr + entry),
-                           at - tl.load(unit_starts_ptr + entry), KV_HEADS, HEAD_DIM, PAGE, TILE)  # fmt: skip
+                           _shared_by(shared_ptr, entry, SHARED), at - tl.load(unit_starts_ptr + entry), KV_HEADS, HEAD_DIM,
+                           PAGE, TILE)  # fmt: skip
     wait_for_inputs(PDL)
     while at < end:
         seq_len = tl.load(seq_lens_ptr + entry)
-        units = _units(seq_len, TILE)
+        shared = _shared_by(shared_ptr, entry, SHARED)
+        units = _units(seq_len - shared, TILE)
         entry_start = tl.load(unit_starts_ptr + entry)
         kv_head = (at - entry_start) // units
         item_start = entry_start + kv_head * units
@@ -163,9 +184,10 @@ def decode_kernel(
         first_program, last_program = (item_start + SETUP) // per_program, (item_end - 1) // per_program
         if last_tile > 0:
             _decode_tiles(
-                q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr + entry.to(tl.int64) * table_stride, out_ptr, partial_acc_ptr,
-                partial_top_ptr, partial_mass_ptr, arrivals_ptr + entry * KV_HEADS + kv_head, scale_log2, entry, kv_head, seq_len,
+                q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr + entry.to(tl.int64) * table_stride, shared_acc_ptr, shared_top_ptr,
+                shared_mass_ptr, out_ptr, partial_acc_ptr, partial_top_ptr, partial_mass_ptr,
+                arrivals_ptr + entry * KV_HEADS + kv_head, scale_log2, entry, kv_head, seq_len, shared,
                 tl.maximum(first_tile, 0), last_tile, first_program, last_program,
-                KV_HEADS, GROUP, ROWS, HEAD_DIM, PAGE, TILE, STAGES, PRECISION)  # fmt: skip
+                KV_HEADS, GROUP, ROWS, HEAD_DIM, PAGE, TILE, STAGES, PRECISION, SHARED)  # fmt: skip
         entry += (stop == entry_start + units * KV_HEADS).to(tl.int32)
         at = stop
