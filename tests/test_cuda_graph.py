@@ -190,6 +190,19 @@ def test_unchanged_rows_need_no_input(tiny: Path, monkeypatch: pytest.MonkeyPatc
     engine.close()
 
 
+@pytest.mark.parametrize(("where", "said"), [("_record_all", "recording steps of up to 4 requests.*lower kv_cache_memory_bytes"),
+                                             ("__init__", "the model does not fit.*tensor_parallel_size")])  # fmt: skip
+def test_out_of_memory_says_what_to_lower(tiny: Path, monkeypatch: pytest.MonkeyPatch, where: str, said: str) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. And much more.")
+
+    with monkeypatch.context() as patch:
+        graphs = GraphRunner if ON_GPU else FakeGraphRunner
+        patch.setattr(graphs if where == "_record_all" else cuda_graph.ModelRunner, where, full)
+        with pytest.raises(MemoryError, match=said + r".*\(CUDA out of memory\)"):
+            make_engine(tiny, monkeypatch, graphs=True, max_num_seqs=4, kv_cache_memory_bytes=1 << 24)
+
+
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU: Triton's interpreter is too slow for a whole engine")
 def test_triton_gives_the_tokens_of_torch(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.config import ResolvedConfig
+from nanovllm.engine.gpu_memory import room_for
 from nanovllm.engine.model_runner import ModelRunner, StepHandle
 from nanovllm.engine.scheduler import StepPlan
 from nanovllm.engine.stats import StepStats
@@ -102,7 +103,8 @@ class GraphRunner(ModelRunner):
                          for bucket in reversed(self.buckets)  # the largest first: the others fit into its memory
                          for greedy in self.greedy_variants
                          for shares in ((False, True) if bucket >= self.shares_from else (False,))]  # fmt: skip
-        super().__init__(resolved, model_config, folder, stats, tp)
+        with room_for("the model", "free memory on the device, or share it out over more GPUs (tensor_parallel_size)"):
+            super().__init__(resolved, model_config, folder, stats, tp)
         self.spare_row = resolved.max_num_seqs
         self.block_tables[self.spare_row] = self.num_blocks  # the spare block
         with self.device:
@@ -113,7 +115,9 @@ class GraphRunner(ModelRunner):
         self.share = False  # whether rows on the device share a prefix
         level = "triton" if resolved.optimizations.kernels == "triton" else "torch"
         self.ends = import_module(f"nanovllm.kernels.{level}.decode_step")
-        self.recorded = self._record_all()
+        with room_for(f"recording steps of up to {resolved.max_num_seqs} requests, beside weights and KV cache,",
+                      "lower kv_cache_memory_bytes, gpu_memory_utilization or max_num_seqs"):  # fmt: skip
+            self.recorded = self._record_all()
         stats.reset()
 
     def launch(self, plan: StepPlan) -> StepHandle:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,15 @@ GRAPH_BYTES = 4 << 20
 """Of one recorded decode step, in the driver: a few hundred kernel nodes and their arguments."""
 
 
+@contextmanager
+def room_for(what: str, instead: str) -> Iterator[None]:
+    """Out of memory in here is a MemoryError: what does not fit, and what to do instead."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"{what} does not fit into the device's memory: {instead} ({str(error).split('. ')[0]})") from error
+
+
 def bytes_for_steps(runner: ModelRunner, spec: KVCacheSpec) -> int:
     """The most that activations take, by running the largest step; with graphs, theirs as well, which stay allocated.
 
@@ -25,15 +36,13 @@ def bytes_for_steps(runner: ModelRunner, spec: KVCacheSpec) -> int:
     config = runner.config
     forget_workspaces_with(runner.model)
     runner.kv_caches = spec.allocate(1, runner.device)
+    step = f"a step of {config.max_num_batched_tokens} tokens and {config.max_num_seqs} requests, beside the weights,"
     try:
-        reserved = _peak_bytes(runner, min(config.max_num_batched_tokens, config.max_num_seqs * config.max_model_len))
-        if config.optimizations.cuda_graphs:
-            reserved += _peak_bytes(runner, config.max_num_seqs) + GRAPH_BYTES * 2 * len(runner.variants)  # type: ignore[attr-defined]
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(
-            f"a step of {config.max_num_batched_tokens} tokens and {config.max_num_seqs} requests does not fit beside the "
-            "weights: lower max_num_batched_tokens or max_num_seqs, or free memory on the device"
-        ) from error
+        with room_for(step, "lower max_num_batched_tokens or max_num_seqs, or free memory on the device"):
+            reserved = _peak_bytes(runner, min(config.max_num_batched_tokens, config.max_num_seqs * config.max_model_len))
+            if config.optimizations.cuda_graphs:
+                reserved += _peak_bytes(runner, config.max_num_seqs)
+                reserved += GRAPH_BYTES * 2 * len(runner.variants)  # type: ignore[attr-defined]
     finally:
         runner.kv_caches = []
     runner.stats.reset()
