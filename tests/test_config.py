@@ -43,10 +43,10 @@ def test_a_gpu_level_on_a_cpu_says_what_to_use_instead(name: str, value: object)
 
 
 def test_cascade_attention_needs_what_it_reads_through() -> None:
-    on: dict[str, Any] = {"attention_backend": "triton", "prefix_cache": True}
+    on: dict[str, Any] = {"attention_backend": "triton", "prefix_cache": True, "cuda_graphs": True}
     assert Optimizations(**on, cascade_attention="auto").resolve("cuda", in_engine=True).cascade_attention is True
     assert ALL.resolve("cuda").cascade_attention is True
-    for lacking in ({"prefix_cache": False}, {"attention_backend": "torch"}):
+    for lacking in ({"prefix_cache": False}, {"attention_backend": "torch"}, {"cuda_graphs": False}):
         resolved = Optimizations(**{**on, **lacking}, cascade_attention="auto").resolve("cuda", in_engine=True)
         assert resolved.cascade_attention is False
         with pytest.raises(ValueError, match=r"cascade_attention=True needs .*Use cascade_attention=False"):

@@ -140,13 +140,12 @@ def test_a_replay_counts_what_it_executes(tiny: Path, monkeypatch: pytest.Monkey
     assert counts[0] == counts[1]
 
 
+@pytest.mark.skipif(ON_GPU, reason="of the fake runner's variants")
 def test_steps_whose_rows_share_a_block_replay_the_graph_for_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(tiny, monkeypatch, graphs=True, max_num_seqs=4, kv_cache_memory_bytes=1 << 24)
     runner: Any = engine.runner
     replayed: list[tuple[int, bool]] = []
-    if ON_GPU:
-        pytest.skip("the fake runner's variants")
-    runner.shares_from = 2
+    runner.cascade, runner.fewest_sharing = True, 1
     for variant in list(runner.recorded):
         runner.recorded[replace(variant, shares=True)] = runner.recorded[variant]
     runner.recorded = Told(runner.recorded, replayed)
@@ -163,6 +162,7 @@ def test_steps_whose_rows_share_a_block_replay_the_graph_for_it(tiny: Path, monk
     replayed.clear()
     serve(engine, [(prompts[1], params), ([4, 3, 2], params)])  # their rows were those of others
     assert not any(shares for _, shares in replayed)
+    assert engine.stats()["attention_calls.cascade"] > 0
     engine.close()
 
 
@@ -188,6 +188,34 @@ def test_unchanged_rows_need_no_input(tiny: Path, monkeypatch: pytest.MonkeyPatc
     serve(engine, [([7, 8, 9], SamplingParams(temperature=0.7, max_tokens=2, ignore_eos=True))])
     assert before == len(uploads) - before, "ten more decode steps uploaded something"
     engine.close()
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU: cascade attention is replayed there")
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("num_blocks", [200, 30])  # plenty; and preemptions
+def test_a_shared_prefix_read_once_changes_no_token(tiny: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool,
+                                                    num_blocks: int) -> None:
+    monkeypatch.setattr(cuda_graph, "SHARING_KV_HEADS", 4)
+    generator = torch.Generator().manual_seed(9)
+    prefixes = [torch.randint(5, 2000, (16 * blocks,), generator=generator).tolist() for blocks in (3, 5)]
+    requests = [((prefixes[i % 3] if i % 3 < 2 else []) + [7 + i, 8, 9 + i][: 1 + i % 3],
+                 SamplingParams(temperature=0.8 * (i % 2), max_tokens=20 + 7 * (i % 5), seed=i, ignore_eos=True))
+                for i in range(30)]  # fmt: skip
+    results, shared = [], []
+    for cascade in (False, True):
+        switches = {"overlap": overlap, "attention_backend": "triton", "kernels": "triton", "cuda_graphs": True,
+                    "cascade_attention": cascade}  # fmt: skip
+        engine = make_engine(tiny, monkeypatch, graphs=True, switches=switches, max_num_seqs=20,
+                             kv_cache_memory_bytes=num_blocks * 4 * 2 * 2 * 64 * 16 * 4)  # fmt: skip
+        monkeypatch.setattr(cuda_graph, "SHARING_KV_HEADS", 4)  # make_engine has undone it
+        engine.scheduler.forecast.asked = 1 << 40
+        serve(engine, [(prefix + [1], SamplingParams(max_tokens=1)) for prefix in prefixes])
+        results.append(serve(engine, requests, abort=4))
+        toggle = engine.toggles()["cascade_attention"]
+        shared.append((toggle["engaged"] > 0, toggle["opportunity"] > 0))
+        engine.close()
+    assert results[0] == results[1]
+    assert shared == [(False, False), (True, True)]
 
 
 @pytest.mark.parametrize(("where", "said"), [("_record_all", "recording steps of up to 4 requests.*lower kv_cache_memory_bytes"),

@@ -31,8 +31,6 @@ from nanovllm.kernels.batch import ForwardBatch  # noqa: E402
 from nanovllm.kernels.torch import activation, decode_step, kv_store, norm, rope, sampling  # noqa: E402
 from nanovllm.kernels.torch.attention import TorchAttention  # noqa: E402
 from nanovllm.kernels.triton import activation as triton_activation  # noqa: E402
-from nanovllm.kernels.triton import attention as triton_attention  # noqa: E402
-from nanovllm.kernels.triton import attention_shared as triton_attention_shared  # noqa: E402
 from nanovllm.kernels.triton import decode_step as triton_decode_step  # noqa: E402
 from nanovllm.kernels.triton import fused  # noqa: E402
 from nanovllm.kernels.triton import kv_store as triton_kv_store  # noqa: E402
@@ -458,11 +456,11 @@ def test_shared_prefixes_are_read_once(dtype: torch.dtype, groups: list[int], pa
     plain = expected.attend(*tensors, batch)[alive]
     counts: Counter[str] = Counter()
     cascade = TritonAttention(kv_heads, page, head_dim**-0.5, dtype, cascade=counts)
-    cascade.prepare(batch)
+    cascade.prepare(batch, share=True)
     ours = [cascade.attend(*tensors, batch)[alive] for _ in range(2)]
     close(ours[0], plain)
     assert torch.equal(ours[0], ours[1])
-    assert counts == {"cascade": 2, "shared": 2}
+    assert counts == {"shared": 2}
     common = {g: min(n for n, of, length in zip(pages, groups, seq_lens, strict=True) if of == g and length) for g in set(groups)}
     expected_shared = [common[g] * page * (length > 0 and sum(x == g and n > 0 for x, n in zip(groups, seq_lens, strict=True)) > 1)
                        for g, length in zip(groups, seq_lens, strict=True)]  # fmt: skip
@@ -473,21 +471,21 @@ def test_shared_prefixes_are_read_once(dtype: torch.dtype, groups: list[int], pa
     assert batch.attention.totals[1] == units * kv_heads, "the decode kernel has only what is left"
 
 
-def test_tiles_of_a_large_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More members than a tile takes, and than the rows of one program hold."""
+@pytest.mark.parametrize("programs", [1, 1000])
+def test_squads_of_a_large_group(programs: int) -> None:
+    """More members than a squad takes, and than the rows of one program hold; and more squads than run at once."""
     groups = [0, 1, 2] * 23
     pages = [(2, 1, 3)[g] for g in groups]
     *tensors, batch = sharing_case(torch.float32, groups, pages, [50 + i % 13 for i in range(69)], 16, 1, 3, 16)
     outputs = []
-    monkeypatch.setattr(triton_attention_shared, "MEMBERS", tl.constexpr(8))
-    monkeypatch.setattr(triton_attention, "MEMBERS", tl.constexpr(8))
-    for counts in (None, Counter[str]()):
-        attention = TritonAttention(1, 16, 0.25, torch.float32, cascade=counts)
-        attention.prefill = attention.prefill._replace(rows=16)  # five members a program
-        attention.prepare(batch)
+    for share in (False, True):
+        attention = TritonAttention(1, 16, 0.25, torch.float32)
+        attention.squad, attention.prefill = 8, attention.prefill._replace(rows=16)  # five members a program
+        attention.num_programs = programs
+        attention.prepare(batch, share)
         outputs.append(attention.attend(*tensors, batch))
     close(outputs[1], outputs[0])
-    sizes = batch.attention.shared.tile_sizes.tolist()
+    sizes = batch.attention.shared.squad_sizes.tolist()
     assert sorted(size for size in sizes if size) == [7, 7, 7, 8, 8, 8, 8, 8, 8]
     assert sizes[9:] == [0] * (len(sizes) - 9)
 
@@ -552,11 +550,11 @@ def every_launch(dtype: torch.dtype) -> None:
                                             empty(257, dtype=torch.float32), empty(257, dtype=long), page)  # fmt: skip
     triton_decode_step.advance_rows(rows, rows, empty(257, dtype=long), rows)
     triton_decode_step.write_blocks(empty(257, 160, dtype=torch.int32), empty(tokens, 3, dtype=long))
-    for page, cascade in itertools.product((256, 64, 16), (None, Counter[str]())):
-        attention = TritonAttention(kv_heads, page, head_dim**-0.5, dtype, cascade)
+    for page, share in itertools.product((256, 64, 16), (False, True)):
+        attention = TritonAttention(kv_heads, page, head_dim**-0.5, dtype)
         batch = ForwardBatch(ints, ints, ints, empty(tokens, 4, dtype=torch.int32), empty(tokens, dtype=torch.int32), ints, 4,
                              [1] * 4 + [70] * 4, [1] * 4 + [70] * 4)
-        attention.prepare(batch)
+        attention.prepare(batch, share)
         q, kv = empty(284, 16, head_dim), empty(284, kv_heads, head_dim)
         cache = empty(4, kv_heads, page, head_dim)
         attention.attend(q, kv, kv, cache, cache, batch)

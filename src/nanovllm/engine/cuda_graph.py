@@ -9,8 +9,8 @@ positions, so a step whose rows are those of the last one needs no input at all:
 
 There is a graph for each bucket b of batch sizes. A batch between two buckets is padded with the spare row: it owns the spare
 block, where its K and V go, stands at position 0 for ever, and has length 0, so attention passes over it. What a graph cannot
-do (prefill, top-k, top-p, log-probabilities) runs eagerly, on the same state. With cascade_attention=True there is a second graph
-of larger batches, for steps in which rows share a first block: the others need not look for shared prefixes in every layer.
+do (prefill, top-k, top-p, log-probabilities) runs eagerly, on the same state. With cascade_attention=True there is a second
+graph of larger batches, for steps in which many rows share their first block with another; the host, which knows, chooses.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from nanovllm.kernels.batch import ForwardBatch
 from nanovllm.layers.linear import TensorParallel
 from nanovllm.models.config import ModelConfig
 
-SHARES_FROM = 8
-"""Batches from this size on get a graph for shared prefixes: a smaller one reads little KV."""
+SHARING_KV_HEADS = 128
+"""Reading a prefix once pays off from so many pairs of a sequence that shares it and a KV head on: a program reads for all of
+them, but tile after tile, and there is one for each KV head (ablations/LOG.md: counted, not measured)."""
 
 
 def buckets_for(max_num_seqs: int) -> list[int]:
@@ -98,11 +99,12 @@ class GraphRunner(ModelRunner):
         self.buckets = buckets_for(resolved.max_num_seqs)
         # Only our sampler draws no noise for greedy rows by itself; the others get a graph that never does.
         self.greedy_variants = (False,) if resolved.optimizations.kernels == "triton" else (False, True)
-        self.shares_from = SHARES_FROM if resolved.optimizations.cascade_attention else resolved.max_num_seqs + 1
+        self.cascade = resolved.optimizations.cascade_attention
+        self.fewest_sharing = -(-SHARING_KV_HEADS * resolved.optimizations.tensor_parallel_size // model_config.num_key_value_heads)
         self.variants = [Variant(bucket, greedy, shares)
                          for bucket in reversed(self.buckets)  # the largest first: the others fit into its memory
                          for greedy in self.greedy_variants
-                         for shares in ((False, True) if bucket >= self.shares_from else (False,))]  # fmt: skip
+                         for shares in ((False, True) if self.cascade and bucket > self.fewest_sharing else (False,))]  # fmt: skip
         with room_for("the model", "free memory on the device, or share it out over more GPUs (tensor_parallel_size)"):
             super().__init__(resolved, model_config, folder, stats, tp)
         self.spare_row = resolved.max_num_seqs
@@ -133,11 +135,15 @@ class GraphRunner(ModelRunner):
                 padding = bucket - n
                 values = plan.rows + [self.spare_row] * padding + plan.starts + [0] * padding
                 self.inputs[: 2 * bucket] = self._tensor(values)
-                self.share = bucket >= self.shares_from and len({self.first_blocks[row] for row in plan.rows}) < n
+                self.share = self.cascade and self._many_share(plan.rows)
             recorded = self.recorded[Variant(bucket, plan.greedy_only and True in self.greedy_variants, self.share)]
             token_ids = recorded.replay(self.stats)
             self.on_device = (bucket, plan.rows, [start + 1 for start in plan.starts])
             return self._read_back(token_ids[:n])
+
+    def _many_share(self, rows: list[int]) -> bool:
+        self.stats.attention_calls["cascade"] += 1  # it was looked for
+        return len(rows) - len({self.first_blocks[row] for row in rows}) >= self.fewest_sharing
 
     def _update_rows(self, plan: StepPlan) -> None:
         for row, column, block in plan.new_blocks:
@@ -180,7 +186,7 @@ class GraphRunner(ModelRunner):
             host_query_lens=[1] * bucket,
             host_seq_lens=[self.config.max_model_len] * bucket,  # the graph serves every length
         )
-        self.attention.prepare(batch, **({"share": variant.shares} if self.config.optimizations.cascade_attention else {}))
+        self.attention.prepare(batch, **({"share": True} if variant.shares else {}))
         logits = self.model.logits(self.model(batch, self.kv_caches))
         token_ids = self.kernels.sample(
             logits, inputs.temperatures, self.top_ks[:bucket], self.top_ps[:bucket],  # not read: no row has a filter

@@ -42,7 +42,7 @@ def bytes_for_steps(runner: ModelRunner, spec: KVCacheSpec) -> int:
             reserved = _peak_bytes(runner, min(config.max_num_batched_tokens, config.max_num_seqs * config.max_model_len))
             if config.optimizations.cuda_graphs:
                 reserved += _peak_bytes(runner, config.max_num_seqs)
-                reserved += GRAPH_BYTES * 2 * len(runner.variants)  # type: ignore[attr-defined]
+                reserved += GRAPH_BYTES * max(2 * len(runner.buckets), len(runner.variants))  # type: ignore[attr-defined]
     finally:
         runner.kv_caches = []
     runner.stats.reset()

@@ -27,7 +27,7 @@ class StepStats:
     overlapped_steps: int = 0  # launched while another step was in flight
     graph_replays: int = 0
     all_reduces: Counter[str] = field(default_factory=Counter)  # over tensor-parallel ranks, by who does them
-    attention_calls: Counter[str] = field(default_factory=Counter)  # by backend; cascade_attention: `cascade`, `shared`
+    attention_calls: Counter[str] = field(default_factory=Counter)  # by backend; cascade: looked for shared prefixes; shared: found
     kernel_calls: Counter[str] = field(default_factory=Counter)  # by implementation
 
     def reset(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from nanovllm.kernels.batch import ForwardBatch
 from nanovllm.kernels.triton.attention_decode import cut_kernel, decode_kernel
 from nanovllm.kernels.triton.attention_prefill import prefill_kernel, tiles_kernel
-from nanovllm.kernels.triton.attention_shared import MEMBERS, groups_kernel, shared_kernel, shared_tiles_kernel
+from nanovllm.kernels.triton.attention_shared import groups_kernel, shared_kernel, squads_kernel
 from nanovllm.kernels.triton.launch import pdl
 
 _LOG2_E = 1.4426950408889634
@@ -45,8 +45,8 @@ class Shared:
 
     tokens: Tensor  # [decodes]: of each one's shared prefix
     order: Tensor  # [decodes]: group after group
-    tile_starts: Tensor  # [tiles]: in `order`
-    tile_sizes: Tensor  # [tiles]: entries, 0 where there is no tile
+    squad_starts: Tensor  # [squads]: in `order`
+    squad_sizes: Tensor  # [squads]: entries, 0 where there is no squad
     state: tuple[Tensor, Tensor, Tensor] | None = None  # acc [decodes, q_heads, head_dim], top, mass [decodes, q_heads], float32
 
 
@@ -68,7 +68,7 @@ class TritonAttention:
 
     def __init__(self, num_kv_heads: int, block_size: int, scale: float, dtype: torch.dtype,
                  cascade: Counter[str] | None = None) -> None:
-        """cascade: reads shared prefixes once, and counts there its calls (`cascade`) and those that look for any (`shared`)."""
+        """cascade: reads shared prefixes once where `prepare` is told so, and counts that there."""
         if block_size < 16 or block_size & (block_size - 1):
             raise ValueError(f"block_size={block_size} cannot be used with attention_backend='triton': "
                              "take a power of two, 16 or more")
@@ -78,15 +78,16 @@ class TritonAttention:
         self.precision = "ieee" if dtype == torch.float32 else "tf32"  # tf32 says nothing of bfloat16
         num_sms = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 4
         self.decode, self.prefill = tilings(dtype)
+        self.squad = 32  # entries whose queries are attended to a shared prefix together
         self.num_programs = num_sms * PROGRAMS_PER_SM
 
-    def prepare(self, batch: ForwardBatch, share: bool = True) -> None:
-        """Cuts the decodes' work, on the device, so that a graph may hold this. share=False: no two of them share a page."""
+    def prepare(self, batch: ForwardBatch, share: bool = False) -> None:
+        """Cuts the decodes' work, on the device, so that a graph may hold this. share: pages of several decodes are read once."""
         prepared = batch.attention = _Prepared()
         n, device = batch.num_decodes, batch.seq_lens.device
         if n == 0:
             return
-        if share and self.cascade is not None and n > 1:
+        if share and n > 1:
             prepared.shared = self._find_shared(batch)
         prepared.unit_starts = torch.empty(n, dtype=torch.int32, device=device)
         prepared.first_entries = torch.empty(self.num_programs, dtype=torch.int32, device=device)
@@ -101,18 +102,19 @@ class TritonAttention:
     def _find_shared(self, batch: ForwardBatch) -> Shared:
         """On the device, from the block tables: a graph may hold this."""
         n, tables = batch.num_decodes, batch.block_tables
-        leaders, ranks, sizes, pages, tokens, order = torch.empty(6, n, dtype=torch.int32, device=tables.device)
-        tile_starts, tile_sizes = torch.empty(2, n // 2, dtype=torch.int32, device=tables.device)
+        # Each begins at a multiple of 16 bytes, or Triton would compile the kernels again.
+        leaders, ranks, sizes, pages, tokens, order = torch.empty(6, -(-n // 4) * 4, dtype=torch.int32, device=tables.device)[:, :n]
+        squad_starts, squad_sizes = torch.empty(2, -(-n // 8) * 4, dtype=torch.int32, device=tables.device)[:, : n // 2]
         block = max(256, triton.next_power_of_2(n))
         groups_kernel[(n,)](
             tables, batch.seq_lens, leaders, ranks, sizes, pages, tables.stride(0), n, PAGE=self.block_size, BLOCK=block,
             PAGES=128, num_warps=4, **pdl(tables),
         )  # fmt: skip
-        shared_tiles_kernel[(n,)](
-            leaders, ranks, sizes, pages, tokens, order, tile_starts, tile_sizes, n, n // 2, PAGE=self.block_size,
-            BLOCK=block, num_warps=4, **pdl(tables),
+        squads_kernel[(n,)](
+            leaders, ranks, sizes, pages, tokens, order, squad_starts, squad_sizes, n, n // 2, MEMBERS=self.squad,
+            PAGE=self.block_size, BLOCK=block, num_warps=4, **pdl(tables),
         )  # fmt: skip
-        return Shared(tokens, order, tile_starts, tile_sizes)
+        return Shared(tokens, order, squad_starts, squad_sizes)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch) -> Tensor:
         """q: [tokens, q_heads, head_dim]; k, v: [tokens, kv_heads, head_dim], already in the caches -> as q."""
@@ -130,11 +132,9 @@ class TritonAttention:
                                      torch.empty(places, dtype=torch.float32, device=q.device),
                                      torch.empty(places, dtype=torch.float32, device=q.device))  # fmt: skip
             of_shared: tuple[Tensor, ...] = (batch.seq_lens, q, q, q)  # not read
-            if self.cascade is not None:
-                self.cascade["cascade"] += 1
             if shared := prepared.shared:
-                assert self.cascade is not None
-                self.cascade["shared"] += 1
+                if self.cascade is not None:
+                    self.cascade["shared"] += 1
                 of_shared = shared.tokens, *self._attend_to_shared(q, k_cache, v_cache, batch, shared, shape)
             decode_kernel[(self.num_programs,)](
                 q, k_cache, v_cache, batch.block_tables, batch.seq_lens, *of_shared, prepared.unit_starts, prepared.first_entries,
@@ -162,12 +162,15 @@ class TritonAttention:
         if shared.state is None:
             n, (_, q_heads, head_dim) = batch.num_decodes, q.shape
             shared.state = (torch.empty(n, q_heads, head_dim, dtype=torch.float32, device=q.device),
-                            *torch.empty(2, n, q_heads, dtype=torch.float32, device=q.device))  # fmt: skip
+                            torch.empty(n, q_heads, dtype=torch.float32, device=q.device),
+                            torch.empty(n, q_heads, dtype=torch.float32, device=q.device))  # fmt: skip
+        num_squads = len(shared.squad_sizes)
         rows = max(self.prefill.rows, triton.next_power_of_2(shape["GROUP"]))
-        parts = triton.cdiv(MEMBERS.value, rows // shape["GROUP"])
-        shared_kernel[(len(shared.tile_sizes), self.num_kv_heads, parts)](
-            q, k_cache, v_cache, batch.block_tables, shared.tokens, shared.order, shared.tile_starts, shared.tile_sizes,
-            *shared.state, batch.block_tables.stride(0), self.scale_log2, ROWS=rows, TILE=self.prefill.kv_tile,
+        parts = triton.cdiv(self.squad, rows // shape["GROUP"])
+        at_once = max(1, min(num_squads, self.num_programs // (self.num_kv_heads * parts)))
+        shared_kernel[(self.num_kv_heads, parts, at_once)](
+            q, k_cache, v_cache, batch.block_tables, shared.tokens, shared.order, shared.squad_starts, shared.squad_sizes,
+            *shared.state, num_squads, batch.block_tables.stride(0), self.scale_log2, ROWS=rows, TILE=self.prefill.kv_tile,
             STAGES=self.prefill.stages, num_warps=self.prefill.warps, **shape,
         )  # fmt: skip
         return shared.state

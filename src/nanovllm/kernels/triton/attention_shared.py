@@ -9,8 +9,15 @@ al., 2024; Juravsky et al., "Hydragen", 2024):
 
 Who shares what is found on the device, from the block tables: the prefix cache gives equal prefixes the same pages. A *group* is
 the sequences with the same first page; it shares as many pages as all its members have in common, and at least one, since a
-page that somebody else owns as well is full, and the query's own token lies behind it. Programs of groups that do not exist leave
-at once.
+page that somebody else owns as well is full, and the query's own token lies behind it. A *squad* is up to `MEMBERS` of a group,
+whose queries are attended to together. Of five entries whose first pages are 7, 4, 7, 7, 4, with squads of two:
+
+    entry          0  1  2  3  4
+    leader         0  1  0  0  1       the group's first entry
+    rank           0  0  1  2  1       in the group
+    size           3  2  3  3  2       of the group
+    order          0  2  3  1  4       entries, group after group
+    squads         0: order[0:2]   1: order[3:5]   2: order[2:3]
 """
 
 from __future__ import annotations
@@ -21,15 +28,11 @@ import triton.language as tl
 from nanovllm.kernels.triton.attention_tile import attend_to_tile
 from nanovllm.kernels.triton.launch import wait_for_inputs
 
-MEMBERS = tl.constexpr(32)
-"""Entries of one group that a tile takes."""
-
 
 @triton.jit(do_not_specialize=["table_stride", "num_entries"])
 def groups_kernel(tables_ptr, seq_lens_ptr, leaders_ptr, ranks_ptr, sizes_ptr, pages_ptr, table_stride, num_entries,
                   PAGE: tl.constexpr, BLOCK: tl.constexpr, PAGES: tl.constexpr, PDL: tl.constexpr):
-    """One program an entry. leaders: the first entry of its group; ranks: its number in it; sizes: of the group;
-    pages: how many it has in common with the leader. All [entries] int32."""
+    """One program an entry: leaders, ranks, sizes as above; pages: how many it has in common with its leader. [entries] int32."""
     entry = tl.program_id(0)
     others = tl.arange(0, BLOCK)
     wait_for_inputs(PDL)
@@ -38,28 +41,27 @@ def groups_kernel(tables_ptr, seq_lens_ptr, leaders_ptr, ranks_ptr, sizes_ptr, p
     has_page = tl.load(seq_lens_ptr + others, mask=inside, other=0) > PAGE
     firsts = tl.load(tables_ptr + others.to(tl.int64) * table_stride, mask=has_page, other=0)
     firsts = tl.where(has_page, firsts, -1 - others)
-    members = inside & (firsts == tl.sum(tl.where(others == entry, firsts, 0), axis=0))
-    leader = tl.min(tl.where(members, others, BLOCK), axis=0)
+    in_group = inside & (firsts == tl.sum(tl.where(others == entry, firsts, 0), axis=0))
+    leader = tl.min(tl.where(in_group, others, BLOCK), axis=0)
     seq_len = tl.minimum(tl.load(seq_lens_ptr + entry), tl.load(seq_lens_ptr + leader))
     full = tl.maximum(seq_len - 1, 0) // PAGE  # the query's own token is never in a shared page
     common = full
-    for first in range(0, full, PAGES):
-        columns = first + tl.arange(0, PAGES)
+    for first_column in range(0, full, PAGES):
+        columns = first_column + tl.arange(0, PAGES)
         mine = tl.load(tables_ptr + entry.to(tl.int64) * table_stride + columns, mask=columns < full, other=0)
         theirs = tl.load(tables_ptr + leader.to(tl.int64) * table_stride + columns, mask=columns < full, other=0)
         common = tl.minimum(common, tl.min(tl.where(mine != theirs, columns, full), axis=0))
     tl.store(leaders_ptr + entry, leader)
-    tl.store(ranks_ptr + entry, tl.sum((members & (others < entry)).to(tl.int32), axis=0))
-    tl.store(sizes_ptr + entry, tl.sum(members.to(tl.int32), axis=0))
+    tl.store(ranks_ptr + entry, tl.sum((in_group & (others < entry)).to(tl.int32), axis=0))
+    tl.store(sizes_ptr + entry, tl.sum(in_group.to(tl.int32), axis=0))
     tl.store(pages_ptr + entry, common)
 
 
-@triton.jit(do_not_specialize=["num_entries", "num_tiles"])
-def shared_tiles_kernel(leaders_ptr, ranks_ptr, sizes_ptr, pages_ptr, shared_ptr, order_ptr, tile_starts_ptr, tile_sizes_ptr,
-                        num_entries, num_tiles, PAGE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """One program an entry. shared: tokens of its shared prefix; order: the entries, group after group. [entries] int32.
-    A tile is up to MEMBERS entries of one group: tile_starts, where they begin in `order`, and tile_sizes, 0 past the last
-    tile: [tiles] int32."""
+@triton.jit(do_not_specialize=["num_entries", "num_squads"])
+def squads_kernel(leaders_ptr, ranks_ptr, sizes_ptr, pages_ptr, shared_ptr, order_ptr, squad_starts_ptr, squad_sizes_ptr,
+                  num_entries, num_squads, MEMBERS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """One program an entry. shared: tokens of its group's prefix, 0 where it is alone; order as above: [entries] int32.
+    squad_starts: in `order`; squad_sizes: 0 past the last squad: [squads] int32, room for half as many as entries."""
     entry = tl.program_id(0)
     others = tl.arange(0, BLOCK)
     inside = others < num_entries
@@ -73,41 +75,30 @@ def shared_tiles_kernel(leaders_ptr, ranks_ptr, sizes_ptr, pages_ptr, shared_ptr
     place = tl.sum((leaders < leader).to(tl.int32), axis=0) + rank
     tl.store(shared_ptr + entry, tl.where(size > 1, common * PAGE, 0))
     tl.store(order_ptr + place, entry)
-    heads = (sizes > 1) & (ranks % MEMBERS == 0)
-    num_heads = tl.sum(heads.to(tl.int32), axis=0)
+    begins = (sizes > 1) & (ranks % MEMBERS == 0)  # a squad
     if (size > 1) & (rank % MEMBERS == 0):
-        tile = tl.sum((heads & (others < entry)).to(tl.int32), axis=0)
-        tl.store(tile_starts_ptr + tile, place)
-        tl.store(tile_sizes_ptr + tile, tl.minimum(size - rank, MEMBERS))
-    if (entry >= num_heads) & (entry < num_tiles):
-        tl.store(tile_sizes_ptr + entry, 0)
+        squad = tl.sum((begins & (others < entry)).to(tl.int32), axis=0)
+        tl.store(squad_starts_ptr + squad, place)
+        tl.store(squad_sizes_ptr + squad, tl.minimum(size - rank, MEMBERS))
+    if (entry >= tl.sum(begins.to(tl.int32), axis=0)) & (entry < num_squads):
+        tl.store(squad_sizes_ptr + entry, 0)
 
 
-@triton.jit(do_not_specialize=["table_stride"])
-def shared_kernel(
-    q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, shared_ptr, order_ptr, tile_starts_ptr, tile_sizes_ptr, acc_ptr, top_ptr, mass_ptr,
+@triton.jit
+def _attend(
+    q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, shared_ptr, order_ptr, acc_ptr, top_ptr, mass_ptr, first_member, size, kv_head,
     table_stride, scale_log2,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
-    TILE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile, one KV head, and of the tile's entries as many as ROWS hold. Leaves the state of online softmax after the shared
-    tokens, for attention_decode.py to begin with: acc [entries, q_heads, head_dim], top, mass [entries, q_heads], float32."""
-    # Who shares what was found long before the previous kernel.
-    size = tl.load(tile_sizes_ptr + tl.program_id(0))
-    kv_head = tl.program_id(1)
-    members: tl.constexpr = ROWS // GROUP
-    first_member = tl.program_id(2) * members
-    wait_for_inputs(PDL)  # also where there is nothing to do: the next kernel may start when all of these have ended
-    if first_member >= size:
-        return
+    """Members first_member, first_member + 1, ... of a squad of `size`, as many as ROWS hold; order_ptr: of the squad."""
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, HEAD_DIM)
     member = first_member + rows // GROUP
-    real = (rows < members * GROUP) & (member < size)
-    order_ptr += tl.load(tile_starts_ptr + tl.program_id(0))
+    real = (rows < ROWS // GROUP * GROUP) & (member < size)
     entries = tl.load(order_ptr + member, mask=real, other=0).to(tl.int64)
-    first = tl.load(order_ptr).to(tl.int64)
-    shared = tl.load(shared_ptr + first)
+    any_entry = tl.load(order_ptr).to(tl.int64)  # they share the pages, so any table will do
+    shared = tl.load(shared_ptr + any_entry)
     q_rows = (entries * KV_HEADS + kv_head) * GROUP + rows % GROUP
     places = q_rows[:, None] * HEAD_DIM + dims[None, :]
     q = tl.load(q_ptr + places, mask=real[:, None], other=0.0)
@@ -117,8 +108,32 @@ def shared_kernel(
     acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
     for tile in tl.range(0, tl.cdiv(shared, TILE), num_stages=STAGES):
         top, mass, acc = attend_to_tile(
-            q, top, mass, acc, k_cache_ptr, v_cache_ptr, tables_ptr + first * table_stride, kv_head, tile * TILE, shared, limits,
-            scale_log2, KV_HEADS, HEAD_DIM, PAGE, TILE, PRECISION, MASKED=PAGE % TILE != 0)  # fmt: skip
+            q, top, mass, acc, k_cache_ptr, v_cache_ptr, tables_ptr + any_entry * table_stride, kv_head, tile * TILE, shared,
+            limits, scale_log2, KV_HEADS, HEAD_DIM, PAGE, TILE, PRECISION, MASKED=PAGE % TILE != 0)  # fmt: skip
     tl.store(top_ptr + q_rows, top, mask=real)
     tl.store(mass_ptr + q_rows, mass, mask=real)
     tl.store(acc_ptr + places, acc, mask=real[:, None])
+
+
+@triton.jit(do_not_specialize=["table_stride", "num_squads"])
+def shared_kernel(
+    q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, shared_ptr, order_ptr, squad_starts_ptr, squad_sizes_ptr, acc_ptr, top_ptr,
+    mass_ptr, num_squads, table_stride, scale_log2,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A KV head (axis 0), as many members as ROWS hold (axis 1), of every so many-th squad (axis 2). Leaves the state of online
+    softmax after the shared tokens, for attention_decode.py to begin with: acc [entries, q_heads, head_dim], top, mass [entries,
+    q_heads], float32."""
+    kv_head = tl.program_id(0)
+    first_member = tl.program_id(1) * (ROWS // GROUP)
+    squad = tl.program_id(2)
+    size = tl.load(squad_sizes_ptr + squad)  # found long before the previous kernel
+    wait_for_inputs(PDL)  # also where there is nothing to do: the next kernel may start when all of these have ended
+    while size > 0:
+        if first_member < size:
+            _attend(q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, shared_ptr, order_ptr + tl.load(squad_starts_ptr + squad), acc_ptr,
+                    top_ptr, mass_ptr, first_member, size, kv_head, table_stride, scale_log2, KV_HEADS, GROUP, ROWS, HEAD_DIM,
+                    PAGE, TILE, STAGES, PRECISION)  # fmt: skip
+        squad += tl.num_programs(2)
+        size = tl.load(squad_sizes_ptr + squad, mask=squad < num_squads, other=0)
