@@ -60,9 +60,9 @@ test: $(READY)  ## the test suite, under ten minutes on two cores
 test-slow: $(READY)  ## what takes longer
 	@$(BIN)/python -m pytest -m slow
 
-# `make property`: the fast profile, as in `make test`; DEEP=1: thousands of examples, about an hour; REPEAT=50: fast with 50 seeds;
+# `make property`: the fast profile, as in `make test`; DEEP=1: thousands of examples, over an hour; REPEAT=50: fast with 50 seeds;
 # MATRIX=1: which property kills which bad implementation, written to docs/bad-implementations.md.
-property: $(READY)  ## property tests alone (DEEP=1: an hour; REPEAT=50: as many seeds; MATRIX=1: the page of bad implementations)
+property: $(READY)  ## property tests alone (DEEP=1: over an hour; REPEAT=50: as many seeds; MATRIX=1: the page of bad implementations)
 ifdef REPEAT
 	@$(BIN)/python -m property_tests.repeat $(REPEAT)
 else ifdef MATRIX

@@ -86,8 +86,9 @@ def smallest_explaining_noise(scaled: Tensor, rows: Rows, tokens: Tensor) -> Ten
     - nothing that is kept for certain beats it by more than d. Kept for certain is a token i for which the others above
       s_i - d are fewer than k and their mass at its largest, b / (b + (1 - b) e^-d), is below p.
 
-    Masses are of the reference's own top-k set. Both conditions grow with d, so d is found by bisection. For foreign rows
-    only the first counts. The most likely tokens nearly always suffice; where one beyond them could matter, all are looked at.
+    Masses are of the reference's own top-k set; the quotients are computed as sigmoid(logit(a) - d) and sigmoid(logit(b) + d), of
+    which no underflow makes 0 / 0. Both conditions grow with d, so d is found by bisection. For foreign rows only the first
+    counts. The most likely tokens nearly always suffice; where one beyond them could matter, all are looked at.
     """
     vocab_size = scaled.shape[1]
     k, _ = rows.limits(vocab_size)

@@ -1,4 +1,4 @@
-"""How much a property is tried: `fast` in every run of the test suite, `deep` for an hour (`make property DEEP=1`).
+"""How much a property is tried: `fast` in every run of the test suite, `deep` for over an hour (`make property DEEP=1`).
 
 `@holds(fast=60, name=strategy, ...)` makes a Hypothesis test of a function; the deep profile multiplies the number of examples.
 What it is made of stays at hand (`test.property`), so that bad implementations can be tried against the very same property.
