@@ -29,11 +29,12 @@ from nanovllm.kernels.triton.launch import let_next_start, pdl, prefetch_to_l2, 
 from nanovllm.kernels.triton.linear import linear, linear_of_few, suits_few
 from nanovllm.kernels.triton.rope import norm_and_rotate, qk_norm_rope_store_kv
 
-_FUSED_ROWS = 1, 256
-"""From here to there a product and what follows it are one kernel; (1, 0) turns both fused products off."""
+GATE_UP_ROWS, QKV_ROWS = (33, 256), (65, 256)
+"""From here to there a product and what follows it are one kernel."""
+FEW_ROWS = False
 _FUSED_WEIGHTS = 1 << 23
 """In tiles only products of fewer weights: the larger fill the GPU by themselves, and what a kernel costs beside them is little."""
-_LINES = 16
+_LINES = 1
 """Of each row of weights, so many lines of 128 bytes are fetched into L2 while the kernel in front still runs."""
 
 
@@ -47,11 +48,9 @@ class Tiling(NamedTuple):
     warps: int
 
 
-GATE_UP_TILINGS = {16: Tiling(16, 32, 128, 4, 4), 32: Tiling(32, 32, 128, 4, 4), 64: Tiling(64, 64, 128, 4, 4),
-                   128: Tiling(128, 64, 64, 4, 4), 256: Tiling(128, 128, 64, 4, 8)}  # fmt: skip
-QKV_TILINGS = {16: Tiling(16, 128, 128, 5, 4), 32: Tiling(32, 128, 128, 4, 4), 64: Tiling(64, 128, 64, 4, 4),
-               128: Tiling(64, 128, 64, 4, 4), 256: Tiling(64, 128, 64, 4, 4)}  # fmt: skip
-"""By the largest number of rows each is for. Guesses: nobody has tuned them on a card."""
+GATE_UP_TILINGS = {64: Tiling(64, 64, 128, 4, 8), 128: Tiling(64, 64, 128, 3, 4), 256: Tiling(64, 128, 64, 4, 4)}
+QKV_TILINGS = {128: Tiling(64, 128, 128, 4, 4), 256: Tiling(64, 128, 128, 3, 4)}
+"""By the largest number of rows each is for."""
 
 
 @triton.jit
@@ -139,9 +138,9 @@ def tiling_for(tilings: dict[int, Tiling], num_rows: int) -> Tiling:
     return next((tiling for most, tiling in tilings.items() if num_rows <= most), list(tilings.values())[-1])
 
 
-def may_fuse(x: Tensor, bias: Tensor | None) -> bool:
+def may_fuse(x: Tensor, bias: Tensor | None, rows: tuple[int, int]) -> bool:
     """Whether a product is for one kernel at all."""
-    return _FUSED_ROWS[0] <= x.shape[0] <= _FUSED_ROWS[1] and x.dtype.itemsize == 2 and bias is None
+    return rows[0] <= x.shape[0] <= rows[1] and x.dtype.itemsize == 2 and bias is None
 
 
 def fits_tiles(x: Tensor, weight: Tensor, tiling: Tiling) -> bool:
@@ -151,10 +150,10 @@ def fits_tiles(x: Tensor, weight: Tensor, tiling: Tiling) -> bool:
 
 def linear_silu_and_mul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x: [rows, k], weight: [2 * n, k], gate first -> silu(gate) * up: [rows, n]."""
-    if may_fuse(x, bias):
+    if FEW_ROWS and suits_few(x, weight):
+        return linear_of_few(x, weight, gate_and_up=True)
+    if may_fuse(x, bias, GATE_UP_ROWS):
         tiling = tiling_for(GATE_UP_TILINGS, x.shape[0])
-        if suits_few(x, weight):
-            return linear_of_few(x, weight, gate_and_up=True)
         if fits_tiles(x, weight, tiling) and weight.shape[0] % tiling.columns == 0:
             return fused_gate_up(x, weight, tiling)
     return silu_and_mul(linear(x, weight, bias))
@@ -180,7 +179,7 @@ def linear_qk_norm_rope_store_kv(x: Tensor, weight: Tensor, bias: Tensor | None,
     tensor of its own where the product is fused."""
     tiling, head_dim = tiling_for(QKV_TILINGS, x.shape[0]), k_cache.shape[3]
     rest = q_weight, k_weight, eps, cos_sin, k_cache, v_cache, slot_mapping
-    if may_fuse(x, bias) and fits_tiles(x, weight, tiling) and head_dim in (16, 32, 64, 128, 256):
+    if may_fuse(x, bias, QKV_ROWS) and fits_tiles(x, weight, tiling) and head_dim in (16, 32, 64, 128, 256):
         return fused_qkv(x, weight, *rest, tiling)
     return qk_norm_rope_store_kv(linear(x, weight, bias), *rest)
 
