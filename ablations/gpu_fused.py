@@ -10,8 +10,7 @@ L2 cache):
     gate_up    product, then SwiGLU, as two kernels ("today") and as one ("fused"), one line a tiling
     qkv        product, then q/k norm + rotary embedding + KV store, likewise
     chain      norm, qkv, o, norm, gate_up, down, each fed by the one before, without attention: today's, either fused, both. Here
-               the fused kernels are at work in the chain of dependent launches, so this decides. "1 line": with next to nothing
-               of the weights fetched ahead
+               the fused kernels are at work in the chain of dependent launches, so this decides
 
 Each fused result is compared with torch's composition first: `error` is |ours - torch's| / |torch's| of all that is written, the
 worst tensor of them; past 1 % the line says WRONG and is not considered for the chain. A tiling that the card refuses is a
@@ -133,18 +132,6 @@ def gate_up_in_tiles(tiling: Tiling) -> GateUp:
 
 def qkv_in_tiles(tiling: Tiling) -> QKV:
     return lambda x, weight, *rest: fused.fused_qkv(x, weight, *rest, tiling=tiling)
-
-
-def with_lines(function: Callable[..., Any], lines: int) -> Callable[..., Any]:
-    """`function`, fetching so many lines of each row of weights ahead."""
-    def call(*args: Any) -> Any:
-        before, fused._LINES = fused._LINES, lines
-        try:
-            return function(*args)
-        finally:
-            fused._LINES = before
-
-    return call
 
 
 def graph_s(function: Callable[[int], object], layers: int, repeats: int = 30, warmup: int = 8) -> float:
@@ -292,7 +279,7 @@ class Study:
         inputs = self.model.of_rows(num_rows)
         gate_up, qkv = found.get("gate_up", gate_up_today), found.get("qkv", qkv_today)
         variants = {"today": (gate_up_today, qkv_today), "both fused": (gate_up, qkv), "gate_up only": (gate_up, qkv_today),
-                    "qkv only": (gate_up_today, qkv), "both, 1 line": (with_lines(gate_up, 1), with_lines(qkv, 1))}  # fmt: skip
+                    "qkv only": (gate_up_today, qkv)}  # fmt: skip
         expected: list[Tensor] = []
 
         def error(function: Callable[[int], Tensor]) -> float:

@@ -135,6 +135,14 @@ def test_rope_and_stores(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, fe
 FUSED_ROWS = [1, 3, 16, 17, 40, 64, 100, 130, 256]
 
 
+@pytest.fixture
+def fuse_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it would be slower."""
+    monkeypatch.setattr(fused, "_GATE_UP_ROWS", (1, 256))
+    monkeypatch.setattr(fused, "_QKV_ROWS", (1, 256))
+
+
+@pytest.mark.usefixtures("fuse_always")
 @pytest.mark.parametrize("rows", FUSED_ROWS)
 @pytest.mark.parametrize(("n", "k"), [(64, 128), (192, 384)])
 def test_gate_and_up_in_one_kernel(monkeypatch: pytest.MonkeyPatch, rows: int, n: int, k: int) -> None:
@@ -167,6 +175,7 @@ def with_own_caches(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return *arguments[:7], arguments[7].clone(), arguments[8].clone(), arguments[9]
 
 
+@pytest.mark.usefixtures("fuse_always")
 @pytest.mark.parametrize("rows", FUSED_ROWS)
 @pytest.mark.parametrize(("kv_heads", "group", "head_dim", "page", "k"),
                          [(2, 2, 64, 16, 128), (1, 5, 32, 32, 256), (3, 1, 16, 8, 384), (1, 2, 128, 256, 128)])
@@ -184,6 +193,7 @@ def test_heads_in_one_kernel(monkeypatch: pytest.MonkeyPatch, rows: int, kv_head
         assert (cache.transpose(1, 2).flatten(0, 1)[untouched] == 7).all(), "a slot that no token has was written to"
 
 
+@pytest.mark.usefixtures("fuse_always")
 @pytest.mark.parametrize("rows", [1, 5, 17, 65])
 def test_rows_past_the_last_store_nothing(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """Behind the rows stand others, of inputs and of outputs; the last slot's neighbours and slot 0 are not theirs either."""
@@ -210,6 +220,7 @@ def test_rows_past_the_last_store_nothing(monkeypatch: pytest.MonkeyPatch, rows:
         assert (by_slot == 7).flatten(1).all(dim=1).sum() == len(by_slot) - len(slots[:rows].unique())
 
 
+@pytest.mark.usefixtures("fuse_always")
 def test_what_the_fused_kernels_do_not_do_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     fallbacks: list[int] = []
     for name, separate in (("silu_and_mul", fused.silu_and_mul), ("qk_norm_rope_store_kv", fused.qk_norm_rope_store_kv)):
@@ -234,10 +245,22 @@ def test_what_the_fused_kernels_do_not_do_falls_back(monkeypatch: pytest.MonkeyP
     check((x, weight, draw(len(weight), dtype=dtype, seed=9), *rest), True)
     monkeypatch.setattr(fused, "_FUSED_WEIGHTS", weight.numel())
     check((x, weight, None, *rest), True)
-    monkeypatch.undo()
-    for rows, off in (((6, 256), True), ((1, 4), True), ((5, 5), False), ((1, 0), True)):
-        monkeypatch.setattr(fused, "_FUSED_ROWS", rows)
-        assert fused.may_fuse(x, None) != off
+
+
+def test_products_are_fused_where_that_was_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[str] = []
+    for name in ("linear_of_few", "fused_gate_up", "silu_and_mul", "fused_qkv", "qk_norm_rope_store_kv"):
+        monkeypatch.setattr(fused, name, lambda *_, name=name, **__: chosen.append(name))
+    monkeypatch.setattr(fused, "linear", lambda *_: None)
+    for rows, gate_up, qkv in ((1, "linear_of_few", None), (16, "linear_of_few", None), (17, "silu_and_mul", None),
+                               (32, "silu_and_mul", None), (33, "fused_gate_up", None), (64, "fused_gate_up", None),
+                               (65, "fused_gate_up", "fused_qkv"), (256, "fused_gate_up", "fused_qkv"),
+                               (257, "silu_and_mul", None)):  # fmt: skip
+        chosen.clear()
+        fused.linear_silu_and_mul(draw(rows, 1024, dtype=torch.bfloat16), draw(256, 1024, dtype=torch.bfloat16))
+        fused.linear_qk_norm_rope_store_kv(*head_case(rows, 1, 2, 64, 16, 1024, torch.bfloat16))
+        assert chosen == [gate_up, qkv or "qk_norm_rope_store_kv"]
+
 
 
 def test_large_products_are_left_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,6 @@ from nanovllm.kernels.triton.launch import pdl
 
 _LOG2_E = 1.4426950408889634
 PROGRAMS_PER_SM = 3  # of the decode kernel, resident together
-AHEAD = 1  # tiles that a program of the decode kernel fetches into L2 before it may read its inputs
 
 
 class Tiling(NamedTuple):
@@ -141,7 +140,7 @@ class TritonAttention:
                 q, k_cache, v_cache, batch.block_tables, batch.seq_lens, *of_shared, prepared.unit_starts, prepared.first_entries,
                 prepared.totals, out, *prepared.partials, prepared.arrivals, batch.block_tables.stride(0), self.scale_log2,
                 ROWS=max(self.decode.rows, triton.next_power_of_2(group)), TILE=self.decode.kv_tile,
-                STAGES=self.decode.stages, SHARED=bool(shared), AHEAD=AHEAD, num_warps=self.decode.warps, **shape,
+                STAGES=self.decode.stages, SHARED=bool(shared), num_warps=self.decode.warps, **shape,
             )  # fmt: skip
         if batch.num_decodes < len(batch.host_query_lens):
             rows = max(self.prefill.rows, triton.next_power_of_2(group))

@@ -39,33 +39,17 @@ def _shared_by(shared_ptr, entry, SHARED: tl.constexpr):
 
 
 @triton.jit
-def _prefetch_tiles(k_cache_ptr, v_cache_ptr, table_ptr, seq_len, shared, unit, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-                    PAGE: tl.constexpr, TILE: tl.constexpr, AHEAD: tl.constexpr):
-    """Starts fetching AHEAD tiles of an entry, from unit number `unit` (counted over its heads) on, as far as its head has them."""
+def _prefetch_tile(k_cache_ptr, v_cache_ptr, table_ptr, seq_len, shared, unit, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+                   PAGE: tl.constexpr, TILE: tl.constexpr):
+    """Starts fetching the tile of unit number `unit` of an entry (counted over its heads)."""
     units = _units(seq_len - shared, TILE)
-    first_tile = tl.maximum(unit % units - SETUP, 0)
+    first_token = shared + tl.maximum(unit % units - SETUP, 0) * TILE
+    rows = rows_of_tile(table_ptr, unit // units, first_token, seq_len, KV_HEADS, PAGE, TILE)
     lines = tl.arange(0, HEAD_DIM // 16) * 16  # sectors of 32 bytes, in elements of two
-    for i in tl.static_range(AHEAD):
-        first_token = shared + tl.minimum(first_tile + i, units - SETUP - 1) * TILE
-        rows = rows_of_tile(table_ptr, unit // units, first_token, seq_len, KV_HEADS, PAGE, TILE)
-        exists = (first_token + tl.arange(0, TILE) < seq_len)[:, None]
-        places = tl.where(exists, rows[:, None], tl.min(rows, axis=0)) * HEAD_DIM + lines[None, :]
-        prefetch_to_l2(k_cache_ptr + places)
-        prefetch_to_l2(v_cache_ptr + places)
-
-
-@triton.jit(do_not_specialize=["table_stride"])
-def ahead_kernel(k_cache_ptr, v_cache_ptr, tables_ptr, seq_lens_ptr, shared_ptr, unit_starts_ptr, first_entries_ptr, totals_ptr,
-                 table_stride, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-                 AHEAD: tl.constexpr, SHARED: tl.constexpr):  # fmt: skip
-    """Starts fetching what the decode kernel's programs will read first."""
-    program = tl.program_id(0)
-    at = program * tl.load(totals_ptr)
-    entry = tl.load(first_entries_ptr + program)
-    if at < tl.load(totals_ptr + 1):
-        _prefetch_tiles(k_cache_ptr, v_cache_ptr, tables_ptr + entry.to(tl.int64) * table_stride, tl.load(seq_lens_ptr + entry),
-                        _shared_by(shared_ptr, entry, SHARED), at - tl.load(unit_starts_ptr + entry), KV_HEADS, HEAD_DIM,
-                        PAGE, TILE, AHEAD)  # fmt: skip
+    exists = (first_token + tl.arange(0, TILE) < seq_len)[:, None]
+    places = tl.where(exists, rows[:, None], tl.min(rows, axis=0)) * HEAD_DIM + lines[None, :]
+    prefetch_to_l2(k_cache_ptr + places)
+    prefetch_to_l2(v_cache_ptr + places)
 
 
 @triton.jit(do_not_specialize=["num_entries"])
@@ -171,8 +155,7 @@ def decode_kernel(
     unit_starts_ptr, first_entries_ptr, totals_ptr, out_ptr, partial_acc_ptr, partial_top_ptr, partial_mass_ptr, arrivals_ptr,
     table_stride, scale_log2,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
-    TILE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, SHARED: tl.constexpr, AHEAD: tl.constexpr,
-    PDL: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, SHARED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One piece of the line of tiles. Partial results lie in two places for each program: 0 for an item that began in an
     earlier program, 1 for one that begins here."""
@@ -184,9 +167,9 @@ def decode_kernel(
     entry = tl.load(first_entries_ptr + program)
     if PDL:  # noqa: SIM102  a constant, and a condition of the device
         if at < end:
-            _prefetch_tiles(k_cache_ptr, v_cache_ptr, tables_ptr + entry.to(tl.int64) * table_stride, tl.load(seq_lens_ptr + entry),
-                            _shared_by(shared_ptr, entry, SHARED), at - tl.load(unit_starts_ptr + entry), KV_HEADS, HEAD_DIM,
-                            PAGE, TILE, AHEAD)  # fmt: skip
+            _prefetch_tile(k_cache_ptr, v_cache_ptr, tables_ptr + entry.to(tl.int64) * table_stride, tl.load(seq_lens_ptr + entry),
+                           _shared_by(shared_ptr, entry, SHARED), at - tl.load(unit_starts_ptr + entry), KV_HEADS, HEAD_DIM,
+                           PAGE, TILE)  # fmt: skip
     wait_for_inputs(PDL)
     while at < end:
         seq_len = tl.load(seq_lens_ptr + entry)

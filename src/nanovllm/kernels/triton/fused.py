@@ -11,8 +11,8 @@ the chain of dependent launches (launch.py), so they need not wait for the kerne
 Gate and up of up to 16 rows is no kernel of this file: those of linear.py, which hold their weights before they wait, end in SwiGLU
 as well. Heads have no such kernel, as a norm needs the whole of one, and its weights fit into no program.
 
-Not measured yet. Predicted for Qwen3-0.6B on an H200: at 256 rows 2 us a layer less for gate and up and 3 us less for q, k and v,
-3 % of a canonical step; at 1 to 64 rows 5 us a layer less. `ablations/gpu_fused.py` measures both and tries other tilings.
+Measured on an H200 with Qwen3-0.6B, in the engine: 1.6 % of a canonical step, 2 % of a step of 8 or 64 requests (ablations/LOG.md).
+Fetching weights into L2 while the kernel in front still runs made it slower; `ablations/gpu_fused.py` compares tilings.
 """
 
 from __future__ import annotations
@@ -25,17 +25,14 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.triton.activation import gated, silu_and_mul
-from nanovllm.kernels.triton.launch import let_next_start, pdl, prefetch_to_l2, shared_memory, wait_for_inputs
+from nanovllm.kernels.triton.launch import let_next_start, pdl, shared_memory, wait_for_inputs
 from nanovllm.kernels.triton.linear import linear, linear_of_few, suits_few
 from nanovllm.kernels.triton.rope import norm_and_rotate, qk_norm_rope_store_kv
 
-GATE_UP_ROWS, QKV_ROWS = (33, 256), (65, 256)
-"""From here to there a product and what follows it are one kernel."""
-FEW_ROWS = False
+_GATE_UP_ROWS, _QKV_ROWS = (33, 256), (65, 256)
+"""From here to there a product in tiles and what follows it are one kernel; gate and up of up to 16 rows always are."""
 _FUSED_WEIGHTS = 1 << 23
 """In tiles only products of fewer weights: the larger fill the GPU by themselves, and what a kernel costs beside them is little."""
-_LINES = 1
-"""Of each row of weights, so many lines of 128 bytes are fetched into L2 while the kernel in front still runs."""
 
 
 class Tiling(NamedTuple):
@@ -50,16 +47,14 @@ class Tiling(NamedTuple):
 
 GATE_UP_TILINGS = {64: Tiling(64, 64, 128, 4, 8), 128: Tiling(64, 64, 128, 3, 4), 256: Tiling(64, 128, 64, 4, 4)}
 QKV_TILINGS = {128: Tiling(64, 128, 128, 4, 4), 256: Tiling(64, 128, 128, 3, 4)}
-"""By the largest number of rows each is for."""
+"""By the largest number of rows each is for: the fastest of six or more on an H200."""
 
 
 @triton.jit
 def _pairs_of_products(x_ptr, weight_rows, rows, num_rows, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                       STEP: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr):
+                       STEP: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
     """Rows of x times the weights at weight_rows ([COLUMNS, 1] pointers): the even ones' products and the odd ones', each
     [ROWS, COLUMNS / 2] and rounded to the model's type."""
-    if PDL and tl.program_id(0) == 0:  # the other row tiles read the same
-        prefetch_to_l2(weight_rows + (tl.arange(0, LINES) * 64)[None, :])  # lines of 128 bytes
     wait_for_inputs(PDL)
     ks = tl.arange(0, STEP)[None, :]
     exists = (rows < num_rows)[:, None]
@@ -73,7 +68,7 @@ def _pairs_of_products(x_ptr, weight_rows, rows, num_rows, K: tl.constexpr, ROWS
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _gate_up_kernel(x_ptr, weight_ptr, out_ptr, num_rows, n, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                    STEP: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr):
+                    STEP: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
     """out[rows, columns] for COLUMNS / 2 of n columns: silu(x times row c of the weights) * (x times row c + n)."""
     let_next_start(PDL)
     pairs: tl.constexpr = COLUMNS // 2
@@ -81,7 +76,7 @@ def _gate_up_kernel(x_ptr, weight_ptr, out_ptr, num_rows, n, K: tl.constexpr, RO
     first = tl.program_id(1) * pairs
     weight_rows = weight_ptr + (first + members // 2 + members % 2 * n).to(tl.int64) * K
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    gate, up = _pairs_of_products(x_ptr, weight_rows, rows, num_rows, K, ROWS, COLUMNS, STEP, STAGES, LINES, PDL)
+    gate, up = _pairs_of_products(x_ptr, weight_rows, rows, num_rows, K, ROWS, COLUMNS, STEP, STAGES, PDL)
     places = rows[:, None] * n + (first + tl.arange(0, pairs))[None, :]
     tl.store(out_ptr + places, gated(gate, up), mask=(rows < num_rows)[:, None])
 
@@ -89,7 +84,7 @@ def _gate_up_kernel(x_ptr, weight_ptr, out_ptr, num_rows, n, K: tl.constexpr, RO
 @triton.jit(do_not_specialize=["num_rows"])
 def _qkv_kernel(x_ptr, weight_ptr, q_weight_ptr, k_weight_ptr, eps, cos_sin_ptr, k_cache_ptr, v_cache_ptr, slot_ptr, q_ptr, k_ptr,
                 v_ptr, num_rows, Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
-                K: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, LINES: tl.constexpr,
+                K: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
                 PDL: tl.constexpr):  # fmt: skip
     """One head of ROWS tokens. Heads: q's, then k's, then v's."""
     let_next_start(PDL)
@@ -98,7 +93,7 @@ def _qkv_kernel(x_ptr, weight_ptr, q_weight_ptr, k_weight_ptr, eps, cos_sin_ptr,
     members = tl.arange(0, HEAD_DIM)[:, None]
     weight_rows = weight_ptr + (head * HEAD_DIM + members // 2 + members % 2 * half).to(tl.int64) * K
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    first, second = _pairs_of_products(x_ptr, weight_rows, rows, num_rows, K, ROWS, HEAD_DIM, STEP, STAGES, LINES, PDL)
+    first, second = _pairs_of_products(x_ptr, weight_rows, rows, num_rows, K, ROWS, HEAD_DIM, STEP, STAGES, PDL)
 
     exists = (rows < num_rows)[:, None]
     columns = tl.arange(0, half)[None, :]
@@ -150,9 +145,9 @@ def fits_tiles(x: Tensor, weight: Tensor, tiling: Tiling) -> bool:
 
 def linear_silu_and_mul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x: [rows, k], weight: [2 * n, k], gate first -> silu(gate) * up: [rows, n]."""
-    if FEW_ROWS and suits_few(x, weight):
+    if bias is None and x.dtype.itemsize == 2 and suits_few(x, weight):
         return linear_of_few(x, weight, gate_and_up=True)
-    if may_fuse(x, bias, GATE_UP_ROWS):
+    if may_fuse(x, bias, _GATE_UP_ROWS):
         tiling = tiling_for(GATE_UP_TILINGS, x.shape[0])
         if fits_tiles(x, weight, tiling) and weight.shape[0] % tiling.columns == 0:
             return fused_gate_up(x, weight, tiling)
@@ -167,7 +162,7 @@ def fused_gate_up(x: Tensor, weight: Tensor, tiling: Tiling) -> Tensor:
     rows, columns, step, _, warps = tiling
     _gate_up_kernel[(triton.cdiv(num_rows, rows), 2 * n // columns)](
         x, weight, out, num_rows, n, K=k, ROWS=rows, COLUMNS=columns, STEP=step, STAGES=_stages(tiling, columns, x.device),
-        LINES=_lines(k), num_warps=warps, **pdl(x),
+        num_warps=warps, **pdl(x),
     )  # fmt: skip
     return out
 
@@ -179,7 +174,7 @@ def linear_qk_norm_rope_store_kv(x: Tensor, weight: Tensor, bias: Tensor | None,
     tensor of its own where the product is fused."""
     tiling, head_dim = tiling_for(QKV_TILINGS, x.shape[0]), k_cache.shape[3]
     rest = q_weight, k_weight, eps, cos_sin, k_cache, v_cache, slot_mapping
-    if may_fuse(x, bias, QKV_ROWS) and fits_tiles(x, weight, tiling) and head_dim in (16, 32, 64, 128, 256):
+    if may_fuse(x, bias, _QKV_ROWS) and fits_tiles(x, weight, tiling) and head_dim in (16, 32, 64, 128, 256):
         return fused_qkv(x, weight, *rest, tiling)
     return qk_norm_rope_store_kv(linear(x, weight, bias), *rest)
 
@@ -196,7 +191,7 @@ def fused_qkv(x: Tensor, weight: Tensor, q_weight: Tensor, k_weight: Tensor, eps
     _qkv_kernel[(triton.cdiv(num_rows, rows), q_heads + 2 * kv_heads)](
         x, weight, q_weight, k_weight, eps, cos_sin, k_cache, v_cache, slot_mapping, q, key, value, num_rows, Q_HEADS=q_heads,
         KV_HEADS=kv_heads, HEAD_DIM=head_dim, PAGE=page, K=k, ROWS=rows, STEP=step, STAGES=_stages(tiling, head_dim, x.device),
-        LINES=_lines(k), num_warps=warps, **pdl(x),
+        num_warps=warps, **pdl(x),
     )  # fmt: skip
     return q, key, value
 
@@ -206,8 +201,3 @@ def _stages(tiling: Tiling, columns: int, device: torch.device) -> int:
     on any device, and then a stage less lies in shared memory."""
     stage_bytes = (tiling.rows + columns) * tiling.step * 2
     return min(tiling.stages, shared_memory(device) // stage_bytes + (tiling.rows < 64))
-
-
-def _lines(k: int) -> int:
-    """A power of two, as Triton's ranges must be."""
-    return min(_LINES, 1 << (k // 64).bit_length() - 1)
