@@ -96,10 +96,10 @@ def _modelled_scaling(library: Library, devices: int, rows: Sequence[Mapping[str
         for cell, workload in sorted(durations):
             change, drawn = _change(study, cell), study.plan["workloads"][workload]
             alone = durations.get((study.analysis["baseline"], workload))
-            lengths = drawn["params"].get("output_tokens")
+            ranges = [drawn["params"].get(name) for name in ("prompt_tokens", "output_tokens")]
             if change.pop("tensor_parallel_size", None) != (1, 2) or change.keys() - {"all_reduce"} or not alone:
                 continue
-            if drawn["kind"] != "random" or not isinstance(lengths, list) or lengths[0] != lengths[1]:
+            if drawn["kind"] != "random" or any(not isinstance(ends, list) or ends[0] != ends[1] for ends in ranges):
                 continue
             level, batch = str(study.plan["cells"][cell]["levels"].get("all_reduce", "library")), drawn["num_requests"]
             num_sums, num_bytes = 2 * shape["num_hidden_layers"], 2 * batch * shape["hidden_size"]

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import pytest
 
+from experiments import workloads
 from experiments.plan import NotHereError, build_plan, inapplicable
 from experiments.spec import load_profile, load_study
+from nanovllm.config import Optimizations, ResolvedConfig
+from nanovllm.engine.continuous_batching import ContinuousScheduler
+from nanovllm.engine.prefix_cache import CachingBlockManager
+from nanovllm.engine.scheduler import StepPlan
+from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.stats import StepStats
+from nanovllm.sampling_params import SamplingParams
 
 
 @pytest.mark.parametrize(("profile", "degrees"), [("h200-x2", [2]), ("h200-x4", [2, 4]), ("8gpu", [2, 4, 8])])
@@ -47,6 +57,31 @@ def test_the_gate_has_a_study_of_its_own(preset: str) -> None:
     plan = build_plan(study.model_copy(update={"model": model}), load_profile("h200-x2"))
     assert plan["model"]["shape"]["num_hidden_layers"] == 4
     assert {"baseline", "tp2", "tp2-symmetric"} <= plan["cells"].keys()
+
+
+@pytest.mark.parametrize(("degree", "preemptions"), [(1, 3), (2, 2)])
+def test_the_gate_sees_preempted_requests(degree: int, preemptions: int) -> None:
+    """The scheduler alone, with the study's cache: admission foresees most, so that a workload has to be made for it."""
+    study = load_study("scaling-gate")[0]
+    plan = build_plan(study, load_profile("h200-x2"))
+    shape, resolved = plan["model"]["shape"], study.settings.model_dump(exclude_none=True)
+    token_bytes = 2 * 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"] // degree
+    size, stats = resolved["block_size"], StepStats()
+    blocks = CachingBlockManager(resolved.pop("kv_cache_memory_bytes") // (token_bytes * size), size, stats)
+    config = ResolvedConfig(model="none", **resolved, optimizations=Optimizations(batching="chunked", prefix_cache=True, cuda_graphs=True,
+                                                                                  overlap=True))  # fmt: skip
+    scheduler = ContinuousScheduler(config, blocks, stats)
+    for i, request in enumerate(workloads.rebuild("growing", plan["workloads"]["growing"])["waves"][0]):
+        scheduler.add(Sequence(str(i), list(request["prompt_token_ids"]), SamplingParams(max_tokens=request["max_tokens"], ignore_eos=True)))
+    in_flight: deque[StepPlan] = deque()
+    while scheduler.num_unfinished or in_flight:
+        step = scheduler.schedule()
+        if step is not None:
+            in_flight.append(step)
+        if step is None or len(in_flight) > 1:
+            oldest = in_flight.popleft()
+            scheduler.commit(oldest, [1] * sum(oldest.samples))
+    assert stats.preemptions == preemptions
 
 
 def test_symmetric_memory_is_not_for_a_cpu() -> None:
