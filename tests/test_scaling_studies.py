@@ -68,11 +68,12 @@ def test_the_gate_sees_preempted_requests(degree: int, preemptions: int) -> None
     token_bytes = 2 * 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"] // degree
     size, stats = resolved["block_size"], StepStats()
     blocks = CachingBlockManager(resolved.pop("kv_cache_memory_bytes") // (token_bytes * size), size, stats)
-    config = ResolvedConfig(model="none", **resolved, optimizations=Optimizations(batching="chunked", prefix_cache=True, cuda_graphs=True,
-                                                                                  overlap=True))  # fmt: skip
+    switches = Optimizations(batching="chunked", prefix_cache=True, cuda_graphs=True, overlap=True)
+    config = ResolvedConfig(model="none", **resolved, optimizations=switches)
     scheduler = ContinuousScheduler(config, blocks, stats)
     for i, request in enumerate(workloads.rebuild("growing", plan["workloads"]["growing"])["waves"][0]):
-        scheduler.add(Sequence(str(i), list(request["prompt_token_ids"]), SamplingParams(max_tokens=request["max_tokens"], ignore_eos=True)))
+        params = SamplingParams(max_tokens=request["max_tokens"], ignore_eos=True)
+        scheduler.add(Sequence(str(i), list(request["prompt_token_ids"]), params))
     in_flight: deque[StepPlan] = deque()
     while scheduler.num_unfinished or in_flight:
         step = scheduler.schedule()

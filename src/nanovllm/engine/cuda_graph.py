@@ -37,7 +37,7 @@ from nanovllm.models.config import ModelConfig
 
 SHARING_KV_HEADS = 128
 """Reading a prefix once pays off from so many pairs of a sequence that shares it and a KV head on: a program reads for all of
-them, but tile after tile, and there is one for each KV head (ablations/LOG.md: a count; only 32 sharers and 8 heads were measured)."""
+them, but tile after tile, and there is one for each KV head. A count (ablations/LOG.md); 32 sharers and 8 heads were measured."""
 
 
 def buckets_for(max_num_seqs: int) -> list[int]:
