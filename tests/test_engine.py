@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import shutil
 from pathlib import Path
@@ -211,7 +212,6 @@ def test_compiled_kernels_are_the_twins_of_torch(tiny: Path, hf: Any) -> None:
 
 
 def test_a_closed_engine_says_so_and_gives_memory_back(tiny: Path) -> None:
-    import gc
     import weakref
 
     llm = LLM(str(tiny), **SMALL)
@@ -222,6 +222,16 @@ def test_a_closed_engine_says_so_and_gives_memory_back(tiny: Path) -> None:
     assert model() is None
     with pytest.raises(EngineDeadError, match="closed"):
         llm.generate("x")
+
+
+def test_garbage_collection_passes_over_what_stays(tiny: Path) -> None:
+    """All of torch's objects: 0.1 s, in the middle of a run of a few seconds."""
+    gc.unfreeze()
+    with LLM(str(tiny), **SMALL):
+        assert gc.get_freeze_count() > len(gc.get_objects())
+        gc.collect()
+        assert gc.get_freeze_count() > 50_000
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_failing_step_ends_the_engine_with_its_cause(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The engine: requests in, tokens out. `LLM` is its offline face, with vLLM's interface."""
 
 import dataclasses
+import gc
 import time
 from collections.abc import Sequence as SequenceOf
 from importlib import import_module
@@ -48,13 +49,12 @@ class LLMEngine:
     def __init__(self, config: EngineConfig) -> None:
         self._dead: str | None = "it was never started"
         self._stats = StepStats()
-        cuda = torch.cuda.is_available()
-        if config.device == "cuda" and not cuda:
+        if config.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device='cuda' was asked for and torch sees no GPU; use device='cpu'")
         folder = resolve_model(config.model)
         self.model_config = load_hf_config(folder)
         resolved = config.resolve(
-            device="cpu" if config.device == "cpu" or not cuda else "cuda",
+            device="cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu",
             dtype=self.model_config.dtype if config.dtype == "auto" else config.dtype,
             max_position_embeddings=self.model_config.max_position_embeddings,
         )
@@ -71,6 +71,8 @@ class LLMEngine:
         self.loop = (_load("overlap", "OverlappedStepLoop") if on.overlap else StepLoop)(self.scheduler, self.runner)
         self._step_times: list[tuple[float, int, int]] = []
         self._num_requests, self._dead = 0, None
+        gc.collect()
+        gc.freeze()  # a collection that looks at all of torch's objects takes longer than many steps
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -126,9 +128,8 @@ class LLMEngine:
 
     def output_of(self, seq: Sequence) -> RequestOutput:
         """The request as vLLM returns it."""
-        completion = CompletionOutput(0, "", seq.output_token_ids, None, None, seq.finish_reason, seq.stop_reason)
-        if self.tokenizer is not None:
-            completion.text = self.tokenizer.decode(completion.token_ids)
+        text = "" if self.tokenizer is None else self.tokenizer.decode(seq.output_token_ids)
+        completion = CompletionOutput(0, text, seq.output_token_ids, None, None, seq.finish_reason, seq.stop_reason)
         if seq.params.logprobs is not None:
             _load("logprobs", "attach_logprobs")(completion, seq, self.tokenizer)
         return RequestOutput(seq.request_id, seq.prompt, seq.token_ids[: seq.num_prompt_tokens], [completion],
@@ -179,6 +180,7 @@ class LLMEngine:
         """Ends the processes and gives all memory back. May be called twice."""
         if self._dead is None:
             self._dead, self.loop = reason, None
+            gc.unfreeze()
             self.runner.close()
 
     def _check_alive(self) -> None:
@@ -213,8 +215,7 @@ class LLM(LLMEngine):
         params = [given] * len(batch) if isinstance(given, SamplingParams) else list(given)
         if len(params) != len(batch):
             raise ValueError(f"{len(batch)} prompts and {len(params)} sampling_params; give one for all, or one for each")
-        first = self._num_requests
-        seqs = [self.make_sequence(str(first + i), p, s) for i, (p, s) in enumerate(zip(batch, params, strict=True))]
+        seqs = [self.make_sequence(str(self._num_requests), p, s) for p, s in zip(batch, params, strict=True)]
         unfinished: set[str] = set()
         try:
             for seq in seqs:

@@ -161,12 +161,11 @@ class Scheduler:
         seq.in_flight += 1
         if samples:
             seq.pending += 1
-            params = seq.params
-            if params.temperature > 0:
+            if seq.params.temperature > 0:
                 plan.greedy_only = False
-                plan.filtered |= params.top_k > 0 or params.top_p < 1
-            if params.logprobs is not None:
-                plan.num_logprobs = max(plan.num_logprobs or 0, params.logprobs)
+                plan.filtered |= seq.params.top_k > 0 or seq.params.top_p < 1
+            if seq.params.logprobs is not None:
+                plan.num_logprobs = max(plan.num_logprobs or 0, seq.params.logprobs)
 
     def _leave(self, seq: Sequence, queue: OrderedDict[str, Sequence]) -> None:
         """Gives back row and blocks. Steps in flight may still write there: whoever gets them next is planned later."""
