@@ -25,7 +25,7 @@ from torch import Tensor
 
 from experiments.margins import Rows, smallest_explaining_noise
 from experiments.noise import gumbel, uniform_bits
-from experiments.truncation import distribution, least_kept
+from experiments.truncation import distribution, exponentials, least_kept
 
 CANDIDATES = 5
 REACH = 3.6
@@ -215,30 +215,37 @@ class _Reachable:
 
 def _reachable(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> _Reachable:
     scaled, hf_scaled = over_temperature(logits, hf_logits, rows)
-    least = least_kept((scaled, hf_scaled), rows)
+    highest, weights, mass = exponentials(scaled)
+    hf_highest, _, hf_mass = exponentials(hf_scaled)
+    least = least_kept((scaled, hf_scaled), rows, (mass, hf_mass))
     bits = uniform_bits(rows.seed, rows.position, logits.shape[1])
-    p = scaled.float().softmax(-1)
-    highest = p.amax(-1)
+    first = 1 / mass[:, 0].float()  # the probability of the most likely token
     k, top_p = rows.limits(logits.shape[1])
     # Any reach is right; this one rarely finds too few: the mass r beyond the first token sends r e^c of them, and of what they are
     # top-p keeps top_p at least; of a small k nothing is known.
-    kept_mass = torch.maximum(top_p[:, 0].clamp(max=1).float(), highest)
-    reach = REACH - 1.4 * (1 - highest).clamp(min=1e-3).log() - kept_mass.log() + 1.4 * (k[:, 0] < 32)
-    total = (scaled.amax(-1) - highest.log()) + _ROUNDING  # logsumexp(scaled), at most a little more
+    kept_mass = torch.maximum(top_p[:, 0].clamp(max=1).float(), first)
+    reach = REACH - 1.4 * (1 - first).clamp(min=1e-3).log() - kept_mass.log() + 1.4 * (k[:, 0] < 32)
+    total = (highest + mass.log())[:, 0]  # logsumexp(scaled)
     # Of rounding, in the noise and in float32 here, the factor takes more than care.
-    row, token = _where_less(bits, p.mul_((reach + 2 * _ROUNDING).exp()[:, None] * 2.0**32))
+    at_most = weights.float().mul_(((reach + 2 * _ROUNDING).exp() * first)[:, None] * 2.0**32)
+    row, token = _where_less(bits, at_most)
     everything = torch.full_like(total[:, None], -torch.inf)
     own = tokens[:, None]
+    own_scaled = scaled.gather(1, own)[:, 0]
+    if scaled is logits:  # no temperature but 1
+        logprobs = own_scaled - total, hf_scaled.gather(1, own)[:, 0] - (hf_highest + hf_mass.log())[:, 0]
+    else:
+        logprobs = logprob(logits, tokens), logprob(hf_logits, tokens)
     return _Reachable(
         count=row.bincount(minlength=len(tokens)),
-        limit=total - reach,
-        rise=torch.sub(hf_scaled, scaled, out=p).amax(-1),  # p has served; fresh memory costs more than the difference
+        limit=total + _ROUNDING - reach,
+        rise=torch.sub(hf_scaled, scaled, out=at_most).amax(-1),  # it has served; fresh memory costs more than the difference
         least=everything if least is None else least[0],
         hf_least=everything if least is None else least[1],
-        own=scaled.gather(1, own)[:, 0],
+        own=own_scaled,
         own_bits=bits.gather(1, own)[:, 0],
-        logprob=logprob(logits, tokens),
-        hf_logprob=logprob(hf_logits, tokens),
+        logprob=logprobs[0],
+        hf_logprob=logprobs[1],
         token=token,
         bits=bits[row, token],
         scaled=scaled[row, token],

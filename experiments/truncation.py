@@ -19,11 +19,12 @@ _FAR = 1e18
 """A score less this has a probability of 0."""
 
 
-def least_kept(tables: Sequence[Tensor], rows: Rows) -> list[Tensor] | None:
+def least_kept(tables: Sequence[Tensor], rows: Rows, masses: Sequence[Tensor] | None = None) -> list[Tensor] | None:
     """Of each table of logits over temperature [n, V] the least that top-k, then top-p on what is left, keep: [n, 1]. None: all are
     kept.
 
-    Tokens as likely as the last one that is kept are kept as well.
+    Tokens as likely as the last one that is kept are kept as well. masses: of each table the sums [n, 1] of `exponentials`, where
+    they are known.
     """
     if not bool(rows.truncated.any()):
         return None
@@ -33,26 +34,34 @@ def least_kept(tables: Sequence[Tensor], rows: Rows) -> list[Tensor] | None:
     if 3 * width >= vocab_size:
         return [_least_of(descending(table), table, k, p)[0] for table in tables]
     result = []
-    for table in tables:
-        least, found = _least_of(descending(table, width), table, k, p)
+    for i, table in enumerate(tables):
+        least, found = _least_of(descending(table, width), table, k, p, masses and masses[i])
         if len(rest := (~found).nonzero().flatten()):
             least[rest], _ = _least_of(descending(table[rest]), table[rest], k[rest], p[rest])
         result.append(least)
     return result
 
 
-def _least_of(ordered: Tensor, scaled: Tensor, k: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """(`least_kept` [n, 1], whether it is among the most likely tokens [n]), whose logits over temperature are `ordered` [n, w]."""
+def _least_of(ordered: Tensor, scaled: Tensor, k: Tensor, p: Tensor, whole: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(`least_kept` [n, 1], whether it is among the most likely tokens [n]), whose logits over temperature are `ordered` [n, w].
+    whole: the mass of all tokens, if it is known."""
     vocab_size, width = scaled.shape[1], ordered.shape[1]
     mass = (ordered - ordered[:, :1]).exp_().cumsum(-1)  # of the first 1, 2, ... tokens
     total = mass.gather(1, k.clamp(max=width) - 1)
     if width < vocab_size and bool((k > width).any()):
-        total = torch.where(k > width, (scaled - ordered[:, :1]).exp_().sum(-1, keepdim=True), total)
+        total = torch.where(k > width, exponentials(scaled)[2] if whole is None else whole, total)
     count = torch.searchsorted(mass, (p * total).to(mass.dtype)) + 1  # the first that reach p
     count = torch.minimum(count, k)
     everything = (k == vocab_size) & p.isinf()
     least = ordered.gather(1, count.clamp(max=width) - 1).masked_fill_(everything, -torch.inf)
     return least, ((count <= width) | everything)[:, 0]
+
+
+def exponentials(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of [n, V]: the largest [n, 1], exp(table - largest) [n, V], and its sum [n, 1]."""
+    highest = table.amax(-1, True)
+    weights = (table - highest).exp_()
+    return highest, weights, weights.sum(-1, True)
 
 
 def descending(values: Tensor, width: int | None = None) -> Tensor:

@@ -20,9 +20,7 @@ from experiments.rescoring import Rescorer, batches_of_similar_length
 from nanovllm import LLM, SamplingParams
 
 pytestmark = pytest.mark.slow
-GOAL, SPREAD, PAIRS = 1.2, 0.05, 5
-"""Medians of two processes differ by up to 0.05 on a busy machine. One combination lies so near the goal that this matters, our
-generator's top-p in bfloat16: 1.15 to 1.22 in six processes, 1.19 on average. The others gave 1.18 at most."""
+GOAL, PAIRS = 1.2, 7
 SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "temperature 0.6": {"temperature": 0.6},
@@ -88,6 +86,4 @@ def test_the_gate_costs_little_more_than_its_forwards(
     with capsys.disabled():
         generator = "foreign" if foreign else "our generator"
         print(f"\n{dtype}, {sampling}, {generator}: {ratio:.2f} times two forwards ({min(ratios):.2f} to {max(ratios):.2f})")
-    near = dtype == "bfloat16" and sampling == "temperature 1, top-p 0.9" and not foreign
-    limit = GOAL + SPREAD if near else GOAL
-    assert ratio <= limit, f"{ratio:.2f} times two forwards; the gate may cost {limit} times"
+    assert ratio <= GOAL, f"{ratio:.2f} times two forwards; the gate may cost {GOAL} times"
