@@ -13,8 +13,9 @@ L2 cache):
                the fused kernels are at work in the chain of dependent launches, so this decides
 
 Each fused result is compared with torch's composition first: `error` is |ours - torch's| / |torch's| of all that is written, the
-worst tensor of them; past 1 % the line says WRONG and is not considered for the chain. A tiling that the card refuses is a
-line with its error. What the time did not suffice for is listed. The rows that tell most come first.
+worst tensor of them; past 1 % the line says WRONG and is not considered for the chain. Chains are compared with today's, up to
+10 %, as roundings add up over the layers. A tiling that the card refuses is a line with its error. What the time did not suffice
+for is listed. The rows that tell most come first.
 """
 
 from __future__ import annotations

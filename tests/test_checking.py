@@ -68,6 +68,16 @@ def test_every_switch_of_this_machine_meets_every_other(tiny: Path) -> None:
     assert len(chosen) <= 12
 
 
+def test_what_a_check_on_a_gpu_is_too_small_for_is_named(tiny: Path) -> None:
+    gpu = Scope({"name": "gpu", "device": "cuda", "num_devices": 1, "cpu_cores": 8}, shape(tiny), "cuda", ("bfloat16",), ())
+    chosen, absent = jobs.configurations(gpu)
+    assert {choice["cascade_attention"] for choice in chosen} == {False}
+    assert {choice["cuda_graphs"] for choice in chosen} == {False, True}
+    assert chosen[1]["cuda_graphs"]
+    assert any("begins with 104 requests that share, a check runs 4 at a time" in reason for reason in absent)
+    assert jobs.never_shared("cascade_attention", True, {"num_key_value_heads": 128}) is None
+
+
 def test_the_work_is_drawn_the_same_every_time_and_holds_what_trips_engines() -> None:
     drawn = work.draw(60, 2048)
     assert drawn == work.draw(60, 2048)

@@ -12,6 +12,7 @@ from experiments.levels import level_name
 from experiments.negative_controls import BROKEN, CONTROL_PROMPT
 from experiments.plan import inapplicable
 from nanovllm.config import ALL, BASELINE, LEVELS, Optimizations
+from nanovllm.engine.cuda_graph import SHARING_KV_HEADS
 
 MAX_NUM_SEQS, MAX_MODEL_LEN, BATCHED_TOKENS = 4, 256, 48
 """So small that requests wait, prompts are cut, and requests are preempted (see `kv_cache_bytes`)."""
@@ -62,6 +63,14 @@ def control_workloads(vocab_size: int) -> work.Workloads:
     }
 
 
+def never_shared(factor: str, level: Any, shape: dict[str, Any]) -> str | None:
+    """Why prefixes would never be read once here, if so: that begins with more requests at a time than a check has."""
+    fewest = -(-SHARING_KV_HEADS // shape["num_key_value_heads"])
+    if factor != "cascade_attention" or not level or fewest < MAX_NUM_SEQS:
+        return None
+    return f"begins with {fewest} requests that share, a check runs {MAX_NUM_SEQS} at a time; tests/test_cuda_graph.py tests it"
+
+
 def configurations(scope: Scope) -> tuple[list[Choice], list[str]]:
     """(every pair of levels that can meet on this machine; what cannot run here and why). Baseline first, then all of the best."""
     levels: dict[str, list[Any]] = {}
@@ -69,7 +78,8 @@ def configurations(scope: Scope) -> tuple[list[Choice], list[str]]:
     for factor, known in LEVELS.items():
         levels[factor] = []
         for level in known:
-            if reason := inapplicable(factor, level_name(level), scope.profile, scope.shape):
+            reason = inapplicable(factor, level_name(level), scope.profile, scope.shape) or never_shared(factor, level, scope.shape)
+            if reason:
                 absent.append(f"{factor}={level_name(level)}: {reason}")
             else:
                 levels[factor].append(level)
@@ -82,6 +92,7 @@ def configurations(scope: Scope) -> tuple[list[Choice], list[str]]:
         return True
 
     best = dataclasses.asdict(ALL.resolve(scope.device))  # type: ignore[arg-type]
+    best["cascade_attention"] &= True in levels["cascade_attention"]
     return pairwise(levels, allowed, [dataclasses.asdict(BASELINE), best]), absent
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import time
+import weakref
 from collections.abc import Sequence as SequenceOf
 from importlib import import_module
 from typing import Any, Self
@@ -44,7 +45,10 @@ class StepLoop:
 
 
 class LLMEngine:
-    """add_request / step / abort, as in vLLM. Use it as a context manager, or call close()."""
+    """add_request / step / abort, as in vLLM. Use it as a context manager, or call close().
+
+    Until then Python's garbage collector passes over what was alive in this process when the engine had started (`gc.freeze`).
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         self._dead: str | None = "it was never started"
@@ -73,6 +77,7 @@ class LLMEngine:
         self._num_requests, self._dead = 0, None
         gc.collect()
         gc.freeze()  # a collection that looks at all of torch's objects takes longer than many steps
+        self._unfreeze = weakref.finalize(self, gc.unfreeze)
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -88,8 +93,8 @@ class LLMEngine:
             raise ValueError(f"request {request_id!r} has {len(token_ids)} prompt tokens and max_tokens={params.max_tokens}, "
                              f"together more than max_model_len={limit}: shorten it or raise max_model_len")
         stops = {*params.stop_token_ids, *(() if params.ignore_eos else self.model_config.eos_token_ids)}
-        own_key = ((self.config.seed & 0x7FFFFFFF) << 32) | (self._num_requests & 0xFFFFFFFF)  # the same in every run
-        seed = own_key if params.seed is None else params.seed
+        # Without a seed of its own: one that is the same in every run.
+        seed = params.seed if params.seed is not None else (self.config.seed & 0x7FFFFFFF) << 32 | (self._num_requests & 0xFFFFFFFF)
         self._num_requests += 1
         return Sequence(request_id, list(token_ids), params, seed, time.perf_counter(), frozenset(stops), text)
 
@@ -180,7 +185,7 @@ class LLMEngine:
         """Ends the processes and gives all memory back. May be called twice."""
         if self._dead is None:
             self._dead, self.loop = reason, None
-            gc.unfreeze()
+            self._unfreeze()
             self.runner.close()
 
     def _check_alive(self) -> None:
@@ -211,8 +216,7 @@ class LLM(LLMEngine):
         self._check_alive()
         one = isinstance(prompts, (str, dict)) or (len(prompts) > 0 and all(isinstance(token, int) for token in prompts))
         batch: list[Any] = [prompts] if one else list(prompts)
-        given = sampling_params if sampling_params is not None else SamplingParams()
-        params = [given] * len(batch) if isinstance(given, SamplingParams) else list(given)
+        params = list(given) if isinstance(given := sampling_params, SequenceOf) else [given or SamplingParams()] * len(batch)
         if len(params) != len(batch):
             raise ValueError(f"{len(batch)} prompts and {len(params)} sampling_params; give one for all, or one for each")
         seqs = [self.make_sequence(str(self._num_requests), p, s) for p, s in zip(batch, params, strict=True)]

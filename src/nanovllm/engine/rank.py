@@ -3,6 +3,7 @@
 Launching a step and waiting for its tokens are two threads: plan n + 1 is launched while step n is on the device.
 """
 
+import gc
 import marshal
 import mmap
 import pickle
@@ -45,6 +46,8 @@ class Rank:
         make_runner = import_module("nanovllm.engine.cuda_graph").GraphRunner if on.cuda_graphs else ModelRunner
         self.runner = make_runner(job.resolved, job.model_config, job.folder, self.stats, self.group)
         self.stats.reset()
+        gc.collect()
+        gc.freeze()  # as the engine does in its own process; a rank that collects garbage keeps the others waiting
         channel.send(b"ready" + marshal.dumps((self.runner.num_blocks, self.runner.kv_cache_bytes)))
 
     def run(self) -> None:

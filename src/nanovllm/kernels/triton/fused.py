@@ -11,8 +11,9 @@ the chain of dependent launches (launch.py), so they need not wait for the kerne
 Gate and up of up to 16 rows is no kernel of this file: those of linear.py, which hold their weights before they wait, end in SwiGLU
 as well. Heads have no such kernel, as a norm needs the whole of one, and its weights fit into no program.
 
-Measured on an H200 with Qwen3-0.6B, in the engine: 1.6 % of a canonical step, 2 % of a step of 8 or 64 requests (ablations/LOG.md).
-Fetching weights into L2 while the kernel in front still runs made it slower; `ablations/gpu_fused.py` compares tilings.
+Measured on an H200 with Qwen3-0.6B, in the engine: about 1.5 % of a canonical step, 2 % of a step of 8 or 64 requests
+(ablations/LOG.md says how well). Fetching weights into L2 while the kernel in front still runs made most of it slower;
+`ablations/gpu_fused.py` compares tilings.
 """
 
 from __future__ import annotations

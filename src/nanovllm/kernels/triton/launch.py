@@ -2,7 +2,9 @@
 
 A decode step is hundreds of kernels of a few microseconds. On Hopper and later, a kernel launched with `launch_pdl` may start
 while its predecessor still runs: its prologue (index arithmetic, loads of weights) overlaps the predecessor's tail. It must
-call `wait_for_inputs` before it touches anything that another kernel writes or reads. Every kernel in this folder does.
+call `wait_for_inputs` before it touches anything that the kernels right before it write or read. Every kernel in this folder does.
+The wait is no barrier for what lies further back, as the kernel in front may itself be waiting. What attention reads before its
+wait, `prepare` has written, and the embedding, an ordinary kernel, lies between the two: it begins when all before it have ended.
 CUDA C++ programming guide, "Programmatic dependent launch and synchronization".
 """
 
