@@ -34,7 +34,7 @@ class StepHandle:
 
 
 class ModelRunner:
-    """One rank. Raises MemoryError where weights or cache do not fit."""
+    """One rank. Raises MemoryError where a step or the cache does not fit, torch.OutOfMemoryError where the weights do not."""
 
     spare = 0  # rows and blocks that no request gets
 
