@@ -75,7 +75,7 @@ class LLMEngine:
         self.loop = (_load("overlap", "OverlappedStepLoop") if on.overlap else StepLoop)(self.scheduler, self.runner)
         self._step_times: list[tuple[float, int, int]] = []
         self._num_requests, self._dead = 0, None
-        gc.collect()
+        gc.collect(1)  # a whole collection would take longer than a small model's start
         gc.freeze()  # a collection that looks at all of torch's objects takes longer than many steps
         self._unfreeze = weakref.finalize(self, gc.unfreeze)
 
