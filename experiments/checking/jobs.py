@@ -12,7 +12,7 @@ from experiments.levels import level_name
 from experiments.negative_controls import BROKEN, CONTROL_PROMPT
 from experiments.plan import inapplicable
 from nanovllm.config import ALL, BASELINE, LEVELS, Optimizations
-from nanovllm.engine.cuda_graph import SHARING_KV_HEADS
+from nanovllm.engine.cuda_graph import fewest_sharing
 
 MAX_NUM_SEQS, MAX_MODEL_LEN, BATCHED_TOKENS = 4, 256, 48
 """So small that requests wait, prompts are cut, and requests are preempted (see `kv_cache_bytes`)."""
@@ -65,7 +65,7 @@ def control_workloads(vocab_size: int) -> work.Workloads:
 
 def never_shared(factor: str, level: Any, shape: dict[str, Any]) -> str | None:
     """Why prefixes would never be read once here, if so: that begins with more requests at a time than a check has."""
-    fewest = -(-SHARING_KV_HEADS // shape["num_key_value_heads"])
+    fewest = fewest_sharing(shape["num_key_value_heads"])
     if factor != "cascade_attention" or not level or fewest < MAX_NUM_SEQS:
         return None
     return f"begins with {fewest} requests that share, a check runs {MAX_NUM_SEQS} at a time; tests/test_cuda_graph.py tests it"

@@ -40,6 +40,11 @@ SHARING_KV_HEADS = 208
 1.6 us then, however many share it, and 7.6 ns for each pair otherwise. Computed from a step of an H200 with 1,984 pairs."""
 
 
+def fewest_sharing(num_kv_heads: int, num_ranks: int = 1) -> int:
+    """Requests that must share prefixes before those are read once; the model's KV heads are shared out over the ranks."""
+    return -(-SHARING_KV_HEADS * num_ranks // num_kv_heads)
+
+
 def buckets_for(max_num_seqs: int) -> list[int]:
     """Batch sizes that get a graph, ascending: 1, 2, 4, 8, then steps of 16, and always max_num_seqs itself."""
     return [b for b in (1, 2, 4, 8, *range(16, max_num_seqs, 16)) if b < max_num_seqs] + [max_num_seqs]
@@ -100,7 +105,7 @@ class GraphRunner(ModelRunner):
         # Only our sampler draws no noise for greedy rows by itself; the others get a graph that never does.
         self.greedy_variants = (False,) if resolved.optimizations.kernels == "triton" else (False, True)
         self.cascade = resolved.optimizations.cascade_attention
-        self.fewest_sharing = -(-SHARING_KV_HEADS * resolved.optimizations.tensor_parallel_size // model_config.num_key_value_heads)
+        self.fewest_sharing = fewest_sharing(model_config.num_key_value_heads, resolved.optimizations.tensor_parallel_size)
         self.variants = [Variant(bucket, greedy, shares)
                          for bucket in reversed(self.buckets)  # the largest first: the others fit into its memory
                          for greedy in self.greedy_variants
