@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,29 +29,38 @@ def logprobs(model: Any, tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     return model(tokens, **kwargs).logits.float().log_softmax(-1)
 
 
-@pytest.fixture(scope="module")
-def hf(tiny: Path) -> Iterator[SimpleNamespace]:
+def seen_by_hf(folder: Path, rows: int, prompt: int, output: int) -> SimpleNamespace:
     """HF in float32, free-running greedy and sampled texts, and what bfloat16 does to the log-probabilities of the latter."""
     with torch.no_grad():
-        model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         generator = torch.Generator().manual_seed(0)
-        prompts = torch.randint(0, checkpoint.TEXT_SIZE, (ROWS, PROMPT), generator=generator)
+        prompts = torch.randint(0, checkpoint.TEXT_SIZE, (rows, prompt), generator=generator)
 
-        def continued(temperature: float) -> torch.Tensor:
-            cache, tokens = DynamicCache(), [prompts]
-            for _ in range(OUTPUT):
-                logits = model(tokens[-1], past_key_values=cache).logits[:, -1]
-                if temperature:
-                    tokens.append((logits / temperature).softmax(-1).multinomial(1, generator=generator))
-                else:
-                    tokens.append(logits.argmax(-1, keepdim=True))
-            return torch.cat(tokens, dim=1)
-
-        sampled = continued(0.6)
+        cache, tokens = DynamicCache(), [prompts.repeat(2, 1)]
+        for _ in range(output):
+            greedy, sampled = model(tokens[-1], past_key_values=cache).logits[:, -1].chunk(2)
+            tokens.append(torch.cat([
+                greedy.argmax(-1, keepdim=True), (sampled / 0.6).softmax(-1).multinomial(1, generator=generator)
+            ]))  # fmt: skip
+        greedy, sampled = torch.cat(tokens, dim=1).chunk(2)
         reference = logprobs(model, sampled)
-        in_bfloat16 = logprobs(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16), sampled)
+        in_bfloat16 = logprobs(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), sampled)
         noise = float((in_bfloat16 - reference).abs().max())
-        yield SimpleNamespace(model=model, greedy=continued(0.0), sampled=sampled, reference=reference, bfloat16_noise=noise)
+        return SimpleNamespace(
+            model=model, prompt=prompt, greedy=greedy, sampled=sampled, reference=reference, bfloat16_noise=noise
+        )
+
+
+@pytest.fixture(scope="module")
+def hf(tiny: Path) -> SimpleNamespace:
+    return seen_by_hf(tiny, ROWS, PROMPT, OUTPUT)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The preset with Qwen3-0.6B's layers, and fewer words: those shrink the largest error and the largest change alike."""
+    folder = ensure_checkpoint("qwen3-0.6b", cache_dir=tmp_path_factory.mktemp("cache"), vocab_size=8192)
+    return seen_by_hf(folder, 2, 192, 96)
 
 
 def effect(hf: SimpleNamespace) -> float:
@@ -68,9 +77,29 @@ def changed(target: Any, name: str, value: Any) -> Iterator[None]:
     setattr(target, name, before)
 
 
+def wrong_slots(hf: SimpleNamespace, layers: Sequence[int], num_slots: int, generator: torch.Generator) -> torch.Tensor:
+    """What one wrong slot does, [num_slots], in units of bfloat16's largest error: when the prompt has been read, one slot of these
+    layers gets another token's key and value, and the output follows. The largest change of a log-probability."""
+    prompt, output = hf.sampled[:1, : hf.prompt], hf.sampled[:1, hf.prompt :]
+    with torch.no_grad():
+        cache = DynamicCache()
+        hf.model(prompt, past_key_values=cache)
+        cache.batch_repeat_interleave(num_slots)
+        slots = torch.randint(0, hf.prompt, (num_slots,), generator=generator)
+        others = (slots + torch.randint(1, hf.prompt, (num_slots,), generator=generator)) % hf.prompt
+        rows = torch.arange(num_slots)
+        for layer in layers:
+            for cached in (cache.layers[layer].keys, cache.layers[layer].values):
+                cached[rows, :, slots] = cached[rows, :, others].clone()
+        moved = logprobs(hf.model, output.expand(num_slots, -1), past_key_values=cache) - hf.reference[0, hf.prompt :]
+    return moved.abs().amax((1, 2)) / float(hf.bfloat16_noise)
+
+
 @pytest.mark.parametrize("kind", ["greedy", "sampled"])
-def test_free_running_text_seldom_repeats_its_last_token(hf: SimpleNamespace, kind: str) -> None:
-    tokens = getattr(hf, kind)[:, PROMPT - 1 :]
+@pytest.mark.parametrize("preset", ["hf", "deep"])
+def test_free_running_text_seldom_repeats_its_last_token(preset: str, kind: str, request: pytest.FixtureRequest) -> None:
+    hf = request.getfixturevalue(preset)
+    tokens = getattr(hf, kind)[:, hf.prompt - 1 :]
     assert (tokens[:, 1:] == tokens[:, :-1]).float().mean() < 0.2  # measured: 0
     distinct = sum(len(set(row.tolist())) for row in tokens) / tokens.numel()
     assert distinct > 0.5  # nor does it run in a circle
@@ -82,43 +111,42 @@ def test_bfloat16_noise_is_moderate(hf: SimpleNamespace) -> None:
 
 
 def test_one_wrong_kv_slot_of_one_layer_shows(hf: SimpleNamespace) -> None:
-    """One slot of one layer of a 96-token prompt holds another token's key and value; 64 tokens follow."""
-    prompt, output = hf.sampled[:1, :PROMPT], hf.sampled[:1, PROMPT:]
     generator = torch.Generator().manual_seed(1)
-    num_slots = 24
-    effects = []
-    with torch.no_grad():
-        for layer in range(PRESETS["tiny"].num_hidden_layers):
-            cache = DynamicCache()
-            hf.model(prompt, past_key_values=cache)
-            cache.batch_repeat_interleave(num_slots)
-            slots = torch.randint(0, PROMPT, (num_slots,), generator=generator)
-            others = (slots + torch.randint(1, PROMPT, (num_slots,), generator=generator)) % PROMPT
-            rows = torch.arange(num_slots)
-            for cached in (cache.layers[layer].keys, cache.layers[layer].values):
-                cached[rows, :, slots] = cached[rows, :, others].clone()
-            moved = logprobs(hf.model, output.expand(num_slots, -1), past_key_values=cache) - hf.reference[0, PROMPT:]
-            effects.append(moved.abs().amax((1, 2)) / hf.bfloat16_noise)
-    by_layer = torch.stack(effects)  # [layers, slots]
+    by_layer = torch.stack([wrong_slots(hf, [layer], 24, generator) for layer in range(PRESETS["tiny"].num_hidden_layers)])
     assert by_layer.median(dim=1).values.min() > 10  # measured: 12.5 to 13.5
     assert by_layer.quantile(0.1) > 8  # measured: 10.8
     assert by_layer.min() > 5  # measured: 9.1
 
 
-def test_another_rope_theta_shows(hf: SimpleNamespace) -> None:
-    head_dim = PRESETS["tiny"].head_dim
+def test_one_wrong_kv_slot_shows_in_a_deep_model(deep: SimpleNamespace) -> None:
+    """As a wrong slot mapping makes it: in every layer. In one of 28 layers alone it shows where that layer looks."""
+    generator = torch.Generator().manual_seed(1)
+    layers = range(PRESETS["qwen3-0.6b"].num_hidden_layers)
+    whole = wrong_slots(deep, layers, 12, generator)
+    assert whole.median() > 15  # measured: 20.4
+    assert whole.min() > 10  # measured: 14.8
+    assert wrong_slots(deep, [15], 6, generator).median() > 3  # measured: 4.9
+
+
+@pytest.mark.parametrize("preset", ["hf", "deep"])
+def test_another_rope_theta_shows(preset: str, request: pytest.FixtureRequest) -> None:
+    hf = request.getfixturevalue(preset)
+    head_dim = hf.model.config.head_dim
     other = 1.0 / 1.1e6 ** (torch.arange(0, head_dim, 2) / head_dim)
     with changed(hf.model.model.rotary_emb, "inv_freq", other):
         assert effect(hf) > 5  # measured: 12.8
 
 
-def test_another_epsilon_of_any_norm_shows(hf: SimpleNamespace) -> None:
-    assert effect(hf) < 1e-3
-    norms = [(name, module) for name, module in hf.model.named_modules() if hasattr(module, "variance_epsilon")]
-    assert len(norms) == 4 * PRESETS["tiny"].num_hidden_layers + 1
+@pytest.mark.parametrize(("preset", "part"), [("hf", "model."), ("deep", "layers.14."), ("deep", "model.norm")])
+def test_another_epsilon_of_any_norm_shows(preset: str, part: str, request: pytest.FixtureRequest) -> None:
+    hf = request.getfixturevalue(preset)
+    norms = [(name, module) for name, module in hf.model.named_modules() if part in name and hasattr(module, "variance_epsilon")]
+    assert len(norms) == {"model.": 4 * PRESETS["tiny"].num_hidden_layers + 1, "layers.14.": 4, "model.norm": 1}[part]
+    if preset == "hf":
+        assert effect(hf) < 1e-3
     for name, module in norms:
         with changed(module, "variance_epsilon", 1e-3):
-            assert effect(hf) > 2, name  # measured: at least 4.9
+            assert effect(hf) > (2 if preset == "hf" else 1.5), name  # measured: at least 4.9, and 2.1
 
 
 def test_transformers_finds_every_weight(tiny: Path) -> None:

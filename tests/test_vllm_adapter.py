@@ -43,10 +43,11 @@ class StandIn:
             self.llm_engine.logger_manager.record(scheduler_stats=hits, iteration_stats=stats, mm_cache_stats=None)
         now, wall = time.monotonic(), time.time()
         metrics = SimpleNamespace(arrival_time=wall, first_token_ts=now + 0.25, last_token_ts=now + 0.5)
-        return [
-            SimpleNamespace(metrics=metrics, outputs=[SimpleNamespace(token_ids=(1,) * p.max_tokens, finish_reason="length")])
-            for p in params
-        ]
+        completions = [SimpleNamespace(token_ids=(1,) * p.max_tokens, finish_reason="length") for p in params]
+        for completion, p in zip(completions, params, strict=True):
+            asked = getattr(p, "logprobs", None) is not None
+            completion.logprobs = [{1: SimpleNamespace(logprob=-0.5 - i)} for i in range(p.max_tokens)] if asked else None
+        return [SimpleNamespace(metrics=metrics, outputs=[completion]) for completion in completions]
 
     def reset_prefix_cache(self) -> bool:
         return self.resets.pop(0)
@@ -105,6 +106,15 @@ def test_requests_and_their_times(adapter: Any) -> None:
     assert made.counters() == {"requests": 2, "prefill_tokens": 2, "decode_tokens": 3, "preemptions": 1,
                                "prefix_lookup_tokens": 4, "prefix_hit_tokens": 1}  # fmt: skip
     assert made.toggles() == {"prefix_cache": {"level": True, "baseline": False, "engaged": 4, "opportunity": 1}}
+
+
+def test_log_probabilities_are_asked_for_in_a_pass_of_their_own(adapter: Any) -> None:
+    made = adapter()
+    made.serve([REQUEST])
+    assert not hasattr(StandIn.last.calls[0][1][0], "logprobs"), "asking for them changes the work that is timed"
+    served = made.logprobs([REQUEST, {**REQUEST, "max_tokens": 1}])
+    assert served == {"outputs": [[1, 1, 1], [1]], "logprobs": [[-0.5, -1.5, -2.5], [-0.5]]}
+    assert [p.logprobs for p in StandIn.last.calls[1][1]] == [0, 0], "of the answer's own tokens, no others"
 
 
 def test_its_exporters_are_replaced_and_may_be_left_out(adapter: Any) -> None:

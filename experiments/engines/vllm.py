@@ -102,6 +102,17 @@ class Adapter:
             "step_times_s": self._tally.steps,
         }
 
+    def logprobs(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
+        """Serves requests with log-probabilities asked for, which changes the work: never timed. See WithLogprobs."""
+        prompts = [{"prompt_token_ids": request["prompt_token_ids"]} for request in requests]
+        # logprobs=0: of the tokens of the answer alone; of the logits as they are, vLLM's default ("raw_logprobs").
+        params = [self._params(request, logprobs=0) for request in requests]
+        completions = [result.outputs[0] for result in self._llm.generate(prompts, params, use_tqdm=False)]
+        return {
+            "outputs": [list(c.token_ids) for c in completions],
+            "logprobs": [[at[token].logprob for token, at in zip(c.token_ids, c.logprobs, strict=True)] for c in completions],
+        }
+
     def reset(self) -> None:
         """Raises RuntimeError where vLLM keeps its cache because it still holds requests: with asynchronous scheduling a step may
         still be in flight when the last answer has been handed over."""
@@ -153,13 +164,14 @@ class Adapter:
             "worker_extension_cls": f"{__name__}.Inspector",
         }
 
-    def _params(self, request: dict[str, Any]) -> Any:
+    def _params(self, request: dict[str, Any], **more: Any) -> Any:
         names = ("max_tokens", "temperature", "top_k", "top_p", "ignore_eos")
         return self._sampling_params(
             **{name: request[name] for name in names},
             seed=request["seed"] if self._config["per_request_seeds"] else None,
             stop_token_ids=None if request["ignore_eos"] else self._eos_ids,
             detokenize=False,
+            **more,
         )
 
     def _resolved(self, version: str) -> dict[str, Any]:

@@ -69,6 +69,9 @@ class Gains:
     """The heads' distances are spread over [1, max_distance]."""
     distances: int = 8
     """A layer has at most this many; more heads share them, so that one slot keeps its weight in the output."""
+    distance_sets: int | None = None
+    """Layers take turns with this many sets of distances: what many layers read at the same place, they show together. None: each
+    layer has its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +104,9 @@ PRESETS = {
     "qwen3-0.6b": Preset(
         vocab_size=151_936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
         num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960, dtype="bfloat16",
-        # 28 layers share what 4 share in `tiny`: less each, and more heads together. Below the tenfold of `tiny`: a token that
-        # reads a slot wrong in one layer moves by 4 to 8 times bfloat16's largest error (0.28), wrong in all layers by 8 to 9.
-        gains=Gains(attention=0.003, mlp=0.001, max_distance=256, distances=2),
+        # 28 layers share what 4 share in `tiny`: less each, so they look at the same four places. A token that reads a slot wrong
+        # moves by 15 to 24 times bfloat16's largest error, and by 4 to 6 where one layer alone reads it wrong.
+        gains=Gains(attention=0.003, mlp=0.001, max_distance=256, distances=2, distance_sets=2),
     ),
 }  # fmt: skip
 
@@ -122,7 +125,7 @@ GENERATED = _GENERATED | {f"{name}-4-layers": dataclasses.replace(shape, num_hid
 
 DIGESTS = {
     "tiny": "6be35bac76c4b39d14faad25342f2c4886a400894b1c1ccd841487fd68c55ecd",
-    "qwen3-0.6b": "ede9ae520131c293186386ba002643f07b7baa8a905ee6376b1280af18940c71",
+    "qwen3-0.6b": "d94b9db7340e15c50eda759ceb5f99b327b843e8700d74e2faf75735bffefd18",
 }
 """checkpoint_digest of every preset. A build that gives another one is refused."""
 
@@ -333,10 +336,10 @@ def _noise(shape: tuple[int, ...], name: str, seed: int) -> Tensor:
 
 def _distances(recipe: Preset, layer: int) -> list[int]:
     """How far back each query head of a layer looks: one distance in each equal part of [1, max_distance], where in it
-    depends on the layer (golden ratio, so that layers cover different ones)."""
+    depends on the layer, or on its set (golden ratio, so that they cover different ones)."""
     heads, gains = recipe.num_attention_heads, recipe.gains
     count = min(heads, gains.distances)
-    within = (0.1 + layer * 0.6180339887) % 1.0
+    within = (0.1 + (layer % (gains.distance_sets or recipe.num_hidden_layers)) * 0.6180339887) % 1.0
     distances = [1 + int(gains.max_distance * (part + within) / count) for part in range(count)]
     return [distances[head * count // heads] for head in range(heads)]
 
