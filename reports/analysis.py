@@ -301,8 +301,7 @@ def _label(toggle: Toggle) -> str:
 def _ceilings(values: Values, plan: Mapping[str, Any], drawn: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The roofline bound of each workload, and the share of it that each cell reaches.
 
-    A cell that spreads its tensors over several GPUs has that many times the bandwidth; on a CPU all ranks share one
-    memory.
+    A cell on several GPUs has that many times the bandwidth; on a CPU all ranks and replicas share one memory.
     """
     profile, shape = plan["profile"], ceiling.ModelShape.of_plan(plan["model"])
     rows = []
@@ -311,10 +310,20 @@ def _ceilings(values: Values, plan: Mapping[str, Any], drawn: Mapping[str, Mappi
             [[(request["prompt_token_ids"], request["max_tokens"]) for request in wave] for wave in workload["waves"]]
         )
         for cell, entry in plan["cells"].items():
-            ranks = int(entry["levels"].get("tensor_parallel_size", 1))
-            devices = 1 if profile["device"] == "cpu" else ranks
-            limit = entry["config"].get("kv_cache_memory_bytes")  # an engine without this setting (hf) may use more
-            bound = ceiling.bound(work, shape, profile["bandwidth_bytes_per_s"], profile["peak_flops"], limit, devices)
+            asked = {**entry["config"], **entry["levels"]}  # of another engine, the degree is a setting
+            replicas = int(asked.get("data_parallel_size", 1))
+            devices = 1 if profile["device"] == "cpu" else int(asked.get("tensor_parallel_size", 1)) * replicas
+            limit = asked.get("kv_cache_memory_bytes")  # an engine without this setting (hf) may use more
+            at_a_time = asked.get("max_num_seqs")
+            bound = ceiling.bound(
+                work,
+                shape,
+                profile["bandwidth_bytes_per_s"],
+                profile["peak_flops"],
+                limit,
+                devices,
+                at_a_time and at_a_time * replicas,
+            )
             rates = list(values[THROUGHPUT.key].get(name, {}).get(cell, {}).values())
             rate = harmonic_mean(rates) if rates else None
             rows.append(

@@ -75,6 +75,9 @@ def _sentence(analysis: Analysis) -> str:
         worst = (min if better is max else max)(losses, key=lambda effect: effect["ratio"])
         rank = f"the largest of {count_of(len(losses), 'loss')} among {len(tested)} effects"
         return f"From everything on, the baseline of this study: {_place(worst, analysis)} {_says(worst, analysis)}, {rank}."
+    if all(effect["low"] is None for effect in tested):
+        blocks = count_of(max(effect["n"] for effect in tested), "block")
+        return f"Undecided: {blocks}, too few for an interval, and so for a verdict on any of {count_of(len(tested), 'effect')}."
     tally = Counter(effect["verdict"] for effect in tested)
     found = ", ".join(f"{n} {verdict}" for verdict, n in sorted(tally.items()))
     return f"Nothing tested is faster than the baseline: of {count_of(len(tested), 'effect')}, {found}."
@@ -130,7 +133,8 @@ def _caveats(analysis: Analysis) -> Iterator[str]:
     incomplete = counts["planned_blocks"] - counts["complete_blocks"]
     if incomplete:
         blocks = count_of(counts["planned_blocks"], "block")
-        yield f"Incomplete: {incomplete} of {blocks}. An effect uses the blocks in which both its sides were counted."
+        unfinished = f"Incomplete: {incomplete} of {blocks} not run to the end."
+        yield f"{unfinished} An effect uses the blocks in which both its sides were counted."
     failed_checks = [check for check in analysis["checks"]["failed"] if not check["hard"]]
     if failed_checks:
         yield f"{count_of(len(failed_checks), 'soft consistency check')} failed; see the table of checks."

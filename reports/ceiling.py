@@ -8,24 +8,26 @@ Patterson, "Roofline", CACM 2009):
 
     B  bytes/s of memory and P FLOP/s, as measured and written in the profile (per device, times the devices used)
     W  bytes of the weights a step reads once: every matrix of every layer and the output head (tied or not)
-    S  decode steps: at least (longest output - 1) in each wave, since the first token of a request comes from prefill,
-    and
-       at least R / C where the configuration limits the KV cache to C tokens: a step decodes only what is resident, and
-       R sums over all decode steps the resident positions (K, less those of prefixes that other requests may hold as
-       well)
-    K  KV positions read: a request of p prompt and n output tokens reads p + 1, ..., p + n - 1 of them, one step after
-    another k  bytes of keys and values of one position in all layers: 2 x layers x KV heads x head_dim x bytes per
-    element F_prefill   2 FLOP for each weight of the layers and each *distinct* prompt position (a prefix shared by
-    several prompts
-       is computed once, as a perfect prefix cache would), plus 4 x query heads x head_dim FLOP for each pair of
-       positions in causal attention and layer, plus the head for the last position of each prompt
-    F_decode    the same for each generated token after the first
+    S  decode steps: at least (longest output - 1) in each wave, since the first token of a request comes from prefill;
+       at least D / M where the configuration lets M requests run at a time, D being the tokens that decode steps make; at
+       least K / C where it limits the KV cache to C tokens, since a step reads only what is resident
+    K  KV positions read: a request of p prompt and n output tokens attends to p + 1, ..., p + n - 1 of them, one step
+       after another. A prompt position that several requests of a wave share is read once a step for all of them
+       (cascade attention), in at least as many steps as the longest of them takes
+    k  bytes of keys and values of one position in all layers: 2 x layers x KV heads x head_dim x bytes per element
+    F_prefill
+       2 FLOP for each weight of the layers and each *distinct* prompt position (a prefix shared by several prompts is
+       computed once, as a perfect prefix cache would), plus 4 x query heads x head_dim FLOP for each pair of positions
+       in causal attention and layer, plus the head for the last position of each prompt
+    F_decode
+       the same for each generated token after the first, whose pairs are its own, shared or not
 
-It assumes that prefill and decode do not overlap in time, that each request reads its own context (no kernel shares the
-reads of a common prefix), and the element size of the model's dtype for weights and cache. Activations, sampling,
-launches and communication cost nothing here: what is above the bound is what an engine can still win.
+It assumes that prefill and decode do not overlap in time, that what a request generates is its own, and the element size
+of the model's dtype for weights and cache. Activations, sampling, launches and communication cost nothing here: what is
+above the bound is what an engine can still win.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import ceil
@@ -98,15 +100,17 @@ class Work:
     distinct_prompt_pairs: int
     output_tokens: int
     decode_tokens: int
+    decode_pairs: int
     kv_tokens_read: int
-    kv_tokens_resident: int
     longest_decode: int
 
     @classmethod
     def of_waves(cls, waves: Sequence[Wave]) -> "Work":
         requests = [request for wave in waves for request in wave]
-        shared = _shared_prefixes([prompt for prompt, _ in requests])
-        kv_tokens_read = sum((n - 1) * len(prompt) + pairs(n - 1) for prompt, n in requests)
+        shared = _already_there([prompt for prompt, _ in requests])
+        # Longest answers first: what a request shares with one before it is read by that one in every step of its own.
+        by_length = [sorted(wave, key=lambda request: -request[1]) for wave in waves]
+        reads = [zip(wave, _already_there([prompt for prompt, _ in wave]), strict=True) for wave in by_length]
         return cls(
             num_requests=len(requests),
             prompt_tokens=sum(len(prompt) for prompt, _ in requests),
@@ -116,8 +120,8 @@ class Work:
             ),
             output_tokens=sum(n for _, n in requests),
             decode_tokens=sum(n - 1 for _, n in requests),
-            kv_tokens_read=kv_tokens_read,
-            kv_tokens_resident=kv_tokens_read - sum((n - 1) * s for (_, n), s in zip(requests, shared, strict=True)),
+            decode_pairs=sum((n - 1) * len(prompt) + pairs(n - 1) for prompt, n in requests),
+            kv_tokens_read=sum((n - 1) * (len(prompt) - s) + pairs(n - 1) for wave in reads for (prompt, n), s in wave),
             longest_decode=sum(max(n for _, n in wave) - 1 for wave in waves if wave),
         )
 
@@ -148,19 +152,20 @@ def bound(
     peak_flops: float,
     kv_cache_memory_bytes: float | None = None,
     devices: int = 1,
+    max_num_seqs: int | None = None,
 ) -> Bound:
-    """The bound of the module's docstring; the three hardware figures are per device."""
+    """The bound of the module's docstring; the three hardware figures are per device, max_num_seqs of all together."""
     if bandwidth_bytes_per_s <= 0 or peak_flops <= 0:
         raise ValueError(f"bandwidth {bandwidth_bytes_per_s} B/s and peak {peak_flops} FLOP/s must be greater than 0")
     bandwidth, peak = bandwidth_bytes_per_s * devices, peak_flops * devices
-    steps = work.longest_decode
+    steps = max(work.longest_decode, ceil(work.decode_tokens / (max_num_seqs or work.num_requests or 1)))
     if kv_cache_memory_bytes:
-        steps = max(steps, ceil(work.kv_tokens_resident * shape.kv_bytes_per_token / (kv_cache_memory_bytes * devices)))
+        steps = max(steps, ceil(work.kv_tokens_read * shape.kv_bytes_per_token / (kv_cache_memory_bytes * devices)))
     weight_bytes = steps * shape.step_bytes
     kv_bytes = work.kv_tokens_read * shape.kv_bytes_per_token
     pair, linear, head = shape.attention_flops_per_pair, 2 * shape.layer_weights, 2 * shape.head_weights
     prefill_flops = work.distinct_prompt_tokens * linear + work.distinct_prompt_pairs * pair + work.num_requests * head
-    decode_flops = work.decode_tokens * (linear + head) + work.kv_tokens_read * pair
+    decode_flops = work.decode_tokens * (linear + head) + work.decode_pairs * pair
     prefill_s = max(prefill_flops / peak, shape.step_bytes / bandwidth)
     memory_s, arithmetic_s = (weight_bytes + kv_bytes) / bandwidth, decode_flops / peak
     seconds = prefill_s + max(memory_s, arithmetic_s)
@@ -178,21 +183,22 @@ def bound(
     )
 
 
-def _shared_prefixes(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """For each prompt, how many of its first tokens it shares with its predecessor in sorted order.
+def _already_there(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """For each prompt, how many of its first tokens some prompt before it begins with as well.
 
-    What is left of all prompts are the nodes of their prefix tree; of any subset, at most the nodes of that subset's
-    tree.
+    The rest of all prompts are the nodes of their prefix tree; of any subset, at most the nodes of that subset's tree.
     """
-    shared = [0] * len(prompts)
-    previous: Sequence[int] = []
-    for i in sorted(range(len(prompts)), key=lambda i: list(prompts[i])):
-        for left, right in zip(previous, prompts[i], strict=False):
-            if left != right:
-                break
-            shared[i] += 1
-        previous = prompts[i]
+    seen: list[list[int]] = []  # sorted: what shares most with a prompt stands next to its place
+    shared = []
+    for prompt in map(list, prompts):
+        place = bisect_left(seen, prompt)
+        shared.append(max((_common(prompt, other) for other in seen[max(place - 1, 0) : place + 1]), default=0))
+        seen.insert(place, prompt)
     return shared
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
 def pairs(length: int) -> int:

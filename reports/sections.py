@@ -220,8 +220,9 @@ def _ceiling(analysis: Analysis) -> Section:
     lead = [
         "The bound is a roofline: no engine of this kind can pass it with "
         f"{float(profile['bandwidth_bytes_per_s']) / 1e9:,.4g} GB/s and {float(profile['peak_flops']) / 1e12:,.4g} "
-        "TFLOP/s a device. Decode reads all weights once a step and each request's own context once a token; prefill "
-        "computes each distinct prompt token once; the two do not overlap (reports/ceiling.py has the formula).",
+        "TFLOP/s a device. A decode step reads all weights once, and the context of its requests, what they share of it "
+        "once for all; prefill computes each distinct prompt token once; the two do not overlap (reports/ceiling.py has "
+        "the formula).",
     ]
     if profile.get("note", text.ABSENT) not in ("", "-", text.ABSENT):
         lead.append(str(profile["note"]))

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from experiments import workloads
@@ -540,6 +542,32 @@ def test_a_shared_prefix_is_computed_once() -> None:
     assert work.longest_decode == 2  # two waves, one after the other
 
 
+REQUEST = st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=6), st.integers(1, 5))
+
+
+@given(waves=st.lists(st.lists(REQUEST, max_size=6), min_size=1, max_size=3))
+def test_what_requests_share_is_read_once_a_step(waves: list[list[tuple[list[int], int]]]) -> None:
+    """Each prompt position of a wave's prefix tree in as many steps as the longest answer behind it takes; and no schedule reads
+    less: at their own pace, all beginning at once, the requests read that much."""
+    by_hand = in_step = pairs = 0
+    for wave in waves:
+        steps: dict[tuple[int, ...], int] = {}
+        for prompt, n in wave:
+            for end in range(1, len(prompt) + 1):
+                steps[tuple(prompt[:end])] = max(steps.get(tuple(prompt[:end]), 0), n - 1)
+        own = sum(step for _, n in wave for step in range(1, n))
+        by_hand += sum(steps.values()) + own
+        for step in range(1, max((n for _, n in wave), default=1)):
+            running = [(prompt, n) for prompt, n in wave if step < n]
+            shared = {tuple(prompt[:end]) for prompt, _ in running for end in range(1, len(prompt) + 1)}
+            in_step += len(shared) + step * len(running)
+        pairs += sum(len(prompt) + step for prompt, n in wave for step in range(1, n))
+    work = ceiling.Work.of_waves(waves)
+    assert work.kv_tokens_read == by_hand == in_step
+    assert work.decode_pairs == pairs >= by_hand
+    assert work.distinct_prompt_tokens == len({tuple(p[:end]) for wave in waves for p, _ in wave for end in range(1, len(p) + 1)})
+
+
 def test_a_small_cache_costs_steps_only_for_what_cannot_be_shared() -> None:
     apart = ceiling.Work.of_waves([[([i, *range(50)], 11) for i in range(8)]])
     together = ceiling.Work.of_waves([[([*range(50), i], 11) for i in range(8)]])
@@ -547,6 +575,22 @@ def test_a_small_cache_costs_steps_only_for_what_cannot_be_shared() -> None:
     assert ceiling.bound(apart, QWEN3_06B, 1e12, 1e15, cache).decode_steps == math.ceil(8 * sum(range(52, 62)) / 100)
     assert ceiling.bound(together, QWEN3_06B, 1e12, 1e15, cache).decode_steps == math.ceil((8 * sum(range(2, 12)) + 10 * 50) / 100)
     assert ceiling.bound(apart, QWEN3_06B, 1e12, 1e15).decode_steps == 10
+
+
+def test_few_requests_at_a_time_cost_steps() -> None:
+    work = ceiling.Work.of_waves([[([i], 11) for i in range(8)]])
+    assert [ceiling.bound(work, QWEN3_06B, 1e12, 1e15, max_num_seqs=n).decode_steps for n in (8, 4, 3)] == [10, 20, 27]
+
+
+def test_a_bound_counts_the_gpus_of_every_engine() -> None:
+    """The degree of another engine is one of its settings, ours is a level; replicas count as well."""
+    plan = make_plan(one_at_a_time(), 2)
+    plan["profile"]["device"] = "cuda"
+    plan["cells"]["hf"]["config"] |= {"tensor_parallel_size": 2}
+    plan["cells"]["tensor_parallel_size=2"]["levels"] |= {"data_parallel_size": 2}
+    rows = analyse(make_records(plan, SPEEDUPS), plan)["ceiling"]
+    devices = {row["cell"]: row["devices"] for row in rows}
+    assert [devices[cell] for cell in ("hf", "tensor_parallel_size=2", "baseline")] == [2, 4, 1]
 
 
 def test_the_bound_refuses_what_it_cannot_use() -> None:
