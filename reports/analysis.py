@@ -310,17 +310,19 @@ def _ceilings(values: Values, plan: Mapping[str, Any], drawn: Mapping[str, Mappi
             [[(request["prompt_token_ids"], request["max_tokens"]) for request in wave] for wave in workload["waves"]]
         )
         for cell, entry in plan["cells"].items():
-            asked = {**entry["config"], **entry["levels"]}  # of another engine, the degree is a setting
+            config = entry["config"]  # of another engine, the degree is a setting
+            asked = {**config, **(config.get("optimizations") or {}), **entry["levels"]}
             replicas = int(asked.get("data_parallel_size", 1))
-            devices = 1 if profile["device"] == "cpu" else int(asked.get("tensor_parallel_size", 1)) * replicas
-            limit = asked.get("kv_cache_memory_bytes")  # an engine without this setting (hf) may use more
+            ranks = int(asked.get("tensor_parallel_size", 1)) * replicas
+            devices = 1 if profile["device"] == "cpu" else ranks
+            limit = asked.get("kv_cache_memory_bytes")  # of each rank; an engine without this setting (hf) may use more
             at_a_time = asked.get("max_num_seqs")
             bound = ceiling.bound(
                 work,
                 shape,
                 profile["bandwidth_bytes_per_s"],
                 profile["peak_flops"],
-                limit,
+                limit and limit * ranks,
                 devices,
                 at_a_time and at_a_time * replicas,
             )

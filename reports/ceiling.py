@@ -154,13 +154,13 @@ def bound(
     devices: int = 1,
     max_num_seqs: int | None = None,
 ) -> Bound:
-    """The bound of the module's docstring; the three hardware figures are per device, max_num_seqs of all together."""
+    """The bound of the module's docstring; bandwidth and peak per device, cache and max_num_seqs of all together."""
     if bandwidth_bytes_per_s <= 0 or peak_flops <= 0:
         raise ValueError(f"bandwidth {bandwidth_bytes_per_s} B/s and peak {peak_flops} FLOP/s must be greater than 0")
     bandwidth, peak = bandwidth_bytes_per_s * devices, peak_flops * devices
     steps = max(work.longest_decode, ceil(work.decode_tokens / (max_num_seqs or work.num_requests or 1)))
     if kv_cache_memory_bytes:
-        steps = max(steps, ceil(work.kv_tokens_read * shape.kv_bytes_per_token / (kv_cache_memory_bytes * devices)))
+        steps = max(steps, ceil(work.kv_tokens_read * shape.kv_bytes_per_token / kv_cache_memory_bytes))
     weight_bytes = steps * shape.step_bytes
     kv_bytes = work.kv_tokens_read * shape.kv_bytes_per_token
     pair, linear, head = shape.attention_flops_per_pair, 2 * shape.layer_weights, 2 * shape.head_weights

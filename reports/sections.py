@@ -218,7 +218,7 @@ def _ceiling(analysis: Analysis) -> Section:
     ]
     profile = analysis["hardware"]["profile"]
     lead = [
-        "The bound is a roofline: no engine of this kind can pass it with "
+        "The bound is a roofline: no engine in which prefill and decode take turns can pass it with "
         f"{float(profile['bandwidth_bytes_per_s']) / 1e9:,.4g} GB/s and {float(profile['peak_flops']) / 1e12:,.4g} "
         "TFLOP/s a device. A decode step reads all weights once, and the context of its requests, what they share of it "
         "once for all; prefill computes each distinct prompt token once; the two do not overlap (reports/ceiling.py has "

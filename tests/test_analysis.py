@@ -547,8 +547,8 @@ REQUEST = st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=6), st.inte
 
 @given(waves=st.lists(st.lists(REQUEST, max_size=6), min_size=1, max_size=3))
 def test_what_requests_share_is_read_once_a_step(waves: list[list[tuple[list[int], int]]]) -> None:
-    """Each prompt position of a wave's prefix tree in as many steps as the longest answer behind it takes; and no schedule reads
-    less: at their own pace, all beginning at once, the requests read that much."""
+    """Each prompt position of a wave's prefix tree in as many steps as the longest answer behind it takes; so no schedule
+    reads less; one in which all begin at once reads just that much."""
     by_hand = in_step = pairs = 0
     for wave in waves:
         steps: dict[tuple[int, ...], int] = {}
@@ -582,15 +582,27 @@ def test_few_requests_at_a_time_cost_steps() -> None:
     assert [ceiling.bound(work, QWEN3_06B, 1e12, 1e15, max_num_seqs=n).decode_steps for n in (8, 4, 3)] == [10, 20, 27]
 
 
+def test_ranks_on_a_cpu_share_its_memory_and_have_a_cache_each() -> None:
+    plan = make_plan(one_at_a_time(), 2)
+    for cell in plan["cells"].values():
+        cell["config"]["kv_cache_memory_bytes"] = 4096  # so small that it sets the number of steps
+    rows = {row["cell"]: row for row in analyse(make_records(plan, SPEEDUPS), plan)["ceiling"]}
+    one, two = rows["baseline"], rows["tensor_parallel_size=2"]
+    assert (one["devices"], two["devices"]) == (1, 1)
+    assert one["bound"]["decode_steps"] == pytest.approx(2 * two["bound"]["decode_steps"], abs=1)
+
+
 def test_a_bound_counts_the_gpus_of_every_engine() -> None:
     """The degree of another engine is one of its settings, ours is a level; replicas count as well."""
     plan = make_plan(one_at_a_time(), 2)
     plan["profile"]["device"] = "cuda"
     plan["cells"]["hf"]["config"] |= {"tensor_parallel_size": 2}
     plan["cells"]["tensor_parallel_size=2"]["levels"] |= {"data_parallel_size": 2}
+    del plan["cells"]["all"]["levels"]["tensor_parallel_size"]
+    plan["cells"]["all"]["config"] = {"optimizations": {"tensor_parallel_size": 2}}  # fixed for the whole study
     rows = analyse(make_records(plan, SPEEDUPS), plan)["ceiling"]
     devices = {row["cell"]: row["devices"] for row in rows}
-    assert [devices[cell] for cell in ("hf", "tensor_parallel_size=2", "baseline")] == [2, 4, 1]
+    assert [devices[cell] for cell in ("hf", "tensor_parallel_size=2", "all", "baseline")] == [2, 4, 2, 1]
 
 
 def test_the_bound_refuses_what_it_cannot_use() -> None:
