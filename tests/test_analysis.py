@@ -401,6 +401,19 @@ def test_a_step_clock_that_disagrees_is_noted_but_counts(study: Any) -> None:
     assert any("consistency check" in caveat for caveat in analysis["answer"]["caveats"])
 
 
+@pytest.mark.parametrize(("overlapped_steps", "noted"), [(0, True), (9, False)])
+def test_with_overlap_a_step_may_have_the_time_of_the_one_before(study: Any, overlapped_steps: int, noted: bool) -> None:
+    """A long prefill whose time is written to the decode step that was launched behind it."""
+    plan, records = study
+    work = records[4]["workloads"]["scaled"]
+    (first, *_), decodes = work["step_times_s"], [step for step in work["step_times_s"] if step[2]]
+    assert first[2] == 0
+    first[0], decodes[0][0] = decodes[0][0], sum(arrival[2] - arrival[1] for arrival in work["request_times_s"])
+    work["counters"] = {"overlapped_steps": overlapped_steps}
+    found = {row["check"] for row in analyse(records, plan)["checks"]["failed"]}
+    assert ("Little's law: decode integral <= residence" in found) == noted
+
+
 def test_a_failed_gate_excludes_the_launches_that_made_these_tokens(study: Any) -> None:
     plan, records = study
     digest = records[0]["workloads"]["scaled"]["tokens_digest"]
