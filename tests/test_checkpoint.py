@@ -22,6 +22,7 @@ from nanovllm.models import checkpoint
 from nanovllm.models.checkpoint import DIGESTS, PRESETS, checkpoint_digest, ensure_checkpoint
 
 ROWS, PROMPT, OUTPUT = 4, 96, 64
+DEEP = pytest.param("deep", marks=pytest.mark.slow)  # a minute for all of them
 SMALL = {"num_hidden_layers": 1, "vocab_size": 2048, "hidden_size": 64, "intermediate_size": 96}
 
 
@@ -98,7 +99,7 @@ def wrong_slots(hf: SimpleNamespace, layers: Sequence[int], num_slots: int, gene
 
 
 @pytest.mark.parametrize("kind", ["greedy", "sampled"])
-@pytest.mark.parametrize("preset", ["hf", "deep"])
+@pytest.mark.parametrize("preset", ["hf", DEEP])
 def test_free_running_text_seldom_repeats_its_last_token(preset: str, kind: str, request: pytest.FixtureRequest) -> None:
     hf = request.getfixturevalue(preset)
     tokens = getattr(hf, kind)[:, hf.prompt - 1 :]
@@ -120,6 +121,7 @@ def test_one_wrong_kv_slot_of_one_layer_shows(hf: SimpleNamespace) -> None:
     assert by_layer.min() > 5  # measured: 9.1
 
 
+@pytest.mark.slow
 def test_one_wrong_kv_slot_shows_in_a_deep_model(deep: SimpleNamespace) -> None:
     """As a wrong slot mapping makes it: in every layer. In one of 28 layers alone it shows where that layer looks."""
     generator = torch.Generator().manual_seed(1)
@@ -130,7 +132,7 @@ def test_one_wrong_kv_slot_shows_in_a_deep_model(deep: SimpleNamespace) -> None:
     assert wrong_slots(deep, [15], 6, generator).median() > 3  # measured: 5.2
 
 
-@pytest.mark.parametrize("preset", ["hf", "deep"])
+@pytest.mark.parametrize("preset", ["hf", DEEP])
 def test_another_rope_theta_shows(preset: str, request: pytest.FixtureRequest) -> None:
     hf = request.getfixturevalue(preset)
     head_dim = hf.model.config.head_dim
@@ -139,7 +141,10 @@ def test_another_rope_theta_shows(preset: str, request: pytest.FixtureRequest) -
         assert effect(hf) > 5  # measured: 12.8
 
 
-@pytest.mark.parametrize(("preset", "part"), [("hf", "model."), ("deep", "layers.14."), ("deep", "model.norm")])
+@pytest.mark.parametrize(
+    ("preset", "part"),
+    [("hf", "model."), *(pytest.param("deep", part, marks=pytest.mark.slow) for part in ("layers.14.", "model.norm"))],
+)
 def test_another_epsilon_of_any_norm_shows(preset: str, part: str, request: pytest.FixtureRequest) -> None:
     hf = request.getfixturevalue(preset)
     norms = [(name, module) for name, module in hf.model.named_modules() if part in name and hasattr(module, "variance_epsilon")]
