@@ -15,7 +15,7 @@ Analysis = Mapping[str, Any]
 
 def answer(analysis: Analysis) -> dict[str, Any]:
     """{"sentence", "verdict", "caveats"} from a finished analysis."""
-    compares = bool(analysis["comparisons"] and analysis["counts"]["counted_launches"])
+    compares = bool(compare.headline(analysis) and analysis["counts"]["counted_launches"])
     return {
         "sentence": compare.sentence(analysis) if compares else _sentence(analysis),
         "verdict": compare.verdict(analysis) if compares else _headline_verdict(analysis),
@@ -71,8 +71,8 @@ def _sentence(analysis: Analysis) -> str:
         rank = f"the largest of {count_of(len(gains), 'gain')} among {len(tested)} effects"
         return f"{_place(best, analysis)} {_says(best, analysis)}, {rank}."
     losses = [effect for effect in tested if effect["verdict"] == "slower"]
-    if analysis["study"].get("design", {}).get("kind") == "leave_one_out" and losses:
-        worst = (min if better is max else max)(losses, key=lambda effect: effect["ratio"])
+    worst = (min if better is max else max)(losses, key=lambda effect: effect["ratio"]) if losses else None
+    if analysis["study"].get("design", {}).get("kind") == "leave_one_out" and worst:
         rank = f"the largest of {count_of(len(losses), 'loss')} among {len(tested)} effects"
         return f"From everything on, the baseline of this study: {_place(worst, analysis)} {_says(worst, analysis)}, {rank}."
     if all(effect["low"] is None for effect in tested):
@@ -80,7 +80,8 @@ def _sentence(analysis: Analysis) -> str:
         return f"Undecided: {blocks}, too few for an interval, and so for a verdict on any of {count_of(len(tested), 'effect')}."
     tally = Counter(effect["verdict"] for effect in tested)
     found = ", ".join(f"{n} {verdict}" for verdict, n in sorted(tally.items()))
-    return f"Nothing tested is faster than the baseline: of {count_of(len(tested), 'effect')}, {found}."
+    tail = f"; {_place(worst, analysis)} {_says(worst, analysis)}, the least" if worst else ""
+    return f"Nothing tested is faster than the baseline: of {count_of(len(tested), 'effect')}, {found}{tail}."
 
 
 def _factors_changed(cell: str, analysis: Analysis) -> int:

@@ -1,4 +1,4 @@
-"""What a study's comparisons found: our cell against another engine's, pair by pair, and whether each pair was a fair one.
+"""What a study's comparisons found: our cell against another engine's or another of ours, pair by pair, and whether it was fair.
 
 The pairs and their rules are the study's (experiments/spec.py, `comparisons`); experiments/fairness.py says what a rule asks.
 A pair that breaks its rule has no ratio: its numbers stand in the other tables, but nothing is concluded from them.
@@ -113,17 +113,26 @@ def costs(launches: Launches, plan: Mapping[str, Any]) -> dict[str, list[dict[st
     return {"launch": rows, "work": sorted(work, key=lambda row: list(plan["workloads"]).index(row["workload"]))}
 
 
+def against_engines(analysis: Analysis) -> list[Mapping[str, Any]]:
+    """The pairs whose other side is another engine."""
+    return [entry for entry in analysis.get("comparisons") or [] if entry["engine"] != entry["our_engine"]]
+
+
+def among_ours(analysis: Analysis) -> list[Mapping[str, Any]]:
+    """The pairs of two cells of one engine: what one change adds to another."""
+    return [entry for entry in analysis.get("comparisons") or [] if entry["engine"] == entry["our_engine"]]
+
+
 def headline(analysis: Analysis) -> Mapping[str, Any] | None:
-    """The pair that the first sentence is about: the first of the study. None for a study without comparisons."""
-    entries = analysis.get("comparisons") or []
-    return entries[0] if entries else None
+    """The pair that the first sentence is about: the study's first against another engine. None for a study without one."""
+    return next(iter(against_engines(analysis)), None)
 
 
 def sentence(analysis: Analysis) -> str:
     """Faster, slower, equivalent or inconclusive, by how much, on what; made from verdicts by fixed rules."""
     entry = headline(analysis)
     if entry is None:
-        raise ValueError("this study names no comparison")
+        raise ValueError("this study names no comparison with another engine")
     against = f"Against {entry['engine']}{' ' + entry['version'] if entry['version'] else ''}, {said(entry['name'])}"
     if entry["breaches"]:
         return f"{against}: no answer, the comparison was not fair ({entry['breaches'][0]})."
@@ -163,10 +172,12 @@ def verdict(analysis: Analysis) -> str:
     return str(found.pop()) if len(found) == 1 else "mixed" if found else "inconclusive"
 
 
-def throughput_rows(analysis: Analysis) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """(pair, effect on throughput), workload by workload, of every fair pair."""
+def throughput_rows(
+    analysis: Analysis, entries: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """(pair, effect on throughput), workload by workload, of every fair one of these pairs."""
     for workload in analysis["workloads"]:
-        for entry in analysis["comparisons"]:
+        for entry in entries:
             effect = entry["effects"].get(THROUGHPUT.key, {}).get(workload)
             if effect:
                 yield entry, effect

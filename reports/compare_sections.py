@@ -1,14 +1,14 @@
-"""The part of a report that only a comparison of engines has: who was faster, was it fair, what else did it cost."""
+"""The part of a report that only a comparison has: who was faster, was it fair, what else did it cost; and pairs of our cells."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from reports import text
-from reports.compare import RULE_WORDS, throughput_rows
+from reports.compare import RULE_WORDS, against_engines, among_ours, throughput_rows
 from reports.document import Column, Section, Table
 
 Analysis = Mapping[str, Any]
@@ -22,34 +22,45 @@ _GIB = 2**30
 
 
 def compare_sections(analysis: Analysis) -> Iterator[Section]:
-    """Nothing for a study without comparisons."""
-    if analysis.get("comparisons"):
-        yield _verdicts(analysis)
-        yield _fairness(analysis)
+    """Nothing for a study that compares with no other engine."""
+    entries = against_engines(analysis)
+    if entries:
+        lead = [
+            "Output tokens per second of our cell over those of the other engine's, in the same block, steady state: each launch "
+            "is a fresh process, started and warmed up before anything is timed. Each throughput stands beside its bound below, "
+            "and the latencies of both engines under their own heading.",
+            NOT_COMPARED,
+        ]
+        yield Section("compared", "Who is faster, on what", lead, None, [_verdicts(analysis, entries)])
+        yield _fairness(analysis, entries)
         yield _costs(analysis)
 
 
-def _verdicts(analysis: Analysis) -> Section:
+def pairs_of_ours(analysis: Analysis) -> Iterator[Section]:
+    """What one of our cells adds to another; nothing for a study that names no such pair."""
+    entries = among_ours(analysis)
+    if entries:
+        lead = [
+            "Output tokens per second of one cell over those of another, in the same block: the gain of what the first has and the "
+            "second lacks, which two ratios to the baseline do not give an interval for."
+        ]
+        yield Section("pairs", "What one change adds to another", lead, None, [_verdicts(analysis, entries)])
+
+
+def _verdicts(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Table:
     code, number = (lambda title: Column(title, "code")), (lambda title: Column(title, "number"))
     confidence = text.percent(analysis["rule"]["confidence"], 0)
-    columns = [code("workload"), Column("comparison"), code("ours"), code("theirs"), number("ratio"),
+    columns = [code("workload"), Column("comparison"), code("ours"), code("against"), number("ratio"),
                number(f"{confidence} interval"), Column("verdict", "verdict"), number("p (Holm)"), number("blocks")]  # fmt: skip
     rows = [
         [effect["workload"], entry["name"], entry["ours"], entry["theirs"], text.ratio(effect["ratio"]),
          text.interval(effect["low"], effect["high"]), effect["verdict"], text.probability(effect["p_holm"]), str(effect["n"])]
-        for entry, effect in throughput_rows(analysis)
+        for entry, effect in throughput_rows(analysis, entries)
     ]  # fmt: skip
-    lead = [
-        "Output tokens per second of our cell over those of the other engine's, in the same block, steady state: each launch is a "
-        "fresh process, started and warmed up before anything is timed. Each throughput stands beside its bound below, "
-        "and the latencies of both engines under their own heading.",
-        NOT_COMPARED,
-    ]
-    return Section("compared", "Who is faster, on what", lead, None, [Table("Comparisons", columns, rows, grouped=True)])
+    return Table("Comparisons", columns, rows, grouped=True)
 
 
-def _fairness(analysis: Analysis) -> Section:
-    entries = analysis["comparisons"]
+def _fairness(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Section:
     rules = [
         [entry["name"], f"{entry['ours']} / {entry['theirs']}", RULE_WORDS[entry["rule"]],
          "; ".join(entry["breaches"]) or "they do", "fail" if entry["breaches"] else "pass"]

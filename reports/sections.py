@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from reports import text
-from reports.compare_sections import compare_sections
+from reports.compare import against_engines
+from reports.compare_sections import compare_sections, pairs_of_ours
 from reports.document import Column, Section, Table
 from reports.intervals import MIN_BLOCKS_BOOTSTRAP
 from reports.metrics import LATENCIES, METRICS, PERCENTILES
@@ -28,7 +29,8 @@ def results(analysis: Analysis) -> Iterator[Section]:
     yield _effects(analysis)
     yield from _factors(analysis)
     yield from _interactions(analysis)
-    if not analysis["comparisons"]:  # a study that names its pairs has said which of them are fair
+    yield from pairs_of_ours(analysis)
+    if not against_engines(analysis):  # a study that names its pairs has said which of them are fair
         yield from _references(analysis)
     yield _ceiling(analysis)
     yield from _latency(analysis)

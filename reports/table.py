@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from reports import text
-from reports.compare import throughput_rows
+from reports.compare import against_engines, throughput_rows
 
 COLORS = {"faster": "green", "slower": "red", "equivalent": "blue", "inconclusive": "yellow"}
 
@@ -37,8 +37,8 @@ def print_table(analysis: Mapping[str, Any], console: Console | None = None) -> 
         for effect in effects:
             if effect["workload"] == workload:
                 _add_row(table, analysis, effect, effect["cell"], _counters(analysis, effect["cell"], workload))
-        against = [effect for _, effect in throughput_rows(analysis)] if analysis["comparisons"] else analysis["references"]
-        for effect in against:
+        pairs = [effect for _, effect in throughput_rows(analysis, analysis["comparisons"])]
+        for effect in pairs if against_engines(analysis) else [*pairs, *analysis["references"]]:
             if effect["workload"] == workload:
                 _add_row(table, analysis, effect, f"{effect['cell']} / {effect['reference']}")
     console.print(table)

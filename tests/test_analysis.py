@@ -24,7 +24,7 @@ from reports.intervals import Rule, bootstrap_interval, estimate, judge, verdict
 from reports.metrics import harmonic_mean, of_launch
 from reports.records import read_records
 from reports.render import render
-from tests.synthetic import BASE_LEVELS, designed, factorial, gate_line, make_plan, make_records, one_at_a_time
+from tests.synthetic import BASE_LEVELS, cell_of, designed, factorial, gate_line, make_plan, make_records, one_at_a_time
 
 RULE = Rule(alpha=0.05, smallest_effect=0.05, seed="test")
 SPEEDUPS = {"prefix_cache": 1.0, "batching": 2.5, "tensor_parallel_size": 0.7, "hf": 0.8}
@@ -219,6 +219,15 @@ def test_leave_one_out_starts_from_everything_on() -> None:
     sentence = analysis["answer"]["sentence"]
     assert sentence.startswith("From everything on, the baseline of this study: all-but-batching gives 0.4")
     assert "the largest of 2 losses among 3 effects" in sentence
+
+
+def test_where_nothing_gains_the_largest_loss_is_told() -> None:
+    cells = cell_of("baseline", "baseline") | cell_of("cached", "treatment", ["prefix_cache"])
+    cells |= cell_of("both", "treatment", ["prefix_cache", "batching"])
+    plan = make_plan(cells, 6)
+    sentence = analyse(make_records(plan, {"prefix_cache": 0.8, "batching": 0.5}, sd=0.004), plan)["answer"]["sentence"]
+    assert sentence.startswith("Nothing tested is faster than the baseline: of 2 effects, 2 slower; both gives 0.")
+    assert sentence.endswith("6 blocks), the least.")
 
 
 def test_both_directions_stand_side_by_side_and_differ_by_the_interaction() -> None:

@@ -261,6 +261,25 @@ def test_the_report_answers_first(speed: float, sd: float, verdict: str, tmp_pat
     assert "time to first token" in page
 
 
+def test_a_pair_of_our_own_cells_is_no_comparison_of_engines(tmp_path: Path) -> None:
+    cells = cell_of("baseline", "baseline") | cell_of("alone", "treatment", ["prefix_cache"])
+    cells |= cell_of("both", "treatment", ["prefix_cache", "batching"])
+    plan = make_plan(cells, 6, comparisons={"batching-on-top": {"ours": "both", "theirs": ["alone"], "rule": "best"}})
+    lines = make_records(plan, {"prefix_cache": 2.0, "batching": 1.25}, sd=0.004)
+    analysis = analyse(lines, plan)
+    sentence = analysis["answer"]["sentence"]
+    assert sentence.startswith("both gives 2."), "about the largest gain"
+    assert "Against" not in sentence
+    page = render(plan, lines, analysis, tmp_path)[0].read_text()
+    assert "Who is faster" not in page
+    assert "Was it a fair comparison" not in page
+    pairs = page.split("## What one change adds to another")[1].split("## ")[0]
+    (effect,) = [entry["effects"]["output_tokens_per_s"]["scaled"] for entry in analysis["comparisons"]]
+    assert effect["low"] < 1.25 < effect["high"]
+    assert "| batching-on-top | `both` | `alone` | ×1.2" in pairs
+    assert "| faster |" in pairs
+
+
 def test_an_unfair_pair_has_no_ratio(tmp_path: Path) -> None:
     plan, lines = synthetic(0.5)
     for record in lines:
