@@ -139,6 +139,9 @@ def _caveats(analysis: Analysis) -> Iterator[str]:
     failed_checks = [check for check in analysis["checks"]["failed"] if not check["hard"]]
     if failed_checks:
         yield f"{count_of(len(failed_checks), 'soft consistency check')} failed; see the table of checks."
-    throttled = [row["launch"] for row in analysis["order"]["launches"] if row["throttle_reasons"]]
+    launches = analysis["order"]["launches"]
+    throttled = [row for row in launches if row["throttle_reasons"]]
     if throttled:
-        yield f"The clock was throttled during {count_of(len(throttled), 'counted launch')}."
+        reasons = Counter(reason.replace("_", " ") for row in throttled for reason in row["throttle_reasons"])
+        why = ", ".join(f"{reason} in {n}" for reason, n in sorted(reasons.items()))
+        yield f"The GPU lowered its clock during {len(throttled)} of {count_of(len(launches), 'counted launch')}: {why}."

@@ -230,6 +230,16 @@ def test_where_nothing_gains_the_largest_loss_is_told() -> None:
     assert sentence.endswith("6 blocks), the least.")
 
 
+def test_a_lowered_clock_is_said_with_its_reason() -> None:
+    plan = make_plan(cell_of("baseline", "baseline") | cell_of("cached", "treatment", ["prefix_cache"]), 3)
+    records = make_records(plan, {"prefix_cache": 2.0})
+    first, second, *_ = (record for record in records if record["kind"] == "launch")
+    first["telemetry"]["throttle_reasons"] = ["power_cap", "sw_thermal"]
+    second["telemetry"]["throttle_reasons"] = ["power_cap"]
+    caveats = analyse(records, plan)["answer"]["caveats"]
+    assert "The GPU lowered its clock during 2 of 6 counted launches: power cap in 2, sw thermal in 1." in caveats
+
+
 def test_both_directions_stand_side_by_side_and_differ_by_the_interaction() -> None:
     factors = ["prefix_cache", "batching", "tensor_parallel_size", "overlap"]
     plan = make_plan(designed("both", factors), 4, factors=off_levels(factors))
