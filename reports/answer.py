@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from reports import compare
+from reports.metrics import METRICS
 from reports.text import count_of, interval, percent, ratio
 
 Analysis = Mapping[str, Any]
@@ -80,7 +81,7 @@ def _sentence(analysis: Analysis) -> str:
         return f"Undecided: {blocks}, too few for an interval, and so for a verdict on any of {count_of(len(tested), 'effect')}."
     tally = Counter(effect["verdict"] for effect in tested)
     found = ", ".join(f"{n} {verdict}" for verdict, n in sorted(tally.items()))
-    tail = f"; {_place(worst, analysis)} {_says(worst, analysis)}, the least" if worst else ""
+    tail = f"; the largest loss: {_place(worst, analysis)} {_says(worst, analysis)}" if worst else ""
     return f"Nothing tested is faster than the baseline: of {count_of(len(tested), 'effect')}, {found}{tail}."
 
 
@@ -123,6 +124,11 @@ def _caveats(analysis: Analysis) -> Iterator[str]:
                 f"({interval(effect['low'], effect['high'])}): the baseline differs from itself, so something besides "
                 "the factors varies; distrust effects of that size."
             )
+    others = [effect for effect in analysis["effects"] if effect["role"] == "aa" and effect not in _primary(analysis)]
+    differing = [effect for effect in others if effect["verdict"] in ("faster", "slower")]
+    if differing:
+        labels = ", ".join(dict.fromkeys(METRICS[effect["metric"]].label for effect in differing))
+        yield f"The A/A arm differs from the baseline in {labels}: distrust differences of that size there."
     if not any(cell["role"] == "aa" for cell in analysis["cells"].values()):
         yield "There is no A/A arm: nothing shows how large an effect this machine makes up by itself."
     failed = [row for row in analysis["gate"]["rows"] if row["status"] != "pass"]

@@ -40,9 +40,11 @@ def pairs_of_ours(analysis: Analysis) -> Iterator[Section]:
     """What one of our cells adds to another; nothing for a study that names no such pair."""
     entries = among_ours(analysis)
     if entries:
+        unfair = [entry for entry in entries if entry["breaches"]]
         lead = [
-            "Output tokens per second of one cell over those of another, in the same block: the gain of what the first has and the "
-            "second lacks, which two ratios to the baseline do not give an interval for."
+            "Output tokens per second of one cell over those of another, in the same block: what lies between the two, with an "
+            "interval that their ratios to the baseline do not give.",
+            *(f"No ratio of {entry['ours']} to {entry['theirs']}: {'; '.join(entry['breaches'])}." for entry in unfair),
         ]
         yield Section("pairs", "What one change adds to another", lead, None, [_verdicts(analysis, entries)])
 

@@ -221,13 +221,27 @@ def test_leave_one_out_starts_from_everything_on() -> None:
     assert "the largest of 2 losses among 3 effects" in sentence
 
 
-def test_where_nothing_gains_the_largest_loss_is_told() -> None:
+@pytest.mark.parametrize(("metric", "found"), [("output_tokens_per_s", "0."), ("time_to_first_token_p50_s", "2.")])
+def test_where_nothing_gains_the_largest_loss_is_told(metric: str, found: str) -> None:
     cells = cell_of("baseline", "baseline") | cell_of("cached", "treatment", ["prefix_cache"])
     cells |= cell_of("both", "treatment", ["prefix_cache", "batching"])
-    plan = make_plan(cells, 6)
+    plan = make_plan(cells, 6, metric=metric)
     sentence = analyse(make_records(plan, {"prefix_cache": 0.8, "batching": 0.5}, sd=0.004), plan)["answer"]["sentence"]
-    assert sentence.startswith("Nothing tested is faster than the baseline: of 2 effects, 2 slower; both gives 0.")
-    assert sentence.endswith("6 blocks), the least.")
+    start = "Nothing tested is faster than the baseline: of 2 effects, 2 slower; the largest loss: both gives "
+    assert sentence.startswith(start + found)
+
+
+def test_an_aa_arm_that_differs_in_another_metric_is_said() -> None:
+    plan = make_plan(cell_of("baseline", "baseline") | cell_of("again", "aa") | cell_of("cached", "treatment", ["prefix_cache"]), 6)
+    records = make_records(plan, {"prefix_cache": 2.0}, sd=0.004)
+    clean = analyse(copy.deepcopy(records), plan)["answer"]["caveats"]
+    assert not any("A/A arm differs" in caveat for caveat in clean)
+    for record in records:
+        if record["kind"] == "launch" and record["cell"] == "again":
+            for request in record["workloads"]["scaled"]["request_times_s"]:
+                request[1] = request[0] + 2 * (request[1] - request[0])
+    caveats = analyse(records, plan)["answer"]["caveats"]
+    assert any(caveat.startswith("The A/A arm differs from the baseline in time to first token") for caveat in caveats)
 
 
 def test_a_lowered_clock_is_said_with_its_reason() -> None:

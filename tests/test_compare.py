@@ -278,6 +278,13 @@ def test_a_pair_of_our_own_cells_is_no_comparison_of_engines(tmp_path: Path) -> 
     assert effect["low"] < 1.25 < effect["high"]
     assert "| batching-on-top | `both` | `alone` | ×1.2" in pairs
     assert "| faster |" in pairs
+    for record in lines:
+        if record["kind"] == "launch":
+            record["resolved"]["kv_cache_bytes"] = 2**28 if record["cell"] == "both" else 2**29
+    page = render(plan, lines, analyse(lines, plan), tmp_path)[0].read_text()
+    pairs = page.split("## What one change adds to another")[1].split("## ")[0]
+    assert "No ratio of both to alone: kv_cache_bytes: 268435456 against 536870912." in pairs
+    assert "×1.2" not in pairs
 
 
 def test_an_unfair_pair_has_no_ratio(tmp_path: Path) -> None:

@@ -100,8 +100,11 @@ def test_blocks_run_on_two_nodes_and_begin_again_when_their_worker_dies(cluster:
     assert {r["attempt"] for r in again if r["order"] == 0} == {2}
     assert all(r["provenance"]["git"] is not None for r in counted)
     assert {r["provenance"]["environment"].get("OMP_NUM_THREADS") for r in counted} == {os.environ.get("OMP_NUM_THREADS")}
-    lost = [re.search(r"was lost in block (\d+) \((\w+)\)", text) for text in told]
-    losses = [(int(match[1]), match[2]) for match in lost if match]
+    losses = []
+    for text in (text for text in told if "was lost in block" in text):
+        match = re.search(r"was lost in block (\d+) \((.*?)\)", text)
+        assert match, text
+        losses.append((int(match[1]), match[2]))
     assert [block for block, _ in losses[:2]] == [0, 3]
     # Ray learns of a dead node late: until then it may be given one more block, which never begins there.
     assert all(reason in ("TaskUnschedulableError", "NodeDiedError") for _, reason in losses[2:])
