@@ -124,11 +124,10 @@ def _caveats(analysis: Analysis) -> Iterator[str]:
                 f"({interval(effect['low'], effect['high'])}): the baseline differs from itself, so something besides "
                 "the factors varies; distrust effects of that size."
             )
-    others = [effect for effect in analysis["effects"] if effect["role"] == "aa" and effect not in _primary(analysis)]
-    differing = [effect for effect in others if effect["verdict"] in ("faster", "slower")]
-    if differing:
-        labels = ", ".join(dict.fromkeys(METRICS[effect["metric"]].label for effect in differing))
-        yield f"The A/A arm differs from the baseline in {labels}: distrust differences of that size there."
+    own = [effect for effect in analysis["effects"] if effect["role"] == "aa" and effect["verdict"] in ("faster", "slower")]
+    labels = dict.fromkeys(METRICS[effect["metric"]].label for effect in own if effect["metric"] != analysis["metric"]["key"])
+    if labels:
+        yield f"The A/A arm differs from the baseline in {'; '.join(labels)}: distrust differences of that size there."
     if not any(cell["role"] == "aa" for cell in analysis["cells"].values()):
         yield "There is no A/A arm: nothing shows how large an effect this machine makes up by itself."
     failed = [row for row in analysis["gate"]["rows"] if row["status"] != "pass"]
