@@ -113,7 +113,10 @@ class RayWorkers:
             events.append((slot, event))
             if event["event"] in ("done", "refused", "lost"):
                 del self._streams[stream]
-                with contextlib.suppress(Exception):  # what is lost to us may still run there
+            if event["event"] == "lost":
+                # It may still run there. A stream that told its end is left alone: by the time that a forced cancellation
+                # arrives, its worker may have begun the next block, which would die instead.
+                with contextlib.suppress(Exception):
                     self._ray.cancel(stream, force=True)
         return events
 

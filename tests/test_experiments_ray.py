@@ -8,6 +8,7 @@ import shutil
 import signal
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import psutil
 import pytest
 
 from experiments import records
-from experiments.dispatch import WorkerError
+from experiments.dispatch import Event, Job, WorkerError
 from experiments.executor import EXECUTORS, Options
 from experiments.ray_workers import RayWorkers
 from tests.fake_engine import make_plan
@@ -35,7 +36,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_worker_niceness", "0")
     monkeypatch.setenv("RAY_health_check_period_ms", "300")
-    monkeypatch.setenv("RAY_health_check_failure_threshold", "2")
+    monkeypatch.setenv("RAY_health_check_failure_threshold", "5")  # fewer, and a busy machine loses a node that lives
     folder = tempfile.mkdtemp(prefix="ray")  # short: sockets lie in it
     head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": folder, "object_store_memory": _STORE}
     cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -100,20 +101,43 @@ def test_blocks_run_on_two_nodes_and_begin_again_when_their_worker_dies(cluster:
     assert {r["attempt"] for r in again if r["order"] == 0} == {2}
     assert all(r["provenance"]["git"] is not None for r in counted)
     assert {r["provenance"]["environment"].get("OMP_NUM_THREADS") for r in counted} == {os.environ.get("OMP_NUM_THREADS")}
-    losses = []
-    for text in (text for text in told if "was lost in block" in text):
-        match = re.search(r"was lost in block (\d+) \((.*?)\)", text)
-        assert match, text
-        losses.append((int(match[1]), match[2]))
-    assert [block for block, _ in losses[:2]] == [0, 3]
+    losses = [match.groups() for text in told if (match := re.search(r"was lost in block (\d+) \((.*?)\)", text))]
     # Ray learns of a dead node late: until then it may be given one more block, which never begins there.
-    assert all(reason in ("TaskUnschedulableError", "NodeDiedError") for _, reason in losses[2:])
-    assert len(losses) <= 3
+    late = [loss for loss in losses if loss[1] in ("TaskUnschedulableError", "NodeDiedError")]
+    ours = [loss for loss in losses if loss not in late]
+    assert [block for block, _ in ours] in (["0", "3"], ["0"]), losses
+    assert len(losses) in (2, 3), losses
+    assert losses[0][0] == "0", losses
+    assert "3" in [block for block, _ in losses], losses
     digests = {work["tokens_digest"] for r in counted for work in r["workloads"].values()}
     assert digests <= {line["digest"] for line in records.token_lines(tmp_path / "out")}
     lines = (tmp_path / "out" / records.RECORDS).read_text()
     assert EXECUTORS["ray"](plan, tmp_path / "out", options, listen), "nothing is left to do"
     assert (tmp_path / "out" / records.RECORDS).read_text() == lines
+
+
+def test_an_ended_block_does_not_take_the_next_with_it(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node gets its next block as soon as the last has told its end, on the worker that has hardly left the last."""
+
+    def at_once(job: Job, context: dict[str, Any]) -> Iterator[Event]:
+        with tempfile.TemporaryDirectory():
+            yield {"event": "message", "text": "here"}
+            yield {"event": "done"}
+
+    monkeypatch.setattr("experiments.ray_workers.run_block", at_once)
+    ended: Counter[tuple[str, ...]] = Counter()
+    with RayWorkers(make_plan(tmp_path / "model"), cluster.address) as workers:
+        slots = list(workers.slots())
+        for slot in slots:
+            workers.start(slot, {})
+        end = time.monotonic() + 120
+        while ended.total() < 60 and time.monotonic() < end:
+            for slot, event in workers.poll(1.0):
+                if event["event"] != "message":
+                    ended[tuple(event.values())] += 1
+                    workers.start(slot, {})
+    assert set(ended) == {("done",)}, ended
+    assert ended.total() >= 60
 
 
 def test_what_ray_cannot_do_is_said(tmp_path: Path) -> None:
