@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -54,7 +56,7 @@ class StandIn:
 
 
 @pytest.fixture
-def adapter(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def adapter(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function: config -> an adapter that has loaded the stand-in."""
     package, platforms = ModuleType("vllm"), ModuleType("vllm.platforms")
     package.__dict__.update(LLM=StandIn, SamplingParams=lambda **given: SimpleNamespace(**given), __version__="9.9")
@@ -63,6 +65,9 @@ def adapter(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
     for name in VARIABLES:
         monkeypatch.setenv(name, "")
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", "")  # so that it is taken back after the test
+    monkeypatch.delenv("VLLM_RPC_BASE_PATH")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     def load(**config: Any) -> Any:
         made = load_adapter("vllm")(str(tiny), {**SHARED, "seed": 3, **config})
@@ -136,8 +141,12 @@ def test_the_cache_is_really_reset_and_the_engine_really_closed(adapter: Any, mo
     StandIn.last.resets = [False] * 200
     with pytest.raises(RuntimeError, match="did not reset its prefix cache"):
         made.reset()
+    sockets = Path(os.environ["VLLM_RPC_BASE_PATH"])
+    (sockets / "left-behind").touch()
     made.close()
     assert StandIn.last.closed
+    assert not sockets.exists()
+    assert "VLLM_RPC_BASE_PATH" not in os.environ
 
 
 def test_a_vllm_for_another_device_is_an_error(adapter: Any) -> None:

