@@ -17,20 +17,20 @@ from property_tests.real_engine import MAX_MODEL_LEN, VOCAB, engine_of, serve, t
 from property_tests.strategies import SEEDS, Request, Shape
 
 GOOD: dict[str, st.SearchStrategy[Any]] = {
-    "temperature": st.just(0.0) | st.just(0) | st.floats(1e-3, 10),
+    "temperature": st.just(0.0) | st.just(0) | st.floats(1e-5, 1e30) | st.floats(1e-3, 10),
     "top_k": st.integers(-1, 10**6),
-    "top_p": st.floats(0, 1, exclude_min=True),
+    "top_p": st.floats(1e-30, 1),
     "max_tokens": st.integers(1, 10**6),
     "seed": st.none() | SEEDS,
     "logprobs": st.none() | st.integers(0, 20),
 }
 BAD: dict[str, st.SearchStrategy[Any]] = {
-    "temperature": st.floats(max_value=0, exclude_max=True) | st.sampled_from([float("nan"), float("inf")]),
-    "top_k": st.integers(max_value=-2),
+    "temperature": st.floats(max_value=0, exclude_max=True) | st.floats(5e-324, 9e-6) | st.just(float("nan")) | st.just(float("inf")),
+    "top_k": st.integers(max_value=-2) | st.integers(2**31) | st.floats(),
     "top_p": st.floats(max_value=0) | st.floats(1, exclude_min=True) | st.just(float("nan")),
-    "max_tokens": st.integers(max_value=0),
-    "seed": st.integers(max_value=-(2**63) - 1) | st.integers(2**63),
-    "logprobs": st.integers(max_value=-1),
+    "max_tokens": st.integers(max_value=0) | st.floats() | st.none(),
+    "seed": st.integers(max_value=-(2**63) - 1) | st.integers(2**63) | st.floats(),
+    "logprobs": st.integers(max_value=-1) | st.floats(),
 }
 SHAPE = Shape("chunked", True, 0, 8, 16, 4, 64)
 

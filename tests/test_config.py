@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nanovllm import ALL, BASELINE, EngineConfig, Optimizations, SamplingParams
@@ -100,10 +101,23 @@ def test_contradictions_are_found_at_resolution() -> None:
     ("temperature", -0.1), ("temperature", float("inf")), ("temperature", float("nan")),
     ("top_p", 0.0), ("top_p", 1.01), ("top_k", -2),
     ("max_tokens", 0), ("max_tokens", None), ("seed", 2**63), ("logprobs", -1),
+    # Nothing that a later step would choke on, or that a float32 cannot hold.
+    ("top_k", 2.5), ("top_k", 2**63), ("seed", 1.5), ("logprobs", 2.5), ("temperature", 1e-40), ("temperature", 1e39),
+    ("top_p", 1e-50), ("temperature", None), ("top_k", "5"), ("max_tokens", 1.0),
 ])  # fmt: skip
 def test_sampling_params_out_of_range(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name}=.*must be"):
         SamplingParams(**{name: value})  # type: ignore[arg-type]
+
+
+def test_sampling_params_are_plain_numbers() -> None:
+    """Numbers of numpy are taken: what is sent to ranks and written into records is Python's."""
+    numbers: dict[str, Any] = {"temperature": np.float32(0.5), "top_k": np.int64(5), "top_p": np.float64(0.5)}
+    given = SamplingParams(**numbers, max_tokens=np.int32(3), seed=np.uint64(7), logprobs=True)  # type: ignore[arg-type]
+    assert given == SamplingParams(temperature=0.5, top_k=5, top_p=0.5, max_tokens=3, seed=7, logprobs=1)
+    kinds = [type(getattr(given, name)) for name in ("temperature", "top_k", "top_p", "max_tokens", "seed", "logprobs")]
+    assert kinds == [float, int, float, int, int, int]
+    assert type(SamplingParams(temperature=np.float32(0)).temperature) is float  # type: ignore[arg-type]
 
 
 def test_unknown_sampling_params_are_errors() -> None:

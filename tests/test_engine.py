@@ -99,6 +99,16 @@ def test_bfloat16_runs(tiny: Path) -> None:
     assert all(len(o.outputs[0].token_ids) == 5 for o in outputs)
 
 
+def test_more_logprobs_than_there_are_tokens(tiny: Path) -> None:
+    """The request gets those of the whole vocabulary; others in the step are not harmed."""
+    with LLM(str(tiny), **SMALL) as llm:
+        params = [SamplingParams(max_tokens=2, temperature=0, logprobs=10**9), SamplingParams(max_tokens=2, temperature=0)]
+        asked, plain = (output.outputs[0] for output in llm.generate([[5, 6, 7], [5, 6, 7]], params, use_tqdm=False))
+    assert asked.token_ids == plain.token_ids
+    assert asked.logprobs is not None
+    assert [len(found) for found in asked.logprobs] == [llm.model_config.vocab_size] * 2
+
+
 def test_the_outputs_of_vllm(tiny: Path) -> None:
     with LLM(str(tiny), **SMALL) as llm:
         one = llm.generate("Beautiful is better than", SamplingParams(max_tokens=6, temperature=0, logprobs=3))[0]

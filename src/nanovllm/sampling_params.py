@@ -1,13 +1,16 @@
 """How the tokens of one request are chosen: the subset of vLLM's SamplingParams that this engine has."""
 
 from dataclasses import dataclass
+from numbers import Integral, Real
+
+from nanovllm.config import require
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Raises ValueError for a value outside its range, with what is allowed.
+    """Raises ValueError for a value outside its range, with what is allowed. Numbers of other libraries become Python's.
 
-    temperature: 0 is greedy. top_k: 0 or -1 keeps all. top_p: in (0, 1]. max_tokens: at least 1.
+    temperature: 0 is greedy, else 1e-5 or more. top_k: 0 or -1 keeps all. top_p: 1e-30 to 1. max_tokens: at least 1.
     seed: of the request's random numbers, any 64-bit integer; None draws one from the engine's seed and the request's
     number of arrival. logprobs: how many of the most likely tokens are reported beside the chosen one; None: none at all.
     """
@@ -22,14 +25,14 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        checks = {
-            "temperature": (self.temperature >= 0 and self.temperature != float("inf"), "0 (greedy) or a positive number"),
-            "top_k": (self.top_k >= -1, "at least 1, or 0 or -1 for all tokens"),
-            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "max_tokens": (isinstance(self.max_tokens, int) and self.max_tokens >= 1, "a whole number, 1 or more"),
-            "seed": (self.seed is None or -(2**63) <= self.seed < 2**63, "None or an integer of 64 bits"),
-            "logprobs": (self.logprobs is None or self.logprobs >= 0, "None or a whole number, 0 or more"),
-        }
-        for name, (ok, allowed) in checks.items():
-            if not ok:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; it must be {allowed}")
+        def check(name: str, text: str, low: float, high: float, kind: type = Integral, also: object = ...) -> None:
+            value = getattr(self, name)
+            require(value == also or (isinstance(value, kind) and low <= value <= high), name, value, text)  # type: ignore[operator]
+            object.__setattr__(self, name, value if value is None else (int if isinstance(value, Integral) else float)(value))
+
+        check("temperature", "0 (greedy), or a number from 1e-5 to 1e30", 1e-5, 1e30, Real, also=0)
+        check("top_k", "a whole number below 2**31, 1 or more, or 0 or -1 for all tokens", -1, 2**31 - 1)
+        check("top_p", "in (0, 1], no less than 1e-30", 1e-30, 1, Real)
+        check("max_tokens", "a whole number, 1 or more", 1, 2**63)
+        check("seed", "None or an integer of 64 bits", -(2**63), 2**63 - 1, also=None)
+        check("logprobs", "None or a whole number, 0 or more", 0, 2**63, also=None)

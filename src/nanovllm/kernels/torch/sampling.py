@@ -79,8 +79,7 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int, first: int =
     uniform = torch.empty(len(seeds), num_counters, 4, dtype=torch.float32, device=seeds.device)
     for lane, word in enumerate(words):
         uniform[:, :, lane] = word
-    uniform = uniform.flatten(1)[:, :vocab_size].contiguous()
-    uniform.clamp_(0.5, 2.0**32 - 2.0**8).mul_(2.0**-32)
+    uniform = uniform.flatten(1)[:, :vocab_size].contiguous().clamp_(0.5, 2.0**32 - 2.0**8).mul_(2.0**-32)
     # log1p(-u) after D. Goldberg, "What every computer scientist should know about floating-point arithmetic", theorem 4.
     rest = 1.0 - uniform
     exponential = _log(rest).mul_(uniform).div_(rest.sub_(1.0))
