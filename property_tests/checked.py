@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from hypothesis import strategies as st
@@ -9,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from nanovllm.engine.invariants import check_invariants
 from nanovllm.engine.prefix_cache import CachedBlock, CachingBlockManager
+from nanovllm.engine.scheduler import StepPlan
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 from property_tests.model_free import VOCAB, ModelFreeEngine, extend, oracle
@@ -31,6 +33,18 @@ class CheckedEngine:
         self.expected: dict[str, list[int]] = {}
         self.finished: set[str] = set()
         self.aborted: set[str] = set()
+        self.had: Counter[str] = Counter()  # leading tokens of each request whose KV it once had
+        self.had_again = 0
+        plan_step = self.engine.scheduler.schedule
+        self.engine.scheduler.schedule = lambda: self._seen(plan_step())  # type: ignore[method-assign]
+
+    def _seen(self, plan: StepPlan | None) -> StepPlan | None:
+        if plan is not None:
+            for seq, start, length in zip(self.engine.scheduler.launched[-1][1], plan.starts, plan.query_lens, strict=True):
+                had, end = self.had[seq.request_id], start + length
+                self.had_again += max(0, min(had, end) - start)
+                self.had[seq.request_id] = max(had, end)
+        return plan
 
     def add(self, prompt: tuple[int, ...], max_tokens: int, stops: frozenset[int]) -> bool:
         """False where it is refused, which must be for the reason that the pool cannot hold it."""
@@ -75,6 +89,17 @@ class CheckedEngine:
         assert self.engine.scheduler.blocks.num_free == self.shape.num_blocks, "blocks were lost"
         if not self.aborted and not any(seq.stop_token_ids for seq in self.requests.values()):
             assert self.engine.stats.discarded_tokens == 0, "a token was computed that nobody asked for"
+        self._check_counters()
+
+    def _check_counters(self) -> None:
+        stats = self.engine.stats
+        hits = sum(seq.num_cached_tokens for seq in self.requests.values())
+        assert stats.prefix_hit_tokens == hits, f"{stats.prefix_hit_tokens} hits are counted, requests tell of {hits}"
+        again, counted = self.had_again, stats.recomputed_tokens
+        if not self.aborted:  # what is aborted does not compute all that it was going to
+            # The prefix cache may hold more of a request's first life than its second got to.
+            right = again <= counted if self.shape.prefix_cache else again == counted
+            assert right, f"{counted} recomputed tokens are counted, it was {again}"
 
     def check(self) -> None:
         scheduler = self.engine.scheduler

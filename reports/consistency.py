@@ -129,7 +129,8 @@ def _check_counters(work: Mapping[str, Any]) -> Iterator[Check]:
     if not {"prefill_tokens", "prefix_hit_tokens", "preemptions", "admissions", "steps"} <= set(counters):
         return
     # A prompt token is computed or found in the cache, once; once more only after a preemption.
-    known, prompt = counters["prefill_tokens"] + counters["prefix_hit_tokens"], work["prompt_tokens"]
+    found = counters["prefix_hit_tokens"] + counters.get("prefix_refound_tokens", 0)
+    known, prompt = counters["prefill_tokens"] + found, work["prompt_tokens"]
     fine = known >= prompt if counters["preemptions"] else known == prompt
     yield Check("prompt tokens are computed or found", False, fine, f"{known} of {prompt}, {counters['preemptions']} preemptions")
     entered, wanted = counters["admissions"], work["num_requests"] + counters["preemptions"]

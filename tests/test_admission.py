@@ -115,6 +115,32 @@ def test_nobody_waits_where_all_fit() -> None:
     assert len(plan.token_ids) == 20, "one request among 32 that run need not be gathered"
 
 
+@pytest.mark.parametrize("leaves", ["ends", "is aborted"])
+def test_who_fits_is_not_kept_waiting_by_those_who_did_not_before(leaves: str) -> None:
+    """As many run and wait as when the cache was full, but they are others."""
+    scheduler = scheduler_of(100)
+
+    def step(token: int = 1) -> None:
+        plan = scheduler.schedule()
+        assert plan is not None
+        scheduler.commit(plan, [token] * sum(plan.samples))
+
+    short = Sequence("short", [5] * 16, SamplingParams(max_tokens=850), stop_token_ids=frozenset({STOP}))
+    for seq in (Sequence("long", [6] * 16, SamplingParams(max_tokens=500)), short, request("large", 1000, 300)):
+        scheduler.add(seq)
+        step()
+    assert list(scheduler.waiting) == ["large"]
+    if leaves == "ends":
+        step(STOP)
+        step()
+        assert {*scheduler.prefilling, *scheduler.decoding} == {"long", "large"}
+    else:
+        scheduler.abort("large")
+    scheduler.add(request("small", 16, 1))
+    step()
+    assert not scheduler.waiting
+
+
 def test_the_peak_is_at_somebodys_end() -> None:
     """Blocks of one token, so nothing is rounded: a holds 10 and gets 10 more, b holds 10 and gets 30 more."""
     a, b = request("a", 10, 10), request("b", 10, 30)

@@ -69,6 +69,22 @@ def test_evicted_least_recently_released_first_and_a_prefix_outlives_its_end() -
     assert manager.stats.prefix_evictions == 2
 
 
+def test_the_end_of_a_prefix_is_found_again_when_its_evicted_beginning_returns() -> None:
+    """Two compute one prefix at once; the copy of its beginning that is findable goes, the other's end stays."""
+    cache, manager = cache_of(blocks=6)
+    first = fill(cache, manager, [1, 2])
+    longer = manager.allocate(3)
+    parent = None
+    for i, block in enumerate(longer):
+        parent = cache.insert(block, [1, 2, 3, 4, 5, 6], i, parent)
+    manager.release(first)
+    manager.release(manager.allocate(3))  # the pool needs the block that can be found
+    assert cache.match([1, 2, 3, 4, 5, 6, 0]) == []
+    again = fill(cache, manager, [1, 2])
+    assert cache.insert(9, [1, 2, 3, 4], 1, cache.match([1, 2, 0])[-1]) is not None
+    assert [hit.block for hit in cache.match([1, 2, 3, 4, 5, 6, 0])] == [*again, *longer[1:]]
+
+
 def test_a_shared_block_is_not_evicted() -> None:
     cache, manager = cache_of(blocks=2)
     table = fill(cache, manager, [1, 2])

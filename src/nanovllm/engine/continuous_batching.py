@@ -9,6 +9,7 @@ and computes its KV again later (vLLM's recomputation), but for what the prefix 
 victim of a younger one, so it always advances and nobody starves.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from itertools import islice
 
@@ -16,7 +17,7 @@ from nanovllm.config import ResolvedConfig
 from nanovllm.engine.admission import GATHERED, Forecast
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler, StepPlan
-from nanovllm.engine.sequence import Sequence, TokenLogprobs
+from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stats import StepStats
 
 
@@ -27,7 +28,7 @@ class ContinuousScheduler(Scheduler):
         super().__init__(config, blocks, stats)
         self.forecast = Forecast(blocks)
         self.coming: Callable[..., set[int]] = getattr(blocks, "coming", lambda _: set())  # of the prefix cache, where there is one
-        self.found_full = (0, 0)  # how many ran and waited when nobody could be admitted: while they are the same, nobody can
+        self.found_full = (0, 0)  # how many ran and waited when nobody could be admitted; until somebody leaves, they are the same
 
     def _admit(self, plan: StepPlan) -> None:
         """Oldest first, as far as rows, blocks, those that run already and the token budget of the next step go. But a request
@@ -59,7 +60,7 @@ class ContinuousScheduler(Scheduler):
             coming |= self.coming([seq])
             planned += seq.num_to_schedule
             self.stats.refills += refill
-            self.stats.recomputed_tokens += seq.num_to_schedule if seq.num_output_tokens else 0
+            self.stats.recomputed_tokens += max(0, seq.num_lost - seq.num_scheduled)
         for seq in reversed(held):
             self.waiting[seq.request_id] = seq
             self.waiting.move_to_end(seq.request_id, last=False)
@@ -70,12 +71,11 @@ class ContinuousScheduler(Scheduler):
         first = list(islice(self.waiting.values(), enough))
         return len(first) <= len(self.free_rows) and self.forecast.fits(running, first)
 
-    def commit(self, plan: StepPlan, tokens: list[int], logprobs: list[TokenLogprobs] | None = None) -> list[Sequence]:
-        advanced = super().commit(plan, tokens, logprobs)
-        for seq in advanced:
-            if seq.finish_reason is not None:
-                self.forecast.finished(seq)
-        return advanced
+    def _leave(self, seq: Sequence, queue: OrderedDict[str, Sequence]) -> None:
+        super()._leave(seq, queue)
+        self.found_full = (0, 0)
+        if seq.finish_reason in ("stop", "length"):
+            self.forecast.finished(seq)
 
     def _fill(self, plan: StepPlan, seqs: list[Sequence]) -> None:
         if self.policy == "chunked":
@@ -89,6 +89,7 @@ class ContinuousScheduler(Scheduler):
         while self.blocks.num_free == 0:
             queue = self.prefilling or self.decoding
             victim = next(reversed(queue.values()))
+            victim.num_lost = victim.num_scheduled
             self._leave(victim, queue)  # its known tokens stay with it; those in flight are still committed
             self.waiting[victim.request_id] = victim
             self.waiting.move_to_end(victim.request_id, last=False)

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import time
 import weakref
+from collections import deque
 from collections.abc import Sequence as SequenceOf
 from importlib import import_module
 from typing import Any, Self
@@ -73,7 +74,7 @@ class LLMEngine:
         blocks = make_blocks(self.runner.num_blocks, resolved.block_size, self._stats)
         self.scheduler = make_scheduler(self.config, blocks, self._stats)
         self.loop = (_load("overlap", "OverlappedStepLoop") if on.overlap else StepLoop)(self.scheduler, self.runner)
-        self._step_times: list[tuple[float, int, int]] = []
+        self._step_times: deque[tuple[float, int, int]] = deque(maxlen=2**18)  # some 40 MB
         self._num_requests, self._dead = 0, None
         gc.collect(1)  # a whole collection would take longer than a small model's start
         gc.freeze()  # a collection that looks at all of torch's objects takes longer than many steps
@@ -168,7 +169,7 @@ class LLMEngine:
         return _load("toggles", "toggle_counters")(self.config.optimizations, self._stats)
 
     def step_times(self) -> list[tuple[float, int, int]]:
-        """(seconds, prefill tokens, decode tokens) of each step since the start or the last reset_stats."""
+        """(seconds, prefill tokens, decode tokens) of each step since the start or the last reset_stats; of the last 262,144."""
         return list(self._step_times)
 
     def reset_stats(self) -> None:

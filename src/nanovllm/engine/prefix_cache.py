@@ -58,8 +58,8 @@ class PrefixCache:
     def insert(self, block: int, token_ids: SequenceOf[int], index: int, parent: CachedBlock | None) -> CachedBlock | None:
         """Makes block `index` of this prefix findable, once its KV is computed; returns what holds that prefix now.
 
-        An equal prefix that is already there stays. None (the chain ends here) where the parent was evicted or another
-        prefix has the same key.
+        An equal prefix that is already there stays; where its beginning was evicted, it is behind `parent` from now on. None
+        (the chain ends here) where the parent was evicted or another prefix has the same key.
         """
         if (index > 0 and parent is None) or (parent is not None and parent.block < 0):
             return None
@@ -67,7 +67,10 @@ class PrefixCache:
         key = self._key(parent, tokens)
         present = self.by_key.get(key)
         if present is not None:
-            return present if present.tokens == tokens and present.parent is parent else None
+            if present.tokens != tokens or not _same_prefix(present.parent, parent):
+                return None
+            present.parent = parent
+            return present
         entry = self.by_key[key] = self.by_block[block] = CachedBlock(block, key, parent, tokens)
         return entry
 
@@ -89,6 +92,14 @@ class PrefixCache:
 
     def _key(self, parent: CachedBlock | None, tokens: bytes) -> int:
         return xxhash.xxh64_intdigest(tokens, seed=parent.key if parent else 0)
+
+
+def _same_prefix(a: CachedBlock | None, b: CachedBlock | None) -> bool:
+    while a is not b:
+        if a is None or b is None or a.tokens != b.tokens:
+            return False
+        a, b = a.parent, b.parent
+    return True
 
 
 class CachingBlockManager(BlockManager):
@@ -121,11 +132,12 @@ class CachingBlockManager(BlockManager):
         seq.num_published = len(shared)
         seq.published_tail = hits[-1] if hits else None
         seq.num_scheduled = len(shared) * self.block_size
-        if not seq.num_output_tokens:
+        if seq.num_lost:
+            self.stats.prefix_refound_tokens += seq.num_scheduled
+        else:
             seq.num_cached_tokens = seq.num_scheduled
-        self.stats.prefix_lookups += 1
-        self.stats.prefix_lookup_tokens += len(seq.token_ids)
-        self.stats.prefix_hit_tokens += seq.num_scheduled
+            self.stats.prefix_lookup_tokens += len(seq.token_ids)
+            self.stats.prefix_hit_tokens += seq.num_scheduled
         return True
 
     def shared_tokens(self, token_ids: SequenceOf[int]) -> int:

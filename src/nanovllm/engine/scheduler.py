@@ -173,8 +173,7 @@ class Scheduler:
         if seq.row >= 0:
             self.free_rows.append(seq.row)
             self.blocks.release(seq.block_table)
-        seq.row, seq.block_table, seq.num_scheduled = -1, [], 0
-        seq.num_published, seq.published_tail = 0, None
+        seq.row, seq.block_table, seq.num_scheduled, seq.num_published, seq.published_tail = -1, [], 0, 0, None
 
     # -- committing -------------------------------------------------------------------------------------------------
 

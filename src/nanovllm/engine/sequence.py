@@ -29,6 +29,7 @@ class Sequence:
     row: int = -1  # in the runner's batch; -1 while waiting
     block_table: list[int] = field(default_factory=list)
     num_scheduled: int = 0
+    num_lost: int = 0  # what num_scheduled was when it was last preempted
     pending: int = 0  # sampled tokens in flight
     in_flight: int = 0  # launched steps, not yet committed, that this sequence takes part in
     num_published: int = 0  # leading blocks that the prefix cache knows; -1: it takes no more of them

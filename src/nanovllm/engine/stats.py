@@ -17,9 +17,9 @@ class StepStats:
     admissions: int = 0
     refills: int = 0  # admissions while other requests were running
     policy_steps: Counter[str] = field(default_factory=Counter)  # steps planned by each batching policy
-    prefix_lookups: int = 0
     prefix_lookup_tokens: int = 0
     prefix_hit_tokens: int = 0
+    prefix_refound_tokens: int = 0  # found by a preempted request on its return, most of them its own: no hits
     prefix_evictions: int = 0
     preemptions: int = 0
     recomputed_tokens: int = 0  # known tokens whose KV was computed again after a preemption

@@ -72,6 +72,5 @@ class TorchAttention:
 
     def _gather(self, cache: Tensor, pages: Tensor, entries: int) -> Tensor:
         """-> [entries, kv_heads, blocks * block_size, head_dim]."""
-        head_dim = cache.shape[-1]
-        picked = cache.view(-1, self.block_size * head_dim).index_select(0, pages)
-        return picked.view(entries, self.num_kv_heads, -1, head_dim)
+        picked = cache.view(-1, self.block_size * cache.shape[-1]).index_select(0, pages)
+        return picked.view(entries, self.num_kv_heads, -1, cache.shape[-1])
