@@ -99,8 +99,9 @@ class Sampler:
             if self._gpu and self._gpu_before:
                 gpus, used, computing = self._gpu.sample()
                 self._gpu_pids |= computing
-                sample |= {"gpus": gpus, "gpu_memory_bytes": max(0, used - self._gpu_before[1])}
-                sample |= {f"gpu0_{name}": value for name, value in gpus[0].items() if name != "throttle"} if gpus else {}
+                if gpus:  # `nvidia-smi` may fail for a moment
+                    sample |= {"gpus": gpus, "gpu_memory_bytes": max(0, used - self._gpu_before[1])}
+                    sample |= {f"gpu0_{name}": value for name, value in gpus[0].items() if name != "throttle"}
             self.samples.append(sample)
             if len(self.samples) > _MAX_SAMPLES:
                 self.samples, self.interval_s = self.samples[::2], 2 * self.interval_s
@@ -262,12 +263,16 @@ class _NvidiaSmi:
 
 
 def nvidia_smi(query: str) -> list[list[str]]:
-    """The rows that `nvidia-smi` prints for a query; none where there is no driver."""
+    """The rows that `nvidia-smi` prints for a query; none where there is no driver, or it fails: it then says why on stdout."""
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    return [[field.strip() for field in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30, check=True)
+    except (subprocess.SubprocessError, OSError):
+        return []
+    rows = [[field.strip() for field in line.split(",")] for line in done.stdout.splitlines()]
+    return [row for row in rows if len(row) == len(query.split(","))]  # "No devices were found" may come with status 0
 
 
 def gpu_inventory() -> list[dict[str, Any]]:
@@ -277,7 +282,7 @@ def gpu_inventory() -> list[dict[str, Any]]:
 
 
 def open_gpu() -> _Nvml | _NvidiaSmi | None:
-    """A source of GPU samples; None on a machine without an NVIDIA driver."""
+    """A source of GPU samples; None on a machine without an NVIDIA driver, or with one that does not answer."""
     nvml = _optional("pynvml")
     if nvml is not None:
         try:
@@ -285,4 +290,5 @@ def open_gpu() -> _Nvml | _NvidiaSmi | None:
             return _Nvml(nvml)
         except nvml.NVMLError:
             return None  # the package is there, the driver is not: no GPU to sample
-    return _NvidiaSmi() if shutil.which("nvidia-smi") else None
+    tool = _NvidiaSmi()
+    return tool if tool.sample()[0] else None

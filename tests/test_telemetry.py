@@ -114,17 +114,23 @@ def test_heat_and_neighbours_are_seen_and_make_the_launch_invalid(monkeypatch: p
     assert [reason.split(" (")[0] for reason in reasons] == ["1 other processes computed on its GPUs", "a GPU was slowed down"]
 
 
+def with_nvidia_smi(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
+    """A machine without `pynvml`, whose `nvidia-smi` is a shell script."""
+    tool = folder / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+
+
 def test_nvidia_smi_stands_in_where_the_package_is_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text(
-        "#!/bin/sh\ncase $1 in\n"
+    with_nvidia_smi(
+        monkeypatch, tmp_path,
+        "case $1 in\n"
         "*compute-apps*) echo 4242;;\n"
         "*driver_version*) echo 'NVIDIA H200, 143771, 570.1';;\n"
-        "*) echo '1980, 3201, 61, [N/A], 97, 1024, Not Active, Active, Active';;\nesac\n"
-    )
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setitem(sys.modules, "pynvml", None)
+        "*) echo '1980, 3201, 61, [N/A], 97, 1024, Not Active, Active, Active';;\nesac",
+    )  # fmt: skip
     gpu = telemetry.open_gpu()
     assert gpu is not None
     gpus, used, pids = gpu.sample()
@@ -132,6 +138,39 @@ def test_nvidia_smi_stands_in_where_the_package_is_absent(monkeypatch: pytest.Mo
                      "throttle": ["sw_thermal", "power_cap"]}]  # fmt: skip
     assert (used, pids) == (1024 << 20, {4242})
     assert telemetry.gpu_inventory() == [{"name": "NVIDIA H200", "memory_bytes": 143771 << 20, "driver": "570.1"}]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "echo No devices were found; exit 6",
+        "echo No devices were found",
+        "echo 'NVIDIA-SMI has failed, because it could not reach the driver, as told'; exit 9",
+        "exec sleep 60",
+    ],
+)
+def test_an_nvidia_smi_that_fails_is_no_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> None:
+    """A container without its GPUs, or a driver that waits for a restart, must not stop a study on the CPU."""
+    with_nvidia_smi(monkeypatch, tmp_path, script)
+    real = subprocess.run
+    monkeypatch.setattr(telemetry.subprocess, "run", lambda *a, **o: real(*a, **(o | {"timeout": 0.5} if "timeout" in o else o)))
+    assert telemetry.gpu_inventory() == []
+    assert telemetry.open_gpu() is None
+    assert provenance.of_machine()["gpus"] == []
+
+
+def test_an_nvidia_smi_that_fails_for_a_moment_ends_no_telemetry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    row = "1980, 3201, 61, 350, 97, 1024, Not Active, Not Active, Not Active"
+    script = f"if [ -e {tmp_path}/broken ]; then echo Unknown Error; exit 15; fi\ncase $1 in *clocks*) echo '{row}';; esac"
+    with_nvidia_smi(monkeypatch, tmp_path, script)
+    sampler = Sampler(os.getpid(), interval_s=0.05)
+    sampler._gpu._last_s = float("-inf")  # type: ignore[union-attr]
+    (tmp_path / "broken").touch()
+    sampler.start()
+    time.sleep(0.5)
+    seen = sampler.stop()
+    assert len(seen["samples"]) > 1
+    assert not any("gpus" in sample for sample in seen["samples"])
 
 
 def test_no_driver_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
