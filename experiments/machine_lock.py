@@ -42,10 +42,13 @@ def gpus_needed(plan: dict[str, Any]) -> int:
     """GPUs that the widest cell of a plan needs; 0 for a study on the CPU."""
     if plan["profile"]["device"] == "cpu":
         return 0
-    return max(
-        int(cell["config"].get("optimizations", {}).get("tensor_parallel_size") or cell["config"].get("tensor_parallel_size") or 1)
-        for cell in plan["cells"].values()
-    )
+    return max(_parallel(cell["config"], "tensor") * _parallel(cell["config"], "data") for cell in plan["cells"].values())
+
+
+def _parallel(config: dict[str, Any], kind: str) -> int:
+    """How many ways a cell is split; our engine has it among its optimizations, vLLM beside the rest, some engines not at all."""
+    name = f"{kind}_parallel_size"
+    return int(config.get("optimizations", {}).get(name) or config.get(name) or 1)
 
 
 def _lock(stack: contextlib.ExitStack, name: str, how: int, out: Path) -> None:

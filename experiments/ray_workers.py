@@ -77,7 +77,7 @@ class RayWorkers:
         self._ray.shutdown()
 
     def slots(self) -> dict[str, str]:
-        """One slot a node for a study on the CPU, else one for every `tensor_parallel_size` GPUs of a node."""
+        """One slot a node for a study on the CPU, else one for as many GPUs of a node as the widest cell needs."""
         found = {}
         for node in self._ray.nodes():
             if not node["Alive"] or node["NodeID"] in self._dead:

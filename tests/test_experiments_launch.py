@@ -270,6 +270,18 @@ def test_two_studies_do_not_measure_on_one_machine_at_once(
             assert machine_lock.gpus(gpu) == ["4"], "one GPU is all that these cells use"
 
 
+def test_a_plan_locks_all_gpus_of_its_widest_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    def used(*configs: dict[str, Any]) -> list[str]:
+        cells = {str(index): {"config": config} for index, config in enumerate(configs)}
+        return machine_lock.gpus({"profile": {"device": "cuda"}, "study": {"measurement": {"environment": {}}}, "cells": cells})
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    ours, vllm = {"optimizations": {"data_parallel_size": 2, "tensor_parallel_size": 2}}, {"tensor_parallel_size": 2}
+    assert used({}, vllm) == ["0", "1"]
+    assert used({}, vllm, ours) == ["0", "1", "2", "3"]
+    assert len(used(ours, {"optimizations": {"data_parallel_size": 8, "tensor_parallel_size": None}})) == 8
+
+
 def test_another_gpu_of_the_same_boot_is_another_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = make_plan(tmp_path / "model", blocks=1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
