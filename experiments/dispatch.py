@@ -140,7 +140,10 @@ class Dispatcher:
         # Code that was sent to a worker is no clone there; its digest has been found equal to ours, so our git state is its.
         record["provenance"]["git"] = record["provenance"]["git"] or self._git
         for name, text in event["logs"].items():
-            (self.ledger.out / records.LOGS / name).write_text(text)
+            records.write_whole(self.ledger.out / records.LOGS / name, text)
+        for name, text in event["environments"].items():
+            if not (self.ledger.out / name).exists():
+                records.write_whole(self.ledger.out / name, text)
         self.ledger.folder.append(record, event["tokens"])
         self.listener("end", {"launch": event["launch"], "record": record})
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from experiments import records
 from experiments.telemetry import gpu_inventory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +71,7 @@ def of_interpreter() -> dict[str, Any]:
 def collect_env(python: str, folder: Path) -> str | None:
     """torch's own report on an interpreter and its machine (torch.utils.collect_env), written into `folder` under a name that
     holds its digest, once per content; the name. None where the interpreter has no torch, or the report takes over two minutes
-    (as a rule, two seconds): a record without it is better than no record."""
+    (as a rule, two seconds): a record without it is better than no record. Raises RecordError where it cannot be written."""
     command = [python, "-m", "torch.utils.collect_env"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -79,9 +80,9 @@ def collect_env(python: str, folder: Path) -> str | None:
     if done.returncode != 0:
         return None
     text = "\n".join(line for line in done.stdout.splitlines() if "MHz" not in line) + "\n"  # the clock of the moment is telemetry
-    path = folder / f"environment-{hashlib.sha256(text.encode()).hexdigest()[:12]}.txt"
+    path = folder / records.ENVIRONMENTS.replace("*", hashlib.sha256(text.encode()).hexdigest()[:12])
     if not path.exists():
-        path.write_text(text)
+        records.write_whole(path, text)
     return path.name
 
 

@@ -153,7 +153,9 @@ def run_block(job: Job, context: dict[str, Any]) -> Iterator[Event]:
                     yield {"event": "start", "launch": entry}
                     record = runner.run_launch(entry)
                     logs = {log.name: log.read_text(errors="replace") for log in (folder / records.LOGS).glob("*.log")}
-                    yield {"event": "end", "launch": entry, "record": record, "tokens": tokens["end"], "logs": logs}
+                    reports = {report.name: report.read_text() for report in folder.glob(records.ENVIRONMENTS)}
+                    written = {"tokens": tokens["end"], "logs": logs, "environments": reports}
+                    yield {"event": "end", "launch": entry, "record": record, **written}
     except (RecordError, ModelError) as error:
         yield {"event": "refused", "reason": str(error)}
         return

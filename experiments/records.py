@@ -5,6 +5,7 @@ A folder of one execution of a plan:
     plan.json        the plan that is being executed
     records.jsonl    record v1, one object a line; the truth
     tokens.jsonl     {"digest", "tokens"}: what was generated, once per digest, before the record that names it
+    environment-*    torch's report on an interpreter and its machine, by its digest (provenance.collect_env)
     logs/            the output of launches that failed
 """
 
@@ -20,7 +21,7 @@ from types import TracebackType
 from typing import Any, Self
 
 SCHEMA = 1
-RECORDS, TOKENS, PLAN, LOGS = "records.jsonl", "tokens.jsonl", "plan.json", "logs"
+RECORDS, TOKENS, PLAN, LOGS, ENVIRONMENTS = "records.jsonl", "tokens.jsonl", "plan.json", "logs", "environment-*.txt"
 DONE = ("ok", "invalid")
 """A launch with a record of this status is not run again: whether it is must not depend on how fast it was."""
 INTACT = (

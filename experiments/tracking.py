@@ -147,7 +147,7 @@ def _write(client: Any, experiment: str, view: View, tags: dict[str, str]) -> An
 def _copy_artifacts(target: Path, folder: Path, report: Path | None) -> None:
     """The records and the report beside the run. Copied by us: a client would resolve the relative path from where it runs."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in (records.PLAN, records.RECORDS, records.TOKENS, *(path.name for path in folder.glob("environment-*.txt"))):
+    for name in (records.PLAN, records.RECORDS, records.TOKENS, *(path.name for path in folder.glob(records.ENVIRONMENTS))):
         if (folder / name).exists():
             shutil.copyfile(folder / name, target / name)
     if report:

@@ -38,6 +38,9 @@ def merge(folders: Iterable[Path], out: Path) -> list[str]:
     tokens = {line["digest"]: line["tokens"] for folder in sources for line in records.token_lines(folder)}
     merged, notes = combine(plan, found)
     lines = [{"digest": digest, "tokens": tokens[digest]} for digest in sorted(tokens)]
+    reports = {path.name: path.read_text() for folder in sources for path in folder.glob(records.ENVIRONMENTS)}
+    for name, report in reports.items():
+        records.write_whole(out / name, report)
     records.write_whole(out / records.TOKENS, _text(lines))
     records.write_plan(plan, out / records.PLAN)
     records.write_whole(out / records.RECORDS, _text(merged))  # last: a folder with records is a whole one

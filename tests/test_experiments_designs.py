@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -195,11 +198,26 @@ def test_an_invalid_launch_is_kept_with_its_reason_and_not_run_again(tmp_path: P
 
 
 def test_the_environment_report_is_written_once_and_named_in_each_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     name = provenance.collect_env(sys.executable, tmp_path)
     assert name is not None
     assert "PyTorch version" in (tmp_path / name).read_text()
     assert provenance.collect_env(sys.executable, tmp_path) == name
     assert len(list(tmp_path.iterdir())) == 1
     assert provenance.collect_env("/bin/false", tmp_path) is None
+
+
+def test_an_environment_report_that_a_full_disk_cut_short_is_said_and_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed = subprocess.CompletedProcess([], 0, stdout="PyTorch version: as told\n" * 1000)
+    monkeypatch.setattr(provenance.subprocess, "run", lambda *arguments, **options: printed)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(records.RecordError, match=r"environment-.*txt: cannot be written .*Make room on the disk"):
+            provenance.collect_env(sys.executable, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    name = provenance.collect_env(sys.executable, tmp_path)
+    assert name is not None
+    assert (tmp_path / name).read_text() == printed.stdout

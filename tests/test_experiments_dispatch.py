@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -13,11 +14,12 @@ import pytest
 import typer
 
 import experiments.__main__ as cli
-from experiments import provenance, records
+from experiments import launch, provenance, records
 from experiments.dispatch import Dispatcher, Event, Job, WorkerError
 from experiments.executor import EXECUTORS, Options
 from experiments.launch import Runner
 from experiments.ledger import Ledger
+from experiments.ray_workers import run_block
 from tests.fake_engine import make_plan, without
 
 Script = Callable[[str, int], list[str] | None]
@@ -43,7 +45,8 @@ class ScriptedWorkers:
             event: Event = {"event": kind, "reason": "as told"}
             if kind == "end":
                 entry = launches.pop(0)
-                event |= {"launch": entry, "record": self.record(entry, job, slot), "tokens": {slot: "x"}, "logs": {}}
+                written = {"tokens": {slot: "x"}, "logs": {f"{entry['launch']}.log": "why"}, "environments": {}}
+                event |= {"launch": entry, "record": self.record(entry, job, slot), **written}
             self.events.append((slot, event))
 
     def record(self, entry: dict[str, Any], job: Job, slot: str) -> dict[str, Any]:
@@ -135,6 +138,32 @@ def test_what_another_executor_left_half_done_begins_again(plan: dict[str, Any],
             runner.run_launch(entry)
     assert dispatch(plan, tmp_path / "out", ScriptedWorkers(plan, ["a"], lambda slot, block: None))[0]
     assert places(tmp_path / "out") == {0: {provenance.boot_id()}, 1: {"a"}, 2: {"a"}}
+
+
+def test_the_environment_report_comes_home_with_the_records(
+    plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block through the code of a Ray worker, without Ray."""
+
+    def report(python: str, folder: Path) -> str:
+        (folder / "environment-0123.txt").write_text("PyTorch version: as told\n")
+        return "environment-0123.txt"
+
+    monkeypatch.setattr(launch, "ENGINES", {"tests.fake_engine"})
+    monkeypatch.setattr(provenance, "collect_env", report)
+    monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path))
+    workers = ScriptedWorkers(plan, ["a"], lambda slot, block: None)
+    context = {"pythons": {}, "boot_id": "a", "threads": os.environ.get("OMP_NUM_THREADS"), "cache": str(tmp_path)}
+    workers.start = lambda slot, job: workers.events.extend((slot, event) for event in run_block(job, context))  # type: ignore[method-assign]
+    assert dispatch(plan, tmp_path / "out", workers, blocks=[0])[0]
+    assert {r["provenance"]["collect_env"] for r in records.counted(records.read(tmp_path / "out"))} == {"environment-0123.txt"}
+    assert (tmp_path / "out" / "environment-0123.txt").read_text() == "PyTorch version: as told\n"
+
+
+def test_a_log_that_cannot_be_written_is_said(plan: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "out" / records.LOGS / "b00-o00-baseline.log").mkdir(parents=True)
+    with pytest.raises(records.RecordError, match=r"b00-o00-baseline.log: cannot be written .*same command again"):
+        dispatch(plan, tmp_path / "out", ScriptedWorkers(plan, ["a"], lambda slot, block: None))
 
 
 def test_without_ray_everything_else_works_and_the_error_says_what_to_install(

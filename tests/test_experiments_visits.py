@@ -75,6 +75,16 @@ def test_order_and_repetition_change_nothing(visited: Path, tmp_path: Path) -> N
     assert sum(r["kind"] == "launch" for r in records.read(tmp_path / "again")) == 4 + 6 + 3
 
 
+def test_the_environment_reports_that_records_name_are_carried_along(visited: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(visited / name, tmp_path / name)
+        (tmp_path / name / f"environment-{name}.txt").write_text(name)
+    visits.merge([tmp_path / "one", tmp_path / "two"], tmp_path / "merged")
+    assert {path.name: path.read_text() for path in (tmp_path / "merged").glob("environment-*")} == {
+        "environment-one.txt": "one", "environment-two.txt": "two"
+    }  # fmt: skip
+
+
 def test_a_carried_folder_has_its_history_once(visited: Path, tmp_path: Path) -> None:
     visits.merge([visited / "one", visited / "three"], tmp_path / "merged")
     assert counted(tmp_path / "merged") == counted(visited / "three")
