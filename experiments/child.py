@@ -30,7 +30,7 @@ def main(plan: Plan, launch_id: str, model: str, spawned_at: float, result: Path
     outcome = serve_launch(plan, launch_id, model)
     outcome["record"]["process_start_s"] = process_start_s
     # Written aside and renamed: the runner sees a whole result or none.
-    partial = result.with_suffix(".partial")
+    partial = result.with_name(result.name + ".partial")
     partial.write_text(json.dumps(outcome))
     partial.rename(result)
 

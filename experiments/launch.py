@@ -224,7 +224,8 @@ def run_child(command: list[str], scratch: Path, timeout_s: float, variables: di
         log.unlink()
     else:
         failure["reason"] = f"{problem}; its output ends with: {tail(log)} (all of it: {records.LOGS}/{log.name})"
-    result.unlink(missing_ok=True)
+    for leftover in (result, result.with_name(result.name + ".partial")):
+        leftover.unlink(missing_ok=True)
     return outcome
 
 

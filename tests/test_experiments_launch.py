@@ -87,6 +87,31 @@ def test_bad_launches_are_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert pending == ["crash", "hang"], "failed launches run again, invalid ones do not"
 
 
+DIES_WRITING = """
+import os, sys, time
+from pathlib import Path
+from experiments import child
+child.serve_launch = lambda plan, launch, model: {"record": {}}
+Path.rename = lambda partial, result: os._exit(9)
+child.main({}, "", "", time.time(), Path(sys.argv[sys.argv.index("--result") + 1]))
+"""
+
+
+def test_a_result_cut_in_the_middle_is_removed(tmp_path: Path) -> None:
+    """By the runner, or by the next one where that died as well."""
+    dies = [sys.executable, "-c", DIES_WRITING]
+    assert launch.run_child(dies, tmp_path / "b00.a1", 30, {})["record"]["reason"].startswith("exit status 9")
+    assert [path.name for path in tmp_path.iterdir()] == ["b00.a1.log"]
+    logs = tmp_path / "out" / records.LOGS
+    logs.mkdir(parents=True)
+    orphan = [*dies, "--result", str(logs / "b00.a1.result")]
+    with subprocess.Popen(orphan, env=ENVIRONMENT, stdin=subprocess.PIPE) as child:
+        child.wait(timeout=30)
+    assert len(list(logs.iterdir())) == 1
+    with Runner(make_plan(tmp_path / "model"), tmp_path / "out", resume=False):
+        assert list(logs.iterdir()) == []
+
+
 def test_another_workload_is_not_served(tmp_path: Path) -> None:
     plan = make_plan(tmp_path / "model", blocks=1)
     plan["workloads"]["a"]["fingerprint"] = "0" * 64
