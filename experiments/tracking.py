@@ -112,9 +112,9 @@ def _experiment(client: Any, root: Path, study: dict[str, Any]) -> str:
     elif experiment.lifecycle_stage == "deleted":
         client.restore_experiment(experiment.experiment_id)
     with closing(sqlite3.connect(root / "mlflow.db")) as database, database:
+        location = f"{ARTIFACTS}/{experiment.experiment_id}"
         database.execute(
-            f"UPDATE experiments SET artifact_location = '{ARTIFACTS}/' || experiment_id "
-            f"WHERE artifact_location NOT LIKE '{ARTIFACTS}/%'"
+            "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (location, experiment.experiment_id)
         )
     return str(experiment.experiment_id)
 

@@ -150,7 +150,9 @@ def test_a_grown_or_interrupted_import_is_replaced(execution: Path, root: Path, 
 def test_a_moved_repository_keeps_its_artifacts(execution: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_id, _ = tracking.import_folder(execution / "out", execution / "report", root)
     with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as database:
-        stored = database.execute("SELECT artifact_location FROM experiments UNION SELECT artifact_uri FROM runs").fetchall()
+        ours = "SELECT artifact_location FROM experiments WHERE name = 'fake' UNION SELECT artifact_uri FROM runs"
+        stored = database.execute(ours).fetchall()
+    assert len(stored) == 1 + 1 + 8
     assert all(path.startswith("mlartifacts/") for (path,) in stored)
     moved = root.with_name("moved")
     root.rename(moved)
@@ -210,6 +212,13 @@ def test_two_studies_share_a_store(execution: Path, root: Path) -> None:
     assert len(runs(root)) == 2 * (1 + 8)
     by_id = {run.info.run_id: run for run in runs(root)}
     assert by_id[first].info.experiment_id != by_id[second].info.experiment_id
+
+
+def test_experiments_of_others_keep_their_artifacts(execution: Path, root: Path) -> None:
+    client = mlflow.MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    other = client.create_experiment("my own", artifact_location="s3://bucket/mine")
+    tracking.import_folder(execution / "out", None, root)
+    assert client.get_experiment(other).artifact_location == "s3://bucket/mine"
 
 
 @pytest.mark.slow
