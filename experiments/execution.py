@@ -47,7 +47,13 @@ def interrupted(plan: dict[str, Any], console: Console) -> Path | None:
     """The latest execution of this plan by this code that has not been finished; None if there is none."""
     code = provenance.code_digest()
     for folder in reversed(executions()):
-        if (folder / FINISHED).exists() or records.read_plan(folder / records.PLAN)["plan_hash"] != plan["plan_hash"]:
+        if (folder / FINISHED).exists():
+            continue
+        try:
+            if records.read_plan(folder / records.PLAN)["plan_hash"] != plan["plan_hash"]:
+                continue
+        except records.RecordError as error:
+            say(console, f"not looking into {shown(folder)}: {error}", "yellow")
             continue
         found = records.launches(records.read(folder))
         if all(record["provenance"]["code_digest"] == code for record in found):

@@ -86,6 +86,11 @@ def test_an_interrupted_run_of_the_same_plan_and_code_is_found(
     assert execution.interrupted(plan, console) == folder
     assert "3 launches are recorded" in said(console)
     assert execution.interrupted(make_plan(tmp_path / "model", blocks=3), console) is None
+    other = tmp_path / "runs" / "99999999-other"
+    other.mkdir()
+    (other / records.PLAN).write_text('{"plan_version": 0}')
+    assert execution.interrupted(plan, console) == folder, "another study's damaged folder stops none"
+    assert "99999999-other: " in said(console)
     with monkeypatch.context() as changed:
         changed.setattr(provenance, "code_digest", lambda: "other")
         assert execution.interrupted(plan, console) is None
