@@ -14,6 +14,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -57,7 +58,10 @@ class JsonLines:
 
     def append(self, record: Record) -> None:
         """Raises RecordError if the line cannot be written; the file is then as it was before."""
-        data = json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        try:
+            data = json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        except ValueError as error:
+            raise RecordError(f"{self.path}: {_not_finite(record)}; nothing was written, what was before is intact") from error
         size = os.fstat(self._fd).st_size
         try:
             written = os.write(self._fd, data)
@@ -133,8 +137,9 @@ class Folder:
 
 
 def read(folder: Path) -> list[Record]:
-    """All records of a folder in the order of writing, duplicated lines once. Raises RecordError for a damaged line, for a
-    schema newer than this program, and for two different records of one attempt (two folders copied together)."""
+    """All records of a folder in the order of writing, duplicated lines once: a verdict of the gate where it was given last, as the
+    last one counts, anything else where it came first. Raises RecordError for a damaged line, for a schema newer than this
+    program, and for two different records of one attempt (two folders copied together)."""
     records: dict[str, Record] = {}
     attempts: dict[tuple[str, int], str] = {}
     for number, record in enumerate(_lines(folder / RECORDS), start=1):
@@ -152,6 +157,8 @@ def read(folder: Path) -> list[Record]:
                 "two visits. Keep their folders apart, and count them as one with "
                 "`python -m experiments import FOLDER FOLDER --merge NEW_FOLDER`."
             )
+        if record.get("kind") == "gate":
+            records.pop(text, None)
         records.setdefault(text, record)
     return list(records.values())
 
@@ -253,3 +260,15 @@ def _is_whole(line: bytes) -> bool:
         return isinstance(json.loads(line), dict)
     except ValueError:
         return False
+
+
+def _not_finite(value: Any, name: str = "record") -> str | None:
+    """Which number in a record JSON cannot hold, and what may be there; None if all are finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{name} is {value}; allowed: finite numbers, null for what is not known"
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    return next(filter(None, (_not_finite(item, f"{name}[{key!r}]") for key, item in items)), None)

@@ -33,14 +33,15 @@ def read_folder(folder: Path) -> tuple[Record, RecordFile]:
 
 
 def read_records(path: Path) -> RecordFile:
-    """Record v1, one JSON object a line, each line that occurs twice taken once.
+    """Record v1, one JSON object a line, each line that occurs twice taken once: a verdict of the gate where it was given last, as
+    the last one counts, anything else where it came first.
 
     Raises RecordError on a missing file and on a record of another schema: counting the rest of such a file could miss
     what the unknown record says (that a launch was superseded, say).
     """
     if not path.is_file():
         raise RecordError(f"{path}: no such file; run the study first (make ablate)")
-    records: list[Record] = []
+    records: dict[bytes, Record] = {}
     notes: list[str] = []
     seen: set[bytes] = set()
     duplicates = 0
@@ -50,6 +51,8 @@ def read_records(path: Path) -> RecordFile:
             continue
         if line in seen:
             duplicates += 1
+            if line in records and records[line]["kind"] == "gate":
+                records[line] = records.pop(line)
             continue
         seen.add(line)
         record, note = _parse(line, is_last=number == len(lines))
@@ -67,10 +70,10 @@ def read_records(path: Path) -> RecordFile:
                 f"{path.name}, line {number}: unknown kind {record.get('kind')!r}, left out (known: {', '.join(KINDS)})"
             )
             continue
-        records.append(record)
+        records[line] = record
     if duplicates:
         notes.append(f"{path.name}: {duplicates} duplicated line{'s' if duplicates > 1 else ''}, taken once")
-    return RecordFile(records, notes)
+    return RecordFile(list(records.values()), notes)
 
 
 def _parse(line: bytes, is_last: bool) -> tuple[Record | None, str | None]:

@@ -14,6 +14,7 @@ import pytest
 
 from experiments import records
 from experiments.records import Folder, RecordError
+from reports.records import read_records
 from tests.fake_engine import ENVIRONMENT, make_plan
 
 
@@ -148,6 +149,23 @@ def test_a_duplicated_file_counts_once(tmp_path: Path) -> None:
     text = "".join(json.dumps(launch(name)) + "\n" for name in "ab")
     (tmp_path / records.RECORDS).write_text(text + text)
     assert [r["launch"] for r in records.counted(records.read(tmp_path))] == ["a", "b"]
+
+
+def test_a_verdict_that_comes_back_is_the_last_one(tmp_path: Path) -> None:
+    error, passed = ({"kind": "gate", "schema": 1, "status": status} for status in ("error", "pass"))
+    with Folder(tmp_path) as folder:
+        for record in (launch("a"), error, passed, error):
+            folder.append(record)
+    assert [r.get("status") for r in records.read(tmp_path)] == ["ok", "pass", "error"]
+    assert read_records(tmp_path / records.RECORDS).records == records.read(tmp_path), "the report reads the same"
+
+
+def test_a_number_that_json_cannot_hold_is_named(tmp_path: Path) -> None:
+    with Folder(tmp_path) as folder:
+        folder.append(launch("a"))
+        with pytest.raises(RecordError, match=r"record\['workloads'\]\['w'\]\[1\] is nan; allowed: finite numbers"):
+            folder.append(launch("b") | {"workloads": {"w": [0.5, float("nan")]}})
+    assert [r["launch"] for r in records.read(tmp_path)] == ["a"]
 
 
 def test_two_visits_copied_into_one_file_are_not_mixed_up(tmp_path: Path) -> None:
