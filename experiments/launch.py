@@ -256,8 +256,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the records")
     parser.add_argument("--resume", action="store_true", help="go on where an earlier run into this folder stopped")
     parser.add_argument("--deadline-s", type=float, help="start no launch that would not end within this many seconds")
-    parser.add_argument("--blocks", type=lambda text: [int(part) for part in text.split(",")], help="only these blocks, e.g. 0,1")
-    parser.add_argument("--python", action="append", default=[], metavar="ENGINE=PATH", help="interpreter of an engine")
+    parser.add_argument("--blocks", type=block_numbers, help="only these blocks, e.g. 0,1")
+    parser.add_argument(
+        "--python", type=engine_python, action="append", default=[], metavar="ENGINE=PATH", help="interpreter of an engine"
+    )
     parser.add_argument("--model", help="folder of the plan's checkpoint, where it lies elsewhere on this machine")
     child = parser.add_argument_group("one launch (used by the runner itself)")
     child.add_argument("--launch", help=argparse.SUPPRESS)
@@ -275,8 +277,11 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if given.out is None:
             parser.error("--out is required")
-        pythons = dict(item.split("=", 1) for item in given.python)
+        known = {entry["block"] for entry in plan["launches"]}
+        if unknown := sorted(set(given.blocks or []) - known):
+            raise RecordError(f"--blocks: {given.plan} has no block {unknown[0]}; allowed: {', '.join(map(str, sorted(known)))}")
         deadline = None if given.deadline_s is None else begin + given.deadline_s
+        pythons = dict(given.python)
         with Runner(plan, given.out, resume=given.resume, pythons=pythons, model=given.model, listener=print_event) as runner:
             finished = runner.run(given.blocks, deadline)
         say_what_to_carry(given.out)
@@ -287,6 +292,22 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\nstopped; finished launches are in {given.out}. Go on with the same command and --resume.", file=sys.stderr)
         return 130
     return 0 if finished else DEADLINE_STATUS
+
+
+def block_numbers(text: str) -> list[int]:
+    """`0,1` as argparse wants it."""
+    parts = text.split(",")
+    if wrong := [part for part in parts if not part.strip().isdecimal()]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is no block; write their numbers, separated by commas, e.g. 0,1")
+    return [int(part) for part in parts]
+
+
+def engine_python(text: str) -> tuple[str, str]:
+    """`vllm=/path/to/python` as argparse wants it."""
+    engine, is_there, python = text.partition("=")
+    if not (engine and is_there and python):
+        raise argparse.ArgumentTypeError(f"{text!r}: write ENGINE=PATH, e.g. vllm=.venv-vllm/bin/python")
+    return engine, python
 
 
 def say_what_to_carry(out: Path) -> None:

@@ -32,9 +32,12 @@ class Ledger:
             for message in self.folder.messages:
                 self.listener("message", {"text": message})
             self._check(resume)
-            (out / records.LOGS).mkdir(exist_ok=True)
-            for leftover in (out / records.LOGS).glob("*.result*"):
-                leftover.unlink()  # of a child whose runner was killed
+            try:
+                (out / records.LOGS).mkdir(exist_ok=True)
+                for leftover in (out / records.LOGS).glob("*.result*"):
+                    leftover.unlink()  # of a child whose runner was killed
+            except OSError as error:
+                raise RecordError(f"{out / records.LOGS}: cannot be written ({error}). {records.INTACT}") from error
             if not (out / records.PLAN).exists():
                 records.write_plan(plan, out / records.PLAN)
         except BaseException:

@@ -37,6 +37,7 @@ def locate(model: dict[str, Any]) -> Path:
     A plan without a digest (null) takes a folder as it is.
     """
     if model["path"] is not None and model["digest"] is None:
+        _check_folder(model["path"])
         return Path(model["path"])
     found = inspect(model["preset"], model["path"])
     if model["digest"] is not None and found["digest"] != model["digest"]:
@@ -49,8 +50,8 @@ def locate(model: dict[str, Any]) -> Path:
 
 def inspect(preset: str | None, path: str | None) -> dict[str, Any]:
     """{"path", "digest"} of a preset (built if need be) or a folder. Raises ModelError."""
-    if path is not None and not (Path(path) / "config.json").is_file():
-        raise ModelError(f"model {path}: no folder with a config.json; give the folder of a checkpoint, or a preset")
+    if path is not None:
+        _check_folder(path)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
     given = json.dumps({"preset": preset, "path": path and str(Path(path).resolve())})
     done = subprocess.run([sys.executable, "-c", _BUILD, given], capture_output=True, text=True, env=environment, check=False)
@@ -58,6 +59,11 @@ def inspect(preset: str | None, path: str | None) -> dict[str, Any]:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise ModelError(f"model {preset or path}: cannot be prepared: {last[0]}")
     return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def _check_folder(path: str) -> None:
+    if not (Path(path) / "config.json").is_file():
+        raise ModelError(f"model {path}: no folder with a config.json; give the folder of a checkpoint, or a preset")
 
 
 def download(hub_id: str) -> Path:

@@ -187,6 +187,8 @@ def read_plan(path: Path) -> dict[str, Any]:
     """Raises RecordError for a plan that is absent, damaged, changed by hand or of a newer version."""
     try:
         plan = json.loads(path.read_text())
+        if not isinstance(plan, dict):
+            raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise RecordError(f"{path}: not a readable plan ({error}); make one with `run --dry-run --write-plan {path}`") from error
     if plan.get("plan_version") != 1:

@@ -133,6 +133,35 @@ def test_a_folder_of_other_records_is_refused(plan_file: Path, tmp_path: Path, c
     assert "holds records of another plan" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--blocks", "0,x"], "argument --blocks: 'x' is no block; write their numbers, separated by commas, e.g. 0,1"),
+        (["--blocks", "1,99"], "plan.json has no block 99; allowed: 0, 1"),
+        (["--python", "vllm"], "argument --python: 'vllm': write ENGINE=PATH, e.g. vllm=.venv-vllm/bin/python"),
+        (["--model", "/nonexistent"], "model /nonexistent: no folder with a config.json; give the folder of a checkpoint"),
+    ],
+)
+def test_wrong_options_are_said(
+    plan_file: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = launch.main(["--plan", str(plan_file), "--out", str(tmp_path / "out"), *options])
+    except SystemExit as ended:
+        status = int(str(ended.code))
+    assert status in (1, 2)
+    assert message in capsys.readouterr().err
+    assert records.read(tmp_path / "out") == []
+
+
+def test_a_folder_of_logs_that_cannot_be_made_is_said(
+    plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / records.LOGS).touch()
+    assert launch.main(["--plan", str(plan_file), "--out", str(tmp_path)]) == 1
+    assert f"{tmp_path / records.LOGS}: cannot be written" in capsys.readouterr().err
+
+
 def test_records_of_other_code_are_not_mixed(plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = records.read_plan(plan_file)
     with Runner(plan, tmp_path / "out", resume=False) as runner:

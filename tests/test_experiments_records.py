@@ -143,6 +143,9 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
         records.read_plan(plan)
     with pytest.raises(RecordError, match=r"not a readable plan.*--write-plan"):
         records.read_plan(tmp_path / "absent.json")
+    plan.write_text("[1]")
+    with pytest.raises(RecordError, match=r"not a readable plan \(not a JSON object\).*--write-plan"):
+        records.read_plan(plan)
 
 
 def test_a_duplicated_file_counts_once(tmp_path: Path) -> None:
