@@ -38,10 +38,12 @@ Mutation = Callable[[nn.Module], None]
 
 
 class Rescorer:
-    """Holds both models; `score` may be called for many outputs, and computes each (request, output) once.
+    """Holds both models; `score` may be called for many outputs, and computes a (request, output) that it still knows only once:
+    what two launches generate for one workload often differs in a few requests.
 
     dtype: the engine's, "float32" or "bfloat16". mutate: breaks both models in place (negative controls). batch_tokens bounds
-    the padded tokens of a forward pass, logits_bytes the memory of one table of logits.
+    the padded tokens of a forward pass, logits_bytes the memory of one table of logits, known_tokens the output tokens whose
+    scores are kept, those asked for last: some 250 bytes each, half a gigabyte in all.
     """
 
     def __init__(
@@ -53,13 +55,14 @@ class Rescorer:
         mutate: Mutation | None = None,
         batch_tokens: int = 4096,
         logits_bytes: int = 2**26,
+        known_tokens: int = 2**21,
     ) -> None:
         if dtype not in DTYPE:
             raise ValueError(f"dtype={dtype!r} cannot be rescored; allowed: {', '.join(DTYPE)}")
         if not (Path(model_dir) / "config.json").is_file():
             raise FileNotFoundError(f"{model_dir} has no config.json; give the local folder of a checkpoint")
         torch.set_float32_matmul_precision("highest")  # no TF32, no bfloat16 products
-        self.dtype, self.batch_tokens, self.logits_bytes = dtype, batch_tokens, logits_bytes
+        self.dtype, self.batch_tokens, self.logits_bytes, self.known_tokens = dtype, batch_tokens, logits_bytes, known_tokens
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.hf, self.reference = self._load(model_dir), self._load(model_dir).to(REFERENCE_DTYPE[dtype])
         make_exact(self.reference)
@@ -91,7 +94,8 @@ class Rescorer:
         if empty := [i for i, output in enumerate(outputs) if not output]:
             raise ValueError(f"the output of request {empty[0]} is empty; it holds a token at least, as max_tokens is 1 or more")
         keys = [_key(request, output, foreign) for request, output in zip(requests, outputs, strict=True)]
-        todo = {key: i for i, key in enumerate(keys) if key not in self._known}
+        found = {key: self._known[key] for key in keys if key in self._known}
+        todo = {key: i for i, key in enumerate(keys) if key not in found}
         work = [(key, requests[i], list(outputs[i])) for key, i in todo.items()]
         lengths = [len(request["prompt_token_ids"]) + len(output) for _, request, output in work]
         done, total = 0, sum(lengths)
@@ -99,11 +103,21 @@ class Rescorer:
             members = [work[i] for i in batch]
             scores = self._score_batch([request for _, request, _ in members], [output for _, _, output in members], foreign)
             for (key, _, _), result in zip(members, scores, strict=True):
-                self._known[key] = result
+                found[key] = result
             done += sum(lengths[i] for i in batch)
             if progress is not None:
                 progress(done, total)
-        return [self._known[key] for key in keys]
+        self._keep(found)
+        return [found[key] for key in keys]
+
+    def _keep(self, found: dict[str, Scores]) -> None:
+        """Puts what was just asked for behind the rest, and forgets from the front."""
+        self._known = {key: scores for key, scores in self._known.items() if key not in found} | found
+        kept = sum(map(len, self._known.values()))
+        for key in list(self._known):
+            if kept <= self.known_tokens:
+                break
+            kept -= len(self._known.pop(key))
 
     def _score_batch(self, requests: list[Request], outputs: list[list[int]], foreign: bool) -> list[Scores]:
         sequences = [request["prompt_token_ids"] + output for request, output in zip(requests, outputs, strict=True)]

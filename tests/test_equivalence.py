@@ -262,6 +262,28 @@ def test_scores_do_not_depend_on_how_they_are_batched(tiny: Path, rescorers: Any
         torch.testing.assert_close(a.logprob, b.logprob, rtol=0, atol=1e-12)  # the reference's own noise
 
 
+def test_only_what_was_asked_for_last_is_remembered(tiny: Path) -> None:
+    """A study with many distinct outputs must not fill the memory; what outputs have in common is still computed once."""
+    requests = make_requests(SAMPLED, each=4, max_tokens=8)
+    rescorer = Rescorer(tiny, "float32", known_tokens=40)
+    computed: list[int] = []
+
+    def score(*tokens: int) -> list[int]:
+        computed.clear()
+        outputs = [[token] * 8 for token in tokens]
+        scores = rescorer.score(requests, outputs, progress=lambda done, total: computed.append(total))
+        assert [s.tokens.tolist() for s in scores] == outputs
+        assert sum(map(len, rescorer._known.values())) <= 40
+        return computed[:1]
+
+    whole = sum(len(request["prompt_token_ids"]) + 8 for request in requests)
+    assert score(1, 2, 3, 4) == [whole]
+    assert score(1, 2, 3, 5) == [len(requests[3]["prompt_token_ids"]) + 8], "the rest is known"
+    assert score(1, 2, 3, 4) == [], "and so is this, still"
+    assert score(6, 7, 8, 9) == [whole]
+    assert score(1, 2, 3, 4) == [whole - len(requests[3]["prompt_token_ids"]) - 8], "what came last stayed"
+
+
 def test_reference_holds_the_weights_of_the_engine(tiny: Path, tmp_path: Path) -> None:
     """Stored in float32, run in bfloat16: the rounding of weights is the engine's model, not its noise."""
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
