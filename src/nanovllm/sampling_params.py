@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from numbers import Integral, Real
 
-from nanovllm.config import require
-
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -27,7 +25,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def check(name: str, text: str, low: float, high: float, kind: type = Integral, also: object = ...) -> None:
             value = getattr(self, name)
-            require(value == also or (isinstance(value, kind) and low <= value <= high), name, value, text)  # type: ignore[operator]
+            if value != also and not (isinstance(value, kind) and low <= value <= high):  # type: ignore[operator]
+                raise ValueError(f"{name}={value!r} is not allowed; it must be {text}")
             object.__setattr__(self, name, value if value is None else (int if isinstance(value, Integral) else float)(value))
 
         check("temperature", "0 (greedy), or a number from 1e-5 to 1e30", 1e-5, 1e30, Real, also=0)
