@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -179,6 +180,17 @@ def test_ranks_end_with_the_engine_however_it_ends() -> None:
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "a rank outlived its engine"
         time.sleep(0.05)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of the socket and the process that nobody closed
+def test_a_process_that_is_dropped_unclosed_ends_and_leaves_no_descriptor() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    child = processes.Child("rank", "tests.test_tensor_parallel.main_that_waits_for_ever")
+    process = psutil.Process(child.process.pid)
+    del child
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+    process.wait(20)
 
 
 def test_symmetric_memory_is_refused_where_it_cannot_run(tiny: Path) -> None:

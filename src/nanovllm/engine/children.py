@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterable
 
 import psutil
@@ -37,7 +38,8 @@ class Child:
         self.title = title
         self.said = ""  # of its failure
         ours, theirs = socket.socketpair()
-        lifeline_theirs, self._lifeline = os.pipe()
+        lifeline_theirs, lifeline = os.pipe()
+        self._cut_lifeline = weakref.finalize(self, os.close, lifeline)  # also where the engine is dropped without close()
         module, _, function = main.rpartition(".")
         code = f"from nanovllm.engine.children import run; from {module} import {function}; run({function})"
         try:
@@ -101,7 +103,7 @@ class Child:
             self.process.send_signal(signal.SIGUSR1)
 
     def close(self) -> None:
-        os.close(self._lifeline)
+        self._cut_lifeline()
 
 
 def end(children: Iterable[Child], force: bool) -> None:
