@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +72,36 @@ def test_replicas_of_several_ranks(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"), [(signal.SIGKILL, r"replica 1 was killed \(SIGKILL\)"), (signal.SIGSTOP, "replica 1 hangs")]
+    ("kind", "await_its_end", "message", "call"),
+    [
+        (signal.SIGKILL, False, r"replica 1 was killed \(SIGKILL\)", "generate"),
+        (signal.SIGKILL, True, r"replica 1 was killed \(SIGKILL\)", "generate"),
+        (signal.SIGKILL, True, r"replica 1 was killed \(SIGKILL\)", "reset_stats"),
+        (signal.SIGSTOP, False, "replica 1 hangs", "reset_prefix_cache"),
+    ],
 )
-def test_a_replica_that_dies_or_stops_ends_the_engine(tiny: Path, kind: signal.Signals, message: str) -> None:
+def test_a_replica_that_dies_or_stops_ends_the_engine(
+    tiny: Path, kind: signal.Signals, await_its_end: bool, message: str, call: str
+) -> None:
     llm = LLM(str(tiny), **SMALL, data_parallel_size=2)
-    os.kill(children()[1].pid, kind)
+    process = children()[1]
+    os.kill(process.pid, kind)
+    while await_its_end and process.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
     with pytest.raises(WorkerError, match=message):
-        llm.generate(PROMPTS, PARAMS)
+        llm.generate(PROMPTS, PARAMS) if call == "generate" else getattr(llm, call)()
     assert children() == []
     with pytest.raises(RuntimeError, match="takes no requests"):
         llm.generate(PROMPTS, PARAMS)
+
+
+def test_what_cannot_be_sent_to_a_replica_leaves_no_answer_behind(tiny: Path) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=4)
+    with LLM(str(tiny), **SMALL, data_parallel_size=2) as llm:
+        expected = [o.outputs[0].token_ids for o in llm.generate(PROMPTS[1:], params, use_tqdm=False)]
+        with pytest.raises(TypeError, match="generator"):
+            llm.generate([[], (token for token in [1, 2])], params, use_tqdm=False)
+        assert [o.outputs[0].token_ids for o in llm.generate(PROMPTS[1:], params, use_tqdm=False)] == expected
 
 
 def test_an_engine_that_steps_has_no_replicas(tiny: Path) -> None:

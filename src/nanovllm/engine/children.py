@@ -53,6 +53,16 @@ class Child:
             os.close(lifeline_theirs)
         self.channel = Channel(ours)
 
+    def tell(self, message: bytes, timeout_s: float) -> None:
+        """Raises WorkerError where it has ended or failed, or does not read."""
+        try:
+            self.channel.send(message, timeout_s)
+        except TimeoutError:
+            raise WorkerError(f"{self.title} hangs: it took no message within {timeout_s:.0f} s") from None
+        except OSError:
+            while True:  # what it said before it went, until hear raises
+                self.hear(b"", 1.0)
+
     def hear(self, word: bytes, timeout_s: float) -> bytes | None:
         """What it says after `word`, None while it is silent. Raises WorkerError where it has ended or failed."""
         try:

@@ -69,7 +69,7 @@ class ReplicatedLLM:
             for replica in range(self.size):
                 gpus = _visible_gpus(replica * ranks, ranks) if on_gpus else {}
                 self._children.append(Child(f"replica {replica}", REPLICA_MAIN, gpus))
-                self._children[-1].channel.send(pickle.dumps((self.config, num_threads)), START_TIMEOUT_S)
+                self._children[-1].tell(pickle.dumps((self.config, num_threads)), START_TIMEOUT_S)
             resolved = self._answers(b"ready", START_TIMEOUT_S)
         except BaseException:
             self._end("it did not start", force=True)
@@ -93,19 +93,13 @@ class ReplicatedLLM:
                   for i, p in enumerate(params)]  # fmt: skip
         shares = share_out([expected_work(_length(b), p.max_tokens) for b, p in zip(batch, params, strict=True)], self.size)
         self._dispatched += sum(map(len, shares[1:]))
-        try:
-            for child, share in zip(self._children, shares, strict=True):
-                child.channel.send(pickle.dumps(("check", [batch[i] for i in share], [params[i] for i in share])), self._timeout_s)
-            if invalid := [error for error in self._answers(b"checked", self._timeout_s) if error is not None]:
-                raise invalid[0]
-            self._tell(("run",))
-            outputs: dict[int, RequestOutput] = {}
-            for share, answers in zip(shares, self._answers(b"outputs", self._timeout_s), strict=True):
-                outputs |= {i: dataclasses.replace(o, request_id=str(first + i)) for i, o in zip(share, answers, strict=True)}
-            self._read_counters("stats")
-        except (WorkerError, OSError, KeyboardInterrupt) as error:
-            self._end(f"a replica failed ({error})", force=True)
-            raise
+        checked = self._ask(b"checked", [("check", [batch[i] for i in share], [params[i] for i in share]) for share in shares])
+        if invalid := [error for error in checked if error is not None]:
+            raise invalid[0]
+        outputs: dict[int, RequestOutput] = {}
+        for share, answers in zip(shares, self._ask(b"outputs", [("run",)] * self.size), strict=True):
+            outputs |= {i: dataclasses.replace(o, request_id=str(first + i)) for i, o in zip(share, answers, strict=True)}
+        self._read_counters("stats")
         return [outputs[i] for i in range(len(batch))]
 
     # -- evidence: sums over replicas ---------------------------------------------------------------------------------------
@@ -162,14 +156,21 @@ class ReplicatedLLM:
         if self._dead is not None:
             raise EngineDeadError(f"this engine takes no requests: {self._dead}; make a new one")
 
-    def _tell(self, command: tuple[Any, ...]) -> None:
-        for child in self._children:
-            child.channel.send(pickle.dumps(command), self._timeout_s)
-
     def _read_counters(self, command: str) -> None:
         self._check_alive()
-        self._tell((command,))
-        self._counters, self._toggles = map(list, zip(*self._answers(b"counters", self._timeout_s), strict=True))
+        self._counters, self._toggles = map(list, zip(*self._ask(b"counters", [(command,)] * self.size), strict=True))
+
+    def _ask(self, word: bytes, commands: SequenceOf[tuple[Any, ...]]) -> list[Any]:
+        """Every replica's answer to its command. Whatever comes between ends the engine: an answer that is left unread would
+        be taken for the next command's. So what cannot be sent is found out before anything is."""
+        messages = [pickle.dumps(command) for command in commands]
+        try:
+            for child, message in zip(self._children, messages, strict=True):
+                child.tell(message, self._timeout_s)
+            return self._answers(word, self._timeout_s)
+        except BaseException as error:
+            self._end(f"a replica failed ({error})", force=True)
+            raise
 
     def _answers(self, word: bytes, timeout_s: float) -> list[Any]:
         """Every replica's answer. Raises WorkerError where one ends, fails, is stopped, or neither answers nor ends a step."""
