@@ -688,8 +688,8 @@ def half_of_the_seed_is_lost() -> list[Patch]:
 def requests_without_a_seed_share_one() -> list[Patch]:
     """Every request that gives no seed gets the engine's."""
 
-    def make(self: LLMEngine, request_id: str, prompt: Any, params: SamplingParams) -> Sequence:
-        seq = real(self, request_id, prompt, params)
+    def make(self: LLMEngine, request_id: str, prompt: Any, params: SamplingParams, number: int) -> Sequence:
+        seq = real(self, request_id, prompt, params, number)
         seq.seed = self.config.seed if params.seed is None else params.seed
         return seq
 
@@ -798,8 +798,8 @@ def max_tokens_zero_is_taken() -> list[Patch]:
 def an_empty_prompt_is_taken() -> list[Patch]:
     """A prompt without tokens is silently given one."""
 
-    def make(self: LLMEngine, request_id: str, prompt: Any, params: SamplingParams) -> Sequence:
-        return real(self, request_id, {"prompt_token_ids": prompt["prompt_token_ids"] or [0]}, params)
+    def make(self: LLMEngine, request_id: str, prompt: Any, params: SamplingParams, number: int) -> Sequence:
+        return real(self, request_id, {"prompt_token_ids": prompt["prompt_token_ids"] or [0]}, params, number)
 
     real = LLMEngine.make_sequence
     return [(LLMEngine, "make_sequence", make)]
@@ -809,9 +809,9 @@ def an_empty_prompt_is_taken() -> list[Patch]:
 def a_long_prompt_is_cut() -> list[Patch]:
     """A prompt beyond max_model_len silently loses its head."""
 
-    def make(self: LLMEngine, request_id: str, prompt: Any, params: SamplingParams) -> Sequence:
+    def make(self: LLMEngine, request_id: str, prompt: Any, params: SamplingParams, number: int) -> Sequence:
         room = self.config.max_model_len - params.max_tokens
-        return real(self, request_id, {"prompt_token_ids": prompt["prompt_token_ids"][-room:]}, params)
+        return real(self, request_id, {"prompt_token_ids": prompt["prompt_token_ids"][-room:]}, params, number)
 
     real = LLMEngine.make_sequence
     return [(LLMEngine, "make_sequence", make)]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
+import pickle
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,10 @@ import pytest
 
 from nanovllm import LLM, EngineConfig, LLMEngine, SamplingParams
 from nanovllm.config import Optimizations
+from nanovllm.engine import data_parallel
 from nanovllm.engine.children import WorkerError
 from nanovllm.engine.data_parallel import expected_work, share_out
+from nanovllm.engine.wire import Channel
 
 SMALL: dict[str, Any] = {
     "device": "cpu",
@@ -93,6 +98,58 @@ def test_a_replica_that_dies_or_stops_ends_the_engine(
     assert children() == []
     with pytest.raises(RuntimeError, match="takes no requests"):
         llm.generate(PROMPTS, PARAMS)
+
+
+def test_a_refused_call_is_refused_as_by_one_engine_and_leaves_no_trace(tiny: Path) -> None:
+    """Not valid, or larger than the whole KV cache: 4 blocks of 8 tokens."""
+    settings, params = SMALL | {"kv_cache_memory_bytes": 1 << 17}, SamplingParams(temperature=0.8, max_tokens=12)
+    refused = [
+        ([[1, 2], [], [3]], "request '1' has an empty prompt"),
+        ([[1], [5] * 30], "request '1' needs 6 KV blocks for 42 tokens, the cache has 4"),
+        ([[5] * 30, [5] * 40], "request '0' needs 6 KV blocks"),
+        ([[5] * 30, [1], [2], []], "request '3' has an empty prompt"),
+        ([[1], [2], [3, -1], []], "request '2' holds token id -1"),
+        ([[1, 2], {"prompt": 5}], "a prompt is a int"),
+    ]
+    with LLM(str(tiny), **settings) as untroubled:
+        expected = untroubled.generate(PROMPTS[1:5], params, use_tqdm=False)
+    for size in (1, 2):
+        with LLM(str(tiny), **settings, data_parallel_size=size) as llm:
+            assert llm.resolved_config()["num_kv_blocks"] == 4
+            for prompts, message in refused:
+                with pytest.raises((ValueError, TypeError), match=message):
+                    llm.generate(prompts, params, use_tqdm=False)
+            assert llm.toggles()["data_parallel_size"]["engaged"] == 0
+            outputs = llm.generate(PROMPTS[1:5], params, use_tqdm=False)
+            assert [o.request_id for o in outputs] == [o.request_id for o in expected]
+            assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in expected]
+
+
+def test_a_replica_answers_with_the_error_of_a_call_that_left_it_sound(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: LLM, seq: object) -> None:
+        raise ValueError("no output can be made of it")
+
+    ours, theirs = map(Channel, socket.socketpair())
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        replica = pool.submit(data_parallel.main, theirs)
+        ours.send(pickle.dumps((EngineConfig.from_kwargs(str(tiny), **SMALL), 1)))
+        assert ours.receive(60).startswith(b"ready")
+
+        def ask(*command: object) -> Any:
+            ours.send(pickle.dumps(command))
+            while (answer := ours.receive(60)).startswith(b"working"):
+                pass
+            return pickle.loads(answer[answer.index(b"\x80") :])
+
+        assert ask("check", [(7, [1, 2], SamplingParams(max_tokens=2))]) is None
+        with monkeypatch.context() as patch:
+            patch.setattr(LLMEngine, "output_of", fail)
+            assert isinstance(ask("run"), ValueError)
+        assert len(ask("run")) == 1
+        ours.close()
+        with pytest.raises(EOFError):
+            replica.result(60)
+    theirs.close()
 
 
 def test_what_cannot_be_sent_to_a_replica_leaves_no_answer_behind(tiny: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 from nanovllm.config import EngineConfig
 from nanovllm.engine.children import Child, WorkerError, end
 from nanovllm.engine.llm_engine import LLM, EngineDeadError, Params, Prompt
+from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.wire import Channel
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -29,6 +30,8 @@ STEP_TIMEOUT_S = {"cuda": 25.0, "cpu": 300.0}
 _LOOK_EVERY_S = 0.2
 _CHARACTERS_PER_TOKEN = 4
 REPLICA_MAIN = "nanovllm.engine.data_parallel.main"
+_Request = tuple[int, Prompt, SamplingParams]
+"""Its number among all that the front end was given, its prompt, its parameters."""
 
 
 def expected_work(prompt_tokens: int, max_tokens: int) -> float:
@@ -87,19 +90,22 @@ class ReplicatedLLM:
         params = [given] * len(batch) if isinstance(given, SamplingParams) else list(given)
         if len(params) != len(batch):
             raise ValueError(f"{len(batch)} prompts and {len(params)} sampling_params; give one for all, or one for each")
-        first, self._num_requests = self._num_requests, self._num_requests + len(batch)
-        key = (self.config.seed & 0x7FFFFFFF) << 32  # as a single engine seeds its requests
+        first, key = self._num_requests, (self.config.seed & 0x7FFFFFFF) << 32  # as a single engine numbers and seeds its requests
         params = [p if p.seed is not None else dataclasses.replace(p, seed=key | ((first + i) & 0xFFFFFFFF))
                   for i, p in enumerate(params)]  # fmt: skip
         shares = share_out([expected_work(_length(b), p.max_tokens) for b, p in zip(batch, params, strict=True)], self.size)
+        checks = [("check", [(first + i, batch[i], params[i]) for i in share]) for share in shares]
+        if refusals := [refusal for refusal in self._ask(b"checked", checks) if refusal is not None]:
+            raise min(refusals, key=lambda refusal: refusal[:2])[2]
+        self._num_requests += len(batch)
         self._dispatched += sum(map(len, shares[1:]))
-        checked = self._ask(b"checked", [("check", [batch[i] for i in share], [params[i] for i in share]) for share in shares])
-        if invalid := [error for error in checked if error is not None]:
-            raise invalid[0]
-        outputs: dict[int, RequestOutput] = {}
-        for share, answers in zip(shares, self._ask(b"outputs", [("run",)] * self.size), strict=True):
-            outputs |= {i: dataclasses.replace(o, request_id=str(first + i)) for i, o in zip(share, answers, strict=True)}
+        answers = self._ask(b"outputs", [("run",)] * self.size)
         self._read_counters("stats")
+        if errors := [answer for answer in answers if isinstance(answer, Exception)]:
+            raise errors[0]
+        outputs: dict[int, RequestOutput] = {}
+        for share, answer in zip(shares, answers, strict=True):
+            outputs |= {i: dataclasses.replace(o, request_id=str(first + i)) for i, o in zip(share, answer, strict=True)}
         return [outputs[i] for i in range(len(batch))]
 
     # -- evidence: sums over replicas ---------------------------------------------------------------------------------------
@@ -191,7 +197,7 @@ class ReplicatedLLM:
 
 
 class _Replica(LLM):
-    """An engine that lets its front end know, once a second, that it is getting on."""
+    """An engine that lets its front end know, once a second, that it is getting on, and answers it with what would be raised."""
 
     channel: Channel
     told = 0.0
@@ -202,6 +208,31 @@ class _Replica(LLM):
             self.channel.send(b"working")
         return super().advance()
 
+    def refusal(self, requests: list[_Request]) -> tuple[int, int, Exception] | None:
+        """Of the request that a single engine would refuse first, as it makes all requests before it queues one: 0 where it is
+        not valid, 1 where it could never run; its number; the error."""
+        seqs: list[Sequence] = []
+        try:
+            for number, prompt, params in requests:
+                seqs.append(self.make_sequence(str(number), prompt, params, number))
+            for seq in seqs:
+                number = int(seq.request_id)
+                self.scheduler.add(seq)
+                self.abort(seq.request_id)
+        except (ValueError, TypeError) as error:
+            return int(len(seqs) == len(requests)), number, error
+        return None
+
+    def outputs(self, requests: list[_Request]) -> list[RequestOutput] | Exception:
+        """Or the error of a call that was refused. One that has ended the engine is raised."""
+        prompts, params = [prompt for _, prompt, _ in requests], [params for _, _, params in requests]
+        try:
+            return self.generate(prompts, params, use_tqdm=False)
+        except (ValueError, TypeError) as error:
+            if self._dead is not None:
+                raise
+            return error
+
 
 def main(channel: Channel) -> None:
     """Of a replica's process: until the channel closes."""
@@ -211,28 +242,18 @@ def main(channel: Channel) -> None:
     with _Replica(config.model, **arguments) as llm:
         llm.channel = channel
         channel.send(b"ready" + pickle.dumps(llm.resolved_config()))
-        prompts: list[Any] = []
-        params: list[SamplingParams] = []
+        requests: list[_Request] = []
         while True:
             command, *given = pickle.loads(channel.receive())
             if command == "check":
-                prompts, params = given
-                channel.send(b"checked" + pickle.dumps(_first_invalid(llm, prompts, params)))
+                (requests,) = given
+                channel.send(b"checked" + pickle.dumps(llm.refusal(requests)))
             elif command == "run":
-                channel.send(b"outputs" + pickle.dumps(llm.generate(prompts, params, use_tqdm=False)))
+                channel.send(b"outputs" + pickle.dumps(llm.outputs(requests)))
             else:
                 if command != "stats":
                     getattr(llm, command)()
                 channel.send(b"counters" + pickle.dumps((llm.stats(), llm.toggles())))
-
-
-def _first_invalid(llm: LLM, prompts: list[Any], params: list[SamplingParams]) -> Exception | None:
-    try:
-        for i, (prompt, given) in enumerate(zip(prompts, params, strict=True)):
-            llm.make_sequence(str(i), prompt, given)
-    except (ValueError, TypeError) as error:
-        return error
-    return None
 
 
 def _length(prompt: Any) -> int:

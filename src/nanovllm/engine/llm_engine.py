@@ -82,8 +82,11 @@ class LLMEngine:
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
-    def make_sequence(self, request_id: str, prompt: Prompt, params: SamplingParams) -> Sequence:
-        """Validates a request. Raises ValueError or TypeError that says what was given and what is allowed."""
+    def make_sequence(self, request_id: str, prompt: Prompt, params: SamplingParams, number: int) -> Sequence:
+        """Validates a request. Raises ValueError or TypeError that says what was given and what is allowed.
+
+        `number` says how many the engine took before it, and seeds one that has no seed: those refused are not counted.
+        """
         text, token_ids = self._tokenize(prompt)
         vocab_size, limit = self.model_config.vocab_size, self.config.max_model_len
         if not token_ids:
@@ -95,14 +98,14 @@ class LLMEngine:
                              f"together more than max_model_len={limit}: shorten it or raise max_model_len")
         stops = {*params.stop_token_ids, *(() if params.ignore_eos else self.model_config.eos_token_ids)}
         # Without a seed of its own: one that is the same in every run.
-        seed = params.seed if params.seed is not None else (self.config.seed & 0x7FFFFFFF) << 32 | (self._num_requests & 0xFFFFFFFF)
-        self._num_requests += 1
+        seed = params.seed if params.seed is not None else (self.config.seed & 0x7FFFFFFF) << 32 | (number & 0xFFFFFFFF)
         return Sequence(request_id, list(token_ids), params, seed, time.perf_counter(), frozenset(stops), text)
 
     def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams) -> None:
         """Queues a request; it runs when `step` is called."""
         self._check_alive()
-        self.scheduler.add(self.make_sequence(request_id, prompt, params))
+        self.scheduler.add(self.make_sequence(request_id, prompt, params, self._num_requests))
+        self._num_requests += 1
 
     def abort(self, request_id: str) -> bool:
         """Ends an unfinished request; False if there is none of that id."""
@@ -220,12 +223,13 @@ class LLM(LLMEngine):
         params = list(given) if isinstance(given := sampling_params, SequenceOf) else [given or SamplingParams()] * len(batch)
         if len(params) != len(batch):
             raise ValueError(f"{len(batch)} prompts and {len(params)} sampling_params; give one for all, or one for each")
-        seqs = [self.make_sequence(str(self._num_requests), p, s) for p, s in zip(batch, params, strict=True)]
+        seqs = [self.make_sequence(str(n), p, s, n) for n, (p, s) in enumerate(zip(batch, params, strict=True), self._num_requests)]
         unfinished: set[str] = set()
         try:
             for seq in seqs:
                 self.scheduler.add(seq)
                 unfinished.add(seq.request_id)
+            self._num_requests += len(seqs)
             with tqdm(total=len(seqs), desc="Processed prompts", unit="req", disable=not use_tqdm, dynamic_ncols=True) as bar:
                 while unfinished:
                     unfinished -= {seq.request_id for seq in self.advance() if seq.finish_reason is not None}

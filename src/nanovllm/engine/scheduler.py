@@ -66,8 +66,7 @@ class Scheduler:
         """Queues a request. Raises ValueError if it could never run: its id is taken, or it exceeds the whole KV cache."""
         if any(seq.request_id in queue for queue in (self.waiting, self.prefilling, self.decoding)):
             raise ValueError(f"request_id {seq.request_id!r} is already in use by an unfinished request")
-        longest = seq.num_prompt_tokens + seq.params.max_tokens
-        if (needed := self.blocks.blocks_for(longest)) > self.blocks.num_blocks:
+        if (needed := self.blocks.blocks_for(longest := seq.num_prompt_tokens + seq.params.max_tokens)) > self.blocks.num_blocks:
             raise ValueError(f"request {seq.request_id!r} needs {needed} KV blocks for {longest} tokens, the cache has "
                              f"{self.blocks.num_blocks} of {self.blocks.block_size} tokens: shorten it, or enlarge the cache")
         self.waiting[seq.request_id] = seq
