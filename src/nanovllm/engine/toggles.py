@@ -18,7 +18,7 @@ def toggle_counters(optimizations: Optimizations, stats: StepStats) -> dict[str,
     counters: dict[str, tuple[int, int | None]] = {
         "attention_backend": (fused["attention_backend"], None),
         "kernels": (fused["kernels"], None),
-        "prefix_cache": (stats.prefix_lookup_tokens, stats.prefix_hit_tokens),
+        "prefix_cache": (stats.admissions if stats.prefix_lookup_tokens else 0, stats.prefix_hit_tokens),
         "cascade_attention": (stats.attention_calls["cascade"], stats.attention_calls["shared"]),
         "batching": (policy, stats.mixed_steps if optimizations.batching == "chunked" else stats.refills),
         "cuda_graphs": (stats.graph_replays, None),
