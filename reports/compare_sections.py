@@ -91,7 +91,7 @@ def _fairness(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Secti
 
 
 def _value(value: Any) -> str:
-    return "has none" if value is None else json.dumps(value) if isinstance(value, (list, dict, bool)) else str(value)
+    return "not recorded" if value is None else json.dumps(value) if isinstance(value, (list, dict, bool)) else str(value)
 
 
 def _costs(analysis: Analysis) -> Section:

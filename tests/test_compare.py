@@ -202,6 +202,16 @@ def test_our_switches_are_read_from_our_optimizations() -> None:
     assert rows == [("block_size", None, 128), ("compile", "on", "off"), ("kernels", "compile", None)]
 
 
+def test_a_setting_without_a_record_is_not_said_to_be_absent(tmp_path: Path) -> None:
+    plan, lines = synthetic(1.0)
+    for record in lines:
+        if record["kind"] == "launch" and record["cell"] == "all":
+            record["resolved"]["skip_tokenizer_init"] = True
+    page = render(plan, lines, analyse(lines, plan), tmp_path)[0].read_text()
+    assert "| `skip_tokenizer_init` | `true` | `not recorded` |" in page
+    assert "has none" not in page
+
+
 def test_a_plan_without_a_digest_is_no_comparison(tiny: Path, tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     with pytest.raises(FairnessError, match="needs the digest of its checkpoint"):

@@ -11,9 +11,10 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from experiments.engines import load_adapter
-from experiments.engines.vllm import Tally
+from experiments.engines.vllm import Inspector, Tally
 
 LIMITS = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 128}
 SHARED = {"dtype": "bfloat16", "kv_cache_memory_bytes": 2**20, **LIMITS}
@@ -152,3 +153,25 @@ def test_the_cache_is_really_reset_and_the_engine_really_closed(adapter: Any, mo
 def test_a_vllm_for_another_device_is_an_error(adapter: Any) -> None:
     with pytest.raises(RuntimeError, match=r"this vLLM \(9\.9\) runs on cpu, the plan asks for cuda: give another interpreter"):
         adapter(device="cuda")
+
+
+@pytest.mark.parametrize("told", [True, None])  # None: a version that has no such setting
+def test_what_ran_is_read_back_in_the_worker(told: bool | None) -> None:
+    layer = SimpleNamespace(get_attn_backend=lambda: SimpleNamespace(get_name=lambda: "CPU_ATTN"), impl=SimpleNamespace(),
+                            kv_cache=[torch.zeros(4)])  # fmt: skip
+    mode = SimpleNamespace(name="NONE")
+    model = {"dtype": torch.float32, "max_model_len": 128, "seed": 3, "enforce_eager": True, "skip_tokenizer_init": True}
+    worker = Inspector()
+    worker.model_runner = object()
+    worker.vllm_config = SimpleNamespace(
+        model_config=SimpleNamespace(**model, **({} if told is None else {"disable_cascade_attn": told})),
+        cache_config=SimpleNamespace(block_size=16, enable_prefix_caching=True),
+        compilation_config=SimpleNamespace(static_forward_context={"0": layer}, cudagraph_mode=mode, mode=mode, backend="eager",
+                                           cudagraph_capture_sizes=[]),
+        scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=64, enable_chunked_prefill=True,
+                                         async_scheduling=True),
+        parallel_config=SimpleNamespace(distributed_executor_backend="uni", tensor_parallel_size=1, data_parallel_size=2),
+    )  # fmt: skip
+    found = worker.inspect_for_record()
+    assert (found["skip_tokenizer_init"], found["disable_cascade_attn"], found["data_parallel_size"]) == (True, told, 2)
+    assert (found["attention_backends"], found["kv_cache_bytes"], found["levels"]["batching"]) == (["CPU_ATTN"], 16, "chunked")

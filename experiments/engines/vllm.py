@@ -227,6 +227,10 @@ class Inspector:
             "max_num_seqs": scheduler.max_num_seqs,
             "max_num_batched_tokens": scheduler.max_num_batched_tokens,
             "seed": config.model_config.seed,
+            "skip_tokenizer_init": config.model_config.skip_tokenizer_init,
+            # Some versions have no such setting, and in some it does nothing any more.
+            "disable_cascade_attn": getattr(config.model_config, "disable_cascade_attn", None),
+            "data_parallel_size": config.parallel_config.data_parallel_size,
             "enforce_eager": config.model_config.enforce_eager,
             "compilation_mode": compilation.mode.name,
             "compilation_backend": compilation.backend,
