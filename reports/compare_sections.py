@@ -10,6 +10,7 @@ from typing import Any
 from reports import text
 from reports.compare import RULE_WORDS, against_engines, among_ours, throughput_rows
 from reports.document import Column, Section, Table
+from reports.metrics import LATENCIES
 
 Analysis = Mapping[str, Any]
 LINES = Path(__file__).resolve().parent / "published" / "code-lines" / "lines.json"
@@ -27,13 +28,26 @@ def compare_sections(analysis: Analysis) -> Iterator[Section]:
     if entries:
         lead = [
             "Output tokens per second of our cell over those of the other engine's, in the same block, steady state: each launch "
-            "is a fresh process, started and warmed up before anything is timed. Each throughput stands beside its bound below, "
-            "and the latencies of both engines under their own heading.",
+            "is a fresh process, started and warmed up before anything is timed. Each throughput stands beside its bound below. "
+            f"{_latencies(analysis, entries)}",
             NOT_COMPARED,
         ]
         yield Section("compared", "Who is faster, on what", lead, None, [_verdicts(analysis, entries)])
         yield _fairness(analysis, entries)
         yield _costs(analysis)
+
+
+def _latencies(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> str:
+    """Which cells of the comparisons have their latencies in the report, and of the others, why not."""
+    latencies = {metric.key for metric in LATENCIES}
+    recorded = {row["cell"] for row in analysis["rates"] if row["metric"] in latencies and row["n"]}
+    compared = dict.fromkeys(entry[side] for side in ("ours", "theirs") for entry in entries)
+    if missing := [cell for cell in compared if cell not in recorded]:
+        off = all(analysis["cells"][cell]["config"].get("request_statistics") is False for cell in missing)
+        why = " (request statistics were off)" if off else ""
+        where = "; those of the others stand under their own heading" if len(missing) < len(compared) else ""
+        return f"Latencies were not recorded of {', '.join(missing)}{why}{where}."
+    return "The latencies of both engines stand under their own heading."
 
 
 def pairs_of_ours(analysis: Analysis) -> Iterator[Section]:

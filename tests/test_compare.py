@@ -212,6 +212,19 @@ def test_a_setting_without_a_record_is_not_said_to_be_absent(tmp_path: Path) -> 
     assert "has none" not in page
 
 
+def test_latencies_are_promised_where_they_were_recorded(tmp_path: Path) -> None:
+    plan, lines = synthetic(1.0)
+    both = "The latencies of both engines stand under their own heading."
+    assert both in render(plan, lines, analyse(lines, plan), tmp_path)[0].read_text()
+    plan["cells"]["vllm"]["config"]["request_statistics"] = False
+    for record in lines:
+        if record["kind"] == "launch" and record["cell"] == "vllm":
+            record["workloads"]["scaled"]["request_times_s"] = []
+    page = render(plan, lines, analyse(lines, plan), tmp_path)[0].read_text()
+    assert both not in page
+    assert "Latencies were not recorded of vllm (request statistics were off); those of the others" in page
+
+
 def test_a_plan_without_a_digest_is_no_comparison(tiny: Path, tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     with pytest.raises(FairnessError, match="needs the digest of its checkpoint"):
