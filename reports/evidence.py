@@ -88,6 +88,15 @@ def _equivalence(analysis: Analysis) -> Section:
     ]
     if not gate["rows"]:
         lead.append("The gate has not judged any tokens: no launch counts.")
+    foreign = [row for row in gate["rows"] if _distribution(row)]
+    if foreign:
+        level = foreign[0]["calibration"]["alpha"]
+        lead.append(
+            "Sampled tokens of an engine with its own random generator cannot be replayed and have no margin (a dash). Given "
+            "the tokens before it, log p(token) + entropy has mean 0 under the reference: z is the sum over its standard "
+            f"deviation, a two-sided test at level {level:g}, and its limit is widened by what HF's own error shifts the sum. No "
+            "single request may be incredible either."
+        )
     columns = [
         WORKLOAD,
         Column("cells"),
@@ -95,21 +104,25 @@ def _equivalence(analysis: Analysis) -> Section:
         *numbers(
             "tokens", "differ", "within bound", "largest margin", "bound", "HF's error, largest", "HF's error, 99.9 %"
         ),
+        *(numbers("z", "limit of z") if foreign else ()),
     ]
     rows = []
     for row in gate["rows"]:
-        error = (row["calibration"] or {}).get("hf_error", {})
+        error, distribution = (row["calibration"] or {}).get("hf_error", {}), _distribution(row)
+        no_margin = _sampled_elsewhere(row)
         rows.append(
             [
                 row["workload"],
                 ", ".join(row["cells"]) or "none counted",
                 row["status"],
+                text.number(row["tokens_checked"]),
                 *(
-                    text.number(row[key])
-                    for key in ("tokens_checked", "mismatches", "within_bound", "max_margin", "bound")
+                    text.ABSENT if no_margin else text.number(row[key])
+                    for key in ("mismatches", "within_bound", "max_margin", "bound")
                 ),
                 text.number(error.get("max")),
                 text.number(error.get("q999")),
+                *((_z(distribution.get("z")), _z(distribution.get("z_limit"))) if foreign else ()),
             ]
         )
     controls = [
@@ -141,6 +154,20 @@ def _equivalence(analysis: Analysis) -> Section:
     return Section("gate", "Is the output still the same", lead, None, tables)
 
 
+def _distribution(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the gate found of tokens that another random generator drew; {} where there are none."""
+    return (row["calibration"] or {}).get("distribution") or {}
+
+
+def _sampled_elsewhere(row: Mapping[str, Any]) -> bool:
+    """Whether another generator drew every token, and all are of those that top-k and top-p keep: then nothing has a margin."""
+    return bool(_distribution(row)) and _distribution(row)["tokens"] == row["tokens_checked"]
+
+
+def _z(value: float | None) -> str:
+    return text.ABSENT if value is None else f"{value:.2f}"
+
+
 def _first_offenders(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
     """Where each failure begins: the five best candidates of both models, and their scores in logits over temperature, noise
     included."""
@@ -164,14 +191,16 @@ def _first_offenders(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
 def _errors_by_position(rows: Sequence[Mapping[str, Any]]) -> Table:
     lines = []
     for row in rows:
+        no_margin = _sampled_elsewhere(row)
         for part in (row["calibration"] or {}).get("by_position", []):
+            judged = (part["mismatches"], part["hf_mismatches"], part["margin"]["q999"], part["margin"]["max"])
             lines.append(
                 [
                     row["workload"],
                     row["tokens_digest"][:12],
                     f"{part['first']} to {part['last']}",
-                    *(text.number(part[key]) for key in ("tokens", "mismatches", "hf_mismatches")),
-                    *(text.number(part["margin"][key]) for key in ("q999", "max")),
+                    text.number(part["tokens"]),
+                    *(text.ABSENT if no_margin else text.number(value) for value in judged),
                     *(text.number(part["hf_error"][key]) for key in ("q999", "max")),
                 ]
             )

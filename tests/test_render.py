@@ -171,6 +171,26 @@ def test_same_records_same_bytes(machine: str, study: Study, pages: tuple[str, s
     assert len(first) == 6
 
 
+def test_tokens_of_another_generator_are_judged_by_z_and_have_no_margin(tmp_path: Path) -> None:
+    """Greedy tokens of another engine have one."""
+    plan = make_plan(one_at_a_time(), 2)
+    records = make_records(plan, SPEEDUPS)
+    gated = [record for record in records if record["kind"] == "gate" and not record["is_negative_control"]]
+    part = {"first": 0, "last": 15, "tokens": 160, "mismatches": 0, "hf_mismatches": 0, "margin": {"q999": 0.0, "max": 0.0},
+            "hf_error": {"q999": 1e-6, "max": 2e-6}}  # fmt: skip
+    for record in gated:
+        record["calibration"] |= {"alpha": 1e-6, "distribution": None, "by_position": [part]}
+    assert "limit of z" not in rendered(plan, records, tmp_path)[0]
+    gated[0]["calibration"]["distribution"] = {"z": -1.234, "z_limit": 4.891, "tokens": 160}
+    markdown, _ = rendered(plan, records, tmp_path)
+    table = markdown.split("The gate, in logits:")[1].split("The gate by output position")
+    (sampled,) = [line for line in table[0].split("\n") if "-1.23" in line]
+    assert "| 160 | – | – | – | – | 6.1e-06 | 4e-06 | -1.23 | 4.89 |" in sampled
+    assert "| 160 | 0 | 0 | 0 | 3.2e-05 | 6.1e-06 | 4e-06 | – | – |" in table[0]
+    assert table[1].count("| 0 to 15 | 160 | – | – | – | – | 1e-06 | 2e-06 |") == 1
+    assert "a two-sided test at level 1e-06" in markdown
+
+
 def available_cpu_features() -> set[str]:
     """What numpy dispatches to here: it refuses to switch off what it does not have."""
     import numpy as np
