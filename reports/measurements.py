@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reports import text
+from reports.analysis import ratios
 from reports.descriptive import decode_steps_s
 from reports.intervals import Rule, estimate
 from reports.library import Library, Study
@@ -39,30 +40,55 @@ class Finding:
 
 
 def reference_ratio(library: Library, study: str, reference: str, fingerprint: str) -> Iterator[Finding]:
-    """Ratios of our best cell to each configuration of another engine, on one workload.
+    """Ratios of our best cell to each configuration of another engine on as many devices, on one workload.
 
-    The least one of the study of this name decides; what other studies say of the same work stands beside it. A pair that broke
-    the rule of its comparison (reports/compare.py) has no ratio.
+    Where that configuration takes another number of devices than our best cell, the cells that spread our best one over as many
+    stand in for it; a configuration without such a cell has no ratio. The least one of the study of this name decides; what other
+    studies say of the same work stands beside it. A pair that broke the rule of its comparison (reports/compare.py) has no ratio.
     """
     for found in library.studies.values():
-        cells = found.plan["cells"]
-        ours = next((name for name, cell in cells.items() if cell["role"] == "all"), found.analysis["baseline"])
         unfair = {(pair["ours"], pair["theirs"]) for pair in found.analysis.get("comparisons", []) if pair["breaches"]}
+        names = [name for name, entry in found.plan["workloads"].items() if entry["fingerprint"] == fingerprint]
         rows = [
             row
-            for row in found.analysis["references"]
-            if row["n"]
-            and (row["cell"], row["reference"]) not in unfair
-            and row["cell"] == ours
-            and cells[row["reference"]]["engine"] == reference
-            and found.plan["workloads"].get(row["workload"], {}).get("fingerprint") == fingerprint
-            and row["metric"] == "output_tokens_per_s"
+            for ours, theirs in _on_equal_devices(found, reference)
+            if names and (ours, theirs) not in unfair
+            for row in ratios(found.records, found.plan, ours, theirs)
+            if row["n"] and row["workload"] in names
         ]
         least = min((row["ratio"] for row in rows), default=None)
+        devices = _devices(found)
         for row in rows:
             memory = found.plan["profile"]["kv_cache_memory_bytes"] / 2**30
             what = f"{row['cell']} over {row['reference']} on {row['workload']}, {_model(found)}, {memory:.3g} GiB of KV cache"
+            if found.plan["profile"]["device"] != "cpu":
+                what += f" a rank, {text.count_of(devices[row['cell']], 'GPU')} each" if devices[row["cell"]] > 1 else ""
             yield _of_blocks(found, what, row, row["ratio"] == least and found.plan["study"]["name"] == study)
+
+
+SPREAD = {"tensor_parallel_size", "data_parallel_size", "all_reduce"}
+"""The factors that say how a configuration lies on several devices, and nothing of what else is on."""
+
+
+def _on_equal_devices(study: Study, engine: str) -> Iterator[tuple[str, str]]:
+    """(our cell, that engine's), the same number of devices each."""
+    cells, devices = study.plan["cells"], _devices(study)
+    best = next((name for name, cell in cells.items() if cell["role"] == "all"), study.analysis["baseline"])
+    treatments = (name for name, cell in cells.items() if cell["role"] == "treatment")
+    ours = [best, *(name for name in treatments if _differs_in(cells, name, best) <= SPREAD)]
+    for theirs in (name for name, cell in cells.items() if cell["role"] == "reference" and cell["engine"] == engine):
+        equal = [name for name in ours if devices[name] == devices[theirs]]
+        yield from ((name, theirs) for name in ([best] if best in equal else equal))
+
+
+def _differs_in(cells: Mapping[str, Mapping[str, Any]], cell: str, other: str) -> set[str]:
+    left, right = cells[cell]["levels"], cells[other]["levels"]
+    return {factor for factor in left.keys() | right.keys() if left.get(factor) != right.get(factor)}
+
+
+def _devices(study: Study) -> dict[str, int]:
+    """{cell: the devices it runs on}; a CPU is one, however many ranks share it."""
+    return {row["cell"]: row["devices"] for row in study.analysis["ceiling"]}
 
 
 def scaling(library: Library, devices: int, all_reduce: str | None = None) -> Iterator[Finding]:

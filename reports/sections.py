@@ -166,6 +166,11 @@ def _references(analysis: Analysis) -> Iterator[Section]:
         "The same work on another engine, in the same blocks: is the baseline a fair one, and how far does everything "
         "on go beyond?"
     ]
+    devices = {row["cell"]: row["devices"] for row in analysis["ceiling"]}
+    for cell, reference in dict.fromkeys((row["cell"], row["reference"]) for row in rows):
+        if devices[cell] != devices[reference]:
+            here, there = text.count_of(devices[cell], "device"), devices[reference]
+            lead.append(f"Not on equal devices: {cell} ran on {here}, {reference} on {there}; their ratio is not of engines alone.")
     yield Section("references", "Against other engines", lead, None, [table])
 
 

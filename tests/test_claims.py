@@ -19,7 +19,7 @@ from reports.library import Library, Study, library
 from reports.measurements import Finding
 from reports.prefix_work import _replay, saved
 from reports.questions import values
-from reports.render import write_markdown
+from reports.render import render, write_markdown
 from tests.synthetic import BASE_LEVELS, make_plan, make_records
 
 EMPTY = Library({}, {})
@@ -90,6 +90,28 @@ def test_vllm_is_judged_by_the_configuration_against_which_we_do_worst(speed: fl
     breach = {"ours": "baseline", "theirs": "fast", "breaches": ["another checkpoint"]}
     unfair = Study(found.name, found.folder, found.plan, found.records, {**found.analysis, "comparisons": [breach]})
     assert [finding.what.split(" on ")[0] for finding in judge(one, shelf(unfair)).deciding] == ["baseline over slow"]
+
+
+def test_engines_are_compared_on_equal_numbers_of_gpus(tmp_path: Path) -> None:
+    """vLLM on two GPUs is no match for our one: our cell on two stands against it, or none."""
+    two = cell("reference", "vllm") | {"config": {"tensor_parallel_size": 2}}
+    cells = {"baseline": cell("baseline"), "aa": cell("aa"), "vllm": cell("reference", "vllm"), "vllm-tp2": two,
+             "cached": cell("treatment", prefix_cache="on", tensor_parallel_size=2)}  # fmt: skip
+    one = claim("throughput-vs-vllm")
+
+    def judged(**more: Any) -> list[str]:
+        found = study("gpu-vllm", {**cells, **more}, {"vllm": 0.5, "tensor_parallel_size": 1.8}, profile={"device": "cuda"})
+        measure = one.measure | {"fingerprint": found.plan["workloads"]["scaled"]["fingerprint"]}
+        page = render(found.plan, found.records, found.analysis, tmp_path)[0].read_text()
+        assert "Not on equal devices: baseline ran on 1 device, vllm-tp2 on 2" in page
+        assert "vllm on 1" not in page
+        return [each.what for each in judge(one.model_copy(update={"measure": measure}), shelf(found)).findings]
+
+    (alone,) = judged()
+    assert alone.startswith("baseline over vllm on scaled")
+    _, both = judged(tp2=cell("treatment", tensor_parallel_size=2))
+    assert both.startswith("tp2 over vllm-tp2 on scaled")
+    assert both.endswith("a rank, 2 GPUs each")
 
 
 def slower(work: dict[str, Any], times: float) -> dict[str, Any]:
