@@ -109,13 +109,14 @@ def questions(check: CheckOption = False) -> None:
 @app.command()
 def lines(
     model: Annotated[Path, typer.Option(help="folder of a checkpoint that both engines can run")],
-    vllm: Annotated[Path | None, typer.Option(help="interpreter that has vLLM; without it ours alone is counted")] = None,
+    vllm: Annotated[Path | None, typer.Option(help="interpreter that has vLLM; without it its last count is kept")] = None,
     out: Annotated[Path, typer.Option(help="where the record goes")] = LINES,
 ) -> None:
     """Count code lines of our engine and of vLLM, one way: a record that the claims are rendered from."""
 
     def work() -> None:
-        result = count_lines(str(model.resolve()), vllm)
+        before = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else None
+        result = count_lines(str(model.resolve()), vllm, before)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(out.read_text(encoding="utf-8"))

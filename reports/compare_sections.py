@@ -147,15 +147,23 @@ def _code_lines() -> tuple[list[list[str]], str]:
     if not LINES.is_file():
         return [], "Lines of code have not been counted here: python -m reports lines --model FOLDER --vllm PYTHON does."
     counts = json.loads(LINES.read_text(encoding="utf-8"))
-    words = {"core": "core: what a baseline run loads", "everything_on": "loaded with everything on",
-             "loaded": "loaded by the same job", "package": "whole package"}  # fmt: skip
+    words = {"core": "core: what a baseline run loads, on a CPU", "everything_on": "loaded with everything on, on a CPU",
+             "loaded": "loaded by the same job, on a CPU", "package": "whole package"}  # fmt: skip
     rows = [
         [engine, str(counts[engine].get("version") or text.ABSENT), says, text.number(counts[engine][key]["files"]),
          text.number(counts[engine][key]["lines"])]
         for engine in ("nanovllm", "vllm") if engine in counts
         for key, says in words.items() if key in counts[engine]
     ]  # fmt: skip
-    return rows, f"Lines of code were counted one way for both engines ({counts.get('made_at', 'no date')})."
+    made_at = counts.get("made_at", "no date")
+    said = (
+        f"Lines of code were counted one way for both engines, in runs on a CPU ({made_at}): what needs a GPU (Triton kernels, "
+        "CUDA graphs, cascade attention) is in our whole package alone."
+    )
+    if theirs := counts.get("vllm"):
+        counted = f"{theirs['version']} on a CPU, eager ({theirs.get('made_at', made_at)})"
+        said += f" vLLM's count is of version {counted}, whichever version and device are compared here."
+    return rows, said
 
 
 def _gib(value: float | None) -> str:

@@ -1,7 +1,8 @@
 """Code lines of our engine and of vLLM, counted one way: what a run loads, and the whole package.
 
 A run of the same job (one prompt, four tokens, CPU) in an interpreter of its own prints the modules that it loaded. Beside
-them stands the whole package, tests left out. The result is a record: reports/published/code-lines/lines.json.
+them stands the whole package, tests left out. A run on a CPU loads no Triton kernel, CUDA graph or cascade attention, whatever is
+on; those are in the whole package alone. The result is a record: reports/published/code-lines/lines.json.
 """
 
 import datetime
@@ -10,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +44,16 @@ class CountError(Exception):
     """A run whose modules could not be counted; the message holds its last words."""
 
 
-def count_lines(model: str, vllm_python: Path | None = None) -> dict[str, Any]:
-    """The record. model: a checkpoint that both engines run. vllm_python: an interpreter that has vLLM; left out without one.
+def count_lines(model: str, vllm_python: Path | None = None, before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The record. model: a checkpoint that both engines run. vllm_python: an interpreter that has vLLM; without one its count is
+    that of the record `before`, with the time at which it was made, or left out.
 
     Raises CountError.
     """
-    git = provenance.git_state() or {}
+    git, made_at = provenance.git_state() or {}, datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     result: dict[str, Any] = {
         "kind": "code-lines",
-        "made_at": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "made_at": made_at,
         "what": "lines that hold code: no blanks, comments, docstrings, tests; Python files (reports/code_lines.py)",
         "job": "one prompt, four tokens, on a CPU",
         "git": {key: git.get(key) for key in ("commit", "dirty")},
@@ -59,7 +61,9 @@ def count_lines(model: str, vllm_python: Path | None = None) -> dict[str, Any]:
                                   {"core": _OURS.replace("WHICH", "BASELINE"), "everything_on": _OURS.replace("WHICH", "ALL")}),
     }  # fmt: skip
     if vllm_python:
-        result["vllm"] = _count_engine(vllm_python, "vllm", model, {"loaded": _VLLM})
+        result["vllm"] = {"made_at": made_at, **_count_engine(vllm_python, "vllm", model, {"loaded": _VLLM})}
+    elif before and "vllm" in before:
+        result["vllm"] = {"made_at": before["made_at"], **before["vllm"]}
     return result
 
 

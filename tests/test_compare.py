@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -223,6 +224,13 @@ def test_latencies_are_promised_where_they_were_recorded(tmp_path: Path) -> None
     page = render(plan, lines, analyse(lines, plan), tmp_path)[0].read_text()
     assert both not in page
     assert "Latencies were not recorded of vllm (request statistics were off); those of the others" in page
+
+
+def test_lines_of_code_say_where_they_were_counted(tmp_path: Path) -> None:
+    plan, lines = synthetic(1.0)
+    page = render(plan, lines, analyse(lines, plan), tmp_path)[0].read_text()
+    assert "| loaded with everything on, on a CPU |" in page
+    assert re.search(r"vLLM's count is of version \d+\.\d+\.\d+ on a CPU, eager", page)
 
 
 def test_a_plan_without_a_digest_is_no_comparison(tiny: Path, tmp_path: Path) -> None:

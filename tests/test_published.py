@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from reports import claims, questions
 from reports import library as shelf
-from reports.__main__ import app, write_claims, write_questions
+from reports.__main__ import LINES, app, write_claims, write_questions
 from reports.library import PUBLISHED, Study, folders, library
 from reports.publish import publish
 from reports.records import RecordError
@@ -67,6 +67,19 @@ def test_what_the_questions_point_to_exists() -> None:
     pointed = questions.paths()
     assert len(pointed) > 12
     assert not [path for path in pointed if not (claims.ROOT / path).exists()]
+
+
+def test_the_count_of_our_lines_is_that_of_this_tree(tiny: Path, tmp_path: Path) -> None:
+    """To 2 %: a page need not change with each line. Counted without vLLM, its last count stays, with its date."""
+    recorded, again = json.loads(LINES.read_text()), tmp_path / "lines.json"
+    again.write_text(LINES.read_text())
+    assert CliRunner().invoke(app, ["lines", "--model", str(tiny), "--out", str(again)]).exit_code == 0
+    fresh = json.loads(again.read_text())
+    for part in ("core", "everything_on", "package"):
+        counted = fresh["nanovllm"][part]["lines"]
+        refresh = "count again with: python -m reports lines --model FOLDER; and then: make report"
+        assert recorded["nanovllm"][part]["lines"] == pytest.approx(counted, rel=0.02), f"{part}: {refresh}"
+    assert fresh["vllm"] == {"made_at": recorded["made_at"], **recorded["vllm"]}
 
 
 def test_the_check_says_which_page_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
