@@ -145,13 +145,17 @@ def _values(counted: Counted, drawn: Mapping[str, Mapping[str, Any]]) -> Values:
 def _counts(plan: Mapping[str, Any], counted: Counted) -> dict[str, Any]:
     cells = set(plan["cells"])
     by_block: dict[int, set[str]] = {}
+    ran: dict[int, set[str]] = {}
     for record in counted.launches:
         by_block.setdefault(record["block"], set()).add(record["cell"])
+    for row in (*counted.launches, *(row for row in counted.excluded if row["status"] == "ok")):
+        ran.setdefault(row["block"], set()).add(row["cell"])
     return {
         "planned_launches": len(plan["launches"]),
         "planned_blocks": len({launch["block"] for launch in plan["launches"]}),
         "counted_launches": len(counted.launches),
         "complete_blocks": sum(present == cells for present in by_block.values()),
+        "run_blocks": sum(present == cells for present in ran.values()),  # to the end, whether they count or not
         "excluded_launches": len(counted.excluded),
         "duplicates": counted.duplicates,
     }

@@ -136,11 +136,12 @@ def _caveats(analysis: Analysis) -> Iterator[str]:
     controls = analysis["gate"]["negative_controls"]
     if any(control["status"] != "fail" for control in controls):
         yield "A deliberately broken engine was not caught by the gate: until that is understood, a pass means little."
-    incomplete = counts["planned_blocks"] - counts["complete_blocks"]
+    incomplete = counts["planned_blocks"] - counts["run_blocks" if analysis["unjudged"] else "complete_blocks"]
     if incomplete:
         blocks = count_of(counts["planned_blocks"], "block")
         unfinished = f"Incomplete: {incomplete} of {blocks} not run to the end."
-        yield f"{unfinished} An effect uses the blocks in which both its sides were counted."
+        paired = "" if analysis["unjudged"] else " An effect uses the blocks in which both its sides were counted."
+        yield f"{unfinished}{paired}"
     failed_checks = [check for check in analysis["checks"]["failed"] if not check["hard"]]
     if failed_checks:
         yield f"{count_of(len(failed_checks), 'soft consistency check')} failed; see the table of checks."

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from nanovllm.models.checkpoint import DIGESTS
 from reports import text
 from reports.document import Column, Section, Table
 from reports.sections import CELL, VERDICT, WORKLOAD, numbers
@@ -321,7 +322,19 @@ def _reproduce(plan: Mapping[str, Any], analysis: Analysis, digest: str) -> Sect
             {key: "; ".join(values) for key, values in found["varying"].items()},
         ),
     ]
-    return Section("reproduce", "How to get this again", [], None, tables, commands)
+    return Section("reproduce", "How to get this again", list(_other_weights(plan)), None, tables, commands)
+
+
+def _other_weights(plan: Mapping[str, Any]) -> Iterator[str]:
+    """What a reader has to know where the plan's preset gives another checkpoint today than it was made for."""
+    preset, digest = plan["model"].get("preset"), plan["model"].get("digest")
+    today = DIGESTS.get(preset)
+    if digest and today and digest != today:
+        yield (
+            f"This plan was made for a checkpoint of digest {digest[:16]}. The preset {preset} has changed since and gives "
+            f"{today[:16]} today: the same question is then asked of other weights, and this very plan is refused unless --model "
+            "names a folder with the old ones."
+        )
 
 
 def _pairs(caption: str, values: Mapping[str, str]) -> Table:

@@ -22,9 +22,12 @@ _README = """# {title}, {when}
     {command}
     python -m reports render {folder}     # the page, from these records
 
-Paths in the records are written relative to the clone; nothing else was changed. `tokens.jsonl`, which the gate judged, is not
-kept here; `records.jsonl` holds its digests.
+Paths in the records are written relative to the clone; nothing else was changed. {tokens}
 """
+_JUDGED = """`tokens.jsonl`, which the gate judged, is not
+kept here; `records.jsonl` holds its digests."""
+_UNJUDGED = """No gate judged the outputs: the
+generated tokens are not kept here, `records.jsonl` holds their digests."""
 
 
 def publish(folder: Path, name: str, command: str, root: Path = PUBLISHED) -> Path:
@@ -49,6 +52,7 @@ def publish(folder: Path, name: str, command: str, root: Path = PUBLISHED) -> Pa
         when = min(record["started_at"] for record in file.records if record["kind"] == "launch")[:10]
         title, sentence = plan["study"]["title"], analysis["answer"]["sentence"]
         shown = target.relative_to(provenance.ROOT) if target.is_relative_to(provenance.ROOT) else target
-        readme = _README.format(title=title, when=when, sentence=sentence, command=command, folder=shown)
+        tokens = _JUDGED if analysis["gate"]["rows"] else _UNJUDGED
+        readme = _README.format(title=title, when=when, sentence=sentence, command=command, folder=shown, tokens=tokens)
         (target / "README.md").write_text(readme, encoding="utf-8")
     return target

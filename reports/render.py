@@ -79,9 +79,9 @@ def document(plan: Mapping[str, Any], records: Sequence[Mapping[str, Any]], anal
         for effect in analysis["effects"]
         if effect["role"] == "aa" and effect["metric"] == analysis["metric"]["key"]
     ]
-    profile, model = plan["profile"], plan["model"]
+    model = plan["model"]
     facts = [
-        ("machine", profile.get("title") or profile["name"]),
+        ("machine", _machine(plan, analysis)),
         ("model", f"{model['preset'] or model['path']}, {model['dtype']}"),
         ("blocks", f"{counts['complete_blocks']} complete of {counts['planned_blocks']}"),
         ("launches", f"{counts['counted_launches']} counted, {counts['excluded_launches']} excluded"),
@@ -92,6 +92,14 @@ def document(plan: Mapping[str, Any], records: Sequence[Mapping[str, Any]], anal
         ),
         ("A/A arm", ", ".join(dict.fromkeys(arm["verdict"] for arm in arms)) or "none"),
     ]
+    if analysis["unjudged"]:
+        finished = sum(row["status"] == "ok" for row in analysis["excluded"])
+        facts[2:] = [
+            ("blocks", f"{counts['run_blocks']} run to the end of {counts['planned_blocks']}"),
+            ("launches", f"{finished} run to the end of {counts['planned_launches']}, none counted"),
+            ("gate", "not judged: descriptive"),
+            ("A/A arm", "not judged: descriptive" if arms else "none"),
+        ]
     digest = hashlib.sha256(json.dumps(list(records), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     return Document(
         eyebrow=f"study {study['name']}",
@@ -103,6 +111,14 @@ def document(plan: Mapping[str, Any], records: Sequence[Mapping[str, Any]], anal
         facts=facts,
         sections=[*(() if analysis["unjudged"] else (*results(analysis), *modelled(analysis))), *evidence(plan, analysis, digest)],
     )
+
+
+def _machine(plan: Mapping[str, Any], analysis: Mapping[str, Any]) -> str:
+    """The profile's words; a CPU is named as its launches found it, since the profile only says that it is one."""
+    profile, found = plan["profile"], analysis["hardware"]["provenance"]
+    if profile["device"] == "cpu" and "cpu.model" in found and "cpu.cores" in found:
+        return f"{found['cpu.model']}, {text.count_of(int(found['cpu.cores']), 'core')}"
+    return profile.get("title") or str(profile["name"])
 
 
 def _environment() -> Environment:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from reports.__main__ import app
 from reports.analysis import analyse, ratios
 from reports.library import PUBLISHED, Library, library
 from reports.measurements import scaling
+from reports.publish import publish
 from reports.records import read_folder
+from reports.render import render
 
 FOLDER = PUBLISHED / "h200-x2" / "scaling-8b"
 TWO = PUBLISHED / "h200-x2" / "scaling"
@@ -35,6 +38,26 @@ def test_every_launch_is_shown_and_none_counts() -> None:
         assert (row["n"], row["least"], row["median"], row["most"]) == (3, *rates)
         assert (row["step_s"] is None) == (cell == "dp2"), "replicas record no steps"
     assert analysis["answer"]["sentence"].startswith("Descriptive: 15 launches")
+
+
+def test_its_head_says_what_ran_and_that_nothing_was_judged(tmp_path: Path) -> None:
+    plan, file = read_folder(FOLDER)
+    analysis = analyse(file.records, plan)
+    head = render(plan, file.records, analysis, tmp_path)[0].read_text().split("## ")[0]
+    for line in ("blocks: 3 run to the end of 3", "launches: 15 run to the end of 15, none counted",
+                 "gate: not judged: descriptive", "A/A arm: not judged: descriptive"):  # fmt: skip
+        assert f"- {line}\n" in head
+    assert "Incomplete" not in head
+    lost = plan["launches"][0]["launch"]
+    left = [record for record in file.records if record.get("launch") != lost]
+    assert "Incomplete: 1 of 3 blocks not run to the end." in analyse(left, plan)["answer"]["caveats"]
+
+
+def test_published_it_says_that_no_gate_judged_it(tmp_path: Path) -> None:
+    says = (publish(FOLDER, "here/descriptive", "make x", tmp_path) / "README.md").read_text()
+    assert "No gate judged the outputs" in says
+    assert "which the gate judged" not in says
+    assert "which the gate judged" in (publish(TWO, "here/judged", "make x", tmp_path) / "README.md").read_text()
 
 
 def test_one_verdict_ends_the_exception() -> None:

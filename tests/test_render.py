@@ -19,6 +19,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from experiments.records import plan_hash
+from nanovllm.models.checkpoint import DIGESTS
 from reports.__main__ import app
 from reports.analysis import analyse
 from reports.evidence import reproduce_command
@@ -246,6 +247,20 @@ def test_markdown_is_escaped_without_spoiling_names() -> None:
         str(escape_markdown("prefix_cache=on _x_ *a* a|b <b>\nnew"))
         == r"prefix_cache=on \_x\_ \*a\* a\|b &lt;b&gt; new"
     )
+
+
+def test_a_cpu_is_named_by_its_launches(study: Study, pages: tuple[str, str, Path], tmp_path: Path) -> None:
+    assert "- machine: Synthetic 2-core, 2 cores\n" in pages[0]
+    plan = study[0] | {"profile": study[0]["profile"] | {"title": "CPU of this machine"}}
+    assert "- machine: CPU of this machine\n" in rendered(plan, [], tmp_path)[0], "nothing ran"
+
+
+def test_a_preset_that_gives_other_weights_today_is_said(study: Study, pages: tuple[str, str, Path], tmp_path: Path) -> None:
+    assert f"made for a checkpoint of digest {'d' * 16}. The preset tiny has changed since" in pages[0]
+    plan, records = study
+    for change in ({"digest": DIGESTS["tiny"]}, {"digest": None}, {"preset": None, "path": "/a/folder"}):
+        same = plan | {"model": plan["model"] | change}
+        assert "made for a checkpoint of digest" not in rendered(same, records, tmp_path)[0]
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
