@@ -27,7 +27,10 @@ def compared(values: Values, launches: Launches, plan: Mapping[str, Any], rule: 
 
     effects: {metric: {workload: Effect}}, ours over theirs, paired within blocks; {} where the pair is unfair. All pairs and
     workloads of a metric are one family.
+    twins: {workload: Effect} of the same throughput where ours is the baseline, with the A/A arm in its place: the same cell run
+    twice. They are no tests, and have no verdict.
     """
+    twin = next((cell for cell, entry in plan["cells"].items() if entry["role"] == "aa"), None)
     entries = []
     for name, comparison in plan["study"].get("comparisons", {}).items():
         for ours, theirs in fairness.pairs(dict(plan), comparison):
@@ -41,6 +44,10 @@ def compared(values: Values, launches: Launches, plan: Mapping[str, Any], rule: 
                     found[workload] = paired(values, key, workload, entry["ours"], entry["theirs"], rule)
                     family.append(found[workload])
         judge(family, rule, metric.better)
+    for entry in entries:
+        if twin and not entry["breaches"] and plan["cells"][entry["ours"]]["role"] == "baseline":
+            for workload in plan["workloads"]:
+                entry["twins"][workload] = paired(values, THROUGHPUT.key, workload, twin, entry["theirs"], rule)
     return entries
 
 
@@ -66,6 +73,7 @@ def _pair(
         "breaches": list(dict.fromkeys(breaches)),
         "differences": [list(row) for row in differences],
         "effects": {},
+        "twins": {},
     }
 
 
@@ -109,6 +117,7 @@ def costs(launches: Launches, plan: Mapping[str, Any]) -> dict[str, list[dict[st
                 "workload": name, "cell": cell,
                 "requests_per_s": len(parts) / sum(part["duration_s"] / part["num_requests"] for part in parts),
                 "cpu_s_per_token": statistics.median(cpu) if cpu else None,
+                "duration_s": statistics.median(part["duration_s"] for part in parts),
             })  # fmt: skip
     return {"launch": rows, "work": sorted(work, key=lambda row: list(plan["workloads"]).index(row["workload"]))}
 

@@ -19,6 +19,11 @@ NOT_COMPARED = (
     "multi-modal models, quantization, speculative decoding, LoRA, structured output, other models than this one, several "
     "machines, requests that arrive over time, and every version but those named."
 )
+WORK_TIME = "Timed work: how long a launch took for the workload, medians over launches. The shorter it is, the easier to disturb."
+TWIN = (
+    " A/A twin: the ratio of the baseline's second arm, the same cell run once more; where it or its interval lies far from the "
+    "first, that much is chance."
+)
 _GIB = 2**30
 
 
@@ -30,6 +35,7 @@ def compare_sections(analysis: Analysis) -> Iterator[Section]:
             "Output tokens per second of our cell over those of the other engine's, in the same block, steady state: each launch "
             "is a fresh process, started and warmed up before anything is timed. Each throughput stands beside its bound below. "
             f"{_latencies(analysis, entries)}",
+            WORK_TIME + TWIN * any(entry["twins"] for entry in entries),
             NOT_COMPARED,
         ]
         yield Section("compared", "Who is faster, on what", lead, None, [_verdicts(analysis, entries)])
@@ -58,6 +64,7 @@ def pairs_of_ours(analysis: Analysis) -> Iterator[Section]:
         lead = [
             "Output tokens per second of one cell over those of another, in the same block: what lies between the two, with an "
             "interval that their ratios to the baseline do not give.",
+            WORK_TIME,
             *(f"No ratio of {entry['ours']} to {entry['theirs']}: {'; '.join(entry['breaches'])}." for entry in unfair),
         ]
         yield Section("pairs", "What one change adds to another", lead, None, [_verdicts(analysis, entries)])
@@ -66,14 +73,26 @@ def pairs_of_ours(analysis: Analysis) -> Iterator[Section]:
 def _verdicts(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Table:
     code, number = (lambda title: Column(title, "code")), (lambda title: Column(title, "number"))
     confidence = text.percent(analysis["rule"]["confidence"], 0)
+    twins = any(entry["twins"] for entry in entries)
     columns = [code("workload"), Column("comparison"), code("ours"), code("against"), number("ratio"),
-               number(f"{confidence} interval"), Column("verdict", "verdict"), number("p (Holm)"), number("blocks")]  # fmt: skip
+               number(f"{confidence} interval"), Column("verdict", "verdict"), number("p (Holm)"), number("blocks"),
+               *([number("A/A twin")] if twins else []),
+               number("timed work, ours"), number("theirs")]  # fmt: skip
+    durations = {(row["workload"], row["cell"]): row["duration_s"] for row in analysis["costs"]["work"]}
     rows = [
         [effect["workload"], entry["name"], entry["ours"], entry["theirs"], text.ratio(effect["ratio"]),
-         text.interval(effect["low"], effect["high"]), effect["verdict"], text.probability(effect["p_holm"]), str(effect["n"])]
+         text.interval(effect["low"], effect["high"]), effect["verdict"], text.probability(effect["p_holm"]), str(effect["n"]),
+         *([_twin(entry["twins"].get(effect["workload"]))] if twins else []),
+         *(text.seconds(durations.get((effect["workload"], entry[side]))) for side in ("ours", "theirs"))]
         for entry, effect in throughput_rows(analysis, entries)
     ]  # fmt: skip
     return Table("Comparisons", columns, rows, grouped=True)
+
+
+def _twin(effect: Mapping[str, Any] | None) -> str:
+    if effect is None or effect["ratio"] is None:
+        return text.ABSENT
+    return f"{text.ratio(effect['ratio'])} ({text.interval(effect['low'], effect['high'])})"
 
 
 def _fairness(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Section:

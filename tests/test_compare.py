@@ -21,7 +21,8 @@ from experiments.model_files import ModelError
 from experiments.plan import build_plan
 from experiments.spec import load_profile, load_study
 from experiments.yaml_files import SpecError
-from reports.analysis import analyse
+from reports import text
+from reports.analysis import analyse, ratios
 from reports.render import render
 from tests.synthetic import cell_of, make_plan, make_records
 
@@ -224,6 +225,28 @@ def test_latencies_are_promised_where_they_were_recorded(tmp_path: Path) -> None
     page = render(plan, lines, analyse(lines, plan), tmp_path)[0].read_text()
     assert both not in page
     assert "Latencies were not recorded of vllm (request statistics were off); those of the others" in page
+
+
+def test_a_comparison_stands_beside_its_twin_and_the_time_it_took(tmp_path: Path) -> None:
+    """The A/A arm is the baseline once more: its ratio is shown where the baseline is compared, and nowhere else."""
+    cells = cell_of("baseline", "baseline") | cell_of("again", "aa") | cell_of("all", "all", ["prefix_cache"])
+    plan = make_plan(cells | cell_of("vllm", "reference", engine="vllm"), 6,
+                     comparisons={"off": {"ours": "baseline", "theirs": ["vllm"], "rule": "best"}, **COMPARISONS})  # fmt: skip
+    lines = make_records(plan, {"vllm": 0.5}, sd=0.004)
+    analysis = analyse(lines, plan)
+    off, best = analysis["comparisons"]
+    (twin,) = ratios(lines, plan, "again", "vllm")
+    assert (off["twins"]["scaled"], best["twins"]) == (twin, {})
+    assert "verdict" not in twin
+    page = render(plan, lines, analysis, tmp_path)[0].read_text()
+    rows = {row.split(" | ")[1]: row.split(" | ")[9:] for row in page.split("\n") if row.startswith("| `scaled` | ")}
+    shown = f"{text.ratio(twin['ratio'])} ({text.interval(twin['low'], twin['high'])})"
+    durations = {row["cell"]: row["duration_s"] for row in analysis["costs"]["work"]}
+    served = sorted(r["workloads"]["scaled"]["duration_s"] for r in lines if r["kind"] == "launch" and r["cell"] == "vllm")
+    assert durations["vllm"] == pytest.approx((served[2] + served[3]) / 2)
+    assert rows["off"] == [shown, text.seconds(durations["baseline"]), f"{text.seconds(durations['vllm'])} |"]
+    assert rows["best"][0] == "–"
+    assert "A/A twin: the ratio of the baseline's second arm" in page
 
 
 def test_lines_of_code_say_where_they_were_counted(tmp_path: Path) -> None:
