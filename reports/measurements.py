@@ -223,7 +223,8 @@ def code_lines(library: Library) -> Iterator[Finding]:
                 left, right = ours[mine]["lines"], theirs[other]["lines"]
                 share = 1 - left / right
                 what = f"{_LINES[mine]} {left:,} against vLLM's {_LINES[other]} {right:,}"
-                evidence = f"counted in runs on a CPU; vLLM {theirs['version']}"
+                ran = "" if mine == other == "package" else " in runs on a CPU"
+                evidence = f"counted{ran}; vLLM {theirs['version']}"
                 decides = (mine, other) == ("core", "loaded")
                 yield Finding(what, share, share, share, evidence, source, "", decides, when=str(result.get("made_at", "")))
 

@@ -182,6 +182,8 @@ def test_lines_are_compared_like_with_like() -> None:
     counts = {"kind": "code-lines", "nanovllm": {"core": {"lines": 1200}}, "vllm": {"version": "1", "loaded": {"lines": 50_000}}}
     one = claim("lines-of-code")
     assert judge(one, shelf(results={"lines.json": counts})).verdict == "reproduced"
+    (finding,) = judge(one, shelf(results={"lines.json": counts})).findings
+    assert finding.evidence == "counted in runs on a CPU; vLLM 1"
     counts["vllm"]["loaded"]["lines"] = 49_000  # type: ignore[index]
     assert judge(one, shelf(results={"lines.json": counts})).verdict == "not reproduced"
 
