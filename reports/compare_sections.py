@@ -19,7 +19,7 @@ NOT_COMPARED = (
     "multi-modal models, quantization, speculative decoding, LoRA, structured output, other models than this one, several "
     "machines, requests that arrive over time, and every version but those named."
 )
-WORK_TIME = "Timed work: how long a launch took for the workload, medians over launches. The shorter it is, the easier to disturb."
+WORK_TIME = "Timed work: how long a launch took for the workload, medians over launches; the shorter, the easier to disturb."
 TWIN = (
     " A/A twin: the ratio of the baseline's second arm, the same cell run once more; where it or its interval lies far from the "
     "first, that much is chance."
@@ -38,7 +38,8 @@ def compare_sections(analysis: Analysis) -> Iterator[Section]:
             WORK_TIME + TWIN * any(entry["twins"] for entry in entries),
             NOT_COMPARED,
         ]
-        yield Section("compared", "Who is faster, on what", lead, None, [_verdicts(analysis, entries)])
+        tables = [_verdicts(analysis, entries), _durations(analysis, entries)]
+        yield Section("compared", "Who is faster, on what", lead, None, tables)
         yield _fairness(analysis, entries)
         yield _costs(analysis)
 
@@ -67,7 +68,8 @@ def pairs_of_ours(analysis: Analysis) -> Iterator[Section]:
             WORK_TIME,
             *(f"No ratio of {entry['ours']} to {entry['theirs']}: {'; '.join(entry['breaches'])}." for entry in unfair),
         ]
-        yield Section("pairs", "What one change adds to another", lead, None, [_verdicts(analysis, entries)])
+        tables = [_verdicts(analysis, entries), _durations(analysis, entries)]
+        yield Section("pairs", "What one change adds to another", lead, None, tables)
 
 
 def _verdicts(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Table:
@@ -76,17 +78,24 @@ def _verdicts(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Table
     twins = any(entry["twins"] for entry in entries)
     columns = [code("workload"), Column("comparison"), code("ours"), code("against"), number("ratio"),
                number(f"{confidence} interval"), Column("verdict", "verdict"), number("p (Holm)"), number("blocks"),
-               *([number("A/A twin")] if twins else []),
-               number("timed work, ours"), number("theirs")]  # fmt: skip
-    durations = {(row["workload"], row["cell"]): row["duration_s"] for row in analysis["costs"]["work"]}
+               *([number("A/A twin")] if twins else [])]  # fmt: skip
     rows = [
         [effect["workload"], entry["name"], entry["ours"], entry["theirs"], text.ratio(effect["ratio"]),
          text.interval(effect["low"], effect["high"]), effect["verdict"], text.probability(effect["p_holm"]), str(effect["n"]),
-         *([_twin(entry["twins"].get(effect["workload"]))] if twins else []),
-         *(text.seconds(durations.get((effect["workload"], entry[side]))) for side in ("ours", "theirs"))]
+         *([_twin(entry["twins"].get(effect["workload"]))] if twins else [])]
         for entry, effect in throughput_rows(analysis, entries)
     ]  # fmt: skip
     return Table("Comparisons", columns, rows, grouped=True)
+
+
+def _durations(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Table:
+    took = {(row["workload"], row["cell"]): row["duration_s"] for row in analysis["costs"]["work"]}
+    shown = throughput_rows(analysis, entries)
+    pairs = dict.fromkeys((effect["workload"], entry["ours"], entry["theirs"]) for entry, effect in shown)
+    columns = [Column("workload", "code"), Column("ours", "code"), Column("against", "code"),
+               Column("ours took", "number"), Column("the other took", "number")]  # fmt: skip
+    rows = [[name, *cells, *(text.seconds(took.get((name, cell))) for cell in cells)] for name, *cells in pairs]
+    return Table("Timed work of a launch", columns, rows)
 
 
 def _twin(effect: Mapping[str, Any] | None) -> str:

@@ -244,8 +244,9 @@ def test_a_comparison_stands_beside_its_twin_and_the_time_it_took(tmp_path: Path
     durations = {row["cell"]: row["duration_s"] for row in analysis["costs"]["work"]}
     served = sorted(r["workloads"]["scaled"]["duration_s"] for r in lines if r["kind"] == "launch" and r["cell"] == "vllm")
     assert durations["vllm"] == pytest.approx((served[2] + served[3]) / 2)
-    assert rows["off"] == [shown, text.seconds(durations["baseline"]), f"{text.seconds(durations['vllm'])} |"]
-    assert rows["best"][0] == "–"
+    assert (rows["off"], rows["best"]) == ([f"{shown} |"], ["– |"])
+    took = [text.seconds(durations[cell]) for cell in ("baseline", "vllm")]
+    assert f"| `scaled` | `baseline` | `vllm` | {took[0]} | {took[1]} |" in page
     assert "A/A twin: the ratio of the baseline's second arm" in page
 
 

@@ -186,8 +186,8 @@ def test_tokens_of_another_generator_are_judged_by_z_and_have_no_margin(tmp_path
     markdown, _ = rendered(plan, records, tmp_path)
     table = markdown.split("The gate, in logits:")[1].split("The gate by output position")
     (sampled,) = [line for line in table[0].split("\n") if "-1.23" in line]
-    assert "| 160 | – | – | – | – | 6.1e-06 | 4e-06 | -1.23 | 4.89 |" in sampled
-    assert "| 160 | 0 | 0 | 0 | 3.2e-05 | 6.1e-06 | 4e-06 | – | – |" in table[0]
+    assert "| 160 | – | – | – | – | -1.23 | 4.89 | 6.1e-06 | 4e-06 |" in sampled
+    assert "| 160 | 0 | 0 | 0 | 3.2e-05 | – | – | 6.1e-06 | 4e-06 |" in table[0]
     assert table[1].count("| 0 to 15 | 160 | – | – | – | – | 1e-06 | 2e-06 |") == 1
     assert "a two-sided test at level 1e-06" in markdown
 
