@@ -108,7 +108,8 @@ def document(judged: Sequence[Judged]) -> Document:
                 [
                     "Reproduced: the whole interval is at or above the claimed value. Not reproduced: all of it is below. "
                     "Inconclusive: neither. Not testable here: no published record has the figure. Where several figures "
-                    "decide, all have to reach it. Rules and measurements: ablations/claims.yaml; a rule that was changed after its data had been seen says so.",
+                    "decide, all have to reach it. Rules and measurements: ablations/claims.yaml; "
+                    "a rule that was changed after its data had been seen says so.",
                     "This page is made from reports/published by: python -m reports claims",
                 ],
                 tables=[Table("Claims", columns, [row for one in judged for row in _rows(one)])],
