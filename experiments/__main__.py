@@ -188,8 +188,10 @@ def list_command(profile: ProfileOption = None) -> None:
     console.print(table, "\nprofiles: " + ", ".join(names(PROFILES)), highlight=False)
     for folder in execution.executions():
         state = "finished" if (folder / execution.FINISHED).exists() else "interrupted"
-        number = len(guarded(lambda folder=folder: records.counted(records.read(folder))))
-        say(console, f"{execution.shown(folder)}  {state}, {number} launches count")
+        try:
+            say(console, f"{execution.shown(folder)}  {state}, {len(records.counted(records.read(folder)))} launches count")
+        except records.RecordError as error:
+            say(console, f"{execution.shown(folder)}  {state}, damaged: {error}", "yellow")
 
 
 def make_plan(

@@ -257,10 +257,13 @@ def run_controls(gate: Gate) -> int:
 def describe(record: records.Record) -> str:
     if record["status"] == "error" or not record["tokens_checked"]:
         return str(record["reason"])
-    return (
-        f"{record['tokens_checked']:,} tokens, {record['mismatches']} differ, largest margin {record['max_margin']:.3g}, bound "
-        f"{record['bound']:.3g} logits, {record['duration_s']:.1f} s" + (f"; {record['reason']}" if record["reason"] else "")
-    )
+    drawn = (record["calibration"] or {}).get("distribution") or {}
+    if drawn.get("tokens") == record["tokens_checked"]:  # by another generator: nothing has a margin
+        judged = f"drawn by its own generator, z = {drawn['z']:.2f} of at most {drawn['z_limit']:.2f}"
+    else:
+        judged = f"{record['mismatches']} differ, largest margin {record['max_margin']:.3g}, bound {record['bound']:.3g} logits"
+    reason = f"; {record['reason']}" if record["reason"] else ""
+    return f"{record['tokens_checked']:,} tokens, {judged}, {record['duration_s']:.1f} s{reason}"
 
 
 if __name__ == "__main__":

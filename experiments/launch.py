@@ -182,7 +182,7 @@ class Runner:
 
 def state_of(model: Path) -> list[tuple[str, int, int]]:
     """Name, size and time of change of a checkpoint's files: enough to see that they were touched since their digest was taken."""
-    found = ((path.name, path.stat()) for path in sorted(model.iterdir()))
+    found = ((path.name, path.stat()) for path in sorted(model.glob("*")))
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
 
 

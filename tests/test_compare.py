@@ -104,6 +104,9 @@ def test_a_wrong_checkpoint_is_refused(tiny: Path, tmp_path: Path) -> None:
         shutil.copy(weights, right / weights.name)  # exchanged in mid-run
         with pytest.raises(records.RecordError, match=r"the checkpoint in .* has changed since this run began: b00-o0.-other"):
             runner.run()
+        shutil.rmtree(right)
+        with pytest.raises(records.RecordError, match=r"the checkpoint in .* has changed since this run began"):
+            runner.run()
     assert len(records.read(tmp_path / "later")) == 1, "what ran is kept"
 
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from experiments import margins, records, scoring, truncation, workloads
 from experiments.chance import binomial_limit, normal_limit
-from experiments.equivalence import main
+from experiments.equivalence import describe, main
 from experiments.gate import GateParams, GateResult, compare_logprobs, judge
 from experiments.margins import Rows, smallest_explaining_noise
 from experiments.negative_controls import change_norm_epsilon, scale_rope_theta, swap_kv_slots, tamper
@@ -734,3 +734,12 @@ def test_params_are_all_in_the_record() -> None:
     assert {field.name for field in dataclasses.fields(GateParams)} == {
         "factor", "floor_ulps", "quantile", "alpha", "batch_tokens", "logits_bytes", "control_tokens",
     }  # fmt: skip
+
+
+def test_no_margin_is_told_of_tokens_that_another_generator_drew() -> None:
+    judged = {"status": "pass", "reason": None, "tokens_checked": 9, "duration_s": 1.0}
+    judged |= {"mismatches": 0, "max_margin": 0.0, "bound": 1e-5}
+    replayed = describe({**judged, "calibration": {"distribution": None}})
+    assert replayed == "9 tokens, 0 differ, largest margin 0, bound 1e-05 logits, 1.0 s"
+    drawn = {"distribution": {"tokens": 9, "z": -1.25, "z_limit": 4.0}}
+    assert describe({**judged, "calibration": drawn}) == "9 tokens, drawn by its own generator, z = -1.25 of at most 4.00, 1.0 s"

@@ -91,6 +91,11 @@ def test_an_interrupted_run_of_the_same_plan_and_code_is_found(
     (other / records.PLAN).write_text('{"plan_version": 0}')
     assert execution.interrupted(plan, console) == folder, "another study's damaged folder stops none"
     assert "99999999-other: " in said(console)
+    (other / records.RECORDS).write_text("damaged\nmore\n")
+    listed = invoke("list")
+    assert listed.exit_code == 0
+    assert f"{folder.name}  interrupted, 3 launches count" in listed.output
+    assert "99999999-other  interrupted, damaged: " in listed.output
     with monkeypatch.context() as changed:
         changed.setattr(provenance, "code_digest", lambda: "other")
         assert execution.interrupted(plan, console) is None
