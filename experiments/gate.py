@@ -189,8 +189,9 @@ def judge_distribution(scores: Sequence[Scores], params: GateParams) -> tuple[di
 
     - z = sum(log p + entropy) / sqrt(sum variance(log p)), over all tokens (martingale central limit theorem), two-sided. The
       limit is widened by `factor` times what HF's own error in the engine's dtype shifts that sum by (known exactly, not drawn);
-    - for each request, and at any of its tokens, prod p(token)^(-1/2) / sum_i p_i^(1/2) exceeds 1 / level with a probability
-      of at most `level` (a martingale of mean 1: Ville's inequality, exact for any length); level = alpha / requests.
+    - for each request, from any of its tokens to any later one, prod p(token)^(-1/2) / sum_i p_i^(1/2) exceeds 1 / level with a
+      probability of at most `level`: a martingale of mean 1, and so is the mean of those that begin at each token, hence Ville's
+      inequality, exact for any length; level = alpha / tokens. An answer that goes wrong late is seen as one that is wrong at once.
 
     Tokens outside what top-k and top-p keep are left out here: their margin judges them.
     """
@@ -202,8 +203,8 @@ def judge_distribution(scores: Sequence[Scores], params: GateParams) -> tuple[di
     drift_z = float(everything.drift[used].sum()) / deviation if deviation > 0 else 0.0
     limit = normal_limit(params.alpha / 2) + params.factor * abs(drift_z)
 
-    evidence = [torch.where(s.foreign & s.agrees, -s.log_p / 2 - s.root_sum, 0.0).cumsum(0).amax() for s in scores]
-    worst, evidence_limit = int(torch.stack(evidence).argmax()), math.log(len(evidence) / params.alpha)
+    evidence = [_largest_rise(torch.where(s.foreign & s.agrees, -s.log_p / 2 - s.root_sum, 0.0)) for s in scores]
+    worst, evidence_limit = int(torch.stack(evidence).argmax()), math.log(len(everything) / params.alpha)
     reasons = []
     if abs(z) > limit:
         reasons.append(
@@ -225,6 +226,13 @@ def judge_distribution(scores: Sequence[Scores], params: GateParams) -> tuple[di
         "log_evidence_limit": evidence_limit,
     }
     return result, reasons
+
+
+def _largest_rise(steps: Tensor) -> Tensor:
+    """The largest sum of consecutive steps [n], n at least 1."""
+    total = steps.cumsum(0)
+    before = torch.cat([total.new_zeros(1), total[:-1]]).cummin(0).values
+    return (total - before).amax()
 
 
 def compare_logprobs(

@@ -197,7 +197,7 @@ def run_child(command: list[str], scratch: Path, timeout_s: float, variables: di
             [*command, "--result", str(result), "--spawned-at", repr(time.time())],
             stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment,
         )  # fmt: skip
-    sampler = telemetry.Sampler(child.pid)
+    sampler = telemetry.Sampler(child.pid, visible=(os.environ | variables).get("CUDA_VISIBLE_DEVICES"))
     sampler.start()
     problem = None
     try:

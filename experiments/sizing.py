@@ -43,10 +43,22 @@ def blocks_within(blocks: int | None, budget_s: float | None, bootstrap: bool, n
 
 @lru_cache(maxsize=256)
 def detectable_in_sd(n: int, alpha: float, power: float) -> float:
-    """The mean, in standard deviations, that a two-sided paired t test of n samples finds with the given power."""
-    from statsmodels.stats.power import TTestPower  # a second to load, and seldom needed
+    """The mean, in standard deviations, that a two-sided paired t test of n samples finds with the given power, above alpha.
 
-    return float(TTestPower().solve_power(nobs=n, alpha=alpha, power=power, alternative="two-sided"))
+    The other tail is left out: at the powers that anybody asks for it is nothing, and scipy has no number for it far out.
+    """
+    from scipy.optimize import brentq
+    from scipy.stats import nct, t  # a second to load, and seldom needed
+
+    limit = t.ppf(1 - alpha / 2, n - 1)
+
+    def lacking(mean: float) -> float:
+        return float(nct.sf(limit, n - 1, mean * math.sqrt(n))) - power
+
+    most = 1.0
+    while lacking(most) < 0:
+        most *= 2
+    return float(brentq(lacking, 0.0, most))
 
 
 def detectable(sd_log: float, n: int, alpha: float, power: float = POWER) -> float:

@@ -27,14 +27,19 @@ Sample = dict[str, Any]
 class Sampler:
     """Samples every `interval_s` from `start()` to `stop()`; a long launch is thinned out to at most 120 samples."""
 
-    def __init__(self, pid: int, interval_s: float = 0.5) -> None:
-        """Call it right after the process was started: GPU memory and processes of this moment are not its own."""
+    def __init__(self, pid: int, interval_s: float = 0.5, visible: str | None = None) -> None:
+        """Call it right after the process was started: GPU memory and processes of this moment are not its own.
+
+        visible: its CUDA_VISIBLE_DEVICES, numbers or UUIDs; None: it sees every GPU. What happens on others is not its concern.
+        """
         self.pid, self.interval_s = pid, interval_s
         self.samples: list[Sample] = []
         self._peak_rss: dict[int, int] = {}
-        self._gpu = open_gpu()
+        self._gpu = open_gpu(visible)
         self._gpu_before = self._gpu.sample() if self._gpu else None
         self._gpu_pids: set[int] = set()
+        self._throttle: set[str] = set()  # in any sample, kept or thinned out; as is the next
+        self._peak_device: int | None = None
         self._own_pids: set[int] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
@@ -56,7 +61,7 @@ class Sampler:
                 name: _summary([s[name] for s in self.samples if s.get(name) is not None])
                 for name in sorted(numbers - {"time_s"})
             },
-            "throttle_reasons": sorted({reason for s in self.samples for gpu in s.get("gpus", []) for reason in gpu["throttle"]}),
+            "throttle_reasons": sorted(self._throttle),
             "foreign_gpu_pids": sorted(self._foreign_gpu_pids()),
             "samples": self.samples,
         }
@@ -69,7 +74,7 @@ class Sampler:
     @property
     def peak_device_bytes(self) -> int | None:
         """Highest sampled growth of the memory in use on all GPUs since the process started; None without a GPU."""
-        return max((s["gpu_memory_bytes"] for s in self.samples if "gpu_memory_bytes" in s), default=None)
+        return self._peak_device
 
     def _foreign_gpu_pids(self) -> set[int]:
         """In a container NVML names processes by the host's numbers: ours cannot be told apart there, so only those that
@@ -100,7 +105,10 @@ class Sampler:
                 gpus, used, computing = self._gpu.sample()
                 self._gpu_pids |= computing
                 if gpus:  # `nvidia-smi` may fail for a moment
-                    sample |= {"gpus": gpus, "gpu_memory_bytes": max(0, used - self._gpu_before[1])}
+                    grown = max(0, used - self._gpu_before[1])
+                    self._throttle |= {reason for gpu in gpus for reason in gpu["throttle"]}
+                    self._peak_device = max(grown, self._peak_device or 0)
+                    sample |= {"gpus": gpus, "gpu_memory_bytes": grown}
                     sample |= {f"gpu0_{name}": value for name, value in gpus[0].items() if name != "throttle"}
             self.samples.append(sample)
             if len(self.samples) > _MAX_SAMPLES:
@@ -190,14 +198,23 @@ def _optional(name: str) -> Any:
 
 
 class _Nvml:
-    """Every GPU of the machine through NVML (a millisecond a sample)."""
+    """The GPUs that a process sees, through NVML (a millisecond a sample)."""
 
     source = "nvml"
     _REASONS: ClassVar = {0x4: "power_cap", 0x8: "hw_slowdown", 0x20: "sw_thermal", 0x40: "hw_thermal", 0x80: "hw_power_brake"}
 
-    def __init__(self, nvml: Any) -> None:
+    def __init__(self, nvml: Any, visible: str | None) -> None:
         self._nvml = nvml
-        self._handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+        every = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+        names = None if visible is None else [name.strip() for name in visible.split(",") if name.strip()]
+        try:
+            self._handles = every if names is None else [self._handle(name) for name in names]
+        except nvml.NVMLError:
+            self._handles = every  # names that NVML does not know, a part of a UUID: rather too many than none
+
+    def _handle(self, name: str) -> Any:
+        nvml = self._nvml
+        return nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdecimal() else nvml.nvmlDeviceGetHandleByUUID(name)
 
     def sample(self) -> tuple[list[dict[str, Any]], int, set[int]]:
         """(state of each GPU, memory in use on all of them in bytes, the processes that compute on them)."""
@@ -238,7 +255,8 @@ class _NvidiaSmi:
         "clocks_throttle_reasons.hw_slowdown,clocks_throttle_reasons.sw_thermal_slowdown,clocks_throttle_reasons.sw_power_cap"
     )
 
-    def __init__(self) -> None:
+    def __init__(self, visible: str | None) -> None:
+        self._visible = visible
         self._last: tuple[list[dict[str, Any]], int, set[int]] = ([], 0, set())
         self._last_s = float("-inf")
 
@@ -246,7 +264,7 @@ class _NvidiaSmi:
         if time.monotonic() - self._last_s < 2:
             return self._last
         gpus, used = [], 0
-        for row in nvidia_smi("--query-gpu=" + self._FIELDS):
+        for row in nvidia_smi("--query-gpu=" + self._FIELDS, self._visible):
             values = [float(v) if v.replace(".", "", 1).isdigit() else None for v in row[:6]]  # "[N/A]" is None
             throttle = [
                 name for name, state in zip(("hw_slowdown", "sw_thermal", "power_cap"), row[6:], strict=True) if state == "Active"
@@ -254,7 +272,7 @@ class _NvidiaSmi:
             names = ("sm_mhz", "memory_mhz", "celsius", "watts", "busy_percent")
             gpus.append(dict(zip(names, values[:5], strict=True)) | {"throttle": throttle})
             used += int(values[5] or 0) << 20
-        pids = {int(pid) for (pid,) in nvidia_smi("--query-compute-apps=pid") if pid.isdigit()}
+        pids = {int(pid) for (pid,) in nvidia_smi("--query-compute-apps=pid", self._visible) if pid.isdigit()}
         self._last, self._last_s = (gpus, used, pids), time.monotonic()
         return self._last
 
@@ -262,11 +280,12 @@ class _NvidiaSmi:
         """Holds nothing."""
 
 
-def nvidia_smi(query: str) -> list[list[str]]:
-    """The rows that `nvidia-smi` prints for a query; none where there is no driver, or it fails: it then says why on stdout."""
-    if shutil.which("nvidia-smi") is None:
+def nvidia_smi(query: str, visible: str | None = None) -> list[list[str]]:
+    """The rows that `nvidia-smi` prints for a query, of all GPUs or of those that `visible` names; none where there is no driver,
+    or it fails: it then says why on stdout."""
+    if shutil.which("nvidia-smi") is None or visible == "":
         return []
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits", *([] if visible is None else ["-i", visible])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30, check=True)
     except (subprocess.SubprocessError, OSError):
@@ -281,14 +300,14 @@ def gpu_inventory() -> list[dict[str, Any]]:
     return [{"name": name, "memory_bytes": int(mib) << 20, "driver": driver} for name, mib, driver in rows if mib.isdigit()]
 
 
-def open_gpu() -> _Nvml | _NvidiaSmi | None:
+def open_gpu(visible: str | None = None) -> _Nvml | _NvidiaSmi | None:
     """A source of GPU samples; None on a machine without an NVIDIA driver, or with one that does not answer."""
     nvml = _optional("pynvml")
     if nvml is not None:
         try:
             nvml.nvmlInit()
-            return _Nvml(nvml)
+            return _Nvml(nvml, visible)
         except nvml.NVMLError:
             return None  # the package is there, the driver is not: no GPU to sample
-    tool = _NvidiaSmi()
+    tool = _NvidiaSmi(visible)
     return tool if tool.sample()[0] else None

@@ -215,8 +215,9 @@ def _effects(values: Values, lattice: Lattice, plan: Mapping[str, Any], rule: Ru
                     **estimate(log_ratios, rule, f"{key}/{workload}/{cell}"),
                 }
                 group = "aa" if entry["role"] == "aa" else "treatment"
-                # All workloads together is a summary of the others, not one more test: it has a family of its own.
-                families.setdefault((group, workload == ALL_WORKLOADS), []).append(effect)
+                # All workloads together is a summary of the others, not one more test: it has a family of its own. But in the
+                # A/A arm any difference at all is an alarm, and all of them are one family.
+                families.setdefault((group, group != "aa" and workload == ALL_WORKLOADS), []).append(effect)
                 effects.append(effect)
         for family in families.values():
             judge(family, rule, metric.better)

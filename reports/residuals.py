@@ -32,7 +32,8 @@ def diagnose(by_cell: Mapping[str, Mapping[int, float]]) -> dict[str, Any] | Non
     found = residuals(by_cell)
     if found.ndim < 2 or found.shape[1] < MIN_BLOCKS or len(found) < 2 or np.ptp(found) == 0:
         return None
-    flat, sd = found.ravel(), float(found.std(ddof=1))
+    cells, blocks = found.shape
+    flat, sd = found.ravel(), math.sqrt(float((found**2).sum()) / ((cells - 1) * (blocks - 1)))  # the means took the rest
     cell, block = np.unravel_index(np.abs(found).argmax(), found.shape)
     complete = sorted(set.intersection(*map(set, by_cell.values())))
     return {

@@ -245,6 +245,16 @@ def test_one_wrong_request_among_many_is_incredible(tiny: Path, rescorers: Any) 
     assert "request 7: its tokens are incredible" in str(result.reason)
 
 
+def test_a_garbled_end_of_one_answer_is_incredible(tiny: Path, rescorers: Any) -> None:
+    """However credible what came before it was."""
+    requests = [request | {"max_tokens": 150} for request in make_requests(SAMPLED, each=16)]
+    outputs, _ = generate(tiny, "float32", requests, batch_size=16, foreign=True)
+    assert judged(rescorers("float32"), requests, outputs, foreign=True).passed
+    outputs[7][-12:] = random.Random(0).sample(range(2000), 12)
+    result = judged(rescorers("float32"), requests, outputs, foreign=True)
+    assert "request 7: its tokens are incredible" in str(result.reason)
+
+
 @pytest.mark.parametrize(("sampling", "foreign"), [(GREEDY, False), (SAMPLED, False), (SAMPLED, True)])
 def test_permuted_outputs_fail(tiny: Path, rescorers: Any, sampling: dict[str, float], foreign: bool) -> None:
     requests = make_requests(sampling, each=4)

@@ -49,6 +49,9 @@ class FakeNvml(types.ModuleType):
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
         return index
 
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:  # noqa: N802
+        raise self.NVMLError(uuid)
+
     def nvmlDeviceGetPowerUsage(self, handle: int) -> int:  # noqa: N802
         if handle == 1:
             raise self.NVMLError_NotSupported("power")
@@ -104,6 +107,33 @@ def test_a_gpu_is_sampled_through_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sampler.peak_device_bytes is not None
     assert sampler.peak_device_bytes >= 2 << 20
     assert objections(seen, Validity(max_foreign_cpu=1).model_dump()) == [], "a power cap is allowed"
+
+
+def test_what_happens_on_other_gpus_is_no_concern_of_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = FakeNvml([], reasons=0x40)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    for visible, watts in ((None, [350.0, None]), ("1", [None]), ("1, 0", [None, 350.0]), ("", []), ("GPU-unknown", [350.0, None])):
+        gpu = telemetry.open_gpu(visible)
+        assert gpu is not None
+        gpus, used, _ = gpu.sample()
+        assert [found["watts"] for found in gpus] == watts, visible
+        assert bool(used) == bool(watts)
+
+
+def test_what_is_thinned_out_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One hot moment of a long launch, in a sample that is dropped."""
+    monkeypatch.setattr(telemetry, "_MAX_SAMPLES", 4)
+    sampler = Sampler(os.getpid(), interval_s=0.001)
+    samples = iter([([{"throttle": ["hw_thermal"] if i == 1 else []}], (9 if i == 1 else 1) << 30, set()) for i in range(1000)])
+    sampler._gpu = types.SimpleNamespace(sample=lambda: next(samples), close=lambda: None, source="test")  # type: ignore[assignment]
+    sampler._gpu_before = ([], 0, set())
+    sampler.start()
+    while len(sampler.samples) < 3 or sampler.interval_s < 0.004:
+        time.sleep(0.01)
+    seen = sampler.stop()
+    assert not any(gpu["throttle"] for sample in seen["samples"] for gpu in sample["gpus"])
+    assert seen["throttle_reasons"] == ["hw_thermal"]
+    assert sampler.peak_device_bytes == 9 << 30
 
 
 def test_heat_and_neighbours_are_seen_and_make_the_launch_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
