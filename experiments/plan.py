@@ -62,6 +62,7 @@ def build_plan(study: Study, profile: Profile, model: ModelChoice | None = None,
     settings["kv_cache_memory_bytes"] = settings["kv_cache_memory_bytes"] or profile.kv_cache_memory_bytes
     settled_profile["kv_cache_memory_bytes"] = settings["kv_cache_memory_bytes"]
     _check_fit(study, work, resolved_model["shape"], settings)
+    _check_memory(study, settled_profile)
 
     shape = outline(study, settled_profile, resolved_model["shape"])
     shared = {**settings, "dtype": choice.dtype, "device": profile.device}
@@ -242,6 +243,17 @@ def _launches(seed: int, blocks: int, cells: list[str], work: list[str]) -> list
 
 def _seed(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+def _check_memory(study: Study, profile: dict[str, Any]) -> None:
+    """Raises SpecError for a KV cache that is larger than the memory of a device."""
+    asked, there = profile["kv_cache_memory_bytes"], profile["memory_bytes"]
+    if asked and there and asked > there:
+        raise SpecError(
+            f"{study.source}: settings.kv_cache_memory_bytes is {asked:,}, and profile {profile['name']} has {there:,} bytes of "
+            "memory: lower it (SET=settings.kv_cache_memory_bytes=5368709120), or take a study made for this memory (gpu-8gb, "
+            "gpu-vllm-8gb)"
+        )
 
 
 def _check_fit(study: Study, work: dict[str, Any], shape: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -166,6 +166,22 @@ def test_steps_whose_rows_share_a_block_replay_the_graph_for_it(tiny: Path, monk
     engine.close()
 
 
+@pytest.mark.skipif(ON_GPU, reason="of the fake runner's variants")
+def test_shared_blocks_are_looked_for_where_too_few_could_share(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the toggle engages, and a launch with small batches is no invalid one."""
+    engine = make_engine(tiny, monkeypatch, graphs=True, max_num_seqs=4, kv_cache_memory_bytes=1 << 24)
+    runner: Any = engine.runner
+    runner.cascade = True
+    assert runner.fewest_sharing >= 4
+    assert not any(variant.shares for variant in runner.variants)
+    prefix = list(range(50, 50 + engine.config.block_size))
+    serve(engine, [(prefix + [1], SamplingParams(max_tokens=1))])
+    serve(engine, [([*prefix, i], SamplingParams(temperature=0.7, max_tokens=6, ignore_eos=True)) for i in range(4)])
+    assert engine.stats()["attention_calls.cascade"] > 0
+    assert not engine.stats().get("attention_calls.shared")
+    engine.close()
+
+
 class Told(dict[Variant, Any]):
     """Graphs, and which were asked for."""
 

@@ -178,6 +178,8 @@ def test_a_workload_that_cannot_run_is_refused_before_anything_runs(cpu: Profile
         plan_of(cpu, model, "settings.max_model_len=180")
     with pytest.raises(SpecError, match="workload scaled draws from 50000 tokens; the model has 2048"):
         plan_of(cpu, model, "workloads.scaled.vocab_size=50000")
+    with pytest.raises(SpecError, match=r"kv_cache_memory_bytes is 17,179,869,185, and profile cpu has 17,179,869,184 bytes"):
+        plan_of(cpu, model, f"settings.kv_cache_memory_bytes={2**34 + 1}")
     with pytest.raises(SpecError, match="engine hf has no setting 'block_size'; allowed: max_num_seqs"):
         plan_of(cpu, model, "cells.hf.config={block_size: 16}")
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy import stats
 
+from nanovllm.kernels.torch import filtering
 from nanovllm.kernels.torch.filtering import filtered_logits
 from nanovllm.kernels.torch.logprobs import logprobs
 from nanovllm.kernels.torch.sampling import gumbel_noise, philox4x32, sample
@@ -170,6 +171,13 @@ def test_no_filter_means_no_change() -> None:
     temperatures = torch.tensor([0.0, 1.0, 0.5])
     result = filtered_logits(logits, temperatures, ints(0, -1, 1000), torch.ones(3))
     assert torch.equal(result, logits / torch.tensor([1.0, 1.0, 0.5])[:, None])
+
+
+def test_filters_take_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = torch.randn(10, 50), torch.rand(10) + 0.5, torch.arange(10), torch.linspace(0.1, 1, 10)
+    at_once = filtered_logits(*given)
+    monkeypatch.setattr(filtering, "ROWS", 4)
+    assert torch.equal(filtered_logits(*given), at_once)
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:

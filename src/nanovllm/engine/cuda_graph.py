@@ -18,6 +18,7 @@ from __future__ import annotations
 import bisect
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -89,7 +90,12 @@ def record(forward: Callable[[], Tensor], stats: StepStats, pool: Any, stream: t
         stats.reset()
         # Other threads (NCCL's watchdog) may go on asking the device how far it is.
         graph.capture_begin(pool, capture_error_mode="thread_local")
-        output = forward()
+        try:
+            output = forward()
+        except BaseException:
+            with suppress(RuntimeError):  # it says that the recording is worth nothing
+                graph.capture_end()  # else nothing in this process could be recorded, or freed, any more
+            raise
         graph.capture_end()
     return Recorded(graph, output, *map(Counter, (stats.kernel_calls, stats.attention_calls, stats.all_reduces)))
 
@@ -110,7 +116,6 @@ class GraphRunner(ModelRunner):
                          for bucket in reversed(self.buckets)  # the largest first: the others fit into its memory
                          for greedy in self.greedy_variants
                          for shares in ((False, True) if self.cascade and bucket > self.fewest_sharing else (False,))]  # fmt: skip
-        self.cascade = any(variant.shares for variant in self.variants)
         with room_for("the model", "free memory on the device, or share it out over more GPUs (tensor_parallel_size)"):
             super().__init__(resolved, model_config, folder, stats, tp)
         self.spare_row = resolved.max_num_seqs

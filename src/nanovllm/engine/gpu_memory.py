@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from nanovllm.engine.scheduler import StepPlan
 if TYPE_CHECKING:
     from nanovllm.engine.model_runner import ModelRunner
 
+_alive: set[object] = set()
+"""A key for each engine's model in this process."""
+
 GRAPH_BYTES = 4 << 20
 """Of one recorded decode step, in the driver: a few hundred kernel nodes and their arguments."""
 
@@ -24,7 +28,9 @@ def room_for(what: str, instead: str) -> Iterator[None]:
     """Out of memory in here is a MemoryError: what does not fit, and what to do instead."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; CUDA's graphs, cuBLAS and Triton have others
+        if not isinstance(error, torch.OutOfMemoryError) and not re.search("out of memory|ALLOC_FAILED", str(error)):
+            raise
         raise MemoryError(f"{what} does not fit into the device's memory: {instead} ({str(error).split('. ')[0]})") from error
 
 
@@ -52,8 +58,15 @@ def bytes_for_steps(runner: ModelRunner, spec: KVCacheSpec) -> int:
 
 def forget_workspaces_with(model: Any) -> None:
     """cuBLAS keeps a workspace for every stream it was used on, 32 MiB each on Hopper, until the process ends. Here they go to
-    PyTorch's pool as soon as the model goes, and `ModelRunner.close` then empties that."""
-    weakref.finalize(model, torch._C._cuda_clearCublasWorkspaces).atexit = False  # the driver may be gone by then
+    PyTorch's pool as soon as the model goes, and `ModelRunner.close` then empties that; with several engines, as the last goes."""
+    _alive.add(key := object())
+
+    def forget() -> None:
+        _alive.discard(key)
+        if not _alive:  # the graphs of another engine hold the addresses of theirs
+            torch._C._cuda_clearCublasWorkspaces()
+
+    weakref.finalize(model, forget).atexit = False  # the driver may be gone by then
 
 
 def _peak_bytes(runner: ModelRunner, num_tokens: int) -> int:

@@ -55,7 +55,7 @@ class LLMEngine:
         self._dead: str | None = "it was never started"
         self._stats = StepStats()
         if config.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device='cuda' was asked for and torch sees no GPU; use device='cpu'")
+            raise ValueError("device='cuda' was asked for and torch sees no GPU (old driver, CPU torch?); use device='cpu'")
         folder = resolve_model(config.model)
         self.model_config = load_hf_config(folder)
         resolved = config.resolve(

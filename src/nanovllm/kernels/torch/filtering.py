@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+ROWS = 128
+"""Filtered at a time: what 256 rows of a large vocabulary take at once, 1.5 GB, a card of 8 GB does not have left."""
+
 
 def filtered_logits(logits: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor) -> Tensor:
     """The logits [n, vocab] (float32) of the distribution that is sampled: `logits / temperature`, -inf where filtered out.
@@ -11,6 +14,9 @@ def filtered_logits(logits: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps
     whose sum reaches top_p (ties: lower ids first), at least one. temperatures, top_ps: float32 [n]; top_ks: int64 [n], 0 or
     -1 keeps all. A row of temperature 0 (greedy) is not scaled; no filter ever removes its largest logit.
     """
+    if len(logits) > ROWS:
+        columns = (column.split(ROWS) for column in (logits, temperatures, top_ks, top_ps))
+        return torch.cat([filtered_logits(*part) for part in zip(*columns, strict=True)])
     scaled = logits.float() / torch.where(temperatures == 0.0, 1.0, temperatures)[:, None]
     ordered, ids = scaled.sort(dim=-1, descending=True, stable=True)
     vocab_size = scaled.shape[-1]
