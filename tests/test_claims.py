@@ -236,6 +236,8 @@ def test_a_replay_that_differs_from_the_record_is_not_believed(conversation: Stu
     assert bounded.cached_tokens == exact.cached_tokens
     low, high = bounded.of_prefill
     assert low < exact.of_prefill[0] < high < low + 0.1
+    record["resolved"]["optimizations"]["overlap"] = True
+    assert saved(record, conversation.plan, "conversation") == exact, "overlap takes a few steps more"
 
 
 def test_a_conversation_is_judged_by_tokens_flops_and_time(conversation: Study) -> None:
