@@ -6,7 +6,7 @@ bound = factor * (largest error) + floor, and typical bound = factor * (99.9 % q
 1. every token's margin is within the bound;
 2. no more tokens lie beyond the typical bound than 0.1 % would bring by chance;
 3. the engine disagrees with the reference not significantly more than `factor` times as often as HF does;
-4. tokens of another random generator follow the reference's distribution (z-test), and no request is incredible (Ville).
+4. tokens of another random generator follow the reference's distribution (z-test), no stretch of a request is incredible (Ville).
 
 Every test of chance is made at the level `alpha`. The standard library and torch are all that this module needs.
 """

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from nanovllm.engine import gpu_memory
 from nanovllm.engine.cuda_graph import record
 from nanovllm.engine.gpu_memory import forget_workspaces_with, room_for
 from nanovllm.engine.stats import StepStats
@@ -61,6 +62,7 @@ def test_a_recording_that_fails_is_ended(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_workspaces_stay_until_the_last_engine_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuBLAS clears those of the whole process, and the graphs of an engine that lives hold the addresses of theirs."""
     cleared: list[str] = []
+    monkeypatch.setattr(gpu_memory, "_alive", set())  # on a GPU, another test's engine may live
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: cleared.append("all"), raising=False)
     first, second = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     forget_workspaces_with(first)

@@ -24,7 +24,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         def check(name: str, text: str, low: float, high: float, kind: type = Integral, also: object = ...) -> None:
-            value = getattr(self, name)
+            value = getattr(self, name)  # the classes of `numbers` have an order that mypy does not know
             if value != also and not (isinstance(value, kind) and low <= value <= high):  # type: ignore[operator]
                 raise ValueError(f"{name}={value!r} is not allowed; it must be {text}")
             object.__setattr__(self, name, value if value is None else (int if isinstance(value, Integral) else float)(value))
