@@ -53,18 +53,25 @@ RayAddressOption = Annotated[
     str | None,
     typer.Option("--ray-address", help="host:port of a cluster, or auto; if not given $RAY_ADDRESS, else a Ray of this machine"),
 ]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="show the plan and run nothing")]
 FolderArgument = Annotated[Path | None, typer.Argument(help="folder of an execution; the latest under runs/ if not given")]
 
 
 @app.command()
 def ablate(
-    study: StudyOption = "embedded", profile: ProfileOption = None, model: ModelOption = None, overrides: SetOption = None,
+    study: Annotated[
+        str | None, typer.Option("--study", help="a file in ablations/studies, or a path; gpu-ablate on a GPU, else embedded")
+    ] = None,
+    profile: ProfileOption = None, model: ModelOption = None, overrides: SetOption = None,
     blocks: BlocksOption = None, out: OutOption = None, python: PythonOption = None, deadline_s: DeadlineOption = None,
-    executor: ExecutorOption = "local", ray_address: RayAddressOption = None,
+    executor: ExecutorOption = "local", ray_address: RayAddressOption = None, dry_run: DryRunOption = False,
 ) -> None:  # fmt: skip
     """What does each optimization buy on this machine? Runs or resumes a study; gate, table, report, MLflow."""
+    if study is None:
+        study = "gpu-ablate" if guarded(lambda: choose_profile(profile)).device == "cuda" else "embedded"
     plan = make_plan(study, profile, model, overrides, blocks)
-    go(plan, out, make_options(python, deadline_s, executor, ray_address))
+    if not dry_run:
+        go(plan, out, make_options(python, deadline_s, executor, ray_address))
 
 
 @app.command()
@@ -73,7 +80,7 @@ def run(
     profile: ProfileOption = None, model: ModelOption = None, overrides: SetOption = None, blocks: BlocksOption = None,
     out: OutOption = None, python: PythonOption = None, deadline_s: DeadlineOption = None,
     executor: ExecutorOption = "local", ray_address: RayAddressOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and run nothing")] = False,
+    dry_run: DryRunOption = False,
     write_plan: Annotated[Path | None, typer.Option("--write-plan", help="write the plan, to be run on another host")] = None,
 ) -> None:  # fmt: skip
     """Run any study. With --dry-run --write-plan plan.json only plan it, for another host."""
@@ -91,17 +98,17 @@ def run(
 @app.command()
 def compare(
     other: Annotated[str, typer.Option("--with", help="engine to compare with")] = "hf",
-    study: Annotated[str | None, typer.Option("--study", help="compare-ENGINE if not given, gpu-ENGINE on a GPU")] = None,
+    study: Annotated[str | None, typer.Option("--study", help="compare-ENGINE if not given, gpu-compare-ENGINE on a GPU")] = None,
     profile: ProfileOption = None, model: ModelOption = None, overrides: SetOption = None, blocks: BlocksOption = None,
-    out: OutOption = None, python: PythonOption = None,
+    out: OutOption = None, python: PythonOption = None, dry_run: DryRunOption = False,
 ) -> None:  # fmt: skip
     """nanovllm against another engine: same checkpoint, same work, interleaved blocks, outputs through the gate."""
     if study is None:
-        hardware = guarded(lambda: load_profile(profile) if profile else machine.detect_profile())
-        for_gpu = hardware.device == "cuda" and f"gpu-{other}" in names(STUDIES)
-        study = f"gpu-{other}" if for_gpu else f"compare-{other}"
+        for_gpu = guarded(lambda: choose_profile(profile)).device == "cuda" and f"gpu-compare-{other}" in names(STUDIES)
+        study = f"gpu-compare-{other}" if for_gpu else f"compare-{other}"
     plan = make_plan(study, profile, model, overrides, blocks)
-    go(plan, out, Options(pythons=parse_pythons(python)))
+    if not dry_run:
+        go(plan, out, Options(pythons=parse_pythons(python)))
 
 
 @app.command()
@@ -158,7 +165,7 @@ def validate(
 ) -> None:  # fmt: skip
     """Check studies and profiles without running anything; what each study would launch on this machine, or on --profile."""
     problems = 0
-    hardware = guarded(lambda: load_profile(profile) if profile else machine.detect_profile())
+    hardware = guarded(lambda: choose_profile(profile))
 
     def study_in_short(name: str) -> str:
         return plan_view.in_short(load_study(name, overrides or [])[0], hardware)
@@ -178,7 +185,7 @@ def validate(
 @app.command("list")
 def list_command(profile: ProfileOption = None) -> None:
     """Studies and what they would launch on this machine or on --profile; profiles; executions."""
-    hardware = guarded(lambda: load_profile(profile) if profile else machine.detect_profile())
+    hardware = guarded(lambda: choose_profile(profile))
     table = Table("study", "question", "factors", f"on {hardware.name}", box=None, pad_edge=False)
     for name in names(STUDIES):
         study: Study = guarded(lambda name=name: load_study(name)[0])
@@ -202,7 +209,7 @@ def make_plan(
     def work() -> dict[str, Any]:
         given = [*(overrides or []), *([f"design.blocks={blocks}"] if blocks else [])]
         chosen, applied = load_study(study, given)
-        hardware = load_profile(profile) if profile else machine.detect_profile()
+        hardware = choose_profile(profile)
         return build_plan(chosen, hardware, choose_model(model, chosen, hardware), applied)
 
     plan: dict[str, Any] = guarded(work)
@@ -211,6 +218,11 @@ def make_plan(
     for line, style in guarded(lambda: plan_view.lines(plan, earlier)):
         say(console, line, style)
     return plan
+
+
+def choose_profile(given: str | None) -> Profile:
+    """The profile asked for, else this machine's own. Raises SpecError."""
+    return load_profile(given) if given else machine.detect_profile()
 
 
 def choose_model(given: str | None, study: Study, profile: Profile) -> ModelChoice | None:
@@ -244,7 +256,7 @@ def conclude(plan: dict[str, Any], folder: Path, options: Options, act: Act = ex
 def conclude_check(profile: str | None, model: str | None, out: Path | None, pythons: dict[str, str], drawn: int) -> NoReturn:
     """Ends the program: status 0 if every verdict is the one expected, 1 if not, 2 for an error, 130 for Ctrl-C."""
     def work() -> bool:
-        hardware = load_profile(profile) if profile else machine.detect_profile()
+        hardware = choose_profile(profile)
         given = choose_folder(model or "tiny")
         found = checking.find_model(*given)
         settled = hardware.model_dump() | {"cpu_cores": hardware.cpu_cores or provenance.cpu_cores()}

@@ -12,6 +12,11 @@ A factor is off at its baseline, and on at its last level that can run. With fac
 
 The reference runs twice in each block (the A/A arm); it is everything off, but for leave_one_out.
 
+A factor that stands *apart* is no part of everything on: how many GPUs share the work, for one. It is switched on alone, and on
+top of everything on (`all+a=on`). A factor that others need to run takes these with it when it is left out: `all-but-a` is
+without them as well, and reports/contrasts.py compares it with the cell that lacks only them. So each factor has a pair of cells
+that differ in it alone.
+
 A regular fraction of 2^k (Box, Hunter and Hunter, *Statistics for Experimenters*, ch. 12): some factors vary freely, each
 other one, a *generated* factor, is on exactly where an odd number of the factors that generate it are on. So everything off is part
 of the fraction. {factor} + its generators is a word; words multiply (symmetric difference) to the defining relation. Its
@@ -22,7 +27,7 @@ resolution; for up to seven factors these are the textbook's, of least aberratio
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations, product
 from typing import Literal
 
@@ -41,22 +46,36 @@ ALL = "all"
 
 
 def cells(
-    kind: Kind, off: Mapping[str, Level], levels: Mapping[str, Sequence[Level]], generators: Generators
+    kind: Kind,
+    off: Mapping[str, Level],
+    levels: Mapping[str, Sequence[Level]],
+    generators: Generators,
+    *,
+    apart: Collection[str] = (),
+    can_run: Callable[[Levels], bool] = lambda point: True,
 ) -> dict[str, tuple[Role, Levels]]:
     """{cell: (role, level of every factor)} that a design makes, without the reference.
 
     off: every factor's baseline. levels: what else each factor can be, its last level being the one of everything on.
+    apart: the factors that everything on leaves at their baseline. can_run: whether a combination of levels can run at all; where
+    it cannot because of a factor that was left out, what needs that factor is left out as well.
     """
-    everything = {**off, **{factor: found[-1] for factor, found in levels.items() if found}}
+    everything = _everything(off, levels, apart)
     alone = [{**off, factor: level} for factor, found in levels.items() for level in found]
-    but_one = {f"{ALL}-but-{factor}": {**everything, factor: off[factor]} for factor, found in levels.items() if found}
     points: dict[str, Levels] = {}
     if kind in ("one_at_a_time", "add_one_in", "both"):
         points |= {point_name(point, off): point for point in alone}
     if kind in ("add_one_in", "both"):
         points.setdefault(ALL, everything)
     if kind in ("leave_one_out", "both"):
-        points |= but_one
+        for factor, found in levels.items():
+            if found and factor not in apart:
+                points[f"{ALL}-but-{factor}"] = _first(_without(factor, everything, off), can_run)
+    if kind in ("add_one_in", "leave_one_out", "both"):
+        for factor in (factor for factor in levels if factor in apart):
+            for level in levels[factor]:
+                point = _first(_on_top(factor, level, everything, levels, apart), can_run)
+                points[f"{ALL}+{point_name(point, everything)}"] = point
     if kind == "full_factorial":
         every = [dict(zip(levels, point, strict=True)) for point in product(*([off[f], *found] for f, found in levels.items()))]
         points |= {ALL if point == everything else point_name(point, off): point for point in every}
@@ -73,11 +92,44 @@ def cells(
     return made
 
 
-def reference(kind: Kind, off: Mapping[str, Level], levels: Mapping[str, Sequence[Level]]) -> tuple[str, Levels]:
+def reference(
+    kind: Kind, off: Mapping[str, Level], levels: Mapping[str, Sequence[Level]], apart: Collection[str] = ()
+) -> tuple[str, Levels]:
     """The cell that every ratio is to, and that runs twice: its name and levels."""
     if kind == "leave_one_out":
-        return ALL, {**off, **{factor: found[-1] for factor, found in levels.items() if found}}
+        return ALL, _everything(off, levels, apart)
     return "baseline", dict(off)
+
+
+def _everything(off: Mapping[str, Level], levels: Mapping[str, Sequence[Level]], apart: Collection[str]) -> Levels:
+    return {**off, **{factor: found[-1] for factor, found in levels.items() if found and factor not in apart}}
+
+
+def _without(factor: str, everything: Levels, off: Mapping[str, Level]) -> Iterator[Levels]:
+    """Everything on without a factor; then without one, and without two, of the others as well."""
+    others = [other for other, level in everything.items() if other != factor and level != off[other]]
+    for size in range(3):
+        for also in combinations(others, size):
+            yield {**everything, **{name: off[name] for name in (factor, *also)}}
+
+
+def _on_top(
+    factor: str, level: Level, everything: Levels, levels: Mapping[str, Sequence[Level]], apart: Collection[str]
+) -> Iterator[Levels]:
+    """Everything on and a factor that stands apart; then with another of them beside it, at each of its levels."""
+    yield {**everything, factor: level}
+    for other in levels:
+        if other in apart and other != factor:
+            for beside in levels[other]:
+                yield {**everything, other: beside, factor: level}
+
+
+def _first(points: Iterator[Levels], can_run: Callable[[Levels], bool]) -> Levels:
+    """The first that can run; the very first, for the plan to say why it cannot, where none can."""
+    plain = next(points)
+    if can_run(plain):
+        return plain
+    return next((point for point in points if can_run(point)), plain)
 
 
 def point_name(point: Mapping[str, Level], off: Mapping[str, Level]) -> str:

@@ -28,9 +28,16 @@ from experiments import fairness, machine_lock, provenance, records, telemetry, 
 from experiments.engines import ENGINES
 from experiments.ledger import Ledger, Listener, utc_now
 from experiments.model_files import ModelError, locate
+from experiments.preload import Forked, Nursery, PreloadError
 from experiments.records import Record, RecordError
 
 Plan = dict[str, Any]
+Child = subprocess.Popen[bytes] | Forked
+PRELOADED: dict[str, tuple[str, ...]] = {
+    "nanovllm": ("torch", "nanovllm.engine.llm_engine"),
+    "hf": ("torch", "nanovllm.engine.llm_engine"),
+}
+"""The engines whose launches may be forked, and what is imported before: the same for both, so that they share one process."""
 DEADLINE_STATUS = 75  # EX_TEMPFAIL: run the same command again
 
 _GPUS = "CUDA_VISIBLE_DEVICES"
@@ -65,6 +72,7 @@ class Runner:
         self.boot_id = provenance.boot_id()
         self.machine = provenance.of_machine()
         self._environments: dict[str, str | None] = {}
+        self._nursery: tuple[int, Nursery] | None = None
         self.ledger = Ledger(plan, out, self.machine["code_digest"], resume=resume, listener=listener)
         self.listener = self.ledger.listener
         self._machine = contextlib.ExitStack()
@@ -85,6 +93,9 @@ class Runner:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._nursery is not None:
+            self._nursery[1].close()
+            self._nursery = None
         self._machine.close()
         self.ledger.close()
 
@@ -126,15 +137,19 @@ class Runner:
             "status": "failed", "reason": None, "engine": cell["engine"], "requested": cell["config"], "resolved": {},
             "process_start_s": None, "load_s": None, "warm_up_s": None, "total_s": None, "workloads": {}, "toggles": {},
         }  # fmt: skip
+        nursery = self._nursery_for(entry["block"], cell["engine"])
         environment = self._environment_report(cell["engine"])
         expected_s = self.ledger.expected_launch_s(entry["cell"])
         self.listener("start", {"launch": entry, "attempt": attempt, "expected_s": expected_s})
-        begin = time.monotonic()
         measurement = self.plan["study"]["measurement"]
         scratch = self.out / records.LOGS / f"{entry['launch']}.a{attempt}"
         try:
-            outcome = run_child(self._command(entry, attempt), scratch, measurement["timeout_s"], measurement["environment"])
-        except OSError as error:
+            if nursery is not None:
+                record["preloaded_s"] = nursery.import_s
+            begin = time.monotonic()
+            command = self._command(entry, attempt)
+            outcome = run_child(command, scratch, measurement["timeout_s"], measurement["environment"], nursery)
+        except (OSError, PreloadError, subprocess.TimeoutExpired) as error:
             raise RecordError(f"{entry['launch']}: {error}. {records.INTACT}") from error
         interpreter = outcome["record"].pop("provenance", {})
         record |= outcome["record"]
@@ -151,6 +166,20 @@ class Runner:
         self.listener("end", {"launch": entry, "record": record, "tokens": outcome["tokens"]})
         fairness.check_launches(self.plan, self.ledger.folder.records)
         return record
+
+    def _nursery_for(self, block: int, engine: str) -> Nursery | None:
+        """What a launch of a block is forked from, where the plan asks for that; None for an engine that is started afresh: one
+        with an interpreter of its own, or that is not known to be safe to fork."""
+        measurement = self.plan["study"]["measurement"]
+        modules = PRELOADED.get(engine)
+        if not measurement.get("preload") or modules is None or self.pythons.get(engine, sys.executable) != sys.executable:
+            return None
+        if self._nursery is None or self._nursery[0] != block:
+            if self._nursery is not None:
+                self._nursery[1].close()
+            log = self.out / records.LOGS / f"preload-b{block:02d}.log"
+            self._nursery = block, Nursery(sys.executable, child_environment(measurement["environment"]), modules, log)
+        return self._nursery[1]
 
     def _environment_report(self, engine: str) -> str | None:
         """The name of the file in the folder that holds torch's report on the environment of an engine's interpreter."""
@@ -186,17 +215,26 @@ def state_of(model: Path) -> list[tuple[str, int, int]]:
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
 
 
-def run_child(command: list[str], scratch: Path, timeout_s: float, variables: dict[str, str]) -> dict[str, Any]:
+def run_child(
+    command: list[str], scratch: Path, timeout_s: float, variables: dict[str, str], nursery: Nursery | None = None
+) -> dict[str, Any]:
     """Runs a child to its end: {"record", "tokens", "peak_memory_bytes", "telemetry"}. A child that fails or hangs is a
-    record of status `failed` that ends with what it last printed; its output is then kept in `scratch`.log."""
+    record of status `failed` that ends with what it last printed; its output is then kept in `scratch`.log.
+
+    command: [python, "-m", "experiments.launch", ...]; with a nursery the child is forked from it. Raises OSError, PreloadError.
+    """
     result, log = scratch.with_name(scratch.name + ".result"), scratch.with_name(scratch.name + ".log")
-    paths = [str(provenance.ROOT), str(provenance.ROOT / "src"), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | variables | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    with log.open("wb") as output:
-        child = subprocess.Popen(
-            [*command, "--result", str(result), "--spawned-at", repr(time.time())],
-            stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment,
-        )  # fmt: skip
+    arguments = ["--result", str(result), "--spawned-at", repr(time.time())]
+    child: Child
+    if nursery is None:
+        with log.open("wb") as output:
+            child = subprocess.Popen(
+                [*command, *arguments], stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                env=child_environment(variables),
+            )  # fmt: skip
+    else:
+        log.write_bytes(b"")
+        child = nursery.start([*command[3:], *arguments], log)
     sampler = telemetry.Sampler(child.pid, visible=(os.environ | variables).get("CUDA_VISIBLE_DEVICES"))
     sampler.start()
     problem = None
@@ -229,7 +267,13 @@ def run_child(command: list[str], scratch: Path, timeout_s: float, variables: di
     return outcome
 
 
-def kill_group(child: subprocess.Popen[bytes]) -> None:
+def child_environment(variables: dict[str, str]) -> dict[str, str]:
+    """The environment of a launch: this process's, the plan's variables, and this repository's modules."""
+    paths = [str(provenance.ROOT), str(provenance.ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | variables | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def kill_group(child: Child) -> None:
     """Ends a child and all its workers, and waits for it."""
     with contextlib.suppress(ProcessLookupError):  # the whole group has ended already
         os.killpg(child.pid, signal.SIGKILL)

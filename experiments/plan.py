@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments import designs, machine, model_files, records, sizing, workloads
+from experiments import designs, machine, model_files, records, sizing, work_size, workloads
 from experiments.engines import load_adapter
 from experiments.levels import Level, level_value
 from experiments.spec import FACTORS, Cell, ModelChoice, Profile, Study
@@ -57,12 +57,14 @@ def build_plan(study: Study, profile: Profile, model: ModelChoice | None = None,
     choice = model or study.model or ModelChoice(preset=profile.preset, dtype=profile.dtype)
     resolved_model = resolve_model(choice)
     settled_profile = machine.settle(profile, choice.dtype)
+    cells = _cells(study, settled_profile, resolved_model["shape"])[0]
+    study, sized = work_size.fit(study, settled_profile, resolved_model, cells)
     work = {name: workloads.build(name, w.kind, w.params) for name, w in study.workloads.items()}
     settings = study.settings.model_dump()
-    settings["kv_cache_memory_bytes"] = settings["kv_cache_memory_bytes"] or profile.kv_cache_memory_bytes
+    settings["kv_cache_memory_bytes"] = _kv_cache_bytes(study, settled_profile, resolved_model, work)
     settled_profile["kv_cache_memory_bytes"] = settings["kv_cache_memory_bytes"]
     _check_fit(study, work, resolved_model["shape"], settings)
-    _check_memory(study, settled_profile)
+    _check_memory(study, settled_profile, resolved_model)
 
     shape = outline(study, settled_profile, resolved_model["shape"])
     shared = {**settings, "dtype": choice.dtype, "device": profile.device}
@@ -80,6 +82,7 @@ def build_plan(study: Study, profile: Profile, model: ModelChoice | None = None,
         "launches": launches,
         "gate": study.gate,
         "expected_s": shape.expected_s,
+        **({"sized": sized} if sized else {}),
     }
     return {**plan, "plan_hash": records.plan_hash(plan)}
 
@@ -174,20 +177,25 @@ def _cells(
     levels = {f: [level for level in spec.levels if (f, level) not in absent] for f, spec in study.factors.items()}
     generators = study.generators(levels)
 
-    name, point = designs.reference(kind, off, levels)
+    def can_run(point: Mapping[str, Level]) -> bool:
+        return impossible(point) is None
+
+    name, point = designs.reference(kind, off, levels, study.apart())
     if reason := impossible(point):
         raise NotHereError(f"{study.source}: the reference, {name} ({_described(point)}), cannot run {where}: {reason}")
     cells = {
         name: Cell.model_construct(engine=study.engine, role="baseline", levels=point, config={}),
         "aa": Cell.model_construct(engine=study.engine, role="aa", levels=point, config={}),
     }
-    for made, (role, point) in designs.cells(kind, off, levels, generators).items():
+    made_cells = designs.cells(kind, off, levels, generators, apart=study.apart(), can_run=can_run)
+    for made, (role, point) in made_cells.items():
         reason = impossible(point)
         if reason and kind in designs.FACTORIALS:
             raise NotHereError(f"{study.source}: design.kind: {kind} cannot lose a cell, and {made} cannot run {where}: {reason} "
                                f"Leave a factor out, or use another kind: {_others()}")  # fmt: skip
         if reason:
-            not_applicable.append({"factor": made, "level": _described(point), "reason": reason})
+            changed = {factor: level for factor, level in point.items() if level != off[factor]}
+            not_applicable.append({"factor": made, "level": _described(changed), "reason": reason})
         else:
             cells[made] = Cell(engine=study.engine, role=role, levels=point)
     for given, cell in study.cells.items():
@@ -245,14 +253,36 @@ def _seed(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
 
-def _check_memory(study: Study, profile: dict[str, Any]) -> None:
-    """Raises SpecError for a KV cache that is larger than the memory of a device."""
+def _kv_cache_bytes(study: Study, profile: dict[str, Any], model: dict[str, Any], work: dict[str, Any]) -> int:
+    """The study's own, the profile's, or what the device has room for now and the work can fill."""
+    settings, shape = study.settings, model["shape"]
+    given: int | str = settings.kv_cache_memory_bytes or profile["kv_cache_memory_bytes"]
+    if isinstance(given, int):
+        return given
+    longest = [len(r["prompt_token_ids"]) + r["max_tokens"] for w in work.values() for wave in w["waves"] for r in wave]
+    pages = -(-max(longest) // settings.block_size) + 1  # the last token of a step may open a page
+    most = settings.max_num_seqs * pages * settings.block_size * work_size.kv_bytes_per_token(shape, model["dtype"])
+    step = work_size.step_bytes(shape, model["dtype"], settings.max_num_batched_tokens, settings.max_num_seqs)
+    free = machine.free_gpu_bytes(profile["num_devices"])
+    return machine.kv_budget(free, work_size.weight_bytes(shape, model["dtype"]), step, most)
+
+
+def _check_memory(study: Study, profile: dict[str, Any], model: dict[str, Any]) -> None:
+    """Raises SpecError for a KV cache that is larger than the memory of a device, and for weights that leave no room for it."""
     asked, there = profile["kv_cache_memory_bytes"], profile["memory_bytes"]
     if asked and there and asked > there:
         raise SpecError(
             f"{study.source}: settings.kv_cache_memory_bytes is {asked:,}, and profile {profile['name']} has {there:,} bytes of "
             "memory: lower it (SET=settings.kv_cache_memory_bytes=5368709120), or take a study made for this memory (gpu-8gb, "
             "gpu-vllm-8gb)"
+        )
+    weights = work_size.weight_bytes(model["shape"], model["dtype"])
+    shards = int({**study.baselines(), **study.fixed}.get("tensor_parallel_size", 1))
+    if profile["device"] == "cuda" and there and weights / shards + asked > there:
+        raise SpecError(
+            f"{study.source}: the weights of {model['preset'] or model['path']} take {weights:,} bytes in {model['dtype']} and the "
+            f"KV cache {asked:,}; profile {profile['name']} has {there:,} bytes of memory. Take a smaller MODEL, or lower "
+            "settings.kv_cache_memory_bytes"
         )
 
 

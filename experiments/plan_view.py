@@ -18,12 +18,16 @@ def lines(plan: dict[str, Any], earlier: Iterable[Path]) -> list[tuple[str, str 
     name = model["preset"] or model["path"]
     said: list[tuple[str, str | None]] = [
         (f"study    {study['name']}: {study['question'].strip()}", None),
-        (f"machine  profile {plan['profile']['name']}; model {name}, {model['dtype']}", None),
+        (f"machine  {_machine(plan['profile'])}; model {name}, {model['dtype']}", None),
         (f"cells    {study['design']['kind']}: {', '.join(plan['cells'])}", None),
     ]
     launches = f"{len(plan['launches'])} launches ({study['design']['blocks']} blocks of {len(plan['cells'])} cells)"
     expected = f"x {study['measurement']['launch_s']:g} s: expected {duration(plan['expected_s'])} and the gate"
     said.append((f"plan     {launches} {expected}; hash {plan['plan_hash'][:12]}", None))
+    if sized := plan.get("sized"):
+        share = "answers at full length" if sized["share_of_answers"] == 1 else f"answers cut to {sized['share_of_answers']:.0%}"
+        within = f", for {duration(sized['budget_s'])} of launches" if sized["budget_s"] else ""
+        said.append((f"sized    {share}, {sized['blocks']} blocks{within}; speeds {plan['profile']['speeds']}", None))
     factors, generators = list(study["factors"]), study["design"]["generators"]
     if generators:
         words = ", ".join(f"{factor} = {' * '.join(parents)}" for factor, parents in generators.items())
@@ -34,6 +38,13 @@ def lines(plan: dict[str, Any], earlier: Iterable[Path]) -> list[tuple[str, str 
         what = f"{entry['factor']} ({entry['level']})" if "=" in str(entry["level"]) else f"{entry['factor']}={entry['level']}"
         said.append((f"not here {what}: {entry['reason']}", "yellow"))
     return said
+
+
+def _machine(profile: dict[str, Any]) -> str:
+    """Name and speeds of the hardware, and where the speeds are from."""
+    speeds = f"{profile['bandwidth_bytes_per_s'] / 1e9:,.0f} GB/s, {profile['peak_flops'] / 1e12:,.3g} TFLOP/s"
+    memory = f"{profile['kv_cache_memory_bytes'] / 2**30:.3g} GiB of KV cache"
+    return f"profile {profile['name']} ({profile['title']}: {speeds}, {profile['speeds']}; {memory})"
 
 
 def in_short(study: Study, profile: Profile) -> str:

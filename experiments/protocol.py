@@ -54,9 +54,23 @@ class Design(Strict):
         return self
 
 
+class Sizing(Strict):
+    """How the work of a study follows the speed of a GPU and its host (experiments/work_size.py): the answers of every workload
+    are cut to the largest of `shares` with which `blocks` blocks fit into design.budget_s, and then as many blocks run as fit, from
+    least_blocks to most_blocks. On a CPU the work is as written."""
+
+    blocks: int = Field(default=4, ge=sizing.MIN_BLOCKS, le=sizing.MAX_BLOCKS)
+    least_blocks: int = Field(default=3, ge=sizing.MIN_BLOCKS, le=sizing.MAX_BLOCKS)
+    most_blocks: int = Field(default=6, ge=sizing.MIN_BLOCKS, le=sizing.MAX_BLOCKS)
+    shares: list[Annotated[float, Field(gt=0, le=1)]] = Field(default=[1.0, 0.75, 0.5, 0.35, 0.25], min_length=1)
+
+
 class Measurement(Strict):
     """How a launch is measured. Warm-up: the first requests of each wave, answers cut short. timeout_s: a launch that takes
     longer is killed and recorded as failed. launch_s: what a launch is expected to take, for the estimate before the first.
+    least_timed_s: a workload that takes less is served again until it was timed for so long in all, at most 15 times, and the
+    serving of median duration is what counts. preload: launches are forked from a process that has imported the engine's
+    libraries and done nothing else, a new one for each block, which often saves half of a launch (docs/adr/0009).
     environment: variables set for every launch of every engine, whatever the shell says. Of itself, threads that wait for each
     other sleep: spinning ones made launches many times slower wherever anything else ran (ablations/LOG.md, 2026-11-22)."""
 
@@ -64,6 +78,8 @@ class Measurement(Strict):
     warm_up_tokens: int = Field(default=8, ge=1)
     timeout_s: float = Field(default=300, gt=0)
     launch_s: float = Field(default=8, gt=0)
+    least_timed_s: float = Field(default=0, ge=0, le=60)
+    preload: bool = False
     environment: dict[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")], str] = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 

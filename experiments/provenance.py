@@ -29,7 +29,7 @@ _ENVIRONMENT = (
 )  # fmt: skip
 _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 _MEASURED_CODE = (
-    "src/nanovllm/**/*.py", "experiments/engines/*.py", "experiments/child.py", "experiments/launch.py",
+    "src/nanovllm/**/*.py", "experiments/engines/*.py", "experiments/child.py", "experiments/launch.py", "experiments/preload*.py",
     "experiments/workloads.py", "experiments/levels.py",
 )  # fmt: skip
 
@@ -43,7 +43,7 @@ def of_machine() -> dict[str, Any]:
         "os": platform.platform(),
         "cpu": {"model": cpu_model(), "cores": cpu_cores(), "arch": platform.machine()},
         "memory_bytes": memory_bytes(),
-        "gpus": gpu_inventory(),
+        "gpus": gpu_inventory(os.environ.get("CUDA_VISIBLE_DEVICES")),
     }
 
 

@@ -14,7 +14,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from experiments import designs, workloads, yaml_files
 from experiments.engines import ENGINES
 from experiments.levels import Level, level_name
-from experiments.protocol import Design, Measurement, Strict, Validity
+from experiments.protocol import Design, Measurement, Sizing, Strict, Validity
 from experiments.yaml_files import suggest
 from nanovllm.config import LEVELS
 
@@ -49,10 +49,12 @@ class Workload(Strict):
 
 class Factor(Strict):
     """One switch that a study varies. levels: what to compare with the baseline, the last one being that of everything on.
-    baseline: the engine's, if not given. workloads: where it has an opportunity; all of the study's, if not given."""
+    baseline: the engine's, if not given. workloads: where it has an opportunity; all of the study's, if not given.
+    in_all: false for a factor that everything on leaves at its baseline: it is switched on alone, and on top of everything on."""
 
     levels: list[Level] = Field(min_length=1)
     baseline: Level | None = None
+    in_all: bool = True
     workloads: list[Name] = []
 
     @field_validator("levels", mode="before")
@@ -145,6 +147,7 @@ class Study(Strict):
     alpha: float = Field(default=0.05, gt=0, lt=1)
     design: Design = Design()
     measurement: Measurement = Measurement()
+    sizing: Sizing | None = None
     settings: EngineSettings = EngineSettings()
     factors: dict[str, Factor] = Field(min_length=1)
     fixed: dict[str, Level] = {}
@@ -210,6 +213,10 @@ class Study(Strict):
         """The level at which each factor is off."""
         return {name: FACTORS[name][0] if factor.baseline is None else factor.baseline for name, factor in self.factors.items()}
 
+    def apart(self) -> frozenset[str]:
+        """The factors that are no part of everything on."""
+        return frozenset(name for name, factor in self.factors.items() if not factor.in_all)
+
     def generators(self, levels: Mapping[str, Sequence[Level]]) -> dict[str, list[str]]:
         """The generators of a fractional factorial over these factors, stated or chosen; {} of any other design.
 
@@ -237,11 +244,11 @@ class Study(Strict):
 
     def _made_by_design(self) -> Iterable[str]:
         levels = {name: factor.levels for name, factor in self.factors.items()}
-        return designs.cells(self.design.kind, self.baselines(), levels, self.generators(levels))
+        return designs.cells(self.design.kind, self.baselines(), levels, self.generators(levels), apart=self.apart())
 
 
 class Match(Strict):
-    """How a machine is recognized: part of the name of its GPUs, and how many of them."""
+    """How a machine is recognized: the name of its GPUs as the driver gives it, `*` standing for anything, and how many of them."""
 
     gpu_name: str
     num_gpus: int = Field(default=1, ge=1)
@@ -250,7 +257,11 @@ class Match(Strict):
 class Profile(Strict):
     """Hardware. Bandwidth and peaks are per device and bound what any engine can do; `measure` measures them here, once.
 
-    memory_bytes and cpu_cores: None is what this machine has. preset and dtype: the model where a study names none.
+    A file describes a machine that is planned for and may be absent. Where the machine at hand is the one that `match` describes,
+    what is measured here wins over what the file says. memory_bytes and cpu_cores: None is what this machine has.
+    kv_cache_memory_bytes: of each device; `measure` takes what is free beside weights and activations, and no more than the work
+    can fill. host_op_s: seconds in which the host launches one operation, import_s: in which Python imports torch; both only size
+    the work of a study. preset and dtype: the model where a study names none.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
@@ -262,7 +273,9 @@ class Profile(Strict):
     memory_bytes: int | None = Field(default=None, ge=1)
     bandwidth_bytes_per_s: float | Literal["measure"]
     peak_flops: dict[Dtype, float] | Literal["measure"]
-    kv_cache_memory_bytes: int = Field(ge=1)
+    kv_cache_memory_bytes: Annotated[int, Field(ge=1)] | Literal["measure"]
+    host_op_s: float = Field(default=5e-6, gt=0)
+    import_s: float = Field(default=2.0, gt=0)
     preset: str
     dtype: Dtype
     note: str = ""

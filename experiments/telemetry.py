@@ -294,10 +294,17 @@ def nvidia_smi(query: str, visible: str | None = None) -> list[list[str]]:
     return [row for row in rows if len(row) == len(query.split(","))]  # "No devices were found" may come with status 0
 
 
-def gpu_inventory() -> list[dict[str, Any]]:
-    """Name, memory and driver of each GPU; empty on a machine without an NVIDIA driver."""
-    rows = nvidia_smi("--query-gpu=name,memory.total,driver_version")
+def gpu_inventory(visible: str | None = None) -> list[dict[str, Any]]:
+    """Name, memory and driver of each GPU, of all or of those that `visible` names (a value of CUDA_VISIBLE_DEVICES); empty on a
+    machine without an NVIDIA driver."""
+    rows = nvidia_smi("--query-gpu=name,memory.total,driver_version", visible)
     return [{"name": name, "memory_bytes": int(mib) << 20, "driver": driver} for name, mib, driver in rows if mib.isdigit()]
+
+
+def free_gpu_bytes(visible: str | None = None) -> list[int]:
+    """Memory that no process holds now on each GPU, of all or of those that `visible` names; empty where nobody tells."""
+    rows = nvidia_smi("--query-gpu=memory.total,memory.used", visible)
+    return [(int(total) - int(used)) << 20 for total, used in rows if total.isdigit() and used.isdigit()]
 
 
 def open_gpu(visible: str | None = None) -> _Nvml | _NvidiaSmi | None:

@@ -266,9 +266,23 @@ def _factors(values: Values, lattice: Lattice, rule: Rule, metric: Metric) -> li
             for (factor, level), contrast in contrasts.items():
                 effect = _contrast_effect(values, contrast, workload, rule, metric, f"{kind}/{factor}={level}")
                 family.append({"kind": kind, "factor": factor, "level": level, **effect})
+                if kind == "left out":
+                    family[-1] |= _company(lattice, (factor, level))
         judge(family, rule, metric.better)
         effects += family
     return effects
+
+
+def _company(lattice: Lattice, toggle: Toggle) -> dict[str, Any]:
+    """In what a comparison with everything on differs from it on both its sides (`without`, `beside`: toggles), and whether the
+    toggle is part of everything on; nothing is said where it is, and nothing differs."""
+    everything, background = lattice.everything or frozenset(), lattice.company(toggle) or frozenset()
+    said: dict[str, Any] = {
+        name: sorted(map(_label, found))
+        for name, found in (("without", everything - {toggle} - background), ("beside", background - everything))
+        if found
+    }
+    return said if toggle in everything else {**said, "part_of_all": False}
 
 
 def _interactions(values: Values, lattice: Lattice, rule: Rule, metric: Metric) -> list[Effect]:

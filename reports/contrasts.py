@@ -4,7 +4,7 @@ A *point* is the set of (factor, level) pairs in which a cell differs from every
 the log of the metric at point S in one block, a design is asked for
 
     alone(t)          v({t}) - v({})                                    add one in
-    left out(t)       v(A) - v(A - {t})                                 A: the point with everything on
+    left out(t)       v(A) - v(A - {t})                                 A: the point with everything on; see `company`
     average(t)        mean over backgrounds S of v(S + t) - v(S)        the main effect of a factorial
     Shapley(t)        sum over S in A - {t} of |S|! (k - |S| - 1)! / k! (v(S + t) - v(S))     (Shapley 1953; k = |A|)
     interaction(t, u) mean over backgrounds S of v(S + t + u) - v(S + t) - v(S + u) + v(S)
@@ -80,16 +80,29 @@ class Lattice:
             backgrounds = [point for point in self.cell if self._free_of(point, toggle) and point | {toggle} in self.cell]
             if frozenset() in backgrounds:
                 result["alone"][toggle] = self._step(frozenset(), toggle)
-            if self.everything is not None and toggle in self.everything:
-                rest = self.everything - {toggle}
-                if rest and rest in backgrounds:
-                    result["left out"][toggle] = self._step(rest, toggle)
+            if (background := self.company(toggle)) is not None:
+                result["left out"][toggle] = self._step(background, toggle)
             if len(backgrounds) > 1 and self._is_full_factorial():
                 result["average"][toggle] = _mean([self._step(point, toggle) for point in backgrounds])
         result["Shapley"] = self._shapley()
         if self.generators:
             result["average"] = {toggle: self._signs([toggle[0]]) for toggle in self.toggles if self.factorial_cells()}
         return result
+
+    def company(self, toggle: Toggle) -> Point | None:
+        """The background of what a toggle adds to all others: everything on without it, where it is part of that, else (it stands
+        apart) everything on. Where a cell of that is impossible, the visited pair of points that is nearest to it: without what
+        cannot run once the toggle is off, or with what the toggle needs beside it. None where no pair was visited.
+        """
+        if self.everything is None:
+            return None
+        wanted = self.everything - {toggle}
+        pairs = [point for point in self.cell if point and self._free_of(point, toggle) and point | {toggle} in self.cell]
+        part_of_all = toggle in self.everything
+        if wanted in pairs:
+            return wanted if wanted else None
+        near = [point for point in pairs if (point < wanted if part_of_all else point > wanted) and len(point ^ wanted) <= 2]
+        return min(near, key=lambda point: (len(point ^ wanted), sorted(map(str, point))), default=None)
 
     def interactions(self) -> dict[tuple[Toggle, Toggle], Contrast]:
         """Two-way interactions of every pair of toggles that some background lets be seen."""

@@ -97,7 +97,7 @@ def _factors(analysis: Analysis) -> Iterator[Section]:
         "Factors",
         columns,
         [
-            [row["workload"], f"{row['factor']}={row['level']}", KINDS[row["kind"]], *_ratio_cells(row), str(row["n"])]
+            [row["workload"], f"{row['factor']}={row['level']}", _measured(row), *_ratio_cells(row), str(row["n"])]
             for row in rows
         ],
         grouped=True,
@@ -107,7 +107,25 @@ def _factors(analysis: Analysis) -> Iterator[Section]:
         "settings of the other factors. Shapley's share: the mean over all orders of switching on; the shares "
         "multiply to the whole effect.",
     ]
+    if any(row.get("without") for row in rows):
+        lead.append(
+            "Left out, without another: the other needs this one, so it is off on both sides of the comparison."
+        )
+    if any(row.get("beside") or not row.get("part_of_all", True) for row in rows):
+        lead.append(
+            "On top of all: no part of everything on, and compared with it; beside another: it needs the other, which "
+            "is on on both sides."
+        )
     yield Section("factors", "Each factor alone and in company", lead, "factors", [table])
+
+
+def _measured(row: Mapping[str, Any]) -> str:
+    """How an effect of a factor was measured, in the words of the table."""
+    if not row.get("part_of_all", True):
+        beside = f", beside {', '.join(row['beside'])}" if row.get("beside") else ""
+        return f"on top of all{beside}"
+    without = f", without {', '.join(row['without'])}" if row.get("without") else ""
+    return KINDS[row["kind"]] + without
 
 
 def _interactions(analysis: Analysis) -> Iterator[Section]:

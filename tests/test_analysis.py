@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from experiments import workloads
+from experiments import designs, workloads
 from experiments.designs import choose_generators
 from experiments.records import RecordError
 from reports import ceiling
@@ -24,6 +24,7 @@ from reports.intervals import Rule, bootstrap_interval, estimate, judge, verdict
 from reports.metrics import harmonic_mean, of_launch
 from reports.records import read_records
 from reports.render import render
+from reports.sections import results
 from tests.synthetic import BASE_LEVELS, cell_of, designed, factorial, gate_line, make_plan, make_records, one_at_a_time
 
 RULE = Rule(alpha=0.05, smallest_effect=0.05, seed="test")
@@ -202,6 +203,49 @@ def test_leave_one_out_is_read_from_the_cells_without_a_factor() -> None:
     assert contrast == {"all": 1.0, "prefix_cache+tensor_parallel_size": -1.0}
     values = {"all": {0: 3.0, 1: 4.0}, "prefix_cache+tensor_parallel_size": {1: 1.0, 2: 2.0}}
     assert evaluate(contrast, values) == {1: 3.0}
+
+
+def test_a_factor_that_another_needs_is_compared_without_both() -> None:
+    """`deep` needs `base`: all-but-base is without deep as well, and its partner is the cell that lacks deep alone."""
+    names = {"baseline": "", "base": "base", "all": "base other deep", "all-but-base": "other",
+             "all-but-deep": "base other", "all-but-other": "base deep", "all+ranks": "base other deep ranks"}  # fmt: skip
+    every = ("base", "other", "deep", "ranks")
+    levels = {name: {f: "on" if f in on.split() else "off" for f in every} for name, on in names.items()}
+    roles = {"baseline": "baseline", "all": "all"}
+    cells = {name: {"engine": "nanovllm", "levels": found, "role": roles.get(name, "treatment")} for name, found in levels.items()}
+    lattice = Lattice(cells)
+    left_out = lattice.factor_contrasts()["left out"]
+    assert left_out["base", "on"] == {"all-but-deep": 1.0, "all-but-base": -1.0}
+    assert left_out["deep", "on"] == {"all": 1.0, "all-but-deep": -1.0}
+    assert left_out["other", "on"] == {"all": 1.0, "all-but-other": -1.0}
+    assert left_out["ranks", "on"] == {"all+ranks": 1.0, "all": -1.0}, "no part of everything on: on top of it"
+    assert lattice.company(("base", "on")) == {("other", "on")}
+
+
+def test_the_table_of_factors_says_in_what_company_each_was_measured() -> None:
+    """End to end, from a plan with a factor that needs another and one that stands apart."""
+    off = {"attention_backend": "off", "kernels": "off", "cascade_attention": "off", "tensor_parallel_size": 1}
+    on: dict[str, list[Any]] = {name: ["on"] for name in ("attention_backend", "kernels", "cascade_attention")}
+    on["tensor_parallel_size"] = [2]
+
+    def can_run(point: Any) -> bool:
+        return point["cascade_attention"] == "off" or point["attention_backend"] == "on"
+
+    made = designs.cells("both", off, on, {}, apart=("tensor_parallel_size",), can_run=can_run)
+    points = {"baseline": ("baseline", off), "aa": ("aa", off), **{n: c for n, c in made.items() if can_run(c[1])}}
+    cells = {n: {"engine": "nanovllm", "config": dict(p), "levels": p, "role": role} for n, (role, p) in points.items()}
+    factors = {name: {"baseline": off[name], "levels": on[name]} for name in off}
+    plan = make_plan(cells, 4, factors=factors, design={"kind": "both"})
+    analysis = analyse(make_records(plan, {"attention_backend": 2.0, "tensor_parallel_size": 1.5}, sd=0.002), plan)
+    rows = {(row["factor"], row["kind"]): row for row in analysis["factors"]}
+    assert rows["attention_backend", "left out"]["without"] == ["cascade_attention=on"]
+    assert rows["attention_backend", "left out"]["ratio"] == pytest.approx(2.0, rel=0.02)
+    assert rows["tensor_parallel_size", "left out"]["part_of_all"] is False
+    assert rows["tensor_parallel_size", "left out"]["ratio"] == pytest.approx(1.5, rel=0.02)
+    assert ("cascade_attention", "alone") not in rows
+    (section,) = (found for found in results(analysis) if found.key == "factors")
+    measured = {row[2] for table in section.tables for row in table.rows}
+    assert measured == {"alone", "left out of all", "left out of all, without cascade_attention=on", "on top of all"}
 
 
 def test_leave_one_out_starts_from_everything_on() -> None:

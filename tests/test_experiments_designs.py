@@ -61,6 +61,34 @@ def test_no_configuration_runs_twice_but_the_reference() -> None:
             assert len({tuple(sorted(point.items())) for point in points}) == len(points)
 
 
+def test_what_needs_a_factor_is_left_out_with_it() -> None:
+    off, levels = {**OFF, "d": "off"}, {"a": ["on"], "b": ["on"], "c": ["chunked"], "d": ["on"]}
+
+    def can_run(point: designs.Levels) -> bool:
+        return point["b"] == "off" or point["a"] == "on"  # b needs a
+
+    found = designs.cells("both", off, levels, {}, can_run=can_run)
+    assert found["all-but-a"][1] == {"a": "off", "b": "off", "c": "chunked", "d": "on"}
+    assert found["all-but-b"][1] == {"a": "on", "b": "off", "c": "chunked", "d": "on"}
+    assert found["b=on"][1] == {"a": "off", "b": "on", "c": "static", "d": "off"}, "the plan says why it cannot run"
+
+
+def test_a_factor_apart_is_alone_and_on_top_of_everything_on() -> None:
+    levels: dict[str, list[Any]] = {"a": ["on"], "b": ["on"], "ranks": [2, 4], "sum": ["fast"]}
+    off = {"a": "off", "b": "off", "ranks": 1, "sum": "plain"}
+
+    def can_run(point: designs.Levels) -> bool:
+        return point["sum"] == "plain" or point["ranks"] != 1
+
+    found = designs.cells("both", off, levels, {}, apart=("ranks", "sum"), can_run=can_run)
+    assert found["all"][1] == {"a": "on", "b": "on", "ranks": 1, "sum": "plain"}
+    on_top = {name for name in found if name.startswith("all+")}
+    assert on_top == {"all+ranks=2", "all+ranks=4", "all+ranks=2+sum=fast"}
+    assert {"ranks=2", "ranks=4", "sum=fast"} <= set(found)
+    assert "all-but-ranks" not in found
+    assert designs.reference("leave_one_out", off, levels, ("ranks", "sum"))[1] == found["all"][1]
+
+
 @pytest.mark.parametrize(
     ("factors", "least", "runs", "resolution", "shortest"),  # Box, Hunter and Hunter, table of minimum-aberration fractions
     [(4, 4, 8, 4, 1), (5, 4, 16, 5, 1), (6, 4, 16, 4, 3), (7, 4, 16, 4, 7), (5, 3, 8, 3, 2), (6, 3, 8, 3, 4), (7, 3, 8, 3, 7),

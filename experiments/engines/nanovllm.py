@@ -26,6 +26,7 @@ class Adapter:
         from nanovllm.engine.llm_engine import LLM
 
         self._sampling_params = SamplingParams
+        self._kernels_loaded = count_kernel_loads()
         self._llm: Any = LLM(model=self._model, skip_tokenizer_init=True, **self._config)
         self._watch_the_wait()
         resolved: dict[str, Any] = self._llm.resolved_config()
@@ -52,6 +53,11 @@ class Adapter:
             return collect(handle)
 
         runner.collect = timed
+
+    def kernels_loaded(self) -> int | None:
+        """How many Triton kernels this process has loaded so far, compiled or from Triton's cache; None where others compute."""
+        runner = getattr(self._llm, "runner", None)
+        return self._kernels_loaded[0] if hasattr(runner, "model") else None
 
     def serve(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
         prompts, params = self._inputs(requests)
@@ -94,3 +100,21 @@ class Adapter:
 
     def close(self) -> None:
         self._llm.close()
+
+
+def count_kernel_loads() -> list[int]:
+    """[number], which grows as Triton loads kernels in this process; whoever listened to Triton before goes on doing so."""
+    count = [0]
+    try:
+        from triton import knobs
+    except ImportError:  # then no kernel of Triton's is ever loaded
+        return count
+    before = knobs.compilation.listener
+
+    def listen(*args: Any, **kwargs: Any) -> None:
+        count[0] += 1
+        if before is not None:
+            before(*args, **kwargs)
+
+    knobs.compilation.listener = listen
+    return count
