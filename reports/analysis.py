@@ -266,6 +266,8 @@ def _factors(values: Values, lattice: Lattice, rule: Rule, metric: Metric) -> li
             for (factor, level), contrast in contrasts.items():
                 effect = _contrast_effect(values, contrast, workload, rule, metric, f"{kind}/{factor}={level}")
                 family.append({"kind": kind, "factor": factor, "level": level, **effect})
+                if kind in ("alone", "left out"):  # one cell over another
+                    family[-1] |= {("on" if weight > 0 else "off"): cell for cell, weight in contrast.items()}
                 if kind == "left out":
                     family[-1] |= _company(lattice, (factor, level))
         judge(family, rule, metric.better)

@@ -12,6 +12,7 @@ from rich.text import Text
 from reports import text
 from reports.compare import against_engines, throughput_rows
 
+WAYS = {"alone": "alone", "left out": "left out"}
 COLORS = {"faster": "green", "slower": "red", "equivalent": "blue", "inconclusive": "yellow"}
 
 
@@ -26,7 +27,9 @@ def print_table(analysis: Mapping[str, Any], console: Console | None = None) -> 
     console.print(Text(analysis["answer"]["sentence"], style="bold"))
     effects = [effect for effect in analysis["effects"] if effect["metric"] == analysis["metric"]["key"]]
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
-    table.add_column("ratio to the baseline", no_wrap=True)
+    switches = {workload: _by_switch(analysis, workload) for workload in analysis["workloads"]}
+    title = "ratio, off to on" if any(switches.values()) else "ratio to the baseline"
+    table.add_column(title, no_wrap=True, max_width=29 if any(switches.values()) else None)
     table.add_column("effect", justify="right", no_wrap=True)
     table.add_column(f"{text.percent(analysis['rule']['confidence'], 0)} interval", justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
@@ -35,14 +38,35 @@ def print_table(analysis: Mapping[str, Any], console: Console | None = None) -> 
     for workload in dict.fromkeys(effect["workload"] for effect in effects):
         table.add_row(Text(workload, style="bold"))
         for effect in effects:
-            if effect["workload"] == workload:
+            one_cell_of_a_switch = any(switches.values()) and effect["role"] == "treatment"
+            if effect["workload"] == workload and not one_cell_of_a_switch:
                 _add_row(table, analysis, effect, effect["cell"], _counters(analysis, effect["cell"], workload))
+        for effect, name in switches.get(workload, []):
+            _add_row(table, analysis, effect, name, _counters(analysis, effect["cell"], workload, effect["factor"]))
         pairs = [effect for _, effect in throughput_rows(analysis, analysis["comparisons"])]
         for effect in pairs if against_engines(analysis) else [*pairs, *analysis["references"]]:
             if effect["workload"] == workload:
                 _add_row(table, analysis, effect, f"{effect['cell']} / {effect['reference']}")
     console.print(table)
     _print_notes(console, analysis)
+
+
+def _by_switch(analysis: Mapping[str, Any], workload: str) -> list[tuple[dict[str, Any], str]]:
+    """(effect, its name) of every switch alone and left out, of a study that has both; else nothing.
+
+    Such a study has a cell for each; their ratios to everything off say little of those from which one switch was left out.
+    """
+    rows = [row for row in analysis["factors"] if row["kind"] in WAYS and row["workload"] == workload and row["n"]]
+    if {row["kind"] for row in rows} != set(WAYS):
+        return []
+    order = list(analysis["study"]["factors"])
+    several = {row["factor"] for row in rows if len({other["level"] for other in rows if other["factor"] == row["factor"]}) > 1}
+    found = []
+    for row in sorted(rows, key=lambda row: (order.index(row["factor"]), str(row["level"]), row["kind"])):
+        name = f"{row['factor']}={row['level']}" if row["factor"] in several else row["factor"]
+        way = "on top" if not row.get("part_of_all", True) else WAYS[row["kind"]]
+        found.append(({**row, "cell": row["on"]}, f"{name}, {way}"))
+    return found
 
 
 def _add_row(
@@ -65,9 +89,10 @@ def _gate(analysis: Mapping[str, Any], cell: str, workload: str) -> str:
     return ", ".join(sorted({row["status"] for row in rows})) or text.ABSENT
 
 
-def _counters(analysis: Mapping[str, Any], cell: str, workload: str) -> str:
-    """engaged and opportunity of the one factor that a cell has on; the report has those of several."""
+def _counters(analysis: Mapping[str, Any], cell: str, workload: str, factor: str | None = None) -> str:
+    """engaged and opportunity of a factor, or of the one that a cell has on; the report has those of several."""
     rows = [row for row in analysis["toggles"]["rows"] if row["cell"] == cell and row["workload"] == workload]
+    rows = [row for row in rows if factor in (None, row["factor"])]
     if len(rows) != 1:
         return ""
     engaged, opportunity = (max(bounds) if bounds else None for bounds in (rows[0]["engaged"], rows[0]["opportunity"]))
