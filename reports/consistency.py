@@ -53,7 +53,7 @@ def check_workload(
     if len(times):
         ordered = bool((np.diff(times, axis=1) >= 0).all()) and bool((times[:, 0] >= 0).all())
         yield Check("arrival <= first token <= finish", True, ordered, f"{len(times)} requests")
-        last_s = float(times[:, 2].max())
+        last_s = float(np.max(times[:, 2]))
         yield Check(
             "last finish within the duration",
             True,

@@ -34,7 +34,7 @@ def diagnose(by_cell: Mapping[str, Mapping[int, float]]) -> dict[str, Any] | Non
         return None
     cells, blocks = found.shape
     flat, sd = found.ravel(), math.sqrt(float((found**2).sum()) / ((cells - 1) * (blocks - 1)))  # the means took the rest
-    cell, block = np.unravel_index(np.abs(found).argmax(), found.shape)
+    cell, block = np.unravel_index(np.argmax(np.abs(found)), found.shape)
     complete = sorted(set.intersection(*map(set, by_cell.values())))
     return {
         "n": flat.size,

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from nanovllm.models import checkpoint
 from nanovllm.models.checkpoint import DIGESTS, PRESETS, checkpoint_digest, ensure_checkpoint
+from tests.hf_names import CACHE
 
 ROWS, PROMPT, OUTPUT = 4, 96, 64
 DEEP = pytest.param("deep", marks=pytest.mark.slow)  # a minute for all of them
@@ -39,7 +40,7 @@ def seen_by_hf(folder: Path, rows: int, prompt: int, output: int) -> SimpleNames
 
         cache, tokens = DynamicCache(), [prompts.repeat(2, 1)]
         for _ in range(output):
-            greedy, sampled = model(tokens[-1], past_key_values=cache).logits[:, -1].chunk(2)
+            greedy, sampled = model(tokens[-1], **{CACHE: cache}).logits[:, -1].chunk(2)
             tokens.append(torch.cat([
                 greedy.argmax(-1, keepdim=True), (sampled / 0.6).softmax(-1).multinomial(1, generator=generator)
             ]))  # fmt: skip
@@ -86,7 +87,7 @@ def wrong_slots(hf: SimpleNamespace, layers: Sequence[int], num_slots: int, gene
     read, rest = hf.sampled[:1, : hf.read], hf.sampled[:1, hf.read :]
     with torch.no_grad():
         cache = DynamicCache()
-        hf.model(read, past_key_values=cache)
+        hf.model(read, **{CACHE: cache})
         cache.batch_repeat_interleave(num_slots)
         slots = torch.randint(0, hf.read, (num_slots,), generator=generator)
         others = (slots + torch.randint(1, hf.read, (num_slots,), generator=generator)) % hf.read
@@ -94,7 +95,7 @@ def wrong_slots(hf: SimpleNamespace, layers: Sequence[int], num_slots: int, gene
         for layer in layers:
             for cached in (cache.layers[layer].keys, cache.layers[layer].values):
                 cached[rows, :, slots] = cached[rows, :, others].clone()
-        moved = logprobs(hf.model, rest.expand(num_slots, -1), past_key_values=cache) - hf.reference[0, hf.read :]
+        moved = logprobs(hf.model, rest.expand(num_slots, -1), **{CACHE: cache}) - hf.reference[0, hf.read :]
     return moved.abs().amax((1, 2)) / float(hf.bfloat16_noise)
 
 

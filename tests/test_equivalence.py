@@ -36,6 +36,7 @@ from experiments.scoring import Scores, score_rows
 from nanovllm.kernels.torch.sampling import gumbel_noise
 from nanovllm.models.checkpoint import checkpoint_digest, ensure_checkpoint
 from reports import evidence
+from tests.hf_names import CACHE
 
 DTYPES = ["float32", "bfloat16"]
 PARAMS = GateParams()
@@ -140,8 +141,8 @@ def generate(
             members = [requests[i] for i in batch]
             ids, cache = torch.tensor([r["prompt_token_ids"] for r in members]), None
             for step in range(members[0]["max_tokens"]):
-                result = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                logits, cache = result.logits[:, -1], result.past_key_values
+                result = model(input_ids=ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+                logits, cache = result.logits[:, -1], result[CACHE]
                 tokens = choose(logits, rows_of(members, [length + step] * len(batch)), generator)
                 values = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
                 for i, token, value in zip(batch, tokens.tolist(), values.tolist(), strict=True):

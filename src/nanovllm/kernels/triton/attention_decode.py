@@ -91,7 +91,8 @@ def _combine(out_ptr, partial_acc_ptr, partial_top_ptr, partial_mass_ptr, first_
     for first in range(first_program, last_program + 1, 8):
         for i in tl.static_range(8):
             other = first + i
-            exists = real & (other <= last_program)
+            # One comparison of a block: the interpreter of Triton 3.9 takes no mask of a block `&` a scalar.
+            exists = members < tl.where(other <= last_program, GROUP, 0)
             theirs = (other * 2 + (other == first_program).to(tl.int32)) * GROUP + members
             their_top = tl.load(partial_top_ptr + theirs, mask=exists, other=float("-inf"))
             their_mass = tl.load(partial_mass_ptr + theirs, mask=exists, other=0.0)
@@ -126,7 +127,7 @@ def _decode_tiles(
     mass = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
     if SHARED:
-        begun = real & (shared > 0) & (first_tile == 0)
+        begun = members < tl.where((shared > 0) & (first_tile == 0), GROUP, 0)  # one comparison, as in _combine
         top = tl.load(shared_top_ptr + q_rows, mask=begun, other=float("-inf"))
         mass = tl.load(shared_mass_ptr + q_rows, mask=begun, other=0.0)
         acc = tl.load(shared_acc_ptr + places, mask=begun[:, None], other=0.0)
