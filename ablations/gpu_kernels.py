@@ -100,7 +100,7 @@ def attention_error(attention: TritonAttention, batch: ForwardBatch, cache: tupl
 
 def decode_attention(contexts: list[int], page: int, tiling: Tiling | None = None, per_sm: int | None = None) -> dict[str, Any]:
     batch, caches = decode_batch(contexts, page)
-    attention = TritonAttention(KV_HEADS, page, HEAD_DIM**-0.5, DTYPE)
+    attention = TritonAttention(KV_HEADS, page, HEAD_DIM, DTYPE)
     sms = torch.cuda.get_device_properties().multi_processor_count
     attention.decode = tiling or attention.decode
     attention.num_programs = sms * per_sm if per_sm else attention.num_programs
@@ -140,7 +140,7 @@ def prefill_study() -> list[dict[str, Any]]:
         starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
         batch.num_decodes, batch.host_query_lens = 0, lengths
         batch.query_start_loc = torch.tensor(starts, device="cuda")
-        attention = TritonAttention(KV_HEADS, page, HEAD_DIM**-0.5, DTYPE)
+        attention = TritonAttention(KV_HEADS, page, HEAD_DIM, DTYPE)
         q = draw(tokens, HEADS, HEAD_DIM)
         attention.prepare(batch)
         seconds = median_s(partial(attention.attend, q, q, q, *caches[0], batch), 10)

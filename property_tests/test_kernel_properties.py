@@ -120,7 +120,7 @@ def test_attention_is_its_definition(
         torch.zeros(sum(query_lens), dtype=torch.int64), tables, torch.tensor(seq_lens, dtype=torch.int32),
         torch.tensor([0, *query_lens]).cumsum(0), len(decodes), query_lens, seq_lens,
     )  # fmt: skip
-    backend: Any = attention.TorchAttention(kv_heads, block_size, head_dim**-0.5, torch.float32)
+    backend: Any = attention.TorchAttention(kv_heads, block_size, head_dim, torch.float32)
     backend.prepare(batch)
     k, v = (torch.cat([kv[part] for kv in fresh]) for part in (0, 1))
     found = backend.attend(torch.cat(queries), k, v, caches[0], caches[1], batch)

@@ -191,7 +191,7 @@ def test_calls_mean_what_the_twin_computes(install: Any, name: str, query_lens: 
     tensors, batch = attention_case(query_lens, seq_lens, num_decodes, 256)
     outputs = []
     for backend in (TorchAttention, FlashAttention):
-        attention = backend(KV_HEADS, 256, HEAD_DIM**-0.5, torch.bfloat16)
+        attention = backend(KV_HEADS, 256, HEAD_DIM, torch.bfloat16)
         attention.prepare(batch)
         outputs += [attention.attend(*tensors, batch) for _ in range(2)]  # two layers
     torch.testing.assert_close(outputs[2], outputs[0], rtol=1.6e-2, atol=1.6e-2)
@@ -203,7 +203,7 @@ def test_a_recorded_decode_depends_on_no_length_of_the_host(install: Any) -> Non
     packages = bundled_package()
     install(any=packages)
     tensors, batch = attention_case([1] * 3, [40, 300, 9], 3, 256)
-    attention = FlashAttention(KV_HEADS, 256, HEAD_DIM**-0.5, torch.bfloat16)
+    attention = FlashAttention(KV_HEADS, 256, HEAD_DIM, torch.bfloat16)
     attention.prepare(batch)
     expected = attention.attend(*tensors, batch)
     batch.host_seq_lens = [4096] * 3
@@ -227,10 +227,10 @@ def test_which_library_serves_is_known(install: Any) -> None:
 def test_no_library_is_an_error_that_says_what_to_install(install: Any) -> None:
     install()
     with pytest.raises(ImportError, match=r"pip install flash-attn.*pip install vllm.*'triton' or 'torch'"):
-        FlashAttention(KV_HEADS, 256, 1.0, torch.bfloat16)
+        FlashAttention(KV_HEADS, 256, HEAD_DIM, torch.bfloat16)
     install(b=bundled_package(()))
     with pytest.raises(ImportError, match="compute capability >= 8"):
-        FlashAttention(KV_HEADS, 256, 1.0, torch.bfloat16)
+        FlashAttention(KV_HEADS, 256, HEAD_DIM, torch.bfloat16)
 
 
 def test_a_namesake_without_the_functions_is_passed_over(install: Any) -> None:
@@ -241,11 +241,11 @@ def test_a_namesake_without_the_functions_is_passed_over(install: Any) -> None:
 def test_what_the_library_cannot_compute_is_refused(install: Any) -> None:
     install(a=pypi_package())
     with pytest.raises(ValueError, match=r"block_size=64.*flash-attn 2\.8\.3.*multiple of 256"):
-        FlashAttention(KV_HEADS, 64, 1.0, torch.bfloat16)
+        FlashAttention(KV_HEADS, 64, HEAD_DIM, torch.bfloat16)
     with pytest.raises(ValueError, match=r"dtype='float32'.*'bfloat16'"):
-        FlashAttention(KV_HEADS, 256, 1.0, torch.float32)
+        FlashAttention(KV_HEADS, 256, HEAD_DIM, torch.float32)
     install(b=bundled_package())
-    FlashAttention(KV_HEADS, 64, 1.0, torch.bfloat16)
+    FlashAttention(KV_HEADS, 64, HEAD_DIM, torch.bfloat16)
 
 
 def test_the_registry_finds_and_counts_it(install: Any) -> None:
@@ -256,7 +256,7 @@ def test_the_registry_finds_and_counts_it(install: Any) -> None:
     install(a=pypi_package())
     calls: Counter[str] = Counter()
     backend = load_attention(Optimizations(attention_backend="flash_attn"), calls, num_kv_heads=KV_HEADS, block_size=256,
-                             scale=HEAD_DIM**-0.5, dtype=torch.bfloat16)  # fmt: skip
+                             head_dim=HEAD_DIM, dtype=torch.bfloat16)  # fmt: skip
     tensors, batch = attention_case([1, 5], [300, 5], 1, 256)
     backend.prepare(batch)
     backend.attend(*tensors, batch)
@@ -300,7 +300,7 @@ def test_the_library_equals_the_twin(library: Any, query_lens: list[int], seq_le
     tensors, batch = attention_case(query_lens, seq_lens, num_decodes, 256, "cuda")
     outputs = []
     for backend in (TorchAttention, FlashAttention):
-        attention = backend(KV_HEADS, 256, HEAD_DIM**-0.5, torch.bfloat16)
+        attention = backend(KV_HEADS, 256, HEAD_DIM, torch.bfloat16)
         attention.prepare(batch)
         outputs.append(attention.attend(*tensors, batch))
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1.6e-2, atol=1.6e-2)
@@ -310,7 +310,7 @@ def test_the_library_can_be_recorded(library: Any) -> None:
     """A graph recorded at one set of lengths serves another, padding included."""
     tensors, batch = attention_case([1] * 4, [40, 700, 300, 9], 4, 256, "cuda")
     lengths, batch.host_seq_lens = batch.seq_lens.clone(), [1024] * 4
-    attention, twin = (backend(KV_HEADS, 256, HEAD_DIM**-0.5, torch.bfloat16) for backend in (FlashAttention, TorchAttention))
+    attention, twin = (backend(KV_HEADS, 256, HEAD_DIM, torch.bfloat16) for backend in (FlashAttention, TorchAttention))
     batch.seq_lens.fill_(1)
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     for _ in range(2):  # the first compiles and allocates

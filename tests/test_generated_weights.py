@@ -32,7 +32,7 @@ def parameters(folder: Path, rank: int, size: int) -> dict[str, torch.nn.Paramet
     tp = TensorParallel()
     tp.rank, tp.size = rank, size
     on, calls = Optimizations(), __import__("collections").Counter()
-    attention = load_attention(on, calls, num_kv_heads=4 // size, block_size=16, scale=1.0, dtype=torch.float32)
+    attention = load_attention(on, calls, num_kv_heads=4 // size, block_size=16, head_dim=16, dtype=torch.float32)
     model = Qwen3ForCausalLM(load_hf_config(folder), 64, load_kernels(on, calls), attention, tp)
     load_weights(model, folder, tp)
     return dict(model.named_parameters())

@@ -50,7 +50,7 @@ def model_with(level: str, folder: Path) -> tuple[Any, Any, Any]:
     config = load_hf_config(folder)
     optimizations, stats = Optimizations(attention_backend=level), StepStats()
     attention = load_attention(optimizations, stats.attention_calls, num_kv_heads=config.num_key_value_heads, block_size=PAGE,
-                               scale=config.head_dim**-0.5, dtype=torch.float32)  # fmt: skip
+                               head_dim=config.head_dim, dtype=torch.float32)  # fmt: skip
     model = Qwen3ForCausalLM(config, 256, load_kernels(optimizations, stats.kernel_calls), attention, TensorParallel())
     load_weights(model, folder, TensorParallel())
     spec = KVCacheSpec(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, PAGE, torch.float32)

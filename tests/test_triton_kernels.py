@@ -1,7 +1,7 @@
 """Triton kernels without a GPU: each equals its torch twin under Triton's interpreter, and each compiles for real GPUs.
 
-`python tests/test_triton_kernels.py 89` is the second half: it records every launch that the wrappers make (on meta
-tensors) and compiles it for that compute capability. A process of its own, because the interpreter replaces the kernels.
+`python tests/test_triton_kernels.py 89 [all]` is the second half: it records launches that the wrappers make (on meta tensors) and
+compiles them for that compute capability. A process of its own, because the interpreter replaces the kernels.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from nanovllm.kernels.triton import norm as triton_norm  # noqa: E402
 from nanovllm.kernels.triton import rope as triton_rope  # noqa: E402
 from nanovllm.kernels.triton import sampling as triton_sampling  # noqa: E402
 from nanovllm.kernels.triton import sampling_shards as triton_sampling_shards  # noqa: E402
-from nanovllm.kernels.triton.attention import TritonAttention, _prefill_tiles  # noqa: E402
+from nanovllm.kernels.triton.attention import TritonAttention, _prefill_tiles, tilings  # noqa: E402
 from nanovllm.kernels.triton.linear import _splits as splits_of  # noqa: E402
 from nanovllm.kernels.triton.linear import linear as triton_linear  # noqa: E402
 
@@ -46,7 +47,8 @@ pytestmark = pytest.mark.filterwarnings(  # of the interpreter, which computes w
     "ignore:Conversion of an array with ndim:DeprecationWarning", "ignore:invalid value encountered:RuntimeWarning",
     "ignore:overflow encountered:RuntimeWarning", "ignore:divide by zero:RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHARED_MEMORY_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes a program may have, by compute capability
+SHARED_MEMORY_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""Bytes that a program may have, by compute capability: CUDA C++ programming guide, "Technical specifications"."""
 # The interpreter truncates where a GPU rounds to nearest, and cannot multiply matrices of bfloat16.
 DTYPES = [torch.float32, torch.bfloat16]
 DOT_DTYPES = [torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16]
@@ -111,7 +113,8 @@ def test_linear_in_tiles(rows: int, n: int, k: int, splits: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("few_tokens", [3, 1024])
-@pytest.mark.parametrize(("kv_heads", "group", "head_dim", "page"), [(2, 2, 64, 16), (1, 5, 32, 32), (3, 1, 16, 16)])
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim", "page"), [
+    (2, 2, 64, 16), (1, 5, 32, 32), (3, 1, 16, 16), (2, 2, 80, 16), (1, 2, 96, 16), (1, 1, 256, 16)])  # fmt: skip
 def test_rope_and_stores(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, few_tokens: int, kv_heads: int, group: int,
                          head_dim: int, page: int) -> None:
     monkeypatch.setattr(triton_rope, "_FEW_TOKENS", few_tokens)
@@ -420,6 +423,11 @@ def attention_case(dtype: torch.dtype, query_lens: list[int], seq_lens: list[int
         ([70, 33], [70, 90], 0, 32, 1, 5, 16),  # a group that is no power of two; a cached prefix
         ([1, 1, 7, 70, 3], [1, 130, 7, 90, 140], 2, 16, 2, 3, 32),  # decodes and prefills in one step
         ([1, 1], [33, 17], 1, 16, 2, 4, 16),  # a prefill of one token
+        ([1, 1, 7], [1, 130, 70], 2, 16, 2, 2, 80),  # heads that are no power of two
+        ([1, 9, 1], [300, 40, 5], 1, 256, 1, 3, 96),
+        ([1, 5], [40, 36], 1, 16, 1, 2, 24),
+        ([1, 1, 7], [1, 130, 70], 2, 16, 1, 2, 256),
+        ([1, 40], [90, 60], 1, 64, 2, 2, 128),
     ],
 )
 def test_attention(dtype: torch.dtype, query_lens: list[int], seq_lens: list[int], num_decodes: int, page: int, kv_heads: int,
@@ -427,7 +435,7 @@ def test_attention(dtype: torch.dtype, query_lens: list[int], seq_lens: list[int
     *tensors, batch = attention_case(dtype, query_lens, seq_lens, num_decodes, page, kv_heads, group, head_dim)
     outputs = []
     for backend in (TorchAttention, TritonAttention):
-        attention = backend(kv_heads, page, head_dim**-0.5, dtype)
+        attention = backend(kv_heads, page, head_dim, dtype)
         attention.prepare(batch)
         outputs += [attention.attend(*tensors, batch) for _ in range(2)]  # twice: the next layer finds clean counters
     close(outputs[2], outputs[0])
@@ -439,12 +447,27 @@ def test_padding_entries_cost_nothing_and_harm_nobody() -> None:
     outputs = []
     for num_padding in (0, 2):
         batch.seq_lens[5 - num_padding :] = 0
-        attention = TritonAttention(2, 16, 32**-0.5, torch.float32)
+        attention = TritonAttention(2, 16, 32, torch.float32)
         attention.prepare(batch)
         outputs.append(attention.attend(*tensors, batch)[:3])
     close(outputs[1], outputs[0])
     units = sum(-(-n // attention.decode.kv_tile) + 2 for n in (40, 200, 1)) * 2
     assert batch.attention.totals[1] == units
+
+
+@pytest.mark.parametrize("head_dim", [8, 264, 512])
+def test_heads_that_no_tile_holds_are_an_error(head_dim: int) -> None:
+    with pytest.raises(ValueError, match=f"head_dim={head_dim} cannot be used with attention_backend='triton': allowed is 16 "):
+        TritonAttention(2, 16, head_dim, torch.float32)
+
+
+@pytest.mark.parametrize("shared_bytes", [99 << 10, 227 << 10])
+def test_tiles_of_the_measured_shapes_are_those_that_were_fastest(shared_bytes: int) -> None:
+    for head_dim in (64, 96, 128):
+        decode, prefill = tilings(torch.bfloat16, head_dim, shared_bytes)
+        assert (decode.kv_tile, decode.rows, prefill.kv_tile, prefill.rows) == (64, 16, 64, 64)
+        decode, prefill = tilings(torch.float32, head_dim, shared_bytes)
+        assert (decode.kv_tile, decode.rows, prefill.kv_tile, prefill.rows) == (32, 16, 32, 32)
 
 
 SHARING = [  # who shares how many pages with whom: entries' groups, and the pages of each entry that are its group's
@@ -469,16 +492,17 @@ def sharing_case(dtype: torch.dtype, groups: list[int], pages: list[int], seq_le
 
 @pytest.mark.parametrize("dtype", DOT_DTYPES)
 @pytest.mark.parametrize(("groups", "pages", "seq_lens"), SHARING)
-@pytest.mark.parametrize(("page", "kv_heads", "group", "head_dim"), [(16, 2, 2, 16), (64, 1, 5, 16), (16, 1, 1, 32)])
+@pytest.mark.parametrize(("page", "kv_heads", "group", "head_dim"),
+                         [(16, 2, 2, 16), (64, 1, 5, 16), (16, 1, 1, 32), (16, 1, 2, 80)])
 def test_shared_prefixes_are_read_once(dtype: torch.dtype, groups: list[int], pages: list[int], seq_lens: list[int], page: int,
                                        kv_heads: int, group: int, head_dim: int) -> None:
     *tensors, batch = sharing_case(dtype, groups, pages, seq_lens, page, kv_heads, group, head_dim)
     alive = batch.seq_lens > 0
-    expected = TritonAttention(kv_heads, page, head_dim**-0.5, dtype)
+    expected = TritonAttention(kv_heads, page, head_dim, dtype)
     expected.prepare(batch)
     plain = expected.attend(*tensors, batch)[alive]
     counts: Counter[str] = Counter()
-    cascade = TritonAttention(kv_heads, page, head_dim**-0.5, dtype, cascade=counts)
+    cascade = TritonAttention(kv_heads, page, head_dim, dtype, cascade=counts)
     cascade.prepare(batch, share=True)
     ours = [cascade.attend(*tensors, batch)[alive] for _ in range(2)]
     close(ours[0], plain)
@@ -502,7 +526,7 @@ def test_squads_of_a_large_group(programs: int) -> None:
     *tensors, batch = sharing_case(torch.float32, groups, pages, [50 + i % 13 for i in range(69)], 16, 1, 3, 16)
     outputs = []
     for share in (False, True):
-        attention = TritonAttention(1, 16, 0.25, torch.float32)
+        attention = TritonAttention(1, 16, 16, torch.float32)
         attention.squad, attention.prefill = 8, attention.prefill._replace(rows=16)  # five members a program
         attention.num_programs = programs
         attention.prepare(batch, share)
@@ -516,19 +540,41 @@ def test_squads_of_a_large_group(programs: int) -> None:
 # -- compiled for GPUs that are not here ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("capability", sorted(SHARED_MEMORY_LIMIT))
+@pytest.fixture(scope="module")
+def built() -> dict[int, subprocess.CompletedProcess[str]]:
+    """By capability: every kernel at the shapes that need most. Two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(SHARED_MEMORY_LIMIT, pool.map(compile_in_process, SHARED_MEMORY_LIMIT), strict=True))
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY_LIMIT)
+def test_every_kernel_compiles_and_fits(built: dict[int, subprocess.CompletedProcess[str]], capability: int) -> None:
+    check_built(built[capability], capability)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("capability", SHARED_MEMORY_LIMIT)
 def test_every_launch_compiles_and_fits(capability: int) -> None:
+    check_built(compile_in_process(capability, "all"), capability)
+
+
+def compile_in_process(capability: int, *more: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    done = subprocess.run([sys.executable, str(Path(__file__)), str(capability)], env=environment, capture_output=True, text=True,
-                          check=False)  # fmt: skip
+    return subprocess.run([sys.executable, str(Path(__file__)), str(capability), *more], env=environment, capture_output=True,
+                          text=True, check=False)  # fmt: skip
+
+
+def check_built(done: subprocess.CompletedProcess[str], capability: int) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = json.loads(done.stdout)
-    assert set(kernels) == all_kernels(), "a kernel that every_launch does not reach, or one that is gone"
-    too_large = {name: built["shared"] for name, built in kernels.items() if built["shared"] > SHARED_MEMORY_LIMIT[capability]}
+    assert set(kernels) == all_kernels(), "a kernel that no launch reaches, or one that is gone"
+    print({name: of["shared"] for name, of in kernels.items()})
+    too_large = {name: of["shared"] for name, of in kernels.items() if of["shared"] > SHARED_MEMORY_LIMIT[capability]}
     assert not too_large, f"shared memory past the {SHARED_MEMORY_LIMIT[capability]} bytes of sm_{capability}"
-    dependent = {name for name, built in kernels.items() if built["dependent_launch"]}
-    assert dependent == (set(kernels) if capability >= 90 else set()), "griddepcontrol is an instruction of sm_90 and later"
+    for name, of in kernels.items():
+        assert of["dependent"] == of["launches"] * (capability >= 90), f"{name}: griddepcontrol is of sm_90 and later"
 
 
 def all_kernels() -> set[str]:
@@ -537,35 +583,61 @@ def all_kernels() -> set[str]:
     return {name for file in folder.glob("*.py") for name in re.findall(r"^def (\w*kernel)\(", file.read_text(), re.MULTILINE)}
 
 
-def every_launch(dtype: torch.dtype) -> None:
-    """Calls every wrapper at the shapes of Qwen3-0.6B, the fused products also at those of Qwen3-8B, on meta tensors."""
+def every_launch(dtype: torch.dtype, everything: bool) -> None:
+    """Calls every wrapper on meta tensors: at the shapes that need most of a GPU, or at all those of Qwen3-0.6B and 8B, with
+    other heads as well."""
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    tokens, hidden, kv_heads, head_dim, page, vocab = 8, 1024, 8, 128, 256, 151_936
-    cache, long = empty(4, kv_heads, page, head_dim), torch.int64
+    def geometry(head_dim: int, page: int) -> tuple[Tensor, Tensor]:
+        return empty(4, kv_heads, page, head_dim), empty(head_dim)
+
+    tokens, hidden, kv_heads, vocab, long = 8, 1024, 8, 151_936, torch.int64
+    short = dtype == torch.bfloat16
+    floats, ints = empty(tokens, dtype=torch.float32), empty(tokens, dtype=long)
+    if everything:
+        shapes = list(itertools.product((64, 80, 96, 128, 256), (256, 64, 16), (False, True)))
+    else:
+        shapes = [(128, 256, True), (256, 16, True)] if short else [(128, 16, False)]
+    for head_dim, page, share in shapes:
+        attention = TritonAttention(kv_heads, page, head_dim, dtype)
+        batch = ForwardBatch(ints, ints, ints, empty(tokens, 4, dtype=torch.int32), empty(tokens, dtype=torch.int32), ints, 4,
+                             [1] * 4 + [70] * 4, [1] * 4 + [70] * 4)
+        attention.prepare(batch, share)
+        q, kv = empty(284, 16, head_dim), empty(284, kv_heads, head_dim)
+        cache = empty(4, kv_heads, page, head_dim)
+        attention.attend(q, kv, kv, cache, cache, batch)
+    if not (short or everything):
+        return
     triton_norm.rms_norm(empty(tokens, hidden), empty(hidden), 1e-6)
-    triton_norm.add_rms_norm(empty(tokens, hidden), empty(tokens, hidden), empty(hidden), 1e-6)
+    triton_norm.add_rms_norm(empty(tokens, 4 * hidden), empty(tokens, 4 * hidden), empty(4 * hidden), 1e-6)
     triton_activation.silu_and_mul(empty(tokens, 6144))
-    kv = empty(tokens, kv_heads, head_dim)
-    triton_kv_store.store_kv(kv, kv, cache, cache, empty(tokens, dtype=long))
-    for rows, k in ((1, 1024), (4, 3072), (8, 2048), (16, 3072), (1, 4096), (16, 4096)):
+    for rows, k in ((1, 1024), (4, 3072), (8, 2048), (16, 3072), (1, 4096), (16, 4096)) if everything else ((1, 4096), (16, 3072)):
         triton_linear(empty(rows, k), empty(4096, k))
-        if dtype == torch.bfloat16:
+        if short and everything:
             fused.linear_silu_and_mul(empty(rows, k), empty(6144, k))
-    for n, k in ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)):
+    for n, k in ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)) if everything else ((4096, 1024), (1024, 3072)):
         triton_linear(empty(40, k), empty(n, k))
-    triton_rope.qk_norm_rope_store_kv(empty(tokens, 32 * head_dim), empty(head_dim), empty(head_dim), 1e-6,
-                                      empty(tokens, head_dim, dtype=torch.float32), cache, cache, empty(tokens, dtype=long))
-    for rows, (k, intermediate, heads) in itertools.product((16, 32, 64, 128, 256), ((1024, 3072, 32), (4096, 12_288, 48))):
-        if dtype == torch.bfloat16:
-            fused.fused_gate_up(empty(rows, k), empty(2 * intermediate, k), fused.tiling_for(fused.GATE_UP_TILINGS, rows))
-            fused.fused_qkv(empty(rows, k), empty(heads * head_dim, k), empty(head_dim), empty(head_dim), 1e-6,
+    for head_dim, page in itertools.product((64, 80, 128, 256), (16, 256)) if everything else ((80, 256),):
+        cache, norm_weight = geometry(head_dim, page)
+        kv = empty(tokens, kv_heads, head_dim)
+        triton_kv_store.store_kv(kv, kv, cache, cache, empty(tokens, dtype=long))
+        triton_rope.qk_norm_rope_store_kv(empty(tokens, 32 * head_dim), norm_weight, norm_weight, 1e-6,
+                                          empty(tokens, head_dim, dtype=torch.float32), cache, cache, empty(tokens, dtype=long))
+    models = ((1024, 3072, 32), (4096, 12_288, 48)) if everything else ((1024, 3072, 32),)
+    for rows, (k, intermediate, heads) in itertools.product((32, 64, 128, 256) if everything else (64, 256), models):
+        if not short:
+            continue
+        fused.fused_gate_up(empty(rows, k), empty(2 * intermediate, k), fused.tiling_for(fused.GATE_UP_TILINGS, rows))
+        for head_dim, page in itertools.product((64, 128, 256), (16, 256)) if everything else ((128, 256),):
+            if rows < 128:  # those are not fused
+                continue
+            cache, norm_weight = geometry(head_dim, page)
+            fused.fused_qkv(empty(rows, k), empty(heads * head_dim, k), norm_weight, norm_weight, 1e-6,
                             empty(rows, head_dim, dtype=torch.float32), cache, cache, empty(rows, dtype=long),
                             fused.tiling_for(fused.QKV_TILINGS, rows))
-    floats, ints = empty(tokens, dtype=torch.float32), empty(tokens, dtype=long)
     triton_sampling.sample(empty(tokens, vocab), floats, ints, floats, ints, ints, all_greedy=False, any_top_k_top_p=False)
-    for shard_size in (vocab // 2, vocab // 8):
+    for shard_size in (vocab // 2, vocab // 8) if everything else (vocab // 2,):
         best = triton_sampling_shards.best_of_shard(empty(tokens, shard_size), floats, ints, ints, shard_size, all_greedy=False)
         triton_sampling_shards.best_of_shards(empty(vocab // shard_size, *best.shape, dtype=torch.int32))
     rows = empty(tokens, dtype=long)
@@ -573,19 +645,11 @@ def every_launch(dtype: torch.dtype) -> None:
                                             empty(257, dtype=torch.float32), empty(257, dtype=long), page)  # fmt: skip
     triton_decode_step.advance_rows(rows, rows, empty(257, dtype=long), rows)
     triton_decode_step.write_blocks(empty(257, 160, dtype=torch.int32), empty(tokens, 3, dtype=long))
-    for page, share in itertools.product((256, 64, 16), (False, True)):
-        attention = TritonAttention(kv_heads, page, head_dim**-0.5, dtype)
-        batch = ForwardBatch(ints, ints, ints, empty(tokens, 4, dtype=torch.int32), empty(tokens, dtype=torch.int32), ints, 4,
-                             [1] * 4 + [70] * 4, [1] * 4 + [70] * 4)
-        attention.prepare(batch, share)
-        q, kv = empty(284, 16, head_dim), empty(284, kv_heads, head_dim)
-        cache = empty(4, kv_heads, page, head_dim)
-        attention.attend(q, kv, kv, cache, cache, batch)
 
 
-def compile_every_launch(capability: int) -> dict[str, dict[str, Any]]:
-    """Of each kernel: `shared`, the most bytes of shared memory of its launches; `dependent_launch`, whether each waits for the
-    kernel before it."""
+def compile_every_launch(capability: int, everything: bool) -> dict[str, dict[str, int]]:
+    """Of each kernel: `shared`, the most bytes of shared memory of its launches; `launches`, how many, and `dependent`, how many
+    of them know of the kernel before them."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.runtime.jit import JITFunction
@@ -597,12 +661,13 @@ def compile_every_launch(capability: int) -> dict[str, dict[str, Any]]:
         launches.append((self, args, kwargs))
 
     JITFunction.run = record  # type: ignore[method-assign]
-    for name in ("linear", "fused"):
+    for name in ("linear", "fused", "attention"):
         module: Any = sys.modules[f"nanovllm.kernels.triton.{name}"]
         module.shared_memory = lambda device: SHARED_MEMORY_LIMIT[capability]
     for dtype in (torch.bfloat16, torch.float32):
-        every_launch(dtype)
-    built: dict[str, dict[str, Any]] = {}
+        every_launch(dtype, everything)
+    built: dict[str, dict[str, int]] = {}
+    done: set[str] = set()
     for kernel, args, kwargs in launches:
         if capability >= 90:
             kwargs |= {"PDL": True, "launch_pdl": True}
@@ -613,12 +678,16 @@ def compile_every_launch(capability: int) -> dict[str, dict[str, Any]]:
                      for name, v in values.items()}  # fmt: skip
         aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")}
         source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, aligned)
+        if (key := f"{source.hash()} {sorted(options.items())}") in done:
+            continue
+        done.add(key)
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        before = built.setdefault(kernel.__name__, {"shared": 0, "dependent_launch": True})
-        before["shared"] = max(before["shared"], compiled.metadata.shared)
-        before["dependent_launch"] &= "griddepcontrol.wait" in compiled.asm["ptx"]
+        of = built.setdefault(kernel.__name__, {"shared": 0, "launches": 0, "dependent": 0})
+        of["shared"] = max(of["shared"], compiled.metadata.shared)
+        of["launches"] += 1
+        of["dependent"] += "griddepcontrol" in compiled.asm["ptx"]
     return built
 
 
 if __name__ == "__main__":
-    print(json.dumps(compile_every_launch(int(sys.argv[1]))))
+    print(json.dumps(compile_every_launch(int(sys.argv[1]), sys.argv[2:] == ["all"])))

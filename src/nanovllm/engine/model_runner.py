@@ -46,7 +46,7 @@ class ModelRunner:
         self.kernels = tp.over_shards(load_kernels(resolved.optimizations, stats.kernel_calls))
         self.attention = load_attention(
             resolved.optimizations, stats.attention_calls, num_kv_heads=model_config.num_key_value_heads // tp.size,
-            block_size=resolved.block_size, scale=model_config.head_dim**-0.5, dtype=dtype)  # fmt: skip
+            block_size=resolved.block_size, head_dim=model_config.head_dim, dtype=dtype)  # fmt: skip
         default_dtype = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:

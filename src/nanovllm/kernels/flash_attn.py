@@ -92,7 +92,7 @@ class _Prepared:
 class FlashAttention:
     """The same interface as TorchAttention. Raises ImportError without a library, ValueError for what it cannot compute."""
 
-    def __init__(self, num_kv_heads: int, block_size: int, scale: float, dtype: torch.dtype) -> None:
+    def __init__(self, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> None:
         if dtype not in (torch.bfloat16, torch.float16):
             name = str(dtype).removeprefix("torch.")
             raise ValueError(f"dtype={name!r} cannot be used with attention_backend='flash_attn': take 'bfloat16', or "
@@ -101,7 +101,7 @@ class FlashAttention:
         if block_size % library.page_multiple:
             raise ValueError(f"block_size={block_size} cannot be used with attention_backend='flash_attn' ({library.provider} "
                              f"{library.version}): take a multiple of {library.page_multiple}")
-        self.num_kv_heads, self.block_size, self.scale, self.dtype = num_kv_heads, block_size, scale, dtype
+        self.num_kv_heads, self.block_size, self.scale, self.dtype = num_kv_heads, block_size, head_dim**-0.5, dtype
 
     def prepare(self, batch: ForwardBatch) -> None:
         """Once a step: offsets in the library's type. Decodes and prefills are two calls, each with tiles of its own shape."""

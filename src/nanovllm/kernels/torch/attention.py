@@ -16,8 +16,8 @@ GROUP = 16
 class TorchAttention:
     """The baseline backend; `prepare` once a step, then `attend` once a layer."""
 
-    def __init__(self, num_kv_heads: int, block_size: int, scale: float, dtype: torch.dtype) -> None:
-        self.num_kv_heads, self.block_size, self.scale, self.dtype = num_kv_heads, block_size, scale, dtype
+    def __init__(self, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> None:
+        self.num_kv_heads, self.block_size, self.scale, self.dtype = num_kv_heads, block_size, head_dim**-0.5, dtype
 
     def prepare(self, batch: ForwardBatch) -> None:
         """Does the index work that is the same in all layers; batch.attention becomes

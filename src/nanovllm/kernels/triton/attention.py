@@ -15,7 +15,7 @@ from nanovllm.kernels.batch import ForwardBatch
 from nanovllm.kernels.triton.attention_decode import cut_kernel, decode_kernel
 from nanovllm.kernels.triton.attention_prefill import prefill_kernel, tiles_kernel
 from nanovllm.kernels.triton.attention_shared import groups_kernel, shared_kernel, squads_kernel
-from nanovllm.kernels.triton.launch import pdl
+from nanovllm.kernels.triton.launch import pdl, shared_memory
 
 _LOG2_E = 1.4426950408889634
 PROGRAMS_PER_SM = 3  # of the decode kernel, resident together
@@ -30,13 +30,22 @@ class Tiling(NamedTuple):
     rows: int
 
 
-def tilings(dtype: torch.dtype) -> tuple[Tiling, Tiling]:
-    """For decode and prefill: what was fastest on an H200, and fits into the 99 KiB of an RTX 4070."""
-    # Looking up a tile's page takes stages as well: five are two tiles in flight.
-    decode, prefill = Tiling(kv_tile=64, warps=4, stages=5, rows=16), Tiling(kv_tile=64, warps=4, stages=5, rows=64)
-    if dtype == torch.float32:
-        decode, prefill = decode._replace(kv_tile=32), prefill._replace(kv_tile=32, rows=prefill.rows // 2)
-    return decode, prefill
+def tilings(dtype: torch.dtype, head_dim: int, shared_bytes: int) -> tuple[Tiling, Tiling]:
+    """For decode and prefill. With heads of up to 128: what was fastest on an H200, which fits into the 99 KiB of an RTX 4070 too.
+    With larger ones the largest tiles that fit into the shared memory of a program."""
+    dims, most = triton.next_power_of_2(head_dim), 32 if dtype == torch.float32 else 64
+
+    def bytes_of(kv_tile: int, rows: int) -> int:
+        """Keys and values of two tiles in flight, queries, weights on their way to the second product, and some for reductions."""
+        return (2 * 2 * kv_tile * dims + rows * dims + rows * kv_tile) * dtype.itemsize + 2048
+
+    def largest(most_rows: int) -> Tiling:
+        sizes = [(kv_tile, rows) for kv_tile in (64, 32, 16) for rows in (64, 32, 16) if kv_tile <= most and rows <= most_rows]
+        kv_tile, rows = next((size for size in sizes if bytes_of(*size) <= shared_bytes), sizes[-1])
+        # Looking up a tile's page takes stages as well: five are two tiles in flight.
+        return Tiling(kv_tile, warps=4, stages=5, rows=rows)
+
+    return largest(16), largest(most)
 
 
 @dataclass(slots=True)
@@ -64,20 +73,25 @@ class _Prepared:
 
 
 class TritonAttention:
-    """The same interface as TorchAttention. Pages are a power of two of tokens, 16 or more; head_dim a power of two."""
+    """The same interface as TorchAttention. Pages are a power of two of tokens, 16 or more; head_dim is 16 to 256."""
 
-    def __init__(self, num_kv_heads: int, block_size: int, scale: float, dtype: torch.dtype,
+    def __init__(self, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype,
                  cascade: Counter[str] | None = None) -> None:
         """cascade: reads shared prefixes once where `prepare` is told so, and counts that there."""
+        if not 16 <= head_dim <= 256:
+            raise ValueError(f"head_dim={head_dim} cannot be used with attention_backend='triton': allowed is 16 to 256; "
+                             "take attention_backend='torch'")
         if block_size < 16 or block_size & (block_size - 1):
             raise ValueError(f"block_size={block_size} cannot be used with attention_backend='triton': "
                              "take a power of two, 16 or more")
         self.num_kv_heads, self.cascade = num_kv_heads, cascade
         self.block_size = block_size
-        self.scale_log2 = scale * _LOG2_E
+        self.scale_log2 = head_dim**-0.5 * _LOG2_E
         self.precision = "ieee" if dtype == torch.float32 else "tf32"  # tf32 says nothing of bfloat16
-        num_sms = torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 4
-        self.decode, self.prefill = tilings(dtype)
+        on_gpu = torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        num_sms = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 4
+        self.decode, self.prefill = tilings(dtype, head_dim, shared_memory(device))
         self.squad = 32  # entries whose queries are attended to a shared prefix together
         self.num_programs = num_sms * PROGRAMS_PER_SM
 
@@ -153,7 +167,6 @@ class TritonAttention:
                 STAGES=self.prefill.stages, num_warps=self.prefill.warps, **shape,
             )  # fmt: skip
         return out
-
 
     def _attend_to_shared(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch, shared: Shared, shape: dict[str, Any]

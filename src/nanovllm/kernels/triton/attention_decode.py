@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.triton.attention_tile import attend_to_tile, rows_of_tile
+from nanovllm.kernels.triton.attention_tile import attend_to_tile, in_head, rows_of_tile
 from nanovllm.kernels.triton.launch import prefetch_to_l2, wait_for_inputs
 
 SETUP = tl.constexpr(2)  # measured on an H200 (ablations/LOG.md): 1 to 3 are alike, 0 costs 6 % where lengths differ
@@ -45,7 +45,9 @@ def _prefetch_tile(k_cache_ptr, v_cache_ptr, table_ptr, seq_len, shared, unit, K
     units = _units(seq_len - shared, TILE)
     first_token = shared + tl.maximum(unit % units - SETUP, 0) * TILE
     rows = rows_of_tile(table_ptr, unit // units, first_token, seq_len, KV_HEADS, PAGE, TILE)
-    lines = tl.arange(0, HEAD_DIM // 16) * 16  # sectors of 32 bytes, in elements of two
+    lines = tl.arange(0, triton.next_power_of_2(HEAD_DIM) // 16) * 16  # sectors of 32 bytes, in elements of two
+    if lines.shape[0] * 16 != HEAD_DIM:
+        lines = tl.minimum(lines, HEAD_DIM - 1)
     exists = (first_token + tl.arange(0, TILE) < seq_len)[:, None]
     places = tl.where(exists, rows[:, None], tl.min(rows, axis=0)) * HEAD_DIM + lines[None, :]
     prefetch_to_l2(k_cache_ptr + places)
@@ -83,11 +85,11 @@ def _combine(out_ptr, partial_acc_ptr, partial_top_ptr, partial_mass_ptr, first_
     Eight at a time: their loads are in flight together, and this is what a short decode step waits for.
     """
     members = tl.arange(0, triton.next_power_of_2(GROUP))
-    dims = tl.arange(0, HEAD_DIM)
+    dims = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
     real = members < GROUP
     top = tl.full([triton.next_power_of_2(GROUP)], float("-inf"), tl.float32)
     mass = tl.zeros([triton.next_power_of_2(GROUP)], tl.float32)
-    acc = tl.zeros([triton.next_power_of_2(GROUP), HEAD_DIM], tl.float32)
+    acc = tl.zeros([triton.next_power_of_2(GROUP), triton.next_power_of_2(HEAD_DIM)], tl.float32)
     for first in range(first_program, last_program + 1, 8):
         for i in tl.static_range(8):
             other = first + i
@@ -96,14 +98,15 @@ def _combine(out_ptr, partial_acc_ptr, partial_top_ptr, partial_mass_ptr, first_
             theirs = (other * 2 + (other == first_program).to(tl.int32)) * GROUP + members
             their_top = tl.load(partial_top_ptr + theirs, mask=exists, other=float("-inf"))
             their_mass = tl.load(partial_mass_ptr + theirs, mask=exists, other=0.0)
-            their_acc = tl.load(partial_acc_ptr + theirs[:, None] * HEAD_DIM + dims[None, :], mask=exists[:, None], other=0.0)
+            their_acc = tl.load(partial_acc_ptr + theirs[:, None] * HEAD_DIM + dims[None, :], mask=in_head(exists, dims, HEAD_DIM),
+                                other=0.0)  # fmt: skip
             new_top = tl.where(real, tl.maximum(top, their_top), 0.0)
             shrink, their_shrink = tl.exp2(top - new_top), tl.exp2(their_top - new_top)
             mass = mass * shrink + their_mass * their_shrink
             acc = acc * shrink[:, None] + their_acc * their_shrink[:, None]
             top = new_top
     out = (acc / mass[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + members[:, None] * HEAD_DIM + dims[None, :], out, mask=real[:, None])
+    tl.store(out_ptr + members[:, None] * HEAD_DIM + dims[None, :], out, mask=in_head(real, dims, HEAD_DIM))
 
 
 @triton.jit
@@ -117,31 +120,31 @@ def _decode_tiles(
     """Tiles [first_tile, last_tile) of an item that programs [first_program, last_program] share."""
     program = tl.program_id(0)
     members = tl.arange(0, ROWS)
-    dims = tl.arange(0, HEAD_DIM)
+    dims = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
     real = members < GROUP
     q_rows = (entry.to(tl.int64) * KV_HEADS + kv_head) * GROUP + members
     places = q_rows[:, None] * HEAD_DIM + dims[None, :]
-    q = tl.load(q_ptr + places, mask=real[:, None], other=0.0)
+    q = tl.load(q_ptr + places, mask=in_head(real, dims, HEAD_DIM), other=0.0)
     limits = tl.zeros([ROWS], tl.int32) + seq_len - 1
     top = tl.full([ROWS], float("-inf"), tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    acc = tl.zeros([ROWS, triton.next_power_of_2(HEAD_DIM)], tl.float32)
     if SHARED:
         begun = members < tl.where((shared > 0) & (first_tile == 0), GROUP, 0)  # one comparison, as in _combine
         top = tl.load(shared_top_ptr + q_rows, mask=begun, other=float("-inf"))
         mass = tl.load(shared_mass_ptr + q_rows, mask=begun, other=0.0)
-        acc = tl.load(shared_acc_ptr + places, mask=begun[:, None], other=0.0)
+        acc = tl.load(shared_acc_ptr + places, mask=in_head(begun, dims, HEAD_DIM), other=0.0)
     for tile in tl.range(first_tile, last_tile, num_stages=STAGES):
         top, mass, acc = attend_to_tile(
             q, top, mass, acc, k_cache_ptr, v_cache_ptr, table_ptr, kv_head, shared + tile * TILE, seq_len, limits, scale_log2,
             KV_HEADS, HEAD_DIM, PAGE, TILE, PRECISION, MASKED=True)  # fmt: skip
     if first_program == last_program:
-        tl.store(out_ptr + places, (acc / mass[:, None]).to(q.dtype), mask=real[:, None])
+        tl.store(out_ptr + places, (acc / mass[:, None]).to(q.dtype), mask=in_head(real, dims, HEAD_DIM))
     else:
         mine = (program * 2 + (program == first_program).to(tl.int32)) * GROUP + members
         tl.store(partial_top_ptr + mine, top, mask=real)
         tl.store(partial_mass_ptr + mine, mass, mask=real)
-        tl.store(partial_acc_ptr + mine[:, None] * HEAD_DIM + dims[None, :], acc, mask=real[:, None])
+        tl.store(partial_acc_ptr + mine[:, None] * HEAD_DIM + dims[None, :], acc, mask=in_head(real, dims, HEAD_DIM))
         tl.debug_barrier()  # all threads have written before one of them says so
         if tl.atomic_add(arrival_ptr, 1, sem="acq_rel", scope="gpu") == last_program - first_program:
             out_row = (entry.to(tl.int64) * KV_HEADS + kv_head) * GROUP

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.triton.attention_tile import attend_to_tile
+from nanovllm.kernels.triton.attention_tile import attend_to_tile, in_head
 from nanovllm.kernels.triton.launch import wait_for_inputs
 
 
@@ -57,13 +57,13 @@ def prefill_kernel(
     tokens = first + rows // GROUP
     real = (rows < tokens_per_tile * GROUP) & (tokens < query_len)
     heads = kv_head * GROUP + rows % GROUP
-    dims = tl.arange(0, HEAD_DIM)
+    dims = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
     places = ((query_start + tokens).to(tl.int64) * KV_HEADS * GROUP + heads)[:, None] * HEAD_DIM + dims[None, :]
-    q = tl.load(q_ptr + places, mask=real[:, None], other=0.0)
+    q = tl.load(q_ptr + places, mask=in_head(real, dims, HEAD_DIM), other=0.0)
     limits = tl.minimum(context + tokens, seq_len - 1)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    acc = tl.zeros([ROWS, triton.next_power_of_2(HEAD_DIM)], tl.float32)
     table_ptr = tables_ptr + entry.to(tl.int64) * table_stride
     kv_len = tl.minimum(seq_len, context + first + tokens_per_tile)
     num_whole = (context + first + 1) // TILE  # tiles that even the first row sees all of
@@ -75,4 +75,4 @@ def prefill_kernel(
         top, mass, acc = attend_to_tile(
             q, top, mass, acc, k_cache_ptr, v_cache_ptr, table_ptr, kv_head, tile * TILE, kv_len, limits, scale_log2,
             KV_HEADS, HEAD_DIM, PAGE, TILE, PRECISION, MASKED=True)  # fmt: skip
-    tl.store(out_ptr + places, (acc / mass[:, None]).to(q.dtype), mask=real[:, None])
+    tl.store(out_ptr + places, (acc / mass[:, None]).to(q.dtype), mask=in_head(real, dims, HEAD_DIM))

@@ -25,7 +25,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.triton.attention_tile import attend_to_tile
+from nanovllm.kernels.triton.attention_tile import attend_to_tile, in_head
 from nanovllm.kernels.triton.launch import wait_for_inputs
 
 
@@ -93,7 +93,7 @@ def _attend(
 ):  # fmt: skip
     """Members first_member, first_member + 1, ... of a squad of `size`, as many as ROWS hold; order_ptr: of the squad."""
     rows = tl.arange(0, ROWS)
-    dims = tl.arange(0, HEAD_DIM)
+    dims = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
     member = first_member + rows // GROUP
     real = (rows < ROWS // GROUP * GROUP) & (member < size)
     entries = tl.load(order_ptr + member, mask=real, other=0).to(tl.int64)
@@ -101,18 +101,18 @@ def _attend(
     shared = tl.load(shared_ptr + any_entry)
     q_rows = (entries * KV_HEADS + kv_head) * GROUP + rows % GROUP
     places = q_rows[:, None] * HEAD_DIM + dims[None, :]
-    q = tl.load(q_ptr + places, mask=real[:, None], other=0.0)
+    q = tl.load(q_ptr + places, mask=in_head(real, dims, HEAD_DIM), other=0.0)
     limits = tl.zeros([ROWS], tl.int32) + shared - 1
     top = tl.full([ROWS], float("-inf"), tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    acc = tl.zeros([ROWS, triton.next_power_of_2(HEAD_DIM)], tl.float32)
     for tile in tl.range(0, tl.cdiv(shared, TILE), num_stages=STAGES):
         top, mass, acc = attend_to_tile(
             q, top, mass, acc, k_cache_ptr, v_cache_ptr, tables_ptr + any_entry * table_stride, kv_head, tile * TILE, shared,
             limits, scale_log2, KV_HEADS, HEAD_DIM, PAGE, TILE, PRECISION, MASKED=PAGE % TILE != 0)  # fmt: skip
     tl.store(top_ptr + q_rows, top, mask=real)
     tl.store(mass_ptr + q_rows, mass, mask=real)
-    tl.store(acc_ptr + places, acc, mask=real[:, None])
+    tl.store(acc_ptr + places, acc, mask=in_head(real, dims, HEAD_DIM))
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_squads"])
