@@ -8,6 +8,7 @@ in its prefix cache the others do not know. A request's random numbers are those
 """
 
 import dataclasses
+import logging
 import os
 import pickle
 import time
@@ -19,6 +20,7 @@ import torch
 from nanovllm.config import EngineConfig
 from nanovllm.engine.children import Child, WorkerError, end
 from nanovllm.engine.llm_engine import LLM, EngineDeadError, Params, Prompt
+from nanovllm.engine.machine import LOG, require_gpus
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.wire import Channel
 from nanovllm.outputs import RequestOutput
@@ -57,9 +59,8 @@ class ReplicatedLLM:
         switches = config.optimizations
         self.size, ranks = switches.data_parallel_size, switches.tensor_parallel_size
         on_gpus = config.device != "cpu" and torch.cuda.is_available()
-        if on_gpus and torch.cuda.device_count() < self.size * ranks:
-            raise ValueError(f"data_parallel_size={self.size} with tensor_parallel_size={ranks} needs {self.size * ranks} GPUs; "
-                             f"there are {torch.cuda.device_count()}")  # fmt: skip
+        if on_gpus:
+            require_gpus(self.size * ranks, f"data_parallel_size={self.size} with tensor_parallel_size={ranks}")
         self.config = dataclasses.replace(config, optimizations=dataclasses.replace(switches, data_parallel_size=1))
         self._timeout_s = STEP_TIMEOUT_S["cuda" if on_gpus else "cpu"]
         self._num_requests, self._dispatched = 0, 0
@@ -72,7 +73,7 @@ class ReplicatedLLM:
             for replica in range(self.size):
                 gpus = _visible_gpus(replica * ranks, ranks) if on_gpus else {}
                 self._children.append(Child(f"replica {replica}", REPLICA_MAIN, gpus))
-                self._children[-1].tell(pickle.dumps((self.config, num_threads)), START_TIMEOUT_S)
+                self._children[-1].tell(pickle.dumps((self.config, num_threads, replica)), START_TIMEOUT_S)
             resolved = self._answers(b"ready", START_TIMEOUT_S)
         except BaseException:
             self._end("it did not start", force=True)
@@ -236,7 +237,9 @@ class _Replica(LLM):
 
 def main(channel: Channel) -> None:
     """Of a replica's process: until the channel closes."""
-    config, num_threads = pickle.loads(channel.receive())  # from our own front end, over an anonymous socket
+    config, num_threads, replica = pickle.loads(channel.receive())  # from our own front end, over an anonymous socket
+    if replica > 0:
+        LOG.setLevel(logging.WARNING)  # the first says for all what was chosen
     torch.set_num_threads(num_threads)
     arguments = {f.name: getattr(config, f.name) for f in dataclasses.fields(EngineConfig) if f.name != "model"}
     with _Replica(config.model, **arguments) as llm:

@@ -9,11 +9,10 @@ from collections.abc import Sequence as SequenceOf
 from importlib import import_module
 from typing import Any, Self
 
-import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from nanovllm.config import EngineConfig
+from nanovllm.config import Device, EngineConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Scheduler, StepPlan
@@ -54,12 +53,14 @@ class LLMEngine:
     def __init__(self, config: EngineConfig) -> None:
         self._dead: str | None = "it was never started"
         self._stats = StepStats()
-        if config.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device='cuda' was asked for and torch sees no GPU (old driver, CPU torch?); use device='cpu'")
+        begin = time.perf_counter()
+        device: Device = "cpu"
+        if config.device != "cpu":
+            device, config = _load("machine", "prepare")(config)
         folder = resolve_model(config.model)
         self.model_config = load_hf_config(folder)
         resolved = config.resolve(
-            device="cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu",
+            device=device,
             dtype=self.model_config.dtype if config.dtype == "auto" else config.dtype,
             max_position_embeddings=self.model_config.max_position_embeddings,
         )
@@ -74,6 +75,8 @@ class LLMEngine:
         blocks = make_blocks(self.runner.num_blocks, resolved.block_size, self._stats)
         self.scheduler = make_scheduler(self.config, blocks, self._stats)
         self.loop = (_load("overlap", "OverlappedStepLoop") if on.overlap else StepLoop)(self.scheduler, self.runner)
+        if device == "cuda":
+            self.loop = _load("machine", "started")(self, time.perf_counter() - begin)
         self._step_times: deque[tuple[float, int, int]] = deque(maxlen=2**18)  # some 40 MB
         self._num_requests, self._dead = 0, None
         gc.collect(1)  # a whole collection would take longer than a small model's start

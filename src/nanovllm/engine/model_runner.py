@@ -41,7 +41,8 @@ class ModelRunner:
     def __init__(self, resolved: ResolvedConfig, model_config: ModelConfig, folder: Path, stats: StepStats,
                  tp: TensorParallel | None = None) -> None:
         self.config, self.stats, self.tp = resolved, stats, (tp := tp or TensorParallel())
-        self.device = torch.device(resolved.device, tp.rank) if resolved.device == "cuda" else torch.device("cpu")
+        # The caller's current GPU; a tensor-parallel rank has made that of its number current.
+        self.device = torch.device("cuda", torch.cuda.current_device()) if resolved.device == "cuda" else torch.device("cpu")
         dtype = getattr(torch, resolved.dtype)
         self.kernels = tp.over_shards(load_kernels(resolved.optimizations, stats.kernel_calls))
         self.attention = load_attention(

@@ -41,6 +41,8 @@ class Rank:
         channel.send(b"imported")
         channel.receive()  # every rank has got as far: from here on they wait for each other
         on = job.resolved.optimizations
+        if job.resolved.device == "cuda":
+            import_module("nanovllm.engine.machine").check_capability(job.rank)
         self.group = DistributedTensorParallel(job.rank, on.tensor_parallel_size, job.rendezvous, job.resolved.device, on,
                                                self.stats, self.progress, job.timeout_s)  # fmt: skip
         make_runner = import_module("nanovllm.engine.cuda_graph").GraphRunner if on.cuda_graphs else ModelRunner

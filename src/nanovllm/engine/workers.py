@@ -44,8 +44,6 @@ class TensorParallelRunner:
 
     def __init__(self, resolved: ResolvedConfig, model_config: ModelConfig, folder: Path, stats: StepStats) -> None:
         self.size = resolved.optimizations.tensor_parallel_size
-        if resolved.device == "cuda" and torch.cuda.device_count() < self.size:
-            raise ValueError(f"tensor_parallel_size={self.size} needs as many GPUs; there are {torch.cuda.device_count()}")
         ranks = TensorParallel()
         ranks.size = self.size
         ranks.share(model_config.num_attention_heads, "query heads")  # said before any process is started
