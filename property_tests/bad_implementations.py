@@ -831,7 +831,7 @@ def unknown_arguments_are_dropped() -> list[Patch]:
 def the_cache_takes_what_others_hold() -> list[Patch]:
     """The cache is sized from the total memory, whatever is in use."""
 
-    def num_blocks_for(config: Any, spec: KVCacheSpec, device: torch.device, reserved_bytes: int = 0) -> int:
+    def num_blocks_for(config: Any, spec: KVCacheSpec, device: torch.device) -> int:
         from nanovllm.engine import kv_cache
 
         _, total = kv_cache.memory(device)

@@ -110,6 +110,9 @@ class GraphRunner(ModelRunner):
         self.buckets = buckets_for(resolved.max_num_seqs)
         # Only our sampler draws no noise for greedy rows by itself; the others get a graph that never does.
         self.greedy_variants = (False,) if resolved.optimizations.kernels == "triton" else (False, True)
+        level = "triton" if resolved.optimizations.kernels == "triton" else "torch"
+        self.ends = import_module(f"nanovllm.kernels.{level}.decode_step")
+        self.spare_row = resolved.max_num_seqs
         self.cascade = resolved.optimizations.cascade_attention
         self.fewest_sharing = fewest_sharing(model_config.num_key_value_heads, resolved.optimizations.tensor_parallel_size)
         self.variants = [Variant(bucket, greedy, shares)
@@ -118,20 +121,20 @@ class GraphRunner(ModelRunner):
                          for shares in ((False, True) if self.cascade and bucket > self.fewest_sharing else (False,))]  # fmt: skip
         with room_for("the model", "free memory on the device, or share it out over more GPUs (tensor_parallel_size)"):
             super().__init__(resolved, model_config, folder, stats, tp)
-        self.spare_row = resolved.max_num_seqs
         self.block_tables[self.spare_row] = self.num_blocks  # the spare block
-        with self.device:
-            self.inputs = torch.zeros(2 * resolved.max_num_seqs, dtype=torch.int64)
-            self.query_start_loc = torch.arange(resolved.max_num_seqs + 1, dtype=torch.int64)
         self.on_device: tuple[int, list[int], list[int]] | None = None  # bucket, rows, positions that `inputs` holds now
         self.first_blocks = [-1] * (resolved.max_num_seqs + 1)  # of each row
         self.share = False  # whether rows on the device share a prefix
-        level = "triton" if resolved.optimizations.kernels == "triton" else "torch"
-        self.ends = import_module(f"nanovllm.kernels.{level}.decode_step")
         with room_for(f"recording steps of up to {resolved.max_num_seqs} requests, beside weights and KV cache,",
                       "lower kv_cache_memory_bytes, gpu_memory_utilization or max_num_seqs"):  # fmt: skip
             self.recorded = self._record_all()
         stats.reset()
+
+    def make_rows(self) -> None:
+        super().make_rows()
+        with self.device:
+            self.inputs = torch.zeros(2 * self.config.max_num_seqs, dtype=torch.int64)
+            self.query_start_loc = torch.arange(self.config.max_num_seqs + 1, dtype=torch.int64)
 
     def launch(self, plan: StepPlan) -> StepHandle:
         """Replays a decode step; runs any other eagerly."""

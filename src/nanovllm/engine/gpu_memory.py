@@ -14,6 +14,7 @@ from nanovllm.engine.kv_cache import KVCacheSpec
 from nanovllm.engine.scheduler import StepPlan
 
 if TYPE_CHECKING:
+    from nanovllm.config import ResolvedConfig
     from nanovllm.engine.model_runner import ModelRunner
 
 _alive: set[object] = set()
@@ -40,14 +41,16 @@ def bytes_for_steps(runner: ModelRunner, spec: KVCacheSpec) -> int:
     Raises MemoryError, saying what to lower, where that step does not fit.
     """
     config = runner.config
+    if (rehearsal := getattr(runner, "rehearsal", None)) is not None:
+        rehearsal.wait()
     forget_workspaces_with(runner.model)
     runner.kv_caches = spec.allocate(1, runner.device)
     step = f"a step of {config.max_num_batched_tokens} tokens and {config.max_num_seqs} requests, beside the weights,"
     try:
         with room_for(step, "lower max_num_batched_tokens or max_num_seqs, or free memory on the device"):
-            reserved = _peak_bytes(runner, min(config.max_num_batched_tokens, config.max_num_seqs * config.max_model_len))
+            reserved = _peak_bytes(runner, prefill(config, config.max_num_batched_tokens))
             if config.optimizations.cuda_graphs:
-                reserved += _peak_bytes(runner, config.max_num_seqs)
+                reserved += _peak_bytes(runner, prefill(config, config.max_num_seqs))
                 reserved += GRAPH_BYTES * max(2 * len(runner.buckets), len(runner.variants))  # type: ignore[attr-defined]
     finally:
         runner.kv_caches = []
@@ -69,12 +72,16 @@ def forget_workspaces_with(model: Any) -> None:
     weakref.finalize(model, forget).atexit = False  # the driver may be gone by then
 
 
-def _peak_bytes(runner: ModelRunner, num_tokens: int) -> int:
-    """Of a prefill of `num_tokens` tokens by as many requests as may run, all of them sampling."""
-    entries = min(runner.config.max_num_seqs, num_tokens)
+def prefill(config: ResolvedConfig, num_tokens: int) -> StepPlan:
+    """Of `num_tokens` tokens, or the most that can be, by as many requests as may run, all of them sampling."""
+    num_tokens = min(num_tokens, config.max_num_seqs * config.max_model_len)
+    entries = min(config.max_num_seqs, num_tokens)
     lengths = [num_tokens // entries + (i < num_tokens % entries) for i in range(entries)]
-    plan = StepPlan(-1, rows=list(range(entries)), starts=[0] * entries, query_lens=lengths, samples=[True] * entries,
+    return StepPlan(-1, rows=list(range(entries)), starts=[0] * entries, query_lens=lengths, samples=[True] * entries,
                     token_ids=[0] * num_tokens, greedy_only=False)  # fmt: skip
+
+
+def _peak_bytes(runner: ModelRunner, plan: StepPlan) -> int:
     torch.cuda.synchronize(runner.device)
     torch.cuda.reset_peak_memory_stats(runner.device)
     before = torch.cuda.memory_allocated(runner.device)

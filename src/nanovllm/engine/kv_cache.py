@@ -41,14 +41,14 @@ class KVCacheSpec:
         return [(layer[0], layer[1]) for layer in cache]
 
 
-def num_blocks_for(config: ResolvedConfig, spec: KVCacheSpec, device: torch.device, reserved_bytes: int = 0) -> int:
+def num_blocks_for(config: ResolvedConfig, spec: KVCacheSpec, device: torch.device) -> int:
     """Blocks within the byte budget: the explicit one; else what is left of gpu_memory_utilization of the device's memory
-    once everything that is in use now, by this process or any other, is counted, and what a step will need (reserved_bytes),
-    but no more than max_num_seqs requests of max_model_len tokens can fill. Raises ValueError where not even one block fits.
+    once everything that is in use now, by this process or any other, is counted, but no more than max_num_seqs requests of
+    max_model_len tokens can fill. Raises ValueError where not even one block fits. (A GPU's automatic budget: memory_plan.py.)
     """
     if (budget := config.kv_cache_memory_bytes) is None:
         free, total = memory(device)
-        budget = int(free - reserved_bytes - (1 - config.gpu_memory_utilization) * total)
+        budget = int(free - (1 - config.gpu_memory_utilization) * total)
         budget = min(budget, config.max_num_seqs * -(-config.max_model_len // config.block_size) * spec.block_bytes)
     if budget < spec.block_bytes:
         raise ValueError(f"the KV cache would have {max(budget, 0)} bytes, one block of {config.block_size} tokens takes "

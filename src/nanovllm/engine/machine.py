@@ -185,7 +185,9 @@ class OnDevice:
 
 def started(engine: Any, duration_s: float) -> Any:
     """Says in one line what an engine on a GPU has become; its step loop, bound to its device."""
-    tell(describe(engine.config, _where(engine.runner)) + f"; started in {duration_s:.1f} s")
+    compiled = getattr(engine.runner, "rehearsal", None)
+    how = f" ({compiled.num_kernels} kernels compiled in {compiled.duration_s:.1f} s)" if compiled and compiled.num_kernels else ""
+    tell(f"{describe(engine.config, _where(engine.runner))}; started in {duration_s:.1f} s{how}")
     device = getattr(engine.runner, "device", None)  # the engine of several ranks has none: each rank is a process of its own
     return engine.loop if device is None else OnDevice(engine.loop, device)
 

@@ -34,7 +34,7 @@ class StepHandle:
 
 
 class ModelRunner:
-    """One rank. Raises MemoryError where a step or the cache does not fit, torch.OutOfMemoryError where the weights do not."""
+    """One rank. Raises MemoryError where weights, a step or the cache do not fit, saying what to lower."""
 
     spare = 0  # rows and blocks that no request gets
 
@@ -48,6 +48,15 @@ class ModelRunner:
         self.attention = load_attention(
             resolved.optimizations, stats.attention_calls, num_kv_heads=model_config.num_key_value_heads // tp.size,
             block_size=resolved.block_size, head_dim=model_config.head_dim, dtype=dtype)  # fmt: skip
+        plan: Any = None
+        if resolved.device == "cuda":
+            from nanovllm.engine.memory_plan import MemoryPlan
+
+            plan = MemoryPlan(self, model_config)
+            if resolved.optimizations.kernels == "triton":
+                from nanovllm.engine.rehearsal import Rehearsal
+
+                self.rehearsal: Any = Rehearsal(self, model_config)
         default_dtype = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
@@ -58,20 +67,21 @@ class ModelRunner:
         load_weights(self.model, folder, tp)
         self.model.to(self.device).eval().requires_grad_(False)
 
-        rows, max_blocks = resolved.max_num_seqs + self.spare, -(-resolved.max_model_len // resolved.block_size)
-        with self.device:
-            self.block_tables = torch.zeros(rows, max_blocks, dtype=torch.int32)
-            self.last_tokens, self.top_ks, self.seeds = torch.zeros(3, rows, dtype=torch.int64)
-            self.temperatures, self.top_ps = torch.zeros(2, rows, dtype=torch.float32)
+        self.make_rows()
 
-        spec, reserved = KVCacheSpec.of(model_config, resolved), 0
-        if resolved.device == "cuda":
-            from nanovllm.engine.gpu_memory import bytes_for_steps
-
-            reserved = bytes_for_steps(self, spec)
-        self.num_blocks = tp.agree_on_least(num_blocks_for(resolved, spec, self.device, reserved))
+        spec = KVCacheSpec.of(model_config, resolved)
+        num_blocks = plan.num_blocks(self, spec) if plan else num_blocks_for(resolved, spec, self.device)
+        self.num_blocks = tp.agree_on_least(num_blocks)
         self.kv_cache_bytes = self.num_blocks * spec.block_bytes
         self.kv_caches = spec.allocate(self.num_blocks + self.spare, self.device)
+
+    def make_rows(self) -> None:
+        """The state of every row, on the runner's device."""
+        rows = self.config.max_num_seqs + self.spare
+        with self.device:
+            self.block_tables = torch.zeros(rows, -(-self.config.max_model_len // self.config.block_size), dtype=torch.int32)
+            self.last_tokens, self.top_ks, self.seeds = torch.zeros(3, rows, dtype=torch.int64)
+            self.temperatures, self.top_ps = torch.zeros(2, rows, dtype=torch.float32)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepHandle:

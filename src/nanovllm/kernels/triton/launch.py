@@ -11,6 +11,7 @@ CUDA C++ programming guide, "Programmatic dependent launch and synchronization".
 from __future__ import annotations
 
 import functools
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+STANDS_FOR: ContextVar[torch.device | None] = ContextVar("STANDS_FOR", default=None)
+"""The device whose kernels are meant where tensors are on the meta device: engine/rehearsal.py compiles before there are others."""
 
 
 @triton.jit
@@ -49,14 +54,19 @@ def _supports_pdl(device_index: int) -> bool:
 
 def pdl(x: Tensor) -> dict[str, Any]:
     """Launch arguments for a kernel that works on x's device."""
-    if x.is_cuda and _supports_pdl(x.device.index):
+    device = x.device if x.is_cuda else STANDS_FOR.get()
+    if device is not None and _supports_pdl(device.index):
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
 
 
-@functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may have; without a GPU those of an RTX 4070."""
+    return _shared_memory(device if device.type == "cuda" else STANDS_FOR.get() or device)
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 99 << 10
 
 

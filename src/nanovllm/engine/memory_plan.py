@@ -1,0 +1,134 @@
+"""What an engine may take of a GPU's memory, and what does not fit, in numbers: before the weights are loaded. Loaded only on a GPU.
+
+    total  | others | this engine: weights, code | a step | KV cache | kept free |
+                    |<------- at most gpu_memory_utilization of total ->|
+
+gpu_memory_utilization is the share of the whole memory that this engine may take, as in vLLM, so two engines of 0.45 go together.
+Where others hold so much that less than that is free, the engine takes what is free but for `kept_free_bytes`; vLLM would not start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+from typing import TYPE_CHECKING
+
+import torch
+
+from nanovllm.engine.gpu_memory import bytes_for_steps
+from nanovllm.engine.kv_cache import KVCacheSpec, memory, num_blocks_for
+from nanovllm.models.config import ModelConfig
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
+
+if TYPE_CHECKING:
+    from nanovllm.engine.model_runner import ModelRunner
+
+KEPT_FREE_BYTES = 512 << 20
+"""Of a GPU that others use too: a desktop's windows come and go. Less where gpu_memory_utilization leaves less."""
+
+
+class MemoryPlan:
+    """Made before the weights are loaded. Raises MemoryError where they do not fit."""
+
+    def __init__(self, runner: ModelRunner, model: ModelConfig) -> None:
+        self.config, self.device = runner.config, runner.device
+        self.free_bytes, self.total_bytes = memory(runner.device)
+        self.weights_bytes = weights_bytes(runner, model)
+        self.num_kv_heads, self.num_ranks = model.num_key_value_heads, runner.tp.size
+        if self.weights_bytes > min(self.free_bytes, self.allowed_bytes):
+            raise MemoryError(self._weights_do_not_fit())
+
+    @property
+    def allowed_bytes(self) -> int:
+        return int(self.config.gpu_memory_utilization * self.total_bytes)
+
+    @property
+    def kept_free_bytes(self) -> int:
+        return min(KEPT_FREE_BYTES, self.total_bytes - self.allowed_bytes)
+
+    def num_blocks(self, runner: ModelRunner, spec: KVCacheSpec) -> int:
+        """KV blocks of an engine whose weights are loaded: of an explicit kv_cache_memory_bytes; else of what is left of the
+        plan when a step has its room, but no more than max_num_seqs requests of max_model_len tokens can fill.
+
+        Raises ValueError where what is left does not hold one request of max_model_len tokens.
+        """
+        step_bytes = bytes_for_steps(runner, spec)
+        if self.config.kv_cache_memory_bytes is not None:
+            return num_blocks_for(self.config, spec, self.device)
+        free_now, _ = memory(self.device)
+        taken = self.free_bytes - free_now
+        room = min(self.allowed_bytes - taken, free_now - self.kept_free_bytes) - step_bytes
+        one_request = -(-self.config.max_model_len // spec.block_size)
+        if room < one_request * spec.block_bytes:
+            raise ValueError(self._request_does_not_fit(room, free_now - step_bytes, step_bytes, one_request, spec))
+        return min(room // spec.block_bytes, self.config.max_num_seqs * one_request)
+
+    def _weights_do_not_fit(self) -> str:
+        each = " on each GPU" if self.num_ranks > 1 else ""
+        lines = [f"the weights take {_gib(self.weights_bytes)} in {self.config.dtype}{each}; of {_gib(self.total_bytes)} on {self.device} "
+                 f"{_gib(self.free_bytes)} are free, and gpu_memory_utilization={self.config.gpu_memory_utilization:g} allows "
+                 f"{_gib(self.allowed_bytes)}"]  # fmt: skip
+        lines += self._others()
+        ways = []
+        if self.weights_bytes > self.free_bytes and self.weights_bytes < self.total_bytes - self.kept_free_bytes:
+            ways.append(f"free {_gib(self.weights_bytes - self.free_bytes)} or more on that GPU")
+        if self.allowed_bytes < self.weights_bytes <= self.free_bytes:
+            ways.append(f"raise gpu_memory_utilization to more than {_up(self.weights_bytes / self.total_bytes)}")
+        fits = 0.9 * min(self.free_bytes, self.allowed_bytes)  # something must be left for a cache
+        if self.config.dtype == "float32" and self.weights_bytes / 2 <= fits:
+            ways.append(f"dtype='bfloat16' ({_gib(self.weights_bytes // 2)})")
+        whole = self.weights_bytes * self.num_ranks
+        ranks = [n for n in (2, 4, 8) if n > self.num_ranks and self.num_kv_heads % n == 0 and whole / n <= fits]
+        if ranks:
+            ways.append(f"tensor_parallel_size={ranks[0]} on as many GPUs ({_gib(whole // ranks[0])} on each)")
+        ways.append("a smaller model, or a GPU with more memory")
+        return "; ".join(lines) + ". What helps: " + "; ".join(ways)
+
+    def _others(self) -> list[str]:
+        """Who else holds memory of this GPU, as far as it can be told: another container's processes are not listed."""
+        ours = torch.cuda.memory_reserved(self.device)
+        held = [f"{_gib(self.total_bytes - self.free_bytes - ours)} are held by other processes and the driver"]
+        if ours:
+            held.append(f"{_gib(ours)} by PyTorch in this process (another engine? close it)")
+        processes = ""
+        with contextlib.suppress(Exception):  # NVML is missing, or keeps this to itself: an error about memory must not become one
+            processes = torch.cuda.list_gpu_processes(self.device)
+        named = [f"process {pid} {size} MiB" for pid, size in re.findall(r"process\s+(\d+) uses\s+(\d+)[.\d]* MB", processes)
+                 if int(pid) != os.getpid()]  # fmt: skip
+        return held + ([f"among them {', '.join(named[:5])}"] if named else [])
+
+    def _request_does_not_fit(self, room: int, free_after_step: int, step_bytes: int, one_request: int, spec: KVCacheSpec) -> str:
+        config = self.config
+        needed, tokens = one_request * spec.block_bytes, max(0, room) // spec.block_bytes * spec.block_size
+        ways = []
+        if tokens:
+            ways.append(f"max_model_len={tokens} or less")
+        share = _up((self.allowed_bytes + needed - room) / self.total_bytes)
+        if share <= 1 and needed <= free_after_step - min(KEPT_FREE_BYTES, int((1 - share) * self.total_bytes)):
+            ways.append(f"gpu_memory_utilization={share} or more instead of {config.gpu_memory_utilization:g}")
+        if needed - room < step_bytes // 2:
+            ways.append(f"max_num_batched_tokens or max_num_seqs lower than {config.max_num_batched_tokens} and {config.max_num_seqs} "
+                        f"(a step takes {_gib(step_bytes)})")  # fmt: skip
+        ways.append("more free memory on that GPU, or tensor_parallel_size to share it out")
+        return (f"the KV cache would hold {tokens:,} tokens ({_gib(max(0, room))}), and one request of max_model_len="
+                f"{config.max_model_len} takes {_gib(needed)}: of {_gib(self.total_bytes)} on {self.device} {_gib(self.free_bytes)} were "
+                f"free, the weights take {_gib(self.weights_bytes)}, a step {_gib(step_bytes)}. What helps: {'; '.join(ways)}")
+
+
+def weights_bytes(runner: ModelRunner, model: ModelConfig) -> int:
+    """Of this rank's share. From the model itself, built without memory: its shapes are those that a checkpoint must have."""
+    with torch.device("meta"):
+        built = Qwen3ForCausalLM(model, 1, runner.kernels, runner.attention, runner.tp)
+    itemsize: int = getattr(torch, runner.config.dtype).itemsize
+    return sum(parameter.numel() for parameter in built.parameters()) * itemsize
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def _up(share: float) -> float:
+    """To two decimals, never less."""
+    return math.ceil(share * 100 - 1e-9) / 100
