@@ -103,5 +103,5 @@ def test_code_lines_are_lines_with_code(tmp_path: Path) -> None:
 
 def test_statements_are_counted_without_docstrings(tmp_path: Path) -> None:
     file = tmp_path / "sample.py"
-    file.write_text('"""Doc."""\nx = 1; y = 2\n\n\ndef f():\n    """Doc."""\n    if x:\n        return (\n            y\n        )\n')
+    file.write_text('"""Doc."""\nx = 1; y = 2\n\n\ndef f():\n    """Doc."""\n    if x:\n        return (\n        y)\n')
     assert count_statements(file) == 5  # two assignments, def, if, return

@@ -242,7 +242,8 @@ def test_one_line_says_what_was_chosen(tiny: Path) -> None:
     resolved = config_with(dtype="bfloat16", max_num_seqs=8).resolve(device="cpu", dtype="bfloat16", max_position_embeddings=4096)
     line = describe(SimpleNamespace(**vars(resolved) | {"num_kv_blocks": 1000, "kv_cache_bytes": 3 << 29}), "NVIDIA H200 (cuda:1)")
     assert line == ("NVIDIA H200 (cuda:1), bfloat16; attention torch, kernels torch, batching chunked, prefix cache (off: CUDA "
-                    "graphs, overlap, cascade attention); KV cache of 16,000 tokens, 1.50 GiB, for up to 8 requests of up to 4,096 tokens")
+                    "graphs, overlap, cascade attention); KV cache of 16,000 tokens, 1.50 GiB, for up to 8 requests of up to 4,096 "
+                    "tokens")
 
 
 def test_the_line_goes_where_the_application_wants_it() -> None:

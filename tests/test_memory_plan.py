@@ -73,7 +73,7 @@ def test_weights_that_do_not_fit_say_what_is_missing_and_what_helps(monkeypatch:
     with pytest.raises(MemoryError) as caught:
         plan_for(monkeypatch, Gpu(16, 2, listing))
     said = str(caught.value)
-    assert WEIGHTS / GIB == pytest.approx(15.26, abs=0.01)
+    assert pytest.approx(15.26, abs=0.01) == WEIGHTS / GIB
     for part in ("the weights take 15.26 GiB in bfloat16", "of 16.00 GiB on cuda:0 14.00 GiB are free",
                  "2.00 GiB are held by other processes", "process 4711 1500 MiB, process 12 300 MiB", "free 1.26 GiB or more",
                  "tensor_parallel_size=2 on as many GPUs (7.63 GiB on each)", "a smaller model"):  # fmt: skip
@@ -87,7 +87,7 @@ def test_weights_in_float32_may_fit_in_bfloat16(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_share_that_is_too_small_for_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(MemoryError, match=r"gpu_memory_utilization=0\.3 allows 7\.20 GiB.*raise gpu_memory_utilization to more than 0\.64"):
+    with pytest.raises(MemoryError, match=r"gpu_memory_utilization=0\.3 allows 7\.20 GiB.*raise .* to more than 0\.64"):
         plan_for(monkeypatch, Gpu(24, 1), gpu_memory_utilization=0.3)
 
 
@@ -159,5 +159,7 @@ def test_a_share_that_would_not_help_is_not_proposed(monkeypatch: pytest.MonkeyP
 
 
 def test_an_explicit_cache_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = Gpu(24, 0)
-    assert blocks(*plan_for(monkeypatch, gpu, kv_cache_memory_bytes=1 << 30), gpu) == (1 << 30) // (2 * 36 * 8 * 128 * 16 * 2)
+    for share in (0.9, 0.1):
+        gpu = Gpu(24, 0)
+        plan, runner = plan_for(monkeypatch, gpu, kv_cache_memory_bytes=1 << 30, gpu_memory_utilization=share)
+        assert blocks(plan, runner, gpu) == (1 << 30) // (2 * 36 * 8 * 128 * 16 * 2)

@@ -22,10 +22,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-from nanovllm.config import ALL, EngineConfig  # noqa: E402
-from nanovllm.kernels.registry import load_attention, load_kernels  # noqa: E402
-from nanovllm.layers.linear import TensorParallel  # noqa: E402
-from nanovllm.models.config import ModelConfig  # noqa: E402
+from nanovllm.config import ALL, EngineConfig
+from nanovllm.kernels.registry import load_attention, load_kernels
+from nanovllm.layers.linear import TensorParallel
+from nanovllm.models.config import ModelConfig
 
 MODEL = ModelConfig(vocab_size=2048, hidden_size=512, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=4,
                     num_key_value_heads=2, max_position_embeddings=4096, rms_norm_eps=1e-6, rope_theta=1e6, head_dim=64,
@@ -88,7 +88,8 @@ with LLM(sys.argv[1], dtype="bfloat16", max_model_len=1024, max_num_seqs=40) as 
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "TRITON_CACHE_DIR": str(tmp_path)}
     for rehearsed in (True, False):  # from an empty cache, and once more
-        done = subprocess.run([sys.executable, "-c", script, str(tiny)], env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run([sys.executable, "-c", script, str(tiny)], env=environment, capture_output=True, text=True,
+                              check=False)  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         count, _, late = done.stdout.strip().partition(" ")
         assert late == "[]", done.stdout
@@ -107,7 +108,8 @@ def make_runner(device: torch.device) -> Any:
     runner: Any = object.__new__(GraphRunner)
     runner.config, runner.tp, runner.device, runner.spare_row = config, TensorParallel(), device, config.max_num_seqs
     runner.kernels = load_kernels(config.optimizations, Counter())
-    runner.attention = load_attention(config.optimizations, Counter(), num_kv_heads=2, block_size=16, head_dim=64, dtype=torch.bfloat16)
+    runner.attention = load_attention(config.optimizations, Counter(), num_kv_heads=2, block_size=16, head_dim=64,
+                                      dtype=torch.bfloat16)  # fmt: skip
     runner.ends = import_module("nanovllm.kernels.triton.decode_step")
     runner.variants = [Variant(bucket, False, shares) for bucket in reversed(buckets_for(80)) for shares in (False, bucket > 32)]
     return runner
@@ -145,8 +147,8 @@ def main() -> None:
         kernel.device_caches.clear()
     found.clear()
     rehearsal.META, torch.empty, torch.empty_like = torch.device("cpu"), torch.zeros, torch.zeros_like
-    Real = import_module("nanovllm.models.qwen3").Qwen3ForCausalLM
-    rehearsal.Qwen3ForCausalLM = lambda model, length, *rest: Real(model, 2000, *rest)
+    model_of = import_module("nanovllm.models.qwen3").Qwen3ForCausalLM
+    rehearsal.Qwen3ForCausalLM = lambda model, length, *rest: model_of(model, 2000, *rest)
     shadow = rehearsal.shadow_of(make_runner(device), MODEL)
     shadow._batch = lambda plan, rows: ModelRunner._batch(shadow, plan, rows)
     rehearsal.compile_launches(lambda: rehearsal.first_steps(shadow), device)

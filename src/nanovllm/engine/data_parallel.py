@@ -239,7 +239,7 @@ def main(channel: Channel) -> None:
     """Of a replica's process: until the channel closes."""
     config, num_threads, replica = pickle.loads(channel.receive())  # from our own front end, over an anonymous socket
     if replica > 0:
-        LOG.setLevel(logging.WARNING)  # the first says for all what was chosen
+        LOG.setLevel(logging.ERROR)  # the first says for all what was chosen
     torch.set_num_threads(num_threads)
     arguments = {f.name: getattr(config, f.name) for f in dataclasses.fields(EngineConfig) if f.name != "model"}
     with _Replica(config.model, **arguments) as llm:

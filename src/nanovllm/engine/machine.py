@@ -96,9 +96,9 @@ def why_no_gpu(said: list[str]) -> str:
         except RuntimeError as error:
             said = [str(error)]
     reason = " ".join(said[0].split()) if said else "no reason given"
-    return (f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, says {reason!r}; update the NVIDIA driver, or install "
-            "a torch for an older CUDA (https://pytorch.org/get-started/previous-versions); in a container, pass the GPU in "
-            "(--gpus all)")
+    return (f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, says {reason!r}; update the NVIDIA driver, or "
+            "install a torch for an older CUDA (https://pytorch.org/get-started/previous-versions); in a container, pass the GPU "
+            "in (--gpus all)")
 
 
 def _hidden_by_caller() -> bool:

@@ -1,10 +1,10 @@
-"""What an engine may take of a GPU's memory, and what does not fit, in numbers: before the weights are loaded. Loaded only on a GPU.
+"""What an engine may take of a GPU's memory, and what does not fit, before the weights are loaded. Loaded only on a GPU.
 
     total  | others | this engine: weights, code | a step | KV cache | kept free |
                     |<------- at most gpu_memory_utilization of total ->|
 
 gpu_memory_utilization is the share of the whole memory that this engine may take, as in vLLM, so two engines of 0.45 go together.
-Where others hold so much that less than that is free, the engine takes what is free but for `kept_free_bytes`; vLLM would not start.
+Where others hold so much that less than that is free, the engine takes what is free but for `kept_free_bytes`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class MemoryPlan:
 
     @property
     def allowed_bytes(self) -> int:
-        return int(self.config.gpu_memory_utilization * self.total_bytes)
+        """An explicit kv_cache_memory_bytes says more than a share of the memory does, and takes its place."""
+        share = 1.0 if self.config.kv_cache_memory_bytes is not None else self.config.gpu_memory_utilization
+        return int(share * self.total_bytes)
 
     @property
     def kept_free_bytes(self) -> int:
@@ -67,9 +69,10 @@ class MemoryPlan:
 
     def _weights_do_not_fit(self) -> str:
         each = " on each GPU" if self.num_ranks > 1 else ""
-        lines = [f"the weights take {_gib(self.weights_bytes)} in {self.config.dtype}{each}; of {_gib(self.total_bytes)} on {self.device} "
-                 f"{_gib(self.free_bytes)} are free, and gpu_memory_utilization={self.config.gpu_memory_utilization:g} allows "
-                 f"{_gib(self.allowed_bytes)}"]  # fmt: skip
+        lines = [f"the weights take {_gib(self.weights_bytes)} in {self.config.dtype}{each}",
+                 f"of {_gib(self.total_bytes)} on {self.device} {_gib(self.free_bytes)} are free"]
+        if self.allowed_bytes < self.total_bytes:
+            lines.append(f"gpu_memory_utilization={self.config.gpu_memory_utilization:g} allows {_gib(self.allowed_bytes)}")
         lines += self._others()
         ways = []
         if self.weights_bytes > self.free_bytes and self.weights_bytes < self.total_bytes - self.kept_free_bytes:
@@ -109,12 +112,13 @@ class MemoryPlan:
         if share <= 1 and needed <= free_after_step - min(KEPT_FREE_BYTES, int((1 - share) * self.total_bytes)):
             ways.append(f"gpu_memory_utilization={share} or more instead of {config.gpu_memory_utilization:g}")
         if needed - room < step_bytes // 2:
-            ways.append(f"max_num_batched_tokens or max_num_seqs lower than {config.max_num_batched_tokens} and {config.max_num_seqs} "
-                        f"(a step takes {_gib(step_bytes)})")  # fmt: skip
+            ways.append(f"max_num_batched_tokens or max_num_seqs lower than {config.max_num_batched_tokens} and "
+                        f"{config.max_num_seqs} (a step takes {_gib(step_bytes)})")
         ways.append("more free memory on that GPU, or tensor_parallel_size to share it out")
         return (f"the KV cache would hold {tokens:,} tokens ({_gib(max(0, room))}), and one request of max_model_len="
-                f"{config.max_model_len} takes {_gib(needed)}: of {_gib(self.total_bytes)} on {self.device} {_gib(self.free_bytes)} were "
-                f"free, the weights take {_gib(self.weights_bytes)}, a step {_gib(step_bytes)}. What helps: {'; '.join(ways)}")
+                f"{config.max_model_len} takes {_gib(needed)}: of {_gib(self.total_bytes)} on {self.device} "
+                f"{_gib(self.free_bytes)} were free, the weights take {_gib(self.weights_bytes)}, a step {_gib(step_bytes)}. "
+                f"What helps: {'; '.join(ways)}")
 
 
 def weights_bytes(runner: ModelRunner, model: ModelConfig) -> int:

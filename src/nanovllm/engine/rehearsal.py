@@ -1,4 +1,4 @@
-"""The kernels of an engine's first steps, compiled side by side while its weights are loaded. Loaded on a GPU with kernels='triton'.
+"""The kernels of an engine's first steps, compiled side by side while weights are loaded. Loaded on a GPU with kernels='triton'.
 
 Triton compiles a kernel when it is first launched, one after the other: half a minute on a machine that has never run this engine.
 So the steps that a start consists of, and a first prefill, are gone through beforehand on the meta device, where tensors have
@@ -160,7 +160,7 @@ def shadow_of(runner: ModelRunner, model: ModelConfig) -> Any:
 
 
 def batch_of(plan: StepPlan, block_size: int) -> ForwardBatch:
-    """Of the shapes that ModelRunner._batch gives it; that takes operations for which torch loads its compiler on the meta device."""
+    """Of the shapes that ModelRunner._batch gives it, but without operations for which torch loads its compiler on this device."""
     def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=META)
 
