@@ -7,7 +7,9 @@ by `EngineConfig.resolve`, and only resolved values are used and recorded.
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
 Device = Literal["cpu", "cuda"]
@@ -51,7 +53,7 @@ class Optimizations:
         for name, levels in LEVELS.items():
             value, allowed = getattr(self, name), (*levels, "auto")
             if name.endswith("parallel_size"):
-                _require(type(value) is int and value >= 1, name, value, "a whole number of processes, 1 or more")
+                _require(type(value) is int and 1 <= value <= 1024, name, value, "a whole number of processes, 1 to 1024")
             else:
                 same = any(value == level and type(value) is type(level) for level in allowed)
                 _require(same, name, value, "one of " + ", ".join(map(repr, allowed)))
@@ -80,7 +82,7 @@ class EngineConfig:
     skip_tokenizer_init: bool = False
     dtype: str = "auto"
     device: str = "auto"
-    seed: int = 0
+    seed: int = 0  # None, once vLLM's default, is taken as 0
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
@@ -91,12 +93,22 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _require(isinstance(self.model, str) and self.model != "", "model", self.model, "a folder or a hub id")
+        named = self.tokenizer is None or (isinstance(self.tokenizer, str) and self.tokenizer != "")
+        _require(named, "tokenizer", self.tokenizer, "None, a folder or a hub id")
+        _require(type(self.skip_tokenizer_init) is bool, "skip_tokenizer_init", self.skip_tokenizer_init, "True or False")
         _require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "'auto', 'float32' or 'bfloat16'")
         _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "'auto', 'cpu' or 'cuda'")
         for name in ("max_num_seqs", "block_size", "max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes"):
             value, optional = getattr(self, name), type(self).__dataclass_fields__[name].default is None
-            _require((value is None and optional) or (type(value) is int and value >= 1), name, value, "a whole number, 1 or more")
-        _require(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", self.gpu_memory_utilization, "in (0, 1]")
+            low, high = (1, 2**63 - 1) if name == "kv_cache_memory_bytes" else (1, 2**31 - 1)
+            fits = (value is None and optional) or (type(value) is int and low <= value <= high)
+            _require(fits, name, value, f"a whole number from {low} to {high}")
+        share = self.gpu_memory_utilization
+        _require(isinstance(share, Real) and 0 < share <= 1, "gpu_memory_utilization", share, "in (0, 1]")  # type: ignore[operator]
+        object.__setattr__(self, "gpu_memory_utilization", float(share))
+        _require(self.seed is None or isinstance(self.seed, Integral), "seed", self.seed, "None or a whole number")
+        object.__setattr__(self, "seed", int(self.seed or 0))
+        _require(isinstance(self.optimizations, Optimizations), "optimizations", self.optimizations, "Optimizations or a dict")
 
     @classmethod
     def from_kwargs(cls, model: str, **kwargs: Any) -> EngineConfig:
@@ -107,7 +119,8 @@ class EngineConfig:
             kwargs = translate(kwargs)
         if isinstance(kwargs.get("optimizations"), dict):
             kwargs["optimizations"] = Optimizations(**kwargs["optimizations"])
-        return cls(model=str(model), **kwargs)
+        paths = {name: os.fspath(path) for name, path in {"model": model, **kwargs}.items() if isinstance(path, os.PathLike)}
+        return cls(**{"model": model, **kwargs, **paths})
 
     def resolve(self, *, device: Device, dtype: str, max_position_embeddings: int) -> ResolvedConfig:
         """Fixes every open value for a model on `device`. Raises ValueError where values contradict each other."""

@@ -1,5 +1,6 @@
 """How the tokens of one request are chosen: the subset of vLLM's SamplingParams that this engine has."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -11,6 +12,7 @@ class SamplingParams:
     temperature: 0 is greedy, else 1e-5 or more. top_k: 0 or -1 keeps all. top_p: 1e-30 to 1. max_tokens: at least 1.
     seed: of the request's random numbers, any 64-bit integer; None draws one from the engine's seed and the request's
     number of arrival. logprobs: how many of the most likely tokens are reported beside the chosen one; None: none at all.
+    stop_token_ids: at which the answer ends; None, as in vLLM, is taken as none.
     """
 
     temperature: float = 1.0
@@ -35,3 +37,11 @@ class SamplingParams:
         check("max_tokens", "a whole number, 1 or more", 1, 2**63)
         check("seed", "None or an integer of 64 bits", -(2**63), 2**63 - 1, also=None)
         check("logprobs", "None or a whole number, 0 or more", 0, 2**63, also=None)
+        given = () if self.stop_token_ids is None else self.stop_token_ids
+        whole = isinstance(given, Collection) and not isinstance(given, (str, bytes, Mapping)) and all(
+            isinstance(token, Integral) and token >= 0 for token in given)  # type: ignore[operator]
+        if not whole:
+            raise ValueError(f"stop_token_ids={given!r} is not allowed; it must be None or a list of token ids, whole numbers")
+        object.__setattr__(self, "stop_token_ids", tuple(map(int, given)))
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos={self.ignore_eos!r} is not allowed; it must be True or False")

@@ -23,6 +23,8 @@ from nanovllm.engine.llm_engine import LLM, EngineDeadError, Params, Prompt
 from nanovllm.engine.machine import LOG, require_gpus
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.wire import Channel
+from nanovllm.models.loader import resolve_model
+from nanovllm.models.sampling_defaults import default_params
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
@@ -81,13 +83,17 @@ class ReplicatedLLM:
         self._resolved: dict[str, Any] = resolved[0]
         self._read_counters("stats")
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` takes where it is given none: the checkpoint's recommendation, as in vLLM."""
+        return default_params(resolve_model(self.config.model))
+
     def generate(self, prompts: Prompt | SequenceOf[Prompt], sampling_params: Params = None, *,
                  use_tqdm: bool = True) -> list[RequestOutput]:
         """Runs every prompt to its end; outputs in the order of the prompts. Nothing runs if one of them is not valid."""
         self._check_alive()
         one = isinstance(prompts, (str, dict)) or (len(prompts) > 0 and all(isinstance(token, int) for token in prompts))
         batch: list[Any] = [prompts] if one else list(prompts)
-        given = sampling_params if sampling_params is not None else SamplingParams()
+        given = sampling_params if sampling_params is not None else self.get_default_sampling_params()
         params = [given] * len(batch) if isinstance(given, SamplingParams) else list(given)
         if len(params) != len(batch):
             raise ValueError(f"{len(batch)} prompts and {len(params)} sampling_params; give one for all, or one for each")

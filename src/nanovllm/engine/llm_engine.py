@@ -18,13 +18,16 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Scheduler, StepPlan
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stats import StepStats
-from nanovllm.models.config import load_hf_config
+from nanovllm.models.config import load_hf_config, read_json
 from nanovllm.models.loader import resolve_model
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
 Prompt = str | list[int] | dict[str, Any]
 Params = SamplingParams | SequenceOf[SamplingParams] | None
+PLAIN_TOKENIZER = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
+                   "add_prefix_space": False, "clean_up_tokenization_spaces": False}  # fmt: skip
+"""What may stand beside a tokenizer.json without changing what it does."""
 
 
 class EngineDeadError(RuntimeError):
@@ -57,14 +60,15 @@ class LLMEngine:
         device: Device = "cpu"
         if config.device != "cpu":
             device, config = _load("machine", "prepare")(config)
-        folder = resolve_model(config.model)
+        folder = self._folder = resolve_model(config.model)
         self.model_config = load_hf_config(folder)
         resolved = config.resolve(
             device=device,
             dtype=self.model_config.dtype if config.dtype == "auto" else config.dtype,
             max_position_embeddings=self.model_config.max_position_embeddings,
         )
-        self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config.tokenizer or str(folder))
+        self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(
+            config.tokenizer or str(folder), self.model_config.eos_token_ids)
         on = resolved.optimizations
         make_runner = (_load("workers", "TensorParallelRunner") if on.tensor_parallel_size > 1
                        else _load("cuda_graph", "GraphRunner") if on.cuda_graphs else ModelRunner)  # fmt: skip
@@ -217,13 +221,18 @@ class LLM(LLMEngine):
     def __init__(self, model: str, **kwargs: Any) -> None:
         super().__init__(EngineConfig.from_kwargs(model, **kwargs))
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` takes where it is given none: the checkpoint's recommendation, as in vLLM."""
+        return import_module("nanovllm.models.sampling_defaults").default_params(self._folder)
+
     def generate(self, prompts: Prompt | SequenceOf[Prompt], sampling_params: Params = None, *,
                  use_tqdm: bool = True) -> list[RequestOutput]:
         """Runs every prompt to its end; outputs in the order of the prompts. Nothing runs if one of them is not valid."""
         self._check_alive()
         one = isinstance(prompts, (str, dict)) or (len(prompts) > 0 and all(isinstance(token, int) for token in prompts))
         batch: list[Any] = [prompts] if one else list(prompts)
-        params = list(given) if isinstance(given := sampling_params, SequenceOf) else [given or SamplingParams()] * len(batch)
+        given = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        params = list(given) if isinstance(given, SequenceOf) else [given] * len(batch)
         if len(params) != len(batch):
             raise ValueError(f"{len(batch)} prompts and {len(params)} sampling_params; give one for all, or one for each")
         seqs = [self.make_sequence(str(n), p, s, n) for n, (p, s) in enumerate(zip(batch, params, strict=True), self._num_requests)]
@@ -248,8 +257,22 @@ def _load(module: str, name: str) -> Any:
     return getattr(import_module(f"nanovllm.engine.{module}"), name)
 
 
-def load_tokenizer(folder: str) -> Tokenizer:
-    """tokenizer.json of a folder or hub id. Raises FileNotFoundError with what to do where there is none."""
+def load_tokenizer(folder: str, eos_token_ids: tuple[int, ...] = ()) -> Tokenizer:
+    """tokenizer.json of a folder or hub id. Raises FileNotFoundError with what to do where there is none, ValueError for one that
+    is damaged or that files beside it contradict."""
     if not (file := resolve_model(folder) / "tokenizer.json").is_file():
         raise FileNotFoundError(f"{file} is missing: give `tokenizer`, or skip_tokenizer_init=True and prompts as token ids")
-    return Tokenizer.from_file(str(file))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing more special
+        raise ValueError(f"{file} is not a tokenizer: {error}") from error
+    tokenizer.no_truncation()  # both are how it was last used, not what the model is
+    tokenizer.no_padding()
+    beside: dict[str, Any] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (more := file.with_name(name)).is_file():
+            beside |= read_json(more)
+    beside.pop("model_max_length", None)  # bounds nothing here
+    if not beside.items() <= PLAIN_TOKENIZER.items():
+        import_module("nanovllm.models.tokenizer_files").check_tokenizer(file.parent, tokenizer, eos_token_ids)
+    return tokenizer

@@ -41,6 +41,7 @@ from torch import Tensor
 
 from nanovllm.kernels.torch.sampling import philox4x32
 from nanovllm.models.generated import RECIPE
+from nanovllm.models.weight_files import weight_files
 
 
 @dataclass(frozen=True)
@@ -174,12 +175,12 @@ def ensure_checkpoint(preset: str, *, cache_dir: Path | str | None = None, **cha
 
 
 def checkpoint_digest(folder: Path | str) -> str:
-    """SHA-256 over config.json and every tensor (name, dtype, shape, bytes) of a folder's safetensors, however they are cut
-    into files. Raises FileNotFoundError where there are none."""
+    """SHA-256 over config.json and every tensor (name, dtype, shape, bytes) of a folder's model, however it is cut into files.
+    Raises FileNotFoundError where there is none, ValueError where its files contradict each other."""
     folder = Path(folder)
     digest = hashlib.sha256(json.dumps(json.loads((folder / "config.json").read_text()), sort_keys=True).encode())
     places: dict[str, tuple[Path, int, dict[str, Any]]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder, warn=False):
         with file.open("rb") as stream:
             header_size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(header_size))

@@ -2,13 +2,26 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-COMPUTED: dict[str, Any] = {"architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu", "use_sliding_window": False,
-                            "rope type": "default", "layer_types": ["full_attention"]}  # fmt: skip
-"""What this engine computes. Any other value is an error: a setting is never ignored."""
+COMPUTED: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "use_sliding_window": False,
+    "rope type": "default", "layer_types": ["full_attention"], "is_causal": True, "partial_rotary_factor": 1.0,
+    "mrope_section": "none", "dual_chunk_attention_config": "none", "quantization_config": "none", "compression_config": "none",
+}  # fmt: skip
+"""What this engine computes. Any other value is an error: a setting is never ignored (docs/checkpoints.md lists them all)."""
+
+KINDS: dict[Any, tuple[str, Any]] = {
+    int: ("a whole number, 1 or more", lambda value: type(value) is int and value >= 1),
+    float: ("a number above 0", lambda value: type(value) in (int, float) and 0 < value < math.inf),
+    bool: ("true or false", lambda value: type(value) is bool),
+    str: ("a name", lambda value: type(value) is str),
+    tuple[int, ...]: ("token ids, whole numbers", lambda value: all(type(token) is int and token >= 0 for token in value)),
+}
+"""What a value of each type must be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,34 +47,46 @@ class ModelConfig:
 def load_hf_config(folder: Path) -> ModelConfig:
     """Reads config.json, and the end-of-sequence ids of generation_config.json, as transformers 4 and 5 write them.
 
-    Raises FileNotFoundError where there is none, ValueError for what this engine does not compute and what is missing.
+    Raises FileNotFoundError where there is none, ValueError for what this engine does not compute, what is missing, and values
+    of another type.
     """
-    raw = _read(folder / "config.json")
+    raw = read_json(folder / "config.json")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, transformers 4
-    layer_types = sorted(set(raw.get("layer_types") or COMPUTED["layer_types"]))
+    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
+    layer_types = sorted(set(map(str, raw.get("layer_types") or COMPUTED["layer_types"])))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    found = {"architectures": "none", **raw, "layer_types": layer_types, "rope type": rope_type}
+    found = {"architectures": "none", **rope, **raw, "layer_types": layer_types, "rope type": rope_type}
     for name, computed in COMPUTED.items():
         if found.get(name, computed) not in (computed, None):
             raise ValueError(f"{folder} has {name}={found[name]!r}; this engine computes {computed!r} only")
     generation = folder / "generation_config.json"
-    eos = (_read(generation) if generation.is_file() else {}).get("eos_token_id", raw.get("eos_token_id"))
+    eos = (read_json(generation) if generation.is_file() else {}).get("eos_token_id", raw.get("eos_token_id"))
     found |= {
         "rope_theta": rope.get("rope_theta", raw.get("rope_theta")),
-        "head_dim": raw.get("head_dim") or raw.get("hidden_size", 0) // raw.get("num_attention_heads", 1),
         "dtype": raw.get("dtype") or raw.get("torch_dtype") or "float32",
         "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
     }
-    fields = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
-    if lacking := [name for name, default in fields.items() if default is dataclasses.MISSING and found.get(name) is None]:
+    fields = {f.name: f for f in dataclasses.fields(ModelConfig)}
+    needed = [name for name, f in fields.items() if f.default is dataclasses.MISSING and name != "head_dim"]
+    if lacking := [name for name in needed if found.get(name) is None]:
         raise ValueError(f"{folder / 'config.json'} lacks {', '.join(lacking)}")
-    return ModelConfig(**{name: found[name] for name in fields if found.get(name) is not None})
+    values = {name: found[name] for name in fields if found.get(name) is not None}
+    for name, value in values.items():
+        allowed, fits = KINDS[fields[name].type]
+        if not fits(value):
+            raise ValueError(f"{folder} has {name.replace('_ids', '_id')}={value!r}; it must be {allowed}")
+    values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
+    return ModelConfig(**values)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """The keys and values of a file. Raises FileNotFoundError, and ValueError for what is no such file."""
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: give a folder with config.json and *.safetensors, or a hub id")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is not JSON of keys and values; it holds a {type(content).__name__}")
+    return content

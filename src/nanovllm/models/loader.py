@@ -21,17 +21,21 @@ def resolve_model(name_or_path: str) -> Path:
 def load_weights(model: nn.Module, folder: Path, tp: TensorParallel) -> None:
     """Fills every parameter.
 
-    Raises FileNotFoundError where there are no safetensors; ValueError for a file that is truncated, and for tensors that
-    are missing, unknown or of another shape.
+    Raises FileNotFoundError where there are no safetensors; ValueError for a file that is truncated, for tensors that are
+    missing, unknown or of another shape, and for a stored head that is not the tied one.
     """
     if not (files := sorted(folder.glob("*.safetensors"))):
         from nanovllm.models.generated import fill
 
         fill(model, folder, tp)  # or raises FileNotFoundError
         return
+    if [file.name for file in files] != ["model.safetensors"]:
+        from nanovllm.models.weight_files import weight_files
+
+        files = weight_files(folder, warn=tp.rank == 0)
     parameters: dict[str, Any] = dict(model.named_parameters())
     missing = {(name, part) for name, param in parameters.items() for part in param.parts or [None]}
-    unknown = []
+    unknown, stored_heads = [], []
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
@@ -40,14 +44,20 @@ def load_weights(model: nn.Module, folder: Path, tp: TensorParallel) -> None:
                     if (target, part) in missing:
                         missing.remove((target, part))
                         _load(parameters[target], part, tensors.get_slice(name), tp, f"{name} of {file}")
-                    elif name != "lm_head.weight":  # a tied head may be stored as well
+                    elif name == "lm_head.weight":  # a tied head may be stored as well
+                        stored_heads.append(file)
+                    else:
                         unknown.append(name)
         except SafetensorError as error:
             raise ValueError(f"{file} cannot be read ({error}): it is truncated or damaged; fetch it again") from error
     if missing:
-        raise ValueError(f"{folder} lacks {_listed([name if part is None else f'{name} ({part})' for name, part in missing])}")
+        raise ValueError(f"{folder} lacks {shortened([name if part is None else f'{name} ({part})' for name, part in missing])}")
     if unknown:
-        raise ValueError(f"{folder} holds tensors that the model has no place for: {_listed(unknown)}")
+        raise ValueError(f"{folder} holds tensors that the model has no place for: {shortened(unknown)}")
+    for file in stored_heads:
+        from nanovllm.models.weight_files import check_tied_head
+
+        check_tied_head(file, parameters["model.embed_tokens.weight"])
 
 
 def _target(name: str, packed: dict[str, tuple[str, str]]) -> tuple[str, str | None]:
@@ -67,5 +77,6 @@ def _load(param: Any, part: str | None, source: Any, tp: TensorParallel, name: s
     target.copy_(source[tuple(slice(rank * n, (rank + 1) * n) for n, (rank, _) in zip(target.shape, ranks, strict=True))])
 
 
-def _listed(names: list[str], limit: int = 8) -> str:
+def shortened(names: list[str], limit: int = 8) -> str:
+    """The first names of a list, and how many more there are."""
     return ", ".join(sorted(names)[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,72 @@
+"""Which of a folder's safetensors are the model: loaded only where there is more than one model.safetensors to choose from.
+
+Other files lie about: shards of another cut, Mistral's consolidated.safetensors, the adapter of a merged model, the original
+weights beside converted ones. Which ones count is said by the index, or by the name; the same as in HF and vLLM.
+"""
+
+import json
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from nanovllm.models.loader import shortened
+
+INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+NEVER_A_MODEL = ("consolidated", "adapter_")
+"""How the names of files begin that hold the weights a second time, by other names, or changes to them."""
+
+
+def weight_files(folder: Path, warn: bool = True) -> list[Path]:
+    """The files whose tensors are the model's, sorted; [] where there are none.
+
+    Those that the index names; without one model.safetensors; without either every *.safetensors that is not known to be
+    something else. warn: of files that are passed over. Raises ValueError for an index that names a file that is not here, and
+    where a model.safetensors lies beside an index that does not name it: HF reads that one file, vLLM those of the index.
+    """
+    there = sorted(folder.glob("*.safetensors"))
+    if (folder / INDEX).is_file():
+        listed = read_index(folder / INDEX)
+        if (folder / WHOLE).is_file() and WHOLE not in listed:
+            raise ValueError(f"{folder} holds {WHOLE} and {INDEX}, which does not name it; HF reads the one, vLLM what the other "
+                             "names: remove the one that is not meant")
+        if missing := [name for name in listed if not (folder / name).is_file()]:
+            raise ValueError(f"{folder} lacks {missing[0]}, of which {INDEX} says that it holds "
+                             f"{shortened(listed[missing[0]])}: fetch the folder again")
+        chosen = [folder / name for name in sorted(listed)]
+    elif (folder / WHOLE).is_file():
+        chosen = [folder / WHOLE]
+    else:
+        chosen = [file for file in there if not file.name.startswith(NEVER_A_MODEL)]
+    if warn and (passed_over := [file.name for file in there if file not in chosen]):
+        warnings.warn(f"{folder}: the model is read from {', '.join(file.name for file in chosen) or 'no file'}; not from "
+                      f"{', '.join(passed_over)}", stacklevel=2)
+    return chosen
+
+
+def read_index(index: Path) -> dict[str, list[str]]:
+    """The tensors of each file that an index names. Raises ValueError for an index that is none."""
+    files: dict[str, list[str]] = {}
+    try:
+        for tensor, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            files.setdefault(name, []).append(tensor)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index} is not an index of weights, {{\"weight_map\": {{tensor: file}}}} ({error!r})") from error
+    here = [name for name in files if isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")]
+    if wrong := [name for name in files if name not in here]:
+        raise ValueError(f"{index} names {wrong[0]!r}; only *.safetensors of its own folder are read")
+    return files
+
+
+def check_tied_head(file: Path, embedding: Tensor) -> None:
+    """Raises ValueError where the lm_head.weight in `file` is not the embedding that the head is tied to: HF 5 would use the
+    stored one, older versions the tied one, so only the checkpoint's owner can say which is right."""
+    with safe_open(file, framework="pt") as tensors:
+        stored = tensors.get_tensor("lm_head.weight")
+    if stored.shape != embedding.shape or not torch.equal(stored.to(embedding.dtype), embedding.detach().cpu()):
+        raise ValueError(f"{file} holds an lm_head.weight that differs from model.embed_tokens.weight, and config.json says "
+                         "tie_word_embeddings: true, which makes them one. If the stored head is the right one (transformers 5 "
+                         "takes it), set tie_word_embeddings to false in config.json; if not, remove lm_head.weight from the file")
