@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments import provenance, records, tracking
+from experiments import environment, provenance, records, tracking
 from experiments.executor import EXECUTORS, Options
 from experiments.progress import ProgressBar
 
@@ -167,6 +167,4 @@ def _gate(folder: Path, option: str) -> bool:
 
 
 def _run(command: list[str]) -> int:
-    paths = [str(provenance.ROOT), str(provenance.ROOT / "src"), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    return subprocess.run(command, env=environment, check=False).returncode
+    return subprocess.run(command, env=environment.of_child(), check=False).returncode

@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from experiments import fairness, machine_lock, provenance, records, telemetry, validity
+from experiments import environment, fairness, machine_lock, provenance, records, telemetry, validity
 from experiments.engines import ENGINES
 from experiments.ledger import Ledger, Listener, utc_now
 from experiments.model_files import ModelError, locate
@@ -138,7 +138,7 @@ class Runner:
             "process_start_s": None, "load_s": None, "warm_up_s": None, "total_s": None, "workloads": {}, "toggles": {},
         }  # fmt: skip
         nursery = self._nursery_for(entry["block"], cell["engine"])
-        environment = self._environment_report(cell["engine"])
+        report = self._environment_report(cell["engine"])
         expected_s = self.ledger.expected_launch_s(entry["cell"])
         self.listener("start", {"launch": entry, "attempt": attempt, "expected_s": expected_s})
         measurement = self.plan["study"]["measurement"]
@@ -160,7 +160,7 @@ class Runner:
             "total_s": time.monotonic() - begin,
             "peak_memory_bytes": outcome["peak_memory_bytes"],
             "telemetry": outcome["telemetry"],
-            "provenance": self.machine | interpreter | {"collect_env": environment},
+            "provenance": self.machine | interpreter | {"collect_env": report},
         }
         self.ledger.folder.append(record, outcome["tokens"])
         self.listener("end", {"launch": entry, "record": record, "tokens": outcome["tokens"]})
@@ -178,7 +178,7 @@ class Runner:
             if self._nursery is not None:
                 self._nursery[1].close()
             log = self.out / records.LOGS / f"preload-b{block:02d}.log"
-            self._nursery = block, Nursery(sys.executable, child_environment(measurement["environment"]), modules, log)
+            self._nursery = block, Nursery(sys.executable, environment.of_child(measurement["environment"]), modules, log)
         return self._nursery[1]
 
     def _environment_report(self, engine: str) -> str | None:
@@ -230,7 +230,7 @@ def run_child(
         with log.open("wb") as output:
             child = subprocess.Popen(
                 [*command, *arguments], stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                env=child_environment(variables),
+                env=environment.of_child(variables),
             )  # fmt: skip
     else:
         log.write_bytes(b"")
@@ -265,12 +265,6 @@ def run_child(
     for leftover in (result, result.with_name(result.name + ".partial")):
         leftover.unlink(missing_ok=True)
     return outcome
-
-
-def child_environment(variables: dict[str, str]) -> dict[str, str]:
-    """The environment of a launch: this process's, the plan's variables, and this repository's modules."""
-    paths = [str(provenance.ROOT), str(provenance.ROOT / "src"), os.environ.get("PYTHONPATH", "")]
-    return os.environ | variables | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def kill_group(child: Child) -> None:

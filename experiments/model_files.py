@@ -6,13 +6,12 @@ A preset is built by the engine (`nanovllm.models.checkpoint`), which loads torc
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from experiments.provenance import ROOT
+from experiments.environment import of_child
 
 _BUILD = """
 import json, sys
@@ -52,9 +51,8 @@ def inspect(preset: str | None, path: str | None) -> dict[str, Any]:
     """{"path", "digest"} of a preset (built if need be) or a folder. Raises ModelError."""
     if path is not None:
         _check_folder(path)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
     given = json.dumps({"preset": preset, "path": path and str(Path(path).resolve())})
-    done = subprocess.run([sys.executable, "-c", _BUILD, given], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run([sys.executable, "-c", _BUILD, given], capture_output=True, text=True, env=of_child(), check=False)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise ModelError(f"model {preset or path}: cannot be prepared: {last[0]}")
@@ -72,7 +70,7 @@ def download(hub_id: str) -> Path:
         "import sys; from huggingface_hub import snapshot_download; "
         "print(snapshot_download(sys.argv[1], allow_patterns=['*.json', '*.safetensors', '*.txt', '*.jinja']))"
     )
-    done = subprocess.run([sys.executable, "-c", script, hub_id], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", script, hub_id], capture_output=True, text=True, env=of_child(), check=False)
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise ModelError(f"model {hub_id}: neither a folder with a config.json nor to be had from the hub ({last[0]}); "

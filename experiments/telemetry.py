@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+from nanovllm.host_limits import visible_gpus
+
 _PROC = Path("/proc")
 _MAX_SAMPLES = 120
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -294,11 +296,19 @@ def nvidia_smi(query: str, visible: str | None = None) -> list[list[str]]:
     return [row for row in rows if len(row) == len(query.split(","))]  # "No devices were found" may come with status 0
 
 
-def gpu_inventory(visible: str | None = None) -> list[dict[str, Any]]:
-    """Name, memory and driver of each GPU, of all or of those that `visible` names (a value of CUDA_VISIBLE_DEVICES); empty on a
-    machine without an NVIDIA driver."""
-    rows = nvidia_smi("--query-gpu=name,memory.total,driver_version", visible)
-    return [{"name": name, "memory_bytes": int(mib) << 20, "driver": driver} for name, mib, driver in rows if mib.isdigit()]
+def gpu_inventory() -> list[dict[str, Any]]:
+    """Name, memory and driver of each GPU that this process may use; empty on a machine without an NVIDIA driver.
+
+    A MIG instance is listed with the name and memory of the first GPU: nvidia-smi does not say which one it is a part of.
+    """
+    rows = nvidia_smi("--query-gpu=uuid,name,memory.total,driver_version")
+    found = []
+    for shown in visible_gpus([row[0] for row in rows]) if rows else []:
+        named = (row for index, row in enumerate(rows) if shown == str(index) or row[0].startswith(shown))
+        _, name, mib, driver = next(named, rows[0])
+        if mib.isdigit():
+            found.append({"name": name, "memory_bytes": int(mib) << 20, "driver": driver})
+    return found
 
 
 def free_gpu_bytes(visible: str | None = None) -> list[int]:

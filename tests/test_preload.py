@@ -13,18 +13,14 @@ from typing import Any
 
 import pytest
 
-from experiments import child, launch, records
+from experiments import child, environment, launch, records
 from experiments.preload import Nursery, PreloadError
 from tests.fake_engine import make_plan
 
 
-def environment() -> dict[str, str]:
-    return launch.child_environment({})
-
-
 @pytest.fixture
 def nursery(tmp_path: Path) -> Iterator[Nursery]:
-    made = Nursery(sys.executable, environment(), ("json",), tmp_path / "preload.log")
+    made = Nursery(sys.executable, environment.of_child(), ("json",), tmp_path / "preload.log")
     yield made
     made.close()
 
@@ -59,7 +55,7 @@ def test_a_killed_launch_says_by_which_signal_and_the_nursery_goes_on(tmp_path: 
 
 
 def test_a_module_that_cannot_be_imported_is_said(tmp_path: Path) -> None:
-    broken = Nursery(sys.executable, environment(), ("no_such_module",), tmp_path / "preload.log")
+    broken = Nursery(sys.executable, environment.of_child(), ("no_such_module",), tmp_path / "preload.log")
     with pytest.raises(PreloadError, match="no_such_module"):
         broken.start(["--help"], tmp_path / "log")
     broken.close()

@@ -158,7 +158,7 @@ def test_nvidia_smi_stands_in_where_the_package_is_absent(monkeypatch: pytest.Mo
         monkeypatch, tmp_path,
         "case $1 in\n"
         "*compute-apps*) echo 4242;;\n"
-        "*driver_version*) echo 'NVIDIA H200, 143771, 570.1';;\n"
+        "*driver_version*) echo 'GPU-1, NVIDIA H200, 143771, 570.1';;\n"
         "*) echo '1980, 3201, 61, [N/A], 97, 1024, Not Active, Active, Active';;\nesac",
     )  # fmt: skip
     gpu = telemetry.open_gpu()
@@ -243,12 +243,34 @@ def test_the_state_of_the_code_is_told_to_the_byte(tmp_path: Path) -> None:
     assert len(digests) == 4, "every change of a tracked or a new file has a digest of its own"
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_another_repository_does_not_answer_for_this_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    """A git hook exports GIT_DIR, and a release may be unpacked inside somebody's repository."""
+    other = tmp_path / "other"
+    other.mkdir()
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "-C", str(other), "init"], check=True, capture_output=True)
+    subprocess.run(["git", "-C", str(other), *who, "commit", "--allow-empty", "-m", "other"], check=True, capture_output=True)
+    if inside:
+        (other / "release").mkdir()
+        assert provenance.git_state(other / "release") is None
+        return
+    before = provenance.git_state()
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(other))
+    assert provenance.git_state() == before
+
+
 def test_variables_that_matter_are_recorded_and_secrets_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OMP_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG", "VLLM_API_KEY", "TORCH_TOKEN", "SOMETHING_ELSE"):
+    recorded = {"OMP_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG", "TOKENIZERS_PARALLELISM", "PYTHONPATH", "HF_HUB_OFFLINE", "LC_ALL"}
+    secret = {"VLLM_API_KEY", "TORCH_TOKEN", "HF_TOKEN", "VLLM_APIKEY"}
+    for name in (*recorded, *secret, "SOMETHING_ELSE"):
         monkeypatch.setenv(name, "1")
     found = provenance.of_interpreter()
-    assert {"OMP_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG"} <= set(found["environment"])
-    assert not {"VLLM_API_KEY", "TORCH_TOKEN", "SOMETHING_ELSE"} & set(found["environment"])
+    assert recorded <= set(found["environment"])
+    assert not {*secret, "SOMETHING_ELSE"} & set(found["environment"])
     assert found["packages"]["torch"].startswith("2.")
     machine = provenance.of_machine()
     assert {"git", "code_digest", "hostname", "os", "cpu", "memory_bytes", "gpus"} <= set(machine)

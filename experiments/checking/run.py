@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from experiments import model_files, provenance
 from experiments.checking import page, work
 from experiments.checking.jobs import Job, Scope, all_jobs, control_workloads
+from experiments.environment import of_child
 from experiments.launch import kill_group, tail
 
 TIMEOUT_S = 900
@@ -127,10 +127,8 @@ def judge_all(folder: Path, model: str, progress: Progress) -> None:
 
 
 def environment() -> dict[str, str]:
-    """One thread a process, for models this small; this repository's modules in every interpreter."""
-    paths = [str(provenance.ROOT), str(provenance.ROOT / "src"), os.environ.get("PYTHONPATH", "")]
-    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    return os.environ | threads | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    """One thread a process, for models this small."""
+    return of_child({"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
 
 
 def find_model(preset: str | None, path: str | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.config import ResolvedConfig
+from nanovllm.host_limits import memory_within
 from nanovllm.models.config import ModelConfig
 
 
@@ -57,5 +58,5 @@ def num_blocks_for(config: ResolvedConfig, spec: KVCacheSpec, device: torch.devi
 
 
 def memory(device: torch.device) -> tuple[int, int]:
-    """(free, total) bytes of the device, over all processes."""
-    return torch.cuda.mem_get_info(device) if device.type == "cuda" else psutil.virtual_memory()[1::-1]
+    """(free, total) bytes of the device, over all processes; of a CPU's, what this process may use."""
+    return torch.cuda.mem_get_info(device) if device.type == "cuda" else memory_within(*psutil.virtual_memory()[1::-1])
