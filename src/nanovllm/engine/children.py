@@ -44,9 +44,10 @@ class Child:
         code = f"from nanovllm.engine.children import run; from {module} import {function}; run({function})"
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", code, str(theirs.fileno()), str(lifeline_theirs)],
+                [sys.executable, "-P", "-c", code, str(theirs.fileno()), str(lifeline_theirs)],
                 pass_fds=[theirs.fileno(), lifeline_theirs], stdin=subprocess.DEVNULL,
-                env={**os.environ, **(environment or {}), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+                # Our sys.path and nothing before it: -c alone would find a statistics.py of the working directory first.
+                env={**os.environ, **(environment or {}), "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
             )  # fmt: skip
         finally:
             theirs.close()

@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import os
 import pickle
+import threading
 import time
 from collections.abc import Sequence as SequenceOf
 from typing import Any, Self
@@ -19,7 +20,7 @@ import torch
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.children import Child, WorkerError, end
-from nanovllm.engine.llm_engine import LLM, EngineDeadError, Params, Prompt
+from nanovllm.engine.llm_engine import LLM, EngineDeadError, Params, Prompt, one_at_a_time
 from nanovllm.engine.machine import LOG, require_gpus
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.wire import Channel
@@ -66,6 +67,7 @@ class ReplicatedLLM:
         self.config = dataclasses.replace(config, optimizations=dataclasses.replace(switches, data_parallel_size=1))
         self._timeout_s = STEP_TIMEOUT_S["cuda" if on_gpus else "cpu"]
         self._num_requests, self._dispatched = 0, 0
+        self._turn = threading.RLock()
         self._dead: str | None = None
         self._counters: list[dict[str, int]] = []
         self._toggles: list[dict[str, Any]] = []
@@ -87,6 +89,7 @@ class ReplicatedLLM:
         """What `generate` takes where it is given none: the checkpoint's recommendation, as in vLLM."""
         return default_params(resolve_model(self.config.model))
 
+    @one_at_a_time
     def generate(self, prompts: Prompt | SequenceOf[Prompt], sampling_params: Params = None, *,
                  use_tqdm: bool = True) -> list[RequestOutput]:
         """Runs every prompt to its end; outputs in the order of the prompts. Nothing runs if one of them is not valid."""
@@ -140,15 +143,18 @@ class ReplicatedLLM:
         """None: the steps of replicas overlap, and no sum of them is a duration."""
         return []
 
+    @one_at_a_time
     def reset_stats(self) -> None:
         self._dispatched = 0
         self._read_counters("reset_stats")
 
+    @one_at_a_time
     def reset_prefix_cache(self) -> None:
         self._read_counters("reset_prefix_cache")
 
     # -- life -------------------------------------------------------------------------------------------------------------
 
+    @one_at_a_time
     def close(self) -> None:
         """Ends every replica. May be called twice."""
         if self._dead is None:

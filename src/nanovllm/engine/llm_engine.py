@@ -1,13 +1,16 @@
 """The engine: requests in, tokens out. `LLM` is its offline face, with vLLM's interface."""
 
 import dataclasses
+import functools
 import gc
+import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from importlib import import_module
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -18,12 +21,14 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Scheduler, StepPlan
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stats import StepStats
+from nanovllm.host_limits import cpu_cores
 from nanovllm.models.config import load_hf_config, read_json
 from nanovllm.models.loader import resolve_model
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
 Prompt = str | list[int] | dict[str, Any]
+Method = TypeVar("Method", bound=Callable[..., Any])
 Params = SamplingParams | SequenceOf[SamplingParams] | None
 PLAIN_TOKENIZER = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
                    "add_prefix_space": False, "clean_up_tokenization_spaces": False}  # fmt: skip
@@ -32,6 +37,17 @@ PLAIN_TOKENIZER = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftex
 
 class EngineDeadError(RuntimeError):
     """The engine was closed, or a step failed: it takes no more requests."""
+
+
+def one_at_a_time(method: Method) -> Method:
+    """Calls of an engine from several threads wait for each other: a step belongs to one of them."""
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._turn:
+            return method(self, *args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 class StepLoop:
@@ -55,6 +71,7 @@ class LLMEngine:
 
     def __init__(self, config: EngineConfig) -> None:
         self._dead: str | None = "it was never started"
+        self._turn = threading.RLock()
         self._stats = StepStats()
         begin = time.perf_counter()
         device: Device = "cpu"
@@ -69,6 +86,8 @@ class LLMEngine:
         )
         self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(
             config.tokenizer or str(folder), self.model_config.eos_token_ids)
+        if resolved.device == "cpu" and torch.get_num_threads() > (cores := cpu_cores()):
+            torch.set_num_threads(cores)  # of a container's quota; torch counts the cores that there are
         on = resolved.optimizations
         make_runner = (_load("workers", "TensorParallelRunner") if on.tensor_parallel_size > 1
                        else _load("cuda_graph", "GraphRunner") if on.cuda_graphs else ModelRunner)  # fmt: skip
@@ -108,12 +127,14 @@ class LLMEngine:
         seed = params.seed if params.seed is not None else (self.config.seed & 0x7FFFFFFF) << 32 | (number & 0xFFFFFFFF)
         return Sequence(request_id, list(token_ids), params, seed, time.perf_counter(), frozenset(stops), text)
 
+    @one_at_a_time
     def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams) -> None:
         """Queues a request; it runs when `step` is called."""
         self._check_alive()
         self.scheduler.add(self.make_sequence(request_id, prompt, params, self._num_requests))
         self._num_requests += 1
 
+    @one_at_a_time
     def abort(self, request_id: str) -> bool:
         """Ends an unfinished request; False if there is none of that id."""
         return self.scheduler.abort(request_id) is not None
@@ -125,6 +146,7 @@ class LLMEngine:
         """Runs one step; returns the state of every request that got a token in it."""
         return [self.output_of(seq) for seq in self.advance()]
 
+    @one_at_a_time
     def advance(self) -> list[Sequence]:
         """Runs one step; returns the sequences that got a token. A failure ends the engine and gives everything back."""
         self._check_alive()
@@ -182,16 +204,19 @@ class LLMEngine:
         """(seconds, prefill tokens, decode tokens) of each step since the start or the last reset_stats; of the last 262,144."""
         return list(self._step_times)
 
+    @one_at_a_time
     def reset_stats(self) -> None:
         self._step_times.clear()
         self._stats.reset()
 
+    @one_at_a_time
     def reset_prefix_cache(self) -> None:
         """Forgets every prefix that no running request holds."""
         self.scheduler.blocks.forget_prefixes()
 
     # -- life -------------------------------------------------------------------------------------------------------
 
+    @one_at_a_time
     def close(self, reason: str = "it was closed") -> None:
         """Ends the processes and gives all memory back. May be called twice."""
         if self._dead is None:
@@ -211,7 +236,7 @@ class LLMEngine:
 
 
 class LLM(LLMEngine):
-    """vLLM's offline interface: `LLM(model, **arguments).generate(prompts, sampling_params)`."""
+    """vLLM's offline interface: `LLM(model, **arguments).generate(prompts, sampling_params)`. Threads that share one take turns."""
 
     def __new__(cls, model: str, **kwargs: Any) -> Any:
         """Replicas of an engine, of the same interface, where data_parallel_size says so."""
@@ -225,6 +250,7 @@ class LLM(LLMEngine):
         """What `generate` takes where it is given none: the checkpoint's recommendation, as in vLLM."""
         return import_module("nanovllm.models.sampling_defaults").default_params(self._folder)
 
+    @one_at_a_time
     def generate(self, prompts: Prompt | SequenceOf[Prompt], sampling_params: Params = None, *,
                  use_tqdm: bool = True) -> list[RequestOutput]:
         """Runs every prompt to its end; outputs in the order of the prompts. Nothing runs if one of them is not valid."""
