@@ -21,6 +21,33 @@ class SpecError(Exception):
     """A file that cannot be used; the message names the file, the key and what is allowed."""
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping: YAML calls it an error, PyYAML keeps the last one and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # what it brings may be written again: that is what it is for
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if isinstance(key, (str, int, float, bool, type(None))) and key in lines:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands in lines {lines[key]} and {line}: keep one", None
+                )
+            if isinstance(key, (str, int, float, bool, type(None))):
+                lines[key] = line
+        return super().construct_mapping(node, deep)
+
+
+def parse(text: str) -> Any:
+    """YAML, with each key once in its mapping. Raises yaml.YAMLError, for a structure that is too deep as well."""
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+
+
 def names(folder: Path) -> list[str]:
     """The YAML files of a folder, by the name they are called by."""
     return sorted(path.stem for path in folder.glob("*.yaml"))
@@ -40,9 +67,11 @@ def find(source: str | Path, folder: Path, what: str) -> Path:
 def load(model: type[M], path: Path, overrides: Iterable[str] = ()) -> tuple[M, dict[str, Any]]:
     """The validated content of a file, and what `overrides` ("a.b=value") have set in it. Raises SpecError."""
     try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        raw = parse(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:  # ValueError: 2026-99-99 is read as a date
         raise SpecError(f"{_shown(path)}: not valid YAML: {error}") from error
+    except OSError as error:
+        raise SpecError(f"{_shown(path)}: cannot be read: {error}") from error
     if not isinstance(raw, dict):
         raise SpecError(f"{_shown(path)}: the file must be a mapping of keys to values")
     applied = _override(raw, overrides)
@@ -79,8 +108,8 @@ def _override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
             if not isinstance(target, dict):
                 raise SpecError(f"override {text!r}: {parent!r} holds no keys of its own")
         try:
-            target[last] = applied[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            target[last] = applied[key] = parse(value)
+        except (yaml.YAMLError, ValueError) as error:
             raise SpecError(f"override {text!r}: the value is not valid YAML: {error}") from error
     return applied
 

@@ -144,3 +144,43 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         spec.load_study("embedded", ["blocks"])
     with pytest.raises(SpecError, match="'name' holds no keys of its own"):
         spec.load_study("embedded", ["name.x=1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (STUDY + "design: {blocks: 6}\nseed: 1\ndesign: {blocks: 2}\n", r"'design' stands in lines 8 and 10: keep one"),
+        (STUDY.replace("prefix_cache: {levels: on}", "batching: {levels: [static]}"), r"'batching' stands in lines 6 and 6"),
+        ("name: a\n1: x\n1: y\n", r"key 1 stands in lines 2 and 3"),
+        ("name: a\nyes: 1\ntrue: 2\n", r"key True stands"),
+        ("? [a]\n: b\n", r"not valid YAML"),
+        ("name: 2026-99-99\n", r"not valid YAML: month must be in"),
+        ("name: &x [*x]\n", r"five-lines\.yaml: "),
+        ("name: " + "[" * 3000 + "]" * 3000, r"not valid YAML: .*nested"),
+        ("name: \t- a\n\tb", r"not valid YAML"),
+        ("", r"must be a mapping"),
+    ],
+)
+def test_yaml_that_says_two_things_or_none(study: Path, text: str, message: str) -> None:
+    study.write_text(text)
+    with pytest.raises(SpecError, match=message):
+        spec.load_study(study)
+
+
+def test_a_merge_key_may_be_overridden(study: Path) -> None:
+    """`<<` brings defaults, which are there to be written again."""
+    common = "{kind: random, num_requests: 8, prompt_tokens: 4, output_tokens: 4}"
+    text = STUDY.split("workloads:")[0] + f"workloads:\n  a: &a {common}\n  b:\n    <<: *a\n    num_requests: 2\n"
+    study.write_text(text)
+    assert spec.load_study(study)[0].workloads["b"].params["num_requests"] == 2
+
+
+def test_a_file_in_another_encoding_is_a_message(study: Path) -> None:
+    study.write_bytes(STUDY.replace("A study", "Größe").encode("latin-1"))
+    with pytest.raises(SpecError, match=r"not valid YAML: .*utf-8"):
+        spec.load_study(study)
+
+
+def test_an_override_says_a_key_once(study: Path) -> None:
+    with pytest.raises(SpecError, match=r"'blocks' stands in lines 1 and 1"):
+        spec.load_study(study, ["design={blocks: 2, blocks: 3}"])
