@@ -19,6 +19,8 @@ MIN_BLOCKS_BOOTSTRAP = 6
 """Below this number of blocks a resampling interval means nothing (Hoefler and Belli, rule 5)."""
 DEFAULT_BLOCKS = 6
 POWER = 0.8
+_LARGEST_QUANTILE = 1e6
+"""Of Student's t: beyond it scipy has no numbers for the noncentral distribution, and no effect is that large."""
 
 
 def least_blocks(bootstrap: bool) -> int:
@@ -51,6 +53,8 @@ def detectable_in_sd(n: int, alpha: float, power: float) -> float:
     from scipy.stats import nct, t  # a second to load, and seldom needed
 
     limit = t.ppf(1 - alpha / 2, n - 1)
+    if limit > _LARGEST_QUANTILE:
+        return math.inf
 
     def lacking(mean: float) -> float:
         return float(nct.sf(limit, n - 1, mean * math.sqrt(n))) - power
@@ -62,8 +66,10 @@ def detectable_in_sd(n: int, alpha: float, power: float) -> float:
 
 
 def detectable(sd_log: float, n: int, alpha: float, power: float = POWER) -> float:
-    """The smallest relative change (0.03: 3 %) that n blocks of this noise find with this power, alone in its family."""
-    return math.expm1(detectable_in_sd(n, alpha, power) * sd_log)
+    """The smallest relative change (0.03: 3 %) that n blocks of this noise find with this power, alone in its family; infinite
+    where so few blocks find none at such an alpha."""
+    log_ratio = detectable_in_sd(n, alpha, power) * sd_log if sd_log > 0 else 0.0
+    return math.expm1(log_ratio) if log_ratio < 700 else math.inf
 
 
 def previous_noise(plan: dict[str, Any], folders: Iterable[Path]) -> tuple[float, Path] | None:

@@ -8,6 +8,8 @@ The bootstrap stands beside it.
 
 import hashlib
 import math
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,6 +22,7 @@ from statsmodels.stats.multitest import multipletests
 from experiments.sizing import MIN_BLOCKS_BOOTSTRAP, POWER, detectable
 
 BOOTSTRAP_RESAMPLES = 9_999
+_LARGEST_LOG = math.log(sys.float_info.max)
 
 Better = Literal["higher", "lower"]
 Effect = dict[str, Any]
@@ -58,8 +61,14 @@ def t_interval(samples: NDArray[np.float64], alpha: float) -> tuple[NDArray[np.f
     if n < 2:
         raise ValueError(f"an interval needs at least 2 samples, got {n}")
     mean = samples.mean(axis=-1)
-    half = stats.t.ppf(1 - alpha / 2, n - 1) * samples.std(axis=-1, ddof=1) / math.sqrt(n)
+    error, quantile = samples.std(axis=-1, ddof=1) / math.sqrt(n), stats.t.ppf(1 - alpha / 2, n - 1)
+    half = np.multiply(quantile, error, out=np.zeros_like(error), where=error > 0)  # a tiny alpha's quantile is infinite
     return mean - half, mean + half
+
+
+def ratio_of(log_ratio: float) -> float:
+    """exp, infinite where a float cannot hold it: the interval of a tiny alpha reaches that far."""
+    return math.exp(log_ratio) if log_ratio < _LARGEST_LOG else math.inf
 
 
 def t_test(samples: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -72,16 +81,19 @@ def t_test(samples: NDArray[np.float64]) -> NDArray[np.float64]:
     return 2 * stats.t.sf(np.abs(t), n - 1)
 
 
-def bootstrap_interval(samples: NDArray[np.float64], alpha: float, seed: str) -> tuple[float, float]:
-    """Bias-corrected and accelerated bootstrap (Efron 1987) for the mean of one sample [n], seeded by a text."""
+def bootstrap_interval(samples: NDArray[np.float64], alpha: float, seed: str) -> tuple[float, float] | None:
+    """Bias-corrected and accelerated bootstrap (Efron 1987) for the mean of one sample [n], seeded by a text; None where it has
+    no number: at an alpha far below one in as many resamples."""
     if np.ptp(samples) == 0:  # every resample is the sample: BCa divides by zero, the interval is a point
         return float(samples[0]), float(samples[0])
     digest = hashlib.sha256(seed.encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
-    result = stats.bootstrap(
-        (samples,), np.mean, confidence_level=1 - alpha, n_resamples=BOOTSTRAP_RESAMPLES, method="BCa", rng=rng
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):
+        result = stats.bootstrap(
+            (samples,), np.mean, confidence_level=1 - alpha, n_resamples=BOOTSTRAP_RESAMPLES, method="BCa", rng=rng
+        )
+    low, high = float(result.confidence_interval.low), float(result.confidence_interval.high)
+    return (low, high) if math.isfinite(low) and math.isfinite(high) else None
 
 
 def holm(p_values: Sequence[float], alpha: float) -> list[float]:
@@ -119,15 +131,17 @@ def estimate(log_ratios: Mapping[int, float], rule: Rule, name: str) -> Effect:
     low, high = t_interval(samples, rule.alpha)
     sd = float(samples.std(ddof=1))
     effect |= {
-        "low": math.exp(low),
-        "high": math.exp(high),
+        "low": ratio_of(float(low)),
+        "high": ratio_of(float(high)),
         "sd_log": sd,
         "p": float(t_test(samples)),
         "detectable": detectable(sd, n, rule.alpha, rule.power),
     }
     if n >= MIN_BLOCKS_BOOTSTRAP:
-        boot_low, boot_high = bootstrap_interval(samples, rule.alpha, f"{rule.seed}/{name}")
-        effect |= {"boot_low": math.exp(boot_low), "boot_high": math.exp(boot_high)}
+        if (boot := bootstrap_interval(samples, rule.alpha, f"{rule.seed}/{name}")) is None:
+            return effect
+        boot_low, boot_high = boot
+        effect |= {"boot_low": ratio_of(boot_low), "boot_high": ratio_of(boot_high)}
     return effect
 
 

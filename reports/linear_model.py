@@ -17,7 +17,7 @@ import numpy as np
 import statsmodels.api as sm
 
 from experiments import designs
-from reports.intervals import Effect, Rule
+from reports.intervals import Effect, Rule, ratio_of
 
 
 def fit(
@@ -51,7 +51,7 @@ def fit(
         effects.append({
             "terms": [("" if sign > 0 else "-") + designs.effect_name(other, factors) for sign, other in group],
             "order": len(effect), "n": len(blocks), "df": int(result.df_resid), "ratio": math.exp(scale * beta),
-            "low": math.exp(scale * low), "high": math.exp(scale * high), "p": float(p_values[index]),
+            "low": ratio_of(scale * low), "high": ratio_of(scale * high), "p": float(p_values[index]),
         })  # fmt: skip
     return effects
 

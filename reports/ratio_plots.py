@@ -11,6 +11,9 @@ from reports import text
 from reports.canvas import HEAD, WIDE, Analysis, Effect, by_workload, canvas, primary, shorten
 from reports.svg import LIGHT
 
+_EDGE = 1000.0
+"""The farthest ratio that is drawn, and its inverse."""
+
 
 def forest(analysis: Analysis, width: int) -> Figure | None:
     """Effects on the study's metric, by workload: interval, verdict, and the ratio of each block as a faint dot."""
@@ -114,7 +117,7 @@ def _draw_effect(axes: Axes, y: float, effect: Effect) -> None:
     blocks = list(effect["by_block"].values())
     axes.plot(blocks, [y] * len(blocks), "o", color=color, markersize=4, alpha=0.28, markeredgewidth=0, zorder=2)
     if effect["low"] is not None:
-        axes.plot([effect["low"], effect["high"]], [y, y], "-", color=color, linewidth=2.5, zorder=3)
+        axes.plot([_drawn(effect["low"]), _drawn(effect["high"])], [y, y], "-", color=color, linewidth=2.5, zorder=3)
     hollow = effect["verdict"] == "inconclusive"
     axes.plot(
         [effect["ratio"]],
@@ -133,12 +136,16 @@ def _range(analysis: Analysis, effects: Sequence[Effect]) -> tuple[float, float]
     values = [
         value
         for effect in effects
-        for value in (*effect["by_block"].values(), effect["low"], effect["high"])
-        if value is not None
+        for value in (*effect["by_block"].values(), *(_drawn(end) for end in (effect["low"], effect["high"]) if end is not None))
     ]
     low, high = min(analysis["rule"]["band"][0], *values), max(analysis["rule"]["band"][1], *values)
     margin = (high / low) ** 0.06
     return low / margin, high * margin
+
+
+def _drawn(end: float) -> float:
+    """An end of an interval, or the edge of the picture where it lies far outside: beyond any ratio that is worth an axis."""
+    return min(max(end, 1 / _EDGE), _EDGE)
 
 
 def _ratio_axis(axes: Axes, low: float, high: float, most: int) -> None:

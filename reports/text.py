@@ -3,6 +3,7 @@
 A value that could not be had is None and written as an en dash.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,8 @@ def ratio(value: float | None) -> str:
     """1.2345 -> "×1.234", 2.5 -> "×2.50": more decimals near and below 1, where they matter."""
     if value is None:
         return ABSENT
+    if value >= 1e6:  # the end of an interval that says nothing
+        return "×∞" if math.isinf(value) else f"×{value:.0e}"
     decimals = 3 if value < 2 else 2 if value < 10 else 1 if value < 100 else 0
     return f"×{value:.{decimals}f}"
 
