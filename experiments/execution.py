@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments import environment, provenance, records, tracking
+from experiments import environment, preflight, provenance, records, tracking
 from experiments.executor import EXECUTORS, Options
 from experiments.progress import ProgressBar
 
@@ -80,12 +80,22 @@ def executions() -> list[Path]:
 
 
 def execute(plan: dict[str, Any], folder: Path, options: Options, console: Console) -> bool:
-    """Everything from the launches to MLflow; True if every launch counts and every output passed the gate."""
+    """Everything from the launches to MLflow; True if every launch counts and every output passed the gate.
+
+    What has been measured ends in a report, also where the gate cannot run; that is raised afterwards.
+    """
+    preflight.check_folder(plan, folder)
+    if objection := preflight.check_end():
+        say(console, f"MLflow will not show this study: {objection}", "yellow")
     if not run_launches(plan, folder, options, console):
         say(console, f"The deadline came first. Go on with the same command; finished launches are in {shown(folder)}.")
         return False
     warn_of_neighbours(folder, console)
-    all_pass = run_gate(folder, console)
+    try:
+        all_pass = run_gate(folder, console)
+    except ExecutionError:
+        publish(folder, console)
+        raise
     publish(folder, console)
     (folder / FINISHED).touch()
     return all_ok(folder, console) and all_pass
@@ -123,18 +133,24 @@ def run_gate(folder: Path, console: Console) -> bool:
 
 
 def publish(folder: Path, console: Console) -> None:
-    """Report, table and MLflow from the records of a folder."""
+    """Report, table and MLflow from the records of a folder. MLflow is a view: what it objects to is told and ends nothing."""
     render(folder)
-    run_id, fresh = tracking.import_folder(folder, folder / REPORT)
     say(console, f"\nreport   {shown(folder / REPORT / 'report.html')} (and report.md)")
     say(console, f"records  {shown(folder)}")
+    try:
+        run_id, fresh = tracking.import_folder(folder, folder / REPORT)
+    except tracking.TrackingError as error:
+        say(console, f"MLflow   not written: {error}", "yellow")
+        say(console, f"         then: python -m experiments import {shown(folder)}", "yellow")
+        return
     say(console, f"MLflow   run {run_id} {'written' if fresh else 'was there already'}; look at it with `make ui` or `mlflow ui`")
 
 
 def render(folder: Path) -> None:
     """Writes folder/report and prints its table. Raises ExecutionError."""
     if _run([sys.executable, "-c", _RENDER, str(folder), str(folder / REPORT)]) != 0:
-        raise ExecutionError(f"the report could not be made; the message is above. Records are in {shown(folder)}.")
+        raise ExecutionError(f"the report could not be made; the message is above. Records are in {shown(folder)}; "
+                             f"once that is mended: python -m experiments report {shown(folder)}")
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:

@@ -6,6 +6,7 @@ machines that are planned for; where one of them describes the machine at hand, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import hashlib
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import provenance, telemetry
+from experiments.environment import of_child
 from experiments.spec import PROFILES, Profile, load_profile
 from experiments.yaml_files import SpecError, names
 
@@ -272,18 +274,19 @@ def measure() -> dict[str, Any]:
 def _kept(what: list[Any], command: list[str]) -> dict[str, Any]:
     """The JSON that a command prints, from the cache where this hardware was measured before; what could not be measured is not
     kept. Raises SpecError if the command fails."""
-    cache = Path(os.environ.get("NANOVLLM_CACHE", provenance.ROOT / ".cache" / "nanovllm"))
+    cache = Path(os.environ.get("NANOVLLM_CACHE") or provenance.ROOT / ".cache" / "nanovllm")
     kept = cache / f"machine-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}.json"
-    if not kept.exists():
-        print("measuring this machine's memory bandwidth and arithmetic (once, some seconds)", file=sys.stderr, flush=True)
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise SpecError(f"measuring this machine failed: {done.stderr.strip()[-500:]}")
-        found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-        if "bandwidth_bytes_per_s" not in found:
-            return found
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(found))
-        partial.rename(kept)
-    return json.loads(kept.read_text())  # type: ignore[no-any-return]
+    if kept.exists():
+        return json.loads(kept.read_text())  # type: ignore[no-any-return]
+    print("measuring this machine's memory bandwidth and arithmetic (once, some seconds)", file=sys.stderr, flush=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=of_child(), check=False)
+    if done.returncode != 0:
+        raise SpecError(f"measuring this machine failed: {done.stderr.strip()[-500:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    if "bandwidth_bytes_per_s" in found:
+        with contextlib.suppress(OSError):  # a cache that cannot be written: measured again next time
+            cache.mkdir(parents=True, exist_ok=True)
+            partial = kept.with_suffix(f".{os.getpid()}.partial")
+            partial.write_text(json.dumps(found))
+            partial.rename(kept)
+    return found

@@ -15,16 +15,17 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from experiments import records
 from experiments.provenance import ROOT
 from experiments.run_view import Record, View, launch_view, parent_view
 
-ARTIFACTS = "mlartifacts"
+ARTIFACTS, DATABASE = "mlartifacts", "mlflow.db"
 EXECUTION, DIGEST = "nanovllm.execution", "nanovllm.records_digest"
 _VIEW_VERSION = 1
 """Raise it when the shape of the runs changes: an import then replaces what an older version wrote."""
@@ -39,12 +40,51 @@ def import_folder(folder: Path, report: Path | None = None, root: Path = ROOT) -
 
     The same records again write no run; what an interrupted import or an older state of the folder left is replaced.
     report: a folder with analysis.json and the rendered report; its verdicts become the description of the run.
-    Raises TrackingError, RecordError.
+    Raises TrackingError, for whatever MLflow, its database or the disk object to, and RecordError.
     """
     plan, found = records.read_plan(folder / records.PLAN), records.read(folder)
     if not any(record["kind"] == "launch" for record in found):
         raise TrackingError(f"{folder}: no launch has been recorded yet; run the study first")
     analysis = records.read_json(report / "analysis.json") if report else None
+    try:
+        return _import(folder, report, root, plan, found, analysis)
+    except TrackingError:
+        raise
+    except Exception as error:
+        raise TrackingError(_explained(error, root)) from error
+
+
+def objection(root: Path = ROOT) -> str | None:
+    """Why an import into `root` would fail, as far as can be told before there is anything to import; None: nothing is known."""
+    try:
+        _check_writable(root)
+        client = _client(root)
+        if (root / DATABASE).exists():  # else its tables are made with the first import
+            client.search_experiments(max_results=1)
+    except TrackingError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001  whatever MLflow or SQLAlchemy raise
+        return _explained(error, root)
+    return None
+
+
+def _explained(error: Exception, root: Path) -> str:
+    """What MLflow, SQLAlchemy or the file system said, and what to do about it."""
+    said = (str(error).strip().splitlines() or [""])[0][:300]
+    return (f"{root / DATABASE}: {type(error).__name__}: {said}. If another version of MLflow wrote it, use that version, "
+            f"`mlflow db upgrade sqlite:///{DATABASE}`, or move it away")
+
+
+def _check_writable(root: Path) -> None:
+    for path in (root, root / DATABASE, root / f"{DATABASE}.lock", root / ARTIFACTS):
+        if path.exists() and not os.access(path, os.W_OK):
+            raise TrackingError(f"{path} cannot be written: work in a copy of the repository that can be")
+
+
+def _import(
+    folder: Path, report: Path | None, root: Path, plan: dict[str, Any], found: list[Record], analysis: dict[str, Any] | None
+) -> tuple[str, bool]:
+    _check_writable(root)
     execution, digest = _identity(found, analysis)
     with _exclusive(root):
         client = _client(root)
@@ -77,7 +117,7 @@ def _identity(found: list[Record], analysis: dict[str, Any] | None) -> tuple[str
 
 @contextmanager
 def _exclusive(root: Path) -> Iterator[None]:
-    with (root / "mlflow.db.lock").open("w") as lock:
+    with (root / f"{DATABASE}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -96,7 +136,12 @@ def _client(root: Path) -> Any:
 
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    return mlflow.MlflowClient(tracking_uri=f"sqlite:///{root / 'mlflow.db'}")
+    quoted = Path(quote(str(root)))  # or SQLAlchemy would decode a %2F of the path, and end it at a question mark
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{quoted / DATABASE}")
+    if quoted != root:
+        with suppress(OSError):
+            quoted.rmdir()  # MLflow makes the folder that it reads there
+    return client
 
 
 def _experiment(client: Any, root: Path, study: dict[str, Any]) -> str:
@@ -111,7 +156,7 @@ def _experiment(client: Any, root: Path, study: dict[str, Any]) -> str:
         experiment = client.get_experiment_by_name(study["name"])
     elif experiment.lifecycle_stage == "deleted":
         client.restore_experiment(experiment.experiment_id)
-    with closing(sqlite3.connect(root / "mlflow.db")) as database, database:
+    with closing(sqlite3.connect(root / DATABASE)) as database, database:
         location = f"{ARTIFACTS}/{experiment.experiment_id}"
         database.execute(
             "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (location, experiment.experiment_id)

@@ -7,4 +7,10 @@ result.
 
 publish.py keeps an execution in published/, and library.py reads all that is kept: claims.py (with measurements.py, prefix_work.py
 and line_counts.py) and questions.py make docs/claims.md and docs/questions.md from it. browser.py shows pages to a Chromium.
+
+Pictures are files: whatever backend a shell or a notebook has chosen, and this interpreter may not have, is none of ours.
 """
+
+import os
+
+os.environ["MPLBACKEND"] = "Agg"  # read, and refused if it is unknown, when matplotlib is first imported

@@ -141,7 +141,8 @@ def ensure_checkpoint(preset: str, *, cache_dir: Path | str | None = None, **cha
 
     The cache is $NANOVLLM_CACHE, else .cache/nanovllm in the repository, or in the working directory of an installed package.
     Two processes may build the same one: each builds aside, and the first to finish wins. Raises ValueError for an unknown
-    preset or field, RuntimeError where the weights of an unchanged preset do not have their recorded digest.
+    preset or field, OSError where the cache cannot be written, RuntimeError where the weights of an unchanged preset do not
+    have their recorded digest.
     """
     known = PRESETS | GENERATED
     if preset not in known:
@@ -155,8 +156,12 @@ def ensure_checkpoint(preset: str, *, cache_dir: Path | str | None = None, **cha
     folder = cache / "-".join([preset, *(f"{name}={value}" for name, value in sorted(changes.items()) if name != "gains"), key])
     if folder.is_dir():
         return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".building-{preset}-", dir=cache))
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".building-{preset}-", dir=cache))
+    except OSError as error:
+        raise OSError(error.errno, f"{preset} cannot be built in {cache} ({error.strerror}): set NANOVLLM_CACHE to a folder "
+                                   "that can be written") from error
     try:
         build_checkpoint(recipe, aside, weights=preset in PRESETS)
         if not changes and preset in DIGESTS and (digest := checkpoint_digest(aside)) != DIGESTS[preset]:
