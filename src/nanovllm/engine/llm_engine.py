@@ -12,6 +12,7 @@ from collections.abc import Sequence as SequenceOf
 from importlib import import_module
 from typing import Any, Self, TypeVar
 
+import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
