@@ -27,7 +27,7 @@ from typing import Any
 from experiments import environment, fairness, machine_lock, provenance, records, telemetry, validity
 from experiments.engines import ENGINES
 from experiments.ledger import Ledger, Listener, utc_now
-from experiments.model_files import ModelError, locate
+from experiments.model_files import ModelError, locate, state_of
 from experiments.preload import Forked, Nursery, PreloadError
 from experiments.records import Record, RecordError
 
@@ -207,12 +207,6 @@ class Runner:
             reason = f"block {block} was not finished on boot {', '.join(sorted(places))}; it begins again on {self.boot_id}"
             self.ledger.supersede(block, reason, elsewhere)
         self.ledger.note_resumed(self.boot_id)
-
-
-def state_of(model: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of a checkpoint's files: enough to see that they were touched since their digest was taken."""
-    found = ((path.name, path.stat()) for path in sorted(model.glob("*")))
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
 
 
 def run_child(

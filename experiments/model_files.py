@@ -5,6 +5,7 @@ A preset is built by the engine (`nanovllm.models.checkpoint`), which loads torc
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -13,13 +14,7 @@ from typing import Any
 
 from experiments.environment import of_child
 
-_BUILD = """
-import json, sys
-from nanovllm.models.checkpoint import checkpoint_digest, ensure_checkpoint
-given = json.loads(sys.argv[1])
-folder = given["path"] or ensure_checkpoint(given["preset"])
-print(json.dumps({"path": str(folder), "digest": checkpoint_digest(folder)}))
-"""
+_PREPARE = "import json, sys; from experiments.model_files import prepare; print(json.dumps(prepare(*json.loads(sys.argv[1]))))"
 _SHAPE = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
     "vocab_size", "tie_word_embeddings", "max_position_embeddings",
@@ -48,15 +43,53 @@ def locate(model: dict[str, Any]) -> Path:
 
 
 def inspect(preset: str | None, path: str | None) -> dict[str, Any]:
-    """{"path", "digest"} of a preset (built if need be) or a folder. Raises ModelError."""
+    """{"path", "digest"} of a preset (built if need be) or a folder. Raises ModelError.
+
+    The digest is computed once for files that have not been touched since; in a process that has torch loaded, by that process.
+    """
+    found = _inspect(preset, path)
+    if state_of(Path(found["path"])) != found["state"]:
+        _inspect.cache_clear()
+        found = _inspect(preset, path)
+    return {"path": found["path"], "digest": found["digest"]}
+
+
+@functools.lru_cache(maxsize=16)
+def _inspect(preset: str | None, path: str | None) -> dict[str, Any]:
+    """The same with `state`, that of the files whose digest it is."""
     if path is not None:
         _check_folder(path)
-    given = json.dumps({"preset": preset, "path": path and str(Path(path).resolve())})
-    done = subprocess.run([sys.executable, "-c", _BUILD, given], capture_output=True, text=True, env=of_child(), check=False)
-    if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise ModelError(f"model {preset or path}: cannot be prepared: {last[0]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
+    before = state_of(Path(path)) if path is not None else None
+    if preset is not None and sys.stderr.isatty():
+        print(f"preparing the checkpoint {preset} (built once, up to a minute)", file=sys.stderr, flush=True)
+    given = (preset, path and str(Path(path).resolve()))
+    if "torch" in sys.modules:  # to import it once more would take longer than all the rest
+        try:
+            found = prepare(*given)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise ModelError(f"model {preset or path}: cannot be prepared: {type(error).__name__}: {error}") from error
+    else:
+        command = [sys.executable, "-c", _PREPARE, json.dumps(given)]
+        done = subprocess.run(command, capture_output=True, text=True, env=of_child(), check=False)
+        if done.returncode != 0:
+            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise ModelError(f"model {preset or path}: cannot be prepared: {last[0]}")
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+    return {**found, "state": before or state_of(Path(found["path"]))}
+
+
+def prepare(preset: str | None, path: str | None) -> dict[str, Any]:
+    """{"path", "digest"}: the engine builds a preset and computes the digest, and loads torch for it."""
+    from nanovllm.models.checkpoint import checkpoint_digest, ensure_checkpoint
+
+    folder = path or ensure_checkpoint(str(preset))
+    return {"path": str(folder), "digest": checkpoint_digest(folder)}
+
+
+def state_of(model: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of a checkpoint's files: enough to see that they were touched since their digest was taken."""
+    found = ((path.name, path.stat()) for path in sorted(model.glob("*")))
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
 
 
 def _check_folder(path: str) -> None:
