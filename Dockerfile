@@ -1,7 +1,7 @@
 # An image in which the README's commands work:
 #
-#     docker build -t nanovllm .                            # CUDA torch, for GPUs as well: 8 GB
-#     docker build -t nanovllm --build-arg TORCH=cpu .      # CPU build of torch: 2 GB; needs PyTorch's own index
+#     docker build -t nanovllm .                            # CUDA torch, for GPUs as well
+#     docker build -t nanovllm --build-arg TORCH=cpu .      # CPU build of torch: a third of the size; needs PyTorch's own index
 #     docker run --rm -it -v "$PWD/runs:/nanovllm/runs" nanovllm                    # make ablate
 #     docker run --rm -it --gpus all --ipc host nanovllm make ablate PROFILE=h200   # with the NVIDIA container toolkit
 #     docker run --rm nanovllm make test
