@@ -132,7 +132,7 @@ def test_a_replica_answers_with_the_error_of_a_call_that_left_it_sound(tiny: Pat
     ours, theirs = map(Channel, socket.socketpair())
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         replica = pool.submit(data_parallel.main, theirs)
-        ours.send(pickle.dumps((EngineConfig.from_kwargs(str(tiny), **SMALL), 1)))
+        ours.send(pickle.dumps((EngineConfig.from_kwargs(str(tiny), **SMALL), 1, 0)))
         assert ours.receive(60).startswith(b"ready")
 
         def ask(*command: object) -> Any:

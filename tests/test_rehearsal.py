@@ -39,7 +39,8 @@ def test_a_rehearsal_asks_for_the_kernels_of_the_steps() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     rehearsed, asked = json.loads(done.stdout)
     names = {name for name, _ in rehearsed}
-    assert {"decode_kernel", "prefill_kernel", "shared_kernel", "_gather_kernel", "_best_of_slice_kernel"} <= names
+    needed = {"decode_kernel", "prefill_kernel", "shared_kernel", "_gather_kernel", "_best_of_slice_kernel", "_write_blocks_kernel"}
+    assert needed <= names
     assert rehearsed == asked
 
 
@@ -60,7 +61,8 @@ def test_what_was_rehearsed_once_is_not_again(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(rehearsal, "compile_launches", lambda steps, device: compiled.append(device) or 43)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: "an H200")
+    gpu = SimpleNamespace(name="NVIDIA H200", major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     config = EngineConfig(model="m", optimizations=ALL).resolve(device="cuda", dtype="bfloat16", max_position_embeddings=4096)
     runner = SimpleNamespace(device=torch.device("cuda", 0), config=config, tp=TensorParallel())
     counts = []

@@ -122,9 +122,6 @@ class GraphRunner(ModelRunner):
         with room_for("the model", "free memory on the device, or share it out over more GPUs (tensor_parallel_size)"):
             super().__init__(resolved, model_config, folder, stats, tp)
         self.block_tables[self.spare_row] = self.num_blocks  # the spare block
-        self.on_device: tuple[int, list[int], list[int]] | None = None  # bucket, rows, positions that `inputs` holds now
-        self.first_blocks = [-1] * (resolved.max_num_seqs + 1)  # of each row
-        self.share = False  # whether rows on the device share a prefix
         with room_for(f"recording steps of up to {resolved.max_num_seqs} requests, beside weights and KV cache,",
                       "lower kv_cache_memory_bytes, gpu_memory_utilization or max_num_seqs"):  # fmt: skip
             self.recorded = self._record_all()
@@ -135,6 +132,9 @@ class GraphRunner(ModelRunner):
         with self.device:
             self.inputs = torch.zeros(2 * self.config.max_num_seqs, dtype=torch.int64)
             self.query_start_loc = torch.arange(self.config.max_num_seqs + 1, dtype=torch.int64)
+        self.on_device: tuple[int, list[int], list[int]] | None = None  # bucket, rows, positions that `inputs` holds now
+        self.first_blocks = [-1] * (self.config.max_num_seqs + 1)  # of each row
+        self.share = False  # whether rows on the device share a prefix
 
     def launch(self, plan: StepPlan) -> StepHandle:
         """Replays a decode step; runs any other eagerly."""

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("nanovllm")
 META = torch.device("meta")
 _MARK = "rehearsed"
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class Rehearsal:
@@ -104,7 +105,7 @@ def compile_launches(steps: Callable[[], None], device: torch.device) -> int:
     with _Pool(len(os.sched_getaffinity(0))) as pool:
         token = STANDS_FOR.set(device)
         try:
-            with AsyncCompileMode(pool), launches_of_this_thread_only_compile():
+            with AsyncCompileMode(pool), launches_that_are_rehearsed_only_compile():
                 steps()
         finally:
             STANDS_FOR.reset(token)
@@ -114,23 +115,27 @@ def compile_launches(steps: Callable[[], None], device: torch.device) -> int:
 def key_of(runner: ModelRunner, model: ModelConfig) -> str:
     """Of everything that decides which kernels a start launches, and what they are."""
     kernels = sorted(Path(import_module("nanovllm.kernels.triton").__file__ or "").parent.glob("*.py"))
-    decides = (triton.__version__, torch.cuda.get_device_properties(runner.device), dataclasses.replace(runner.config, model="_"),
-               runner.tp.size, model, *(file.read_text(encoding="utf-8") for file in [*kernels, Path(__file__)]))  # fmt: skip
+    gpu = torch.cuda.get_device_properties(runner.device)
+    config = dataclasses.replace(runner.config, model="_", tokenizer=None, seed=0)
+    decides = (triton.__version__, gpu.name, gpu.major, gpu.minor, gpu.multi_processor_count, config, model,
+               *(file.read_text(encoding="utf-8") for file in [*kernels, Path(__file__)]))  # fmt: skip
     return hashlib.sha256(repr(decides).encode()).hexdigest()
 
 
 @contextmanager
-def launches_of_this_thread_only_compile() -> Iterator[None]:
-    launch, thread = JITFunction.run, threading.get_ident()
+def launches_that_are_rehearsed_only_compile() -> Iterator[None]:
+    """Those of this thread, by STANDS_FOR: what other threads launch meanwhile runs."""
+    with _ONE_AT_A_TIME:
+        launch = JITFunction.run
 
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        return launch(self, *args, grid=grid, warmup=warmup or threading.get_ident() == thread, **kwargs)
+        def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+            return launch(self, *args, grid=grid, warmup=warmup or STANDS_FOR.get() is not None, **kwargs)
 
-    JITFunction.run = run  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        JITFunction.run = launch  # type: ignore[method-assign]
+        JITFunction.run = run  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            JITFunction.run = launch  # type: ignore[method-assign]
 
 
 def shadow_of(runner: ModelRunner, model: ModelConfig) -> Any:
@@ -188,7 +193,8 @@ def first_steps(shadow: Any) -> None:
     else:
         for n in (1, config.max_num_seqs):
             ModelRunner.launch(shadow, StepPlan(-1, n, list(range(n)), [8] * n, [1] * n, [True] * n, greedy_only=False))
-    ModelRunner.launch(shadow, prefill(dataclasses.replace(config, max_num_seqs=1), 8))
+    request = prefill(dataclasses.replace(config, max_num_seqs=1), 8)
+    shadow.launch(dataclasses.replace(request, new_blocks=[(0, 0, 0)], new_rows=[(0, 1.0, 0, 1.0, 0)]))
 
 
 class _ShortPrefills(ShortPrefills):
