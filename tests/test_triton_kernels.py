@@ -673,6 +673,7 @@ def compile_every_launch(capability: int, everything: bool) -> dict[str, dict[st
             kwargs |= {"PDL": True, "launch_pdl": True}
         values = dict(zip(kernel.arg_names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in kernel.arg_names}
         options = {k: v for k, v in kwargs.items() if k not in kernel.arg_names}
+        assert "enable_fp_fusion" in options, f"{kernel.__name__} leaves it to Triton's default, which is another from 3.10 on"
         constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
         signature = {name: "constexpr" if name in constants else types[v.dtype if isinstance(v, Tensor) else type(v)]
                      for name, v in values.items()}  # fmt: skip

@@ -51,12 +51,13 @@ def _supports_pdl(device_index: int) -> bool:
     return torch.cuda.get_device_capability(device_index)[0] >= 9
 
 
-def pdl(x: Tensor) -> dict[str, Any]:
-    """Launch arguments for a kernel that works on x's device."""
+def pdl(x: Tensor, fp_fusion: bool = True) -> dict[str, Any]:
+    """Launch arguments for a kernel that works on x's device. fp_fusion: a product and a sum may be rounded once; it is always
+    said, as Triton's default was that up to 3.9, which warns of it, and is another from 3.10 on."""
     device = x.device if x.is_cuda else STANDS_FOR.get()
     if device is not None and _supports_pdl(device.index):
-        return {"PDL": True, "launch_pdl": True}
-    return {"PDL": False}
+        return {"PDL": True, "launch_pdl": True, "enable_fp_fusion": fp_fusion}
+    return {"PDL": False, "enable_fp_fusion": fp_fusion}
 
 
 def shared_memory(device: torch.device) -> int:

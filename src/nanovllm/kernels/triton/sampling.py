@@ -1,7 +1,7 @@
 """The sampler in two launches: temperature, noise and argmax over slices of the vocabulary, then over the slices.
 
 Gives the bits of kernels/torch/sampling.py, which states the noise and why its operations stand in this order: every
-launch must keep `enable_fp_fusion=False`, and divisions must be `div_rn`.
+launch must keep `fp_fusion=False`, and divisions must be `div_rn`.
 """
 
 from __future__ import annotations
@@ -171,6 +171,6 @@ def best_of_slices(logits: Tensor, temperatures: Tensor, seeds: Tensor, position
     best = torch.empty(2, n, triton.cdiv(vocab_size, slice_size), dtype=torch.int32, device=logits.device)
     _best_of_slice_kernel[(n, best.shape[2])](
         logits, temperatures, seeds, positions, best[0].view(torch.float32), best[1], vocab_size, slice_size, logits.stride(0),
-        first_token, TILE=_TILE, num_warps=4, enable_fp_fusion=False, **pdl(logits),
+        first_token, TILE=_TILE, num_warps=4, **pdl(logits, fp_fusion=False),
     )  # fmt: skip
     return best
