@@ -131,11 +131,11 @@ def test_no_more_blocks_than_the_requests_can_fill(monkeypatch: pytest.MonkeyPat
 def test_a_cache_too_small_for_one_request_says_which_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu(24, 0.5)
     gpu.step_bytes = 1 * GIB
-    plan, runner = plan_for(monkeypatch, gpu)
+    plan, runner = plan_for(monkeypatch, gpu, max_model_len=40_000)
     with pytest.raises(ValueError) as caught:
         blocks(plan, runner, gpu)
     said = str(caught.value)
-    for part in ("one request of max_model_len=40960 takes 5.62 GiB", "the weights take 15.26 GiB", "a step 1.00 GiB"):
+    for part in ("one request of max_model_len=40000 takes 5.49 GiB", "the weights take 15.26 GiB", "a step 1.00 GiB"):
         assert part in said, said
     (fits,) = map(int, re.findall(r"max_model_len=(\d+) or less", said))
     (share,) = map(float, re.findall(r"gpu_memory_utilization=([\d.]+) or more instead of 0.9", said))
@@ -145,13 +145,30 @@ def test_a_cache_too_small_for_one_request_says_which_would_fit(monkeypatch: pyt
     assert blocks(plan, runner, gpu) * 16 >= fits, "what the error says helps"
     gpu = Gpu(24, 0.5)
     gpu.step_bytes = 1 * GIB
-    plan, runner = plan_for(monkeypatch, gpu, gpu_memory_utilization=share)
-    assert blocks(plan, runner, gpu) * 16 >= 40_960, "and so does this"
+    plan, runner = plan_for(monkeypatch, gpu, gpu_memory_utilization=share, max_model_len=40_000)
+    assert blocks(plan, runner, gpu) * 16 >= 40_000, "and so does this"
+
+
+def test_the_models_own_limit_need_not_fit(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Who names no max_model_len wants an engine, not 40,960 tokens."""
+    gpu = Gpu(24, 0.5)
+    gpu.step_bytes = 1 * GIB
+    plan, runner = plan_for(monkeypatch, gpu)
+    tokens = blocks(plan, runner, gpu) * 16
+    assert 30_000 < tokens < 40_960
+    (record,) = caplog.records
+    for part in ("longer requests will be refused", f"max_model_len={tokens} or less", "gpu_memory_utilization="):
+        assert part in record.getMessage()
+    gpu = Gpu(24, 0.5)
+    gpu.step_bytes = 8 * GIB
+    plan, runner = plan_for(monkeypatch, gpu)
+    with pytest.raises(ValueError, match="the KV cache would hold 0 tokens"):
+        blocks(plan, runner, gpu)
 
 
 def test_a_share_that_would_not_help_is_not_proposed(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu(24, 5)
-    plan, runner = plan_for(monkeypatch, gpu)
+    plan, runner = plan_for(monkeypatch, gpu, max_model_len=40_000)
     with pytest.raises(ValueError) as caught:
         blocks(plan, runner, gpu)
     assert "gpu_memory_utilization=" not in str(caught.value)

@@ -10,6 +10,7 @@ Where others hold so much that less than that is free, the engine takes what is 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import re
@@ -25,6 +26,8 @@ from nanovllm.models.qwen3 import Qwen3ForCausalLM
 if TYPE_CHECKING:
     from nanovllm.engine.model_runner import ModelRunner
 
+LOG = logging.getLogger("nanovllm")
+
 KEPT_FREE_BYTES = 512 << 20
 """Of a GPU that others use too: a desktop's windows come and go. Less where gpu_memory_utilization leaves less."""
 
@@ -37,6 +40,7 @@ class MemoryPlan:
         self.free_bytes, self.total_bytes = memory(runner.device)
         self.weights_bytes = weights_bytes(runner, model)
         self.num_kv_heads, self.num_ranks = model.num_key_value_heads, runner.tp.size
+        self.longest = model.max_position_embeddings
         if self.weights_bytes > min(self.free_bytes, self.allowed_bytes):
             raise MemoryError(self._weights_do_not_fit())
 
@@ -54,7 +58,8 @@ class MemoryPlan:
         """KV blocks of an engine whose weights are loaded: of an explicit kv_cache_memory_bytes; else of what is left of the
         plan when a step has its room, but no more than max_num_seqs requests of max_model_len tokens can fill.
 
-        Raises ValueError where what is left does not hold one request of max_model_len tokens.
+        Raises ValueError where what is left does not hold one request of max_model_len tokens. Where that is only the model's own
+        limit, which few requests reach, this is a warning: the engine refuses those that do.
         """
         step_bytes = bytes_for_steps(runner, spec)
         if self.config.kv_cache_memory_bytes is not None:
@@ -64,7 +69,10 @@ class MemoryPlan:
         room = min(self.allowed_bytes - taken, free_now - self.kept_free_bytes) - step_bytes
         one_request = -(-self.config.max_model_len // spec.block_size)
         if room < one_request * spec.block_bytes:
-            raise ValueError(self._request_does_not_fit(room, free_now - step_bytes, step_bytes, one_request, spec))
+            said = self._request_does_not_fit(room, free_now - step_bytes, step_bytes, one_request, spec)
+            if self.config.max_model_len < self.longest or room < spec.block_bytes:
+                raise ValueError(said)
+            LOG.warning("longer requests will be refused: %s", said)
         return min(room // spec.block_bytes, self.config.max_num_seqs * one_request)
 
     def _weights_do_not_fit(self) -> str:
