@@ -547,6 +547,7 @@ def built() -> dict[int, subprocess.CompletedProcess[str]]:
         return dict(zip(SHARED_MEMORY_LIMIT, pool.map(compile_in_process, SHARED_MEMORY_LIMIT), strict=True))
 
 
+@pytest.mark.timeout(900)  # the first waits for all: a minute and a half on two idle cores
 @pytest.mark.parametrize("capability", SHARED_MEMORY_LIMIT)
 def test_every_kernel_compiles_and_fits(built: dict[int, subprocess.CompletedProcess[str]], capability: int) -> None:
     check_built(built[capability], capability)
