@@ -19,11 +19,16 @@ ROOT = Path(__file__).parents[1]
 DEEP_FACTOR = 100
 """Examples of the deep profile for one of the fast one."""
 
-COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "verbosity": Verbosity.normal}
+COMMON: dict[str, Any] = {
+    "deadline": None, "suppress_health_check": list(HealthCheck), "verbosity": Verbosity.normal,
+    # Said, as Hypothesis otherwise takes True where CI is set: each run and each seed would try the same examples again.
+    "derandomize": False,
+}  # fmt: skip
 
 
 def register() -> None:
-    """fast and deep each have a database of their own: what failed there is tried first next time. repeat is fast without one."""
+    """fast and deep each have a database of their own: what failed there is tried first next time. repeat is fast without one.
+    All are random, whatever the shell says (CI, HYPOTHESIS_*): --hypothesis-seed alone makes two runs the same."""
     for name in ("fast", "deep", "repeat"):
         database = None if name == "repeat" else DirectoryBasedExampleDatabase(ROOT / ".hypothesis" / name)
         settings.register_profile(name, database=database, print_blob=True, **COMMON)
