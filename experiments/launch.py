@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import os
 import re
 import shutil
@@ -82,12 +83,24 @@ class Runner:
             fairness.check_launches(plan, self.ledger.folder.records)
             self.model = locate({**plan["model"], "preset": None, "path": model} if model else plan["model"])
             self._model_state = state_of(self.model)
+            self.machine["model_files"] = digests_of(self.model)
+            self._check_model_files()
             if resume and self.ledger.folder.records:
                 self._mark_resumed()
             self.listener("pending", {"launches": self.pending()})
         except BaseException:
             self.__exit__()
             raise
+
+    def _check_model_files(self) -> None:
+        """Raises RecordError where what is recorded was made with other files beside the weights, which the plan's digest covers."""
+        for record in records.launches(self.ledger.folder.records):
+            then = record["provenance"].get("model_files", self.machine["model_files"])
+            if changed := sorted(name for name, digest in self.machine["model_files"].items() if then.get(name) != digest):
+                raise RecordError(
+                    f"{self.model / changed[0]} is not the file that {record['launch']} was made with: restore it, or start again "
+                    "with another --out"
+                )
 
     def __enter__(self) -> Runner:
         return self
@@ -207,6 +220,13 @@ class Runner:
             reason = f"block {block} was not finished on boot {', '.join(sorted(places))}; it begins again on {self.boot_id}"
             self.ledger.supersede(block, reason, elsewhere)
         self.ledger.note_resumed(self.boot_id)
+
+
+def digests_of(model: Path) -> dict[str, str | None]:
+    """SHA-256 of a checkpoint's files that shape prompts and answers, and that the digest of config and weights leaves out."""
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+    files = {name: model / name for name in names}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None for name, file in files.items()}
 
 
 def run_child(

@@ -29,13 +29,12 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 
@@ -131,6 +130,10 @@ DIGESTS = {
 }
 """checkpoint_digest of every preset. A build that gives another one is refused."""
 
+TOKENIZER_DIGEST = "cb44929f9b08385f6c4d4ca2f351f7cdbc1184f2a5deb59702de290037c54a98"
+"""tokenizer_digest of the presets' tokenizer: the same with every Python, or a preset is not built."""
+MERGES = Path(__file__).with_name("merges.txt")
+
 TEXT_SIZE = 2045  # byte-level BPE tokens of every preset; larger vocabularies hold ids that have no text
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 EOS_TOKEN_ID = TEXT_SIZE
@@ -151,7 +154,8 @@ def ensure_checkpoint(preset: str, *, cache_dir: Path | str | None = None, **cha
     if unknown := sorted(set(changes) - fields):
         raise ValueError(f"a preset has no {', '.join(unknown)}; it has {', '.join(sorted(fields))}")
     recipe = dataclasses.replace(known[preset], **changes)
-    key = hashlib.sha256(f"{recipe} {DIGESTS}".encode()).hexdigest()[:12]  # DIGESTS: another builder, another checkpoint
+    made_of = f"{recipe} {DIGESTS} {TOKENIZER_DIGEST}"  # the digests: another builder, another checkpoint
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:12]
     cache = Path(cache_dir or os.environ.get("NANOVLLM_CACHE") or _home() / ".cache" / "nanovllm")
     folder = cache / "-".join([preset, *(f"{name}={value}" for name, value in sorted(changes.items()) if name != "gains"), key])
     if folder.is_dir():
@@ -208,7 +212,7 @@ def build_checkpoint(recipe: Preset, folder: Path, weights: bool = True) -> None
     """Writes config.json, generation_config.json, the tokenizer and the weights (or what to generate them from) into `folder`."""
     _write_json(folder / "config.json", _config(recipe))
     _write_json(folder / "generation_config.json", {"eos_token_id": EOS_TOKEN_ID, "pad_token_id": EOS_TOKEN_ID})
-    train_tokenizer().save(str(folder / "tokenizer.json"))
+    _tokenizer().save(str(folder / "tokenizer.json"))
     _write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "Qwen2Tokenizer", "eos_token": SPECIAL_TOKENS[0], "pad_token": SPECIAL_TOKENS[0],
         "model_max_length": recipe.max_position_embeddings, "add_prefix_space": False, "clean_up_tokenization_spaces": False,
@@ -367,32 +371,40 @@ def _rotary_vector(position: int, recipe: Preset) -> Tensor:
     return vector.flatten() * math.sqrt(recipe.head_dim / pairs)
 
 
-def train_tokenizer() -> Tokenizer:
-    """A byte-level BPE of TEXT_SIZE tokens and Qwen's special ones, split as Qwen's, trained on modules of the standard
-    library (chosen as they hardly change: Python 3.11 and 3.12 give the same tokenizer)."""
+def make_tokenizer() -> Tokenizer:
+    """A byte-level BPE of TEXT_SIZE tokens and Qwen's special ones, split as Qwen's. Its merges are part of the package: they were
+    learned once, from modules of Python's standard library, which differ from one Python to the next."""
     split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    tokenizer = Tokenizer(BPE())
+    merges = [(left, right) for left, right in map(str.split, MERGES.read_text(encoding="utf-8").splitlines())]
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + [left + right for left, right in merges]
+    tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, merges))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(split), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=TEXT_SIZE, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(map(_source, ("this", "heapq", "difflib", "optparse", "pickletools")), trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
-    if tokenizer.token_to_id(SPECIAL_TOKENS[0]) != EOS_TOKEN_ID:
-        raise RuntimeError(f"the standard library gave a vocabulary of {tokenizer.get_vocab_size()} tokens, not {TEXT_SIZE}")
     return tokenizer
 
 
-def _source(module: str) -> str:
-    spec = find_spec(module)
-    text = None if spec is None or spec.loader is None else spec.loader.get_source(module)  # type: ignore[attr-defined]
-    if text is None:
-        raise FileNotFoundError(f"this Python comes without the source of its module {module}, which the tokenizer is trained on")
-    return str(text)
+train_tokenizer = make_tokenizer  # as it was called while every Python trained its own
+
+
+def _tokenizer() -> Tokenizer:
+    """Raises RuntimeError where it is not the one that is recorded."""
+    tokenizer = make_tokenizer()
+    if (digest := tokenizer_digest(tokenizer)) != TOKENIZER_DIGEST:
+        raise RuntimeError(f"the presets' tokenizer has digest {digest} here, recorded is {TOKENIZER_DIGEST}: this version of the "
+                           "tokenizers library splits text otherwise, and prompts would be other prompts")
+    return tokenizer
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """SHA-256 over what it does, however a version of the library writes it down: its vocabulary and its ids of a text."""
+    odd = " Hello,  W\u00f6rld e\u0301!\n\n don't 12345 <|im_start|>user\t\u4f60\u597d\U0001f600"
+    said = [sorted(tokenizer.get_vocab().items()), tokenizer.encode(MERGES.read_text(encoding="utf-8") + odd).ids]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def _home() -> Path:
