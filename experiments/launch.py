@@ -93,7 +93,7 @@ class Runner:
             raise
 
     def _check_model_files(self) -> None:
-        """Raises RecordError where what is recorded was made with other files beside the weights, which the plan's digest covers."""
+        """Raises RecordError where what is recorded was made with other files beside the weights, which the plan has digested."""
         for record in records.launches(self.ledger.folder.records):
             then = record["provenance"].get("model_files", self.machine["model_files"])
             if changed := sorted(name for name, digest in self.machine["model_files"].items() if then.get(name) != digest):

@@ -10,9 +10,13 @@ from experiments import sizing
 from experiments.designs import Kind
 from experiments.validity import HARMFUL, THROTTLE_REASONS
 
+Variable = Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")]
+MOST_S = 1e8
+"""Three years: no study is meant to take longer, and operating systems wait for no larger number."""
+
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Design(Strict):
@@ -37,7 +41,7 @@ class Design(Strict):
 
     kind: Kind = "one_at_a_time"
     blocks: int | None = Field(default=None, ge=sizing.MIN_BLOCKS, le=sizing.MAX_BLOCKS)
-    budget_s: float | None = Field(default=None, gt=0)
+    budget_s: float | None = Field(default=None, gt=0, le=MOST_S)
     bootstrap: bool = False
     seed: int = Field(default=0, ge=0)
     resolution: int = Field(default=4, ge=3)
@@ -76,11 +80,11 @@ class Measurement(Strict):
 
     warm_up_requests: int = Field(default=16, ge=1)
     warm_up_tokens: int = Field(default=8, ge=1)
-    timeout_s: float = Field(default=300, gt=0)
-    launch_s: float = Field(default=8, gt=0)
+    timeout_s: float = Field(default=300, gt=0, le=MOST_S)
+    launch_s: float = Field(default=8, gt=0, le=MOST_S)
     least_timed_s: float = Field(default=0, ge=0, le=60)
     preload: bool = False
-    environment: dict[Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")], str] = {"OMP_WAIT_POLICY": "PASSIVE"}
+    environment: dict[Variable, Annotated[str, Field(pattern=r"^[^\x00]*$")]] = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 class Validity(Strict):

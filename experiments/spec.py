@@ -110,11 +110,11 @@ class Comparison(Strict):
 class EngineSettings(Strict):
     """What every cell shares. `None` is taken from the profile."""
 
-    max_num_seqs: int = Field(default=64, ge=1)
-    max_num_batched_tokens: int = Field(default=1024, ge=1)
-    max_model_len: int = Field(default=1024, ge=1)
-    block_size: int = Field(default=16, ge=1)
-    kv_cache_memory_bytes: int | None = Field(default=None, ge=1)
+    max_num_seqs: int = Field(default=64, ge=1, lt=2**31)
+    max_num_batched_tokens: int = Field(default=1024, ge=1, lt=2**31)
+    max_model_len: int = Field(default=1024, ge=1, lt=2**31)
+    block_size: int = Field(default=16, ge=1, lt=2**31)
+    kv_cache_memory_bytes: int | None = Field(default=None, ge=1, lt=2**63)
 
 
 class ModelChoice(Strict):

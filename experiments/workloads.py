@@ -44,14 +44,17 @@ for _defaults in DEFAULTS.values():
 
 _RANGES = {"prompt_tokens", "output_tokens", "prefix_tokens", "own_tokens", "system_tokens", "user_tokens", "answer_tokens"}
 _MAY_BE_ZERO = {"system_tokens"}
+MOST_OF = 1_000_000
+"""Requests, prefixes, turns, and tokens of each: what is drawn is held in memory, and counted before anything runs."""
+MOST = {"seed": 2**63 - 1, "top_k": 2**31 - 1, "vocab_size": 2**31 - 1}
 
 
 def check_params(kind: str, params: dict[str, Any]) -> dict[str, Any]:
     """`params` completed by the defaults of `kind`. Raises ValueError naming what was given and what is allowed."""
-    if kind not in DEFAULTS:
+    if not isinstance(kind, str) or kind not in DEFAULTS:
         raise ValueError(f"kind: {kind!r} is unknown; allowed: {', '.join(DEFAULTS)}")
     defaults = DEFAULTS[kind]
-    if unknown := sorted(set(params) - set(defaults)):
+    if unknown := sorted(set(params) - set(defaults), key=str):
         raise ValueError(f"{unknown[0]}: unknown parameter of kind {kind}; allowed: {', '.join(defaults)}")
     full = defaults | params
     for name, value in full.items():
@@ -62,10 +65,11 @@ def check_params(kind: str, params: dict[str, Any]) -> dict[str, Any]:
         elif name in ("temperature", "top_p"):
             _require(isinstance(value, (int, float)) and not isinstance(value, bool), name, value, "a number")
         else:
-            low = 0 if name in ("seed", "top_k") else 1
-            _require(_is_int(value) and value >= low, name, value, f"a whole number, {low} or more")
-    _require(full["temperature"] >= 0, "temperature", full["temperature"], "0 (greedy) or a positive number")
-    _require(0 < full["top_p"] <= 1, "top_p", full["top_p"], "in (0, 1]")
+            low, high = 0 if name in ("seed", "top_k") else 1, MOST.get(name, MOST_OF)
+            _require(_is_int(value) and low <= value <= high, name, value, f"a whole number from {low} to {high}")
+    greedy = full["temperature"] == 0  # the bounds are those of the engine's SamplingParams
+    _require(greedy or 1e-5 <= full["temperature"] <= 1e30, "temperature", full["temperature"], "0 (greedy), or from 1e-5 to 1e30")
+    _require(1e-30 <= full["top_p"] <= 1, "top_p", full["top_p"], "in (0, 1], no less than 1e-30")
     _require(full["vocab_size"] >= 2, "vocab_size", full["vocab_size"], "2 or more")
     return full
 
@@ -178,9 +182,9 @@ def _request_seed(seed: int, index: int) -> int:
 def _check_range(name: str, value: Any, least: int) -> list[int]:
     if _is_int(value):
         value = [value, value]
-    allowed = f"a whole number or [low, high] with {least} <= low <= high"
+    allowed = f"a whole number or [low, high] with {least} <= low <= high <= {MOST_OF}"
     _require(isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_int, value)), name, value, allowed)
-    _require(least <= value[0] <= value[1], name, value, allowed)
+    _require(least <= value[0] <= value[1] <= MOST_OF, name, value, allowed)
     return list(value)
 
 

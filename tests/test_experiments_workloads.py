@@ -70,7 +70,7 @@ def test_a_plan_of_other_tokens_is_refused() -> None:
     [
         ("rando", {}, "kind: 'rando' is unknown; allowed: canonical, random"),
         ("random", {"num_request": 3}, "num_request: unknown parameter of kind random; allowed: num_requests"),
-        ("random", {"num_requests": 0}, "num_requests: 0 is not allowed; allowed: a whole number, 1 or more"),
+        ("random", {"num_requests": 0}, "num_requests: 0 is not allowed; allowed: a whole number from 1 to 1000000"),
         ("random", {"num_requests": True}, "num_requests: True is not allowed"),
         ("random", {"prompt_tokens": [9, 3]}, r"prompt_tokens: \[9, 3\] is not allowed; allowed: .*low <= high"),
         ("random", {"output_tokens": 0}, "output_tokens: .*1 <= low"),

@@ -1,6 +1,5 @@
 """How the tokens of one request are chosen: the subset of vLLM's SamplingParams that this engine has."""
 
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -27,7 +26,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def check(name: str, text: str, low: float, high: float, kind: type = Integral, also: object = ...) -> None:
             value = getattr(self, name)  # the classes of `numbers` have an order that mypy does not know
-            if value != also and not (isinstance(value, kind) and low <= value <= high):  # type: ignore[operator]
+            in_range = isinstance(value, kind) and (low <= value <= high or value == also)  # type: ignore[operator]
+            if not in_range and not (value is None and also is None):
                 raise ValueError(f"{name}={value!r} is not allowed; it must be {text}")
             object.__setattr__(self, name, value if value is None else (int if isinstance(value, Integral) else float)(value))
 
@@ -38,9 +38,8 @@ class SamplingParams:
         check("seed", "None or an integer of 64 bits", -(2**63), 2**63 - 1, also=None)
         check("logprobs", "None or a whole number, 0 or more", 0, 2**63, also=None)
         given = () if self.stop_token_ids is None else self.stop_token_ids
-        whole = isinstance(given, Collection) and not isinstance(given, (str, bytes, Mapping)) and all(
-            isinstance(token, Integral) and token >= 0 for token in given)  # type: ignore[operator]
-        if not whole:
+        is_list = isinstance(given, (list, tuple, set, frozenset, range))
+        if not is_list or not all(isinstance(token, Integral) and token >= 0 for token in given):  # type: ignore[operator]
             raise ValueError(f"stop_token_ids={given!r} is not allowed; it must be None or a list of token ids, whole numbers")
         object.__setattr__(self, "stop_token_ids", tuple(map(int, given)))
         if not isinstance(self.ignore_eos, bool):
