@@ -93,7 +93,7 @@ def find_model(model: dict[str, Any], folder: Path | None = None) -> Path:
     """
     chosen = {"digest": None, **model} | ({"preset": None, "path": str(folder)} if folder else {})
     try:
-        path = locate(chosen)
+        path = locate(chosen, here=True)
     except ModelError as error:
         raise GateError(str(error)) from error
     if not (path / "config.json").is_file():

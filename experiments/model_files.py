@@ -25,15 +25,15 @@ class ModelError(Exception):
     """A checkpoint that is not there or not the one asked for; the message says what to do."""
 
 
-def locate(model: dict[str, Any]) -> Path:
+def locate(model: dict[str, Any], *, here: bool = False) -> Path:
     """The folder of a plan's model; a preset is built if need be. Raises ModelError where its digest is not the plan's.
 
-    A plan without a digest (null) takes a folder as it is.
+    A plan without a digest (null) takes a folder as it is. here: see `inspect`.
     """
     if model["path"] is not None and model["digest"] is None:
         _check_folder(model["path"])
         return Path(model["path"])
-    found = inspect(model["preset"], model["path"])
+    found = inspect(model["preset"], model["path"], here=here)
     if model["digest"] is not None and found["digest"] != model["digest"]:
         raise ModelError(
             f"the checkpoint in {found['path']} has digest {found['digest']}, the plan was made for {model['digest']}: "
@@ -42,20 +42,21 @@ def locate(model: dict[str, Any]) -> Path:
     return Path(found["path"])
 
 
-def inspect(preset: str | None, path: str | None) -> dict[str, Any]:
+def inspect(preset: str | None, path: str | None, *, here: bool = False) -> dict[str, Any]:
     """{"path", "digest"} of a preset (built if need be) or a folder. Raises ModelError.
 
-    The digest is computed once for files that have not been touched since; in a process that has torch loaded, by that process.
+    The digest is computed once for files that have not been touched since. here: by this process, which has torch loaded anyway and
+    may open a GPU; one that measures may not, as it would share that GPU with every launch.
     """
-    found = _inspect(preset, path)
+    found = _inspect(preset, path, here)
     if state_of(Path(found["path"])) != found["state"]:
         _inspect.cache_clear()
-        found = _inspect(preset, path)
+        found = _inspect(preset, path, here)
     return {"path": found["path"], "digest": found["digest"]}
 
 
 @functools.lru_cache(maxsize=16)
-def _inspect(preset: str | None, path: str | None) -> dict[str, Any]:
+def _inspect(preset: str | None, path: str | None, here: bool) -> dict[str, Any]:
     """The same with `state`, that of the files whose digest it is."""
     if path is not None:
         _check_folder(path)
@@ -63,7 +64,7 @@ def _inspect(preset: str | None, path: str | None) -> dict[str, Any]:
     if preset is not None and sys.stderr.isatty():
         print(f"preparing the checkpoint {preset} (built once, up to a minute)", file=sys.stderr, flush=True)
     given = (preset, path and str(Path(path).resolve()))
-    if "torch" in sys.modules:  # to import it once more would take longer than all the rest
+    if here:  # to import torch once more would take longer than all the rest
         try:
             found = prepare(*given)
         except (ValueError, RuntimeError, OSError) as error:

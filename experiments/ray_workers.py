@@ -7,6 +7,7 @@ and (unless it is a preset) the checkpoint, but no clone.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
 import time
@@ -54,10 +55,10 @@ class RayWorkers:
         self._nodes: dict[str, dict[str, Any]] = {}
         self._dead: set[str] = set()
         self._streams: dict[Any, str] = {}
-        local = {} if address else {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+        local: dict[str, Any] = {} if address else {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
         try:
             ray.init(
-                address=address or "local", log_to_driver=False, logging_level="ERROR", configure_logging=False,
+                address=address or "local", log_to_driver=False, logging_level=logging.ERROR, configure_logging=False,
                 runtime_env={"working_dir": str(provenance.ROOT), "excludes": _NOT_SENT}, **local,
             )  # fmt: skip
         except (ConnectionError, ValueError, RuntimeError) as error:

@@ -118,7 +118,7 @@ def leaves(tree: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
-    monkeypatch.setattr(model_files, "inspect", lambda preset, path: {"path": str(tmp_path), "digest": "d" * 64})
+    monkeypatch.setattr(model_files, "inspect", lambda preset, path, **_: {"path": str(tmp_path), "digest": "d" * 64})
     speeds = {"bandwidth_bytes_per_s": 1e10, "peak_flops": {"float32": 1e11, "bfloat16": 1e11}}
     monkeypatch.setattr(machine, "measure", lambda: speeds)
     return tmp_path

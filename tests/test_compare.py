@@ -277,7 +277,7 @@ def test_the_studies_against_vllm_ask_for_equal_terms(study: str, tmp_path: Path
     sizes = {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
              "intermediate_size": 3072, "vocab_size": 151_936, "max_position_embeddings": 40_960}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(sizes))
-    monkeypatch.setattr(model_files, "inspect", lambda preset, path: {"path": str(tmp_path), "digest": "d" * 64})
+    monkeypatch.setattr(model_files, "inspect", lambda preset, path, **_: {"path": str(tmp_path), "digest": "d" * 64})
     plan = build_plan(load_study(study)[0], load_profile("h200" if study.startswith("gpu") else "cpu"))
     fairness.check_plan(plan)
     shared = ("dtype", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_memory_bytes")

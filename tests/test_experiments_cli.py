@@ -62,7 +62,7 @@ def test_an_error_is_one_message_and_status_2(runs: Path) -> None:
 
 def test_a_dry_run_writes_a_plan_for_another_host(tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
-    monkeypatch.setattr(model_files, "inspect", lambda preset, path: {"path": str(tmp_path), "digest": "d" * 64})
+    monkeypatch.setattr(model_files, "inspect", lambda preset, path, **_: {"path": str(tmp_path), "digest": "d" * 64})
     monkeypatch.setattr(machine, "measure", lambda: pytest.fail("an H200 is not measured here"))
     path = tmp_path / "plan.json"
     result = invoke("run", "--study", "embedded", "--profile", "h200", "--blocks", "3", "--dry-run", "--write-plan", str(path))

@@ -28,7 +28,7 @@ SHAPE = {
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelChoice:
     """A checkpoint without weights, and a machine with known speeds."""
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
-    monkeypatch.setattr(model_files, "inspect", lambda preset, path: {"path": str(tmp_path), "digest": "d" * 64})
+    monkeypatch.setattr(model_files, "inspect", lambda preset, path, **_: {"path": str(tmp_path), "digest": "d" * 64})
     speeds = {"bandwidth_bytes_per_s": 1e10, "peak_flops": {"float32": 1e11, "bfloat16": 1e11}}
     monkeypatch.setattr(machine, "measure", lambda: speeds)
     return ModelChoice(preset="tiny", dtype="float32")

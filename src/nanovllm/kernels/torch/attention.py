@@ -5,10 +5,14 @@ Query heads that share a KV head are put in the rows of one small matrix, so tha
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from nanovllm.kernels.batch import ForwardBatch
 
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Of scaled_dot_product_attention, without cuDNN's: on Hopper PyTorch's first choice, it plans anew for every length it has not
+seen, which takes milliseconds a layer, and nearly every prompt has a length of its own."""
 GROUP = 16
 """Decodes that are gathered together. Fewer pad less, and cost more calls."""
 
@@ -53,7 +57,8 @@ class TorchAttention:
         for entries, pages, bias in decodes:
             keys, values = (self._gather(cache, pages, len(entries)) for cache in (k_cache, v_cache))
             grouped = q[entries].unflatten(1, (self.num_kv_heads, -1))  # [entries, kv_heads, query heads of each, head_dim]
-            out = sdpa(grouped, keys, values, attn_mask=bias, scale=self.scale)
+            with sdpa_kernel(BACKENDS):
+                out = sdpa(grouped, keys, values, attn_mask=bias, scale=self.scale)
             output[entries] = out.flatten(1, 2)
         for start, end, context, cached, mask in prefills:
             if cached is None:
@@ -61,7 +66,8 @@ class TorchAttention:
             else:
                 keys, values = (self._gather(cache, cached, 1)[:, :, :context] for cache in (k_cache, v_cache))
             query = q[None, start:end].transpose(1, 2)
-            out = sdpa(query, keys, values, mask, is_causal=mask is None, scale=self.scale, enable_gqa=True)
+            with sdpa_kernel(BACKENDS):
+                out = sdpa(query, keys, values, mask, is_causal=mask is None, scale=self.scale, enable_gqa=True)
             output[start:end] = out[0].transpose(0, 1)
         return output
 
