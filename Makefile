@@ -31,7 +31,9 @@ STUDY ?=
 PROFILE ?=
 MODEL ?=
 SET ?=
-OPTIONS = $(if $(STUDY),--study $(STUDY)) $(if $(PROFILE),--profile $(PROFILE)) $(if $(MODEL),--model $(MODEL)) $(foreach s,$(SET),--set $(s))
+# DRY_RUN=1: show the plan of `make ablate`, `compare-vllm` or `compare-hf` and run nothing.
+DRY_RUN ?=
+OPTIONS = $(if $(DRY_RUN),--dry-run) $(if $(STUDY),--study $(STUDY)) $(if $(PROFILE),--profile $(PROFILE)) $(if $(MODEL),--model $(MODEL)) $(foreach s,$(SET),--set $(s))
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,7 +49,7 @@ lock:  ## make constraints.txt again, with the newest versions
 check-lock:  ## does constraints.txt resolve on every supported Python and machine? (metadata only)
 	@$(WITH_PYTHON) -m requirements.lock check
 
-ablate: $(READY)  ## what does each optimization buy on this machine: table, report, MLflow (resumes where it was stopped)
+ablate: $(READY)  ## what does each optimization buy on this machine: table, report, MLflow (resumes where it was stopped; DRY_RUN=1: the plan)
 	@$(BIN)/python -m experiments ablate $(OPTIONS)
 
 compare-vllm: $(READY) $(if $(VLLM_PYTHON),,$(VLLM_READY))  ## the engine against vLLM: same work, interleaved, outputs checked (VLLM_PYTHON=existing interpreter)
