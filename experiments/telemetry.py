@@ -13,11 +13,9 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
-
-from nanovllm.host_limits import visible_gpus
 
 _PROC = Path("/proc")
 _MAX_SAMPLES = 120
@@ -294,6 +292,23 @@ def nvidia_smi(query: str, visible: str | None = None) -> list[list[str]]:
         return []
     rows = [[field.strip() for field in line.split(",")] for line in done.stdout.splitlines()]
     return [row for row in rows if len(row) == len(query.split(","))]  # "No devices were found" may come with status 0
+
+
+def visible_gpus(uuids: Sequence[str]) -> list[str]:
+    """Of a machine's GPUs, given by UUID, those that CUDA shows this process, by the names of CUDA_VISIBLE_DEVICES.
+
+    As CUDA reads the variable: the list ends at the first name that is no GPU. A MIG instance counts as one GPU.
+    """
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
+        return [str(index) for index in range(len(uuids))]
+    found: list[str] = []
+    for name in map(str.strip, named.split(",")):
+        is_index = name.isdecimal() and int(name) < len(uuids)
+        is_uuid = name.startswith("MIG-") or (name.startswith("GPU-") and any(uuid.startswith(name) for uuid in uuids))
+        if not (is_index or is_uuid) or name in found:
+            break
+        found.append(name)
+    return found
 
 
 def gpu_inventory() -> list[dict[str, Any]]:

@@ -123,7 +123,7 @@ def test_gpus_are_those_that_cuda_shows(monkeypatch: pytest.MonkeyPatch, variabl
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
-    assert host_limits.visible_gpus(UUIDS) == seen
+    assert telemetry.visible_gpus(UUIDS) == seen
     monkeypatch.setattr(telemetry, "nvidia_smi", lambda _: [[u, f"GPU {i}", "1024", "570"] for i, u in enumerate(UUIDS)])
     expected = ["GPU 0" if "MIG" in name else f"GPU {'2' if name == 'GPU-cccc' else name}" for name in seen]
     assert [gpu["name"] for gpu in telemetry.gpu_inventory()] == expected

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -73,6 +74,30 @@ ALL = Optimizations(**{name: "auto" for name in LEVELS if not name.endswith("par
 """The best level of each optimization on the machine at hand (how many GPUs share the work is a question of its own: 1)."""
 
 
+def _whole(high: int, optional: bool = False) -> tuple[Callable[[Any], bool], str]:
+    """A whole number from 1 to `high`; None as well, where it is optional."""
+    return (lambda value: (value is None and optional) or (type(value) is int and 1 <= value <= high),
+            f"a whole number from 1 to {high}")  # fmt: skip
+
+
+ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model": (lambda value: isinstance(value, str) and value != "", "a folder or a hub id"),
+    "tokenizer": (lambda value: value is None or (isinstance(value, str) and value != ""), "None, a folder or a hub id"),
+    "skip_tokenizer_init": (lambda value: type(value) is bool, "True or False"),
+    "dtype": (lambda value: value in ("auto", "float32", "bfloat16"), "'auto', 'float32' or 'bfloat16'"),
+    "device": (lambda value: value in ("auto", "cpu", "cuda"), "'auto', 'cpu' or 'cuda'"),
+    "max_num_seqs": _whole(2**31 - 1),
+    "block_size": _whole(2**31 - 1),
+    "max_model_len": _whole(2**31 - 1, optional=True),
+    "max_num_batched_tokens": _whole(2**31 - 1, optional=True),
+    "kv_cache_memory_bytes": _whole(2**63 - 1, optional=True),
+    "gpu_memory_utilization": (lambda value: isinstance(value, Real) and 0 < value <= 1, "in (0, 1]"),  # type: ignore[operator]
+    "seed": (lambda value: value is None or isinstance(value, Integral), "None or a whole number"),
+    "optimizations": (lambda value: isinstance(value, Optimizations), "Optimizations or a dict"),
+}
+"""What each argument of `EngineConfig` must be, and how an error says it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """What was asked for, by vLLM's names. `None` and 'auto' are resolved against the model and the machine."""
@@ -92,23 +117,11 @@ class EngineConfig:
     optimizations: Optimizations = field(default_factory=lambda: ALL)
 
     def __post_init__(self) -> None:
-        _require(isinstance(self.model, str) and self.model != "", "model", self.model, "a folder or a hub id")
-        named = self.tokenizer is None or (isinstance(self.tokenizer, str) and self.tokenizer != "")
-        _require(named, "tokenizer", self.tokenizer, "None, a folder or a hub id")
-        _require(type(self.skip_tokenizer_init) is bool, "skip_tokenizer_init", self.skip_tokenizer_init, "True or False")
-        _require(self.dtype in ("auto", "float32", "bfloat16"), "dtype", self.dtype, "'auto', 'float32' or 'bfloat16'")
-        _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "'auto', 'cpu' or 'cuda'")
-        for name in ("max_num_seqs", "block_size", "max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes"):
-            value, optional = getattr(self, name), type(self).__dataclass_fields__[name].default is None
-            low, high = (1, 2**63 - 1) if name == "kv_cache_memory_bytes" else (1, 2**31 - 1)
-            fits = (value is None and optional) or (type(value) is int and low <= value <= high)
-            _require(fits, name, value, f"a whole number from {low} to {high}")
-        share = self.gpu_memory_utilization
-        _require(isinstance(share, Real) and 0 < share <= 1, "gpu_memory_utilization", share, "in (0, 1]")  # type: ignore[operator]
-        object.__setattr__(self, "gpu_memory_utilization", float(share))
-        _require(self.seed is None or isinstance(self.seed, Integral), "seed", self.seed, "None or a whole number")
+        for name, (fits, allowed) in ALLOWED.items():
+            value = getattr(self, name)
+            _require(fits(value), name, value, allowed)
+        object.__setattr__(self, "gpu_memory_utilization", float(self.gpu_memory_utilization))
         object.__setattr__(self, "seed", int(self.seed or 0))
-        _require(isinstance(self.optimizations, Optimizations), "optimizations", self.optimizations, "Optimizations or a dict")
 
     @classmethod
     def from_kwargs(cls, model: str, **kwargs: Any) -> EngineConfig:

@@ -1,7 +1,37 @@
 """How the tokens of one request are chosen: the subset of vLLM's SamplingParams that this engine has."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
+
+
+def _number(low: float, high: float, kind: type = Integral, also: object = ...) -> Callable[[Any], bool]:
+    """Whether a value is a number of that kind from `low` to `high`, or is what is allowed beside them."""
+    return lambda value: (value is None and also is None) or (isinstance(value, kind) and (low <= value <= high or value == also))
+
+
+def _token_ids(given: Any) -> bool:
+    is_list = isinstance(given, (list, tuple, set, frozenset, range))
+    return given is None or (is_list and all(isinstance(token, Integral) and token >= 0 for token in given))  # type: ignore[operator]
+
+
+def _plain(value: Any) -> Any:
+    """A number of any library as one of Python's."""
+    return value if value is None else (int if isinstance(value, Integral) else float)(value)
+
+
+ALLOWED: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
+    "temperature": (_number(1e-5, 1e30, Real, also=0), _plain, "0 (greedy), or a number from 1e-5 to 1e30"),
+    "top_k": (_number(-1, 2**31 - 1), _plain, "a whole number below 2**31, 1 or more, or 0 or -1 for all tokens"),
+    "top_p": (_number(1e-30, 1, Real), _plain, "in (0, 1], no less than 1e-30"),
+    "max_tokens": (_number(1, 2**63), _plain, "a whole number, 1 or more"),
+    "seed": (_number(-(2**63), 2**63 - 1, also=None), _plain, "None or an integer of 64 bits"),
+    "logprobs": (_number(0, 2**63, also=None), _plain, "None or a whole number, 0 or more"),
+    "stop_token_ids": (_token_ids, lambda given: tuple(map(int, given or ())), "None or a list of token ids, whole numbers"),
+    "ignore_eos": (lambda value: isinstance(value, bool), bool, "True or False"),
+}
+"""What each value must be, what becomes of it, and how an error says it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,23 +54,8 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        def check(name: str, text: str, low: float, high: float, kind: type = Integral, also: object = ...) -> None:
-            value = getattr(self, name)  # the classes of `numbers` have an order that mypy does not know
-            in_range = isinstance(value, kind) and (low <= value <= high or value == also)  # type: ignore[operator]
-            if not in_range and not (value is None and also is None):
-                raise ValueError(f"{name}={value!r} is not allowed; it must be {text}")
-            object.__setattr__(self, name, value if value is None else (int if isinstance(value, Integral) else float)(value))
-
-        check("temperature", "0 (greedy), or a number from 1e-5 to 1e30", 1e-5, 1e30, Real, also=0)
-        check("top_k", "a whole number below 2**31, 1 or more, or 0 or -1 for all tokens", -1, 2**31 - 1)
-        check("top_p", "in (0, 1], no less than 1e-30", 1e-30, 1, Real)
-        check("max_tokens", "a whole number, 1 or more", 1, 2**63)
-        check("seed", "None or an integer of 64 bits", -(2**63), 2**63 - 1, also=None)
-        check("logprobs", "None or a whole number, 0 or more", 0, 2**63, also=None)
-        given = () if self.stop_token_ids is None else self.stop_token_ids
-        is_list = isinstance(given, (list, tuple, set, frozenset, range))
-        if not is_list or not all(isinstance(token, Integral) and token >= 0 for token in given):  # type: ignore[operator]
-            raise ValueError(f"stop_token_ids={given!r} is not allowed; it must be None or a list of token ids, whole numbers")
-        object.__setattr__(self, "stop_token_ids", tuple(map(int, given)))
-        if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos={self.ignore_eos!r} is not allowed; it must be True or False")
+        for name, (fits, of_python, allowed) in ALLOWED.items():
+            value = getattr(self, name)
+            if not fits(value):
+                raise ValueError(f"{name}={value!r} is not allowed; it must be {allowed}")
+            object.__setattr__(self, name, of_python(value))

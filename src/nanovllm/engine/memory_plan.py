@@ -32,6 +32,16 @@ KEPT_FREE_BYTES = 512 << 20
 """Of a GPU that others use too: a desktop's windows come and go. Less where gpu_memory_utilization leaves less."""
 
 
+def before_the_weights(runner: ModelRunner, model: ModelConfig) -> MemoryPlan:
+    """What a runner on a GPU does before it loads them: sees that they fit, and has the kernels of its first steps compiled."""
+    plan = MemoryPlan(runner, model)
+    if runner.config.optimizations.kernels == "triton":
+        from nanovllm.engine.rehearsal import Rehearsal
+
+        runner.rehearsal = Rehearsal(runner, model)  # type: ignore[attr-defined]
+    return plan
+
+
 class MemoryPlan:
     """Made before the weights are loaded. Raises MemoryError where they do not fit."""
 

@@ -50,13 +50,9 @@ class ModelRunner:
             block_size=resolved.block_size, head_dim=model_config.head_dim, dtype=dtype)  # fmt: skip
         plan: Any = None
         if resolved.device == "cuda":
-            from nanovllm.engine.memory_plan import MemoryPlan
+            from nanovllm.engine.memory_plan import before_the_weights
 
-            plan = MemoryPlan(self, model_config)
-            if resolved.optimizations.kernels == "triton":
-                from nanovllm.engine.rehearsal import Rehearsal
-
-                self.rehearsal: Any = Rehearsal(self, model_config)
+            plan = before_the_weights(self, model_config)
         default_dtype = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:

@@ -53,19 +53,21 @@ def load_hf_config(folder: Path) -> ModelConfig:
     raw = read_json(folder / "config.json")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, transformers 4
     rope = rope if isinstance(rope, dict) else {"rope_type": rope}
-    layer_types = sorted(set(map(str, raw.get("layer_types") or COMPUTED["layer_types"])))
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    found = {"architectures": "none", **rope, **raw, "layer_types": layer_types, "rope type": rope_type}
-    for name, computed in COMPUTED.items():
-        if found.get(name, computed) not in (computed, None):
-            raise ValueError(f"{folder} has {name}={found[name]!r}; this engine computes {computed!r} only")
     generation = folder / "generation_config.json"
     eos = (read_json(generation) if generation.is_file() else {}).get("eos_token_id", raw.get("eos_token_id"))
-    found |= {
+    found = {
+        "architectures": "none",
+        **rope,
+        **raw,
+        "layer_types": sorted(set(map(str, raw.get("layer_types") or COMPUTED["layer_types"]))),
+        "rope type": rope.get("rope_type", rope.get("type", "default")),
         "rope_theta": rope.get("rope_theta", raw.get("rope_theta")),
         "dtype": raw.get("dtype") or raw.get("torch_dtype") or "float32",
         "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
     }
+    for name, computed in COMPUTED.items():
+        if found.get(name, computed) not in (computed, None):
+            raise ValueError(f"{folder} has {name}={found[name]!r}; this engine computes {computed!r} only")
     fields = {f.name: f for f in dataclasses.fields(ModelConfig)}
     needed = [name for name, f in fields.items() if f.default is dataclasses.MISSING and name != "head_dim"]
     if lacking := [name for name in needed if found.get(name) is None]:

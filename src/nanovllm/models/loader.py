@@ -35,7 +35,7 @@ def load_weights(model: nn.Module, folder: Path, tp: TensorParallel) -> None:
         files = weight_files(folder, warn=tp.rank == 0)
     parameters: dict[str, Any] = dict(model.named_parameters())
     missing = {(name, part) for name, param in parameters.items() for part in param.parts or [None]}
-    unknown, stored_heads = [], []
+    left_over: list[tuple[Path, str]] = []
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
@@ -44,20 +44,14 @@ def load_weights(model: nn.Module, folder: Path, tp: TensorParallel) -> None:
                     if (target, part) in missing:
                         missing.remove((target, part))
                         _load(parameters[target], part, tensors.get_slice(name), tp, f"{name} of {file}")
-                    elif name == "lm_head.weight":  # a tied head may be stored as well
-                        stored_heads.append(file)
                     else:
-                        unknown.append(name)
+                        left_over.append((file, name))
         except SafetensorError as error:
             raise ValueError(f"{file} cannot be read ({error}): it is truncated or damaged; fetch it again") from error
-    if missing:
-        raise ValueError(f"{folder} lacks {shortened([name if part is None else f'{name} ({part})' for name, part in missing])}")
-    if unknown:
-        raise ValueError(f"{folder} holds tensors that the model has no place for: {shortened(unknown)}")
-    for file in stored_heads:
-        from nanovllm.models.weight_files import check_tied_head
+    if missing or left_over:
+        from nanovllm.models.weight_files import check_left_over
 
-        check_tied_head(file, parameters["model.embed_tokens.weight"])
+        check_left_over(folder, missing, left_over, parameters)
 
 
 def _target(name: str, packed: dict[str, tuple[str, str]]) -> tuple[str, str | None]:
@@ -75,8 +69,3 @@ def _load(param: Any, part: str | None, source: Any, tp: TensorParallel, name: s
     if source.get_shape() != expected:
         raise ValueError(f"{name} has shape {source.get_shape()} where the model needs {expected}")
     target.copy_(source[tuple(slice(rank * n, (rank + 1) * n) for n, (rank, _) in zip(target.shape, ranks, strict=True))])
-
-
-def shortened(names: list[str], limit: int = 8) -> str:
-    """The first names of a list, and how many more there are."""
-    return ", ".join(sorted(names)[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

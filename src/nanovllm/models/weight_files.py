@@ -1,4 +1,5 @@
-"""Which of a folder's safetensors are the model: loaded only where there is more than one model.safetensors to choose from.
+"""Which of a folder's safetensors are the model, and what to make of tensors that are not those of the model: loaded only where
+there is more than one model.safetensors to choose from, or a tensor too few or too many.
 
 Other files lie about: shards of another cut, Mistral's consolidated.safetensors, the adapter of a merged model, the original
 weights beside converted ones. Which ones count is said by the index, or by the name; the same as in HF and vLLM.
@@ -7,12 +8,11 @@ weights beside converted ones. Which ones count is said by the index, or by the 
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-
-from nanovllm.models.loader import shortened
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
@@ -61,6 +61,18 @@ def read_index(index: Path) -> dict[str, list[str]]:
     return files
 
 
+def check_left_over(folder: Path, missing: set[tuple[str, str | None]], left_over: list[tuple[Path, str]],
+                    parameters: dict[str, Any]) -> None:  # fmt: skip
+    """Raises ValueError for parameters that no tensor filled, for tensors that belong to none, and for a stored head that is not
+    the tied one. missing: parameters, with the part of each. left_over: tensors, with the file of each."""
+    if missing:
+        raise ValueError(f"{folder} lacks {shortened([name if part is None else f'{name} ({part})' for name, part in missing])}")
+    if unknown := [name for _, name in left_over if name != "lm_head.weight"]:
+        raise ValueError(f"{folder} holds tensors that the model has no place for: {shortened(unknown)}")
+    for file, _ in left_over:  # a tied head may be stored as well
+        check_tied_head(file, parameters["model.embed_tokens.weight"])
+
+
 def check_tied_head(file: Path, embedding: Tensor) -> None:
     """Raises ValueError where the lm_head.weight in `file` is not the embedding that the head is tied to: HF 5 would use the
     stored one, older versions the tied one, so only the checkpoint's owner can say which is right."""
@@ -70,3 +82,8 @@ def check_tied_head(file: Path, embedding: Tensor) -> None:
         raise ValueError(f"{file} holds an lm_head.weight that differs from model.embed_tokens.weight, and config.json says "
                          "tie_word_embeddings: true, which makes them one. If the stored head is the right one (transformers 5 "
                          "takes it), set tie_word_embeddings to false in config.json; if not, remove lm_head.weight from the file")
+
+
+def shortened(names: list[str], limit: int = 8) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(sorted(names)[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
