@@ -10,6 +10,7 @@ import torch
 
 from experiments import environment, provenance, telemetry
 from nanovllm import host_limits
+from nanovllm.config import ResolvedConfig
 from nanovllm.engine import kv_cache
 
 GIB = 1 << 30
@@ -89,7 +90,10 @@ def test_memory_is_what_a_container_may_use(
 
 def test_everything_that_asks_gets_the_limit(groups: Path) -> None:
     join(groups, "0::/\n", {"memory.max": str(GIB), "memory.current": str(GIB // 2), "cpu.max": "100000 100000"})
-    assert kv_cache.memory(torch.device("cpu")) == (GIB // 2, GIB)
+    config = ResolvedConfig(model="any", max_model_len=2**20, max_num_seqs=2**20, max_num_batched_tokens=2**20,
+                            gpu_memory_utilization=0.75)  # fmt: skip
+    spec = kv_cache.KVCacheSpec(1, 1, 64, 16, torch.float32)
+    assert kv_cache.num_blocks_for(config, spec) == (GIB // 2 - GIB // 4) // spec.block_bytes
     machine = provenance.of_machine()
     assert (machine["memory_bytes"], machine["cpu"]["cores"]) == (GIB, 1)
     assert environment.of_child()["OMP_NUM_THREADS"] == "1"  # libraries count the cores that there are

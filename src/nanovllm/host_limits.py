@@ -31,7 +31,10 @@ def memory_within(free: int, total: int) -> tuple[int, int]:
         used = _numbers(group / "memory.current") or _numbers(group / "memory.usage_in_bytes")
         if limit and used and limit[0] < total:  # without a limit: infinite, or in version 1 2**63
             total = int(limit[0])
-            free = max(0, min(free, total - int(used[0]) + _reclaimable(group / "memory.stat")))
+            # In use and yet to be had: files in the cache, which the kernel drops before it kills. Version 1 says it twice, once
+            # for this group alone.
+            cached = re.findall(r"^(?:total_)?inactive_file (\d+)$", _read(group / "memory.stat"), re.MULTILINE)
+            free = max(0, min(free, total - int(used[0]) + max(map(int, cached), default=0)))
     return free, total
 
 
@@ -56,9 +59,3 @@ def _read(file: Path) -> str:
 def _numbers(file: Path) -> list[float]:
     """The numbers in a file of one line, `max` as infinite; not those below 0, which version 1 writes where there is no limit."""
     return [math.inf if word == "max" else int(word) for word in _read(file).split() if word == "max" or word.isdecimal()]
-
-
-def _reclaimable(file: Path) -> int:
-    """Bytes of cached files that the kernel drops before it kills: in use, and yet to be had. Version 1 has two counts: that with
-    the groups below is the larger one."""
-    return max(map(int, re.findall(r"^(?:total_)?inactive_file (\d+)$", _read(file), re.MULTILINE)), default=0)

@@ -8,12 +8,16 @@ from typing import Any
 
 def _number(low: float, high: float, kind: type = Integral, also: object = ...) -> Callable[[Any], bool]:
     """Whether a value is a number of that kind from `low` to `high`, or is what is allowed beside them."""
-    return lambda value: (value is None and also is None) or (isinstance(value, kind) and (low <= value <= high or value == also))
+    return lambda value: (value is None and also is None) or (
+        isinstance(value, kind) and (low <= value <= high or value == also)  # type: ignore[operator]
+    )
 
 
 def _token_ids(given: Any) -> bool:
-    is_list = isinstance(given, (list, tuple, set, frozenset, range))
-    return given is None or (is_list and all(isinstance(token, Integral) and token >= 0 for token in given))  # type: ignore[operator]
+    return given is None or (
+        isinstance(given, (list, tuple, set, frozenset, range))
+        and all(isinstance(token, Integral) and token >= 0 for token in given)  # type: ignore[operator]
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -42,21 +42,16 @@ class KVCacheSpec:
         return [(layer[0], layer[1]) for layer in cache]
 
 
-def num_blocks_for(config: ResolvedConfig, spec: KVCacheSpec, device: torch.device) -> int:
-    """Blocks within the byte budget: the explicit one; else what is left of gpu_memory_utilization of the device's memory
+def num_blocks_for(config: ResolvedConfig, spec: KVCacheSpec) -> int:
+    """Blocks within the byte budget: the explicit one; else, on a CPU, what is left of gpu_memory_utilization of the memory
     once everything that is in use now, by this process or any other, is counted, but no more than max_num_seqs requests of
     max_model_len tokens can fill. Raises ValueError where not even one block fits. (A GPU's automatic budget: memory_plan.py.)
     """
     if (budget := config.kv_cache_memory_bytes) is None:
-        free, total = memory(device)
+        free, total = memory_within(*psutil.virtual_memory()[1::-1])  # what this process may use
         budget = int(free - (1 - config.gpu_memory_utilization) * total)
         budget = min(budget, config.max_num_seqs * -(-config.max_model_len // config.block_size) * spec.block_bytes)
     if budget < spec.block_bytes:
         raise ValueError(f"the KV cache would have {max(budget, 0)} bytes, one block of {config.block_size} tokens takes "
                          f"{spec.block_bytes}: raise kv_cache_memory_bytes or gpu_memory_utilization, or free memory")
     return budget // spec.block_bytes
-
-
-def memory(device: torch.device) -> tuple[int, int]:
-    """(free, total) bytes of the device, over all processes; of a CPU's, what this process may use."""
-    return torch.cuda.mem_get_info(device) if device.type == "cuda" else memory_within(*psutil.virtual_memory()[1::-1])

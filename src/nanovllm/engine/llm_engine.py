@@ -16,14 +16,14 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from nanovllm.config import Device, EngineConfig
+from nanovllm.config import EngineConfig
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Scheduler, StepPlan
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stats import StepStats
 from nanovllm.host_limits import cpu_cores
-from nanovllm.models.config import load_hf_config, read_json
+from nanovllm.models.config import load_hf_config, read_if_there
 from nanovllm.models.loader import resolve_model
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -32,8 +32,8 @@ Prompt = str | list[int] | dict[str, Any]
 Method = TypeVar("Method", bound=Callable[..., Any])
 Params = SamplingParams | SequenceOf[SamplingParams] | None
 PLAIN_TOKENIZER = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
-                   "add_prefix_space": False, "clean_up_tokenization_spaces": False}  # fmt: skip
-"""What may stand beside a tokenizer.json without changing what it does."""
+                   "add_prefix_space": False, "clean_up_tokenization_spaces": False, "model_max_length": None}  # fmt: skip
+"""What may stand beside a tokenizer.json without changing what it does; model_max_length, which bounds nothing here, may be any."""
 
 
 class EngineDeadError(RuntimeError):
@@ -75,13 +75,11 @@ class LLMEngine:
         self._turn = threading.RLock()
         self._stats = StepStats()
         begin = time.perf_counter()
-        device: Device = "cpu"
-        if config.device != "cpu":
-            device, config = _load("machine", "prepare")(config)
+        device, config = ("cpu", config) if config.device == "cpu" else _load("machine", "prepare")(config)
         folder = self._folder = resolve_model(config.model)
         self.model_config = load_hf_config(folder)
         resolved = config.resolve(
-            device=device,
+            device=device,  # type: ignore[arg-type]
             dtype=self.model_config.dtype if config.dtype == "auto" else config.dtype,
             max_position_embeddings=self.model_config.max_position_embeddings,
         )
@@ -295,11 +293,8 @@ def load_tokenizer(folder: str, eos_token_ids: tuple[int, ...] = ()) -> Tokenize
         raise ValueError(f"{file} is not a tokenizer: {error}") from error
     tokenizer.no_truncation()  # both are how it was last used, not what the model is
     tokenizer.no_padding()
-    beside: dict[str, Any] = {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-        if (more := file.with_name(name)).is_file():
-            beside |= read_json(more)
-    beside.pop("model_max_length", None)  # bounds nothing here
-    if not beside.items() <= PLAIN_TOKENIZER.items():
+    config, names, added = (
+        read_if_there(file.with_name(name)) for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"))
+    if not {**config, **names, **added, "model_max_length": None}.items() <= PLAIN_TOKENIZER.items():
         import_module("nanovllm.models.tokenizer_files").check_tokenizer(file.parent, tokenizer, eos_token_ids)
     return tokenizer

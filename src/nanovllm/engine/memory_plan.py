@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nanovllm.engine.gpu_memory import bytes_for_steps
-from nanovllm.engine.kv_cache import KVCacheSpec, memory, num_blocks_for
+from nanovllm.engine.kv_cache import KVCacheSpec, num_blocks_for
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
@@ -30,6 +30,11 @@ LOG = logging.getLogger("nanovllm")
 
 KEPT_FREE_BYTES = 512 << 20
 """Of a GPU that others use too: a desktop's windows come and go. Less where gpu_memory_utilization leaves less."""
+
+
+def memory(device: torch.device) -> tuple[int, int]:
+    """(free, total) bytes of a GPU, over all processes."""
+    return torch.cuda.mem_get_info(device)
 
 
 def before_the_weights(runner: ModelRunner, model: ModelConfig) -> MemoryPlan:
@@ -73,7 +78,7 @@ class MemoryPlan:
         """
         step_bytes = bytes_for_steps(runner, spec)
         if self.config.kv_cache_memory_bytes is not None:
-            return num_blocks_for(self.config, spec, self.device)
+            return num_blocks_for(self.config, spec)
         free_now, _ = memory(self.device)
         taken = self.free_bytes - free_now
         room = min(self.allowed_bytes - taken, free_now - self.kept_free_bytes) - step_bytes

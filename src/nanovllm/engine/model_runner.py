@@ -66,8 +66,7 @@ class ModelRunner:
         self.make_rows()
 
         spec = KVCacheSpec.of(model_config, resolved)
-        num_blocks = plan.num_blocks(self, spec) if plan else num_blocks_for(resolved, spec, self.device)
-        self.num_blocks = tp.agree_on_least(num_blocks)
+        self.num_blocks = tp.agree_on_least(plan.num_blocks(self, spec) if plan else num_blocks_for(resolved, spec))
         self.kv_cache_bytes = self.num_blocks * spec.block_bytes
         self.kv_caches = spec.allocate(self.num_blocks + self.spare, self.device)
 

@@ -37,7 +37,7 @@ class AttentionBackend:
 def load_kernels(optimizations: Optimizations, calls: Counter[str]) -> Kernels:
     """The implementation of `optimizations.kernels`; each call adds one to calls[level]."""
     level = optimizations.kernels
-    module = _load(_KERNELS[level], f"kernels={level!r}")
+    module = import_module(_KERNELS[level])
     return Kernels(*(counted(getattr(module, f.name), level, calls) for f in fields(Kernels)))
 
 
@@ -45,7 +45,7 @@ def load_attention(optimizations: Optimizations, calls: Counter[str], **geometry
     """The implementation of `optimizations.attention_backend`; each call of attend adds one to calls[level]."""
     module, _, name = f"nanovllm.kernels.{(level := optimizations.attention_backend)}.{_ATTENTION[level]}".rpartition(".")
     geometry |= {"cascade": calls} if optimizations.cascade_attention else {}  # it counts what it reads once
-    backend = getattr(_load(module, f"attention_backend={level!r}"), name)(**geometry)
+    backend = getattr(import_module(module), name)(**geometry)
     return AttentionBackend(backend.prepare, counted(backend.attend, level, calls))
 
 
@@ -57,10 +57,3 @@ def counted(function: Operation, level: str, calls: Counter[str]) -> Operation:
         return function(*args, **kwargs)
 
     return call
-
-
-def _load(module: str, choice: str) -> Any:
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{choice} needs {error.name!r}, which is not installed: install it, or choose 'torch'") from error

@@ -53,8 +53,7 @@ def load_hf_config(folder: Path) -> ModelConfig:
     raw = read_json(folder / "config.json")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, transformers 4
     rope = rope if isinstance(rope, dict) else {"rope_type": rope}
-    generation = folder / "generation_config.json"
-    eos = (read_json(generation) if generation.is_file() else {}).get("eos_token_id", raw.get("eos_token_id"))
+    eos = read_if_there(folder / "generation_config.json").get("eos_token_id", raw.get("eos_token_id"))
     found = {
         "architectures": "none",
         **rope,
@@ -69,10 +68,10 @@ def load_hf_config(folder: Path) -> ModelConfig:
         if found.get(name, computed) not in (computed, None):
             raise ValueError(f"{folder} has {name}={found[name]!r}; this engine computes {computed!r} only")
     fields = {f.name: f for f in dataclasses.fields(ModelConfig)}
-    needed = [name for name, f in fields.items() if f.default is dataclasses.MISSING and name != "head_dim"]
-    if lacking := [name for name in needed if found.get(name) is None]:
-        raise ValueError(f"{folder / 'config.json'} lacks {', '.join(lacking)}")
     values = {name: found[name] for name in fields if found.get(name) is not None}
+    required = [name for name, f in fields.items() if f.default is dataclasses.MISSING and name != "head_dim"]
+    if lacking := [name for name in required if name not in values]:
+        raise ValueError(f"{folder / 'config.json'} lacks {', '.join(lacking)}")
     for name, value in values.items():
         allowed, fits = KINDS[fields[name].type]
         if not fits(value):
@@ -92,3 +91,8 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file} is not JSON of keys and values; it holds a {type(content).__name__}")
     return content
+
+
+def read_if_there(file: Path) -> dict[str, Any]:
+    """The same, of a file that may be missing: then there are none."""
+    return read_json(file) if file.is_file() else {}

@@ -22,8 +22,8 @@ class Qwen3Attention(nn.Module):
         self.attention, self.eps = attention, config.rms_norm_eps
         q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         parts = {"q": q_size, "k": kv_size, "v": kv_size}
-        product = kernels.linear_qk_norm_rope_store_kv
-        self.qkv_proj = ColumnParallelLinear(config.hidden_size, parts, config.attention_bias, product, tp)
+        self.qkv_proj = ColumnParallelLinear(config.hidden_size, parts, config.attention_bias,
+                                             kernels.linear_qk_norm_rope_store_kv, tp)  # fmt: skip
         self.o_proj = RowParallelLinear(q_size, config.hidden_size, config.attention_bias, kernels, tp)
         self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.rms_norm_eps, kernels) for _ in range(2))
 
@@ -85,8 +85,8 @@ class Qwen3ForCausalLM(nn.Module):
                  tp: TensorParallel) -> None:
         super().__init__()
         self.model = Qwen3Model(config, max_model_len, kernels, attention, tp)
-        tied = config.tie_word_embeddings
-        self.lm_head = self.model.embed_tokens if tied else VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp, True)
+        self.lm_head = (self.model.embed_tokens if config.tie_word_embeddings
+                        else VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp, only_head=True))  # fmt: skip
 
     def forward(self, batch: ForwardBatch, kv_caches: list[KVCache]) -> Tensor:
         """-> hidden states: [tokens, hidden]."""

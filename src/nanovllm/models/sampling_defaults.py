@@ -4,7 +4,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from nanovllm.models.config import read_json
+from nanovllm.models.config import read_if_there
 from nanovllm.sampling_params import SamplingParams
 
 HONOURED = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "max_new_tokens": "max_tokens"}
@@ -22,7 +22,7 @@ LEFT_OUT: dict[str, Any] = {
 def default_params(folder: Path) -> SamplingParams:
     """Raises ValueError where the file recommends what is out of range."""
     file = folder / "generation_config.json"
-    said = {name: value for name, value in (read_json(file) if file.is_file() else {}).items() if value is not None}
+    said = {name: value for name, value in read_if_there(file).items() if value is not None}
     if left_out := [f"{name}={said[name]!r}" for name, nothing in LEFT_OUT.items() if said.get(name, nothing) != nothing]:
         warnings.warn(f"{file} recommends {', '.join(left_out)}, which this engine leaves out; give `generate` sampling_params of "
                       "your own to choose (temperature=0 where no sampling is meant)", stacklevel=3)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, normalizers
 
-from nanovllm.models.config import read_json
+from nanovllm.models.config import read_if_there
 
 QWEN = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 AS_IT_IS = (*QWEN, "PreTrainedTokenizerFast", "TokenizersBackend")
@@ -26,7 +26,8 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, eos_token_ids: tuple[int
 
     Raises ValueError for settings with which HF would make other token ids of a text.
     """
-    config, names, added = (_read(folder / f"{name}.json") for name in ("tokenizer_config", "special_tokens_map", "added_tokens"))
+    config, names, added = (
+        read_if_there(folder / f"{name}.json") for name in ("tokenizer_config", "special_tokens_map", "added_tokens"))
     if on := [name for name in REFUSED if config.get(name)]:
         raise ValueError(f"{folder}/tokenizer_config.json has {on[0]}={config[on[0]]!r}; this engine computes False only: write it "
                          "into tokenizer.json, or give prompts as token ids and skip_tokenizer_init=True")
@@ -63,7 +64,3 @@ def _named(settings: dict[str, Any]) -> list[str]:
 
 def _content(token: Any) -> str:
     return str(token["content"]) if isinstance(token, dict) else str(token)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.is_file() else {}
