@@ -76,8 +76,7 @@ def load_hf_config(folder: Path) -> ModelConfig:
         allowed, fits = KINDS[fields[name].type]
         if not fits(value):
             raise ValueError(f"{folder} has {name.replace('_ids', '_id')}={value!r}; it must be {allowed}")
-    values.setdefault("head_dim", values["hidden_size"] // values["num_attention_heads"])
-    return ModelConfig(**values)
+    return ModelConfig(**{"head_dim": values["hidden_size"] // values["num_attention_heads"], **values})
 
 
 def read_json(file: Path) -> dict[str, Any]:
