@@ -312,6 +312,6 @@ def test_a_fraction_of_memory_counts_other_processes(tiny: Path, monkeypatch: py
     from nanovllm.engine import kv_cache
 
     block = 4 * 2 * 2 * 64 * 8 * 4
-    monkeypatch.setattr(kv_cache, "memory", lambda device: (40 * block, 100 * block))  # others hold 60 of 100
+    monkeypatch.setattr(kv_cache, "memory_within", lambda free, total: (40 * block, 100 * block))  # others hold 60 of 100
     with LLM(str(tiny), **SMALL, gpu_memory_utilization=0.9) as llm:
         assert llm.resolved_config()["num_kv_blocks"] == 30  # 90 of 100 at most are in use
