@@ -608,8 +608,8 @@ def rope_settings_of_newer_transformers_are_ignored() -> list[Patch]:
         raw.pop("rope_parameters", None)
         return {"rope_theta": 10_000.0} | raw
 
-    real = model_config._read
-    return [(model_config, "_read", read)]
+    real = model_config.read_json
+    return [(model_config, "read_json", read)]
 
 
 # -- sampling --------------------------------------------------------------------------------------------------------------

@@ -38,7 +38,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("RAY_health_check_period_ms", "300")
     monkeypatch.setenv("RAY_health_check_failure_threshold", "5")  # fewer, and a busy machine loses a node that lives
     folder = tempfile.mkdtemp(prefix="ray")  # short: sockets lie in it
-    monkeypatch.setenv("RAY_TMPDIR", folder)  # Ray writes its address there as well, and does not make the usual folder
+    monkeypatch.setenv("RAY_TMPDIR", folder)  # Ray writes its address into a folder there as well, and does not make it
+    (Path(folder) / "ray").mkdir()
     head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": folder, "object_store_memory": _STORE}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     for name in "ab":
