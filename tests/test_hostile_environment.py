@@ -15,7 +15,8 @@ from tests.test_preflight import PUBLISHED
 ROOT = Path(__file__).parents[1]
 LOCALE = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}  # ASCII, with all of Python's help against it off
 HOSTILE = {
-    **LOCALE, "LANGUAGE": "tr", "MPLBACKEND": "module://nothing", "GIT_DIR": "/dev/null/nowhere/.git", "GIT_WORK_TREE": "/dev/null/nowhere",
+    **LOCALE, "LANGUAGE": "tr", "MPLBACKEND": "module://nothing",
+    "GIT_DIR": "/dev/null/nowhere/.git", "GIT_WORK_TREE": "/dev/null/nowhere",
     "CI": "true", "OMP_NUM_THREADS": "1", "TORCH_LOGS": "recompiles", "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1",
     "COLUMNS": "10", "NO_COLOR": "1", "PYTHONOPTIMIZE": "2", "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": "/dev/null/nowhere",
     "HOME": "/dev/null/nowhere", "MLFLOW_TRACKING_URI": "http://nowhere", "MLFLOW_RUN_ID": "abc",
