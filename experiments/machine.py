@@ -210,10 +210,16 @@ def _measured(profile: Profile) -> dict[str, Any]:
     """The speeds of this machine, where the profile is of it; {} where it states those of another one."""
     if profile.device == "cpu":
         return measure() if "measure" in (profile.bandwidth_bytes_per_s, profile.peak_flops) else {}
-    gpus = gpus_at_hand() if listed_gpus() else None
+    open_values = "measure" in (profile.bandwidth_bytes_per_s, profile.peak_flops)
+    try:
+        gpus = gpus_at_hand()
+    except SpecError:  # a GPU that cannot be used here is no obstacle to planning for another one
+        if open_values:
+            raise
+        return {}
     if gpus is not None and matches(profile, gpus):
         return gpus.measured
-    if "measure" in (profile.bandwidth_bytes_per_s, profile.peak_flops):
+    if open_values:
         raise SpecError(f"profile {profile.name} leaves its speeds to be measured, and this machine has no such GPU: state "
                         "bandwidth_bytes_per_s and peak_flops to plan for another machine")  # fmt: skip
     return {}

@@ -95,6 +95,11 @@ def test_gpus_that_cannot_be_used_are_refused_with_a_remedy(gpus: Any, found: di
         machine.detect_profile()
 
 
+def test_a_gpu_that_cannot_be_used_is_no_obstacle_to_planning_for_another(gpus: Any) -> None:
+    gpus(seen(why_not="The NVIDIA driver on your system is too old"), listed=1)
+    assert machine.settle(load_profile("rtx4070"), "bfloat16")["bandwidth_bytes_per_s"] == 504e9
+
+
 def test_hidden_gpus_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     for hidden in ("", "-1"):
