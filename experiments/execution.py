@@ -50,7 +50,11 @@ def interrupted(plan: dict[str, Any], console: Console) -> Path | None:
         if (folder / FINISHED).exists():
             continue
         try:
-            if records.read_plan(folder / records.PLAN)["plan_hash"] != plan["plan_hash"]:
+            begun = records.read_plan(folder / records.PLAN)
+            if begun["plan_hash"] != plan["plan_hash"]:
+                if all(begun[part]["name"] == plan[part]["name"] for part in ("study", "profile")):
+                    say(console, f"not going on with {shown(folder)}: it was planned otherwise (settings, or what was measured of "
+                                 "this machine: speed, free memory); starting again", "yellow")  # fmt: skip
                 continue
         except records.RecordError as error:
             say(console, f"not looking into {shown(folder)}: {error}", "yellow")

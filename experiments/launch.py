@@ -238,6 +238,7 @@ def run_child(
     command: [python, "-m", "experiments.launch", ...]; with a nursery the child is forked from it. Raises OSError, PreloadError.
     """
     result, log = scratch.with_name(scratch.name + ".result"), scratch.with_name(scratch.name + ".log")
+    sampler = telemetry.Sampler(os.getpid(), visible=(os.environ | variables).get("CUDA_VISIBLE_DEVICES"))  # GPUs before the child
     arguments = ["--result", str(result), "--spawned-at", repr(time.time())]
     child: Child
     if nursery is None:
@@ -249,7 +250,7 @@ def run_child(
     else:
         log.write_bytes(b"")
         child = nursery.start([*command[3:], *arguments], log)
-    sampler = telemetry.Sampler(child.pid, visible=(os.environ | variables).get("CUDA_VISIBLE_DEVICES"))
+    sampler.pid = child.pid
     sampler.start()
     problem = None
     try:

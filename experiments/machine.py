@@ -25,9 +25,11 @@ from experiments.environment import of_child
 from experiments.spec import PROFILES, Profile, load_profile
 from experiments.yaml_files import SpecError, names
 
+MEASURE_TIMEOUT_S = 180
 LEAST_CAPABILITY = (8, 0)
 """Of an NVIDIA GPU: Ampere. Older ones have no bfloat16 arithmetic and none of the asynchronous copies that the kernels use."""
-_DRIVER_FILES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
+_DRIVER_FILES = (Path("/dev/nvidiactl"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
+"""Signs of an NVIDIA driver: on Linux, and on Windows' Linux, where every kind of GPU has /dev/dxg."""
 KV_SHARE, KV_STEP_BYTES = 0.9, 1 << 28
 """Share of the free device memory that a study may use, and the unit in which its KV cache is sized: 256 MiB, so that a desktop
 that takes a little more or less memory does not change the plan."""
@@ -68,10 +70,16 @@ try:
 except (RuntimeError, AssertionError) as error:
     seen["why_not"] = str(error).strip().splitlines()[0]
 for index in range(torch.cuda.device_count() if "why_not" not in seen else 0):
-    p = torch.cuda.get_device_properties(index)
-    free, total = torch.cuda.mem_get_info(index)
+    try:
+        p = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+    except RuntimeError as error:  # one that another process holds wholly; those before it can be used
+        if index == 0:
+            seen["why_not"] = str(error).strip().splitlines()[0]
+        break
     seen["devices"].append({"name": p.name, "capability": [p.major, p.minor], "memory_bytes": total, "free_bytes": free,
-                            "multiprocessors": p.multi_processor_count, "l2_bytes": p.L2_cache_size})
+                            "multiprocessors": p.multi_processor_count, "l2_bytes": p.L2_cache_size,
+                            "uuid": str(getattr(p, "uuid", ""))})
 if seen["devices"] and seen["devices"][0]["capability"] >= [8, 0]:
     free = seen["devices"][0]["free_bytes"]
     def best(work, call, seconds):
@@ -230,10 +238,11 @@ def free_gpu_bytes(num_devices: int) -> int:
     gpus = gpus_at_hand()
     if gpus is None:
         raise SpecError("kv_cache_memory_bytes: measure is for a machine with a GPU; give a number of bytes to plan for another")
-    now = telemetry.free_gpu_bytes(os.environ.get("CUDA_VISIBLE_DEVICES"))
-    if len(now) >= num_devices:  # else, in a MIG slice for instance, what was free when it was measured
-        return min(now[:num_devices])
-    return min(device["free_bytes"] for device in gpus.measured["devices"][:num_devices])
+    used = gpus.measured["devices"][:num_devices]
+    now = telemetry.free_gpu_bytes(",".join(f"GPU-{device.get('uuid')}" for device in used))  # torch counts them in another order
+    if len(now) == len(used) and all(abs(total - used[0]["memory_bytes"]) < 0.05 * total for _, total in now):
+        return min(free for free, _ in now)
+    return min(device["free_bytes"] for device in used)  # of a MIG slice nvidia-smi tells the whole GPU's: when it was measured
 
 
 def kv_budget(free_bytes: int, weight_bytes: int, step_bytes: int, most_bytes: int) -> int:
@@ -259,9 +268,13 @@ def listed_gpus() -> list[str]:
         return [str(path) for path in _DRIVER_FILES if path.exists()]
     try:
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, errors="replace", timeout=30, check=False)
-    except (subprocess.SubprocessError, OSError):
-        return []
-    return [line.strip() for line in done.stdout.splitlines() if re.match(r"\s*(GPU|MIG) ", line)]
+        said = done.stdout + done.stderr
+    except (subprocess.SubprocessError, OSError) as error:
+        said = str(error)
+    found = [line.strip() for line in said.splitlines() if re.match(r"\s*(GPU|MIG) ", line)]
+    if not found and said and any(path.exists() for path in _DRIVER_FILES):
+        return [f"a driver that does not answer ({said.strip().splitlines()[0]})"]  # an update without a restart, for instance
+    return found
 
 
 def measure_gpus(listed: list[str]) -> dict[str, Any]:
@@ -285,7 +298,11 @@ def _kept(what: list[Any], command: list[str]) -> dict[str, Any]:
     if kept.exists():
         return json.loads(kept.read_text())  # type: ignore[no-any-return]
     print("measuring this machine's memory bandwidth and arithmetic (once, some seconds)", file=sys.stderr, flush=True)
-    done = subprocess.run(command, capture_output=True, text=True, env=of_child(), check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=of_child(), timeout=MEASURE_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise SpecError(f"measuring this machine took over {MEASURE_TIMEOUT_S} s: does another process hold its GPU? "
+                        "`--profile cpu` measures the CPU instead") from None  # fmt: skip
     if done.returncode != 0:
         raise SpecError(f"measuring this machine failed: {done.stderr.strip()[-500:]}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

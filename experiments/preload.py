@@ -9,6 +9,7 @@ memory included. A nursery serves one block: all cells of a block share that, an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -97,7 +98,8 @@ class Nursery:
         """Ends the process; a launch that it forked ends as well."""
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
-                stream.close()
+                with contextlib.suppress(OSError):  # a request that it did not live to read
+                    stream.close()
         try:
             self._process.wait(5)
         except subprocess.TimeoutExpired:

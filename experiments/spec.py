@@ -185,6 +185,9 @@ class Study(Strict):
             if missing := [w for w in factor.workloads if w not in self.workloads]:
                 raise ValueError(f"factors.{name}.workloads: {missing[0]!r} is no workload of this study; "
                                  f"allowed: {', '.join(self.workloads)}")  # fmt: skip
+        if self.design.kind in designs.FACTORIALS and (alone := sorted(self.apart())):
+            raise ValueError(f"factors.{alone[0]}.in_all: false has no meaning in design.kind {self.design.kind}, which combines "
+                             "all factors; allowed: add_one_in, leave_one_out, both")  # fmt: skip
         if self.design.kind == "listed" and not self.cells:
             raise ValueError("design.kind: listed makes no cells of its own, and the study has no `cells`: nothing to compare")
         made = {"baseline", "aa", *self._made_by_design()}

@@ -28,7 +28,7 @@ class Sampler:
     """Samples every `interval_s` from `start()` to `stop()`; a long launch is thinned out to at most 120 samples."""
 
     def __init__(self, pid: int, interval_s: float = 0.5, visible: str | None = None) -> None:
-        """Call it right after the process was started: GPU memory and processes of this moment are not its own.
+        """Call it before the process is started, and set `pid` then: GPU memory and processes of this moment are not its own.
 
         visible: its CUDA_VISIBLE_DEVICES, numbers or UUIDs; None: it sees every GPU. What happens on others is not its concern.
         """
@@ -326,10 +326,12 @@ def gpu_inventory() -> list[dict[str, Any]]:
     return found
 
 
-def free_gpu_bytes(visible: str | None = None) -> list[int]:
-    """Memory that no process holds now on each GPU, of all or of those that `visible` names; empty where nobody tells."""
+def free_gpu_bytes(visible: str | None = None) -> list[tuple[int, int]]:
+    """(bytes that no process holds now, all bytes) of each GPU, of all or of those that `visible` names, in the driver's order;
+    empty where nobody tells."""
     rows = nvidia_smi("--query-gpu=memory.total,memory.used", visible)
-    return [(int(total) - int(used)) << 20 for total, used in rows if total.isdigit() and used.isdigit()]
+    known = [(int(total), int(used)) for total, used in rows if total.isdigit() and used.isdigit()]
+    return [((total - used) << 20, total << 20) for total, used in known]
 
 
 def open_gpu(visible: str | None = None) -> _Nvml | _NvidiaSmi | None:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments import workloads
+from experiments.sizing import least_blocks
 from experiments.spec import Cell, Study
 
 OPS_PER_LAYER = {"torch": 150, "compile": 100, "triton": 100, "hf": 400}
@@ -43,7 +44,7 @@ def fit(
     """The study with its answers cut for this machine, and what was chosen; as it is where it has no `sizing`, and on a CPU.
 
     profile: settled; model: its `shape` and `dtype` as in a plan. The largest share with which `sizing.blocks` blocks fit into
-    `design.budget_s`, the smallest where none does.
+    `design.budget_s`, the smallest where none does. A number of blocks that the study states stays, and only the answers are cut.
     """
     sizing = study.sizing
     if sizing is None or profile["device"] != "cuda":
@@ -53,11 +54,12 @@ def fit(
         cut = shortened(study, share)
         launch_s = {name: launch_seconds(cut, cell, profile, model) for name, cell in cells.items()}
         block_s = sum(launch_s.values())
-        if sizing.blocks * block_s <= budget_s:
+        if (study.design.blocks or sizing.blocks) * block_s <= budget_s:
             break
     mean_s = round(block_s / len(cells), 2)
     measurement = cut.measurement.model_copy(update={"launch_s": mean_s})
-    blocks = max(sizing.least_blocks, min(sizing.most_blocks, int(budget_s / block_s)))
+    fitting = sizing.most_blocks if math.isinf(budget_s) else min(sizing.most_blocks, int(budget_s / block_s))
+    blocks = study.design.blocks or max(sizing.least_blocks, least_blocks(study.design.bootstrap), fitting)
     design = cut.design.model_copy(update={"blocks": blocks, "budget_s": None})
     chosen = {
         "share_of_answers": share,

@@ -66,7 +66,8 @@ def _sentence(analysis: Analysis) -> str:
     if headline is not None:
         single = [effect for effect in gains if _factors_changed(effect["cell"], analysis) == 1]
         best = better(single, key=lambda effect: effect["ratio"]) if single else None
-        tail = f"; the largest single gain is {_place(best, analysis)} ({ratio(best['ratio'])})" if best else ""
+        found = f"the largest single gain that is told from chance: {_place(best, analysis)}" if best else ""
+        tail = f"; {found} ({ratio(best['ratio'])})" if best else ""
         return f"Everything on {_says(headline, analysis)}{tail}."
     if best is not None:
         rank = f"the largest of {count_of(len(gains), 'gain')} among {len(tested)} effects"

@@ -102,7 +102,8 @@ def costs(launches: Launches, plan: Mapping[str, Any]) -> dict[str, list[dict[st
         own = sorted((r for r in launches if r["cell"] == cell), key=lambda record: record["started_at"])
         if not own:
             continue
-        starts = [record["process_start_s"] + record["load_s"] for record in own]
+        # A forked launch (measurement.preload) has had its imports before it began.
+        starts = [record["process_start_s"] + (record.get("preloaded_s") or 0.0) + record["load_s"] for record in own]
         device = [record["peak_memory_bytes"]["device"] for record in own]
         rows.append({
             "cell": cell, "n": len(own), "first_load_s": starts[0], "load_s": statistics.median(starts[1:] or starts),

@@ -28,6 +28,7 @@ def print_table(analysis: Mapping[str, Any], console: Console | None = None) -> 
     effects = [effect for effect in analysis["effects"] if effect["metric"] == analysis["metric"]["key"]]
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     switches = {workload: _by_switch(analysis, workload) for workload in analysis["workloads"]}
+    of_switches = {effect[side] for found in switches.values() for effect, _ in found for side in ("on", "off")} - {"all"}
     title = "ratio, off to on" if any(switches.values()) else "ratio to the baseline"
     table.add_column(title, no_wrap=True, max_width=29 if any(switches.values()) else None)
     table.add_column("effect", justify="right", no_wrap=True)
@@ -38,8 +39,7 @@ def print_table(analysis: Mapping[str, Any], console: Console | None = None) -> 
     for workload in dict.fromkeys(effect["workload"] for effect in effects):
         table.add_row(Text(workload, style="bold"))
         for effect in effects:
-            one_cell_of_a_switch = any(switches.values()) and effect["role"] == "treatment"
-            if effect["workload"] == workload and not one_cell_of_a_switch:
+            if effect["workload"] == workload and effect["cell"] not in of_switches:
                 _add_row(table, analysis, effect, effect["cell"], _counters(analysis, effect["cell"], workload))
         for effect, name in switches.get(workload, []):
             _add_row(table, analysis, effect, name, _counters(analysis, effect["cell"], workload, effect["factor"]))
@@ -56,7 +56,7 @@ def _by_switch(analysis: Mapping[str, Any], workload: str) -> list[tuple[dict[st
 
     Such a study has a cell for each; their ratios to everything off say little of those from which one switch was left out.
     """
-    rows = [row for row in analysis["factors"] if row["kind"] in WAYS and row["workload"] == workload and row["n"]]
+    rows = [row for row in analysis["factors"] if row["kind"] in WAYS and row["workload"] == workload]
     if {row["kind"] for row in rows} != set(WAYS):
         return []
     order = list(analysis["study"]["factors"])
@@ -104,4 +104,5 @@ def _print_notes(console: Console, analysis: Mapping[str, Any]) -> None:
     for note in notes:
         console.print(Text(f"! {note}", style="yellow"))
     for entry in analysis["not_applicable"]:
-        console.print(Text(f"not applicable: {entry['factor']}={entry['level']}: {entry['reason']}"))
+        what = f"{entry['factor']} ({entry['level']})" if "=" in str(entry["level"]) else f"{entry['factor']}={entry['level']}"
+        console.print(Text(f"not applicable: {what}: {entry['reason']}"))

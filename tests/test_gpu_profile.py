@@ -34,7 +34,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         lines = [f"GPU {n}: NVIDIA something (UUID: GPU-{n})" for n in range(len(found["devices"]) if listed is None else listed)]
         monkeypatch.setattr(machine, "listed_gpus", lambda: lines)
         monkeypatch.setattr(machine, "measure_gpus", lambda listed: found)
-        free = [d["free_bytes"] for d in found["devices"]]
+        free = [(d["free_bytes"], d["memory_bytes"]) for d in found["devices"]]
         monkeypatch.setattr(telemetry, "free_gpu_bytes", lambda visible: free)
 
     return give
@@ -98,6 +98,28 @@ def test_gpus_that_cannot_be_used_are_refused_with_a_remedy(gpus: Any, found: di
 def test_a_gpu_that_cannot_be_used_is_no_obstacle_to_planning_for_another(gpus: Any) -> None:
     gpus(seen(why_not="The NVIDIA driver on your system is too old"), listed=1)
     assert machine.settle(load_profile("rtx4070"), "bfloat16")["bandwidth_bytes_per_s"] == 504e9
+
+
+def test_a_driver_that_does_not_answer_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """After an update without a restart nvidia-smi fails: to measure the CPU without a word would be no answer."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'Failed to initialize NVML: Driver/library version mismatch'\nexit 18\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(machine, "_DRIVER_FILES", (tmp_path / "nvidiactl",))
+    assert machine.listed_gpus() == []
+    (tmp_path / "nvidiactl").touch()
+    assert machine.listed_gpus() == ["a driver that does not answer (Failed to initialize NVML: Driver/library version mismatch)"]
+
+
+def test_free_memory_is_that_of_the_gpus_that_pytorch_sees(gpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(seen({**device(), "uuid": "abc"}))
+    asked = []
+    monkeypatch.setattr(telemetry, "free_gpu_bytes", lambda visible: asked.append(visible) or [(5 * GB, 12 * GB)])
+    assert (machine.free_gpu_bytes(1), asked) == (5 * GB, ["GPU-abc"])
+    monkeypatch.setattr(telemetry, "free_gpu_bytes", lambda visible: [(39 * GB, 40 * GB)])
+    assert machine.free_gpu_bytes(1) == 11 * GB, "the driver tells the whole GPU's, PyTorch has a slice of it"
 
 
 def test_hidden_gpus_are_none(monkeypatch: pytest.MonkeyPatch) -> None:

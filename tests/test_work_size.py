@@ -79,6 +79,15 @@ def test_the_plan_says_what_it_chose() -> None:
     assert set(plan["sized"]["expected_launch_s"]) == set(plan["cells"])
 
 
+@pytest.mark.usefixtures("no_weights")
+def test_a_stated_number_of_blocks_stays() -> None:
+    for blocks in (2, 12):
+        plan = planned("rtx4070", "gpu-ablate", f"design.blocks={blocks}")
+        assert (plan["study"]["design"]["blocks"], len(plan["launches"])) == (blocks, blocks * len(plan["cells"]))
+    assert planned("rtx4070", "gpu-ablate", "design.bootstrap=true")["study"]["design"]["blocks"] == 6
+    assert planned("rtx4070", "gpu-ablate", "design.budget_s=null")["study"]["design"]["blocks"] == 6
+
+
 def profile(bandwidth: float, host_op_s: float, flops: float = 5e13) -> Profile:
     given = {"bandwidth_bytes_per_s": bandwidth, "host_op_s": host_op_s, "peak_flops": {"bfloat16": flops, "float32": flops / 4}}
     return load_profile("rtx4070").model_copy(update=given)
