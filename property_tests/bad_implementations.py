@@ -831,11 +831,11 @@ def unknown_arguments_are_dropped() -> list[Patch]:
 def the_cache_takes_what_others_hold() -> list[Patch]:
     """The cache is sized from the total memory, whatever is in use."""
 
-    def num_blocks_for(config: Any, spec: KVCacheSpec, device: torch.device) -> int:
+    def num_blocks_for(config: Any, spec: KVCacheSpec) -> int:
         from nanovllm.engine import kv_cache
 
-        _, total = kv_cache.memory(device)
-        return min(256 * 8, int(total * config.gpu_memory_utilization) // spec.block_bytes) or real(config, spec, device)
+        _, total = kv_cache.memory_within(0, 0)
+        return min(256 * 8, int(total * config.gpu_memory_utilization) // spec.block_bytes) or real(config, spec)
 
     real = model_runner.num_blocks_for
     return [(model_runner, "num_blocks_for", num_blocks_for)]

@@ -28,7 +28,7 @@ def test_the_cache_leaves_others_their_memory(block_size: int, total: int, used:
     block = block_size * BYTES_A_TOKEN
     used = min(used, total)
     room = int(utilization * total - used + 1e-9)
-    with patch.object(kv_cache, "memory", lambda device: ((total - used) * block, total * block)):
+    with patch.object(kv_cache, "memory_within", lambda *_: ((total - used) * block, total * block)):
         try:
             with engine_of(Shape("static", False, 0, block_size, 1, 256, 256), kv_cache_memory_bytes=None,
                            gpu_memory_utilization=utilization) as engine:  # fmt: skip
@@ -162,11 +162,11 @@ def test_ranks_hold_caches_of_one_size(least: int, more: int) -> None:
     calls = iter([(n * block, n * block) for n in (least + more, least)])
     lock = threading.Lock()
 
-    def memory(device: object) -> tuple[int, int]:
+    def memory_within(*_: int) -> tuple[int, int]:
         with lock:
             return next(calls)
 
-    with patch.object(kv_cache, "memory", memory), engine_of(
+    with patch.object(kv_cache, "memory_within", memory_within), engine_of(
         Shape("static", False, 0, 16, 1, 16, 64, ranks=2), kv_cache_memory_bytes=None, gpu_memory_utilization=1.0
     ) as engine:  # fmt: skip
         sizes = [rank.num_blocks for rank in engine.runner.ranks]
