@@ -75,7 +75,7 @@ class Measurement(Strict):
     least_timed_s: a workload that takes less is served again until it was timed for so long in all, at most 15 times, and the
     serving of median duration is what counts. preload: launches are forked from a process that has imported the engine's
     libraries and done nothing else, a new one for each block, which often saves half of a launch (docs/adr/0009).
-    environment: variables set for every launch of every engine, whatever the shell says. Of itself, threads that wait for each
+    environment: variables set for every launch of every engine, whatever the shell says. By default, threads that wait for each
     other sleep: spinning ones made launches many times slower wherever anything else ran (ablations/LOG.md, 2026-11-22)."""
 
     warm_up_requests: int = Field(default=16, ge=1)

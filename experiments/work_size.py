@@ -4,8 +4,9 @@ A study that has `sizing` states its work at full size. With everything off, an 
 with everything on, and how long depends on the host's speed more than on the GPU's: so the seconds of every launch are estimated
 from the measured speeds of this machine, and all answers are cut by the same share. What was chosen is part of the plan.
 
-The estimate decides how much is measured, never what is reported. Its constants are of one visit to an H100 (ablations/LOG.md,
-2026-11-28) in units that carry over: operations that the host launches, and bytes and FLOPs that the GPU moves and computes.
+The estimate decides how much is measured, never what is reported. Its constants are of visits to an H100 and an H200
+(ablations/LOG.md, 2026-11-28) in units that carry over: operations that the host launches, and bytes and FLOPs that the GPU moves
+and computes.
 """
 
 from __future__ import annotations
