@@ -1,7 +1,7 @@
 # The commands people type. `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check-lock test test-slow test-strangers property lint bench ablate check compare-vllm compare-hf report ui clean FORCE
+.PHONY: help setup lock check-lock test test-slow test-strangers property lint format bench ablate check compare-vllm compare-hf report ui clean FORCE
 
 # make PYTHON=python3.12 setup: the Python of the environment. Without it: the one that .venv has, else the first that fits.
 PYTHON ?=
@@ -86,10 +86,15 @@ else
 	@$(BIN)/python -m pytest property_tests -m "not slow"
 endif
 
-lint: $(READY)  ## ruff, mypy, import-linter
+lint: $(READY)  ## ruff (rules and format), mypy, import-linter
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@PYTHONPATH=src:. $(BIN)/lint-imports
+
+format: $(READY)  ## ruff format over everything
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format .
 
 bench: $(READY)  ## pytest-benchmark: scheduler, block manager, kernels
 	@$(BIN)/python -m pytest -m bench --benchmark-only --benchmark-columns=median,iqr,ops,rounds

@@ -1,9 +1,11 @@
-"""The engine on a GPU, one configuration at a time: tokens a second, milliseconds a step, and where they go.
+"""The engine on a GPU, one configuration at a time: tokens a second, milliseconds a step, and where
+they go.
 
     PYTHONPATH=src:. python ablations/gpu_engine.py --out all.json --workloads canonical latency-1 latency-8 latency-64
     PYTHONPATH=src:. python ablations/gpu_engine.py --out eager.json --set cuda_graphs=false --workloads latency-1 --profile
 
-A tool for finding out what to do next. It checks no outputs and gives no intervals: what is published comes from the studies.
+A tool for finding out what to do next. It checks no outputs and gives no intervals: what is
+published comes from the studies.
 """
 
 from __future__ import annotations
@@ -25,11 +27,22 @@ from nanovllm.models.checkpoint import ensure_checkpoint
 
 WORKLOADS: dict[str, tuple[str, dict[str, Any]]] = {
     "canonical": ("canonical", {}),
-    **{f"latency-{n}": ("random", {"num_requests": n, "prompt_tokens": 128, "output_tokens": 256}) for n in (1, 8, 64)},
+    **{
+        f"latency-{n}": ("random", {"num_requests": n, "prompt_tokens": 128, "output_tokens": 256})
+        for n in (1, 8, 64)
+    },
     "decode-256": ("random", {"num_requests": 256, "prompt_tokens": 700, "output_tokens": 64}),
     "decode-130": ("random", {"num_requests": 130, "prompt_tokens": 880, "output_tokens": 64}),
-    "prefix": ("shared_prefix", {"num_prefixes": 8, "prefix_tokens": 1024, "num_requests": 512, "own_tokens": 64,
-                                 "output_tokens": 32}),
+    "prefix": (
+        "shared_prefix",
+        {
+            "num_prefixes": 8,
+            "prefix_tokens": 1024,
+            "num_requests": 512,
+            "own_tokens": 64,
+            "output_tokens": 32,
+        },
+    ),
 }
 
 
@@ -37,8 +50,15 @@ def serve(llm: LLM, workload: dict[str, Any]) -> dict[str, Any]:
     """One timed run, and what the engine counted in it."""
     requests = workload["waves"][0]
     prompts = [{"prompt_token_ids": r["prompt_token_ids"]} for r in requests]
-    params = [SamplingParams(temperature=r["temperature"], max_tokens=r["max_tokens"], ignore_eos=r["ignore_eos"], seed=r["seed"])
-              for r in requests]  # fmt: skip
+    params = [
+        SamplingParams(
+            temperature=r["temperature"],
+            max_tokens=r["max_tokens"],
+            ignore_eos=r["ignore_eos"],
+            seed=r["seed"],
+        )
+        for r in requests
+    ]
     llm.reset_stats()
     llm.reset_prefix_cache()
     torch.cuda.synchronize()
@@ -50,12 +70,26 @@ def serve(llm: LLM, workload: dict[str, Any]) -> dict[str, Any]:
     decode = [s for s, prefill, _ in steps if not prefill]
     stats = llm.stats()
     return {
-        "seconds": seconds, "output_tokens": num_tokens, "tokens_per_s": num_tokens / seconds, "steps": len(steps),
-        "prefill_steps": sum(p > 0 for _, p, _ in steps), "prefill_s": sum(s for s, p, _ in steps if p),
-        "decode_ms_median": statistics.median(decode) * 1e3, "decode_ms_mean": statistics.fmean(decode) * 1e3,
+        "seconds": seconds,
+        "output_tokens": num_tokens,
+        "tokens_per_s": num_tokens / seconds,
+        "steps": len(steps),
+        "prefill_steps": sum(p > 0 for _, p, _ in steps),
+        "prefill_s": sum(s for s, p, _ in steps if p),
+        "decode_ms_median": statistics.median(decode) * 1e3,
+        "decode_ms_mean": statistics.fmean(decode) * 1e3,
         "step_ms_and_decodes": [(round(s * 1e3, 3), p, d) for s, p, d in steps],
-        "stats": {k: stats[k] for k in ("graph_replays", "overlapped_steps", "preemptions", "mixed_steps", "prefix_hit_tokens")},
-    }  # fmt: skip
+        "stats": {
+            k: stats[k]
+            for k in (
+                "graph_replays",
+                "overlapped_steps",
+                "preemptions",
+                "mixed_steps",
+                "prefix_hit_tokens",
+            )
+        },
+    }
 
 
 def kernel_times(llm: LLM, workload: dict[str, Any]) -> dict[str, Any]:
@@ -72,18 +106,34 @@ def kernel_times(llm: LLM, workload: dict[str, Any]) -> dict[str, Any]:
     spans.sort()
     steps = result["steps"]
     top = sorted(kernels.items(), key=lambda item: -item[1][0])[:24]
-    return {"steps": steps, "busy_us_a_step": sum(v[0] for v in kernels.values()) / steps,
-            "span_us_a_step": (max(s[1] for s in spans) - spans[0][0]) / steps,
-            "kernels": [{"name": name[:90], "us_a_step": us / steps, "calls_a_step": calls / steps} for name, (us, calls) in top]}
+    return {
+        "steps": steps,
+        "busy_us_a_step": sum(v[0] for v in kernels.values()) / steps,
+        "span_us_a_step": (max(s[1] for s in spans) - spans[0][0]) / steps,
+        "kernels": [
+            {"name": name[:90], "us_a_step": us / steps, "calls_a_step": calls / steps}
+            for name, (us, calls) in top
+        ],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workloads", nargs="+", default=["canonical"], choices=list(WORKLOADS))
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=JSON", help="switches of Optimizations")
-    parser.add_argument("--engine", nargs="*", default=[], metavar="FIELD=JSON", help="other arguments of the engine")
-    parser.add_argument("--model", default="qwen3-0.6b", help="a preset of nanovllm.models.checkpoint")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="FIELD=JSON", help="switches of Optimizations"
+    )
+    parser.add_argument(
+        "--engine",
+        nargs="*",
+        default=[],
+        metavar="FIELD=JSON",
+        help="other arguments of the engine",
+    )
+    parser.add_argument(
+        "--model", default="qwen3-0.6b", help="a preset of nanovllm.models.checkpoint"
+    )
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
@@ -94,9 +144,14 @@ def main() -> None:
     begin = time.perf_counter()
     engine = {"max_model_len": 4096, "block_size": 256} | _parsed(args.engine)
     llm = LLM(str(folder), optimizations=switches, skip_tokenizer_init=True, **engine)
-    result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__,
-                              "start_s": time.perf_counter() - begin, "config": llm.resolved_config(),
-                              "free_bytes": torch.cuda.mem_get_info()[0], "runs": {}}  # fmt: skip
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "start_s": time.perf_counter() - begin,
+        "config": llm.resolved_config(),
+        "free_bytes": torch.cuda.mem_get_info()[0],
+        "runs": {},
+    }
     for name, workload in workloads.items():
         serve(llm, build("warm-up", "random", {"num_requests": 4, "output_tokens": 8}))
         result["runs"][name] = [serve(llm, workload) for _ in range(args.repeats)]
@@ -106,7 +161,8 @@ def main() -> None:
     llm.close()
     del llm
     result["bytes_not_given_back"] = free_before - torch.cuda.mem_get_info()[0]
-    result["bytes_still_reserved"] = torch.cuda.memory_reserved()  # of those: PyTorch's; the rest is the driver's, for code
+    # of those: PyTorch's; the rest is the driver's, for code
+    result["bytes_still_reserved"] = torch.cuda.memory_reserved()
     args.out.write_text(json.dumps(result))
     report(result)
 
@@ -114,17 +170,26 @@ def main() -> None:
 def report(result: dict[str, Any]) -> None:
     """For reading; the file has it all."""
     kept, reserved = result["bytes_not_given_back"] >> 20, result["bytes_still_reserved"] >> 20
-    print(f"start {result['start_s']:.1f} s, KV {result['config']['kv_cache_bytes'] >> 20} MiB, free beside it "
-          f"{result['free_bytes'] >> 20} MiB, kept after close {kept} MiB (PyTorch {reserved})", result["config"]["optimizations"])
+    print(
+        f"start {result['start_s']:.1f} s, KV {result['config']['kv_cache_bytes'] >> 20} MiB, free beside it "
+        f"{result['free_bytes'] >> 20} MiB, kept after close {kept} MiB (PyTorch {reserved})",
+        result["config"]["optimizations"],
+    )
     for name, runs in result["runs"].items():
         for run in runs:
             if "kernels" in run:
-                print(f"  {name}: busy {run['busy_us_a_step']:.0f} us of {run['span_us_a_step']:.0f} us a step")
+                print(
+                    f"  {name}: busy {run['busy_us_a_step']:.0f} us of {run['span_us_a_step']:.0f} us a step"
+                )
                 for kernel in run["kernels"]:
-                    print(f"    {kernel['us_a_step']:9.1f} us {kernel['calls_a_step']:7.1f} x  {kernel['name']}")
+                    print(
+                        f"    {kernel['us_a_step']:9.1f} us {kernel['calls_a_step']:7.1f} x  {kernel['name']}"
+                    )
             else:
-                print(f"  {name}: {run['tokens_per_s']:.0f} tok/s, {run['seconds']:.3f} s, decode {run['decode_ms_median']:.3f} ms "
-                      f"median, {run['decode_ms_mean']:.3f} mean, prefill {run['prefill_s']:.3f} s in {run['prefill_steps']} steps")
+                print(
+                    f"  {name}: {run['tokens_per_s']:.0f} tok/s, {run['seconds']:.3f} s, decode {run['decode_ms_median']:.3f} ms "
+                    f"median, {run['decode_ms_mean']:.3f} mean, prefill {run['prefill_s']:.3f} s in {run['prefill_steps']} steps"
+                )
                 print(f"    {run['stats']}")
 
 

@@ -3,8 +3,9 @@
     PYTHONPATH=src:. python ablations/gpu_tp.py --out DIR          # all-reduce, tokens, times: under five minutes on two H200s
     PYTHONPATH=src:. python ablations/gpu_tp.py --out DIR --parts split large    # time by kind of kernel; Qwen3-8B's shape
 
-Each part runs in processes of its own and may fail alone: its traceback is printed and the next part begins. DIR gets one JSON file
-a part. A tool for finding out what to do next: what is published comes from ablations/studies/scaling.yaml.
+Each part runs in processes of its own and may fail alone: its traceback is printed and the next
+part begins. DIR gets one JSON file a part. A tool for finding out what to do next: what is
+published comes from ablations/studies/scaling.yaml.
 """
 
 from __future__ import annotations
@@ -26,8 +27,13 @@ from typing import Any
 
 import psutil
 
-ENGINE = {"max_model_len": 4096, "block_size": 256, "max_num_seqs": 256, "skip_tokenizer_init": True,
-          "kv_cache_memory_bytes": 48 << 30}  # fmt: skip
+ENGINE = {
+    "max_model_len": 4096,
+    "block_size": 256,
+    "max_num_seqs": 256,
+    "skip_tokenizer_init": True,
+    "kv_cache_memory_bytes": 48 << 30,
+}
 WORKLOADS: dict[str, tuple[str, dict[str, Any]]] = {
     "latency-1": ("random", {"num_requests": 1, "prompt_tokens": 128, "output_tokens": 256}),
     "latency-8": ("random", {"num_requests": 8, "prompt_tokens": 128, "output_tokens": 256}),
@@ -48,7 +54,7 @@ def engines_for(degree: int) -> dict[str, dict[str, Any]]:
     }
 
 
-# -- one engine in a process of its own ---------------------------------------------------------------------------------
+# -- one engine in a process of its own ------------------------------------------------------------
 
 
 def serve_main(job: dict[str, Any], out: Path) -> None:
@@ -66,15 +72,33 @@ def serve_main(job: dict[str, Any], out: Path) -> None:
         workers.RANK_MAIN, children.CLOSE_TIMEOUT_S = "ablations.gpu_tp.profiled_rank", 90.0
     folder = ensure_checkpoint(job["preset"], **job["changes"])
     begin = time.perf_counter()
-    switches = {f.name: getattr(ALL, f.name) for f in dataclasses.fields(ALL)} | job["optimizations"]
+    switches = {f.name: getattr(ALL, f.name) for f in dataclasses.fields(ALL)} | job[
+        "optimizations"
+    ]
     llm: Any = LLM(str(folder), optimizations=switches, **job["engine"])
-    result: dict[str, Any] = {"start_s": time.perf_counter() - begin, "config": llm.resolved_config(), "runs": {}}
+    result: dict[str, Any] = {
+        "start_s": time.perf_counter() - begin,
+        "config": llm.resolved_config(),
+        "runs": {},
+    }
     try:
-        for name, (kind, params) in {"warm-up": ("random", {"num_requests": 24, "output_tokens": 8}), **job["workloads"]}.items():
+        for name, (kind, params) in {
+            "warm-up": ("random", {"num_requests": 24, "output_tokens": 8}),
+            **job["workloads"],
+        }.items():
             requests = build(name, kind, params)["waves"][0]
             prompts = [{"prompt_token_ids": r["prompt_token_ids"]} for r in requests]
-            sampling = [SamplingParams(temperature=r["temperature"], max_tokens=r["max_tokens"], ignore_eos=r["ignore_eos"],
-                                       seed=r["seed"], top_k=r["top_k"], top_p=r["top_p"]) for r in requests]  # fmt: skip
+            sampling = [
+                SamplingParams(
+                    temperature=r["temperature"],
+                    max_tokens=r["max_tokens"],
+                    ignore_eos=r["ignore_eos"],
+                    seed=r["seed"],
+                    top_k=r["top_k"],
+                    top_p=r["top_p"],
+                )
+                for r in requests
+            ]
             for _ in range(1 if name == "warm-up" else job["repeats"]):
                 llm.reset_stats()
                 llm.reset_prefix_cache()
@@ -84,21 +108,30 @@ def serve_main(job: dict[str, Any], out: Path) -> None:
                 tokens = [list(o.outputs[0].token_ids) for o in outputs]
                 decode_ms = [s * 1e3 for s, prefill, _ in llm.step_times() if not prefill]
                 num_tokens = sum(map(len, tokens))
-                result["runs"].setdefault(name, []).append({
-                    "seconds": seconds, "output_tokens": num_tokens, "tokens_per_s": num_tokens / seconds, "tokens": tokens,
-                    "decode_ms_median": statistics.median(decode_ms) if decode_ms else None, "steps": len(llm.step_times()),
-                    "stats": llm.stats(), "toggles": llm.toggles(),
-                })  # fmt: skip
+                result["runs"].setdefault(name, []).append(
+                    {
+                        "seconds": seconds,
+                        "output_tokens": num_tokens,
+                        "tokens_per_s": num_tokens / seconds,
+                        "tokens": tokens,
+                        "decode_ms_median": statistics.median(decode_ms) if decode_ms else None,
+                        "steps": len(llm.step_times()),
+                        "stats": llm.stats(),
+                        "toggles": llm.toggles(),
+                    }
+                )
     finally:
         llm.close()
     out.write_text(json.dumps(result))
 
 
-# -- all-reduce by size ---------------------------------------------------------------------------------------------------
+# -- all-reduce by size ----------------------------------------------------------------------------
 
 
 def all_reduce_main(rank: int, size: int, rendezvous: str, out: Path) -> None:
-    """One rank: microseconds of an all-reduce, called eagerly and replayed from a graph, by size and kind."""
+    """One rank: microseconds of an all-reduce, called eagerly and replayed from a graph, by size
+    and kind.
+    """
     from nanovllm.engine.collectives import GPU_ENVIRONMENT
 
     os.environ.update(GPU_ENVIRONMENT)
@@ -108,7 +141,9 @@ def all_reduce_main(rank: int, size: int, rendezvous: str, out: Path) -> None:
 
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
-    dist.init_process_group("nccl", store=dist.FileStore(rendezvous, size), rank=rank, world_size=size, device_id=device)
+    dist.init_process_group(
+        "nccl", store=dist.FileStore(rendezvous, size), rank=rank, world_size=size, device_id=device
+    )
     memory = symm_mem.empty(8 * MEBIBYTE, dtype=torch.uint8, device=device)
     symm_mem.rendezvous(memory, dist.group.WORLD)
     name = dist.group.WORLD.group_name
@@ -165,7 +200,10 @@ def _timed_us(work: Any, repeats: int = 20) -> float:
 
     for _ in range(3):
         work()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    events = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        for _ in range(repeats)
+    ]
     for begin, end in events:
         begin.record()
         work()
@@ -174,16 +212,21 @@ def _timed_us(work: Any, repeats: int = 20) -> float:
     return statistics.median(begin.elapsed_time(end) for begin, end in events) * 1e3
 
 
-# -- parts ----------------------------------------------------------------------------------------------------------------
+# -- parts -----------------------------------------------------------------------------------------
 
 
 def run(commands: list[list[str]], timeout_s: float) -> None:
-    """Runs processes side by side. Raises RuntimeError where one fails or takes too long; ends all of them, and their children."""
+    """Runs processes side by side. Raises RuntimeError where one fails or takes too long; ends all
+    of them, and their children.
+    """
     left_s = float(os.environ[ENDS_AT]) - time.monotonic()
     if left_s < 15:
         raise RuntimeError(f"{commands[0][0]} was not started: --budget-s is used up")
     timeout_s = min(timeout_s, left_s)
-    children = [subprocess.Popen([sys.executable, __file__, *command], start_new_session=True) for command in commands]
+    children = [
+        subprocess.Popen([sys.executable, __file__, *command], start_new_session=True)
+        for command in commands
+    ]
     deadline = time.monotonic() + timeout_s
     try:
         while any(child.poll() is None for child in children):
@@ -206,7 +249,10 @@ def _show_where(children: list[subprocess.Popen[bytes]]) -> None:
     """Has every process print its stacks."""
     for child in children:
         with contextlib.suppress(psutil.Error):
-            for process in [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]:
+            for process in [
+                psutil.Process(child.pid),
+                *psutil.Process(child.pid).children(recursive=True),
+            ]:
                 process.send_signal(signal.SIGUSR1)
     time.sleep(1)
 
@@ -221,35 +267,82 @@ def served(name: str, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
 
 
 def agreement(expected: list[list[int]], found: list[list[int]]) -> dict[str, Any]:
-    """How many requests agree to their ends, and how many tokens before the first difference of each."""
-    same = [next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x))
-            for x, y in zip(expected, found, strict=True)]  # fmt: skip
+    """How many requests agree to their ends, and how many tokens before the first difference of
+    each.
+    """
+    same = [
+        next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x))
+        for x, y in zip(expected, found, strict=True)
+    ]
     total = sum(map(len, expected))
-    return {"requests": len(expected), "requests_equal": sum(n == len(x) for n, x in zip(same, expected, strict=True)),
-            "tokens": total, "tokens_before_the_first_difference": sum(same)}  # fmt: skip
+    return {
+        "requests": len(expected),
+        "requests_equal": sum(n == len(x) for n, x in zip(same, expected, strict=True)),
+        "tokens": total,
+        "tokens_before_the_first_difference": sum(same),
+    }
 
 
 def part_all_reduce(degree: int, out: Path, device: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = str(Path(folder, "rendezvous"))
-        run([["--all-reduce-rank", str(rank), "--degree", str(degree), "--rendezvous", rendezvous,
-              "--result", str(Path(folder, f"{rank}.json"))] for rank in range(degree)], 90)  # fmt: skip
+        run(
+            [
+                [
+                    "--all-reduce-rank",
+                    str(rank),
+                    "--degree",
+                    str(degree),
+                    "--rendezvous",
+                    rendezvous,
+                    "--result",
+                    str(Path(folder, f"{rank}.json")),
+                ]
+                for rank in range(degree)
+            ],
+            90,
+        )
         rows = json.loads(Path(folder, "0.json").read_text())
     (out / "all-reduce.json").write_text(json.dumps({"degree": degree, "rows": rows}))
     for row in rows:
         eager, graph = row.get("eager_us", float("nan")), row.get("graph_us", float("nan"))
-        print(f"  {row['bytes']:>9} B {row['kind']:13} eager {eager:8.1f} us, in a graph {graph:8.1f}, right: {row.get('right')}")
+        print(
+            f"  {row['bytes']:>9} B {row['kind']:13} eager {eager:8.1f} us, in a graph {graph:8.1f}, right: {row.get('right')}"
+        )
 
 
 def part_tokens(degree: int, out: Path, device: str) -> None:
     """float32 on `tiny`: every token of every configuration is the same, but for the rare near-tie."""
     heads = {"num_key_value_heads": 4} if degree > 2 else {}
-    workloads = {f"t={t}": ("random", {"num_requests": 40, "prompt_tokens": [3, 60], "output_tokens": [5, 60], "vocab_size": 2048,
-                                       "temperature": t, **more})
-                 for t, more in ((0.0, {}), (0.8, {}), (1.0, {"top_k": 20}))}  # fmt: skip
-    job = {"preset": "tiny", "changes": heads, "workloads": workloads, "repeats": 1,
-           "engine": {"max_model_len": 256, "block_size": 16, "max_num_seqs": 20, "kv_cache_memory_bytes": 64 * MEBIBYTE,
-                      "skip_tokenizer_init": True, "dtype": "float32", "device": device}}  # fmt: skip
+    workloads = {
+        f"t={t}": (
+            "random",
+            {
+                "num_requests": 40,
+                "prompt_tokens": [3, 60],
+                "output_tokens": [5, 60],
+                "vocab_size": 2048,
+                "temperature": t,
+                **more,
+            },
+        )
+        for t, more in ((0.0, {}), (0.8, {}), (1.0, {"top_k": 20}))
+    }
+    job = {
+        "preset": "tiny",
+        "changes": heads,
+        "workloads": workloads,
+        "repeats": 1,
+        "engine": {
+            "max_model_len": 256,
+            "block_size": 16,
+            "max_num_seqs": 20,
+            "kv_cache_memory_bytes": 64 * MEBIBYTE,
+            "skip_tokenizer_init": True,
+            "dtype": "float32",
+            "device": device,
+        },
+    }
     results: dict[str, Any] = {}
     for name, switches in engines_for(degree).items():
         try:
@@ -267,19 +360,37 @@ def part_tokens(degree: int, out: Path, device: str) -> None:
 
 def part_times(degree: int, out: Path, device: str) -> None:
     """Qwen3-0.6B's shape in bfloat16: the canonical workload, and steps of small batches."""
-    job = {"preset": "qwen3-0.6b", "changes": {}, "workloads": WORKLOADS, "repeats": 1, "engine": ENGINE}
+    job = {
+        "preset": "qwen3-0.6b",
+        "changes": {},
+        "workloads": WORKLOADS,
+        "repeats": 1,
+        "engine": ENGINE,
+    }
     _times(degree, out / "times.json", job)
 
 
 def part_large(degree: int, out: Path, device: str) -> None:
     """Qwen3-8B's shape, its weights made on the GPUs."""
-    work = {f"decode-{n}": ("random", {"num_requests": n, "prompt_tokens": 128, "output_tokens": 128}) for n in (8, 64, 256)}
-    _times(degree, out / "large.json", {"preset": "qwen3-8b", "changes": {}, "workloads": work, "repeats": 1, "engine": ENGINE})
+    work = {
+        f"decode-{n}": ("random", {"num_requests": n, "prompt_tokens": 128, "output_tokens": 128})
+        for n in (8, 64, 256)
+    }
+    _times(
+        degree,
+        out / "large.json",
+        {"preset": "qwen3-8b", "changes": {}, "workloads": work, "repeats": 1, "engine": ENGINE},
+    )
 
 
 def part_split(degree: int, out: Path, device: str) -> None:
-    """Where a decode step's time goes on rank 0: kernels that compute, kernels that sum over ranks (and wait for them), neither."""
-    work = {f"decode-{n}": ("random", {"num_requests": n, "prompt_tokens": 128, "output_tokens": 128}) for n in (8, 256)}
+    """Where a decode step's time goes on rank 0: kernels that compute, kernels that sum over ranks
+    (and wait for them), neither.
+    """
+    work = {
+        f"decode-{n}": ("random", {"num_requests": n, "prompt_tokens": 128, "output_tokens": 128})
+        for n in (8, 256)
+    }
     results: dict[str, Any] = {}
     for name, switches in engines_for(degree).items():
         if "tensor_parallel_size" not in switches:
@@ -287,8 +398,15 @@ def part_split(degree: int, out: Path, device: str) -> None:
         for workload, described in work.items():
             with tempfile.TemporaryDirectory() as folder:
                 profile = Path(folder, "profile.json")
-                job = {"preset": "qwen3-0.6b", "changes": {}, "workloads": {workload: described}, "repeats": 1, "engine": ENGINE,
-                       "optimizations": switches, "profile": str(profile)}  # fmt: skip
+                job = {
+                    "preset": "qwen3-0.6b",
+                    "changes": {},
+                    "workloads": {workload: described},
+                    "repeats": 1,
+                    "engine": ENGINE,
+                    "optimizations": switches,
+                    "profile": str(profile),
+                }
                 try:
                     served(f"split of {name}, {workload}", job, 120)
                     results[f"{name}, {workload}"] = found = json.loads(profile.read_text())
@@ -303,7 +421,9 @@ def part_split(degree: int, out: Path, device: str) -> None:
 
 
 def profiled_rank(channel: Any) -> None:
-    """Of a rank's process: as nanovllm.engine.rank.main; rank 0 records its kernels and writes a summary when it ends."""
+    """Of a rank's process: as nanovllm.engine.rank.main; rank 0 records its kernels and writes a
+    summary when it ends.
+    """
     import torch
 
     from nanovllm.engine.rank import Rank
@@ -311,10 +431,16 @@ def profiled_rank(channel: Any) -> None:
     rank = Rank(channel)
     if rank.rank > 0:
         return rank.run()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler, contextlib.suppress(EOFError):
+    with (
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler,
+        contextlib.suppress(EOFError),
+    ):
         rank.run()
-    spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in profiler.events()
-                   if e.device_type == torch.autograd.DeviceType.CUDA)  # fmt: skip
+    spans = sorted(
+        (e.time_range.start, e.time_range.end, e.name)
+        for e in profiler.events()
+        if e.device_type == torch.autograd.DeviceType.CUDA
+    )
     spans = spans[len(spans) // 2 : -len(spans) // 8]  # of steady decode
     us, kernels, reached = {"compute": 0.0, "communication": 0.0}, dict[str, float](), spans[0][0]
     for begin, end, kernel in spans:
@@ -326,7 +452,9 @@ def profiled_rank(channel: Any) -> None:
     span_us = reached - spans[0][0]
     us["host, or gaps between kernels"] = span_us - sum(us.values())
     top = sorted(kernels.items(), key=lambda item: -item[1])
-    Path(os.environ["GPU_TP_PROFILE"]).write_text(json.dumps({"span_us": span_us, "us": us, "kernels": top[:40]}))
+    Path(os.environ["GPU_TP_PROFILE"]).write_text(
+        json.dumps({"span_us": span_us, "us": us, "kernels": top[:40]})
+    )
     return None
 
 
@@ -342,7 +470,11 @@ def _times(degree: int, out: Path, job: dict[str, Any]) -> None:
         for workload in job["workloads"]:
             runs = results[name]["runs"][workload]
             best = min(runs, key=lambda r: r["seconds"])
-            step = "" if best["decode_ms_median"] is None else f", decode step {best['decode_ms_median']:.3f} ms"
+            step = (
+                ""
+                if best["decode_ms_median"] is None
+                else f", decode step {best['decode_ms_median']:.3f} ms"
+            )
             line = f"  {workload}: {best['tokens_per_s']:.0f} tok/s, {best['seconds']:.3f} s{step}"
             if name != "tp1" and "tp1" in results:
                 pair = (results[key]["runs"][workload][0]["tokens"] for key in ("tp1", name))
@@ -360,16 +492,28 @@ def _without_tokens(results: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-PARTS = {"all-reduce": part_all_reduce, "tokens": part_tokens, "times": part_times, "split": part_split, "large": part_large}
+PARTS = {
+    "all-reduce": part_all_reduce,
+    "tokens": part_tokens,
+    "times": part_times,
+    "split": part_split,
+    "large": part_large,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--out", type=Path, help="folder for the JSON files")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=["all-reduce", "tokens", "times"])
-    parser.add_argument("--budget-s", type=float, default=285, help="what has not ended by then is ended")
+    parser.add_argument(
+        "--parts", nargs="+", choices=list(PARTS), default=["all-reduce", "tokens", "times"]
+    )
+    parser.add_argument(
+        "--budget-s", type=float, default=285, help="what has not ended by then is ended"
+    )
     parser.add_argument("--degree", type=int, default=2)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: the part `tokens` over gloo")
+    parser.add_argument(
+        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu: the part `tokens` over gloo"
+    )
     hidden = {"help": argparse.SUPPRESS}
     parser.add_argument("--serve", type=Path, **hidden)  # type: ignore[arg-type]
     parser.add_argument("--result", type=Path, **hidden)  # type: ignore[arg-type]

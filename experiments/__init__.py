@@ -1,4 +1,6 @@
-"""The laboratory. It is never installed: it measures the engine in src/ beside it, whatever nanovllm the interpreter has."""
+"""The laboratory. It is never installed: it measures the engine in src/ beside it, whatever
+nanovllm the interpreter has.
+"""
 
 import sys
 from pathlib import Path

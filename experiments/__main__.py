@@ -1,4 +1,6 @@
-"""The command line: python -m experiments ablate | run | compare | check | report | import | validate | list."""
+"""The command line: python -m experiments ablate | run | compare | check | report | import |
+validate | list.
+"""
 
 from __future__ import annotations
 
@@ -25,51 +27,114 @@ from experiments.executor import EXECUTORS, Options
 from experiments.model_files import ModelError, download
 from experiments.plan import build_plan
 from experiments.records import RecordError
-from experiments.spec import PROFILES, STUDIES, ModelChoice, Profile, Study, load_profile, load_study
+from experiments.spec import (
+    PROFILES,
+    STUDIES,
+    ModelChoice,
+    Profile,
+    Study,
+    load_profile,
+    load_study,
+)
 from experiments.tracking import TrackingError, import_folder
 from experiments.yaml_files import SpecError, names
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Measure what each optimization buys."
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Measure what each optimization buys.",
 )
 console = Console()
 Act = Callable[[dict[str, Any], Path, Options, Console], bool]
 OWN_VLLM = provenance.ROOT / ".venv-vllm" / "bin" / "python"
-KNOWN_ERRORS = (SpecError, ModelError, RecordError, ExecutionError, TrackingError, checking.CheckError, WorkerError)
+KNOWN_ERRORS = (
+    SpecError,
+    ModelError,
+    RecordError,
+    ExecutionError,
+    TrackingError,
+    checking.CheckError,
+    WorkerError,
+)
 
-StudyOption = Annotated[str, typer.Option("--study", help="name of a file in ablations/studies, or a path")]
-ProfileOption = Annotated[str | None, typer.Option("--profile", help="hardware; recognized if not given")]
+StudyOption = Annotated[
+    str, typer.Option("--study", help="name of a file in ablations/studies, or a path")
+]
+ProfileOption = Annotated[
+    str | None, typer.Option("--profile", help="hardware; recognized if not given")
+]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", help="folder, hub id or preset, instead of the study's or the profile's")
+    str | None,
+    typer.Option(
+        "--model", help="folder, hub id or preset, instead of the study's or the profile's"
+    ),
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override of the study, e.g. design.blocks=2")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="override of the study, e.g. design.blocks=2"),
 ]
-OutOption = Annotated[Path | None, typer.Option("--out", help="folder of the records; a new one under runs/ if not given")]
-BlocksOption = Annotated[int | None, typer.Option("--blocks", help="number of blocks, short for --set design.blocks=N")]
-PythonOption = Annotated[list[str] | None, typer.Option("--python", metavar="ENGINE=PATH", help="interpreter of an engine")]
-DeadlineOption = Annotated[float | None, typer.Option("--deadline-s", help="start no launch that would not end within this time")]
-ExecutorOption = Annotated[str, typer.Option("--executor", help="local, or ray: whole blocks on the machines of a Ray cluster")]
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", help="folder of the records; a new one under runs/ if not given"),
+]
+BlocksOption = Annotated[
+    int | None, typer.Option("--blocks", help="number of blocks, short for --set design.blocks=N")
+]
+PythonOption = Annotated[
+    list[str] | None,
+    typer.Option("--python", metavar="ENGINE=PATH", help="interpreter of an engine"),
+]
+DeadlineOption = Annotated[
+    float | None,
+    typer.Option("--deadline-s", help="start no launch that would not end within this time"),
+]
+ExecutorOption = Annotated[
+    str,
+    typer.Option("--executor", help="local, or ray: whole blocks on the machines of a Ray cluster"),
+]
 RayAddressOption = Annotated[
     str | None,
-    typer.Option("--ray-address", help="host:port of a cluster, or auto; if not given $RAY_ADDRESS, else a Ray of this machine"),
+    typer.Option(
+        "--ray-address",
+        help="host:port of a cluster, or auto; if not given $RAY_ADDRESS, else a Ray of this machine",
+    ),
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="show the plan and run nothing")]
-FolderArgument = Annotated[Path | None, typer.Argument(help="folder of an execution; the latest under runs/ if not given")]
+FolderArgument = Annotated[
+    Path | None, typer.Argument(help="folder of an execution; the latest under runs/ if not given")
+]
 
 
 @app.command()
 def ablate(
     study: Annotated[
-        str | None, typer.Option("--study", help="a file in ablations/studies, or a path; gpu-ablate on a GPU, else embedded")
+        str | None,
+        typer.Option(
+            "--study",
+            help="a file in ablations/studies, or a path; gpu-ablate on a GPU, else embedded",
+        ),
     ] = None,
-    profile: ProfileOption = None, model: ModelOption = None, overrides: SetOption = None,
-    blocks: BlocksOption = None, out: OutOption = None, python: PythonOption = None, deadline_s: DeadlineOption = None,
-    executor: ExecutorOption = "local", ray_address: RayAddressOption = None, dry_run: DryRunOption = False,
-) -> None:  # fmt: skip
-    """What does each optimization buy on this machine? Runs or resumes a study; gate, table, report, MLflow."""
+    profile: ProfileOption = None,
+    model: ModelOption = None,
+    overrides: SetOption = None,
+    blocks: BlocksOption = None,
+    out: OutOption = None,
+    python: PythonOption = None,
+    deadline_s: DeadlineOption = None,
+    executor: ExecutorOption = "local",
+    ray_address: RayAddressOption = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """What does each optimization buy on this machine? Runs or resumes a study; gate, table,
+    report, MLflow.
+    """
     if study is None:
-        study = "gpu-ablate" if guarded(lambda: choose_profile(profile)).device == "cuda" else "embedded"
+        study = (
+            "gpu-ablate"
+            if guarded(lambda: choose_profile(profile)).device == "cuda"
+            else "embedded"
+        )
     plan = make_plan(study, profile, model, overrides, blocks)
     if not dry_run:
         go(plan, out, make_options(python, deadline_s, executor, ray_address))
@@ -77,13 +142,23 @@ def ablate(
 
 @app.command()
 def run(
-    study: Annotated[str, typer.Option("--study", help="name of a file in ablations/studies, or a path")],
-    profile: ProfileOption = None, model: ModelOption = None, overrides: SetOption = None, blocks: BlocksOption = None,
-    out: OutOption = None, python: PythonOption = None, deadline_s: DeadlineOption = None,
-    executor: ExecutorOption = "local", ray_address: RayAddressOption = None,
+    study: Annotated[
+        str, typer.Option("--study", help="name of a file in ablations/studies, or a path")
+    ],
+    profile: ProfileOption = None,
+    model: ModelOption = None,
+    overrides: SetOption = None,
+    blocks: BlocksOption = None,
+    out: OutOption = None,
+    python: PythonOption = None,
+    deadline_s: DeadlineOption = None,
+    executor: ExecutorOption = "local",
+    ray_address: RayAddressOption = None,
     dry_run: DryRunOption = False,
-    write_plan: Annotated[Path | None, typer.Option("--write-plan", help="write the plan, to be run on another host")] = None,
-) -> None:  # fmt: skip
+    write_plan: Annotated[
+        Path | None, typer.Option("--write-plan", help="write the plan, to be run on another host")
+    ] = None,
+) -> None:
     """Run any study. With --dry-run --write-plan plan.json only plan it, for another host."""
     plan = make_plan(study, profile, model, overrides, blocks)
     if write_plan:
@@ -99,13 +174,25 @@ def run(
 @app.command()
 def compare(
     other: Annotated[str, typer.Option("--with", help="engine to compare with")] = "hf",
-    study: Annotated[str | None, typer.Option("--study", help="compare-ENGINE if not given, gpu-compare-ENGINE on a GPU")] = None,
-    profile: ProfileOption = None, model: ModelOption = None, overrides: SetOption = None, blocks: BlocksOption = None,
-    out: OutOption = None, python: PythonOption = None, dry_run: DryRunOption = False,
-) -> None:  # fmt: skip
-    """nanovllm against another engine: same checkpoint, same work, interleaved blocks, outputs through the gate."""
+    study: Annotated[
+        str | None,
+        typer.Option("--study", help="compare-ENGINE if not given, gpu-compare-ENGINE on a GPU"),
+    ] = None,
+    profile: ProfileOption = None,
+    model: ModelOption = None,
+    overrides: SetOption = None,
+    blocks: BlocksOption = None,
+    out: OutOption = None,
+    python: PythonOption = None,
+    dry_run: DryRunOption = False,
+) -> None:
+    """nanovllm against another engine: same checkpoint, same work, interleaved blocks, outputs
+    through the gate.
+    """
     if study is None:
-        for_gpu = guarded(lambda: choose_profile(profile)).device == "cuda" and f"gpu-compare-{other}" in names(STUDIES)
+        for_gpu = guarded(
+            lambda: choose_profile(profile)
+        ).device == "cuda" and f"gpu-compare-{other}" in names(STUDIES)
         study = f"gpu-compare-{other}" if for_gpu else f"compare-{other}"
     plan = make_plan(study, profile, model, overrides, blocks)
     if not dry_run:
@@ -114,10 +201,16 @@ def compare(
 
 @app.command()
 def check(
-    profile: ProfileOption = None, model: ModelOption = None, out: OutOption = None, python: PythonOption = None,
-    drawn: Annotated[int, typer.Option("--workloads", min=4, help="how many workloads Hypothesis draws")] = 120,
-) -> None:  # fmt: skip
-    """Is the output right? All pairs of switches, HF and vLLM through the gate, and engines broken on purpose, which must fail.
+    profile: ProfileOption = None,
+    model: ModelOption = None,
+    out: OutOption = None,
+    python: PythonOption = None,
+    drawn: Annotated[
+        int, typer.Option("--workloads", min=4, help="how many workloads Hypothesis draws")
+    ] = 120,
+) -> None:
+    """Is the output right? All pairs of switches, HF and vLLM through the gate, and engines broken
+    on purpose, which must fail.
 
     vLLM takes part where its interpreter is given: --python vllm=PATH.
     """
@@ -134,9 +227,16 @@ def report(folder: FolderArgument = None) -> None:
 
 @app.command("import")
 def import_command(
-    folders: Annotated[list[Path], typer.Argument(help="folders of records, e.g. brought home from a GPU host")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="folders of records, e.g. brought home from a GPU host")
+    ],
     merge: Annotated[
-        Path | None, typer.Option("--merge", metavar="NEW", help="the folders are visits of one study: write and import one folder")
+        Path | None,
+        typer.Option(
+            "--merge",
+            metavar="NEW",
+            help="the folders are visits of one study: write and import one folder",
+        ),
     ] = None,
 ) -> None:
     """Report and MLflow runs from records; any number of times, with the same result."""
@@ -146,13 +246,20 @@ def import_command(
         folders = [merge]
     elif alike := guarded(lambda: visits.of_one_plan(folders)):
         listed = " and ".join(str(folder) for folder in alike)
-        say(console, f"{listed} hold one plan and are imported as separate executions; --merge NEW makes them one", "yellow")
+        say(
+            console,
+            f"{listed} hold one plan and are imported as separate executions; --merge NEW makes them one",
+            "yellow",
+        )
     for folder in folders:
 
         def work(folder: Path = folder) -> None:
             execution.render(folder)
             run_id, fresh = import_folder(folder, folder / execution.REPORT)
-            say(console, f"{folder}: MLflow run {run_id} {'written' if fresh else 'was there already'}")
+            say(
+                console,
+                f"{folder}: MLflow run {run_id} {'written' if fresh else 'was there already'}",
+            )
 
         guarded(work)
 
@@ -160,20 +267,28 @@ def import_command(
 @app.command()
 def validate(
     files: Annotated[
-        list[str] | None, typer.Argument(help="studies by name or path; all studies and profiles if not given")
+        list[str] | None,
+        typer.Argument(help="studies by name or path; all studies and profiles if not given"),
     ] = None,
-    profile: ProfileOption = None, overrides: SetOption = None,
-) -> None:  # fmt: skip
-    """Check studies and profiles without running anything; what each study would launch on this machine, or on --profile."""
+    profile: ProfileOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Check studies and profiles without running anything; what each study would launch on this
+    machine, or on --profile.
+    """
     problems = 0
     hardware = guarded(lambda: choose_profile(profile))
 
     def study_in_short(name: str) -> str:
         return plan_view.in_short(load_study(name, overrides or [])[0], hardware)
 
-    checks: list[tuple[str, Callable[[], str]]] = [(name, partial(study_in_short, name)) for name in files or names(STUDIES)]
+    checks: list[tuple[str, Callable[[], str]]] = [
+        (name, partial(study_in_short, name)) for name in files or names(STUDIES)
+    ]
     if not files:
-        checks += [(name, partial(lambda name: load_profile(name).title, name)) for name in names(PROFILES)]
+        checks += [
+            (name, partial(lambda name: load_profile(name).title, name)) for name in names(PROFILES)
+        ]
     for name, in_short in checks:
         try:
             say(console, f"ok       {name}: {in_short()}")
@@ -190,20 +305,34 @@ def list_command(profile: ProfileOption = None) -> None:
     table = Table("study", "question", "factors", f"on {hardware.name}", box=None, pad_edge=False)
     for name in names(STUDIES):
         study: Study = guarded(lambda name=name: load_study(name)[0])
-        factors = ", ".join(f"{factor}={level}" for factor, f in study.factors.items() for level in f.levels)
+        factors = ", ".join(
+            f"{factor}={level}" for factor, f in study.factors.items() for level in f.levels
+        )
         plan = guarded(lambda study=study: plan_view.in_short(study, hardware))
-        table.add_row(name, study.question, factors, "cannot run here; `validate` says why" if plan.startswith("not on") else plan)
+        table.add_row(
+            name,
+            study.question,
+            factors,
+            "cannot run here; `validate` says why" if plan.startswith("not on") else plan,
+        )
     console.print(table, "\nprofiles: " + ", ".join(names(PROFILES)), highlight=False)
     for folder in execution.executions():
         state = "finished" if (folder / execution.FINISHED).exists() else "interrupted"
         try:
-            say(console, f"{execution.shown(folder)}  {state}, {len(records.counted(records.read(folder)))} launches count")
+            say(
+                console,
+                f"{execution.shown(folder)}  {state}, {len(records.counted(records.read(folder)))} launches count",
+            )
         except records.RecordError as error:
             say(console, f"{execution.shown(folder)}  {state}, damaged: {error}", "yellow")
 
 
 def make_plan(
-    study: str, profile: str | None, model: str | None, overrides: list[str] | None, blocks: int | None
+    study: str,
+    profile: str | None,
+    model: str | None,
+    overrides: list[str] | None,
+    blocks: int | None,
 ) -> dict[str, Any]:
     """Plans a study and says what will happen. An error ends the program with its message."""
 
@@ -214,7 +343,10 @@ def make_plan(
         return build_plan(chosen, hardware, choose_model(model, chosen, hardware), applied)
 
     plan: dict[str, Any] = guarded(work)
-    published = sorted(plan_file.parent for plan_file in (provenance.ROOT / "reports" / "published").rglob(records.PLAN))
+    published = sorted(
+        plan_file.parent
+        for plan_file in (provenance.ROOT / "reports" / "published").rglob(records.PLAN)
+    )
     earlier = [*reversed(execution.executions()), *published]
     for line, style in guarded(lambda: plan_view.lines(plan, earlier)):
         say(console, line, style)
@@ -241,34 +373,60 @@ def choose_model(given: str | None, study: Study, profile: Profile) -> ModelChoi
 def go(plan: dict[str, Any], out: Path | None, options: Options) -> NoReturn:
     """Executes a plan in `out`, in the folder of its interrupted execution, or in a new one."""
     check_interpreters(plan, options.pythons)
-    conclude(plan, guarded(lambda: out or execution.interrupted(plan, console) or execution.new_folder(plan)), options)
+    conclude(
+        plan,
+        guarded(lambda: out or execution.interrupted(plan, console) or execution.new_folder(plan)),
+        options,
+    )
 
 
-def conclude(plan: dict[str, Any], folder: Path, options: Options, act: Act = execution.execute) -> NoReturn:
-    """Ends the program: status 0 if every launch is ok and every output passed, 1 if not, 2 for an error, 130 for Ctrl-C."""
+def conclude(
+    plan: dict[str, Any], folder: Path, options: Options, act: Act = execution.execute
+) -> NoReturn:
+    """Ends the program: status 0 if every launch is ok and every output passed, 1 if not, 2 for an
+    error, 130 for Ctrl-C.
+    """
     try:
         good = guarded(lambda: act(plan, folder, options, console))
     except KeyboardInterrupt:
-        say(console, f"\nstopped; finished launches are in {execution.shown(folder)}. The same command goes on from there.")
+        say(
+            console,
+            f"\nstopped; finished launches are in {execution.shown(folder)}. The same command goes on from there.",
+        )
         raise typer.Exit(130) from None
     raise typer.Exit(0 if good else 1)
 
 
-def conclude_check(profile: str | None, model: str | None, out: Path | None, pythons: dict[str, str], drawn: int) -> NoReturn:
-    """Ends the program: status 0 if every verdict is the one expected, 1 if not, 2 for an error, 130 for Ctrl-C."""
+def conclude_check(
+    profile: str | None, model: str | None, out: Path | None, pythons: dict[str, str], drawn: int
+) -> NoReturn:
+    """Ends the program: status 0 if every verdict is the one expected, 1 if not, 2 for an error,
+    130 for Ctrl-C.
+    """
+
     def work() -> bool:
         hardware = choose_profile(profile)
         given = choose_folder(model or "tiny")
         found = checking.find_model(*given)
-        settled = hardware.model_dump() | {"cpu_cores": hardware.cpu_cores or provenance.cpu_cores()}
+        settled = hardware.model_dump() | {
+            "cpu_cores": hardware.cpu_cores or provenance.cpu_cores()
+        }
         dtypes = tuple(dict.fromkeys((hardware.dtype, "float32", "bfloat16")))
         peers = tuple(name for name in pythons if name not in ("nanovllm", "hf"))
-        scope = Scope(settled, model_files.shape(Path(found["path"])), hardware.device, dtypes, peers)
+        scope = Scope(
+            settled, model_files.shape(Path(found["path"])), hardware.device, dtypes, peers
+        )
         folder = out or execution.new_check_folder()
         good = checking.run(folder, found, scope, drawn, pythons, console)
-        say(console, f"page     {execution.shown(folder / 'check.html')} (and check.md, check.json)")
+        say(
+            console, f"page     {execution.shown(folder / 'check.html')} (and check.md, check.json)"
+        )
         if "vllm" not in pythons:
-            say(console, "vLLM took no part: give --python vllm=PATH of an interpreter that has it", "yellow")
+            say(
+                console,
+                "vLLM took no part: give --python vllm=PATH of an interpreter that has it",
+                "yellow",
+            )
         return good
 
     try:
@@ -286,7 +444,9 @@ def choose_folder(given: str) -> tuple[str | None, str | None]:
     return (None, str(download(given))) if "/" in given else (given, None)
 
 
-def make_options(python: list[str] | None, deadline_s: float | None, executor: str, ray_address: str | None) -> Options:
+def make_options(
+    python: list[str] | None, deadline_s: float | None, executor: str, ray_address: str | None
+) -> Options:
     if executor not in EXECUTORS:
         fail(f"--executor {executor}: unknown; allowed: {', '.join(EXECUTORS)}")
     if ray_address and executor != "ray":
@@ -303,15 +463,21 @@ def parse_pythons(given: list[str] | None) -> dict[str, str]:
 
 
 def check_interpreters(plan: dict[str, Any], pythons: dict[str, str]) -> None:
-    """Ends the program where a cell's engine cannot be found in its interpreter: better now than in every launch."""
+    """Ends the program where a cell's engine cannot be found in its interpreter: better now than in
+    every launch.
+    """
     for engine in {cell["engine"] for cell in plan["cells"].values()} & {"vllm", *pythons}:
         python = pythons.get(engine, sys.executable)
         if shutil.which(python) is None:
-            fail(f"--python {engine}={python}: no such program; give the interpreter that has {engine}")
+            fail(
+                f"--python {engine}={python}: no such program; give the interpreter that has {engine}"
+            )
         probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({engine.split('.')[0]!r}) is None)"
         if engine in ENGINES and subprocess.run([python, "-c", probe], check=False).returncode:
-            fail(f"{python} has no {engine}: `make compare-vllm` builds an interpreter that has vLLM, or give one with "
-                 "VLLM_PYTHON=PATH (--python vllm=PATH)")  # fmt: skip
+            fail(
+                f"{python} has no {engine}: `make compare-vllm` builds an interpreter that has vLLM, or give one with "
+                "VLLM_PYTHON=PATH (--python vllm=PATH)"
+            )
 
 
 def latest(folder: Path | None) -> Path:
@@ -329,7 +495,9 @@ def guarded(work: Any) -> Any:
 
 
 def fail(message: str) -> NoReturn:
-    Console(stderr=True).print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(
+        f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True
+    )
     raise typer.Exit(2)
 
 

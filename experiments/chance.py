@@ -1,4 +1,6 @@
-"""What chance allows: the few statistics of the gate, in the standard library and torch (it runs where SciPy is not)."""
+"""What chance allows: the few statistics of the gate, in the standard library and torch (it runs
+where SciPy is not).
+"""
 
 from __future__ import annotations
 
@@ -33,14 +35,18 @@ def normal_limit(alpha: float) -> float:
     low, high = 0.0, 40.0
     for _ in range(80):
         middle = (low + high) / 2
-        low, high = (middle, high) if math.erfc(middle / math.sqrt(2)) / 2 > alpha else (low, middle)
+        low, high = (
+            (middle, high) if math.erfc(middle / math.sqrt(2)) / 2 > alpha else (low, middle)
+        )
     return high
 
 
 def self_normalized_excess(differences: Sequence[float]) -> float:
-    """sum(d) / sqrt(sum(d^2)), d a request: a z whose unit is the request, so that tokens that repeat one near-tie count once.
+    """sum(d) / sqrt(sum(d^2)), d a request: a z whose unit is the request, so that tokens that
+    repeat one near-tie count once.
 
-    It cannot exceed sqrt(requests): a handful of requests can never fail this rule (the bound judges them).
+    It cannot exceed sqrt(requests): a handful of requests can never fail this rule (the bound
+    judges them).
     """
     scale = math.sqrt(sum(d * d for d in differences))
     return sum(differences) / scale if scale > 0 else 0.0

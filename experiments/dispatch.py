@@ -1,12 +1,15 @@
-"""Whole blocks to many workers, and their records home into one folder. Standard library only; knows nothing of Ray.
+"""Whole blocks to many workers, and their records home into one folder. Standard library only;
+knows nothing of Ray.
 
-    Dispatcher --start(slot, job)--> Workers --> worker: experiments.launch.Runner over one block, in a folder of its own
+    Dispatcher --start(slot, job)--> Workers --> worker: experiments.launch.Runner over one block,
+    in a folder of its own
         ^                                                      |
         +----- start / end (record, tokens, log) / done -------+        lost: the worker died; refused: it cannot run this plan
 
-The dispatcher is the only writer of the records: they come home launch by launch, so that nothing finished is lost with a
-worker, and a block that lost its worker is marked superseded and begins again from its start, elsewhere if there is an
-elsewhere. A block that is found unfinished when a run begins is treated the same.
+The dispatcher is the only writer of the records: they come home launch by launch, so that nothing
+finished is lost with a worker, and a block that lost its worker is marked superseded and begins
+again from its start, elsewhere if there is an elsewhere. A block that is found unfinished when a
+run begins is treated the same.
 """
 
 from __future__ import annotations
@@ -35,7 +38,9 @@ class WorkerError(Exception):
 
 
 class Workers(Protocol):
-    """Where blocks can run. A slot is what runs one block at a time: a machine for a study on the CPU, else some GPUs of one."""
+    """Where blocks can run. A slot is what runs one block at a time: a machine for a study on the
+    CPU, else some GPUs of one.
+    """
 
     def slots(self) -> dict[str, str]:
         """Every living slot and its name for people."""
@@ -44,7 +49,9 @@ class Workers(Protocol):
         """Begins a block on an idle slot."""
 
     def poll(self, timeout_s: float) -> list[tuple[str, Event]]:
-        """What has happened: {"event": "start" | "end" | "message" | "done" | "refused" | "lost", ...}, in order for each slot."""
+        """What has happened: {"event": "start" | "end" | "message" | "done" | "refused" | "lost",
+        ...}, in order for each slot.
+        """
 
 
 class Dispatcher:
@@ -63,7 +70,8 @@ class Dispatcher:
         self._git = provenance.git_state()
 
     def run(self, blocks: Iterable[int] | None = None, deadline: float | None = None) -> bool:
-        """Runs every unfinished block. deadline: a time.monotonic() by which the last block should have ended. True: all ran.
+        """Runs every unfinished block. deadline: a time.monotonic() by which the last block should
+        have ended. True: all ran.
 
         Raises WorkerError, RecordError.
         """
@@ -74,7 +82,9 @@ class Dispatcher:
         while self.queue or self.running:
             self._assign(deadline)
             if self.is_late and not self.running:
-                self.listener("message", {"text": "stopped: no further block would end before the deadline"})
+                self.listener(
+                    "message", {"text": "stopped: no further block would end before the deadline"}
+                )
                 return False
             if self.running:
                 alone_since = time.monotonic()
@@ -87,12 +97,17 @@ class Dispatcher:
     def _begin_again(self) -> None:
         found = [r for r in self.ledger.folder.records if r["kind"] == "launch"]
         for block in self.queue:
-            self.ledger.supersede(block, f"block {block} was not finished when the run was stopped; it begins again from its start")
+            self.ledger.supersede(
+                block,
+                f"block {block} was not finished when the run was stopped; it begins again from its start",
+            )
         if found:
             self.ledger.note_resumed(provenance.boot_id())
 
     def _assign(self, deadline: float | None) -> None:
-        """Gives idle slots blocks: the first that was not lost there, or any if it was lost everywhere else as well."""
+        """Gives idle slots blocks: the first that was not lost there, or any if it was lost
+        everywhere else as well.
+        """
         alive = self.workers.slots()
         self.names |= alive
         usable = [slot for slot in alive if slot not in self.aside]
@@ -106,16 +121,28 @@ class Dispatcher:
             if not (untried or hopeless):
                 continue
             block = (untried or hopeless)[0]
-            expected_s = sum(self.ledger.expected_launch_s(e["cell"]) for e in self.ledger.plan["launches"] if e["block"] == block)
+            expected_s = sum(
+                self.ledger.expected_launch_s(e["cell"])
+                for e in self.ledger.plan["launches"]
+                if e["block"] == block
+            )
             if deadline is not None and time.monotonic() + expected_s > deadline:
                 self.is_late = True
                 return
             self.queue.remove(block)
             self.running[slot] = block
-            names = [entry["launch"] for entry in self.ledger.plan["launches"] if entry["block"] == block]
+            names = [
+                entry["launch"] for entry in self.ledger.plan["launches"] if entry["block"] == block
+            ]
             earlier = {name: self.ledger.attempts(name) for name in names}
             self.workers.start(
-                slot, {"plan": self.ledger.plan, "block": block, "earlier": earlier, "code_digest": self.ledger.code_digest}
+                slot,
+                {
+                    "plan": self.ledger.plan,
+                    "block": block,
+                    "earlier": earlier,
+                    "code_digest": self.ledger.code_digest,
+                },
             )
             self.listener("workers", {"count": len(self.running)})
 
@@ -133,11 +160,14 @@ class Dispatcher:
                 self._lost(slot, block, event["reason"])
             elif kind == "refused":
                 self.aside[slot] = event["reason"]
-                self._requeue(block, f"{self.names[slot]} cannot go on with block {block}: {event['reason']}")
+                self._requeue(
+                    block, f"{self.names[slot]} cannot go on with block {block}: {event['reason']}"
+                )
 
     def _record(self, event: Event) -> None:
         record = event["record"]
-        # Code that was sent to a worker is no clone there; its digest has been found equal to ours, so our git state is its.
+        # Code that was sent to a worker is no clone there; its digest has been found equal to ours,
+        # so our git state is its.
         record["provenance"]["git"] = record["provenance"]["git"] or self._git
         for name, text in event["logs"].items():
             records.write_whole(self.ledger.out / records.LOGS / name, text)
@@ -150,7 +180,9 @@ class Dispatcher:
     def _lost(self, slot: str, block: int, reason: str) -> None:
         self.losses[block] += 1
         self.lost_on.setdefault(block, set()).add(slot)
-        self._requeue(block, f"the worker on {self.names[slot]} was lost in block {block} ({reason})")
+        self._requeue(
+            block, f"the worker on {self.names[slot]} was lost in block {block} ({reason})"
+        )
         if self.losses[block] >= LOSSES:
             raise WorkerError(
                 f"block {block} lost its worker {LOSSES} times, the last time on {self.names[slot]} ({reason}). Look for memory "
@@ -169,7 +201,10 @@ class Dispatcher:
 
     def _nobody(self) -> str:
         reasons = "; ".join(f"{self.names[slot]}: {reason}" for slot, reason in self.aside.items())
-        why = reasons or f"no machine with what it needs ({needs_of(self.ledger.plan)}) was there for {self.patience_s:g} s"
+        why = (
+            reasons
+            or f"no machine with what it needs ({needs_of(self.ledger.plan)}) was there for {self.patience_s:g} s"
+        )
         return f"no worker can run block {self.queue[0]}: {why}. Finished blocks are recorded; the same command goes on."
 
 

@@ -1,13 +1,15 @@
 """The gate: no speed is reported whose output was not shown to be equivalent to HF transformers'.
 
-    python -m experiments.equivalence --plan plan.json --out DIR [--resume] [--negative-control] [--model DIR]
+    python -m experiments.equivalence --plan plan.json --out DIR [--resume] [--negative-control]
+    [--model DIR]
 
-reads the launch records and tokens of DIR, rescores what every distinct (workload, tokens digest) generated, and appends one gate
-record each to DIR/records.jsonl. Exit status 0: all pass; 1: something failed; 2: the folder or the plan cannot be used.
-With --negative-control it breaks the reference, and the tokens, instead, and exits with 1 if the gate lets any through.
+reads the launch records and tokens of DIR, rescores what every distinct (workload, tokens digest)
+generated, and appends one gate record each to DIR/records.jsonl. Exit status 0: all pass; 1:
+something failed; 2: the folder or the plan cannot be used. With --negative-control it breaks the
+reference, and the tokens, instead, and exits with 1 if the gate lets any through.
 
-`rescoring.py` computes, `gate.py` decides, `negative_controls.py` breaks things; here the records are. A process of its own,
-which needs torch and transformers, no pydantic and no MLflow.
+`rescoring.py` computes, `gate.py` decides, `negative_controls.py` breaks things; here the records
+are. A process of its own, which needs torch and transformers, no pydantic and no MLflow.
 """
 
 from __future__ import annotations
@@ -40,17 +42,29 @@ def rescore(
     foreign: bool = False,
     mutate: Mutation | None = None,
 ) -> GateResult:
-    """Judges outputs (token ids, in the order of the requests) of an engine that ran `model_dir` in `dtype`.
+    """Judges outputs (token ids, in the order of the requests) of an engine that ran `model_dir` in
+    `dtype`.
 
-    dtype: "float32" or "bfloat16". foreign: sampled tokens come from another random generator than ours. mutate: breaks the
-    reference (negative controls). For many outputs of one model keep a `Rescorer` and call `judge_outputs`.
+    dtype: "float32" or "bfloat16". foreign: sampled tokens come from another random generator than
+    ours. mutate: breaks the reference (negative controls). For many outputs of one model keep a
+    `Rescorer` and call `judge_outputs`.
     """
     params = params or GateParams()
-    return judge_outputs(make_rescorer(model_dir, dtype, params, mutate), requests, outputs, params, foreign=foreign)
+    return judge_outputs(
+        make_rescorer(model_dir, dtype, params, mutate), requests, outputs, params, foreign=foreign
+    )
 
 
-def make_rescorer(model_dir: str | Path, dtype: str, params: GateParams, mutate: Mutation | None = None) -> Rescorer:
-    return Rescorer(model_dir, dtype, mutate=mutate, batch_tokens=params.batch_tokens, logits_bytes=params.logits_bytes)
+def make_rescorer(
+    model_dir: str | Path, dtype: str, params: GateParams, mutate: Mutation | None = None
+) -> Rescorer:
+    return Rescorer(
+        model_dir,
+        dtype,
+        mutate=mutate,
+        batch_tokens=params.batch_tokens,
+        logits_bytes=params.logits_bytes,
+    )
 
 
 def judge_outputs(
@@ -69,7 +83,11 @@ def judge_outputs(
 
 
 def check_same_work(
-    plan: dict[str, Any], work: Work, requests: list[Request], outputs: list[list[int]], model_dir: Path
+    plan: dict[str, Any],
+    work: Work,
+    requests: list[Request],
+    outputs: list[list[int]],
+    model_dir: Path,
 ) -> list[str]:
     """Rule 1: fingerprint, lengths and finish reasons of every launch that generated these tokens."""
     problems = []
@@ -79,7 +97,9 @@ def check_same_work(
         served = launch["workloads"][work.workload]
         found = same_work(requests, outputs, served["finish_reasons"], eos_token_ids, vocab_size)
         if served["fingerprint"] != fingerprint:
-            found.append(f"workload fingerprint {served['fingerprint']}; the plan's is {fingerprint}")
+            found.append(
+                f"workload fingerprint {served['fingerprint']}; the plan's is {fingerprint}"
+            )
         if served["num_requests"] != len(requests):
             found.append(f"{served['num_requests']} requests served of {len(requests)}")
         problems += [f"launch {launch['launch']}: {problem}" for problem in found]
@@ -87,9 +107,11 @@ def check_same_work(
 
 
 def find_model(model: dict[str, Any], folder: Path | None = None) -> Path:
-    """The checkpoint's folder, from a plan's `model`, or `folder` in its place; a preset is built if it is not there yet.
+    """The checkpoint's folder, from a plan's `model`, or `folder` in its place; a preset is built
+    if it is not there yet.
 
-    Its digest is computed here, from the very files that are loaded, and compared with the plan's. Raises GateError.
+    Its digest is computed here, from the very files that are loaded, and compared with the plan's.
+    Raises GateError.
     """
     chosen = {"digest": None, **model} | ({"preset": None, "path": str(folder)} if folder else {})
     try:
@@ -97,18 +119,24 @@ def find_model(model: dict[str, Any], folder: Path | None = None) -> Path:
     except ModelError as error:
         raise GateError(str(error)) from error
     if not (path / "config.json").is_file():
-        raise GateError(f"the plan's model {path} is no folder with a config.json on this machine; give --model FOLDER")
+        raise GateError(
+            f"the plan's model {path} is no folder with a config.json on this machine; give --model FOLDER"
+        )
     return path
 
 
 def failed_same_work(problems: list[str]) -> GateResult:
-    return GateResult("fail", "not the same work: " + "; ".join(problems[:5]), 0, 0, 0, 0.0, 0.0, {}, None)
+    return GateResult(
+        "fail", "not the same work: " + "; ".join(problems[:5]), 0, 0, 0, 0.0, 0.0, {}, None
+    )
 
 
 class Gate:
     """The gate over one folder of records; models are loaded when the first tokens need them."""
 
-    def __init__(self, plan: dict[str, Any], folder: records.Folder, model: Path | None = None) -> None:
+    def __init__(
+        self, plan: dict[str, Any], folder: records.Folder, model: Path | None = None
+    ) -> None:
         """model: where the plan's checkpoint lies on this machine, if elsewhere. Raises GateError."""
         self.plan, self.folder = plan, folder
         try:
@@ -131,21 +159,33 @@ class Gate:
 
     def rescorer(self) -> Rescorer:
         if self._rescorer is None:
-            say(f"loading HF transformers twice: in {self.plan['model']['dtype']} and as the reference")
+            say(
+                f"loading HF transformers twice: in {self.plan['model']['dtype']} and as the reference"
+            )
             self._rescorer = make_rescorer(self.model_dir, self.plan["model"]["dtype"], self.params)
         return self._rescorer
 
     def pending(self, resume: bool) -> list[Work]:
-        """Without `resume` everything is judged again; a later gate record of the same tokens replaces an earlier one."""
+        """Without `resume` everything is judged again; a later gate record of the same tokens
+        replaces an earlier one.
+        """
         judged = self.verdicts()
-        return [work for work in self.all_work() if not resume or judged.get(work.key, "error") == "error"]
+        return [
+            work
+            for work in self.all_work()
+            if not resume or judged.get(work.key, "error") == "error"
+        ]
 
     def verdicts(self) -> dict[tuple[str, str], str]:
-        """The status of the last gate record of each (workload, tokens digest); negative controls are none."""
+        """The status of the last gate record of each (workload, tokens digest); negative controls
+        are none.
+        """
         return {
             (r["workload"], r["tokens_digest"]): r["status"]
             for r in self.folder.records
-            if r["kind"] == "gate" and r["plan_hash"] == self.plan["plan_hash"] and not r["is_negative_control"]
+            if r["kind"] == "gate"
+            and r["plan_hash"] == self.plan["plan_hash"]
+            and not r["is_negative_control"]
         }
 
     def all_work(self) -> list[Work]:
@@ -160,34 +200,56 @@ class Gate:
         if problems := check_same_work(self.plan, work, requests, outputs, self.model_dir):
             return gate_record(self.plan, work, failed_same_work(problems))
         result = judge_outputs(
-            self.rescorer(), requests, outputs, self.params, foreign=work.foreign, progress=Progress(str(work)).report
+            self.rescorer(),
+            requests,
+            outputs,
+            self.params,
+            foreign=work.foreign,
+            progress=Progress(str(work)).report,
         )
         return gate_record(self.plan, work, result)
 
     def negative_controls(self) -> Iterator[records.Record]:
-        """A gate record for each way of breaking the reference or the tokens; every one has to fail."""
+        """A gate record for each way of breaking the reference or the tokens; every one has to
+        fail.
+        """
         from experiments.negative_controls import controls, tamper
 
         native = [work for work in self.all_work() if not work.foreign]
         if not native:
-            raise GateError("no launch of nanovllm counts in this folder; a negative control needs tokens that it generated")
+            raise GateError(
+                "no launch of nanovllm counts in this folder; a negative control needs tokens that it generated"
+            )
         work = max(native, key=lambda work: self.plan["workloads"][work.workload]["output_tokens"])
         outputs = read_tokens(self.folder.path, work.tokens_digest)
         requests, outputs = some_of(self.requests_of(work.workload), outputs, self.params)
         results = {}
         for name, mutate in controls(requests).items():
             say(f"negative control: {name}")
-            results[name] = rescore(self.model_dir, self.plan["model"]["dtype"], requests, outputs, self.params, mutate=mutate)
+            results[name] = rescore(
+                self.model_dir,
+                self.plan["model"]["dtype"],
+                requests,
+                outputs,
+                self.params,
+                mutate=mutate,
+            )
         name, tampered = tamper(self.rescorer(), requests, outputs, self.params)
         say(f"negative control: {name}")
         results[name] = judge_outputs(self.rescorer(), requests, tampered, self.params)
         for name, result in results.items():
             reason = f"negative control, {name}: {result.reason or 'NOT CAUGHT, the gate has no power here'}"
-            yield gate_record(self.plan, work, dataclasses.replace(result, reason=reason), negative_control=True)
+            yield gate_record(
+                self.plan, work, dataclasses.replace(result, reason=reason), negative_control=True
+            )
 
 
-def some_of(requests: list[Request], outputs: list[list[int]], params: GateParams) -> tuple[list[Request], list[list[int]]]:
-    """The first requests that hold at least `control_tokens` output tokens together: breaking everything needs no more."""
+def some_of(
+    requests: list[Request], outputs: list[list[int]], params: GateParams
+) -> tuple[list[Request], list[list[int]]]:
+    """The first requests that hold at least `control_tokens` output tokens together: breaking
+    everything needs no more.
+    """
     count, tokens = 0, 0
     while count < len(outputs) and tokens < params.control_tokens:
         tokens += len(outputs[count])
@@ -206,7 +268,9 @@ class Progress:
         now = time.monotonic()
         if now - self.said >= 2 and done < total:
             self.said = now
-            say(f"{self.what}: {done:,} of {total:,} tokens, {(now - self.started) * (total - done) / done:.0f} s left")
+            say(
+                f"{self.what}: {done:,} of {total:,} tokens, {(now - self.started) * (total - done) / done:.0f} s left"
+            )
 
 
 def say(message: str) -> None:
@@ -214,19 +278,33 @@ def say(message: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.equivalence", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.equivalence", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--plan", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="the folder with records.jsonl and tokens.jsonl")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the folder with records.jsonl and tokens.jsonl"
+    )
     parser.add_argument("--resume", action="store_true", help="judge only what has no verdict yet")
-    parser.add_argument("--negative-control", action="store_true", help="show that broken references and tokens fail")
-    parser.add_argument("--model", type=Path, help="folder of the plan's checkpoint, where it lies elsewhere on this machine")
+    parser.add_argument(
+        "--negative-control",
+        action="store_true",
+        help="show that broken references and tokens fail",
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="folder of the plan's checkpoint, where it lies elsewhere on this machine",
+    )
     options = parser.parse_args(arguments)
     disable_progress_bar()  # transformers' own, while it loads weights
     try:
         plan = records.read_plan(options.plan)
         with records.Folder(options.out) as folder:
             gate = Gate(plan, folder, options.model)
-            return run_controls(gate) if options.negative_control else run_gate(gate, options.resume)
+            return (
+                run_controls(gate) if options.negative_control else run_gate(gate, options.resume)
+            )
     except (records.RecordError, GateError) as error:
         say(str(error))
         return 2
@@ -234,7 +312,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_gate(gate: Gate, resume: bool) -> int:
     if not gate.all_work():
-        raise GateError(f"{gate.folder.path} holds no finished launch of this plan; run experiments.launch first")
+        raise GateError(
+            f"{gate.folder.path} holds no finished launch of this plan; run experiments.launch first"
+        )
     for work in gate.pending(resume):
         record = gate.judge(work)
         gate.folder.append(record)
@@ -258,8 +338,11 @@ def describe(record: records.Record) -> str:
     if record["status"] == "error" or not record["tokens_checked"]:
         return str(record["reason"])
     drawn = (record["calibration"] or {}).get("distribution") or {}
-    if drawn.get("tokens") == record["tokens_checked"]:  # by another generator: nothing has a margin
-        judged = f"drawn by its own generator, z = {drawn['z']:.2f} of at most {drawn['z_limit']:.2f}"
+    # by another generator: nothing has a margin
+    if drawn.get("tokens") == record["tokens_checked"]:
+        judged = (
+            f"drawn by its own generator, z = {drawn['z']:.2f} of at most {drawn['z_limit']:.2f}"
+        )
     else:
         judged = f"{record['mismatches']} differ, largest margin {record['max_margin']:.3g}, bound {record['bound']:.3g} logits"
     reason = f"; {record['reason']}" if record["reason"] else ""

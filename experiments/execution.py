@@ -1,8 +1,8 @@
 """From a plan to its table: launches, gate, report, MLflow; and where all of that lies.
 
-An execution is a folder under runs/. One that was interrupted is found again by the hash of its plan, and goes on.
-The gate and the report are processes of their own: the gate needs torch and transformers and nothing of this program, and
-the report is a layer above it.
+An execution is a folder under runs/. One that was interrupted is found again by the hash of its
+plan, and goes on. The gate and the report are processes of their own: the gate needs torch and
+transformers and nothing of this program, and the report is a layer above it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class ExecutionError(Exception):
 
 
 def interrupted(plan: dict[str, Any], console: Console) -> Path | None:
-    """The latest execution of this plan by this code that has not been finished; None if there is none."""
+    """The latest execution of this plan by this code that has not been finished; None if there is
+    none.
+    """
     code = provenance.code_digest()
     for folder in reversed(executions()):
         if (folder / FINISHED).exists():
@@ -53,17 +55,28 @@ def interrupted(plan: dict[str, Any], console: Console) -> Path | None:
             begun = records.read_plan(folder / records.PLAN)
             if begun["plan_hash"] != plan["plan_hash"]:
                 if all(begun[part]["name"] == plan[part]["name"] for part in ("study", "profile")):
-                    say(console, f"not going on with {shown(folder)}: it was planned otherwise (settings, or what was measured of "
-                                 "this machine: speed, free memory); starting again", "yellow")  # fmt: skip
+                    say(
+                        console,
+                        f"not going on with {shown(folder)}: it was planned otherwise (settings, or what was measured of "
+                        "this machine: speed, free memory); starting again",
+                        "yellow",
+                    )
                 continue
         except records.RecordError as error:
             say(console, f"not looking into {shown(folder)}: {error}", "yellow")
             continue
         found = records.launches(records.read(folder))
         if all(record["provenance"]["code_digest"] == code for record in found):
-            say(console, f"resume   going on with the interrupted run in {shown(folder)}: {len(found)} launches are recorded")
+            say(
+                console,
+                f"resume   going on with the interrupted run in {shown(folder)}: {len(found)} launches are recorded",
+            )
             return folder
-        say(console, f"not going on with {shown(folder)}: the code has changed since; starting again", "yellow")
+        say(
+            console,
+            f"not going on with {shown(folder)}: the code has changed since; starting again",
+            "yellow",
+        )
     return None
 
 
@@ -84,15 +97,20 @@ def executions() -> list[Path]:
 
 
 def execute(plan: dict[str, Any], folder: Path, options: Options, console: Console) -> bool:
-    """Everything from the launches to MLflow; True if every launch counts and every output passed the gate.
+    """Everything from the launches to MLflow; True if every launch counts and every output passed
+    the gate.
 
-    What has been measured ends in a report, also where the gate cannot run; that is raised afterwards.
+    What has been measured ends in a report, also where the gate cannot run; that is raised
+    afterwards.
     """
     preflight.check_folder(plan, folder)
     if objection := preflight.check_end():
         say(console, f"MLflow will not show this study: {objection}", "yellow")
     if not run_launches(plan, folder, options, console):
-        say(console, f"The deadline came first. Go on with the same command; finished launches are in {shown(folder)}.")
+        say(
+            console,
+            f"The deadline came first. Go on with the same command; finished launches are in {shown(folder)}.",
+        )
         return False
     warn_of_neighbours(folder, console)
     try:
@@ -112,12 +130,21 @@ def run_launches(plan: dict[str, Any], folder: Path, options: Options, console: 
 
 
 def warn_of_neighbours(folder: Path, console: Console) -> None:
-    """Says so where other processes used the CPU while it was measured: blocks then differ more, and intervals are wide."""
-    summaries = [r["telemetry"]["summary"].get("cpu_foreign", {}) for r in records.counted(records.read(folder))]
+    """Says so where other processes used the CPU while it was measured: blocks then differ more,
+    and intervals are wide.
+    """
+    summaries = [
+        r["telemetry"]["summary"].get("cpu_foreign", {})
+        for r in records.counted(records.read(folder))
+    ]
     shares = [summary["mean"] for summary in summaries if summary]
     if shares and statistics.mean(shares) > _FOREIGN_SHARE:
         used = f"other processes used {statistics.mean(shares):.0%} of the CPU meanwhile"
-        say(console, f"{used}: expect wide intervals, or run it again when the machine is idle", "yellow")
+        say(
+            console,
+            f"{used}: expect wide intervals, or run it again when the machine is idle",
+            "yellow",
+        )
 
 
 def all_ok(folder: Path, console: Console) -> bool:
@@ -126,18 +153,26 @@ def all_ok(folder: Path, console: Console) -> bool:
     for record in bad:
         say(console, f"{record['status']}: {record['launch']}: {record['reason']}", "red")
     if any(record["status"] == "failed" for record in bad):
-        say(console, f"failed launches run again with the same command and --out {shown(folder)}", "yellow")
+        say(
+            console,
+            f"failed launches run again with the same command and --out {shown(folder)}",
+            "yellow",
+        )
     return not bad
 
 
 def run_gate(folder: Path, console: Console) -> bool:
-    """Judges what has no verdict yet; whether all outputs pass. Raises ExecutionError where the gate cannot run."""
+    """Judges what has no verdict yet; whether all outputs pass. Raises ExecutionError where the
+    gate cannot run.
+    """
     say(console, "equivalence gate: rescoring what was generated with HF transformers")
     return _gate(folder, "--resume")
 
 
 def publish(folder: Path, console: Console) -> None:
-    """Report, table and MLflow from the records of a folder. MLflow is a view: what it objects to is told and ends nothing."""
+    """Report, table and MLflow from the records of a folder. MLflow is a view: what it objects to
+    is told and ends nothing.
+    """
     render(folder)
     say(console, f"\nreport   {shown(folder / REPORT / 'report.html')} (and report.md)")
     say(console, f"records  {shown(folder)}")
@@ -147,14 +182,19 @@ def publish(folder: Path, console: Console) -> None:
         say(console, f"MLflow   not written: {error}", "yellow")
         say(console, f"         then: python -m experiments import {shown(folder)}", "yellow")
         return
-    say(console, f"MLflow   run {run_id} {'written' if fresh else 'was there already'}; look at it with `make ui` or `mlflow ui`")
+    say(
+        console,
+        f"MLflow   run {run_id} {'written' if fresh else 'was there already'}; look at it with `make ui` or `mlflow ui`",
+    )
 
 
 def render(folder: Path) -> None:
     """Writes folder/report and prints its table. Raises ExecutionError."""
     if _run([sys.executable, "-c", _RENDER, str(folder), str(folder / REPORT)]) != 0:
-        raise ExecutionError(f"the report could not be made; the message is above. Records are in {shown(folder)}; "
-                             f"once that is mended: python -m experiments report {shown(folder)}")
+        raise ExecutionError(
+            f"the report could not be made; the message is above. Records are in {shown(folder)}; "
+            f"once that is mended: python -m experiments report {shown(folder)}"
+        )
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:

@@ -1,6 +1,8 @@
-"""Where blocks run. A block is dispatched as a whole, so that no pair of launches straddles two machines.
+"""Where blocks run. A block is dispatched as a whole, so that no pair of launches straddles two
+machines.
 
-`local` runs them here, one after the other; `ray` on the machines of a Ray cluster, many at a time (docs/adr/0005-ray.md).
+`local` runs them here, one after the other; `ray` on the machines of a Ray cluster, many at a time
+(docs/adr/0005-ray.md).
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from experiments.ray_workers import RayWorkers
 
 @dataclass(frozen=True)
 class Options:
-    """How a plan is executed. pythons: interpreters by engine. blocks: only these. deadline_s: start nothing that ends later.
+    """How a plan is executed. pythons: interpreters by engine. blocks: only these. deadline_s:
+    start nothing that ends later.
     ray_address: of a running cluster; see RayWorkers."""
 
     executor: str = "local"
@@ -34,7 +37,8 @@ Execute = Callable[[dict[str, Any], Path, Options, Listener], bool]
 
 
 def run_local(plan: dict[str, Any], out: Path, options: Options, listener: Listener) -> bool:
-    """Runs every pending block on this machine, resuming what `out` holds; False if the deadline came first.
+    """Runs every pending block on this machine, resuming what `out` holds; False if the deadline
+    came first.
 
     Raises RecordError, ModelError.
     """
@@ -45,7 +49,8 @@ def run_local(plan: dict[str, Any], out: Path, options: Options, listener: Liste
 
 
 def run_ray(plan: dict[str, Any], out: Path, options: Options, listener: Listener) -> bool:
-    """Runs every unfinished block on a Ray cluster, from its start; False if the deadline came first.
+    """Runs every unfinished block on a Ray cluster, from its start; False if the deadline came
+    first.
 
     Raises RecordError, WorkerError.
     """

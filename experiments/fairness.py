@@ -1,11 +1,13 @@
-"""Is a comparison of engines a fair one? Checked on the plan before anything runs, and on what each launch resolved to.
+"""Is a comparison of engines a fair one? Checked on the plan before anything runs, and on what each
+launch resolved to.
 
 A study names its comparisons (experiments/spec.py): a cell of ours, cells of others, and a rule.
 
     best           the same checkpoint, number format, work and KV-cache bytes; whatever else differs is printed
     like-for-like  also max_num_seqs, max_num_batched_tokens, max_model_len, and the level of every switch that both have
 
-A breach stops the study with what differs: the records so far are kept. Standard library only; `Runner` calls it.
+A breach stops the study with what differs: the records so far are kept. Standard library only;
+`Runner` calls it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,14 @@ from experiments.levels import level_name
 from experiments.records import Record, RecordError
 
 LIMITS = ("max_num_seqs", "max_num_batched_tokens", "max_model_len")
-_NOT_A_DIFFERENCE = {"seed", "model", "tokenizer", "optimizations", "levels", "kv_cache_memory_bytes"}
+_NOT_A_DIFFERENCE = {
+    "seed",
+    "model",
+    "tokenizer",
+    "optimizations",
+    "levels",
+    "kv_cache_memory_bytes",
+}
 """A launch's own, or shown under another name."""
 
 
@@ -27,17 +36,28 @@ class FairnessError(RecordError):
 
 
 def check_plan(plan: dict[str, Any]) -> None:
-    """Raises FairnessError where the settings asked for already break a comparison's rule: found before anything runs."""
+    """Raises FairnessError where the settings asked for already break a comparison's rule: found
+    before anything runs.
+    """
     comparisons = plan["study"].get("comparisons", {})
     if comparisons and plan["model"]["digest"] is None:
-        raise FairnessError("a comparison needs the digest of its checkpoint, and this plan has none: make the plan again")
+        raise FairnessError(
+            "a comparison needs the digest of its checkpoint, and this plan has none: make the plan again"
+        )
     for name, comparison in comparisons.items():
         for ours, theirs in pairs(plan, comparison):
             mine, other = (plan["cells"][cell]["config"] for cell in (ours, theirs))
-            keys = ("dtype", "kv_cache_memory_bytes", *(LIMITS if comparison["rule"] == "like-for-like" else ()))
-            # A setting that an engine does not have is judged by what that engine reports once it runs.
+            keys = (
+                "dtype",
+                "kv_cache_memory_bytes",
+                *(LIMITS if comparison["rule"] == "like-for-like" else ()),
+            )
+            # A setting that an engine does not have is judged by what that engine reports once it
+            # runs.
             found = [
-                _differ(key, mine[key], other[key]) for key in keys if key in mine and key in other and mine[key] != other[key]
+                _differ(key, mine[key], other[key])
+                for key in keys
+                if key in mine and key in other and mine[key] != other[key]
             ]
             _stop(name, comparison, ours, theirs, found)
 
@@ -56,7 +76,9 @@ def check_launches(plan: dict[str, Any], all_records: Iterable[Record]) -> None:
 
 
 def pairs(plan: dict[str, Any], comparison: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(our cell, their cell) of a comparison, those that this plan has: a level that cannot run here has no cell."""
+    """(our cell, their cell) of a comparison, those that this plan has: a level that cannot run
+    here has no cell.
+    """
     for theirs in comparison["theirs"]:
         if comparison["ours"] in plan["cells"] and theirs in plan["cells"]:
             yield comparison["ours"], theirs
@@ -94,7 +116,9 @@ def breaches(plan: dict[str, Any], rule: str, mine: Record, other: Record) -> It
 
 
 def switches(resolved: dict[str, Any]) -> dict[str, Any]:
-    """{switch: level} by our names: of our optimizations, or of another engine's `levels`. {} where an engine has none."""
+    """{switch: level} by our names: of our optimizations, or of another engine's `levels`. {} where
+    an engine has none.
+    """
     if "optimizations" not in resolved:
         return dict(resolved.get("levels", {}))
     levels = {factor: level_name(value) for factor, value in resolved["optimizations"].items()}
@@ -102,9 +126,15 @@ def switches(resolved: dict[str, Any]) -> dict[str, Any]:
 
 
 def differences(left: dict[str, Any], right: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(setting, ours, theirs) of whatever differs between two resolved configs; None where an engine has no such thing."""
+    """(setting, ours, theirs) of whatever differs between two resolved configs; None where an
+    engine has no such thing.
+    """
     mine, other = ({**_shown(resolved), **switches(resolved)} for resolved in (left, right))
-    return [(key, mine.get(key), other.get(key)) for key in sorted(mine.keys() | other.keys()) if mine.get(key) != other.get(key)]
+    return [
+        (key, mine.get(key), other.get(key))
+        for key in sorted(mine.keys() | other.keys())
+        if mine.get(key) != other.get(key)
+    ]
 
 
 def _shown(resolved: dict[str, Any]) -> dict[str, Any]:
@@ -112,14 +142,21 @@ def _shown(resolved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kv_breaches(left: dict[str, Any], right: dict[str, Any], must_report: bool) -> Iterator[str]:
-    """KV bytes may differ by less than a block of either: engines round to whole blocks of their own size."""
+    """KV bytes may differ by less than a block of either: engines round to whole blocks of their
+    own size.
+    """
     mine, other = left.get("kv_cache_bytes"), right.get("kv_cache_bytes")
     if mine is None or other is None:
         if must_report:
             yield _differ("kv_cache_bytes", mine, other)
-        return  # HF `generate` has no budget: it takes what a batch needs, and the difference is printed
+        # HF `generate` has no budget: it takes what a batch needs, and the difference is printed
+        return
     sides = ((mine, left), (other, right))
-    blocks = [size / resolved["num_kv_blocks"] for size, resolved in sides if resolved.get("num_kv_blocks")]
+    blocks = [
+        size / resolved["num_kv_blocks"]
+        for size, resolved in sides
+        if resolved.get("num_kv_blocks")
+    ]
     if abs(mine - other) > max(blocks, default=0):
         yield _differ("kv_cache_bytes", mine, other)
 

@@ -1,14 +1,19 @@
-"""The gate's rules: from scores (`experiments.rescoring`) to pass or fail. docs/methodology.md explains them to a sceptic.
+"""The gate's rules: from scores (`experiments.rescoring`) to pass or fail. docs/methodology.md
+explains them to a sceptic.
 
-Noise is calibrated on the very sample that is judged: `error` is what HF itself errs in the engine's dtype. With
-bound = factor * (largest error) + floor, and typical bound = factor * (99.9 % quantile of the error) + floor:
+Noise is calibrated on the very sample that is judged: `error` is what HF itself errs in the
+engine's dtype. With bound = factor * (largest error) + floor, and typical bound = factor * (99.9 %
+quantile of the error) + floor:
 
 1. every token's margin is within the bound;
 2. no more tokens lie beyond the typical bound than 0.1 % would bring by chance;
-3. the engine disagrees with the reference not significantly more than `factor` times as often as HF does;
-4. tokens of another random generator follow the reference's distribution (z-test), no stretch of a request is incredible (Ville).
+3. the engine disagrees with the reference not significantly more than `factor` times as often as HF
+does;
+4. tokens of another random generator follow the reference's distribution (z-test), no stretch of a
+request is incredible (Ville).
 
-Every test of chance is made at the level `alpha`. The standard library and torch are all that this module needs.
+Every test of chance is made at the level `alpha`. The standard library and torch are all that this
+module needs.
 """
 
 from __future__ import annotations
@@ -22,7 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.chance import binomial_limit, normal_limit, quantile, quantiles, self_normalized_excess
+from experiments.chance import (
+    binomial_limit,
+    normal_limit,
+    quantile,
+    quantiles,
+    self_normalized_excess,
+)
 from experiments.rescoring import DTYPE, REFERENCE_DTYPE
 from experiments.scoring import Scores
 
@@ -31,10 +42,10 @@ from experiments.scoring import Scores
 class GateParams:
     """The gate's settings, a plan's `gate`.
 
-    factor: an engine may err this many times as much as HF. floor_ulps: of the largest logit, in the engine's dtype: what
-    rounding the logits alone can do, for samples too small to show it. quantile: of the typical bound. alpha: level of each
-    test of chance. batch_tokens, logits_bytes: see Rescorer. control_tokens: least number of output tokens rescored by a
-    negative control.
+    factor: an engine may err this many times as much as HF. floor_ulps: of the largest logit, in
+    the engine's dtype: what rounding the logits alone can do, for samples too small to show it.
+    quantile: of the typical bound. alpha: level of each test of chance. batch_tokens, logits_bytes:
+    see Rescorer. control_tokens: least number of output tokens rescored by a negative control.
     """
 
     factor: float = 2.0
@@ -56,13 +67,17 @@ class GateParams:
             "control_tokens": (self.control_tokens >= 1, "1 or more"),
         }.items():
             if not ok:
-                raise ValueError(f"gate parameter {name}={getattr(self, name)!r} is not allowed; it must be {allowed}")
+                raise ValueError(
+                    f"gate parameter {name}={getattr(self, name)!r} is not allowed; it must be {allowed}"
+                )
 
     @classmethod
     def from_plan(cls, gate: dict[str, Any]) -> GateParams:
         allowed = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(gate) - set(allowed)):
-            raise ValueError(f"unknown gate parameter {unknown[0]!r} in the plan; allowed: {', '.join(allowed)}")
+            raise ValueError(
+                f"unknown gate parameter {unknown[0]!r} in the plan; allowed: {', '.join(allowed)}"
+            )
         return cls(**gate)
 
 
@@ -70,7 +85,8 @@ class GateParams:
 class GateResult:
     """Of one set of outputs. Margins, errors and bounds are in logits; fields as in record v1.
 
-    mismatches: tokens that the reference would not have chosen; within_bound: those of them that noise explains.
+    mismatches: tokens that the reference would not have chosen; within_bound: those of them that
+    noise explains.
     """
 
     status: str  # "pass" | "fail"
@@ -91,7 +107,9 @@ class GateResult:
 
 @dataclass(frozen=True)
 class LogprobResult:
-    """Of a comparison of log-probabilities at every position; quantiles in nats: {"q50", "q99", "q999", "max"}."""
+    """Of a comparison of log-probabilities at every position; quantiles in nats: {"q50", "q99",
+    "q999", "max"}.
+    """
 
     status: str
     reason: str | None
@@ -102,7 +120,9 @@ class LogprobResult:
 
 
 def judge(scores: Sequence[Scores], dtype: str, params: GateParams) -> GateResult:
-    """scores: one entry a request. dtype: the engine's. Raises ValueError if there is no token to judge."""
+    """scores: one entry a request. dtype: the engine's. Raises ValueError if there is no token to
+    judge.
+    """
     everything = _all(scores)
     margin, sampled_elsewhere = everything.margin, everything.foreign
     differs = ~everything.agrees
@@ -113,7 +133,11 @@ def judge(scores: Sequence[Scores], dtype: str, params: GateParams) -> GateResul
     allowed_above = binomial_limit(len(everything), 1 - params.quantile, params.alpha)
     hf_differs = ~everything.hf_agrees & ~sampled_elsewhere
     excess_z = self_normalized_excess(
-        [int((~s.agrees & ~s.foreign).sum()) - params.factor * int((~s.hf_agrees & ~s.foreign).sum()) for s in scores]
+        [
+            int((~s.agrees & ~s.foreign).sum())
+            - params.factor * int((~s.hf_agrees & ~s.foreign).sum())
+            for s in scores
+        ]
     )
     z_limit = normal_limit(params.alpha)
 
@@ -168,8 +192,10 @@ def judge(scores: Sequence[Scores], dtype: str, params: GateParams) -> GateResul
 
 
 def by_position(scores: Sequence[Scores]) -> list[dict[str, Any]]:
-    """How errors grow along an answer: of the output positions [first, last], which double in length, the tokens, how many of them
-    differ, and quantiles of the margins and of HF's own error. An engine that loses its way late shows here."""
+    """How errors grow along an answer: of the output positions [first, last], which double in
+    length, the tokens, how many of them differ, and quantiles of the margins and of HF's own error.
+    An engine that loses its way late shows here.
+    """
     position = torch.cat([torch.arange(len(s)) for s in scores])
     everything = Scores.cat(scores)
     result = []
@@ -177,21 +203,36 @@ def by_position(scores: Sequence[Scores]) -> list[dict[str, Any]]:
     while first < end:
         last = min(end, 2 * first + 16) - 1
         here = everything[((position >= first) & (position <= last)).nonzero().flatten()]
-        result.append({"first": first, "last": last, "tokens": len(here), "mismatches": int((~here.agrees).sum()),
-                       "hf_mismatches": int((~here.hf_agrees & ~here.foreign).sum()), "margin": quantiles(here.margin),
-                       "hf_error": quantiles(here.error)})  # fmt: skip
+        result.append(
+            {
+                "first": first,
+                "last": last,
+                "tokens": len(here),
+                "mismatches": int((~here.agrees).sum()),
+                "hf_mismatches": int((~here.hf_agrees & ~here.foreign).sum()),
+                "margin": quantiles(here.margin),
+                "hf_error": quantiles(here.error),
+            }
+        )
         first = last + 1
     return result
 
 
-def judge_distribution(scores: Sequence[Scores], params: GateParams) -> tuple[dict[str, Any], list[str]]:
-    """Do tokens of an unknown random generator follow the reference? log p(token) + entropy has mean 0, given what came before.
+def judge_distribution(
+    scores: Sequence[Scores], params: GateParams
+) -> tuple[dict[str, Any], list[str]]:
+    """Do tokens of an unknown random generator follow the reference? log p(token) + entropy has
+    mean 0, given what came before.
 
-    - z = sum(log p + entropy) / sqrt(sum variance(log p)), over all tokens (martingale central limit theorem), two-sided. The
-      limit is widened by `factor` times what HF's own error in the engine's dtype shifts that sum by (known exactly, not drawn);
-    - for each request, from any of its tokens to any later one, prod p(token)^(-1/2) / sum_i p_i^(1/2) exceeds 1 / level with a
-      probability of at most `level`: a martingale of mean 1, and so is the mean of those that begin at each token, hence Ville's
-      inequality, exact for any length; level = alpha / tokens. An answer that goes wrong late is seen as one that is wrong at once.
+    - z = sum(log p + entropy) / sqrt(sum variance(log p)), over all tokens (martingale central
+      limit theorem), two-sided. The
+      limit is widened by `factor` times what HF's own error in the engine's dtype shifts that sum
+      by (known exactly, not drawn);
+    - for each request, from any of its tokens to any later one, prod p(token)^(-1/2) / sum_i
+      p_i^(1/2) exceeds 1 / level with a
+      probability of at most `level`: a martingale of mean 1, and so is the mean of those that begin
+      at each token, hence Ville's inequality, exact for any length; level = alpha / tokens. An
+      answer that goes wrong late is seen as one that is wrong at once.
 
     Tokens outside what top-k and top-p keep are left out here: their margin judges them.
     """
@@ -199,12 +240,19 @@ def judge_distribution(scores: Sequence[Scores], params: GateParams) -> tuple[di
     used = everything.foreign & everything.agrees
     total = float((everything.log_p + everything.entropy)[used].sum())
     deviation = math.sqrt(float(everything.variance[used].sum()))
-    z = total / deviation if deviation > 0 else 0.0  # no variance: one token was possible everywhere
+    # no variance: one token was possible everywhere
+    z = total / deviation if deviation > 0 else 0.0
     drift_z = float(everything.drift[used].sum()) / deviation if deviation > 0 else 0.0
     limit = normal_limit(params.alpha / 2) + params.factor * abs(drift_z)
 
-    evidence = [_largest_rise(torch.where(s.foreign & s.agrees, -s.log_p / 2 - s.root_sum, 0.0)) for s in scores]
-    worst, evidence_limit = int(torch.stack(evidence).argmax()), math.log(len(everything) / params.alpha)
+    evidence = [
+        _largest_rise(torch.where(s.foreign & s.agrees, -s.log_p / 2 - s.root_sum, 0.0))
+        for s in scores
+    ]
+    worst, evidence_limit = (
+        int(torch.stack(evidence).argmax()),
+        math.log(len(everything) / params.alpha),
+    )
     reasons = []
     if abs(z) > limit:
         reasons.append(
@@ -238,14 +286,18 @@ def _largest_rise(steps: Tensor) -> Tensor:
 def compare_logprobs(
     scores: Sequence[Scores], logprobs: Sequence[Sequence[float]], dtype: str, params: GateParams
 ) -> LogprobResult:
-    """Are the engine's log-probabilities as close to the reference's as HF's own, at every position?
+    """Are the engine's log-probabilities as close to the reference's as HF's own, at every
+    position?
 
-    logprobs: the engine's log softmax(logits)[token] of the very tokens of `scores`, one list a request, from an untimed pass.
-    Median, 99 %, 99.9 % quantile and maximum of |engine - reference| must each be within factor * HF's + floor.
+    logprobs: the engine's log softmax(logits)[token] of the very tokens of `scores`, one list a
+    request, from an untimed pass. Median, 99 %, 99.9 % quantile and maximum of |engine - reference|
+    must each be within factor * HF's + floor.
     """
     lengths = [len(values) for values in logprobs]
     if lengths != [len(s) for s in scores]:
-        raise ValueError(f"log-probabilities of {lengths} tokens were given for outputs of {[len(s) for s in scores]}")
+        raise ValueError(
+            f"log-probabilities of {lengths} tokens were given for outputs of {[len(s) for s in scores]}"
+        )
     everything = _all(scores)
     ours = torch.tensor([value for values in logprobs for value in values], dtype=torch.float64)
     error = (ours - everything.logprob).abs()
@@ -264,14 +316,18 @@ def compare_logprobs(
     return LogprobResult("fail" if broken else "pass", reason, len(everything), engine, hf, bound)
 
 
-def _bounds(error: Tensor, everything: Scores, dtype: str, params: GateParams) -> tuple[float, float, float]:
+def _bounds(
+    error: Tensor, everything: Scores, dtype: str, params: GateParams
+) -> tuple[float, float, float]:
     floor = params.floor_ulps * torch.finfo(DTYPE[dtype]).eps * float(everything.scale.max())
     typical = quantile(error.sort().values, params.quantile)
     return floor, params.factor * float(error.max()) + floor, params.factor * typical + floor
 
 
 def _repeats(scores: Sequence[Scores]) -> float:
-    """Share of output tokens equal to the token before them in the output: high repeats hide errors."""
+    """Share of output tokens equal to the token before them in the output: high repeats hide
+    errors.
+    """
     pairs = sum(max(0, len(s) - 1) for s in scores)
     return sum(int((s.tokens[1:] == s.tokens[:-1]).sum()) for s in scores) / max(1, pairs)
 
@@ -283,7 +339,9 @@ def _all(scores: Sequence[Scores]) -> Scores:
 
 
 def _offender(scores: Sequence[Scores], bound: float, worst: int) -> dict[str, Any]:
-    """The first token beyond the bound, in order of request and position; if none is, the one with the largest margin."""
+    """The first token beyond the bound, in order of request and position; if none is, the one with
+    the largest margin.
+    """
     offset = 0
     found = None
     for request, s in enumerate(scores):
@@ -299,7 +357,10 @@ def _offender(scores: Sequence[Scores], bound: float, worst: int) -> dict[str, A
     s = scores[request]
 
     def top(ids: Tensor, values: Tensor) -> list[list[float | int | None]]:
-        return [[int(i), float(v) if math.isfinite(v) else None] for i, v in zip(ids[position], values[position], strict=True)]
+        return [
+            [int(i), float(v) if math.isfinite(v) else None]
+            for i, v in zip(ids[position], values[position], strict=True)
+        ]
 
     return {
         "request": request,

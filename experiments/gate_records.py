@@ -1,4 +1,6 @@
-"""The gate's side of a folder of records: which tokens there are to judge, and how a verdict is written down."""
+"""The gate's side of a folder of records: which tokens there are to judge, and how a verdict is
+written down.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class Work:
 
     def __str__(self) -> str:
         engines = ", ".join(sorted({launch["engine"] for launch in self.launches}))
-        return f"{self.workload} {self.tokens_digest[:12]} ({engines}, {len(self.launches)} launches)"
+        return (
+            f"{self.workload} {self.tokens_digest[:12]} ({engines}, {len(self.launches)} launches)"
+        )
 
 
 def find_work(all_records: list[records.Record], plan_hash: str) -> list[Work]:
@@ -53,19 +57,29 @@ def find_work(all_records: list[records.Record], plan_hash: str) -> list[Work]:
 
 
 def read_tokens(folder: Path, digest: str) -> list[list[int]]:
-    """The outputs of a digest. Raises GateError if they are not there or are not what the digest says."""
+    """The outputs of a digest. Raises GateError if they are not there or are not what the digest
+    says.
+    """
     path = folder / records.TOKENS
     lines = path.read_text().splitlines() if path.exists() else []
-    encoded = next((entry["tokens"] for entry in map(json.loads, lines) if entry["digest"] == digest), None)
+    encoded = next(
+        (entry["tokens"] for entry in map(json.loads, lines) if entry["digest"] == digest), None
+    )
     if encoded is None:
-        raise GateError(f"{path}: no tokens with digest {digest}; a launch writes them before its record, so the file was cut")
+        raise GateError(
+            f"{path}: no tokens with digest {digest}; a launch writes them before its record, so the file was cut"
+        )
     outputs: list[list[int]] = json.loads(zlib.decompress(base64.b64decode(encoded)))
     if (actual := workloads.tokens_digest(outputs)) != digest:
-        raise GateError(f"{path}: the tokens under digest {digest} have digest {actual}; the file was altered")
+        raise GateError(
+            f"{path}: the tokens under digest {digest} have digest {actual}; the file was altered"
+        )
     return outputs
 
 
-def gate_record(plan: dict[str, Any], work: Work, result: GateResult | str, *, negative_control: bool = False) -> records.Record:
+def gate_record(
+    plan: dict[str, Any], work: Work, result: GateResult | str, *, negative_control: bool = False
+) -> records.Record:
     """Record v1 of a verdict; of an error if `result` is its message."""
     record: records.Record = {
         "kind": "gate",
@@ -77,8 +91,21 @@ def gate_record(plan: dict[str, Any], work: Work, result: GateResult | str, *, n
         "dtype": plan["model"]["dtype"],
     }
     if isinstance(result, str):
-        nothing = {"tokens_checked": 0, "mismatches": 0, "within_bound": 0, "max_margin": None, "bound": None}
-        record |= {"status": "error", "reason": result, **nothing, "calibration": {}, "first_offender": None, "duration_s": 0.0}
+        nothing = {
+            "tokens_checked": 0,
+            "mismatches": 0,
+            "within_bound": 0,
+            "max_margin": None,
+            "bound": None,
+        }
+        record |= {
+            "status": "error",
+            "reason": result,
+            **nothing,
+            "calibration": {},
+            "first_offender": None,
+            "duration_s": 0.0,
+        }
     else:
         record |= dataclasses.asdict(result)
     return record | {"is_negative_control": negative_control}

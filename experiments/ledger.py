@@ -1,6 +1,8 @@
-"""What has been done of a plan and what is still to do, in one folder of records. Standard library only.
+"""What has been done of a plan and what is still to do, in one folder of records. Standard library
+only.
 
-Both executors keep their book here: `launch.Runner` on one machine, `dispatch.Dispatcher` over many.
+Both executors keep their book here: `launch.Runner` on one machine, `dispatch.Dispatcher` over
+many.
 """
 
 from __future__ import annotations
@@ -21,10 +23,22 @@ Listener = Callable[[str, dict[str, Any]], None]
 
 
 class Ledger:
-    """The records of one plan in one folder, which is locked meanwhile. Use it as a context manager."""
+    """The records of one plan in one folder, which is locked meanwhile. Use it as a context
+    manager.
+    """
 
-    def __init__(self, plan: Plan, out: Path, code_digest: str, *, resume: bool, listener: Listener | None = None) -> None:
-        """Raises RecordError where `out` holds records of another plan or code, or holds some and `resume` is not given."""
+    def __init__(
+        self,
+        plan: Plan,
+        out: Path,
+        code_digest: str,
+        *,
+        resume: bool,
+        listener: Listener | None = None,
+    ) -> None:
+        """Raises RecordError where `out` holds records of another plan or code, or holds some and
+        `resume` is not given.
+        """
         self.plan, self.out, self.code_digest = plan, out, code_digest
         self.listener = listener or (lambda event, details: None)
         self.folder = Folder(out)
@@ -37,7 +51,9 @@ class Ledger:
                 for leftover in (out / records.LOGS).glob("*.result*"):
                     leftover.unlink()  # of a child whose runner was killed
             except OSError as error:
-                raise RecordError(f"{out / records.LOGS}: cannot be written ({error}). {records.INTACT}") from error
+                raise RecordError(
+                    f"{out / records.LOGS}: cannot be written ({error}). {records.INTACT}"
+                ) from error
             if not (out / records.PLAN).exists():
                 records.write_plan(plan, out / records.PLAN)
         except BaseException:
@@ -50,22 +66,36 @@ class Ledger:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     @property
     def head(self) -> Record:
         """The keys that every record of this plan begins with, after its kind."""
-        return {"schema": records.SCHEMA, "study": self.plan["study"]["name"], "plan_hash": self.plan["plan_hash"]}
+        return {
+            "schema": records.SCHEMA,
+            "study": self.plan["study"]["name"],
+            "plan_hash": self.plan["plan_hash"],
+        }
 
     def pending(self, blocks: Iterable[int] | None = None) -> list[dict[str, Any]]:
         """The launches without a finished record, in plan order."""
         wanted = None if blocks is None else set(blocks)
-        done = {r["launch"] for r in records.launches(self.folder.records) if r["status"] in records.DONE}
+        done = {
+            r["launch"]
+            for r in records.launches(self.folder.records)
+            if r["status"] in records.DONE
+        }
         return [
-            entry for entry in self.plan["launches"]
+            entry
+            for entry in self.plan["launches"]
             if entry["launch"] not in done and (wanted is None or entry["block"] in wanted)
-        ]  # fmt: skip
+        ]
 
     def attempts(self, launch: str) -> int:
         """How often a launch was tried, the superseded times included."""
@@ -74,17 +104,27 @@ class Ledger:
     def expected_launch_s(self, cell: str) -> float:
         """Median of this cell's launches so far, else of all launches, else what the plan expects."""
         finished = [
-            r for r in self.folder.records if r["kind"] == "launch" and r["total_s"] is not None and r["status"] in records.DONE
+            r
+            for r in self.folder.records
+            if r["kind"] == "launch" and r["total_s"] is not None and r["status"] in records.DONE
         ]
         own = [r["total_s"] for r in finished if r["cell"] == cell]
         every = [r["total_s"] for r in finished]
-        return statistics.median(own or every or [self.plan["expected_s"] / max(1, len(self.plan["launches"]))])
+        return statistics.median(
+            own or every or [self.plan["expected_s"] / max(1, len(self.plan["launches"]))]
+        )
 
-    def supersede(self, block: int, reason: str, which: Callable[[Record], bool] = lambda record: True) -> None:
+    def supersede(
+        self, block: int, reason: str, which: Callable[[Record], bool] = lambda record: True
+    ) -> None:
         """Marks the records of a block that count no longer: it begins again elsewhere."""
         for record in records.launches(self.folder.records):
             if record["block"] == block and which(record):
-                marked = {"launch": record["launch"], "attempt": record["attempt"], "reason": reason}
+                marked = {
+                    "launch": record["launch"],
+                    "attempt": record["attempt"],
+                    "reason": reason,
+                }
                 self.folder.append({"kind": "superseded", **self.head, **marked})
 
     def note_resumed(self, boot_id: str) -> None:
@@ -95,9 +135,13 @@ class Ledger:
         if not existing:
             return
         if not resume:
-            raise RecordError(f"{self.out} already holds {len(existing)} records; add --resume to go on, or give another --out")
+            raise RecordError(
+                f"{self.out} already holds {len(existing)} records; add --resume to go on, or give another --out"
+            )
         if foreign := {r["plan_hash"] for r in existing} - {self.plan["plan_hash"]}:
-            raise RecordError(f"{self.out} holds records of another plan ({foreign.pop()[:12]}); give another --out")
+            raise RecordError(
+                f"{self.out} holds records of another plan ({foreign.pop()[:12]}); give another --out"
+            )
         made_by = {r["provenance"]["code_digest"] for r in existing if r["kind"] == "launch"}
         if other := made_by - {self.code_digest}:
             raise RecordError(

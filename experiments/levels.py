@@ -1,4 +1,6 @@
-"""How the level of a factor is written: `on`/`off` in studies, plans and records, true/false in an engine's config."""
+"""How the level of a factor is written: `on`/`off` in studies, plans and records, true/false in an
+engine's config.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ def level_name(value: Any) -> Level:
         return "on" if value else "off"
     if isinstance(value, (str, int)):
         return value
-    raise ValueError(f"{value!r} is not the level of a factor; a level is on, off, a name or a whole number")
+    raise ValueError(
+        f"{value!r} is not the level of a factor; a level is on, off, a name or a whole number"
+    )
 
 
 def level_value(level: Level) -> str | int | bool:

@@ -1,7 +1,9 @@
-"""This machine: which profile is its own, and how fast its memory and arithmetic are. Its measurements are kept in the cache.
+"""This machine: which profile is its own, and how fast its memory and arithmetic are. Its
+measurements are kept in the cache.
 
-A machine with NVIDIA GPUs needs no profile file: its own is made from what PyTorch sees (`gpus_at_hand`). The files describe
-machines that are planned for; where one of them describes the machine at hand, it lends its name, and the measured values win.
+A machine with NVIDIA GPUs needs no profile file: its own is made from what PyTorch sees
+(`gpus_at_hand`). The files describe machines that are planned for; where one of them describes the
+machine at hand, it lends its name, and the measured values win.
 """
 
 from __future__ import annotations
@@ -34,8 +36,9 @@ KV_SHARE, KV_STEP_BYTES = 0.9, 1 << 28
 """Share of the free device memory that a study may use, and the unit in which its KV cache is sized: 256 MiB, so that a desktop
 that takes a little more or less memory does not change the plan."""
 
-# One core at its best, times the cores: never below the truth, even when others are at work while it is measured. The best of
-# several sizes: a small model lives in the CPU's caches, and a bound must hold for it as well.
+# One core at its best, times the cores: never below the truth, even when others are at work while
+# it is measured. The best of several sizes: a small model lives in the CPU's caches, and a bound
+# must hold for it as well.
 _MEASURE_CPU = """
 import json, sys, time, torch
 torch.set_num_threads(1)
@@ -58,8 +61,8 @@ for name in ("float32", "bfloat16"):
 print(json.dumps({"bandwidth_bytes_per_s": max(copies.values()), "copy_bytes_per_s_by_mib": copies, "peak_flops": flops}))
 """
 
-# Copies of working sets that no cache holds, matrix products on random data (zeros run faster than real data will), the best of
-# several times by device events; small operations by the host's clock.
+# Copies of working sets that no cache holds, matrix products on random data (zeros run faster than
+# real data will), the best of several times by device events; small operations by the host's clock.
 _MEASURE_GPU = """
 import json, time
 begin = time.perf_counter()
@@ -120,7 +123,9 @@ print(json.dumps(seen))
 
 @dataclasses.dataclass(frozen=True)
 class Gpus:
-    """The GPUs that a process started here would use: those PyTorch sees first and that are of one kind."""
+    """The GPUs that a process started here would use: those PyTorch sees first and that are of one
+    kind.
+    """
 
     name: str
     count: int
@@ -129,15 +134,19 @@ class Gpus:
 
 
 def detect_profile() -> Profile:
-    """The profile of this machine: `cpu` without a GPU, else one made from its GPUs. Raises SpecError where they cannot be used."""
+    """The profile of this machine: `cpu` without a GPU, else one made from its GPUs. Raises
+    SpecError where they cannot be used.
+    """
     found = gpus_at_hand()
     return load_profile("cpu") if found is None else profile_of(found)
 
 
 def gpus_at_hand() -> Gpus | None:
-    """The GPUs of this machine that the environment lets a process see, with their measured speeds; None without any.
+    """The GPUs of this machine that the environment lets a process see, with their measured speeds;
+    None without any.
 
-    Raises SpecError for GPUs that the installed PyTorch cannot use, with its reason, and for those that are too old or too full.
+    Raises SpecError for GPUs that the installed PyTorch cannot use, with its reason, and for those
+    that are too old or too full.
     """
     listed = listed_gpus()
     if not listed:
@@ -145,7 +154,9 @@ def gpus_at_hand() -> Gpus | None:
     seen = measure_gpus(listed)
     use_cpu = "`--profile cpu` (make ablate PROFILE=cpu) measures the CPU instead."
     if not seen["devices"]:
-        reason = seen.get("why_not") or ("torch is a build without CUDA" if seen["cuda"] is None else "it sees no device")
+        reason = seen.get("why_not") or (
+            "torch is a build without CUDA" if seen["cuda"] is None else "it sees no device"
+        )
         if hidden := os.environ.get("CUDA_VISIBLE_DEVICES"):
             reason += f" (CUDA_VISIBLE_DEVICES={hidden})"
         raise SpecError(
@@ -172,13 +183,21 @@ def gpus_at_hand() -> Gpus | None:
 
 
 def profile_of(gpus: Gpus) -> Profile:
-    """The profile of GPUs at hand: the name of the file that describes them, if there is one, else one made from theirs."""
+    """The profile of GPUs at hand: the name of the file that describes them, if there is one, else
+    one made from theirs.
+    """
     known = next((p for p in map(load_profile, names(PROFILES)) if matches(p, gpus)), None)
-    short = re.sub(r"[^a-z0-9]+", "-", gpus.name.lower().removeprefix("nvidia ").removeprefix("geforce ")).strip("-")
+    short = re.sub(
+        r"[^a-z0-9]+", "-", gpus.name.lower().removeprefix("nvidia ").removeprefix("geforce ")
+    ).strip("-")
     count = f"-x{gpus.count}" if gpus.count > 1 else ""
     return Profile(
         name=known.name if known else f"{short or 'gpu'}{count}",
-        title=known.title if known else f"{gpus.count} x {gpus.name}" if gpus.count > 1 else gpus.name,
+        title=known.title
+        if known
+        else f"{gpus.count} x {gpus.name}"
+        if gpus.count > 1
+        else gpus.name,
         device="cuda",
         num_devices=gpus.count,
         match={"gpu_name": gpus.name, "num_gpus": gpus.count},  # type: ignore[arg-type]
@@ -194,11 +213,17 @@ def profile_of(gpus: Gpus) -> Profile:
 def matches(profile: Profile, gpus: Gpus) -> bool:
     """Whether a profile describes GPUs at hand."""
     wanted = profile.match
-    return wanted is not None and wanted.num_gpus == gpus.count and fnmatch.fnmatchcase(gpus.name, wanted.gpu_name)
+    return (
+        wanted is not None
+        and wanted.num_gpus == gpus.count
+        and fnmatch.fnmatchcase(gpus.name, wanted.gpu_name)
+    )
 
 
 def settle(profile: Profile, dtype: str) -> dict[str, Any]:
-    """The profile as a plan stores it: nothing open but a KV cache that is sized with the model. What is measured here wins."""
+    """The profile as a plan stores it: nothing open but a KV cache that is sized with the model.
+    What is measured here wins.
+    """
     settled = profile.model_dump(exclude={"match", "preset", "dtype"})
     settled["cpu_cores"] = profile.cpu_cores or provenance.cpu_cores()
     settled["memory_bytes"] = profile.memory_bytes or provenance.memory_bytes()
@@ -208,14 +233,18 @@ def settle(profile: Profile, dtype: str) -> dict[str, Any]:
             settled[key] = measured[key]
     peaks: dict[Any, float] = measured["peak_flops"] if measured else profile.peak_flops  # type: ignore[assignment]
     if dtype not in peaks:
-        raise SpecError(f"profile {profile.name}: peak_flops has no {dtype}; it has {', '.join(peaks)}")
+        raise SpecError(
+            f"profile {profile.name}: peak_flops has no {dtype}; it has {', '.join(peaks)}"
+        )
     settled["peak_flops"] = peaks[dtype]
     settled["speeds"] = "measured on this machine" if measured else "stated in the profile"
     return settled
 
 
 def _measured(profile: Profile) -> dict[str, Any]:
-    """The speeds of this machine, where the profile is of it; {} where it states those of another one."""
+    """The speeds of this machine, where the profile is of it; {} where it states those of another
+    one.
+    """
     if profile.device == "cpu":
         return measure() if "measure" in (profile.bandwidth_bytes_per_s, profile.peak_flops) else {}
     open_values = "measure" in (profile.bandwidth_bytes_per_s, profile.peak_flops)
@@ -228,26 +257,37 @@ def _measured(profile: Profile) -> dict[str, Any]:
     if gpus is not None and matches(profile, gpus):
         return gpus.measured
     if open_values:
-        raise SpecError(f"profile {profile.name} leaves its speeds to be measured, and this machine has no such GPU: state "
-                        "bandwidth_bytes_per_s and peak_flops to plan for another machine")  # fmt: skip
+        raise SpecError(
+            f"profile {profile.name} leaves its speeds to be measured, and this machine has no such GPU: state "
+            "bandwidth_bytes_per_s and peak_flops to plan for another machine"
+        )
     return {}
 
 
 def free_gpu_bytes(num_devices: int) -> int:
-    """The memory that is free now on the fullest of the GPUs that a study will use. Raises SpecError where there are none."""
+    """The memory that is free now on the fullest of the GPUs that a study will use. Raises
+    SpecError where there are none.
+    """
     gpus = gpus_at_hand()
     if gpus is None:
-        raise SpecError("kv_cache_memory_bytes: measure is for a machine with a GPU; give a number of bytes to plan for another")
+        raise SpecError(
+            "kv_cache_memory_bytes: measure is for a machine with a GPU; give a number of bytes to plan for another"
+        )
     used = gpus.measured["devices"][:num_devices]
-    now = telemetry.free_gpu_bytes(",".join(f"GPU-{device.get('uuid')}" for device in used))  # torch counts them in another order
-    if len(now) == len(used) and all(abs(total - used[0]["memory_bytes"]) < 0.05 * total for _, total in now):
+    # torch counts them in another order
+    now = telemetry.free_gpu_bytes(",".join(f"GPU-{device.get('uuid')}" for device in used))
+    if len(now) == len(used) and all(
+        abs(total - used[0]["memory_bytes"]) < 0.05 * total for _, total in now
+    ):
         return min(free for free, _ in now)
-    return min(device["free_bytes"] for device in used)  # of a MIG slice nvidia-smi tells the whole GPU's: when it was measured
+    # of a MIG slice nvidia-smi tells the whole GPU's: when it was measured
+    return min(device["free_bytes"] for device in used)
 
 
 def kv_budget(free_bytes: int, weight_bytes: int, step_bytes: int, most_bytes: int) -> int:
-    """Bytes of KV cache for a device with so much free memory: what weights and a step leave of it, and no more than the work
-    can fill, in whole units. Raises SpecError where nothing is left."""
+    """Bytes of KV cache for a device with so much free memory: what weights and a step leave of it,
+    and no more than the work can fill, in whole units. Raises SpecError where nothing is left.
+    """
     room = int(KV_SHARE * free_bytes) - weight_bytes - step_bytes
     wanted = -(-most_bytes // KV_STEP_BYTES) * KV_STEP_BYTES
     if room < KV_STEP_BYTES:
@@ -261,53 +301,85 @@ def kv_budget(free_bytes: int, weight_bytes: int, step_bytes: int, most_bytes: i
 
 
 def listed_gpus() -> list[str]:
-    """What the driver lists, a line each (`nvidia-smi -L`, MIG slices included); empty without one, and where all are hidden."""
+    """What the driver lists, a line each (`nvidia-smi -L`, MIG slices included); empty without one,
+    and where all are hidden.
+    """
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return []
-    if shutil.which("nvidia-smi") is None:  # some containers and Windows' Linux have a driver without its tools
+    # some containers and Windows' Linux have a driver without its tools
+    if shutil.which("nvidia-smi") is None:
         return [str(path) for path in _DRIVER_FILES if path.exists()]
     try:
-        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, errors="replace", timeout=30, check=False)
+        done = subprocess.run(
+            ["nvidia-smi", "-L"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=30,
+            check=False,
+        )
         said = done.stdout + done.stderr
     except (subprocess.SubprocessError, OSError) as error:
         said = str(error)
     found = [line.strip() for line in said.splitlines() if re.match(r"\s*(GPU|MIG) ", line)]
     if not found and said and any(path.exists() for path in _DRIVER_FILES):
-        return [f"a driver that does not answer ({said.strip().splitlines()[0]})"]  # an update without a restart, for instance
+        # an update without a restart, for instance
+        return [f"a driver that does not answer ({said.strip().splitlines()[0]})"]
     return found
 
 
 def measure_gpus(listed: list[str]) -> dict[str, Any]:
-    """What PyTorch sees of these GPUs and how fast the first one is, measured once (a few seconds) and then kept."""
+    """What PyTorch sees of these GPUs and how fast the first one is, measured once (a few seconds)
+    and then kept.
+    """
     torch_version = metadata.version("torch")
     visible = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")}
-    return _kept([listed, visible, torch_version, sys.version_info[:2]], [sys.executable, "-c", _MEASURE_GPU])
+    return _kept(
+        [listed, visible, torch_version, sys.version_info[:2]], [sys.executable, "-c", _MEASURE_GPU]
+    )
 
 
 def measure() -> dict[str, Any]:
-    """Copy bandwidth and matrix-multiplication peak of this CPU, measured once (about 5 s) and then kept."""
+    """Copy bandwidth and matrix-multiplication peak of this CPU, measured once (about 5 s) and then
+    kept.
+    """
     hardware = [provenance.cpu_model(), provenance.cpu_cores(), provenance.memory_bytes()]
     return _kept(hardware, [sys.executable, "-c", _MEASURE_CPU, str(provenance.cpu_cores())])
 
 
 def _kept(what: list[Any], command: list[str]) -> dict[str, Any]:
-    """The JSON that a command prints, from the cache where this hardware was measured before; what could not be measured is not
-    kept. Raises SpecError if the command fails."""
+    """The JSON that a command prints, from the cache where this hardware was measured before; what
+    could not be measured is not kept. Raises SpecError if the command fails.
+    """
     cache = Path(os.environ.get("NANOVLLM_CACHE") or provenance.ROOT / ".cache" / "nanovllm")
     kept = cache / f"machine-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}.json"
     if kept.exists():
         return json.loads(kept.read_text())  # type: ignore[no-any-return]
-    print("measuring this machine's memory bandwidth and arithmetic (once, some seconds)", file=sys.stderr, flush=True)
+    print(
+        "measuring this machine's memory bandwidth and arithmetic (once, some seconds)",
+        file=sys.stderr,
+        flush=True,
+    )
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=of_child(), timeout=MEASURE_TIMEOUT_S, check=False)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env=of_child(),
+            timeout=MEASURE_TIMEOUT_S,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
-        raise SpecError(f"measuring this machine took over {MEASURE_TIMEOUT_S} s: does another process hold its GPU? "
-                        "`--profile cpu` measures the CPU instead") from None  # fmt: skip
+        raise SpecError(
+            f"measuring this machine took over {MEASURE_TIMEOUT_S} s: does another process hold its GPU? "
+            "`--profile cpu` measures the CPU instead"
+        ) from None
     if done.returncode != 0:
         raise SpecError(f"measuring this machine failed: {done.stderr.strip()[-500:]}")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     if "bandwidth_bytes_per_s" in found:
-        with contextlib.suppress(OSError):  # a cache that cannot be written: measured again next time
+        # a cache that cannot be written: measured again next time
+        with contextlib.suppress(OSError):
             cache.mkdir(parents=True, exist_ok=True)
             partial = kept.with_suffix(f".{os.getpid()}.partial")
             partial.write_text(json.dumps(found))

@@ -1,8 +1,10 @@
-"""The engine's Gumbel noise as the gate needs it: the same bits as `nanovllm.kernels.torch.sampling.gumbel_noise`, for less work.
+"""The engine's Gumbel noise as the gate needs it: the same bits as
+`nanovllm.kernels.torch.sampling.gumbel_noise`, for less work.
 
-A rescorer asks for the noise of every position of a run, and that costs more than a small model's forward pass. Philox runs
-here in place, on so many rows at a time that they stay in a CPU's cache; and logarithms, half of the cost, are taken only of
-tokens that can win, or of a few tokens that are named. tests/test_equivalence.py holds both to the engine's bits.
+A rescorer asks for the noise of every position of a run, and that costs more than a small model's
+forward pass. Philox runs here in place, on so many rows at a time that they stay in a CPU's cache;
+and logarithms, half of the cost, are taken only of tokens that can win, or of a few tokens that are
+named. tests/test_equivalence.py holds both to the engine's bits.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ _BLOCK = 2**15
 
 
 def uniform_bits(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """The random 32 bits of every token [n, vocab_size], as float32 and as `gumbel` takes them; seeds, positions: int64 [n]."""
+    """The random 32 bits of every token [n, vocab_size], as float32 and as `gumbel` takes them;
+    seeds, positions: int64 [n].
+    """
     counters = torch.arange((vocab_size + 3) // 4, device=seeds.device)
     bits = torch.empty(len(seeds), len(counters), 4, device=seeds.device)
     step = max(1, _BLOCK // len(counters)) if seeds.device.type == "cpu" else max(1, len(seeds))
@@ -44,14 +48,19 @@ def gumbel(bits: Tensor) -> Tensor:
     return sampling._log(torch.where(rest == 0.0, uniform, exponential)).neg_()
 
 
-def _philox(seeds: Tensor, positions: Tensor, counters: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """philox4x32(key = seed, counter = (counters, position, 0, 0)) of seeds, positions [n, 1] and counters [1 or n, m]."""
+def _philox(
+    seeds: Tensor, positions: Tensor, counters: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """philox4x32(key = seed, counter = (counters, position, 0, 0)) of seeds, positions [n, 1] and
+    counters [1 or n, m].
+    """
     multiplier0, multiplier1 = sampling._PHILOX_MULTIPLIERS
     step0, step1 = sampling._PHILOX_KEY_STEPS
     rounds = torch.arange(10, device=seeds.device)[:, None, None]
     keys0 = (((seeds & _LOW32) + rounds * step0) & _LOW32).unbind()
     keys1 = ((((seeds >> 32) & _LOW32) + rounds * step1) & _LOW32).unbind()
-    # Two rounds by hand: half of the counter is 0 and a quarter is one number a row, so most of their words are as well.
+    # Two rounds by hand: half of the counter is 0 and a quarter is one number a row, so most of
+    # their words are as well.
     first = counters * multiplier0
     c2 = ((first >> 32) ^ keys1[0]).bitwise_and_(_LOW32)  # [n, m]
     product0 = ((positions & _LOW32) ^ keys0[0]) * multiplier0  # [n, 1]
@@ -59,11 +68,16 @@ def _philox(seeds: Tensor, positions: Tensor, counters: Tensor) -> tuple[Tensor,
     c0 = (product1 >> 32).bitwise_xor_(keys0[1]).bitwise_and_(_LOW32)
     c1, c2, c3 = product1, (first ^ (product0 >> 32) ^ keys1[1]).bitwise_and_(_LOW32), product0
     product0, product1, spare = torch.empty_like(c0), torch.empty_like(c0), torch.empty_like(c0)
-    for key0, key1 in zip(keys0[2:], keys1[2:], strict=True):  # in place; bits above 32 are masked away before they matter
+    # in place; bits above 32 are masked away before they matter
+    for key0, key1 in zip(keys0[2:], keys1[2:], strict=True):
         torch.mul(c0, multiplier0, out=product0)
         torch.mul(c2, multiplier1, out=product1)
-        torch.bitwise_right_shift(product1, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(key0).bitwise_and_(_LOW32)
-        torch.bitwise_right_shift(product0, 32, out=c2).bitwise_xor_(c3).bitwise_xor_(key1).bitwise_and_(_LOW32)
+        torch.bitwise_right_shift(product1, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(
+            key0
+        ).bitwise_and_(_LOW32)
+        torch.bitwise_right_shift(product0, 32, out=c2).bitwise_xor_(c3).bitwise_xor_(
+            key1
+        ).bitwise_and_(_LOW32)
         c1, product1 = product1, c1
         c3, product0 = product0, c3 if c3.shape == c0.shape else spare
     return c0, c1.bitwise_and_(_LOW32), c2, c3.bitwise_and_(_LOW32)

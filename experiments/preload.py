@@ -1,10 +1,13 @@
-"""Launches forked from a process that has imported their libraries and done nothing else: the runner's side. Standard library only.
+"""Launches forked from a process that has imported their libraries and done nothing else: the
+runner's side. Standard library only.
 
-Importing PyTorch takes two to eight seconds, often more than the rest of a launch. So a study may ask (`measurement.preload`)
-for its launches to be forked from a `Nursery`: an interpreter that imports the engine's libraries, touches no device, computes
-nothing, and then waits (experiments/preloaded.py). Each launch is still a process of its own, with a device context, weights,
-caches and random numbers of its own; what launches of one nursery share is the state right after the imports, the layout of
-memory included. A nursery serves one block: all cells of a block share that, and it differs from block to block.
+Importing PyTorch takes two to eight seconds, often more than the rest of a launch. So a study may
+ask (`measurement.preload`) for its launches to be forked from a `Nursery`: an interpreter that
+imports the engine's libraries, touches no device, computes nothing, and then waits
+(experiments/preloaded.py). Each launch is still a process of its own, with a device context,
+weights, caches and random numbers of its own; what launches of one nursery share is the state right
+after the imports, the layout of memory included. A nursery serves one block: all cells of a block
+share that, and it differs from block to block.
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ class Forked:
         self.pid, self._nursery, self.returncode = pid, nursery, None
 
     def wait(self, timeout: float | None = None) -> int:
-        """The exit status; negative for the signal that killed it. Raises subprocess.TimeoutExpired."""
+        """The exit status; negative for the signal that killed it. Raises
+        subprocess.TimeoutExpired.
+        """
         if self.returncode is None:
             self.returncode = self._nursery.hear("status", timeout)
         assert self.returncode is not None
@@ -44,15 +49,23 @@ class Forked:
 
 
 class Nursery:
-    """A process that waits with its libraries imported. Comes up while the caller goes on; close it, or it ends with the caller."""
+    """A process that waits with its libraries imported. Comes up while the caller goes on; close
+    it, or it ends with the caller.
+    """
 
-    def __init__(self, python: str, environment: dict[str, str], modules: tuple[str, ...], log: Path) -> None:
+    def __init__(
+        self, python: str, environment: dict[str, str], modules: tuple[str, ...], log: Path
+    ) -> None:
         self._log = log
         with log.open("wb") as output:
             self._process = subprocess.Popen(
                 [python, "-m", "experiments.preloaded", *modules],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, start_new_session=True, env=environment,
-            )  # fmt: skip
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                start_new_session=True,
+                env=environment,
+            )
         self._buffer = b""
         self._import_s: float | None = None
 
@@ -64,14 +77,17 @@ class Nursery:
         return self._import_s
 
     def start(self, arguments: list[str], log: Path) -> Forked:
-        """Forks a process that does what `python -m experiments.launch` does with these arguments, its output in `log`.
+        """Forks a process that does what `python -m experiments.launch` does with these arguments,
+        its output in `log`.
 
         Raises PreloadError.
         """
         _ = self.import_s  # it is up, or this says why not
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps({"arguments": arguments, "log": str(log)}).encode() + b"\n")
+            self._process.stdin.write(
+                json.dumps({"arguments": arguments, "log": str(log)}).encode() + b"\n"
+            )
             self._process.stdin.flush()
         except OSError as error:
             raise PreloadError(self._ended()) from error
@@ -91,7 +107,9 @@ class Nursery:
         line, _, self._buffer = self._buffer.partition(b"\n")
         message = json.loads(line)
         if word not in message:
-            raise PreloadError(f"the process that launches are forked from said {message} where {word} was due")
+            raise PreloadError(
+                f"the process that launches are forked from said {message} where {word} was due"
+            )
         return message[word]
 
     def close(self) -> None:
@@ -108,5 +126,9 @@ class Nursery:
         self._log.unlink(missing_ok=True)
 
     def _ended(self) -> str:
-        last = self._log.read_text(errors="replace").strip().splitlines()[-1:] if self._log.exists() else []
+        last = (
+            self._log.read_text(errors="replace").strip().splitlines()[-1:]
+            if self._log.exists()
+            else []
+        )
         return f"the process that launches are forked from has ended: {last[0] if last else 'it printed nothing'}"

@@ -1,10 +1,12 @@
-"""The process that launches are forked from (experiments/preload.py): imports the modules that it is given, then forks on request.
+"""The process that launches are forked from (experiments/preload.py): imports the modules that it
+is given, then forks on request.
 
     python -m experiments.preloaded torch nanovllm.engine.llm_engine ...
 
-Reads {"arguments": [...], "log": path} a line from standard input, and answers on standard output, a line each: {"import_s": s}
-once, then {"pid": n} and {"status": n} for every launch. Ends when its standard input does. A launch reads the same input, and so
-ends with the runner as well; while it lives, the runner writes nothing and this process only waits.
+Reads {"arguments": [...], "log": path} a line from standard input, and answers on standard output,
+a line each: {"import_s": s} once, then {"pid": n} and {"status": n} for every launch. Ends when its
+standard input does. A launch reads the same input, and so ends with the runner as well; while it
+lives, the runner writes nothing and this process only waits.
 """
 
 from __future__ import annotations
@@ -31,12 +33,16 @@ def main(modules: list[str]) -> int:
     assert child  # imported here, so that no launch has to
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        print("importing the engine initialized CUDA; a process that has done so cannot fork launches", file=sys.stderr)
+        print(
+            "importing the engine initialized CUDA; a process that has done so cannot fork launches",
+            file=sys.stderr,
+        )
         return 1
     gc.collect()
     gc.freeze()  # what is shared stays shared: no collection of a launch writes to it
     say(answers, {"import_s": time.perf_counter() - begin})
-    with open(0, "rb", buffering=0, closefd=False) as requests:  # unbuffered: what follows is the launch's to read
+    # unbuffered: what follows is the launch's to read
+    with open(0, "rb", buffering=0, closefd=False) as requests:
         while line := requests.readline():
             request = json.loads(line)
             pid = os.fork()
@@ -55,7 +61,8 @@ def serve(run: Any, request: dict[str, Any]) -> None:
     """The launch: a process group of its own, its output in its log. Never returns."""
     status = 1
     try:
-        with contextlib.suppress(OSError):  # whoever comes first: the runner must find a group to end
+        # whoever comes first: the runner must find a group to end
+        with contextlib.suppress(OSError):
             os.setpgid(0, 0)
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)

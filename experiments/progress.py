@@ -23,9 +23,15 @@ class ProgressBar:
         self._times: dict[str, list[float]] = {}
         self._workers = 1
         self._progress = Progress(
-            TextColumn("{task.fields[left]}"), BarColumn(bar_width=30), MofNCompleteColumn(), TextColumn("{task.description}"),
-            console=console, refresh_per_second=1, transient=True, disable=not console.is_terminal,
-        )  # fmt: skip
+            TextColumn("{task.fields[left]}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            refresh_per_second=1,
+            transient=True,
+            disable=not console.is_terminal,
+        )
         self._task = self._progress.add_task("starting", total=self._total, left="")
 
     def __enter__(self) -> Self:
@@ -41,7 +47,11 @@ class ProgressBar:
             self._progress.update(self._task, completed=self._total - self._remaining.total())
         elif event == "start":
             cell = details["launch"]["cell"]
-            self._progress.update(self._task, description=f"block {details['launch']['block']}: {cell}", left=self._left())
+            self._progress.update(
+                self._task,
+                description=f"block {details['launch']['block']}: {cell}",
+                left=self._left(),
+            )
         elif event == "end":
             record = details["record"]
             self._remaining[record["cell"]] -= 1
@@ -51,17 +61,25 @@ class ProgressBar:
             self._workers = max(self._workers, details["count"])
         if event == "message":
             self._console.print(details["text"], style="yellow", markup=False)
-        elif not self._console.is_terminal or (event == "end" and details["record"]["status"] != "ok"):
+        elif not self._console.is_terminal or (
+            event == "end" and details["record"]["status"] != "ok"
+        ):
             print_event(event, details)
 
     def remaining_s(self) -> float:
-        """Expected time of what is left, shared by the workers: each cell's own median so far, else that of all, else what the
-        plan says."""
+        """Expected time of what is left, shared by the workers: each cell's own median so far, else
+        that of all, else what the plan says.
+        """
         every = [seconds for times in self._times.values() for seconds in times]
         fallback = statistics.median(every) if every else self._expected_s
-        alone = sum(count * statistics.median(self._times.get(cell) or [fallback]) for cell, count in self._remaining.items())
+        alone = sum(
+            count * statistics.median(self._times.get(cell) or [fallback])
+            for cell, count in self._remaining.items()
+        )
         return alone / self._workers
 
     def _left(self) -> str:
         seconds = self.remaining_s()
-        return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
+        return (
+            f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
+        )

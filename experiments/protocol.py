@@ -1,4 +1,6 @@
-"""How a study is carried out, as written in YAML: its design, how a launch is measured, and what makes one invalid."""
+"""How a study is carried out, as written in YAML: its design, how a launch is measured, and what
+makes one invalid.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,11 @@ class Strict(BaseModel):
 
 
 class Design(Strict):
-    """Which configurations run and how often. The reference and its A/A arm are always there, and the study's own `cells`.
+    """Which configurations run and how often. The reference and its A/A arm are always there, and
+    the study's own `cells`.
 
-    kind: see experiments/designs.py. With `factors: {kernels: {levels: [triton]}, overlap: {levels: [on]}}`
+    kind: see experiments/designs.py. With `factors: {kernels: {levels: [triton]}, overlap: {levels:
+    [on]}}`
 
         one_at_a_time         each level of each factor alone, over everything off
         add_one_in            the same, and `all`: everything on
@@ -32,11 +36,13 @@ class Design(Strict):
         fractional_factorial  a balanced part of them, for factors of one level beside the baseline
         listed                the study's `cells` only
 
-    blocks: how often each configuration runs; 6 if neither it nor budget_s is given. budget_s: seconds that the launches may take
-    (measurement.launch_s each): alone it gives the number of blocks; with blocks it is a limit.
+    blocks: how often each configuration runs; 6 if neither it nor budget_s is given. budget_s:
+    seconds that the launches may take (measurement.launch_s each): alone it gives the number of
+    blocks; with blocks it is a limit.
     bootstrap: the study asks for the bootstrap interval too; it needs 6 blocks.
-    resolution, generators: of a fractional factorial. `generators: {overlap: [kernels, cuda_graphs, batching]}` says that overlap
-    is on where an odd number of the three are; if not given, the smallest fraction of that resolution is chosen.
+    resolution, generators: of a fractional factorial. `generators: {overlap: [kernels, cuda_graphs,
+    batching]}` says that overlap is on where an odd number of the three are; if not given, the
+    smallest fraction of that resolution is chosen.
     """
 
     kind: Kind = "one_at_a_time"
@@ -51,32 +57,48 @@ class Design(Strict):
     def _consistent(self) -> Self:
         least = sizing.least_blocks(self.bootstrap)
         if self.blocks is not None and self.blocks < least:
-            raise ValueError(f"blocks: {self.blocks} are too few for a bootstrap interval; allowed: {least} to "
-                             f"{sizing.MAX_BLOCKS}, or bootstrap: false")  # fmt: skip
-        if self.kind != "fractional_factorial" and {"resolution", "generators"} & self.model_fields_set:
-            raise ValueError(f"resolution and generators belong to kind fractional_factorial, this one is {self.kind}")
+            raise ValueError(
+                f"blocks: {self.blocks} are too few for a bootstrap interval; allowed: {least} to "
+                f"{sizing.MAX_BLOCKS}, or bootstrap: false"
+            )
+        if (
+            self.kind != "fractional_factorial"
+            and {"resolution", "generators"} & self.model_fields_set
+        ):
+            raise ValueError(
+                f"resolution and generators belong to kind fractional_factorial, this one is {self.kind}"
+            )
         return self
 
 
 class Sizing(Strict):
-    """How the work of a study follows the speed of a GPU and its host (experiments/work_size.py): the answers of every workload
-    are cut to the largest of `shares` with which `blocks` blocks fit into design.budget_s, and then as many blocks run as fit, from
-    least_blocks to most_blocks. On a CPU the work is as written."""
+    """How the work of a study follows the speed of a GPU and its host (experiments/work_size.py):
+    the answers of every workload are cut to the largest of `shares` with which `blocks` blocks fit
+    into design.budget_s, and then as many blocks run as fit, from least_blocks to most_blocks. On a
+    CPU the work is as written.
+    """
 
     blocks: int = Field(default=4, ge=sizing.MIN_BLOCKS, le=sizing.MAX_BLOCKS)
     least_blocks: int = Field(default=3, ge=sizing.MIN_BLOCKS, le=sizing.MAX_BLOCKS)
     most_blocks: int = Field(default=6, ge=sizing.MIN_BLOCKS, le=sizing.MAX_BLOCKS)
-    shares: list[Annotated[float, Field(gt=0, le=1)]] = Field(default=[1.0, 0.75, 0.5, 0.35, 0.25], min_length=1)
+    shares: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        default=[1.0, 0.75, 0.5, 0.35, 0.25], min_length=1
+    )
 
 
 class Measurement(Strict):
-    """How a launch is measured. Warm-up: the first requests of each wave, answers cut short. timeout_s: a launch that takes
-    longer is killed and recorded as failed. launch_s: what a launch is expected to take, for the estimate before the first.
-    least_timed_s: a workload that takes less is served again until it was timed for so long in all, at most 15 times, and the
-    serving of median duration is what counts. preload: launches are forked from a process that has imported the engine's
-    libraries and done nothing else, a new one for each block, which often saves half of a launch (docs/adr/0009).
-    environment: variables set for every launch of every engine, whatever the shell says. By default, threads that wait for each
-    other sleep: spinning ones made launches many times slower wherever anything else ran (ablations/LOG.md, 2026-11-22)."""
+    """How a launch is measured. Warm-up: the first requests of each wave, answers cut short.
+    timeout_s: a launch that takes longer is killed and recorded as failed. launch_s: what a launch
+    is expected to take, for the estimate before the first.
+    least_timed_s: a workload that takes less is served again until it was timed for so long in all,
+    at most 15 times, and the serving of median duration is what counts. preload: launches are
+    forked from a process that has imported the engine's libraries and done nothing else, a new one
+    for each block, which often saves half of a launch (docs/adr/0009).
+    environment: variables set for every launch of every engine, whatever the shell says. By
+    default, threads that wait for each
+    other sleep: spinning ones made launches many times slower wherever anything else ran
+    (ablations/LOG.md, 2026-11-22).
+    """
 
     warm_up_requests: int = Field(default=16, ge=1)
     warm_up_tokens: int = Field(default=8, ge=1)
@@ -84,14 +106,19 @@ class Measurement(Strict):
     launch_s: float = Field(default=8, gt=0, le=MOST_S)
     least_timed_s: float = Field(default=0, ge=0, le=60)
     preload: bool = False
-    environment: dict[Variable, Annotated[str, Field(pattern=r"^[^\x00]*$")]] = {"OMP_WAIT_POLICY": "PASSIVE"}
+    environment: dict[Variable, Annotated[str, Field(pattern=r"^[^\x00]*$")]] = {
+        "OMP_WAIT_POLICY": "PASSIVE"
+    }
 
 
 class Validity(Strict):
-    """Rules, fixed before anything runs, that mark a launch invalid for what the machine did meanwhile (experiments/validity.py).
+    """Rules, fixed before anything runs, that mark a launch invalid for what the machine did
+    meanwhile (experiments/validity.py).
 
-    foreign_gpu_processes: how many may compute on its GPUs. throttle: reasons for which no GPU may lower its clock ("power_cap" is
-    not one: a GPU at its power limit is at work). max_foreign_cpu: share of all CPU time that other processes may use on average.
+    foreign_gpu_processes: how many may compute on its GPUs. throttle: reasons for which no GPU may
+    lower its clock ("power_cap" is
+    not one: a GPU at its power limit is at work). max_foreign_cpu: share of all CPU time that other
+    processes may use on average.
     """
 
     foreign_gpu_processes: int = Field(default=0, ge=0)

@@ -1,4 +1,5 @@
-"""Records: JSON lines that are only ever appended to, one `write` and one `fsync` each. Standard library only.
+"""Records: JSON lines that are only ever appended to, one `write` and one `fsync` each. Standard
+library only.
 
 A folder of one execution of a plan:
 
@@ -22,7 +23,13 @@ from types import TracebackType
 from typing import Any, Self
 
 SCHEMA = 1
-RECORDS, TOKENS, PLAN, LOGS, ENVIRONMENTS = "records.jsonl", "tokens.jsonl", "plan.json", "logs", "environment-*.txt"
+RECORDS, TOKENS, PLAN, LOGS, ENVIRONMENTS = (
+    "records.jsonl",
+    "tokens.jsonl",
+    "plan.json",
+    "logs",
+    "environment-*.txt",
+)
 DONE = ("ok", "invalid")
 """A launch with a record of this status is not run again: whether it is must not depend on how fast it was."""
 INTACT = (
@@ -41,7 +48,8 @@ class JsonLines:
     """Appends whole lines to one file; a line is there completely or not at all."""
 
     def __init__(self, path: Path) -> None:
-        """Opens or creates the file. A last line cut by a power cut or a full disk is removed; `healed` then says so.
+        """Opens or creates the file. A last line cut by a power cut or a full disk is removed;
+        `healed` then says so.
 
         Raises RecordError where it cannot be opened.
         """
@@ -61,7 +69,9 @@ class JsonLines:
         try:
             data = json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
         except ValueError as error:
-            raise RecordError(f"{self.path}: {_not_finite(record)}; nothing was written, what was before is intact") from error
+            raise RecordError(
+                f"{self.path}: {_not_finite(record)}; nothing was written, what was before is intact"
+            ) from error
         size = os.fstat(self._fd).st_size
         try:
             written = os.write(self._fd, data)
@@ -70,7 +80,9 @@ class JsonLines:
             os.fsync(self._fd)
         except OSError as error:
             os.ftruncate(self._fd, size)
-            raise RecordError(f"{self.path}: cannot write a record of {len(data)} bytes ({error}). {INTACT}") from error
+            raise RecordError(
+                f"{self.path}: cannot write a record of {len(data)} bytes ({error}). {INTACT}"
+            ) from error
 
     def close(self) -> None:
         os.close(self._fd)
@@ -94,7 +106,9 @@ class Folder:
     """The folder of one execution, held by one runner at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Raises RecordError where another runner holds the folder, or it cannot be written, or its records cannot be read."""
+        """Raises RecordError where another runner holds the folder, or it cannot be written, or its
+        records cannot be read.
+        """
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -105,18 +119,25 @@ class Folder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._lock)
-            raise RecordError(f"{path}: another runner is at work here; wait for it or give another folder") from error
+            raise RecordError(
+                f"{path}: another runner is at work here; wait for it or give another folder"
+            ) from error
         try:
-            self.records = read(path)  # before anything is repaired: a file of a newer program is left as it is
+            # before anything is repaired: a file of a newer program is left as it is
+            self.records = read(path)
             self._records, self._tokens = JsonLines(path / RECORDS), JsonLines(path / TOKENS)
-            self.messages = [lines.healed for lines in (self._records, self._tokens) if lines.healed]
+            self.messages = [
+                lines.healed for lines in (self._records, self._tokens) if lines.healed
+            ]
             self._digests = {line["digest"] for line in token_lines(path)}
         except BaseException:
             os.close(self._lock)
             raise
 
     def append(self, record: Record, tokens: dict[str, str] | None = None) -> None:
-        """Writes the tokens that are not there yet, then the record that names them. Raises RecordError."""
+        """Writes the tokens that are not there yet, then the record that names them. Raises
+        RecordError.
+        """
         for digest, encoded in (tokens or {}).items():
             if digest not in self._digests:
                 self._tokens.append({"digest": digest, "tokens": encoded})
@@ -132,14 +153,21 @@ class Folder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
 def read(folder: Path) -> list[Record]:
-    """All records of a folder in the order of writing, duplicated lines once: a verdict of the gate where it was given last, as the
-    last one counts, anything else where it came first. Raises RecordError for a damaged line, for a schema newer than this
-    program, and for two different records of one attempt (two folders copied together)."""
+    """All records of a folder in the order of writing, duplicated lines once: a verdict of the gate
+    where it was given last, as the last one counts, anything else where it came first. Raises
+    RecordError for a damaged line, for a schema newer than this program, and for two different
+    records of one attempt (two folders copied together).
+    """
     records: dict[str, Record] = {}
     attempts: dict[tuple[str, int], str] = {}
     for number, record in enumerate(_lines(folder / RECORDS), start=1):
@@ -151,7 +179,10 @@ def read(folder: Path) -> list[Record]:
                 "read it with the version of nanovllm that wrote it, or a newer one"
             )
         text = json.dumps(record, sort_keys=True)
-        if record.get("kind") == "launch" and attempts.setdefault((record["launch"], record["attempt"]), text) != text:
+        if (
+            record.get("kind") == "launch"
+            and attempts.setdefault((record["launch"], record["attempt"]), text) != text
+        ):
             raise RecordError(
                 f"{where}: another record of {record['launch']}, attempt {record['attempt']}: this file was copied together from "
                 "two visits. Keep their folders apart, and count them as one with "
@@ -164,18 +195,26 @@ def read(folder: Path) -> list[Record]:
 
 
 def token_lines(folder: Path) -> list[Record]:
-    """{"digest", "tokens"} of everything that was generated, in the order of writing. Raises RecordError."""
+    """{"digest", "tokens"} of everything that was generated, in the order of writing. Raises
+    RecordError.
+    """
     return _lines(folder / TOKENS)
 
 
 def launches(records: Iterable[Record]) -> list[Record]:
     """The launch records that no later `superseded` record has marked."""
     superseded = {(r["launch"], r["attempt"]) for r in records if r["kind"] == "superseded"}
-    return [r for r in records if r["kind"] == "launch" and (r["launch"], r["attempt"]) not in superseded]
+    return [
+        r
+        for r in records
+        if r["kind"] == "launch" and (r["launch"], r["attempt"]) not in superseded
+    ]
 
 
 def counted(records: Iterable[Record]) -> list[Record]:
-    """What analysis may use: the first finished, not superseded attempt of each launch, if its status is `ok`."""
+    """What analysis may use: the first finished, not superseded attempt of each launch, if its
+    status is `ok`.
+    """
     finished: dict[str, Record] = {}
     for record in launches(records):
         if record["status"] in DONE:
@@ -190,11 +229,17 @@ def read_plan(path: Path) -> dict[str, Any]:
         if not isinstance(plan, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
-        raise RecordError(f"{path}: not a readable plan ({error}); make one with `run --dry-run --write-plan {path}`") from error
+        raise RecordError(
+            f"{path}: not a readable plan ({error}); make one with `run --dry-run --write-plan {path}`"
+        ) from error
     if plan.get("plan_version") != 1:
-        raise RecordError(f"{path}: plan_version {plan.get('plan_version')!r}; this program reads version 1")
+        raise RecordError(
+            f"{path}: plan_version {plan.get('plan_version')!r}; this program reads version 1"
+        )
     if plan.get("plan_hash") != plan_hash(plan):
-        raise RecordError(f"{path}: plan_hash does not match the content: the plan was edited; make it again from its study")
+        raise RecordError(
+            f"{path}: plan_hash does not match the content: the plan was edited; make it again from its study"
+        )
     return plan
 
 
@@ -204,7 +249,9 @@ def write_plan(plan: dict[str, Any], path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Written aside, synced and renamed: the file is there whole or not at all, after a power cut too. Raises RecordError."""
+    """Written aside, synced and renamed: the file is there whole or not at all, after a power cut
+    too. Raises RecordError.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
@@ -235,7 +282,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def plan_hash(plan: dict[str, Any]) -> str:
     """SHA-256 of the plan without its `plan_hash`."""
     content = {key: value for key, value in plan.items() if key != "plan_hash"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 def _lines(path: Path) -> list[Record]:
@@ -251,13 +300,17 @@ def _lines(path: Path) -> list[Record]:
             if not isinstance(record, dict):
                 raise ValueError("not a JSON object")
         except ValueError as error:
-            raise RecordError(f"{path}, line {number}: damaged ({error}); restore the file, or remove that one line") from error
+            raise RecordError(
+                f"{path}, line {number}: damaged ({error}); restore the file, or remove that one line"
+            ) from error
         lines.append(record)
     return lines
 
 
 def _is_whole(line: bytes) -> bool:
-    """Whether a line without its end is a record all the same: the cut, or a copy by hand, took the newline only."""
+    """Whether a line without its end is a record all the same: the cut, or a copy by hand, took the
+    newline only.
+    """
     try:
         return isinstance(json.loads(line), dict)
     except ValueError:

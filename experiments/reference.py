@@ -1,4 +1,6 @@
-"""What makes an HF model a reference: exact norms and angles, and logits that can be computed a few rows at a time."""
+"""What makes an HF model a reference: exact norms and angles, and logits that can be computed a few
+rows at a time.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +12,25 @@ from torch import Tensor
 
 
 def make_exact(model: Any) -> None:
-    """Lets a reference compute RMS norms in its own precision and rotary angles in float64: HF's compute both in float32,
-    whatever the model's dtype.
+    """Lets a reference compute RMS norms in its own precision and rotary angles in float64: HF's
+    compute both in float32, whatever the model's dtype.
 
-    Without this the reference of a float32 engine would carry noise of the engine's own size, and HF's rounding of angles
-    (1e-7 times the position, in radians) would count as exact: an engine with better angles would fail at long contexts.
+    Without this the reference of a float32 engine would carry noise of the engine's own size, and
+    HF's rounding of angles (1e-7 times the position, in radians) would count as exact: an engine
+    with better angles would fail at long contexts.
     """
 
     def norm(self: Any, x: Tensor) -> Tensor:
-        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+        return self.weight * (
+            x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        )
 
     def rotary(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         angles = position_ids[..., None].double() * self.inv_freq
         angles = torch.cat((angles, angles), dim=-1)
-        return (angles.cos() * self.attention_scaling).to(x.dtype), (angles.sin() * self.attention_scaling).to(x.dtype)
+        return (angles.cos() * self.attention_scaling).to(x.dtype), (
+            angles.sin() * self.attention_scaling
+        ).to(x.dtype)
 
     norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
     embedding = getattr(model.base_model, "rotary_emb", None)
@@ -36,12 +43,15 @@ def make_exact(model: Any) -> None:
         module.forward = types.MethodType(norm, module)
     half = len(embedding.inv_freq)
     exponents = torch.arange(half, dtype=torch.float64, device=embedding.inv_freq.device) / half
-    embedding.inv_freq = model.config.rope_parameters["rope_theta"] ** -exponents  # Su et al., 2021, RoFormer, eq. 15
+    # Su et al., 2021, RoFormer, eq. 15
+    embedding.inv_freq = model.config.rope_parameters["rope_theta"] ** -exponents
     embedding.forward = types.MethodType(rotary, embedding)
 
 
 def check_decomposition(model: Any) -> None:
-    """Logits must be the output embedding of the last hidden states and nothing more (some architectures scale or cap them)."""
+    """Logits must be the output embedding of the last hidden states and nothing more (some
+    architectures scale or cap them).
+    """
     ids = torch.arange(8, device=model.device)[None]
     with torch.inference_mode():
         whole = model(input_ids=ids, use_cache=False).logits
@@ -54,6 +64,8 @@ def check_decomposition(model: Any) -> None:
 
 
 def last_hidden_states(model: Any, ids: Tensor) -> Tensor:
-    """[batch, length, hidden_size] after the final norm, from right-padded token ids [batch, length]."""
+    """[batch, length, hidden_size] after the final norm, from right-padded token ids [batch,
+    length].
+    """
     states: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     return states

@@ -1,6 +1,8 @@
-"""What MLflow shows of a study and of a launch: params, metrics, tags. Pure functions of records; no MLflow here.
+"""What MLflow shows of a study and of a launch: params, metrics, tags. Pure functions of records;
+no MLflow here.
 
-Metric names hold the workload and, in the parent run, the cell; its metrics by block have the block as their step.
+Metric names hold the workload and, in the parent run, the cell; its metrics by block have the block
+as their step.
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ class View:
 
 
 def parent_view(plan: dict[str, Any], found: list[Record], analysis: dict[str, Any] | None) -> View:
-    """An execution of a study: its design, every counted figure by block, the effects, the verdicts in words."""
+    """An execution of a study: its design, every counted figure by block, the effects, the verdicts
+    in words.
+    """
     study, model, profile = plan["study"], plan["model"], plan["profile"]
     all_launches = [record for record in found if record["kind"] == "launch"]
     # From a cluster, or of several visits, records stand in the order they came home.
@@ -63,32 +67,45 @@ def parent_view(plan: dict[str, Any], found: list[Record], analysis: dict[str, A
     return View(
         name=f"{study['name']} {first['started_at'][:16].replace('T', ' ')}",
         started_at=first["started_at"],
-        duration_s=_seconds_between(first["started_at"], last["started_at"]) + (last["total_s"] or 0.0),
+        duration_s=_seconds_between(first["started_at"], last["started_at"])
+        + (last["total_s"] or 0.0),
         status="FINISHED" if len(counted) == len(plan["launches"]) else "FAILED",
         params={
-            **{f"factor.{name}": " | ".join(map(str, [f["baseline"], *f["levels"]])) for name, f in study["factors"].items()},
+            **{
+                f"factor.{name}": " | ".join(map(str, [f["baseline"], *f["levels"]]))
+                for name, f in study["factors"].items()
+            },
             **{f"design.{key}": value for key, value in study["design"].items()},
             **{f"override.{key}": value for key, value in study["overrides"].items()},
-            "profile": profile["name"], "model": model["preset"] or model["path"], "dtype": model["dtype"],
-            "metric": study["metric"], "smallest_effect": study["smallest_effect"], "alpha": study["alpha"],
+            "profile": profile["name"],
+            "model": model["preset"] or model["path"],
+            "dtype": model["dtype"],
+            "metric": study["metric"],
+            "smallest_effect": study["smallest_effect"],
+            "alpha": study["alpha"],
             "launches": len(plan["launches"]),
         },
         metrics=[*_by_block(counted), *_effects(analysis)],
         tags={
             **_common_tags(plan, first),
             "nanovllm.counted": f"{len(counted)} of {len(plan['launches'])} launches",
-            "nanovllm.gate": ", ".join(f"{gate.count(s)} {s}" for s in ("pass", "fail", "error")) if gate else "not run",
+            "nanovllm.gate": ", ".join(f"{gate.count(s)} {s}" for s in ("pass", "fail", "error"))
+            if gate
+            else "not run",
             "mlflow.note.content": describe(plan, analysis),
         },
         workloads=plan["workloads"],
-    )  # fmt: skip
+    )
 
 
 def launch_view(plan: dict[str, Any], record: Record, found: list[Record]) -> View:
     """One launch: the levels of its factors, what was measured, and what the machine did meanwhile."""
     cell = plan["cells"][record["cell"]]
     config = {key: value for key, value in record["requested"].items() if key != "optimizations"}
-    is_counted = any(r["launch"] == record["launch"] and r["attempt"] == record["attempt"] for r in records.counted(found))
+    is_counted = any(
+        r["launch"] == record["launch"] and r["attempt"] == record["attempt"]
+        for r in records.counted(found)
+    )
     attempt = f" (attempt {record['attempt']})" if record["attempt"] > 1 else ""
     return View(
         name=f"{record['launch']}{attempt}",
@@ -97,7 +114,10 @@ def launch_view(plan: dict[str, Any], record: Record, found: list[Record]) -> Vi
         status="FINISHED" if record["status"] == "ok" else "FAILED",
         params={
             **cell["levels"],
-            "cell": record["cell"], "engine": record["engine"], "block": record["block"], "order": record["order"],
+            "cell": record["cell"],
+            "engine": record["engine"],
+            "block": record["block"],
+            "order": record["order"],
             "seed": record["seed"],
             **{f"config.{key}": value for key, value in config.items()},
         },
@@ -106,10 +126,14 @@ def launch_view(plan: dict[str, Any], record: Record, found: list[Record]) -> Vi
             **_common_tags(plan, record),
             "nanovllm.status": record["status"],
             "nanovllm.counted": str(is_counted).lower(),
-            **({"mlflow.note.content": f"{record['status']}: {record['reason']}"[:5000]} if record["reason"] else {}),
+            **(
+                {"mlflow.note.content": f"{record['status']}: {record['reason']}"[:5000]}
+                if record["reason"]
+                else {}
+            ),
         },
         workloads={name: plan["workloads"][name] for name in record["workloads"]},
-    )  # fmt: skip
+    )
 
 
 def figures(work: dict[str, Any]) -> dict[str, float]:
@@ -128,13 +152,22 @@ def describe(plan: dict[str, Any], analysis: dict[str, Any] | None) -> str:
     if analysis is None:
         return head + "Not analysed yet: `python -m experiments report`, then `import`."
     effects = [e for e in analysis["effects"] if e["metric"] == analysis["metric"]["key"]]
-    rows = ["| workload | cell | ratio to baseline | interval | blocks | verdict |", "| --- | --- | --- | --- | --- | --- |"]
+    rows = [
+        "| workload | cell | ratio to baseline | interval | blocks | verdict |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for e in effects:
         ratio = "-" if e["ratio"] is None else f"{e['ratio']:.3f}"
         interval = "-" if e["low"] is None else f"{e['low']:.3f} to {e['high']:.3f}"
-        rows.append(f"| {e['workload']} | {e['cell']} | {ratio} | {interval} | {e['n']} | {e['verdict']} |")
+        rows.append(
+            f"| {e['workload']} | {e['cell']} | {ratio} | {interval} | {e['n']} | {e['verdict']} |"
+        )
     text = f"{head}{analysis['answer']['sentence']}\n\n" + "\n".join(rows)
-    return text if len(text) < _NOTE_LIMIT else text[: text.rindex("\n", 0, _NOTE_LIMIT)] + "\n\nThe rest is in the report."
+    return (
+        text
+        if len(text) < _NOTE_LIMIT
+        else text[: text.rindex("\n", 0, _NOTE_LIMIT)] + "\n\nThe rest is in the report."
+    )
 
 
 def _common_tags(plan: dict[str, Any], record: Record) -> dict[str, str]:
@@ -143,7 +176,8 @@ def _common_tags(plan: dict[str, Any], record: Record) -> dict[str, str]:
     gpus = [gpu["name"] for gpu in provenance["gpus"]]
     tags = {
         "nanovllm.plan_hash": plan["plan_hash"],
-        "nanovllm.hardware": " + ".join(gpus) or f"{provenance['cpu']['model']}, {provenance['cpu']['cores']} cores",
+        "nanovllm.hardware": " + ".join(gpus)
+        or f"{provenance['cpu']['model']}, {provenance['cpu']['cores']} cores",
         "nanovllm.hostname": provenance["hostname"],
         "nanovllm.code_digest": provenance["code_digest"],
         "nanovllm.model_digest": plan["model"]["digest"],
@@ -153,7 +187,10 @@ def _common_tags(plan: dict[str, Any], record: Record) -> dict[str, str]:
         "mlflow.source.git.commit": git.get("commit"),
         "mlflow.source.name": f"ablations/studies/{plan['study']['name']}.yaml",
         "mlflow.user": "nanovllm",
-        **{f"nanovllm.fingerprint.{name}": work["fingerprint"] for name, work in plan["workloads"].items()},
+        **{
+            f"nanovllm.fingerprint.{name}": work["fingerprint"]
+            for name, work in plan["workloads"].items()
+        },
     }
     return {name: value for name, value in tags.items() if value}
 
@@ -162,7 +199,9 @@ def _by_block(counted: list[Record]) -> Iterator[Point]:
     for record in counted:
         for workload, work in record["workloads"].items():
             for name, value in figures(work).items():
-                yield Point(f"{workload}/{name}/{_key(record['cell'])}", value, step=record["block"])
+                yield Point(
+                    f"{workload}/{name}/{_key(record['cell'])}", value, step=record["block"]
+                )
 
 
 def _effects(analysis: dict[str, Any] | None) -> Iterator[Point]:
@@ -170,7 +209,9 @@ def _effects(analysis: dict[str, Any] | None) -> Iterator[Point]:
         if effect["metric"] == analysis["metric"]["key"]:  # type: ignore[index]
             for bound in ("ratio", "low", "high"):
                 if effect[bound] is not None:
-                    yield Point(f"effect/{effect['workload']}/{_key(effect['cell'])}/{bound}", effect[bound])
+                    yield Point(
+                        f"effect/{effect['workload']}/{_key(effect['cell'])}/{bound}", effect[bound]
+                    )
 
 
 def _of_launch(record: Record) -> Iterator[Point]:

@@ -1,4 +1,6 @@
-"""The gate's first rule: an engine that did other work has no speed to report. Standard library only."""
+"""The gate's first rule: an engine that did other work has no speed to report. Standard library
+only.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +17,23 @@ def same_work(
     eos_token_ids: set[int],
     vocab_size: int,
 ) -> list[str]:
-    """What is wrong with the shape of the outputs: lengths, EOS, finish reasons ({"length": n, "stop": m}), token range."""
+    """What is wrong with the shape of the outputs: lengths, EOS, finish reasons ({"length": n,
+    "stop": m}), token range.
+    """
     if len(outputs) != len(requests):
         return [f"{len(outputs)} outputs for {len(requests)} requests"]
     problems, stopped = [], 0
     for i, (request, output) in enumerate(zip(requests, outputs, strict=True)):
         asked = request["max_tokens"]
         if bad := [token for token in output if not 0 <= token < vocab_size]:
-            problems.append(f"request {i}: token {bad[0]} is outside the vocabulary of {vocab_size}")
+            problems.append(
+                f"request {i}: token {bad[0]} is outside the vocabulary of {vocab_size}"
+            )
         if request["ignore_eos"]:
             if len(output) != asked:
-                problems.append(f"request {i}: {len(output)} tokens where exactly {asked} were asked for (ignore_eos)")
+                problems.append(
+                    f"request {i}: {len(output)} tokens where exactly {asked} were asked for (ignore_eos)"
+                )
             continue
         stop = next((j for j, token in enumerate(output) if token in eos_token_ids), None)
         stopped += stop is not None
@@ -43,7 +51,9 @@ def same_work(
 
 
 def read_vocabulary(model_dir: Path) -> tuple[set[int], int]:
-    """(EOS token ids, vocabulary size) of a checkpoint; generation_config.json has the last word on EOS."""
+    """(EOS token ids, vocabulary size) of a checkpoint; generation_config.json has the last word on
+    EOS.
+    """
     config = json.loads((model_dir / "config.json").read_text())
     eos = config.get("eos_token_id")
     if (path := model_dir / "generation_config.json").is_file():

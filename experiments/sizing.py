@@ -1,6 +1,7 @@
 """How many blocks a study has, and what it will be able to see: decided before it starts.
 
-The bounds on the number of blocks are those for which the coverage of the intervals is simulated (reports/coverage.py).
+The bounds on the number of blocks are those for which the coverage of the intervals is simulated
+(reports/coverage.py).
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ def least_blocks(bootstrap: bool) -> int:
     return MIN_BLOCKS_BOOTSTRAP if bootstrap else MIN_BLOCKS
 
 
-def blocks_within(blocks: int | None, budget_s: float | None, bootstrap: bool, num_cells: int, launch_s: float) -> int:
-    """The number of blocks of a design. Raises ValueError, naming the key of `design`, where the budget does not hold them."""
+def blocks_within(
+    blocks: int | None, budget_s: float | None, bootstrap: bool, num_cells: int, launch_s: float
+) -> int:
+    """The number of blocks of a design. Raises ValueError, naming the key of `design`, where the
+    budget does not hold them.
+    """
     if budget_s is None:
         return DEFAULT_BLOCKS if blocks is None else blocks
     block_s = num_cells * launch_s
@@ -38,16 +43,24 @@ def blocks_within(blocks: int | None, budget_s: float | None, bootstrap: bool, n
     if fit < wanted:
         need = f"{wanted} blocks of {num_cells} cells at {launch_s:g} s a launch take {wanted * block_s:g} s"
         holds = f"{budget_s:g} s hold {fit}" if fit else f"{budget_s:g} s do not hold one"
-        other = f"design.blocks from {least} to {fit}" if fit >= least else f"fewer cells; the least is {least} blocks"
-        raise ValueError(f"design.budget_s: {need}, {holds}. Allowed: {wanted * block_s:g} s or more, or {other}")
+        other = (
+            f"design.blocks from {least} to {fit}"
+            if fit >= least
+            else f"fewer cells; the least is {least} blocks"
+        )
+        raise ValueError(
+            f"design.budget_s: {need}, {holds}. Allowed: {wanted * block_s:g} s or more, or {other}"
+        )
     return fit if blocks is None else blocks
 
 
 @lru_cache(maxsize=256)
 def detectable_in_sd(n: int, alpha: float, power: float) -> float:
-    """The mean, in standard deviations, that a two-sided paired t test of n samples finds with the given power, above alpha.
+    """The mean, in standard deviations, that a two-sided paired t test of n samples finds with the
+    given power, above alpha.
 
-    The other tail is left out: at the powers that anybody asks for it is nothing, and scipy has no number for it far out.
+    The other tail is left out: at the powers that anybody asks for it is nothing, and scipy has no
+    number for it far out.
     """
     from scipy.optimize import brentq
     from scipy.stats import nct, t  # a second to load, and seldom needed
@@ -66,15 +79,18 @@ def detectable_in_sd(n: int, alpha: float, power: float) -> float:
 
 
 def detectable(sd_log: float, n: int, alpha: float, power: float = POWER) -> float:
-    """The smallest relative change (0.03: 3 %) that n blocks of this noise find with this power, alone in its family; infinite
-    where so few blocks find none at such an alpha."""
+    """The smallest relative change (0.03: 3 %) that n blocks of this noise find with this power,
+    alone in its family; infinite where so few blocks find none at such an alpha.
+    """
     log_ratio = detectable_in_sd(n, alpha, power) * sd_log if sd_log > 0 else 0.0
     return math.expm1(log_ratio) if log_ratio < 700 else math.inf
 
 
 def previous_noise(plan: dict[str, Any], folders: Iterable[Path]) -> tuple[float, Path] | None:
-    """Noise of the latest earlier execution of this study on this profile: the median, over cells and workloads, of the
-    standard deviation over blocks of log(cell / reference) of throughput; and its folder. `folders`: the latest first."""
+    """Noise of the latest earlier execution of this study on this profile: the median, over cells
+    and workloads, of the standard deviation over blocks of log(cell / reference) of throughput; and
+    its folder. `folders`: the latest first.
+    """
     for folder in folders:
         try:
             earlier = records.read_plan(folder / records.PLAN)
@@ -82,7 +98,8 @@ def previous_noise(plan: dict[str, Any], folders: Iterable[Path]) -> tuple[float
                 continue
             spreads = _spreads(earlier, records.counted(records.read(folder)))
         except records.RecordError:
-            continue  # what an old folder cannot tell is for `report` to say; it must not stop a new study
+            # what an old folder cannot tell is for `report` to say; it must not stop a new study
+            continue
         if spreads:
             return median(spreads), folder
     return None
@@ -98,7 +115,9 @@ def _spreads(plan: dict[str, Any], launches: list[dict[str, Any]]) -> list[float
     spreads = []
     for (workload, cell), by_block in log_rates.items():
         reference = log_rates.get((workload, base), {})
-        ratios = [value - reference[block] for block, value in by_block.items() if block in reference]
+        ratios = [
+            value - reference[block] for block, value in by_block.items() if block in reference
+        ]
         if cell != base and len(ratios) > 2:
             spreads.append(stdev(ratios))
     return spreads

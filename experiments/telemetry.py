@@ -1,8 +1,9 @@
-"""What the machine did while a launch ran: CPU load (also that of others) and clock, memory of the process tree, and the
-clocks, heat and neighbours of the GPUs.
+"""What the machine did while a launch ran: CPU load (also that of others) and clock, memory of the
+process tree, and the clocks, heat and neighbours of the GPUs.
 
-Sampled by a thread of the *runner*, never inside the engine's process: the measured interpreter is left alone. Reads /proc
-(or psutil where there is no /proc) and NVML through pynvml (or `nvidia-smi` where that is absent); standard library else.
+Sampled by a thread of the *runner*, never inside the engine's process: the measured interpreter is
+left alone. Reads /proc (or psutil where there is no /proc) and NVML through pynvml (or `nvidia-smi`
+where that is absent); standard library else.
 """
 
 from __future__ import annotations
@@ -25,12 +26,16 @@ Sample = dict[str, Any]
 
 
 class Sampler:
-    """Samples every `interval_s` from `start()` to `stop()`; a long launch is thinned out to at most 120 samples."""
+    """Samples every `interval_s` from `start()` to `stop()`; a long launch is thinned out to at
+    most 120 samples.
+    """
 
     def __init__(self, pid: int, interval_s: float = 0.5, visible: str | None = None) -> None:
-        """Call it before the process is started, and set `pid` then: GPU memory and processes of this moment are not its own.
+        """Call it before the process is started, and set `pid` then: GPU memory and processes of
+        this moment are not its own.
 
-        visible: its CUDA_VISIBLE_DEVICES, numbers or UUIDs; None: it sees every GPU. What happens on others is not its concern.
+        visible: its CUDA_VISIBLE_DEVICES, numbers or UUIDs; None: it sees every GPU. What happens
+        on others is not its concern.
         """
         self.pid, self.interval_s = pid, interval_s
         self.samples: list[Sample] = []
@@ -53,9 +58,17 @@ class Sampler:
         self._thread.join()
         if self._gpu:
             self._gpu.close()
-        numbers = {name for sample in self.samples for name, value in sample.items() if isinstance(value, (int, float))}
+        numbers = {
+            name
+            for sample in self.samples
+            for name, value in sample.items()
+            if isinstance(value, (int, float))
+        }
         return {
-            "sources": {"cpu": "proc" if _PROC.is_dir() else "psutil", "gpu": self._gpu.source if self._gpu else None},
+            "sources": {
+                "cpu": "proc" if _PROC.is_dir() else "psutil",
+                "gpu": self._gpu.source if self._gpu else None,
+            },
             "interval_s": self.interval_s,
             "summary": {
                 name: _summary([s[name] for s in self.samples if s.get(name) is not None])
@@ -68,17 +81,22 @@ class Sampler:
 
     @property
     def peak_host_bytes(self) -> int | None:
-        """Sum over the process tree of each process's own peak of resident memory (shared pages count once in each)."""
+        """Sum over the process tree of each process's own peak of resident memory (shared pages
+        count once in each).
+        """
         return sum(self._peak_rss.values()) or None
 
     @property
     def peak_device_bytes(self) -> int | None:
-        """Highest sampled growth of the memory in use on all GPUs since the process started; None without a GPU."""
+        """Highest sampled growth of the memory in use on all GPUs since the process started; None
+        without a GPU.
+        """
         return self._peak_device
 
     def _foreign_gpu_pids(self) -> set[int]:
-        """In a container NVML names processes by the host's numbers: ours cannot be told apart there, so only those that
-        computed before it started are foreign for certain."""
+        """In a container NVML names processes by the host's numbers: ours cannot be told apart
+        there, so only those that computed before it started are foreign for certain.
+        """
         if self._gpu_before is None:
             return set()
         visible = bool(self._gpu_pids & self._own_pids)
@@ -88,13 +106,20 @@ class Sampler:
         begin, cpu_before, own_before = time.monotonic(), cpu_times(), 0.0
         while not self._stop.wait(self.interval_s):
             cpu_now = cpu_times()
-            sample: Sample = {"time_s": round(time.monotonic() - begin, 3), "load_1min": round(os.getloadavg()[0], 2)}
+            sample: Sample = {
+                "time_s": round(time.monotonic() - begin, 3),
+                "load_1min": round(os.getloadavg()[0], 2),
+            }
             if cpu_now and cpu_before and cpu_now[1] > cpu_before[1]:
-                sample["cpu_busy"] = round((cpu_now[0] - cpu_before[0]) / (cpu_now[1] - cpu_before[1]), 4)
+                sample["cpu_busy"] = round(
+                    (cpu_now[0] - cpu_before[0]) / (cpu_now[1] - cpu_before[1]), 4
+                )
             pids = process_tree(self.pid)
             own_now = _cpu_ticks(pids)
             if cpu_now and cpu_before and cpu_now[1] > cpu_before[1] and own_now >= own_before:
-                others = (cpu_now[0] - cpu_before[0] - (own_now - own_before)) / (cpu_now[1] - cpu_before[1])
+                others = (cpu_now[0] - cpu_before[0] - (own_now - own_before)) / (
+                    cpu_now[1] - cpu_before[1]
+                )
                 sample["cpu_foreign"] = round(min(1.0, max(0.0, others)), 4)
             cpu_before, own_before = cpu_now, own_now
             sample["cpu_mhz"] = cpu_mhz()
@@ -109,7 +134,11 @@ class Sampler:
                     self._throttle |= {reason for gpu in gpus for reason in gpu["throttle"]}
                     self._peak_device = max(grown, self._peak_device or 0)
                     sample |= {"gpus": gpus, "gpu_memory_bytes": grown}
-                    sample |= {f"gpu0_{name}": value for name, value in gpus[0].items() if name != "throttle"}
+                    sample |= {
+                        f"gpu0_{name}": value
+                        for name, value in gpus[0].items()
+                        if name != "throttle"
+                    }
             self.samples.append(sample)
             if len(self.samples) > _MAX_SAMPLES:
                 self.samples, self.interval_s = self.samples[::2], 2 * self.interval_s
@@ -127,8 +156,14 @@ def process_tree(pid: int) -> list[int]:
     """`pid` and everything that descends from it, as far as it still lives."""
     if not _PROC.is_dir():
         psutil = _optional("psutil")
-        return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))] if psutil else [pid]
-    parents = {int(path.name): _stat(int(path.name)) for path in _PROC.iterdir() if path.name.isdigit()}
+        return (
+            [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+            if psutil
+            else [pid]
+        )
+    parents = {
+        int(path.name): _stat(int(path.name)) for path in _PROC.iterdir() if path.name.isdigit()
+    }
     tree = [pid]
     for member in tree:
         tree += [child for child, fields in parents.items() if fields and int(fields[1]) == member]
@@ -136,7 +171,9 @@ def process_tree(pid: int) -> list[int]:
 
 
 def tree_cpu_s(pid: int) -> float | None:
-    """CPU seconds (user and system) used so far by the living processes of a tree; None without /proc."""
+    """CPU seconds (user and system) used so far by the living processes of a tree; None without
+    /proc.
+    """
     if not _PROC.is_dir():
         return None
     return _cpu_ticks(process_tree(pid)) / _TICKS_PER_S
@@ -156,7 +193,11 @@ def cpu_times() -> tuple[float, float] | None:
 
 def cpu_mhz() -> float | None:
     """Mean clock over the cores; None where the system does not tell."""
-    clocks = [float(line.split(":")[1]) for line in _text(_PROC / "cpuinfo").splitlines() if line.startswith("cpu MHz")]
+    clocks = [
+        float(line.split(":")[1])
+        for line in _text(_PROC / "cpuinfo").splitlines()
+        if line.startswith("cpu MHz")
+    ]
     return round(sum(clocks) / len(clocks), 1) if clocks else None
 
 
@@ -166,17 +207,27 @@ def _rss(pid: int) -> tuple[int, int]:
         psutil = _optional("psutil")
         resident = psutil.Process(pid).memory_info().rss if psutil and psutil.pid_exists(pid) else 0
         return resident, resident
-    lines = dict(line.split(":", 1) for line in _text(_PROC / str(pid) / "status").splitlines() if ":" in line)
-    return tuple(int(lines[name].split()[0]) * 1024 if name in lines else 0 for name in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
+    lines = dict(
+        line.split(":", 1)
+        for line in _text(_PROC / str(pid) / "status").splitlines()
+        if ":" in line
+    )
+    return tuple(
+        int(lines[name].split()[0]) * 1024 if name in lines else 0 for name in ("VmRSS", "VmHWM")
+    )  # type: ignore[return-value]
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the third on (state, parent, ...); empty once the process has ended."""
+    """The fields of /proc/PID/stat from the third on (state, parent, ...); empty once the process
+    has ended.
+    """
     return _text(_PROC / str(pid) / "stat").rpartition(")")[2].split()
 
 
 def _text(path: Path) -> str:
-    """The content of a /proc file; empty where its process has ended meanwhile, or there is no /proc."""
+    """The content of a /proc file; empty where its process has ended meanwhile, or there is no
+    /proc.
+    """
     try:
         return path.read_text()
     except (FileNotFoundError, ProcessLookupError, NotADirectoryError):
@@ -184,7 +235,11 @@ def _text(path: Path) -> str:
 
 
 def _summary(values: list[float]) -> dict[str, float]:
-    return {"min": min(values), "mean": round(sum(values) / len(values), 4), "max": max(values)} if values else {}
+    return (
+        {"min": min(values), "mean": round(sum(values) / len(values), 4), "max": max(values)}
+        if values
+        else {}
+    )
 
 
 def _optional(name: str) -> Any:
@@ -194,45 +249,72 @@ def _optional(name: str) -> Any:
         return None
 
 
-# ---------------------------------------------------------------------------------------------------------------- GPUs
+# ----------------------------------------------------------------------------------------------------------------
+# GPUs
 
 
 class _Nvml:
     """The GPUs that a process sees, through NVML (a millisecond a sample)."""
 
     source = "nvml"
-    _REASONS: ClassVar = {0x4: "power_cap", 0x8: "hw_slowdown", 0x20: "sw_thermal", 0x40: "hw_thermal", 0x80: "hw_power_brake"}
+    _REASONS: ClassVar = {
+        0x4: "power_cap",
+        0x8: "hw_slowdown",
+        0x20: "sw_thermal",
+        0x40: "hw_thermal",
+        0x80: "hw_power_brake",
+    }
 
     def __init__(self, nvml: Any, visible: str | None) -> None:
         self._nvml = nvml
         every = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-        names = None if visible is None else [name.strip() for name in visible.split(",") if name.strip()]
+        names = (
+            None
+            if visible is None
+            else [name.strip() for name in visible.split(",") if name.strip()]
+        )
         try:
             self._handles = every if names is None else [self._handle(name) for name in names]
         except nvml.NVMLError:
-            self._handles = every  # names that NVML does not know, a part of a UUID: rather too many than none
+            # names that NVML does not know, a part of a UUID: rather too many than none
+            self._handles = every
 
     def _handle(self, name: str) -> Any:
         nvml = self._nvml
-        return nvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdecimal() else nvml.nvmlDeviceGetHandleByUUID(name)
+        return (
+            nvml.nvmlDeviceGetHandleByIndex(int(name))
+            if name.isdecimal()
+            else nvml.nvmlDeviceGetHandleByUUID(name)
+        )
 
     def sample(self) -> tuple[list[dict[str, Any]], int, set[int]]:
-        """(state of each GPU, memory in use on all of them in bytes, the processes that compute on them)."""
+        """(state of each GPU, memory in use on all of them in bytes, the processes that compute on
+        them).
+        """
         nvml, gpus, used, pids = self._nvml, [], 0, set()
         for handle in self._handles:
             watts = self._ask(nvml.nvmlDeviceGetPowerUsage, handle)
             busy = self._ask(nvml.nvmlDeviceGetUtilizationRates, handle)
             reasons = self._ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle) or 0
-            gpus.append({
-                "sm_mhz": self._ask(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
-                "memory_mhz": self._ask(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_MEM),
-                "celsius": self._ask(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
-                "watts": None if watts is None else watts / 1000,
-                "busy_percent": None if busy is None else busy.gpu,
-                "throttle": [name for bit, name in self._REASONS.items() if reasons & bit],
-            })  # fmt: skip
+            gpus.append(
+                {
+                    "sm_mhz": self._ask(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
+                    "memory_mhz": self._ask(
+                        nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_MEM
+                    ),
+                    "celsius": self._ask(
+                        nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU
+                    ),
+                    "watts": None if watts is None else watts / 1000,
+                    "busy_percent": None if busy is None else busy.gpu,
+                    "throttle": [name for bit, name in self._REASONS.items() if reasons & bit],
+                }
+            )
             used += nvml.nvmlDeviceGetMemoryInfo(handle).used
-            pids |= {process.pid for process in self._ask(nvml.nvmlDeviceGetComputeRunningProcesses, handle) or []}
+            pids |= {
+                process.pid
+                for process in self._ask(nvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
+            }
         return gpus, used, pids
 
     def close(self) -> None:
@@ -265,14 +347,23 @@ class _NvidiaSmi:
             return self._last
         gpus, used = [], 0
         for row in nvidia_smi("--query-gpu=" + self._FIELDS, self._visible):
-            values = [float(v) if v.replace(".", "", 1).isdigit() else None for v in row[:6]]  # "[N/A]" is None
+            # "[N/A]" is None
+            values = [float(v) if v.replace(".", "", 1).isdigit() else None for v in row[:6]]
             throttle = [
-                name for name, state in zip(("hw_slowdown", "sw_thermal", "power_cap"), row[6:], strict=True) if state == "Active"
+                name
+                for name, state in zip(
+                    ("hw_slowdown", "sw_thermal", "power_cap"), row[6:], strict=True
+                )
+                if state == "Active"
             ]
             names = ("sm_mhz", "memory_mhz", "celsius", "watts", "busy_percent")
             gpus.append(dict(zip(names, values[:5], strict=True)) | {"throttle": throttle})
             used += int(values[5] or 0) << 20
-        pids = {int(pid) for (pid,) in nvidia_smi("--query-compute-apps=pid", self._visible) if pid.isdigit()}
+        pids = {
+            int(pid)
+            for (pid,) in nvidia_smi("--query-compute-apps=pid", self._visible)
+            if pid.isdigit()
+        }
         self._last, self._last_s = (gpus, used, pids), time.monotonic()
         return self._last
 
@@ -281,30 +372,43 @@ class _NvidiaSmi:
 
 
 def nvidia_smi(query: str, visible: str | None = None) -> list[list[str]]:
-    """The rows that `nvidia-smi` prints for a query, of all GPUs or of those that `visible` names; none where there is no driver,
+    """The rows that `nvidia-smi` prints for a query, of all GPUs or of those that `visible` names;
+    none where there is no driver,
     or it fails: it then says why on stdout."""
     if shutil.which("nvidia-smi") is None or visible == "":
         return []
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits", *([] if visible is None else ["-i", visible])]
+    command = [
+        "nvidia-smi",
+        query,
+        "--format=csv,noheader,nounits",
+        *([] if visible is None else ["-i", visible]),
+    ]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30, check=True)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=30, check=True
+        )
     except (subprocess.SubprocessError, OSError):
         return []
     rows = [[field.strip() for field in line.split(",")] for line in done.stdout.splitlines()]
-    return [row for row in rows if len(row) == len(query.split(","))]  # "No devices were found" may come with status 0
+    # "No devices were found" may come with status 0
+    return [row for row in rows if len(row) == len(query.split(","))]
 
 
 def visible_gpus(uuids: Sequence[str]) -> list[str]:
-    """Of a machine's GPUs, given by UUID, those that CUDA shows this process, by the names of CUDA_VISIBLE_DEVICES.
+    """Of a machine's GPUs, given by UUID, those that CUDA shows this process, by the names of
+    CUDA_VISIBLE_DEVICES.
 
-    As CUDA reads the variable: the list ends at the first name that is no GPU. A MIG instance counts as one GPU.
+    As CUDA reads the variable: the list ends at the first name that is no GPU. A MIG instance
+    counts as one GPU.
     """
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
         return [str(index) for index in range(len(uuids))]
     found: list[str] = []
     for name in map(str.strip, named.split(",")):
         is_index = name.isdecimal() and int(name) < len(uuids)
-        is_uuid = name.startswith("MIG-") or (name.startswith("GPU-") and any(uuid.startswith(name) for uuid in uuids))
+        is_uuid = name.startswith("MIG-") or (
+            name.startswith("GPU-") and any(uuid.startswith(name) for uuid in uuids)
+        )
         if not (is_index or is_uuid) or name in found:
             break
         found.append(name)
@@ -312,14 +416,18 @@ def visible_gpus(uuids: Sequence[str]) -> list[str]:
 
 
 def gpu_inventory() -> list[dict[str, Any]]:
-    """Name, memory and driver of each GPU that this process may use; empty on a machine without an NVIDIA driver.
+    """Name, memory and driver of each GPU that this process may use; empty on a machine without an
+    NVIDIA driver.
 
-    A MIG instance is listed with the name and memory of the first GPU: nvidia-smi does not say which one it is a part of.
+    A MIG instance is listed with the name and memory of the first GPU: nvidia-smi does not say
+    which one it is a part of.
     """
     rows = nvidia_smi("--query-gpu=uuid,name,memory.total,driver_version")
     found = []
     for shown in visible_gpus([row[0] for row in rows]) if rows else []:
-        named = (row for index, row in enumerate(rows) if shown == str(index) or row[0].startswith(shown))
+        named = (
+            row for index, row in enumerate(rows) if shown == str(index) or row[0].startswith(shown)
+        )
         _, name, mib, driver = next(named, rows[0])
         if mib.isdigit():
             found.append({"name": name, "memory_bytes": int(mib) << 20, "driver": driver})
@@ -327,15 +435,18 @@ def gpu_inventory() -> list[dict[str, Any]]:
 
 
 def free_gpu_bytes(visible: str | None = None) -> list[tuple[int, int]]:
-    """(bytes that no process holds now, all bytes) of each GPU, of all or of those that `visible` names, in the driver's order;
-    empty where nobody tells."""
+    """(bytes that no process holds now, all bytes) of each GPU, of all or of those that `visible`
+    names, in the driver's order; empty where nobody tells.
+    """
     rows = nvidia_smi("--query-gpu=memory.total,memory.used", visible)
     known = [(int(total), int(used)) for total, used in rows if total.isdigit() and used.isdigit()]
     return [((total - used) << 20, total << 20) for total, used in known]
 
 
 def open_gpu(visible: str | None = None) -> _Nvml | _NvidiaSmi | None:
-    """A source of GPU samples; None on a machine without an NVIDIA driver, or with one that does not answer."""
+    """A source of GPU samples; None on a machine without an NVIDIA driver, or with one that does
+    not answer.
+    """
     nvml = _optional("pynvml")
     if nvml is not None:
         try:

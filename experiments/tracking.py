@@ -1,9 +1,11 @@
-"""The only writer of MLflow. Records are the truth; this view of them can be rebuilt at any time, with the same result.
+"""The only writer of MLflow. Records are the truth; this view of them can be rebuilt at any time,
+with the same result.
 
-`sqlite:///mlflow.db` at the repository's root, artifacts under `mlartifacts/` beside it by a *relative* path, so that a bare
-`mlflow ui` shows everything from the root and the repository can be moved. One experiment a study, a parent run an execution
-(a folder of records), a nested run a launch. Imports are serialized by a lock: six processes at once on a fresh SQLite file
-would kill each other.
+`sqlite:///mlflow.db` at the repository's root, artifacts under `mlartifacts/` beside it by a
+*relative* path, so that a bare `mlflow ui` shows everything from the root and the repository can be
+moved. One experiment a study, a parent run an execution (a folder of records), a nested run a
+launch. Imports are serialized by a lock: six processes at once on a fresh SQLite file would kill
+each other.
 """
 
 from __future__ import annotations
@@ -36,11 +38,14 @@ class TrackingError(Exception):
 
 
 def import_folder(folder: Path, report: Path | None = None, root: Path = ROOT) -> tuple[str, bool]:
-    """Brings the records of a folder into MLflow: (id of the parent run, whether runs were written).
+    """Brings the records of a folder into MLflow: (id of the parent run, whether runs were
+    written).
 
-    The same records again write no run; what an interrupted import or an older state of the folder left is replaced.
-    report: a folder with analysis.json and the rendered report; its verdicts become the description of the run.
-    Raises TrackingError, for whatever MLflow, its database or the disk object to, and RecordError.
+    The same records again write no run; what an interrupted import or an older state of the folder
+    left is replaced.
+    report: a folder with analysis.json and the rendered report; its verdicts become the description
+    of the run. Raises TrackingError, for whatever MLflow, its database or the disk object to, and
+    RecordError.
     """
     plan, found = records.read_plan(folder / records.PLAN), records.read(folder)
     if not any(record["kind"] == "launch" for record in found):
@@ -55,7 +60,9 @@ def import_folder(folder: Path, report: Path | None = None, root: Path = ROOT) -
 
 
 def objection(root: Path = ROOT) -> str | None:
-    """Why an import into `root` would fail, as far as can be told before there is anything to import; None: nothing is known."""
+    """Why an import into `root` would fail, as far as can be told before there is anything to
+    import; None: nothing is known.
+    """
     try:
         _check_writable(root)
         client = _client(root)
@@ -71,32 +78,45 @@ def objection(root: Path = ROOT) -> str | None:
 def _explained(error: Exception, root: Path) -> str:
     """What MLflow, SQLAlchemy or the file system said, and what to do about it."""
     said = (str(error).strip().splitlines() or [""])[0][:300]
-    return (f"{root / DATABASE}: {type(error).__name__}: {said}. If another version of MLflow wrote it, use that version, "
-            f"`mlflow db upgrade sqlite:///{DATABASE}`, or move it away")
+    return (
+        f"{root / DATABASE}: {type(error).__name__}: {said}. If another version of MLflow wrote it, use that version, "
+        f"`mlflow db upgrade sqlite:///{DATABASE}`, or move it away"
+    )
 
 
 def _check_writable(root: Path) -> None:
     for path in (root, root / DATABASE, root / f"{DATABASE}.lock", root / ARTIFACTS):
         if path.exists() and not os.access(path, os.W_OK):
-            raise TrackingError(f"{path} cannot be written: work in a copy of the repository that can be")
+            raise TrackingError(
+                f"{path} cannot be written: work in a copy of the repository that can be"
+            )
 
 
 def _import(
-    folder: Path, report: Path | None, root: Path, plan: dict[str, Any], found: list[Record], analysis: dict[str, Any] | None
+    folder: Path,
+    report: Path | None,
+    root: Path,
+    plan: dict[str, Any],
+    found: list[Record],
+    analysis: dict[str, Any] | None,
 ) -> tuple[str, bool]:
     _check_writable(root)
     execution, digest = _identity(found, analysis)
     with _exclusive(root):
         client = _client(root)
         experiment = _experiment(client, root, plan["study"])
-        existing = client.search_runs([experiment], f"tags.`{EXECUTION}` = '{execution}'", max_results=50_000)
+        existing = client.search_runs(
+            [experiment], f"tags.`{EXECUTION}` = '{execution}'", max_results=50_000
+        )
         parents = [run for run in existing if "mlflow.parentRunId" not in run.data.tags]
         parent = next((run for run in parents if run.data.tags.get(DIGEST) == digest), None)
         fresh = parent is None
         if parent is None:
             for run in existing:
                 client.delete_run(run.info.run_id)
-            parent = _write(client, experiment, parent_view(plan, found, analysis), {EXECUTION: execution})
+            parent = _write(
+                client, experiment, parent_view(plan, found, analysis), {EXECUTION: execution}
+            )
             for record in found:
                 if record["kind"] == "launch":
                     tags = {EXECUTION: execution, "mlflow.parentRunId": parent.info.run_id}
@@ -109,10 +129,17 @@ def _import(
 
 
 def _identity(found: list[Record], analysis: dict[str, Any] | None) -> tuple[str, str]:
-    """(which execution this is, what its runs have to show): the first record never changes, the rest may grow."""
+    """(which execution this is, what its runs have to show): the first record never changes, the
+    rest may grow.
+    """
     first = next(record for record in found if record["kind"] == "launch")
-    shown = json.dumps([_VIEW_VERSION, found, analysis and [analysis["answer"], analysis["effects"]]], sort_keys=True)
-    return hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()[:16], hashlib.sha256(shown.encode()).hexdigest()
+    shown = json.dumps(
+        [_VIEW_VERSION, found, analysis and [analysis["answer"], analysis["effects"]]],
+        sort_keys=True,
+    )
+    return hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()[
+        :16
+    ], hashlib.sha256(shown.encode()).hexdigest()
 
 
 @contextmanager
@@ -136,7 +163,8 @@ def _client(root: Path) -> Any:
 
     for noisy in ("mlflow", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    quoted = Path(quote(str(root)))  # or SQLAlchemy would decode a %2F of the path, and end it at a question mark
+    # or SQLAlchemy would decode a %2F of the path, and end it at a question mark
+    quoted = Path(quote(str(root)))
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{quoted / DATABASE}")
     if quoted != root:
         with suppress(OSError):
@@ -147,19 +175,22 @@ def _client(root: Path) -> Any:
 def _experiment(client: Any, root: Path, study: dict[str, Any]) -> str:
     """The id of a study's experiment, created if need be; a deleted one is restored.
 
-    MLflow turns every local artifact location into an absolute path; a relative one, which `mlflow ui` and clients resolve
-    from the directory they run in, can only be set behind its back.
+    MLflow turns every local artifact location into an absolute path; a relative one, which `mlflow
+    ui` and clients resolve from the directory they run in, can only be set behind its back.
     """
     experiment = client.get_experiment_by_name(study["name"])
     if experiment is None:
-        client.create_experiment(study["name"], tags={"mlflow.note.content": f"{study['title']}. {study['question']}"})
+        client.create_experiment(
+            study["name"], tags={"mlflow.note.content": f"{study['title']}. {study['question']}"}
+        )
         experiment = client.get_experiment_by_name(study["name"])
     elif experiment.lifecycle_stage == "deleted":
         client.restore_experiment(experiment.experiment_id)
     with closing(sqlite3.connect(root / DATABASE)) as database, database:
         location = f"{ARTIFACTS}/{experiment.experiment_id}"
         database.execute(
-            "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (location, experiment.experiment_id)
+            "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?",
+            (location, experiment.experiment_id),
         )
     return str(experiment.experiment_id)
 
@@ -168,31 +199,60 @@ def _write(client: Any, experiment: str, view: View, tags: dict[str, str]) -> An
     """One finished run."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 
-    run = client.create_run(experiment, start_time=_milliseconds(view.started_at), run_name=view.name, tags={**view.tags, **tags})
-    metrics = [Metric(m.key, m.value, _milliseconds(view.started_at) + int(m.time_s * 1000), m.step) for m in view.metrics]
+    run = client.create_run(
+        experiment,
+        start_time=_milliseconds(view.started_at),
+        run_name=view.name,
+        tags={**view.tags, **tags},
+    )
+    metrics = [
+        Metric(m.key, m.value, _milliseconds(view.started_at) + int(m.time_s * 1000), m.step)
+        for m in view.metrics
+    ]
     for first in range(0, max(1, len(metrics)), 1000):  # MLflow's limit a batch; 100 params
-        params = [Param(key, str(value)[:6000]) for key, value in view.params.items()][:100] if first == 0 else []
+        params = (
+            [Param(key, str(value)[:6000]) for key, value in view.params.items()][:100]
+            if first == 0
+            else []
+        )
         client.log_batch(run.info.run_id, metrics=metrics[first : first + 1000], params=params)
     inputs = [
         DatasetInput(
             Dataset(
-                name=name, digest=entry["fingerprint"][:36], source_type="code", source=json.dumps({"kind": entry["kind"]}),
-                profile=json.dumps({key: entry[key] for key in ("num_requests", "prompt_tokens", "output_tokens", "params")}),
+                name=name,
+                digest=entry["fingerprint"][:36],
+                source_type="code",
+                source=json.dumps({"kind": entry["kind"]}),
+                profile=json.dumps(
+                    {
+                        key: entry[key]
+                        for key in ("num_requests", "prompt_tokens", "output_tokens", "params")
+                    }
+                ),
             ),
             [InputTag("mlflow.data.context", "workload")],
         )
         for name, entry in view.workloads.items()
-    ]  # fmt: skip
+    ]
     if inputs:
         client.log_inputs(run.info.run_id, inputs)
-    client.set_terminated(run.info.run_id, view.status, _milliseconds(view.started_at) + int(view.duration_s * 1000))
+    client.set_terminated(
+        run.info.run_id, view.status, _milliseconds(view.started_at) + int(view.duration_s * 1000)
+    )
     return client.get_run(run.info.run_id)
 
 
 def _copy_artifacts(target: Path, folder: Path, report: Path | None) -> None:
-    """The records and the report beside the run. Copied by us: a client would resolve the relative path from where it runs."""
+    """The records and the report beside the run. Copied by us: a client would resolve the relative
+    path from where it runs.
+    """
     target.mkdir(parents=True, exist_ok=True)
-    for name in (records.PLAN, records.RECORDS, records.TOKENS, *(path.name for path in folder.glob(records.ENVIRONMENTS))):
+    for name in (
+        records.PLAN,
+        records.RECORDS,
+        records.TOKENS,
+        *(path.name for path in folder.glob(records.ENVIRONMENTS)),
+    ):
         if (folder / name).exists():
             shutil.copyfile(folder / name, target / name)
     if report:

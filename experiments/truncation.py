@@ -1,7 +1,9 @@
-"""What top-k and top-p keep of a vocabulary, and what a distribution over that says, at the price of a sort of values.
+"""What top-k and top-p keep of a vocabulary, and what a distribution over that says, at the price
+of a sort of values.
 
-Selecting by a mask (`masked_fill`, `where`) costs 3.5 ns an element on a CPU where the mask has no pattern, a sort 1.7 and an
-exponential 0.2; so what is kept is said by a threshold, and products with 0 and 1 stand for masks.
+Selecting by a mask (`masked_fill`, `where`) costs 3.5 ns an element on a CPU where the mask has no
+pattern, a sort 1.7 and an exponential 0.2; so what is kept is said by a threshold, and products
+with 0 and 1 stand for masks.
 """
 
 from __future__ import annotations
@@ -19,12 +21,14 @@ _FAR = 1e18
 """A score less this has a probability of 0."""
 
 
-def least_kept(tables: Sequence[Tensor], rows: Rows, masses: Sequence[Tensor] | None = None) -> list[Tensor] | None:
-    """Of each table of logits over temperature [n, V] the least that top-k, then top-p on what is left, keep: [n, 1]. None: all are
-    kept.
+def least_kept(
+    tables: Sequence[Tensor], rows: Rows, masses: Sequence[Tensor] | None = None
+) -> list[Tensor] | None:
+    """Of each table of logits over temperature [n, V] the least that top-k, then top-p on what is
+    left, keep: [n, 1]. None: all are kept.
 
-    Tokens as likely as the last one that is kept are kept as well. masses: of each table the sums [n, 1] of `exponentials`, where
-    they are known.
+    Tokens as likely as the last one that is kept are kept as well. masses: of each table the sums
+    [n, 1] of `exponentials`, where they are known.
     """
     if not bool(rows.truncated.any()):
         return None
@@ -42,8 +46,11 @@ def least_kept(tables: Sequence[Tensor], rows: Rows, masses: Sequence[Tensor] | 
     return result
 
 
-def _least_of(ordered: Tensor, scaled: Tensor, k: Tensor, p: Tensor, whole: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(`least_kept` [n, 1], whether it is among the most likely tokens [n]), whose logits over temperature are `ordered` [n, w].
+def _least_of(
+    ordered: Tensor, scaled: Tensor, k: Tensor, p: Tensor, whole: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(`least_kept` [n, 1], whether it is among the most likely tokens [n]), whose logits over
+    temperature are `ordered` [n, w].
     whole: the mass of all tokens, if it is known."""
     vocab_size, width = scaled.shape[1], ordered.shape[1]
     mass = (ordered - ordered[:, :1]).exp_().cumsum(-1)  # of the first 1, 2, ... tokens
@@ -65,10 +72,15 @@ def exponentials(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def descending(values: Tensor, width: int | None = None) -> Tensor:
-    """The `width` largest (all) of values [n, V], sorted, without their places: on a CPU NumPy does that ten times as fast as
-    torch."""
+    """The `width` largest (all) of values [n, V], sorted, without their places: on a CPU NumPy does
+    that ten times as fast as torch.
+    """
     if values.device.type != "cpu":
-        return values.sort(dim=-1, descending=True).values if width is None else values.topk(width).values
+        return (
+            values.sort(dim=-1, descending=True).values
+            if width is None
+            else values.topk(width).values
+        )
     negative = (-values).numpy()
     if width is not None:
         negative.partition(width - 1, axis=-1)
@@ -77,9 +89,11 @@ def descending(values: Tensor, width: int | None = None) -> Tensor:
     return torch.from_numpy(negative).neg_()
 
 
-def distribution(scaled: Tensor, hf_scaled: Tensor, least: Tensor | None, own: Tensor, foreign: Tensor) -> tuple[Tensor, ...]:
-    """log_p, entropy, variance, root_sum, drift of Scores, [n] each, over the tokens whose logit over temperature [n, V] is `least`
-    [n, 1] or more; 0 where not foreign.
+def distribution(
+    scaled: Tensor, hf_scaled: Tensor, least: Tensor | None, own: Tensor, foreign: Tensor
+) -> tuple[Tensor, ...]:
+    """log_p, entropy, variance, root_sum, drift of Scores, [n] each, over the tokens whose logit
+    over temperature [n, V] is `least` [n, 1] or more; 0 where not foreign.
 
     own [n]: the token's logit over temperature; NaN if it is not kept.
     """

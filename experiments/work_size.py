@@ -1,12 +1,14 @@
-"""How much work a launch gets on a GPU: as long answers as let enough blocks of a study end within its budget of time.
+"""How much work a launch gets on a GPU: as long answers as let enough blocks of a study end within
+its budget of time.
 
-A study that has `sizing` states its work at full size. With everything off, an engine on a GPU takes ten to fifty times as long as
-with everything on, and how long depends on the host's speed more than on the GPU's: so the seconds of every launch are estimated
-from the measured speeds of this machine, and all answers are cut by the same share. What was chosen is part of the plan.
+A study that has `sizing` states its work at full size. With everything off, an engine on a GPU
+takes ten to fifty times as long as with everything on, and how long depends on the host's speed
+more than on the GPU's: so the seconds of every launch are estimated from the measured speeds of
+this machine, and all answers are cut by the same share. What was chosen is part of the plan.
 
-The estimate decides how much is measured, never what is reported. Its constants are of visits to an H100 and an H200
-(ablations/LOG.md, 2026-11-28) in units that carry over: operations that the host launches, and bytes and FLOPs that the GPU moves
-and computes.
+The estimate decides how much is measured, never what is reported. Its constants are of visits to an
+H100 and an H200 (ablations/LOG.md, 2026-11-28) in units that carry over: operations that the host
+launches, and bytes and FLOPs that the GPU moves and computes.
 """
 
 from __future__ import annotations
@@ -42,10 +44,12 @@ USUAL_OP_S = 1e-5
 def fit(
     study: Study, profile: Mapping[str, Any], model: Mapping[str, Any], cells: Mapping[str, Cell]
 ) -> tuple[Study, dict[str, Any] | None]:
-    """The study with its answers cut for this machine, and what was chosen; as it is where it has no `sizing`, and on a CPU.
+    """The study with its answers cut for this machine, and what was chosen; as it is where it has
+    no `sizing`, and on a CPU.
 
-    profile: settled; model: its `shape` and `dtype` as in a plan. The largest share with which `sizing.blocks` blocks fit into
-    `design.budget_s`, the smallest where none does. A number of blocks that the study states stays, and only the answers are cut.
+    profile: settled; model: its `shape` and `dtype` as in a plan. The largest share with which
+    `sizing.blocks` blocks fit into `design.budget_s`, the smallest where none does. A number of
+    blocks that the study states stays, and only the answers are cut.
     """
     sizing = study.sizing
     if sizing is None or profile["device"] != "cuda":
@@ -59,8 +63,14 @@ def fit(
             break
     mean_s = round(block_s / len(cells), 2)
     measurement = cut.measurement.model_copy(update={"launch_s": mean_s})
-    fitting = sizing.most_blocks if math.isinf(budget_s) else min(sizing.most_blocks, int(budget_s / block_s))
-    blocks = study.design.blocks or max(sizing.least_blocks, least_blocks(study.design.bootstrap), fitting)
+    fitting = (
+        sizing.most_blocks
+        if math.isinf(budget_s)
+        else min(sizing.most_blocks, int(budget_s / block_s))
+    )
+    blocks = study.design.blocks or max(
+        sizing.least_blocks, least_blocks(study.design.bootstrap), fitting
+    )
     design = cut.design.model_copy(update={"blocks": blocks, "budget_s": None})
     chosen = {
         "share_of_answers": share,
@@ -75,7 +85,11 @@ def shortened(study: Study, share: float) -> Study:
     """The study with the answers of every workload cut to a share, at least two tokens each."""
 
     def cut(params: dict[str, Any]) -> dict[str, Any]:
-        return params | {"output_tokens": [max(2, math.ceil(share * length)) for length in params["output_tokens"]]}
+        return params | {
+            "output_tokens": [
+                max(2, math.ceil(share * length)) for length in params["output_tokens"]
+            ]
+        }
 
     work = {
         name: w.model_copy(update={"params": cut(w.params)}) if "output_tokens" in w.params else w
@@ -86,7 +100,9 @@ def shortened(study: Study, share: float) -> Study:
     return changed
 
 
-def launch_seconds(study: Study, cell: Cell, profile: Mapping[str, Any], model: Mapping[str, Any]) -> float:
+def launch_seconds(
+    study: Study, cell: Cell, profile: Mapping[str, Any], model: Mapping[str, Any]
+) -> float:
     """What a launch of a cell will take, all told."""
     levels = {**study.baselines(), **study.fixed, **cell.levels}
     shape, slow = model["shape"], profile["host_op_s"] / USUAL_OP_S
@@ -97,43 +113,68 @@ def launch_seconds(study: Study, cell: Cell, profile: Mapping[str, Any], model: 
     start = START_S * slow + weight_bytes(shape, model["dtype"]) / READ_BYTES_PER_S + imports
     start += GRAPHS_START_S * slow if graphs else 0.0
     start += PARALLEL_START_S * slow if ranks > 1 else 0.0
-    waves = [wave for name, w in study.workloads.items() for wave in workloads.build(name, w.kind, w.params)["waves"]]
+    waves = [
+        wave
+        for name, w in study.workloads.items()
+        for wave in workloads.build(name, w.kind, w.params)["waves"]
+    ]
     first, few = study.measurement.warm_up_requests, study.measurement.warm_up_tokens
-    heads = [[{**r, "max_tokens": min(r["max_tokens"], few)} for r in wave[:first]] for wave in waves]
-    warm_up = sum(_wave_seconds(wave, levels if ours else None, study, profile, model) for wave in heads)
+    heads = [
+        [{**r, "max_tokens": min(r["max_tokens"], few)} for r in wave[:first]] for wave in waves
+    ]
+    warm_up = sum(
+        _wave_seconds(wave, levels if ours else None, study, profile, model) for wave in heads
+    )
     timed = [_wave_seconds(wave, levels if ours else None, study, profile, model) for wave in waves]
-    again = study.measurement.least_timed_s  # short work is rehearsed, and served until it was timed for so long
+    # short work is rehearsed, and served until it was timed for so long
+    again = study.measurement.least_timed_s
     return float(start + warm_up + sum(2 * s + again if s < again else s for s in timed))
 
 
 def _wave_seconds(
-    wave: list[dict[str, Any]], levels: Mapping[str, Any] | None, study: Study, profile: Mapping[str, Any], model: Mapping[str, Any]
+    wave: list[dict[str, Any]],
+    levels: Mapping[str, Any] | None,
+    study: Study,
+    profile: Mapping[str, Any],
+    model: Mapping[str, Any],
 ) -> float:
     """levels: None for HF, which is like everything off."""
     shape, op_s = model["shape"], profile["host_op_s"]
-    levels = {"kernels": "hf", "attention_backend": "torch", "batching": "static"} if levels is None else levels
+    levels = (
+        {"kernels": "hf", "attention_backend": "torch", "batching": "static"}
+        if levels is None
+        else levels
+    )
     rows = min(study.settings.max_num_seqs, len(wave))
-    steps = _steps([r["max_tokens"] for r in wave], rows, levels.get("batching", "static") == "static")
+    steps = _steps(
+        [r["max_tokens"] for r in wave], rows, levels.get("batching", "static") == "static"
+    )
     prompt_tokens = sum(len(r["prompt_token_ids"]) for r in wave)
     longest = max(len(r["prompt_token_ids"]) + r["max_tokens"] for r in wave)
     torch_attention = levels.get("attention_backend", "torch") == "torch"
     layers, graphs = shape["num_hidden_layers"], levels.get("cuda_graphs") == "on"
     # Host: operations of a step, and of each prompt that PyTorch attends to.
-    ops = layers * (OPS_PER_LAYER[levels.get("kernels", "torch")] + (OPS_PER_ROW * rows if torch_attention else 0.0))
+    ops = layers * (
+        OPS_PER_LAYER[levels.get("kernels", "torch")]
+        + (OPS_PER_ROW * rows if torch_attention else 0.0)
+    )
     host_s = op_s * (GRAPH_STEP_OPS if graphs else ops)
     prompts_s = op_s * layers * OPS_PER_PROMPT * len(wave) if torch_attention else 0.0
-    # Device: weights and KV a step; a graph with PyTorch's attention gathers as many tokens as a request may ever have.
+    # Device: weights and KV a step; a graph with PyTorch's attention gathers as many tokens as a
+    # request may ever have.
     context = study.settings.max_model_len if graphs and torch_attention else longest
-    read = weight_bytes(shape, model["dtype"]) + rows * context * kv_bytes_per_token(shape, model["dtype"]) * (
-        GATHER_COST if torch_attention else 1.0
-    )
+    read = weight_bytes(shape, model["dtype"]) + rows * context * kv_bytes_per_token(
+        shape, model["dtype"]
+    ) * (GATHER_COST if torch_attention else 1.0)
     device_s = read / (BANDWIDTH_SHARE * profile["bandwidth_bytes_per_s"])
     prefill_s = 2 * parameters(shape) * prompt_tokens / (PEAK_SHARE * profile["peak_flops"])
     return steps * max(host_s, device_s) + max(prefill_s, prompts_s)
 
 
 def _steps(lengths: list[int], rows: int, static: bool) -> int:
-    """Decode steps of answers of these lengths, `rows` at a time: batch by batch, or each place filled again as it falls free."""
+    """Decode steps of answers of these lengths, `rows` at a time: batch by batch, or each place
+    filled again as it falls free.
+    """
     if static:
         return sum(max(lengths[first : first + rows]) for first in range(0, len(lengths), rows))
     ends = [0] * rows
@@ -145,14 +186,20 @@ def _steps(lengths: list[int], rows: int, static: bool) -> int:
 def parameters(shape: Mapping[str, Any]) -> int:
     """Elements of a Qwen3's matrices that a token is multiplied with: its layers and the head."""
     hidden, head = shape["hidden_size"], shape["head_dim"]
-    attention = hidden * head * (2 * shape["num_attention_heads"] + 2 * shape["num_key_value_heads"])
+    attention = (
+        hidden * head * (2 * shape["num_attention_heads"] + 2 * shape["num_key_value_heads"])
+    )
     layer = attention + 3 * hidden * shape["intermediate_size"]
     return int(shape["num_hidden_layers"] * layer + hidden * shape["vocab_size"])
 
 
 def weight_bytes(shape: Mapping[str, Any], dtype: str) -> int:
-    """Of a checkpoint in memory, embeddings included; norms, a few thousand elements a layer, are left out."""
-    embedding = 0 if shape.get("tie_word_embeddings", True) else shape["hidden_size"] * shape["vocab_size"]
+    """Of a checkpoint in memory, embeddings included; norms, a few thousand elements a layer, are
+    left out.
+    """
+    embedding = (
+        0 if shape.get("tie_word_embeddings", True) else shape["hidden_size"] * shape["vocab_size"]
+    )
     return (parameters(shape) + embedding) * {"float32": 4, "bfloat16": 2}[dtype]
 
 
@@ -162,7 +209,16 @@ def kv_bytes_per_token(shape: Mapping[str, Any], dtype: str) -> int:
     return int(values * {"float32": 4, "bfloat16": 2}[dtype])
 
 
-def step_bytes(shape: Mapping[str, Any], dtype: str, max_num_batched_tokens: int, max_num_seqs: int) -> int:
-    """About what the largest step needs beside weights and cache: activations of a prefill, logits, graphs and libraries."""
-    per_token = (6 * shape["hidden_size"] + 3 * shape["intermediate_size"]) * {"float32": 4, "bfloat16": 2}[dtype]
-    return int(max_num_batched_tokens * per_token + 12 * max_num_seqs * shape["vocab_size"] + (1 << 30))
+def step_bytes(
+    shape: Mapping[str, Any], dtype: str, max_num_batched_tokens: int, max_num_seqs: int
+) -> int:
+    """About what the largest step needs beside weights and cache: activations of a prefill, logits,
+    graphs and libraries.
+    """
+    per_token = (6 * shape["hidden_size"] + 3 * shape["intermediate_size"]) * {
+        "float32": 4,
+        "bfloat16": 2,
+    }[dtype]
+    return int(
+        max_num_batched_tokens * per_token + 12 * max_num_seqs * shape["vocab_size"] + (1 << 30)
+    )

@@ -1,4 +1,6 @@
-"""YAML files validated by pydantic models, with errors in words: the file, the key, what was given and what is allowed."""
+"""YAML files validated by pydantic models, with errors in words: the file, the key, what was given
+and what is allowed.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ class SpecError(Exception):
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping: YAML calls it an error, PyYAML keeps the last one and says nothing."""
+    """Refuses a key that stands twice in a mapping: YAML calls it an error, PyYAML keeps the last
+    one and says nothing.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[Any, int] = {}
@@ -33,7 +37,10 @@ class _Loader(yaml.SafeLoader):
             line = key_node.start_mark.line + 1
             if isinstance(key, (str, int, float, bool, type(None))) and key in lines:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands in lines {lines[key]} and {line}: keep one", None
+                    None,
+                    None,
+                    f"the key {key!r} stands in lines {lines[key]} and {line}: keep one",
+                    None,
                 )
             if isinstance(key, (str, int, float, bool, type(None))):
                 lines[key] = line
@@ -41,7 +48,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse(text: str) -> Any:
-    """YAML, with each key once in its mapping. Raises yaml.YAMLError, for a structure that is too deep as well."""
+    """YAML, with each key once in its mapping. Raises yaml.YAMLError, for a structure that is too
+    deep as well.
+    """
     try:
         return yaml.load(text, _Loader)
     except RecursionError as error:
@@ -60,15 +69,20 @@ def find(source: str | Path, folder: Path, what: str) -> Path:
         path = folder / f"{source}.yaml"
     if not path.is_file():
         known = ", ".join(names(folder)) or "(none)"
-        raise SpecError(f"{source}: no such {what}; give the path of a YAML file, or one of {known} from {_shown(folder)}")
+        raise SpecError(
+            f"{source}: no such {what}; give the path of a YAML file, or one of {known} from {_shown(folder)}"
+        )
     return path
 
 
 def load(model: type[M], path: Path, overrides: Iterable[str] = ()) -> tuple[M, dict[str, Any]]:
-    """The validated content of a file, and what `overrides` ("a.b=value") have set in it. Raises SpecError."""
+    """The validated content of a file, and what `overrides` ("a.b=value") have set in it. Raises
+    SpecError.
+    """
     try:
         raw = parse(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:  # ValueError: 2026-99-99 is read as a date
+    # ValueError: 2026-99-99 is read as a date
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         raise SpecError(f"{_shown(path)}: not valid YAML: {error}") from error
     except OSError as error:
         raise SpecError(f"{_shown(path)}: cannot be read: {error}") from error
@@ -78,7 +92,9 @@ def load(model: type[M], path: Path, overrides: Iterable[str] = ()) -> tuple[M, 
     try:
         return model.model_validate(raw), applied
     except ValidationError as error:
-        lines = [f"{named(path, applied)}: {_explain(model, problem)}" for problem in error.errors()]
+        lines = [
+            f"{named(path, applied)}: {_explain(model, problem)}" for problem in error.errors()
+        ]
         raise SpecError("\n".join(lines)) from error
 
 
@@ -95,12 +111,16 @@ def suggest(name: str, allowed: Iterable[str]) -> str:
 
 
 def _override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Sets `a.b.c=value` (value is YAML) in place; what was set. Whether a key exists is for the validation to say."""
+    """Sets `a.b.c=value` (value is YAML) in place; what was set. Whether a key exists is for the
+    validation to say.
+    """
     applied: dict[str, Any] = {}
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator or not re.fullmatch(r"[\w+-]+(\.[\w+-]+)*", key):
-            raise SpecError(f"override {text!r}: write key=value, with dots between the levels of the key, e.g. design.blocks=2")
+            raise SpecError(
+                f"override {text!r}: write key=value, with dots between the levels of the key, e.g. design.blocks=2"
+            )
         *parents, last = key.split(".")
         target = raw
         for parent in parents:
@@ -138,7 +158,9 @@ def _owner(model: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel]
             annotation = typing.get_args(annotation)[-1]
         if typing.get_origin(annotation) in (typing.Union, types.UnionType):
             annotation = typing.get_args(annotation)[0]
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return (
+        annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    )
 
 
 def _shown(path: Path) -> str:

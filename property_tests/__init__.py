@@ -1,4 +1,5 @@
-"""What must always be true, whatever the workload; and engines that are wrong, which these properties must catch.
+"""What must always be true, whatever the workload; and engines that are wrong, which these
+properties must catch.
 
 strategies            whole workloads, drawn where mistakes are made
 checked, model_free   an engine without a model, checked after every step; the state machine

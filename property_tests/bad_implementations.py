@@ -1,7 +1,9 @@
-"""Engines that are wrong: each is a small patch, from outside, of real functions. The property tests must catch every one.
+"""Engines that are wrong: each is a small patch, from outside, of real functions. The property
+tests must catch every one.
 
-Those marked with a number repeat a bug that engines of this kind have had (docs/bad-implementations.md lists them); the others are
-the classics. A mistake made here is worth a patch here.
+Those marked with a number repeat a bug that engines of this kind have had
+(docs/bad-implementations.md lists them); the others are the classics. A mistake made here is worth
+a patch here.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ class BadImplementation:
     def installed(self) -> Iterator[None]:
         with ExitStack() as stack:
             for owner, name, replacement in self.patches():
-                stack.enter_context(patch.object(owner, name, replacement, create=isinstance(replacement, property)))
+                stack.enter_context(
+                    patch.object(owner, name, replacement, create=isinstance(replacement, property))
+                )
             yield
 
 
@@ -63,12 +67,16 @@ BAD: list[BadImplementation] = []
 
 def bad(killer: str, fact: str = "") -> Callable[[Callable[[], list[Patch]]], None]:
     def register(patches: Callable[[], list[Patch]]) -> None:
-        BAD.append(BadImplementation(patches.__name__, (patches.__doc__ or "").strip(), fact, killer, patches))
+        BAD.append(
+            BadImplementation(
+                patches.__name__, (patches.__doc__ or "").strip(), fact, killer, patches
+            )
+        )
 
     return register
 
 
-# -- prefix cache and blocks -----------------------------------------------------------------------------------------------
+# -- prefix cache and blocks -----------------------------------------------------------------------
 
 
 @bad("engine_machine", "1")
@@ -84,7 +92,9 @@ def fully_cached_prompt_has_nothing_to_compute() -> list[Patch]:
 
 @bad("engine_machine", "2")
 def blocks_are_found_before_they_are_computed() -> list[Patch]:
-    """A block is findable as soon as it is claimed, so an equal prompt of the same step reads KV that nobody has written."""
+    """A block is findable as soon as it is claimed, so an equal prompt of the same step reads KV
+    that nobody has written.
+    """
 
     def claim(self: CachingBlockManager, seq: Sequence, num_tokens: int) -> bool:
         claimed = real(self, seq, num_tokens)
@@ -115,7 +125,9 @@ def the_parent_is_not_part_of_the_key() -> list[Patch]:
         hits: list[CachedBlock] = []
         for i in range((len(token_ids) - 1) // self.block_size):
             tokens = self._tokens(token_ids, i)
-            found = next((entry for entry in self.by_block.values() if entry.tokens == tokens), None)
+            found = next(
+                (entry for entry in self.by_block.values() if entry.tokens == tokens), None
+            )
             if found is None or found in hits:
                 break
             hits.append(found)
@@ -142,7 +154,14 @@ def a_collision_is_served() -> list[Patch]:
         hits: list[CachedBlock] = []
         for i in range((len(token_ids) - 1) // self.block_size):
             wanted = sum(array("i", self._tokens(token_ids, i)))
-            found = next((entry for entry in self.by_block.values() if sum(array("i", entry.tokens)) == wanted), None)
+            found = next(
+                (
+                    entry
+                    for entry in self.by_block.values()
+                    if sum(array("i", entry.tokens)) == wanted
+                ),
+                None,
+            )
             if found is None or found in hits:
                 break
             hits.append(found)
@@ -219,7 +238,7 @@ def a_block_is_allocated_one_token_late() -> list[Patch]:
     return [(BlockManager, "blocks_for", blocks_for)]
 
 
-# -- scheduling ------------------------------------------------------------------------------------------------------------
+# -- scheduling ------------------------------------------------------------------------------------
 
 
 @bad("engine_machine", "4")
@@ -267,7 +286,9 @@ def a_resumed_request_does_not_wait_for_its_own_token() -> list[Patch]:
 
 @bad("engine_machine", "5")
 def the_oldest_is_preempted() -> list[Patch]:
-    """The oldest is the victim, even where this step has planned it already, and goes to the end of the queue."""
+    """The oldest is the victim, even where this step has planned it already, and goes to the end of
+    the queue.
+    """
 
     def grow(self: ContinuousScheduler, plan: StepPlan, seq: Sequence) -> bool:
         while self.blocks.num_free == 0:
@@ -296,7 +317,9 @@ def a_request_larger_than_the_pool_is_taken() -> list[Patch]:
 def a_lagged_commit_appends_twice() -> list[Patch]:
     """With another step in flight, a request's token is appended once more."""
 
-    def commit(self: Scheduler, plan: StepPlan, tokens: list[int], logprobs: Any = None) -> list[Sequence]:
+    def commit(
+        self: Scheduler, plan: StepPlan, tokens: list[int], logprobs: Any = None
+    ) -> list[Sequence]:
         advanced = real(self, plan, tokens, logprobs)
         for seq in advanced:
             if seq.in_flight and seq.finish_reason is None and seq.wants_more:
@@ -311,7 +334,15 @@ def a_lagged_commit_appends_twice() -> list[Patch]:
 def a_chunk_samples() -> list[Patch]:
     """The first chunk of a prompt yields a token as if it were the last."""
 
-    def plan_entry(self: Scheduler, plan: StepPlan, seqs: list[Sequence], seq: Sequence, length: int, *, samples: bool) -> None:
+    def plan_entry(
+        self: Scheduler,
+        plan: StepPlan,
+        seqs: list[Sequence],
+        seq: Sequence,
+        length: int,
+        *,
+        samples: bool,
+    ) -> None:
         real(self, plan, seqs, seq, length, samples=samples or seq.num_scheduled == 0)
 
     real = Scheduler._plan_entry
@@ -335,7 +366,9 @@ def a_stop_token_is_ignored() -> list[Patch]:
 @bad("whole_workloads")
 def max_tokens_is_passed_by_one() -> list[Patch]:
     """One token more is planned than was asked for."""
-    wants_more = property(lambda self: self.num_output_tokens + self.pending <= self.params.max_tokens)
+    wants_more = property(
+        lambda self: self.num_output_tokens + self.pending <= self.params.max_tokens
+    )
     return [(Sequence, "wants_more", wants_more)]
 
 
@@ -361,7 +394,7 @@ def the_free_list_is_searched() -> list[Patch]:
     return [(BlockManager, "release", release)]
 
 
-# -- batches and graphs ------------------------------------------------------------------------------------------------------
+# -- batches and graphs ----------------------------------------------------------------------------
 
 
 def _changed_batch(change: Callable[[ModelRunner, StepPlan, ForwardBatch], None]) -> list[Patch]:
@@ -432,7 +465,9 @@ def decodes_read_each_others_tokens() -> list[Patch]:
     """The last tokens of a step's rows are taken in the order of the rows, not of the entries."""
 
     def change(self: ModelRunner, plan: StepPlan, batch: ForwardBatch) -> None:
-        batch.token_ids[: plan.num_decodes] = self.last_tokens[sorted(plan.rows[: plan.num_decodes])]
+        batch.token_ids[: plan.num_decodes] = self.last_tokens[
+            sorted(plan.rows[: plan.num_decodes])
+        ]
 
     return _changed_batch(change)
 
@@ -455,7 +490,9 @@ def a_row_keeps_the_last_owners_parameters() -> list[Patch]:
     """Temperature, filters and seed of a row are set once."""
 
     def update(self: ModelRunner, plan: StepPlan) -> None:
-        fresh = [row for row in plan.new_rows if not self.__dict__.setdefault("seen", set()) & {row[0]}]
+        fresh = [
+            row for row in plan.new_rows if not self.__dict__.setdefault("seen", set()) & {row[0]}
+        ]
         self.__dict__["seen"] |= {row[0] for row in plan.new_rows}
         with patch.object(plan, "new_rows", fresh):
             real(self, plan)
@@ -495,7 +532,7 @@ def a_graph_replays_stale_rows() -> list[Patch]:
     return [(cuda_graph.GraphRunner, "on_device", property(get, put))]
 
 
-# -- model -----------------------------------------------------------------------------------------------------------------
+# -- model -----------------------------------------------------------------------------------------
 
 
 @bad("attention_is_its_definition")
@@ -531,7 +568,12 @@ def query_heads_read_the_wrong_kv_head() -> list[Patch]:
 
     def attend(self: attention.TorchAttention, q: torch.Tensor, *rest: Any) -> torch.Tensor:
         mixed = q.unflatten(1, (-1, self.num_kv_heads)).transpose(1, 2).flatten(1, 2)
-        return real(self, mixed, *rest).unflatten(1, (self.num_kv_heads, -1)).transpose(1, 2).flatten(1, 2)
+        return (
+            real(self, mixed, *rest)
+            .unflatten(1, (self.num_kv_heads, -1))
+            .transpose(1, 2)
+            .flatten(1, 2)
+        )
 
     real = attention.TorchAttention.attend
     return [(attention.TorchAttention, "attend", attend)]
@@ -541,7 +583,13 @@ def query_heads_read_the_wrong_kv_head() -> list[Patch]:
 def kv_of_the_last_token_is_not_stored() -> list[Patch]:
     """A store kernel with one program too few."""
 
-    def store(k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slots: torch.Tensor) -> None:
+    def store(
+        k: torch.Tensor,
+        v: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
         real(k[:-1], v[:-1], k_cache, v_cache, slots[:-1])
 
     real = kv_store.store_kv
@@ -555,7 +603,9 @@ def rope_rotates_keys_and_queries_apart() -> list[Patch]:
     def apply(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
         cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)
         first, second = x.float().chunk(2, dim=-1)
-        return torch.cat((first * cos + second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+        return torch.cat((first * cos + second * sin, second * cos + first * sin), dim=-1).to(
+            x.dtype
+        )
 
     return [(rope, "apply_rope", apply)]
 
@@ -566,7 +616,9 @@ def rms_norm_writes_into_its_residual() -> list[Patch]:
 
     def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         wide = x.float()
-        return wide.mul_(torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+        return (
+            wide.mul_(torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+        )
 
     def add_rms_norm(
         x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
@@ -612,11 +664,13 @@ def rope_settings_of_newer_transformers_are_ignored() -> list[Patch]:
     return [(model_config, "read_json", read)]
 
 
-# -- sampling --------------------------------------------------------------------------------------------------------------
+# -- sampling --------------------------------------------------------------------------------------
 
 
 def _changed_sampler(change: Callable[..., torch.Tensor]) -> list[Patch]:
-    """change(real, logits, temperatures, ...) stands where the sampler is looked up: in the module and in the kernels' table."""
+    """change(real, logits, temperatures, ...) stands where the sampler is looked up: in the module
+    and in the kernels' table.
+    """
     real = sampling.sample
 
     def sample(*args: torch.Tensor, **flags: bool) -> torch.Tensor:
@@ -629,7 +683,13 @@ def _changed_sampler(change: Callable[..., torch.Tensor]) -> list[Patch]:
 def the_temperature_is_ignored() -> list[Patch]:
     """Every sampled row has temperature 1."""
 
-    def change(real: Any, logits: torch.Tensor, temperatures: torch.Tensor, *rest: torch.Tensor, **flags: bool) -> torch.Tensor:
+    def change(
+        real: Any,
+        logits: torch.Tensor,
+        temperatures: torch.Tensor,
+        *rest: torch.Tensor,
+        **flags: bool,
+    ) -> torch.Tensor:
         return real(logits, (temperatures > 0).float(), *rest, **flags)
 
     return _changed_sampler(change)
@@ -639,7 +699,9 @@ def the_temperature_is_ignored() -> list[Patch]:
 def top_k_keeps_one_too_many() -> list[Patch]:
     """Top-k is off by one."""
 
-    def filtered(logits: torch.Tensor, temperatures: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor) -> torch.Tensor:
+    def filtered(
+        logits: torch.Tensor, temperatures: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor
+    ) -> torch.Tensor:
         return real(logits, temperatures, top_ks + (top_ks > 0), top_ps)
 
     real = filtering.filtered_logits
@@ -650,7 +712,9 @@ def top_k_keeps_one_too_many() -> list[Patch]:
 def top_p_keeps_one_too_few() -> list[Patch]:
     """The token with which the mass reaches p is dropped."""
 
-    def filtered(logits: torch.Tensor, temperatures: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor) -> torch.Tensor:
+    def filtered(
+        logits: torch.Tensor, temperatures: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor
+    ) -> torch.Tensor:
         kept = real(logits, temperatures, top_ks, top_ps)
         several = (kept > -torch.inf).sum(-1) > 1
         last = kept.masked_fill(kept == -torch.inf, torch.inf).argmin(-1)
@@ -664,7 +728,9 @@ def top_p_keeps_one_too_few() -> list[Patch]:
 
 @bad("frequencies_follow_the_filtered_softmax")
 def the_seed_repeats_at_every_position() -> list[Patch]:
-    """The same random numbers for every token of a request. HF, rescored with them, sees nothing wrong."""
+    """The same random numbers for every token of a request. HF, rescored with them, sees nothing
+    wrong.
+    """
 
     def noise(seeds: torch.Tensor, positions: torch.Tensor, *rest: int) -> torch.Tensor:
         return real(seeds, torch.zeros_like(positions), *rest)
@@ -688,7 +754,9 @@ def half_of_the_seed_is_lost() -> list[Patch]:
 def requests_without_a_seed_share_one() -> list[Patch]:
     """Every request that gives no seed gets the engine's."""
 
-    def make(self: LLMEngine, request_id: str, prompt: Any, params: SamplingParams, number: int) -> Sequence:
+    def make(
+        self: LLMEngine, request_id: str, prompt: Any, params: SamplingParams, number: int
+    ) -> Sequence:
         seq = real(self, request_id, prompt, params, number)
         seq.seed = self.config.seed if params.seed is None else params.seed
         return seq
@@ -701,9 +769,19 @@ def requests_without_a_seed_share_one() -> list[Patch]:
 def randomness_depends_on_the_row() -> list[Patch]:
     """The generator is seeded by the row of the batch, not by the request."""
 
-    def change(real: Any, logits: torch.Tensor, temperatures: torch.Tensor, top_ks: Any, top_ps: Any, seeds: torch.Tensor,
-               positions: torch.Tensor, **flags: bool) -> torch.Tensor:  # fmt: skip
-        return real(logits, temperatures, top_ks, top_ps, torch.arange(len(seeds)), positions, **flags)
+    def change(
+        real: Any,
+        logits: torch.Tensor,
+        temperatures: torch.Tensor,
+        top_ks: Any,
+        top_ps: Any,
+        seeds: torch.Tensor,
+        positions: torch.Tensor,
+        **flags: bool,
+    ) -> torch.Tensor:
+        return real(
+            logits, temperatures, top_ks, top_ps, torch.arange(len(seeds)), positions, **flags
+        )
 
     return _changed_sampler(change)
 
@@ -712,14 +790,24 @@ def randomness_depends_on_the_row() -> list[Patch]:
 def greedy_rows_get_noise_in_company() -> list[Patch]:
     """A greedy request beside sampled ones is sampled as well."""
 
-    def change(real: Any, logits: torch.Tensor, temperatures: torch.Tensor, *rest: torch.Tensor, **flags: bool) -> torch.Tensor:
-        mixed = temperatures if flags["all_greedy"] else temperatures.masked_fill(temperatures == 0, 1.0)
+    def change(
+        real: Any,
+        logits: torch.Tensor,
+        temperatures: torch.Tensor,
+        *rest: torch.Tensor,
+        **flags: bool,
+    ) -> torch.Tensor:
+        mixed = (
+            temperatures
+            if flags["all_greedy"]
+            else temperatures.masked_fill(temperatures == 0, 1.0)
+        )
         return real(logits, mixed, *rest, **flags)
 
     return _changed_sampler(change)
 
 
-# -- tensor parallelism ----------------------------------------------------------------------------------------------------
+# -- tensor parallelism ----------------------------------------------------------------------------
 
 
 @bad("two_ranks_compute_the_same")
@@ -740,7 +828,9 @@ def a_rank_loads_the_values_of_another() -> list[Patch]:
     """Every rank loads rank 0's share of the value projection."""
 
     def load(param: Any, part: str | None, source: Any, tp: Any, name: str) -> None:
-        real(param, part, source, SimpleNamespace(rank=0, size=tp.size) if part == "v" else tp, name)
+        real(
+            param, part, source, SimpleNamespace(rank=0, size=tp.size) if part == "v" else tp, name
+        )
 
     real = loader._load
     return [(loader, "_load", load)]
@@ -761,12 +851,14 @@ def a_lost_rank_is_waited_for() -> list[Patch]:
 @bad("engines_of_one_host_share_no_name", "7")
 def ranks_meet_under_a_fixed_name() -> list[Patch]:
     """A second engine on the host meets the first one's ranks."""
-    place = SimpleNamespace(name=os.path.join(tempfile.gettempdir(), "nanovllm-ranks"), cleanup=lambda: None)
+    place = SimpleNamespace(
+        name=os.path.join(tempfile.gettempdir(), "nanovllm-ranks"), cleanup=lambda: None
+    )
     os.makedirs(place.name, exist_ok=True)
     return [(workers, "tempfile", SimpleNamespace(TemporaryDirectory=lambda **_: place))]
 
 
-# -- requests and resources ------------------------------------------------------------------------------------------------
+# -- requests and resources ------------------------------------------------------------------------
 
 
 @bad("what_is_allowed_is_taken", "8")
@@ -798,8 +890,16 @@ def max_tokens_zero_is_taken() -> list[Patch]:
 def an_empty_prompt_is_taken() -> list[Patch]:
     """A prompt without tokens is silently given one."""
 
-    def make(self: LLMEngine, request_id: str, prompt: Any, params: SamplingParams, number: int) -> Sequence:
-        return real(self, request_id, {"prompt_token_ids": prompt["prompt_token_ids"] or [0]}, params, number)
+    def make(
+        self: LLMEngine, request_id: str, prompt: Any, params: SamplingParams, number: int
+    ) -> Sequence:
+        return real(
+            self,
+            request_id,
+            {"prompt_token_ids": prompt["prompt_token_ids"] or [0]},
+            params,
+            number,
+        )
 
     real = LLMEngine.make_sequence
     return [(LLMEngine, "make_sequence", make)]
@@ -809,9 +909,17 @@ def an_empty_prompt_is_taken() -> list[Patch]:
 def a_long_prompt_is_cut() -> list[Patch]:
     """A prompt beyond max_model_len silently loses its head."""
 
-    def make(self: LLMEngine, request_id: str, prompt: Any, params: SamplingParams, number: int) -> Sequence:
+    def make(
+        self: LLMEngine, request_id: str, prompt: Any, params: SamplingParams, number: int
+    ) -> Sequence:
         room = self.config.max_model_len - params.max_tokens
-        return real(self, request_id, {"prompt_token_ids": prompt["prompt_token_ids"][-room:]}, params, number)
+        return real(
+            self,
+            request_id,
+            {"prompt_token_ids": prompt["prompt_token_ids"][-room:]},
+            params,
+            number,
+        )
 
     real = LLMEngine.make_sequence
     return [(LLMEngine, "make_sequence", make)]
@@ -822,7 +930,10 @@ def unknown_arguments_are_dropped() -> list[Patch]:
     """Only the arguments that are known are passed on."""
 
     def from_kwargs(model: str, **kwargs: Any) -> EngineConfig:
-        return EngineConfig(model=model, **{k: v for k, v in kwargs.items() if k in EngineConfig.__dataclass_fields__})
+        return EngineConfig(
+            model=model,
+            **{k: v for k, v in kwargs.items() if k in EngineConfig.__dataclass_fields__},
+        )
 
     return [(EngineConfig, "from_kwargs", staticmethod(from_kwargs))]
 
@@ -835,7 +946,9 @@ def the_cache_takes_what_others_hold() -> list[Patch]:
         from nanovllm.engine import kv_cache
 
         _, total = kv_cache.memory_within(0, 0)
-        return min(256 * 8, int(total * config.gpu_memory_utilization) // spec.block_bytes) or real(config, spec)
+        return min(256 * 8, int(total * config.gpu_memory_utilization) // spec.block_bytes) or real(
+            config, spec
+        )
 
     real = model_runner.num_blocks_for
     return [(model_runner, "num_blocks_for", num_blocks_for)]

@@ -20,11 +20,13 @@ LONGEST_PROMPT, LONGEST_OUTPUT = 30, 14
 
 
 class CheckedEngine:
-    """Every request gets the tokens that it would get alone, whatever the policy, pool, arrivals, sharing, preemption, aborts, lag.
+    """Every request gets the tokens that it would get alone, whatever the policy, pool, arrivals,
+    sharing, preemption, aborts, lag.
 
-    After each step: the structure holds together (`check_invariants`: no block owned twice, reference counts equal owners, free and
-    owned add up); a cached entry's block holds what its tokens and all before them must have left there; no request is lost
-    or finished twice; no token differs from the oracle's.
+    After each step: the structure holds together (`check_invariants`: no block owned twice,
+    reference counts equal owners, free and owned add up); a cached entry's block holds what its
+    tokens and all before them must have left there; no request is lost or finished twice; no token
+    differs from the oracle's.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -40,7 +42,9 @@ class CheckedEngine:
 
     def _seen(self, plan: StepPlan | None) -> StepPlan | None:
         if plan is not None:
-            for seq, start, length in zip(self.engine.scheduler.launched[-1][1], plan.starts, plan.query_lens, strict=True):
+            for seq, start, length in zip(
+                self.engine.scheduler.launched[-1][1], plan.starts, plan.query_lens, strict=True
+            ):
                 had, end = self.had[seq.request_id], start + length
                 self.had_again += max(0, min(had, end) - start)
                 self.had[seq.request_id] = max(had, end)
@@ -48,7 +52,12 @@ class CheckedEngine:
 
     def add(self, prompt: tuple[int, ...], max_tokens: int, stops: frozenset[int]) -> bool:
         """False where it is refused, which must be for the reason that the pool cannot hold it."""
-        seq = Sequence(str(len(self.requests)), list(prompt), SamplingParams(max_tokens=max_tokens), stop_token_ids=stops)
+        seq = Sequence(
+            str(len(self.requests)),
+            list(prompt),
+            SamplingParams(max_tokens=max_tokens),
+            stop_token_ids=stops,
+        )
         fits = -(-(len(prompt) + max_tokens) // self.shape.block_size) <= self.shape.num_blocks
         try:
             self.engine.scheduler.add(seq)
@@ -63,7 +72,9 @@ class CheckedEngine:
     def abort(self, request_id: str) -> None:
         running = request_id not in self.finished | self.aborted
         aborted = self.engine.scheduler.abort(request_id)
-        assert (aborted is not None) == running, f"abort of {request_id}, which {'runs' if running else 'has ended'}: {aborted}"
+        assert (aborted is not None) == running, (
+            f"abort of {request_id}, which {'runs' if running else 'has ended'}: {aborted}"
+        )
         if aborted is not None:
             self.aborted.add(request_id)
         self.check()
@@ -71,7 +82,9 @@ class CheckedEngine:
     def step(self) -> None:
         for seq in self.engine.step():
             if seq.finish_reason is not None:
-                assert seq.request_id not in self.finished | self.aborted, f"{seq.request_id} ends twice"
+                assert seq.request_id not in self.finished | self.aborted, (
+                    f"{seq.request_id} ends twice"
+                )
                 self.finished.add(seq.request_id)
         self.check()
 
@@ -85,16 +98,22 @@ class CheckedEngine:
         assert not self.engine.busy, "requests starve"
         assert self.finished == set(self.requests) - self.aborted, "a request was lost"
         for request_id in self.finished:
-            assert self.requests[request_id].output_token_ids == self.expected[request_id], f"{request_id} ended too early"
+            assert self.requests[request_id].output_token_ids == self.expected[request_id], (
+                f"{request_id} ended too early"
+            )
         assert self.engine.scheduler.blocks.num_free == self.shape.num_blocks, "blocks were lost"
         if not self.aborted and not any(seq.stop_token_ids for seq in self.requests.values()):
-            assert self.engine.stats.discarded_tokens == 0, "a token was computed that nobody asked for"
+            assert self.engine.stats.discarded_tokens == 0, (
+                "a token was computed that nobody asked for"
+            )
         self._check_counters()
 
     def _check_counters(self) -> None:
         stats = self.engine.stats
         hits = sum(seq.num_cached_tokens for seq in self.requests.values())
-        assert stats.prefix_hit_tokens == hits, f"{stats.prefix_hit_tokens} hits are counted, requests tell of {hits}"
+        assert stats.prefix_hit_tokens == hits, (
+            f"{stats.prefix_hit_tokens} hits are counted, requests tell of {hits}"
+        )
         again, counted = self.had_again, stats.recomputed_tokens
         if not self.aborted:  # what is aborted does not compute all that it was going to
             # The prefix cache may hold more of a request's first life than its second got to.
@@ -105,7 +124,9 @@ class CheckedEngine:
         scheduler = self.engine.scheduler
         check_invariants(scheduler)
         queued = {*scheduler.waiting, *scheduler.prefilling, *scheduler.decoding}
-        assert queued == set(self.requests) - self.finished - self.aborted, "a request was lost, or came back"
+        assert queued == set(self.requests) - self.finished - self.aborted, (
+            "a request was lost, or came back"
+        )
         for request_id, seq in self.requests.items():
             if request_id in queued:
                 self._check_tokens(request_id, seq)
@@ -115,7 +136,9 @@ class CheckedEngine:
 
     def _check_tokens(self, request_id: str, seq: Sequence) -> None:
         expected = self.expected[request_id][: seq.num_output_tokens]
-        assert seq.output_token_ids == expected, f"{request_id} got {seq.output_token_ids}, alone it gets {expected}"
+        assert seq.output_token_ids == expected, (
+            f"{request_id} got {seq.output_token_ids}, alone it gets {expected}"
+        )
 
     def _check_content(self, block: int, entry: CachedBlock) -> None:
         chain: list[CachedBlock] = []
@@ -127,7 +150,9 @@ class CheckedEngine:
         size = self.shape.block_size
         assert len(entry.tokens) == 4 * size, f"block {block} is findable and not full"
         kv = extend([], tokens)
-        assert self.engine.runner.memory[block] == kv[-size:], f"block {block} is findable under tokens whose KV it does not hold"
+        assert self.engine.runner.memory[block] == kv[-size:], (
+            f"block {block} is findable under tokens whose KV it does not hold"
+        )
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -142,11 +167,15 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), count=st.sampled_from([1, 1, 2, 3]), again=st.booleans())
     def add(self, data: st.DataObject, count: int, again: bool) -> None:
-        """Several at once; `again`: they all have one prompt, so that equal prompts meet in one step."""
+        """Several at once; `again`: they all have one prompt, so that equal prompts meet in one
+        step.
+        """
         prompt: tuple[int, ...] = ()
         for _ in range(count):
             if not (prompt and again):
-                prompt = data.draw(prompts(self.prompts, VOCAB, self.checked.shape.block_size, LONGEST_PROMPT))
+                prompt = data.draw(
+                    prompts(self.prompts, VOCAB, self.checked.shape.block_size, LONGEST_PROMPT)
+                )
             ending = data.draw(endings(VOCAB, LONGEST_OUTPUT))
             if self.checked.add(prompt, ending["max_tokens"], frozenset(ending["stop_token_ids"])):
                 self.prompts.append(prompt)

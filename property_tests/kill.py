@@ -1,7 +1,7 @@
 """Tries a bad implementation against a property.
 
-It is killed by an assertion of the property, of its helpers, or of `check_invariants`, and by nothing else: an example in which the
-engine merely crashes is thrown away, and the search goes on.
+It is killed by an assertion of the property, of its helpers, or of `check_invariants`, and by
+nothing else: an example in which the engine merely crashes is thrown away, and the search goes on.
 """
 
 from __future__ import annotations
@@ -34,17 +34,30 @@ def properties() -> dict[str, Property]:
     found = {MACHINE.name: MACHINE}
     for module in MODULES:
         for value in vars(import_module(f"property_tests.test_{module}_properties")).values():
-            if isinstance(own := getattr(value, "property", None), Property) and not getattr(value, "pytestmark", ()):
+            if isinstance(own := getattr(value, "property", None), Property) and not getattr(
+                value, "pytestmark", ()
+            ):
                 found[own.name] = own
     return found
 
 
-EXAMPLES = {"engine_machine": 1500, "whole_workloads": 1500, "replayed_graphs_change_nothing": 60, "preemption_changes_nothing": 60}
+EXAMPLES = {
+    "engine_machine": 1500,
+    "whole_workloads": 1500,
+    "replayed_graphs_change_nothing": 60,
+    "preemption_changes_nothing": 60,
+}
 
 
 def examples_for(bad: BadImplementation, tested: Property) -> int:
-    """Many for the property that must kill it: they are drawn until one does. A third of the fast number for any other."""
-    return EXAMPLES.get(tested.name, max(tested.fast, 20)) if tested.name == bad.killer else -(-tested.fast // 3)
+    """Many for the property that must kill it: they are drawn until one does. A third of the fast
+    number for any other.
+    """
+    return (
+        EXAMPLES.get(tested.name, max(tested.fast, 20))
+        if tested.name == bad.killer
+        else -(-tested.fast // 3)
+    )
 
 
 @dataclass(frozen=True)
@@ -56,16 +69,25 @@ class Verdict:
 def kill(bad: BadImplementation, tested: Property, max_examples: int) -> Verdict:
     """Runs the property on the bad implementation; always the same examples."""
     chosen = settings(
-        max_examples=max_examples, stateful_step_count=30, deadline=None, database=None, derandomize=True, print_blob=False,
-        phases=[Phase.generate], suppress_health_check=list(HealthCheck), report_multiple_bugs=False, verbosity=Verbosity.quiet,
-    )  # fmt: skip
+        max_examples=max_examples,
+        stateful_step_count=30,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        print_blob=False,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+        verbosity=Verbosity.quiet,
+    )
     try:
         with bad.installed():
             if tested is MACHINE:
                 run_state_machine_as_test(JudgedMachine, settings=chosen)
             else:
                 chosen(given(**tested.strategies)(judged(tested.body)))()
-    except Exception as error:  # noqa: BLE001  whatever it was, it was no verdict (examples were not even drawn, say)
+    # whatever it was, it was no verdict (examples were not even drawn, say)
+    except Exception as error:  # noqa: BLE001
         if not is_verdict(error):
             return Verdict(False, f"no verdict: {type(error).__name__}: {error}")
         return Verdict(True, (str(error).strip() or "assertion").splitlines()[0])
@@ -73,10 +95,14 @@ def kill(bad: BadImplementation, tested: Property, max_examples: int) -> Verdict
 
 
 def is_verdict(error: BaseException) -> bool:
-    """Does it come from a property or from the invariants, rather than from inside the engine or a patch?"""
+    """Does it come from a property or from the invariants, rather than from inside the engine or a
+    patch?
+    """
     frames = traceback.extract_tb(error.__traceback__)
     file = Path(frames[-1].filename)
-    oracle = file == Path(invariants.__file__) or (file.parent == HERE and file.name != "bad_implementations.py")
+    oracle = file == Path(invariants.__file__) or (
+        file.parent == HERE and file.name != "bad_implementations.py"
+    )
     return isinstance(error, AssertionError) and oracle
 
 

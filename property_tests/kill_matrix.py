@@ -1,7 +1,9 @@
-"""`python -m property_tests.kill_matrix`: which property kills which bad implementation; --write renews the page in docs/.
+"""`python -m property_tests.kill_matrix`: which property kills which bad implementation; --write
+renews the page in docs/.
 
-Every property gets a third of its fast number of examples, always the same ones; the one that is there for a bad implementation
-gets as many as the test suite gives it. A cross is a death by assertion; where the engine only crashed, there is none.
+Every property gets a third of its fast number of examples, always the same ones; the one that is
+there for a bad implementation gets as many as the test suite gives it. A cross is a death by
+assertion; where the engine only crashed, there is none.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ FACTS = {
 
 
 def verdicts(bad: BadImplementation) -> dict[str, Verdict]:
-    return {name: kill(bad, tested, examples_for(bad, tested)) for name, tested in properties().items()}
+    return {
+        name: kill(bad, tested, examples_for(bad, tested)) for name, tested in properties().items()
+    }
 
 
 def document(matrix: dict[str, dict[str, Verdict]]) -> str:
@@ -52,11 +56,16 @@ def document(matrix: dict[str, dict[str, Verdict]]) -> str:
         "| --- | --- | --- |",
         *(f"| {i} | `{name}` | {properties()[name].what} |" for i, name in enumerate(names, 1)),
         "",
-        "| bad implementation | bug | " + " | ".join(str(i) for i in range(1, len(names) + 1)) + " |",
+        "| bad implementation | bug | "
+        + " | ".join(str(i) for i in range(1, len(names) + 1))
+        + " |",
         "| --- | --- | " + " | ".join("---" for _ in names) + " |",
     ]
     for bad in BAD:
-        cells = [("**x**" if name == bad.killer else "x") if matrix[bad.name][name].killed else "" for name in names]
+        cells = [
+            ("**x**" if name == bad.killer else "x") if matrix[bad.name][name].killed else ""
+            for name in names
+        ]
         lines.append(f"| `{bad.name}` {bad.what} | {bad.fact} | " + " | ".join(cells) + " |")
     lines += ["", "Bugs that engines of this kind have had, by number:", ""]
     lines += [f"{number}. {what}" for number, what in FACTS.items()]
@@ -64,8 +73,12 @@ def document(matrix: dict[str, dict[str, Verdict]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help=f"renew {DOCUMENT.relative_to(DOCUMENT.parents[1])}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--write", action="store_true", help=f"renew {DOCUMENT.relative_to(DOCUMENT.parents[1])}"
+    )
     parser.add_argument("--only", default="", help="bad implementations whose name holds this")
     args = parser.parse_args()
     if args.write and args.only:
@@ -85,7 +98,8 @@ def main() -> int:
     if args.write:
         DOCUMENT.write_text(document(matrix))
     print(
-        f"{len(matrix) - len(survivors)} of {len(matrix)} killed by their property" + (f"; NOT: {survivors}" if survivors else "")
+        f"{len(matrix) - len(survivors)} of {len(matrix)} killed by their property"
+        + (f"; NOT: {survivors}" if survivors else "")
     )
     return 1 if survivors else 0
 

@@ -1,8 +1,9 @@
 """A runner without a model: a number stands in the paged cache where the real one keeps K and V.
 
-As K and V do, that number depends on the token and on everything before it, as read back through the block table; and what
-is sampled depends on all of them. So a wrong slot, a stale or wrongly shared block, a lost token or a wrong position changes the
-output; `oracle` says what each request must produce.
+As K and V do, that number depends on the token and on everything before it, as read back through
+the block table; and what is sampled depends on all of them. So a wrong slot, a stale or wrongly
+shared block, a lost token or a wrong position changes the output; `oracle` says what each request
+must produce.
 """
 
 from __future__ import annotations
@@ -52,11 +53,15 @@ def oracle(prompt: list[int], max_tokens: int, stops: frozenset[int]) -> list[in
 
 
 class ModelFreeRunner:
-    """launch / collect as ModelRunner. A step reads what earlier steps wrote, never what the same step writes elsewhere."""
+    """launch / collect as ModelRunner. A step reads what earlier steps wrote, never what the same
+    step writes elsewhere.
+    """
 
     def __init__(self, config: ResolvedConfig, num_blocks: int) -> None:
         self.block_size = config.block_size
-        self.memory: list[list[int | None]] = [[None] * config.block_size for _ in range(num_blocks)]
+        self.memory: list[list[int | None]] = [
+            [None] * config.block_size for _ in range(num_blocks)
+        ]
         self.tables: list[dict[int, int]] = [{} for _ in range(config.max_num_seqs)]
         self.last_tokens = [-1] * config.max_num_seqs
 
@@ -67,15 +72,26 @@ class ModelFreeRunner:
             self.tables[row][index] = block
         prefill = iter(plan.token_ids)
         sampled_from, writes = [], []
-        for i, (row, start, length) in enumerate(zip(plan.rows, plan.starts, plan.query_lens, strict=True)):
-            new = [self.last_tokens[row]] if i < plan.num_decodes else [next(prefill) for _ in range(length)]
+        for i, (row, start, length) in enumerate(
+            zip(plan.rows, plan.starts, plan.query_lens, strict=True)
+        ):
+            new = (
+                [self.last_tokens[row]]
+                if i < plan.num_decodes
+                else [next(prefill) for _ in range(length)]
+            )
             assert len(new) == length > 0, "an entry computes nothing"
-            past = [page[offset] for page, offset in (self._slot(row, position) for position in range(start))]
+            past = [
+                page[offset]
+                for page, offset in (self._slot(row, position) for position in range(start))
+            ]
             assert None not in past, f"row {row} reads a slot that no step has written"
             kv = extend([number for number in past if number is not None], new)
             sampled_from.append(kv[-1])
             writes += [(self._slot(row, start + j), number) for j, number in enumerate(kv)]
-        assert next(prefill, None) is None, "the plan holds more prefill tokens than its entries compute"
+        assert next(prefill, None) is None, (
+            "the plan holds more prefill tokens than its entries compute"
+        )
         slots = [(id(page), offset) for (page, offset), _ in writes]
         assert len(set(slots)) == len(slots), "two tokens of a step are written to one slot"
         for (page, offset), number in writes:
@@ -91,7 +107,9 @@ class ModelFreeRunner:
         return handle, None
 
     def _slot(self, row: int, position: int) -> tuple[list[int | None], int]:
-        return self.memory[self.tables[row][position // self.block_size]], position % self.block_size
+        return self.memory[
+            self.tables[row][position // self.block_size]
+        ], position % self.block_size
 
 
 def expect(scheduler: Scheduler, shape: Shape) -> None:
@@ -102,7 +120,9 @@ def expect(scheduler: Scheduler, shape: Shape) -> None:
 
 @dataclass
 class ModelFreeEngine:
-    """Scheduler, blocks and prefix cache around that runner. Commit lag 0, 1 (the engine's own loop), or more."""
+    """Scheduler, blocks and prefix cache around that runner. Commit lag 0, 1 (the engine's own
+    loop), or more.
+    """
 
     shape: Shape
     stats: StepStats = field(default_factory=StepStats)
@@ -110,13 +130,25 @@ class ModelFreeEngine:
     def __post_init__(self) -> None:
         shape = self.shape
         config = ResolvedConfig(
-            model="none", dtype="float32", device="cpu", seed=0, max_model_len=1 << 20, max_num_seqs=shape.max_num_seqs,
-            max_num_batched_tokens=shape.max_num_batched_tokens, block_size=shape.block_size,
-            optimizations=Optimizations(batching=shape.batching, prefix_cache=shape.prefix_cache, overlap=shape.lag == 1,
-                                        cuda_graphs=shape.graphs),
-        )  # fmt: skip
+            model="none",
+            dtype="float32",
+            device="cpu",
+            seed=0,
+            max_model_len=1 << 20,
+            max_num_seqs=shape.max_num_seqs,
+            max_num_batched_tokens=shape.max_num_batched_tokens,
+            block_size=shape.block_size,
+            optimizations=Optimizations(
+                batching=shape.batching,
+                prefix_cache=shape.prefix_cache,
+                overlap=shape.lag == 1,
+                cuda_graphs=shape.graphs,
+            ),
+        )
         if shape.prefix_cache:
-            blocks: BlockManager = CachingBlockManager(shape.num_blocks, shape.block_size, self.stats)
+            blocks: BlockManager = CachingBlockManager(
+                shape.num_blocks, shape.block_size, self.stats
+            )
         else:
             blocks = BlockManager(shape.num_blocks, shape.block_size, self.stats)
         make = Scheduler if shape.batching == "static" else ContinuousScheduler
@@ -124,7 +156,9 @@ class ModelFreeEngine:
         expect(self.scheduler, shape)
         self.runner = ModelFreeRunner(config, shape.num_blocks)
         self.loop: Any = (
-            OverlappedStepLoop(self.scheduler, self.runner) if shape.lag == 1 else _Loop(self.scheduler, self.runner, shape.lag)
+            OverlappedStepLoop(self.scheduler, self.runner)
+            if shape.lag == 1
+            else _Loop(self.scheduler, self.runner, shape.lag)
         )
 
     @property
@@ -135,7 +169,9 @@ class ModelFreeEngine:
         """The sequences that got a token."""
         in_flight = len(self.scheduler.launched)
         plan, advanced = self.loop.step()
-        assert plan is not None or in_flight or not self.scheduler.num_unfinished, "requests wait and nothing is planned"
+        assert plan is not None or in_flight or not self.scheduler.num_unfinished, (
+            "requests wait and nothing is planned"
+        )
         return advanced
 
 

@@ -1,5 +1,7 @@
-"""What `experiments.scoring` says of tokens, computed without any of its short cuts: noise and probabilities of the whole
-vocabulary, a sort of every row, and the search for a margin over all tokens. Slow, and the oracle of its property test."""
+"""What `experiments.scoring` says of tokens, computed without any of its short cuts: noise and
+probabilities of the whole vocabulary, a sort of every row, and the search for a margin over all
+tokens. Slow, and the oracle of its property test.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from experiments.margins import Rows
 
 
 def kept(scaled: Tensor, rows: Rows, factor: float = 1.0) -> Tensor:
-    """Which tokens top-k, then top-p (times `factor`) on what is left, keep: bool [n, V] from logits over temperature [n, V]."""
+    """Which tokens top-k, then top-p (times `factor`) on what is left, keep: bool [n, V] from
+    logits over temperature [n, V].
+    """
     k, p = rows.limits(scaled.shape[1])
     ordered = scaled.sort(dim=-1, descending=True).values
     within_k = torch.arange(scaled.shape[1]) < k
@@ -25,23 +29,35 @@ def certain(logits: Tensor, rows: Rows) -> Tensor:
     return (kept(scaled, rows, 1 - 1e-5) == kept(scaled, rows, 1 + 1e-5)).all(-1)
 
 
-def plain_scores(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> dict[str, Tensor]:
-    """By the names of `Scores`; best_scores and hf_best_scores are of the best token alone. As `score_rows` takes them."""
+def plain_scores(
+    logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor
+) -> dict[str, Tensor]:
+    """By the names of `Scores`; best_scores and hf_best_scores are of the best token alone. As
+    `score_rows` takes them.
+    """
     divisor = rows.divisor[:, None]
     scaled, hf_scaled = logits / divisor.to(logits.dtype), hf_logits.float() / divisor.float()
     foreign = rows.foreign & ~rows.greedy
     keep, hf_keep = kept(scaled, rows), kept(hf_scaled, rows)
     noise = rows.noise(logits.shape[1])
     scores, hf_scores = scaled + noise, hf_scaled + noise
-    of_kept, hf_of_kept = scores.masked_fill(~keep, -torch.inf), hf_scores.masked_fill(~hf_keep, -torch.inf)
+    of_kept, hf_of_kept = (
+        scores.masked_fill(~keep, -torch.inf),
+        hf_scores.masked_fill(~hf_keep, -torch.inf),
+    )
     best, hf_best = of_kept.argmax(-1), hf_of_kept.argmax(-1)
     own = tokens[:, None]
     is_kept = keep.gather(1, own)[:, 0]
     agrees = torch.where(foreign, is_kept, best == tokens)
     distance = of_kept.amax(-1) - scores.gather(1, own)[:, 0]
-    margin = torch.where(agrees, 0.0, torch.where(rows.truncated, explaining_noise(scaled, rows, tokens), distance))
+    margin = torch.where(
+        agrees, 0.0, torch.where(rows.truncated, explaining_noise(scaled, rows, tokens), distance)
+    )
     candidates = scores.topk(min(5, logits.shape[1])).indices
-    differences = [table.gather(1, candidates) - table.gather(1, candidates[:, :1]) for table in (scores, hf_scores)]
+    differences = [
+        table.gather(1, candidates) - table.gather(1, candidates[:, :1])
+        for table in (scores, hf_scores)
+    ]
 
     logs = scaled.masked_fill(~keep, -torch.inf).log_softmax(-1)
     p, finite = logs.exp(), logs.masked_fill(~keep, 0.0)
@@ -73,7 +89,9 @@ def plain_scores(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) 
 
 
 def explaining_noise(scaled: Tensor, rows: Rows, tokens: Tensor) -> Tensor:
-    """`margins.smallest_explaining_noise` as its docstring defines it: every token is asked, at every step of the bisection."""
+    """`margins.smallest_explaining_noise` as its docstring defines it: every token is asked, at
+    every step of the bisection.
+    """
     k, p = rows.limits(scaled.shape[1])
     within_k = torch.zeros_like(scaled, dtype=torch.bool)
     order = scaled.argsort(dim=-1, descending=True, stable=True)
@@ -85,8 +103,11 @@ def explaining_noise(scaled: Tensor, rows: Rows, tokens: Tensor) -> Tensor:
     def explains(d: Tensor) -> Tensor:  # [n, 1] -> bool [n, 1]
         above = scaled > own + d
         a = (mass * above).sum(-1, keepdim=True).clamp(max=1.0)
-        may_be_kept = (above.sum(-1, keepdim=True) < k) & (a * (-d).exp() / (a * (-d).exp() + (1 - a)) < p)
-        above_each = scaled[:, None, :] >= scaled[:, :, None] - d[..., None]  # [n, V, V]: of token i, the others that may lie above
+        may_be_kept = (above.sum(-1, keepdim=True) < k) & (
+            a * (-d).exp() / (a * (-d).exp() + (1 - a)) < p
+        )
+        # [n, V, V]: of token i, the others that may lie above
+        above_each = scaled[:, None, :] >= scaled[:, :, None] - d[..., None]
         above_each &= ~torch.eye(scaled.shape[1], dtype=torch.bool)
         b = (mass[:, None, :] * above_each).sum(-1).clamp(max=1.0)
         is_certain = (above_each.sum(-1) < k) & (b / (b + (1 - b) * (-d).exp()) < p)

@@ -1,7 +1,9 @@
-"""How much a property is tried: `fast` in every run of the test suite, `deep` for over an hour (`make property DEEP=1`).
+"""How much a property is tried: `fast` in every run of the test suite, `deep` for over an hour
+(`make property DEEP=1`).
 
-`@holds(fast=60, name=strategy, ...)` makes a Hypothesis test of a function; the deep profile multiplies the number of examples.
-What it is made of stays at hand (`test.property`), so that bad implementations can be tried against the very same property.
+`@holds(fast=60, name=strategy, ...)` makes a Hypothesis test of a function; the deep profile
+multiplies the number of examples. What it is made of stays at hand (`test.property`), so that bad
+implementations can be tried against the very same property.
 """
 
 from __future__ import annotations
@@ -20,17 +22,24 @@ DEEP_FACTOR = 100
 """Examples of the deep profile for one of the fast one."""
 
 COMMON: dict[str, Any] = {
-    "deadline": None, "suppress_health_check": list(HealthCheck), "verbosity": Verbosity.normal,
-    # Said, as Hypothesis otherwise takes True where CI is set: each run and each seed would try the same examples again.
+    "deadline": None,
+    "suppress_health_check": list(HealthCheck),
+    "verbosity": Verbosity.normal,
+    # Said, as Hypothesis otherwise takes True where CI is set: each run and each seed would try the
+    # same examples again.
     "derandomize": False,
-}  # fmt: skip
+}
 
 
 def register() -> None:
-    """fast and deep each have a database of their own: what failed there is tried first next time. repeat is fast without one.
-    All are random, whatever the shell says (CI, HYPOTHESIS_*): --hypothesis-seed alone makes two runs the same."""
+    """fast and deep each have a database of their own: what failed there is tried first next time.
+    repeat is fast without one. All are random, whatever the shell says (CI, HYPOTHESIS_*):
+    --hypothesis-seed alone makes two runs the same.
+    """
     for name in ("fast", "deep", "repeat"):
-        database = None if name == "repeat" else DirectoryBasedExampleDatabase(ROOT / ".hypothesis" / name)
+        database = (
+            None if name == "repeat" else DirectoryBasedExampleDatabase(ROOT / ".hypothesis" / name)
+        )
         settings.register_profile(name, database=database, print_blob=True, **COMMON)
     settings.load_profile("fast")
 
@@ -40,7 +49,9 @@ def deep() -> bool:
 
 
 def examples(fast: int, factor: int = DEEP_FACTOR) -> int:
-    """How many examples the profile in force gives to a property that gets `fast` of them in the fast one."""
+    """How many examples the profile in force gives to a property that gets `fast` of them in the
+    fast one.
+    """
     return fast * factor if deep() else fast
 
 
@@ -58,8 +69,12 @@ class Property:
         return (self.body.__doc__ or "").strip().split("\n")[0]
 
 
-def holds(fast: int, factor: int = DEEP_FACTOR, **strategies: SearchStrategy[Any]) -> Callable[[Callable[..., None]], Any]:
-    """Makes a test of a function: it must hold for whatever the strategies draw. factor: times as many in the deep profile."""
+def holds(
+    fast: int, factor: int = DEEP_FACTOR, **strategies: SearchStrategy[Any]
+) -> Callable[[Callable[..., None]], Any]:
+    """Makes a test of a function: it must hold for whatever the strategies draw. factor: times as
+    many in the deep profile.
+    """
 
     def make(body: Callable[..., None]) -> Any:
         test = settings(max_examples=examples(fast, factor))(given(**strategies)(body))

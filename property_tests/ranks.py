@@ -1,5 +1,6 @@
-"""Tensor-parallel ranks in threads of this process: the real runners, shards and process groups (gloo), without processes to start,
-so that a patch of any function reaches every rank. The one module here that knows how the engine makes its ranks.
+"""Tensor-parallel ranks in threads of this process: the real runners, shards and process groups
+(gloo), without processes to start, so that a patch of any function reaches every rank. The one
+module here that knows how the engine makes its ranks.
 """
 
 from __future__ import annotations
@@ -23,9 +24,16 @@ from nanovllm.models.config import ModelConfig, load_hf_config
 Group = collectives.DistributedTensorParallel
 
 
-def in_ranks(size: int, rendezvous: str, work: Callable[[Group, StepStats], Any], timeout_s: float = 10.0,
-             stats: StepStats | None = None) -> list[Any]:  # fmt: skip
-    """`work(group, stats)` in `size` threads, each with its rank of one group; `stats` are rank 0's."""
+def in_ranks(
+    size: int,
+    rendezvous: str,
+    work: Callable[[Group, StepStats], Any],
+    timeout_s: float = 10.0,
+    stats: StepStats | None = None,
+) -> list[Any]:
+    """`work(group, stats)` in `size` threads, each with its rank of one group; `stats` are rank
+    0's.
+    """
 
     def start(rank: int) -> Any:
         own = stats if stats is not None and rank == 0 else StepStats()
@@ -39,7 +47,9 @@ def in_ranks(size: int, rendezvous: str, work: Callable[[Group, StepStats], Any]
 class RanksInThreads:
     """Stands where TensorParallelRunner does."""
 
-    def __init__(self, resolved: ResolvedConfig, model_config: ModelConfig, folder: Path, stats: StepStats) -> None:
+    def __init__(
+        self, resolved: ResolvedConfig, model_config: ModelConfig, folder: Path, stats: StepStats
+    ) -> None:
         size = resolved.optimizations.tensor_parallel_size
 
         def start(group: Group, own: StepStats) -> ModelRunner:
@@ -48,7 +58,10 @@ class RanksInThreads:
         with tempfile.TemporaryDirectory() as place:
             self.ranks = in_ranks(size, f"{place}/ranks", start, stats=stats)
         self._threads = ThreadPoolExecutor(size)
-        self.num_blocks, self.kv_cache_bytes = self.ranks[0].num_blocks, self.ranks[0].kv_cache_bytes
+        self.num_blocks, self.kv_cache_bytes = (
+            self.ranks[0].num_blocks,
+            self.ranks[0].kv_cache_bytes,
+        )
 
     def launch(self, plan: StepPlan) -> list[StepHandle]:
         return self._each(self.ranks, lambda rank: rank.launch(plan))
@@ -56,7 +69,9 @@ class RanksInThreads:
     def collect(self, handle: list[StepHandle]) -> tuple[list[int], list[TokenLogprobs] | None]:
         first, *others = (rank.collect(part) for rank, part in zip(self.ranks, handle, strict=True))
         for other in others:
-            assert other[0] == first[0], f"ranks sampled different tokens: {first[0]} and {other[0]}"
+            assert other[0] == first[0], (
+                f"ranks sampled different tokens: {first[0]} and {other[0]}"
+            )
         return first
 
     def close(self) -> None:
@@ -77,7 +92,9 @@ class _Enough(BaseException):
 
 
 def meeting_places(model: Path, engines: int) -> list[str]:
-    """Where the ranks of several engines meet that are started side by side; each start ends with its first rank."""
+    """Where the ranks of several engines meet that are started side by side; each start ends with
+    its first rank.
+    """
     places: list[str] = []
 
     def record(rank: int, rendezvous: str, *_: Any) -> None:
@@ -87,7 +104,9 @@ def meeting_places(model: Path, engines: int) -> list[str]:
         raise _Enough
 
     def start() -> None:
-        config = EngineConfig(model=str(model), device="cpu", optimizations=Optimizations(tensor_parallel_size=2))
+        config = EngineConfig(
+            model=str(model), device="cpu", optimizations=Optimizations(tensor_parallel_size=2)
+        )
         resolved = config.resolve(device="cpu", dtype="float32", max_position_embeddings=4096)
         with contextlib.suppress(_Enough):
             workers.TensorParallelRunner(resolved, load_hf_config(model), model, StepStats())

@@ -1,7 +1,8 @@
 """The real engine on the embedded checkpoint, and what HF transformers says of its tokens.
 
-What a CPU has of the toggles is all here: batching, prefix cache, overlap; CUDA graphs replayed by hand (the real buckets, padding
-and inputs, see tests/test_cuda_graph.py); tensor parallelism with ranks in threads (ranks.py).
+What a CPU has of the toggles is all here: batching, prefix cache, overlap; CUDA graphs replayed by
+hand (the real buckets, padding and inputs, see tests/test_cuda_graph.py); tensor parallelism with
+ranks in threads (ranks.py).
 """
 
 from __future__ import annotations
@@ -42,13 +43,23 @@ def tiny() -> Path:
 def engine_of(shape: Shape, **changes: Any) -> Iterator[LLMEngine]:
     """A real engine of that shape, in float32."""
     switches = Optimizations(
-        batching=shape.batching, prefix_cache=shape.prefix_cache, overlap=shape.lag == 1, tensor_parallel_size=shape.ranks
+        batching=shape.batching,
+        prefix_cache=shape.prefix_cache,
+        overlap=shape.lag == 1,
+        tensor_parallel_size=shape.ranks,
     )
     config: dict[str, Any] = {
-        "model": str(tiny()), "dtype": "float32", "device": "cpu", "skip_tokenizer_init": True, "max_model_len": MAX_MODEL_LEN,
-        "max_num_seqs": shape.max_num_seqs, "max_num_batched_tokens": shape.max_num_batched_tokens, "block_size": shape.block_size,
-        "kv_cache_memory_bytes": shape.num_blocks * shape.block_size * BYTES_A_TOKEN // shape.ranks, "optimizations": switches,
-    }  # fmt: skip
+        "model": str(tiny()),
+        "dtype": "float32",
+        "device": "cpu",
+        "skip_tokenizer_init": True,
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": shape.max_num_seqs,
+        "max_num_batched_tokens": shape.max_num_batched_tokens,
+        "block_size": shape.block_size,
+        "kv_cache_memory_bytes": shape.num_blocks * shape.block_size * BYTES_A_TOKEN // shape.ranks,
+        "optimizations": switches,
+    }
     with ExitStack() as stack:
         with ExitStack() as building:
             if shape.graphs:
@@ -69,19 +80,33 @@ class Served:
 
 
 def serve(engine: LLMEngine, requests: tuple[Request, ...], tag: str = "") -> list[Served]:
-    """Runs all requests to their ends, checking the structure after each step, and what a user is promised at the end.
+    """Runs all requests to their ends, checking the structure after each step, and what a user is
+    promised at the end.
 
-    Raises AssertionError where a request is lost, ends twice, ends for the wrong reason, or where nothing advances.
+    Raises AssertionError where a request is lost, ends twice, ends for the wrong reason, or where
+    nothing advances.
     """
     tokens: dict[int, list[int]] = {i: [] for i in range(len(requests))}
     ended: dict[int, str] = {}
-    bound = 100 + max(r.arrival for r in requests) + 20 * sum(len(r.prompt) + r.params.max_tokens for r in requests)
+    bound = (
+        100
+        + max(r.arrival for r in requests)
+        + 20 * sum(len(r.prompt) + r.params.max_tokens for r in requests)
+    )
     for step in range(bound):
         for i, request in enumerate(requests):
             if request.arrival == step:
-                engine.add_request(f"{tag}{i}", {"prompt_token_ids": list(request.prompt)}, request.params)
-            if request.abort is not None and request.arrival + request.abort == step and engine.abort(f"{tag}{i}"):
-                assert i not in ended, f"request {i} ended by {ended.get(i)} and could still be aborted"
+                engine.add_request(
+                    f"{tag}{i}", {"prompt_token_ids": list(request.prompt)}, request.params
+                )
+            if (
+                request.abort is not None
+                and request.arrival + request.abort == step
+                and engine.abort(f"{tag}{i}")
+            ):
+                assert i not in ended, (
+                    f"request {i} ended by {ended.get(i)} and could still be aborted"
+                )
                 ended[i] = "abort"
         for output in engine.step():
             i = int(output.request_id.removeprefix(tag))
@@ -92,8 +117,12 @@ def serve(engine: LLMEngine, requests: tuple[Request, ...], tag: str = "") -> li
         check_invariants(engine.scheduler)
         if len(ended) == len(requests) and not engine.has_unfinished_requests():
             break
-    assert len(ended) == len(requests), f"requests {sorted(set(tokens) - set(ended))} have not ended after {bound} steps"
-    assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks, "blocks were lost"
+    assert len(ended) == len(requests), (
+        f"requests {sorted(set(tokens) - set(ended))} have not ended after {bound} steps"
+    )
+    assert engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks, (
+        "blocks were lost"
+    )
     served = [Served(request, tokens[i], ended[i]) for i, request in enumerate(requests)]
     for one in served:
         check_end(one, () if one.request.params.ignore_eos else engine.model_config.eos_token_ids)
@@ -101,13 +130,23 @@ def serve(engine: LLMEngine, requests: tuple[Request, ...], tag: str = "") -> li
 
 
 def check_end(served: Served, eos_token_ids: Collection[int]) -> None:
-    """A request stops at the first stop or end-of-sequence token, or at max_tokens, whichever comes first, and says which."""
+    """A request stops at the first stop or end-of-sequence token, or at max_tokens, whichever comes
+    first, and says which.
+    """
     params, tokens = served.request.params, served.tokens
-    stops = [i for i, token in enumerate(tokens) if token in params.stop_token_ids or token in eos_token_ids]
+    stops = [
+        i
+        for i, token in enumerate(tokens)
+        if token in params.stop_token_ids or token in eos_token_ids
+    ]
     if served.finish_reason == "stop":
-        assert stops == [len(tokens) - 1], f"stopped with {len(tokens)} tokens, of which {stops} are stop tokens"
+        assert stops == [len(tokens) - 1], (
+            f"stopped with {len(tokens)} tokens, of which {stops} are stop tokens"
+        )
     elif served.finish_reason == "length":
-        assert len(tokens) == params.max_tokens, f"ended by length with {len(tokens)} tokens; max_tokens={params.max_tokens}"
+        assert len(tokens) == params.max_tokens, (
+            f"ended by length with {len(tokens)} tokens; max_tokens={params.max_tokens}"
+        )
         assert not stops, f"did not stop at stop token {stops[0]}"
     else:
         assert served.finish_reason == "abort", f"ended by {served.finish_reason!r}"
@@ -120,20 +159,39 @@ def run(workload: Workload) -> list[Served]:
 
 
 class Reference:
-    """HF in float64, and the noise of HF in float32 on the sample at hand and on a fixed one: a few tokens show too little."""
+    """HF in float64, and the noise of HF in float32 on the sample at hand and on a fixed one: a few
+    tokens show too little.
+    """
 
     def __init__(self) -> None:
         self.rescorer = Rescorer(tiny(), "float32")
         generator = torch.Generator().manual_seed(0)
         texts = torch.randint(VOCAB, (8, 100), generator=generator).tolist()
-        greedy = {"max_tokens": 64, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0, "ignore_eos": True}
-        noise = self.rescorer.score([greedy | {"prompt_token_ids": text[:36]} for text in texts], [text[36:] for text in texts])
+        greedy = {
+            "max_tokens": 64,
+            "temperature": 0.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "seed": 0,
+            "ignore_eos": True,
+        }
+        noise = self.rescorer.score(
+            [greedy | {"prompt_token_ids": text[:36]} for text in texts],
+            [text[36:] for text in texts],
+        )
         # Only their errors count: nobody chose these tokens.
-        self.noise = [replace(s, agrees=torch.ones_like(s.agrees), margin=torch.zeros_like(s.margin)) for s in noise]
+        self.noise = [
+            replace(s, agrees=torch.ones_like(s.agrees), margin=torch.zeros_like(s.margin))
+            for s in noise
+        ]
 
     def score(self, served: list[Served]) -> list[Scores]:
         requests = [
-            {"prompt_token_ids": list(s.request.prompt), "max_tokens": s.request.params.max_tokens, "ignore_eos": True}
+            {
+                "prompt_token_ids": list(s.request.prompt),
+                "max_tokens": s.request.params.max_tokens,
+                "ignore_eos": True,
+            }
             | {name: getattr(s.request.params, name) for name in ("temperature", "top_k", "top_p")}
             | {"seed": s.request.params.seed or 0}
             for s in served
@@ -152,9 +210,14 @@ class Reference:
 
     def assert_same(self, one: Served, other: Served) -> None:
         """The same tokens; where they part, both choices are within the noise of float32 there."""
-        parting = next((i for i, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=False)) if a != b), None)
+        parting = next(
+            (i for i, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=False)) if a != b),
+            None,
+        )
         if parting is None:
-            assert len(one.tokens) == len(other.tokens), f"{len(one.tokens)} tokens and {len(other.tokens)}, otherwise the same"
+            assert len(one.tokens) == len(other.tokens), (
+                f"{len(one.tokens)} tokens and {len(other.tokens)}, otherwise the same"
+            )
             return
         for served in (one, other):
             scores = self.score([replace(served, tokens=served.tokens[: parting + 1])])

@@ -1,4 +1,5 @@
-"""`python -m property_tests.repeat 50`: the fast properties again and again with other seeds. A failure is a bug or a false alarm.
+"""`python -m property_tests.repeat 50`: the fast properties again and again with other seeds. A
+failure is a bug or a false alarm.
 
 Bad implementations are left out: they are always tried on the same examples.
 """
@@ -16,7 +17,9 @@ FAST = ["property_tests", "-m", "not slow", "-k", "not bad_implementation"]
 
 
 def once(seed: int) -> tuple[bool, str]:
-    """Runs the fast properties with `--hypothesis-seed`, without an example database: repetitions know nothing of each other."""
+    """Runs the fast properties with `--hypothesis-seed`, without an example database: repetitions
+    know nothing of each other.
+    """
     command = [sys.executable, "-m", "pytest", *FAST, "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, "--hypothesis-profile=repeat", f"--hypothesis-seed={seed}"],
@@ -40,8 +43,14 @@ def main() -> int:
         if not passed:
             failed.append(seed)
             print(output)
-        print(f"seed {seed}: {'passed' if passed else 'FAILED'} in {time.monotonic() - begin:.0f} s", flush=True)
-    print(f"{args.times - len(failed)} of {args.times} repetitions passed" + (f"; failed: seeds {failed}" if failed else ""))
+        print(
+            f"seed {seed}: {'passed' if passed else 'FAILED'} in {time.monotonic() - begin:.0f} s",
+            flush=True,
+        )
+    print(
+        f"{args.times - len(failed)} of {args.times} repetitions passed"
+        + (f"; failed: seeds {failed}" if failed else "")
+    )
     return 1 if failed else 0
 
 

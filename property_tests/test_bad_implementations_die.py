@@ -1,4 +1,6 @@
-"""The tests are tested: every bad implementation dies by an assertion of the property that is there for it."""
+"""The tests are tested: every bad implementation dies by an assertion of the property that is there
+for it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def test_bad_implementations_cover_the_known_bugs() -> None:
 
 
 def test_the_page_names_what_there_is() -> None:
-    """docs/bad-implementations.md has every name of today, and shows each of them dead. `make property MATRIX=1` renews it."""
+    """docs/bad-implementations.md has every name of today, and shows each of them dead. `make
+    property MATRIX=1` renews it.
+    """
     page = DOCUMENT.read_text()
     names = list(properties())
     assert re.findall(r"^\| \d+ \| `(\w+)` \|", page, re.M) == names
@@ -34,4 +38,6 @@ def test_the_page_names_what_there_is() -> None:
     assert list(rows) == [bad.name for bad in BAD]
     for bad in BAD:
         cells = rows[bad.name].split(" | ")[2:]
-        assert cells[names.index(bad.killer)].strip() == "**x**", f"the page does not show {bad.name} killed by {bad.killer}"
+        assert cells[names.index(bad.killer)].strip() == "**x**", (
+            f"the page does not show {bad.name} killed by {bad.killer}"
+        )

@@ -1,4 +1,6 @@
-"""The operations of the model against their definitions, written out here without pages, batches or fused steps."""
+"""The operations of the model against their definitions, written out here without pages, batches or
+fused steps.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,26 @@ def noise(text: int, *shape: int, dtype: torch.dtype = torch.float32) -> torch.T
 def assert_close(found: torch.Tensor, exact: torch.Tensor, what: str) -> None:
     tolerance = 16 * torch.finfo(found.dtype).eps
     error = float(((found.double() - exact) / exact.abs().clamp(min=1.0)).abs().max())
-    assert error <= tolerance, f"{what} is off by {error:.2g}, {tolerance:.2g} is allowed in {found.dtype}"
+    assert error <= tolerance, (
+        f"{what} is off by {error:.2g}, {tolerance:.2g} is allowed in {found.dtype}"
+    )
 
 
-@holds(fast=60, text=TEXTS, rows=st.integers(1, 5), n=st.sampled_from([1, 8, 64]), dtype=DTYPES, eps=st.sampled_from([1e-6, 1e-2]))
-def test_rms_norm_is_its_definition(text: int, rows: int, n: int, dtype: torch.dtype, eps: float) -> None:
+@holds(
+    fast=60,
+    text=TEXTS,
+    rows=st.integers(1, 5),
+    n=st.sampled_from([1, 8, 64]),
+    dtype=DTYPES,
+    eps=st.sampled_from([1e-6, 1e-2]),
+)
+def test_rms_norm_is_its_definition(
+    text: int, rows: int, n: int, dtype: torch.dtype, eps: float
+) -> None:
     """RMSNorm and add + RMSNorm equal their formulas in float64, and write to none of their inputs."""
-    inputs = [noise(text + i, rows, n, dtype=dtype) for i in range(2)] + [noise(text + 2, n, dtype=dtype)]
+    inputs = [noise(text + i, rows, n, dtype=dtype) for i in range(2)] + [
+        noise(text + 2, n, dtype=dtype)
+    ]
     before = [tensor.clone() for tensor in inputs]
     x, residual, weight = inputs
     normed = kernels.rms_norm(x, weight, eps)
@@ -46,18 +61,38 @@ def test_rms_norm_is_its_definition(text: int, rows: int, n: int, dtype: torch.d
     assert_close(total_normed, exact(total.double()), "the norm of the sum")
 
 
-@holds(fast=40, text=TEXTS, head_dim=st.sampled_from([2, 8, 64]), first=st.integers(0, 50), distance=st.integers(0, 50))
-def test_rope_scores_depend_on_distance_alone(text: int, head_dim: int, first: int, distance: int) -> None:
-    """Rotation keeps lengths, and the score of a query and a key depends on their distance and nothing else."""
+@holds(
+    fast=40,
+    text=TEXTS,
+    head_dim=st.sampled_from([2, 8, 64]),
+    first=st.integers(0, 50),
+    distance=st.integers(0, 50),
+)
+def test_rope_scores_depend_on_distance_alone(
+    text: int, head_dim: int, first: int, distance: int
+) -> None:
+    """Rotation keeps lengths, and the score of a query and a key depends on their distance and
+    nothing else.
+    """
     from nanovllm.layers.rotary_embedding import RotaryEmbedding
 
     table = RotaryEmbedding(head_dim, 128, 1e4)
     x = noise(text, 2, 3, head_dim)
-    query, key = (rope.apply_rope(x[None, i].expand(2, -1, -1), table(torch.tensor([position, position + distance])))
-                  for i, position in ((0, first), (1, 0)))  # fmt: skip
-    assert_close(query.norm(dim=-1), x[0].double().norm(dim=-1).expand(2, -1), "the length of a rotated vector")
+    query, key = (
+        rope.apply_rope(
+            x[None, i].expand(2, -1, -1), table(torch.tensor([position, position + distance]))
+        )
+        for i, position in ((0, first), (1, 0))
+    )
+    assert_close(
+        query.norm(dim=-1),
+        x[0].double().norm(dim=-1).expand(2, -1),
+        "the length of a rotated vector",
+    )
     here, there = (query[0] * key[0]).sum(-1), (query[1] * key[1]).sum(-1)
-    assert torch.allclose(here, there, atol=2e-4 * math.sqrt(head_dim)), "the score of a query and a key moved with both of them"
+    assert torch.allclose(here, there, atol=2e-4 * math.sqrt(head_dim)), (
+        "the score of a query and a key moved with both of them"
+    )
 
 
 @holds(fast=40, text=TEXTS, rows=st.integers(1, 4), n=st.sampled_from([1, 8, 33]), dtype=DTYPES)
@@ -74,25 +109,38 @@ def test_kv_is_stored_in_its_slots_alone(text: int, block_size: int, tokens: int
     blocks, heads, head_dim = 12, 2, 4
     k, v = noise(text, 2, tokens, heads, head_dim)
     caches = noise(text + 1, 2, blocks, heads, block_size, head_dim)
-    slots = torch.randperm(blocks * block_size, generator=torch.Generator().manual_seed(text))[:tokens]
+    slots = torch.randperm(blocks * block_size, generator=torch.Generator().manual_seed(text))[
+        :tokens
+    ]
     expected = caches.clone()
     for i, slot in enumerate(slots.tolist()):
-        expected[0, slot // block_size, :, slot % block_size], expected[1, slot // block_size, :, slot % block_size] = k[i], v[i]
+        (
+            expected[0, slot // block_size, :, slot % block_size],
+            expected[1, slot // block_size, :, slot % block_size],
+        ) = k[i], v[i]
     kv_store.store_kv(k, v, caches[0], caches[1], slots)
     assert torch.equal(caches, expected), "K or V lie elsewhere than in their slots"
 
 
-ENTRIES = st.lists(st.tuples(st.booleans(), st.integers(0, 40), st.integers(1, 12)), min_size=1, max_size=20)
+ENTRIES = st.lists(
+    st.tuples(st.booleans(), st.integers(0, 40), st.integers(1, 12)), min_size=1, max_size=20
+)
 """(decode?, tokens already cached, tokens of the query)"""
 
 
 @holds(
-    fast=60, text=TEXTS, block_size=st.sampled_from([1, 4, 16]), entries=ENTRIES, heads=st.sampled_from([(1, 1), (4, 2), (6, 2)])
+    fast=60,
+    text=TEXTS,
+    block_size=st.sampled_from([1, 4, 16]),
+    entries=ENTRIES,
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 2)]),
 )
 def test_attention_is_its_definition(
     text: int, block_size: int, entries: list[tuple[bool, int, int]], heads: tuple[int, int]
 ) -> None:
-    """Paged attention of decodes, prompts and chunks in one batch: causal softmax attention over each entry's own tokens."""
+    """Paged attention of decodes, prompts and chunks in one batch: causal softmax attention over
+    each entry's own tokens.
+    """
     (q_heads, kv_heads), head_dim = heads, 8
     decodes = [(past, 1) for decode, past, _ in entries if decode]
     shapes = decodes + [(past, length) for decode, past, length in entries if not decode]
@@ -116,10 +164,16 @@ def test_attention_is_its_definition(
         fresh.append((k[past:], v[past:]))
         expected.append(dense_attention(q.double(), k.double(), v.double()))
     batch = ForwardBatch(
-        torch.zeros(sum(query_lens), dtype=torch.int64), torch.zeros(sum(query_lens), dtype=torch.int64),
-        torch.zeros(sum(query_lens), dtype=torch.int64), tables, torch.tensor(seq_lens, dtype=torch.int32),
-        torch.tensor([0, *query_lens]).cumsum(0), len(decodes), query_lens, seq_lens,
-    )  # fmt: skip
+        torch.zeros(sum(query_lens), dtype=torch.int64),
+        torch.zeros(sum(query_lens), dtype=torch.int64),
+        torch.zeros(sum(query_lens), dtype=torch.int64),
+        tables,
+        torch.tensor(seq_lens, dtype=torch.int32),
+        torch.tensor([0, *query_lens]).cumsum(0),
+        len(decodes),
+        query_lens,
+        seq_lens,
+    )
     backend: Any = attention.TorchAttention(kv_heads, block_size, head_dim, torch.float32)
     backend.prepare(batch)
     k, v = (torch.cat([kv[part] for kv in fresh]) for part in (0, 1))
@@ -128,7 +182,9 @@ def test_attention_is_its_definition(
 
 
 def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """q: [length, q_heads, head_dim], the last of k, v: [tokens, kv_heads, head_dim]. Query head h reads KV head h // group."""
+    """q: [length, q_heads, head_dim], the last of k, v: [tokens, kv_heads, head_dim]. Query head h
+    reads KV head h // group.
+    """
     past, group = len(k) - len(q), q.shape[1] // k.shape[1]
     result = torch.empty_like(q)
     for i in range(len(q)):

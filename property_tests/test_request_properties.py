@@ -1,4 +1,6 @@
-"""The front door: what is allowed is taken and served, what is not is refused with a clear error, and nothing is ignored."""
+"""The front door: what is allowed is taken and served, what is not is refused with a clear error,
+and nothing is ignored.
+"""
 
 from __future__ import annotations
 
@@ -25,31 +27,44 @@ GOOD: dict[str, st.SearchStrategy[Any]] = {
     "logprobs": st.none() | st.integers(0, 20),
 }
 BAD: dict[str, st.SearchStrategy[Any]] = {
-    "temperature": st.floats(max_value=9e-6).filter(lambda t: t != 0) | st.sampled_from([float("nan"), float("inf")]),
+    "temperature": st.floats(max_value=9e-6).filter(lambda t: t != 0)
+    | st.sampled_from([float("nan"), float("inf")]),
     "top_k": st.integers(max_value=-2) | st.integers(2**31),
     "top_p": st.floats(max_value=0) | st.floats(1, exclude_min=True) | st.just(float("nan")),
     "max_tokens": st.integers(max_value=0),
     "seed": st.integers(max_value=-(2**63) - 1) | st.integers(2**63),
     "logprobs": st.integers(max_value=-1),
 }
-NO_WHOLE_NUMBER = st.tuples(st.sampled_from(["top_k", "max_tokens", "seed", "logprobs"]), st.floats() | st.text())
+NO_WHOLE_NUMBER = st.tuples(
+    st.sampled_from(["top_k", "max_tokens", "seed", "logprobs"]), st.floats() | st.text()
+)
 SHAPE = Shape("chunked", True, 0, 8, 16, 4, 64)
 
 
 @holds(fast=60, params=st.fixed_dictionaries({}, optional=GOOD))
 def test_what_is_allowed_is_taken(params: dict[str, Any]) -> None:
-    """Every sampling parameter in its documented range is accepted and kept; temperature 0 is one of them."""
+    """Every sampling parameter in its documented range is accepted and kept; temperature 0 is one
+    of them.
+    """
     try:
         taken = SamplingParams(**params)
     except (ValueError, TypeError) as error:
         raise AssertionError(f"{params} are allowed and were refused: {error}") from error
-    assert all(getattr(taken, name) == value for name, value in params.items()), "a parameter was changed"
+    assert all(getattr(taken, name) == value for name, value in params.items()), (
+        "a parameter was changed"
+    )
 
 
-@holds(fast=120, good=st.fixed_dictionaries({}, optional=GOOD), bad=st.sampled_from(sorted(BAD)).flatmap(
-    lambda name: st.tuples(st.just(name), BAD[name])) | NO_WHOLE_NUMBER)  # fmt: skip
+@holds(
+    fast=120,
+    good=st.fixed_dictionaries({}, optional=GOOD),
+    bad=st.sampled_from(sorted(BAD)).flatmap(lambda name: st.tuples(st.just(name), BAD[name]))
+    | NO_WHOLE_NUMBER,
+)
 def test_what_is_not_allowed_is_refused(good: dict[str, Any], bad: tuple[str, Any]) -> None:
-    """One sampling parameter out of its range: a ValueError that names it; max_tokens 0 is one of them."""
+    """One sampling parameter out of its range: a ValueError that names it; max_tokens 0 is one of
+    them.
+    """
     name, value = bad
     try:
         SamplingParams(**{**good, name: value})
@@ -64,37 +79,64 @@ PROMPTS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20)
 
 @holds(fast=30, prompt=PROMPTS, max_tokens=st.integers(1, 5), greedy=st.booleans())
 def test_a_valid_request_is_served(prompt: list[int], max_tokens: int, greedy: bool) -> None:
-    """Any prompt of known tokens, greedy or not, gives exactly max_tokens tokens where end of sequence is ignored."""
-    params = SamplingParams(temperature=0.0 if greedy else 0.9, max_tokens=max_tokens, ignore_eos=True)
+    """Any prompt of known tokens, greedy or not, gives exactly max_tokens tokens where end of
+    sequence is ignored.
+    """
+    params = SamplingParams(
+        temperature=0.0 if greedy else 0.9, max_tokens=max_tokens, ignore_eos=True
+    )
     with engine_of(SHAPE) as engine:
         served = serve(engine, (Request(tuple(prompt), params),))
-    assert len(served[0].tokens) == max_tokens, f"asked for {max_tokens} tokens, got {len(served[0].tokens)}"
+    assert len(served[0].tokens) == max_tokens, (
+        f"asked for {max_tokens} tokens, got {len(served[0].tokens)}"
+    )
     assert all(0 <= token < VOCAB for token in served[0].tokens)
 
 
-UNKNOWN = st.lists(st.integers(), min_size=1, max_size=5).filter(lambda prompt: not 0 <= min(prompt) <= max(prompt) < VOCAB)
+UNKNOWN = st.lists(st.integers(), min_size=1, max_size=5).filter(
+    lambda prompt: not 0 <= min(prompt) <= max(prompt) < VOCAB
+)
 TOO_LONG = st.integers(MAX_MODEL_LEN - 3, MAX_MODEL_LEN + 200).map(lambda length: [1] * length)
 
 
 @holds(fast=30, prompt=st.just([]) | UNKNOWN | TOO_LONG)
 def test_an_impossible_request_is_refused(prompt: list[int]) -> None:
-    """An empty prompt, an unknown token, more than max_model_len tokens: a ValueError, and the engine is as it was."""
+    """An empty prompt, an unknown token, more than max_model_len tokens: a ValueError, and the
+    engine is as it was.
+    """
     with engine_of(SHAPE) as engine:
         try:
-            engine.add_request("bad", {"prompt_token_ids": prompt}, SamplingParams(max_tokens=4, ignore_eos=True))
+            engine.add_request(
+                "bad", {"prompt_token_ids": prompt}, SamplingParams(max_tokens=4, ignore_eos=True)
+            )
         except ValueError:
             assert not engine.has_unfinished_requests(), "a request was refused and queued"
         else:
-            raise AssertionError(f"a prompt of {len(prompt)} tokens ({prompt[:3]}...) and max_tokens=4 was taken")
+            raise AssertionError(
+                f"a prompt of {len(prompt)} tokens ({prompt[:3]}...) and max_tokens=4 was taken"
+            )
 
 
 NAMES = {
-    "max_num_seqs", "block_size", "max_model_len", "max_num_batched_tokens", "dtype", "enforce_eager", "enable_prefix_caching",
-    "seed", "device", "optimizations",
-}  # fmt: skip
+    "max_num_seqs",
+    "block_size",
+    "max_model_len",
+    "max_num_batched_tokens",
+    "dtype",
+    "enforce_eager",
+    "enable_prefix_caching",
+    "seed",
+    "device",
+    "optimizations",
+}
 
 
-@holds(fast=30, name=st.sampled_from(sorted(NAMES)), edit=st.sampled_from(["x", "_", "s"]), at=st.integers(0, 30))
+@holds(
+    fast=30,
+    name=st.sampled_from(sorted(NAMES)),
+    edit=st.sampled_from(["x", "_", "s"]),
+    at=st.integers(0, 30),
+)
 def test_an_unknown_argument_is_an_error(name: str, edit: str, at: int) -> None:
     """A misspelt argument of the engine is refused by name, never dropped."""
     wrong = name[:at] + edit + name[at:]
@@ -108,14 +150,30 @@ def test_an_unknown_argument_is_an_error(name: str, edit: str, at: int) -> None:
         raise AssertionError(f"{wrong}=1 was dropped: {config}")
 
 
-@holds(fast=30, theta=st.sampled_from([1e4, 1e5, 1e6, 5e6]), layout=st.sampled_from(["transformers 4", "transformers 5"]),
-       eps=st.sampled_from([1e-6, 1e-5]), eos=st.lists(st.integers(0, 9), min_size=1, max_size=2))  # fmt: skip
-def test_config_files_are_read_as_they_are_written(theta: float, layout: str, eps: float, eos: list[int]) -> None:
+@holds(
+    fast=30,
+    theta=st.sampled_from([1e4, 1e5, 1e6, 5e6]),
+    layout=st.sampled_from(["transformers 4", "transformers 5"]),
+    eps=st.sampled_from([1e-6, 1e-5]),
+    eos=st.lists(st.integers(0, 9), min_size=1, max_size=2),
+)
+def test_config_files_are_read_as_they_are_written(
+    theta: float, layout: str, eps: float, eos: list[int]
+) -> None:
     """rope_theta, epsilon and end-of-sequence ids, where transformers 4 and 5 write them."""
-    raw = json.loads((tiny() / "config.json").read_text()) | {"rms_norm_eps": eps, "eos_token_id": eos if len(eos) > 1 else eos[0]}
-    raw = {key: value for key, value in raw.items() if key not in ("rope_theta", "rope_parameters", "rope_scaling")}
+    raw = json.loads((tiny() / "config.json").read_text()) | {
+        "rms_norm_eps": eps,
+        "eos_token_id": eos if len(eos) > 1 else eos[0],
+    }
+    raw = {
+        key: value
+        for key, value in raw.items()
+        if key not in ("rope_theta", "rope_parameters", "rope_scaling")
+    }
     raw |= (
-        {"rope_theta": theta} if layout == "transformers 4" else {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+        {"rope_theta": theta}
+        if layout == "transformers 4"
+        else {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
     )
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(raw))

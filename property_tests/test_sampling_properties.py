@@ -1,8 +1,10 @@
-"""What is sampled follows the distribution that was asked for, exactly in its support and by chi-square in its frequencies.
+"""What is sampled follows the distribution that was asked for, exactly in its support and by
+chi-square in its frequencies.
 
-LEVEL is the false-alarm probability of one test of frequencies. So far out in its tail the chi-square approximation is too
-optimistic, by less than 20 times where cells hold 50 expected counts or more; so 50 repetitions of the fast profile, some 2,500
-tests, raise a false alarm with a probability below 1 %.
+LEVEL is the false-alarm probability of one test of frequencies. So far out in its tail the
+chi-square approximation is too optimistic, by less than 20 times where cells hold 50 expected
+counts or more; so 50 repetitions of the fast profile, some 2,500 tests, raise a false alarm with a
+probability below 1 %.
 """
 
 from __future__ import annotations
@@ -27,13 +29,19 @@ CELL = 50
 """Least number of expected counts in a cell; rarer tokens are counted together."""
 
 FILTERS = st.tuples(
-    st.sampled_from([0.2, 0.6, 1.0, 1.7]), st.sampled_from([0, -1, 1, 2, 5, 17, 5000]), st.sampled_from([1e-6, 0.3, 0.8, 0.95, 1.0])
+    st.sampled_from([0.2, 0.6, 1.0, 1.7]),
+    st.sampled_from([0, -1, 1, 2, 5, 17, 5000]),
+    st.sampled_from([1e-6, 0.3, 0.8, 0.95, 1.0]),
 )
 """(temperature, top_k, top_p)"""
 
 
-def probabilities(logits: NDArray[np.float64], temperature: float, top_k: int, top_p: float) -> NDArray[np.float64]:
-    """The definition, in float64: of the k largest, the smallest set of the largest whose mass reaches p."""
+def probabilities(
+    logits: NDArray[np.float64], temperature: float, top_k: int, top_p: float
+) -> NDArray[np.float64]:
+    """The definition, in float64: of the k largest, the smallest set of the largest whose mass
+    reaches p.
+    """
     scaled = logits / temperature
     order = np.argsort(-scaled, kind="stable")
     p = np.exp(scaled[order] - scaled[order[0]])
@@ -48,77 +56,140 @@ def probabilities(logits: NDArray[np.float64], temperature: float, top_k: int, t
 
 
 def assert_distributed(tokens: NDArray[np.int64], expected: NDArray[np.float64]) -> None:
-    """Counts against `expected` [vocab], probabilities: nothing outside its support, and chi-square within it."""
+    """Counts against `expected` [vocab], probabilities: nothing outside its support, and chi-square
+    within it.
+    """
     counts = np.bincount(tokens, minlength=len(expected))
     outside = (expected == 0) & (counts > 0)
-    assert not outside.any(), f"tokens {np.flatnonzero(outside)[:5].tolist()} were sampled, which the filters drop"
+    assert not outside.any(), (
+        f"tokens {np.flatnonzero(outside)[:5].tolist()} were sampled, which the filters drop"
+    )
     wanted = expected * len(tokens)
     common = np.flatnonzero(wanted >= CELL)
     observed, wanted = counts[common], wanted[common]
     rest = len(tokens) - wanted.sum()
     if rest >= CELL:
-        observed, wanted = np.append(observed, len(tokens) - observed.sum()), np.append(wanted, rest)
-    else:
-        assert stats.binom.sf(len(tokens) - observed.sum() - 1, len(tokens), min(1.0, rest / len(tokens) + 1e-9)) > LEVEL, (
-            "rare tokens were sampled too often"
+        observed, wanted = (
+            np.append(observed, len(tokens) - observed.sum()),
+            np.append(wanted, rest),
         )
+    else:
+        assert (
+            stats.binom.sf(
+                len(tokens) - observed.sum() - 1, len(tokens), min(1.0, rest / len(tokens) + 1e-9)
+            )
+            > LEVEL
+        ), "rare tokens were sampled too often"
         wanted *= observed.sum() / wanted.sum()
     if len(wanted) > 1:
         p_value = stats.chisquare(observed, wanted, sum_check=False).pvalue
-        assert p_value > LEVEL, f"{len(tokens)} tokens do not follow the distribution: p = {p_value:.1e} in {len(wanted)} cells"
+        assert p_value > LEVEL, (
+            f"{len(tokens)} tokens do not follow the distribution: p = {p_value:.1e} in {len(wanted)} cells"
+        )
 
 
-def expected_of(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> NDArray[np.float64] | None:
-    """Their probabilities. None where the mass reaches p within rounding: then either set is right, so nothing can be said."""
+def expected_of(
+    logits: torch.Tensor, temperature: float, top_k: int, top_p: float
+) -> NDArray[np.float64] | None:
+    """Their probabilities. None where the mass reaches p within rounding: then either set is right,
+    so nothing can be said.
+    """
     exact = logits.double().numpy()
-    low, high = (probabilities(exact, temperature, top_k, p) for p in (top_p * (1 - 1e-5), min(1.0, top_p * (1 + 1e-5))))
+    low, high = (
+        probabilities(exact, temperature, top_k, p)
+        for p in (top_p * (1 - 1e-5), min(1.0, top_p * (1 + 1e-5)))
+    )
     middle = probabilities(exact, temperature, top_k, top_p)
     return None if ((low > 0) != (high > 0)).any() else middle
 
 
-@holds(fast=40, text=st.integers(0, 2**20), filters=FILTERS, seed=SEEDS, over=st.sampled_from(["positions", "seeds"]))
-def test_frequencies_follow_the_filtered_softmax(text: int, filters: tuple[float, int, float], seed: int, over: str) -> None:
-    """The sampler on random logits: support exactly, frequencies by chi-square; over the positions of one seed, and over seeds."""
+@holds(
+    fast=40,
+    text=st.integers(0, 2**20),
+    filters=FILTERS,
+    seed=SEEDS,
+    over=st.sampled_from(["positions", "seeds"]),
+)
+def test_frequencies_follow_the_filtered_softmax(
+    text: int, filters: tuple[float, int, float], seed: int, over: str
+) -> None:
+    """The sampler on random logits: support exactly, frequencies by chi-square; over the positions
+    of one seed, and over seeds.
+    """
     logits = torch.randn(29, generator=torch.Generator().manual_seed(text)) * 2
     temperature, top_k, top_p = filters
     if (expected := expected_of(logits, *filters)) is None:
         return
     n = 4000
     steps = torch.arange(n)
-    seeds, positions = (torch.full((n,), seed), steps) if over == "positions" else (seed // 2 + steps, torch.full((n,), 17))
+    seeds, positions = (
+        (torch.full((n,), seed), steps)
+        if over == "positions"
+        else (seed // 2 + steps, torch.full((n,), 17))
+    )
     tokens = sampling.sample(
-        logits.expand(n, -1), torch.full((n,), temperature), torch.full((n,), top_k), torch.full((n,), top_p), seeds, positions,
-        all_greedy=False, any_top_k_top_p=top_k > 0 or top_p < 1,
-    )  # fmt: skip
+        logits.expand(n, -1),
+        torch.full((n,), temperature),
+        torch.full((n,), top_k),
+        torch.full((n,), top_p),
+        seeds,
+        positions,
+        all_greedy=False,
+        any_top_k_top_p=top_k > 0 or top_p < 1,
+    )
     assert_distributed(tokens.numpy(), expected)
 
 
 @cache
 def last_logits(prompt: tuple[int, ...]) -> torch.Tensor:
     with torch.inference_mode():
-        logits: torch.Tensor = reference().rescorer.reference(input_ids=torch.tensor([prompt])).logits[0, -1]
+        logits: torch.Tensor = (
+            reference().rescorer.reference(input_ids=torch.tensor([prompt])).logits[0, -1]
+        )
     return logits
 
 
 PROMPTS = st.sampled_from([(5, 6, 7), (9,) * 4])
 
 
-@holds(fast=6, filters=FILTERS, batching=st.sampled_from(BATCHING), seeded=st.booleans(), prompt=PROMPTS, graphs=st.booleans(),
-       prefix_cache=st.booleans())  # fmt: skip
-def test_an_engine_samples_what_hf_would(filters: tuple[float, int, float], batching: str, seeded: bool, prompt: tuple[int, ...],
-                                         graphs: bool, prefix_cache: bool) -> None:  # fmt: skip
-    """Many requests with one prompt, each with its own seed or with none: their first tokens follow HF's distribution."""
+@holds(
+    fast=6,
+    filters=FILTERS,
+    batching=st.sampled_from(BATCHING),
+    seeded=st.booleans(),
+    prompt=PROMPTS,
+    graphs=st.booleans(),
+    prefix_cache=st.booleans(),
+)
+def test_an_engine_samples_what_hf_would(
+    filters: tuple[float, int, float],
+    batching: str,
+    seeded: bool,
+    prompt: tuple[int, ...],
+    graphs: bool,
+    prefix_cache: bool,
+) -> None:
+    """Many requests with one prompt, each with its own seed or with none: their first tokens follow
+    HF's distribution.
+    """
     temperature, top_k, top_p = filters
     if (expected := expected_of(last_logits(prompt), *filters)) is None:
         return
     n = 600
     shape = Shape(batching, prefix_cache, 0, 4, 2 * 64, 64, 256, graphs=graphs)
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=1, ignore_eos=True)
+    params = SamplingParams(
+        temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=1, ignore_eos=True
+    )
     with engine_of(shape) as engine:
         for i in range(n):
             own = replace(params, seed=i * 2**33 + 11) if seeded else params
             engine.add_request(str(i), {"prompt_token_ids": list(prompt)}, own)
-        tokens = [o.outputs[0].token_ids[0] for _ in range(n) if engine.has_unfinished_requests() for o in engine.step()]
+        tokens = [
+            o.outputs[0].token_ids[0]
+            for _ in range(n)
+            if engine.has_unfinished_requests()
+            for o in engine.step()
+        ]
     assert len(tokens) == n, f"{n} requests gave {len(tokens)} tokens"
     assert len(expected) == VOCAB
     assert_distributed(np.array(tokens), expected)
@@ -126,7 +197,9 @@ def test_an_engine_samples_what_hf_would(filters: tuple[float, int, float], batc
 
 @holds(fast=60, text=st.integers(0, 2**20), filters=st.lists(FILTERS, min_size=1, max_size=5))
 def test_filters_keep_what_they_say(text: int, filters: list[tuple[float, int, float]]) -> None:
-    """Top-k and top-p of a batch with a filter of its own in each row: exactly the tokens of the definition are kept."""
+    """Top-k and top-p of a batch with a filter of its own in each row: exactly the tokens of the
+    definition are kept.
+    """
     from nanovllm.kernels.torch.filtering import filtered_logits
 
     logits = torch.randn(len(filters), 53, generator=torch.Generator().manual_seed(text)) * 2
@@ -140,15 +213,27 @@ def test_filters_keep_what_they_say(text: int, filters: list[tuple[float, int, f
             )
 
 
-@holds(fast=40, text=st.integers(0, 2**20), temperatures=st.lists(st.sampled_from([0.0, 0.3, 1.0, 3.0]), min_size=1, max_size=6),
-       top_k=st.sampled_from([0, 3]), seed=SEEDS)  # fmt: skip
-def test_rows_of_a_batch_do_not_meet(text: int, temperatures: list[float], top_k: int, seed: int) -> None:
+@holds(
+    fast=40,
+    text=st.integers(0, 2**20),
+    temperatures=st.lists(st.sampled_from([0.0, 0.3, 1.0, 3.0]), min_size=1, max_size=6),
+    top_k=st.sampled_from([0, 3]),
+    seed=SEEDS,
+)
+def test_rows_of_a_batch_do_not_meet(
+    text: int, temperatures: list[float], top_k: int, seed: int
+) -> None:
     """Greedy rows take the largest logit, and every row gets what it gets alone."""
     n = len(temperatures)
     logits = torch.randn(n, 211, generator=torch.Generator().manual_seed(text)) * 3
     columns = [
-        logits, torch.tensor(temperatures), torch.full((n,), top_k), torch.ones(n), seed // 2 + torch.arange(n), 3 * torch.arange(n)
-    ]  # fmt: skip
+        logits,
+        torch.tensor(temperatures),
+        torch.full((n,), top_k),
+        torch.ones(n),
+        seed // 2 + torch.arange(n),
+        3 * torch.arange(n),
+    ]
 
     def sample(rows: slice) -> torch.Tensor:
         flags = {"all_greedy": not any(temperatures[rows]), "any_top_k_top_p": top_k > 0}
@@ -158,4 +243,6 @@ def test_rows_of_a_batch_do_not_meet(text: int, temperatures: list[float], top_k
     for i, temperature in enumerate(temperatures):
         assert sample(slice(i, i + 1))[0] == together[i], f"row {i} gets another token alone"
         if temperature == 0:
-            assert together[i] == logits[i].argmax(), f"greedy row {i} does not take the largest logit"
+            assert together[i] == logits[i].argmax(), (
+                f"greedy row {i} does not take the largest logit"
+            )

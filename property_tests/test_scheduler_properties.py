@@ -1,4 +1,6 @@
-"""Scheduler, block manager and prefix cache, without a model: every request gets its own tokens, whatever happens around it."""
+"""Scheduler, block manager and prefix cache, without a model: every request gets its own tokens,
+whatever happens around it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from property_tests.model_free import VOCAB
 from property_tests.profiles import deep, examples, holds
 from property_tests.strategies import Shape, Workload, shapes, workloads
 
-EngineMachine.TestCase.settings = settings(max_examples=examples(120), stateful_step_count=60 if deep() else 25)
+EngineMachine.TestCase.settings = settings(
+    max_examples=examples(120), stateful_step_count=60 if deep() else 25
+)
 TestEngineMachine = EngineMachine.TestCase
 
 STEPS = 3000 if deep() else 300
@@ -20,7 +24,9 @@ STEPS = 3000 if deep() else 300
 
 @holds(fast=150, workload=workloads(vocab_size=VOCAB, lags=(0, 1, 2), longest_prompt=20))
 def test_whole_workloads(workload: Workload) -> None:
-    """Requests that fit barely, arriving together or apart, some aborted: each gets the tokens that it would get alone."""
+    """Requests that fit barely, arriving together or apart, some aborted: each gets the tokens that
+    it would get alone.
+    """
     serve(CheckedEngine(workload.shape), workload)
 
 
@@ -30,7 +36,11 @@ def serve(checked: CheckedEngine, workload: Workload) -> None:
         for i, request in enumerate(workload.requests):
             if request.arrival == step:
                 ids[i] = str(len(checked.requests))
-                checked.add(request.prompt, request.params.max_tokens, frozenset(request.params.stop_token_ids))
+                checked.add(
+                    request.prompt,
+                    request.params.max_tokens,
+                    frozenset(request.params.stop_token_ids),
+                )
             if request.abort is not None and request.arrival + request.abort == step:
                 checked.abort(ids[i])
         checked.step()
@@ -39,7 +49,9 @@ def serve(checked: CheckedEngine, workload: Workload) -> None:
 
 @holds(fast=40, shape=shapes(), seed=st.integers(0, 2**32))
 def test_long_histories(shape: Shape, seed: int) -> None:
-    """Requests come and go for thousands of steps (300 in the fast profile), so that pools fill, fragment and are reused."""
+    """Requests come and go for thousands of steps (300 in the fast profile), so that pools fill,
+    fragment and are reused.
+    """
     rng = random.Random(seed)
     checked = CheckedEngine(shape)
     texts = [tuple(rng.randint(0, 1) for _ in range(LONGEST_PROMPT)) for _ in range(3)]

@@ -1,4 +1,6 @@
-"""python -m reports render | ratio | publish | published | claims | questions | lines | screenshot: pages, rebuilt from records."""
+"""python -m reports render | ratio | publish | published | claims | questions | lines | screenshot:
+pages, rebuilt from records.
+"""
 
 import json
 import sys
@@ -28,13 +30,18 @@ REPORT = "report"
 LINES = PUBLISHED / "code-lines" / "lines.json"
 PICTURE = claims_page.ROOT / "docs" / "report.png"
 
-CheckOption = Annotated[bool, typer.Option("--check", help="write nothing; say what is not current, and fail if anything is")]
+CheckOption = Annotated[
+    bool,
+    typer.Option("--check", help="write nothing; say what is not current, and fail if anything is"),
+]
 
 
 @app.command("render")
 def render_folder(
     folder: Annotated[Path, typer.Argument(help="holds plan.json and records.jsonl")],
-    out: Annotated[Path | None, typer.Option(help="where to write; FOLDER/report if not given")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="where to write; FOLDER/report if not given")
+    ] = None,
 ) -> None:
     """Write report.md, report.html and figures/ from the records of FOLDER, and print the table."""
 
@@ -52,10 +59,19 @@ def render_folder(
 
 @app.command()
 def publish(
-    folder: Annotated[Path, typer.Argument(help="a finished execution, e.g. the newest one under runs/")],
-    name: Annotated[str, typer.Argument(help="where it goes under reports/published, e.g. cpu-two-cores/conversation")],
+    folder: Annotated[
+        Path, typer.Argument(help="a finished execution, e.g. the newest one under runs/")
+    ],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="where it goes under reports/published, e.g. cpu-two-cores/conversation"
+        ),
+    ],
 ) -> None:
-    """Keep an execution: its plan and records go to reports/published, and every page made from there is rendered again."""
+    """Keep an execution: its plan and records go to reports/published, and every page made from
+    there is rendered again.
+    """
 
     def work() -> None:
         target = publish_records(folder, name, reproduce_command(read_folder(folder)[0]))
@@ -72,7 +88,9 @@ def show_ratio(
     ours: Annotated[str, typer.Argument(help="a cell of the study")],
     theirs: Annotated[str, typer.Argument(help="another one: what the first is divided by")],
 ) -> None:
-    """Print the throughput of one cell over another's, for a question that the study did not ask before it ran."""
+    """Print the throughput of one cell over another's, for a question that the study did not ask
+    before it ran.
+    """
 
     def work() -> None:
         plan, file = read_folder(folder)
@@ -80,7 +98,9 @@ def show_ratio(
             found = ratios(file.records, plan, ours, theirs)
         except ValueError as error:
             raise RecordError(str(error)) from error
-        print(f"{ours} / {theirs}, output tokens per second, paired within blocks; asked after the study ran, so no verdict")
+        print(
+            f"{ours} / {theirs}, output tokens per second, paired within blocks; asked after the study ran, so no verdict"
+        )
         for effect in found:
             what = f"{text.ratio(effect['ratio']):>8}  {text.interval(effect['low'], effect['high']):16}"
             print(f"{effect['workload']:24} {what} {text.count_of(effect['n'], 'block')}")
@@ -90,7 +110,9 @@ def show_ratio(
 
 @app.command()
 def published(check: CheckOption = False) -> None:
-    """Render every page that is made from reports/published: each study's report, the claims, the questions."""
+    """Render every page that is made from reports/published: each study's report, the claims, the
+    questions.
+    """
     guarded(lambda: settle(write_all, check))
 
 
@@ -109,10 +131,15 @@ def questions(check: CheckOption = False) -> None:
 @app.command()
 def lines(
     model: Annotated[Path, typer.Option(help="folder of a checkpoint that both engines can run")],
-    vllm: Annotated[Path | None, typer.Option(help="interpreter that has vLLM; without it its last count is kept")] = None,
+    vllm: Annotated[
+        Path | None,
+        typer.Option(help="interpreter that has vLLM; without it its last count is kept"),
+    ] = None,
     out: Annotated[Path, typer.Option(help="where the record goes")] = LINES,
 ) -> None:
-    """Count code lines of our engine and of vLLM, one way: a record that the claims are rendered from."""
+    """Count code lines of our engine and of vLLM, one way: a record that the claims are rendered
+    from.
+    """
 
     def work() -> None:
         before = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else None
@@ -126,7 +153,11 @@ def lines(
 
 @app.command("screenshot")
 def make_screenshot(
-    page: Annotated[Path, typer.Argument(help="an HTML page")] = PUBLISHED / "cpu-two-cores" / "embedded" / REPORT / "report.html",
+    page: Annotated[Path, typer.Argument(help="an HTML page")] = PUBLISHED
+    / "cpu-two-cores"
+    / "embedded"
+    / REPORT
+    / "report.html",
     out: Annotated[Path, typer.Option(help="the PNG file")] = PICTURE,
 ) -> None:
     """Take the README's picture: the head of a report, in a headless Chromium."""
@@ -142,11 +173,21 @@ def write_all(out: Path) -> None:
 
 def write_claims(out: Path) -> None:
     judged = [claims_page.judge(claim, library()) for claim in claims_page.read_claims()]
-    write_page(out / relative(claims_page.PAGE), "report.md.j2", report=claims_page.document(judged), pictures={}, folder="")
+    write_page(
+        out / relative(claims_page.PAGE),
+        "report.md.j2",
+        report=claims_page.document(judged),
+        pictures={},
+        folder="",
+    )
 
 
 def write_questions(out: Path) -> None:
-    write_page(out / relative(questions_page.PAGE), questions_page.TEMPLATE, **questions_page.values(library()))
+    write_page(
+        out / relative(questions_page.PAGE),
+        questions_page.TEMPLATE,
+        **questions_page.values(library()),
+    )
 
 
 def write_page(path: Path, template: str, **values: object) -> None:
@@ -165,11 +206,21 @@ def settle(write: Callable[[Path], None], check: bool) -> None:
         return
     with tempfile.TemporaryDirectory() as aside:
         write(Path(aside))
-        fresh = {path.relative_to(aside): path.read_bytes() for path in Path(aside).rglob("*") if path.is_file()}
+        fresh = {
+            path.relative_to(aside): path.read_bytes()
+            for path in Path(aside).rglob("*")
+            if path.is_file()
+        }
     there = {path: claims_page.ROOT / path for path in fresh}
-    stale = [str(path) for path, content in fresh.items() if not there[path].is_file() or there[path].read_bytes() != content]
+    stale = [
+        str(path)
+        for path, content in fresh.items()
+        if not there[path].is_file() or there[path].read_bytes() != content
+    ]
     if stale:
-        print("not current: " + ", ".join(stale) + "; render again with: make report", file=sys.stderr)
+        print(
+            "not current: " + ", ".join(stale) + "; render again with: make report", file=sys.stderr
+        )
         raise typer.Exit(1)
 
 

@@ -1,6 +1,7 @@
 """The result of a study in one sentence, and what a reader must know before believing it.
 
-The sentence is made from verdicts by fixed rules; nobody chooses what it says after seeing the numbers.
+The sentence is made from verdicts by fixed rules; nobody chooses what it says after seeing the
+numbers.
 """
 
 from collections import Counter
@@ -31,7 +32,9 @@ def _headline(analysis: Analysis) -> Mapping[str, Any] | None:
 
 
 def _primary(analysis: Analysis) -> list[Mapping[str, Any]]:
-    return [effect for effect in analysis["effects"] if effect["metric"] == analysis["metric"]["key"]]
+    return [
+        effect for effect in analysis["effects"] if effect["metric"] == analysis["metric"]["key"]
+    ]
 
 
 def _headline_verdict(analysis: Analysis) -> str:
@@ -53,7 +56,9 @@ def _sentence(analysis: Analysis) -> str:
             if counts["excluded_launches"]
             else "none recorded"
         )
-        return f"No answer: not one launch was counted ({made}, {counts['planned_launches']} planned)."
+        return (
+            f"No answer: not one launch was counted ({made}, {counts['planned_launches']} planned)."
+        )
     headline, tested = (
         _headline(analysis),
         [effect for effect in _primary(analysis) if effect["role"] == "treatment" and effect["n"]],
@@ -66,14 +71,22 @@ def _sentence(analysis: Analysis) -> str:
     if headline is not None:
         single = [effect for effect in gains if _factors_changed(effect["cell"], analysis) == 1]
         best = better(single, key=lambda effect: effect["ratio"]) if single else None
-        found = f"the largest single gain that is told from chance: {_place(best, analysis)}" if best else ""
+        found = (
+            f"the largest single gain that is told from chance: {_place(best, analysis)}"
+            if best
+            else ""
+        )
         tail = f"; {found} ({ratio(best['ratio'])})" if best else ""
         return f"Everything on {_says(headline, analysis)}{tail}."
     if best is not None:
         rank = f"the largest of {count_of(len(gains), 'gain')} among {len(tested)} effects"
         return f"{_place(best, analysis)} {_says(best, analysis)}, {rank}."
     losses = [effect for effect in tested if effect["verdict"] == "slower"]
-    worst = (min if better is max else max)(losses, key=lambda effect: effect["ratio"]) if losses else None
+    worst = (
+        (min if better is max else max)(losses, key=lambda effect: effect["ratio"])
+        if losses
+        else None
+    )
     if analysis["study"].get("design", {}).get("kind") == "leave_one_out" and worst:
         rank = f"the largest of {count_of(len(losses), 'loss')} among {len(tested)} effects"
         return f"From everything on, the baseline of this study: {_place(worst, analysis)} {_says(worst, analysis)}, {rank}."
@@ -82,7 +95,9 @@ def _sentence(analysis: Analysis) -> str:
         return f"Undecided: {blocks}, too few for an interval, and so for a verdict on any of {count_of(len(tested), 'effect')}."
     tally = Counter(effect["verdict"] for effect in tested)
     found = ", ".join(f"{n} {verdict}" for verdict, n in sorted(tally.items()))
-    tail = f"; the largest loss: {_place(worst, analysis)} {_says(worst, analysis)}" if worst else ""
+    tail = (
+        f"; the largest loss: {_place(worst, analysis)} {_says(worst, analysis)}" if worst else ""
+    )
     return f"Nothing tested is faster than the baseline: of {count_of(len(tested), 'effect')}, {found}{tail}."
 
 
@@ -92,7 +107,11 @@ def _factors_changed(cell: str, analysis: Analysis) -> int:
 
 
 def _place(effect: Mapping[str, Any], analysis: Analysis) -> str:
-    return f"{effect['cell']} on {effect['workload']}" if len(analysis["workloads"]) > 1 else str(effect["cell"])
+    return (
+        f"{effect['cell']} on {effect['workload']}"
+        if len(analysis["workloads"]) > 1
+        else str(effect["cell"])
+    )
 
 
 def _says(effect: Mapping[str, Any], analysis: Analysis) -> str:
@@ -101,9 +120,7 @@ def _says(effect: Mapping[str, Any], analysis: Analysis) -> str:
     if effect["low"] is None:
         found = f"measured {ratio(effect['ratio'])[1:]} times the baseline's {metric['label']} in {blocks}"
         return f"{found}: too few for an interval, so inconclusive"
-    evidence = (
-        f"{percent(analysis['rule']['confidence'], 0)} interval {interval(effect['low'], effect['high'])}, {blocks}"
-    )
+    evidence = f"{percent(analysis['rule']['confidence'], 0)} interval {interval(effect['low'], effect['high'])}, {blocks}"
     if effect["verdict"] == "inconclusive":
         return f"could not be told from the baseline in {metric['label']} ({evidence})"
     if effect["verdict"] == "equivalent":
@@ -125,8 +142,16 @@ def _caveats(analysis: Analysis) -> Iterator[str]:
                 f"({interval(effect['low'], effect['high'])}): the baseline differs from itself, so something besides "
                 "the factors varies; distrust effects of that size."
             )
-    own = [effect for effect in analysis["effects"] if effect["role"] == "aa" and effect["verdict"] in ("faster", "slower")]
-    labels = dict.fromkeys(METRICS[effect["metric"]].label for effect in own if effect["metric"] != analysis["metric"]["key"])
+    own = [
+        effect
+        for effect in analysis["effects"]
+        if effect["role"] == "aa" and effect["verdict"] in ("faster", "slower")
+    ]
+    labels = dict.fromkeys(
+        METRICS[effect["metric"]].label
+        for effect in own
+        if effect["metric"] != analysis["metric"]["key"]
+    )
     if labels:
         yield f"The A/A arm differs from the baseline in {'; '.join(labels)}: distrust differences of that size there."
     if not any(cell["role"] == "aa" for cell in analysis["cells"].values()):
@@ -137,11 +162,18 @@ def _caveats(analysis: Analysis) -> Iterator[str]:
     controls = analysis["gate"]["negative_controls"]
     if any(control["status"] != "fail" for control in controls):
         yield "A deliberately broken engine was not caught by the gate: until that is understood, a pass means little."
-    incomplete = counts["planned_blocks"] - counts["run_blocks" if analysis["unjudged"] else "complete_blocks"]
+    incomplete = (
+        counts["planned_blocks"]
+        - counts["run_blocks" if analysis["unjudged"] else "complete_blocks"]
+    )
     if incomplete:
         blocks = count_of(counts["planned_blocks"], "block")
         unfinished = f"Incomplete: {incomplete} of {blocks} not run to the end."
-        paired = "" if analysis["unjudged"] else " An effect uses the blocks in which both its sides were counted."
+        paired = (
+            ""
+            if analysis["unjudged"]
+            else " An effect uses the blocks in which both its sides were counted."
+        )
         yield f"{unfinished}{paired}"
     failed_checks = [check for check in analysis["checks"]["failed"] if not check["hard"]]
     if failed_checks:
@@ -149,6 +181,8 @@ def _caveats(analysis: Analysis) -> Iterator[str]:
     launches = analysis["order"]["launches"]
     throttled = [row for row in launches if row["throttle_reasons"]]
     if throttled:
-        reasons = Counter(reason.replace("_", " ") for row in throttled for reason in row["throttle_reasons"])
+        reasons = Counter(
+            reason.replace("_", " ") for row in throttled for reason in row["throttle_reasons"]
+        )
         why = ", ".join(f"{reason} in {n}" for reason, n in sorted(reasons.items()))
         yield f"The GPU lowered its clock during {len(throttled)} of {count_of(len(launches), 'counted launch')}: {why}."

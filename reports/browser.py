@@ -1,6 +1,8 @@
-"""A headless Chromium, spoken to through a pipe: what a reader's browser makes of a page. Standard library only.
+"""A headless Chromium, spoken to through a pipe: what a reader's browser makes of a page. Standard
+library only.
 
-The DevTools protocol is JSON with a NUL after each message; Chromium reads it from descriptor 3 and writes to 4: no port is open.
+The DevTools protocol is JSON with a NUL after each message; Chromium reads it from descriptor 3 and
+writes to 4: no port is open.
 """
 
 from __future__ import annotations
@@ -19,10 +21,20 @@ from typing import Any, Self
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--remote-debugging-pipe",
-    "--force-device-scale-factor=1", "--font-render-hinting=none",
-)  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--hide-scrollbars",
+    "--remote-debugging-pipe",
+    "--force-device-scale-factor=1",
+    "--font-render-hinting=none",
+)
 
 
 class BrowserError(Exception):
@@ -49,16 +61,21 @@ class Browser:
         redirected = f'exec "$0" "$@" 3<&{to_child} 4>&{from_child}'
         self._process = subprocess.Popen(
             ["bash", "-c", redirected, path, *FLAGS, f"--user-data-dir={self._profile.name}"],
-            pass_fds=(to_child, from_child), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
+            pass_fds=(to_child, from_child),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,
             start_new_session=True,
-        )  # fmt: skip
+        )
         os.close(to_child)
         os.close(from_child)
         self._buffer, self._number, self._session = b"", 0, ""
         self.events: list[dict[str, Any]] = []
         try:
             target = self.call("Target.createTarget", url="about:blank")["targetId"]
-            self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+            self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+                "sessionId"
+            ]
             for domain in ("Page", "Network", "Runtime", "Log"):
                 self.call(f"{domain}.enable")
         except BaseException:
@@ -66,7 +83,9 @@ class Browser:
             raise
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One command of the protocol; its result. Raises BrowserError for an error and after the timeout."""
+        """One command of the protocol; its result. Raises BrowserError for an error and after the
+        timeout.
+        """
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
         if self._session:
@@ -79,9 +98,26 @@ class Browser:
             raise BrowserError(f"{method}: {answer['error'].get('message')}")
         return answer["result"]  # type: ignore[no-any-return]
 
-    def open(self, page: Path, width: int, height: int, *, dark: bool = False, scale: int = 1, settle_s: float = 0.3) -> None:
-        """Loads a file at this size in CSS pixels, and waits until it is loaded and for a moment more. Raises BrowserError."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=width < 600)
+    def open(
+        self,
+        page: Path,
+        width: int,
+        height: int,
+        *,
+        dark: bool = False,
+        scale: int = 1,
+        settle_s: float = 0.3,
+    ) -> None:
+        """Loads a file at this size in CSS pixels, and waits until it is loaded and for a moment
+        more. Raises BrowserError.
+        """
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=scale,
+            mobile=width < 600,
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.events.clear()
@@ -107,7 +143,9 @@ class Browser:
         return base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
 
     def complaints(self) -> list[str]:
-        """Errors and warnings of the console, exceptions, and problems that the browser logged since the page was opened."""
+        """Errors and warnings of the console, exceptions, and problems that the browser logged
+        since the page was opened.
+        """
         found = []
         for event in self.events:
             content = event.get("params", {})
@@ -115,13 +153,22 @@ class Browser:
                 found.append(str(content["exceptionDetails"].get("text")))
             elif event["method"] == "Runtime.consoleAPICalled":
                 found.append(" ".join(str(argument.get("value")) for argument in content["args"]))
-            elif event["method"] == "Log.entryAdded" and content["entry"]["level"] in ("error", "warning"):
+            elif event["method"] == "Log.entryAdded" and content["entry"]["level"] in (
+                "error",
+                "warning",
+            ):
                 found.append(f"{content['entry']['text']} {content['entry'].get('url', '')}")
         return found
 
     def requests(self) -> list[str]:
-        """Every address that the page asked for, itself included, granted or not; `data:` is no request."""
-        asked = [event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
+        """Every address that the page asked for, itself included, granted or not; `data:` is no
+        request.
+        """
+        asked = [
+            event["params"]["request"]["url"]
+            for event in self.events
+            if event["method"] == "Network.requestWillBeSent"
+        ]
         return [url for url in asked if not url.startswith("data:")]
 
     def _receive(self, until: float) -> dict[str, Any]:
@@ -130,7 +177,9 @@ class Browser:
                 raise BrowserError(f"Chromium did not answer within {self._deadline_s:g} s")
             data = os.read(self._in, 1 << 16)
             if not data:
-                raise BrowserError(f"Chromium ended with status {self._process.wait()} before it answered")
+                raise BrowserError(
+                    f"Chromium ended with status {self._process.wait()} before it answered"
+                )
             self._buffer += data
         line, self._buffer = self._buffer.split(b"\0", 1)
         return json.loads(line)  # type: ignore[no-any-return]
@@ -148,7 +197,12 @@ class Browser:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 

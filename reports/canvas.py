@@ -1,4 +1,6 @@
-"""What all pictures share: two widths, figures measured in CSS pixels, and the rows of an analysis that they draw."""
+"""What all pictures share: two widths, figures measured in CSS pixels, and the rows of an analysis
+that they draw.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,10 +17,16 @@ Analysis = Mapping[str, Any]
 Effect = Mapping[str, Any]
 
 
-def canvas(width: float, height: float, left: float, right: float, bottom: float) -> tuple[Figure, Axes]:
+def canvas(
+    width: float, height: float, left: float, right: float, bottom: float
+) -> tuple[Figure, Axes]:
     """A figure of this many pixels with one axes inside these margins."""
-    figure = Figure(figsize=(width / PIXELS_PER_INCH, height / PIXELS_PER_INCH), dpi=PIXELS_PER_INCH)
-    axes = figure.add_axes((left / width, bottom / height, (width - left - right) / width, (height - bottom) / height))
+    figure = Figure(
+        figsize=(width / PIXELS_PER_INCH, height / PIXELS_PER_INCH), dpi=PIXELS_PER_INCH
+    )
+    axes = figure.add_axes(
+        (left / width, bottom / height, (width - left - right) / width, (height - bottom) / height)
+    )
     axes.yaxis.set_major_locator(NullLocator())
     return figure, axes
 
@@ -28,7 +36,9 @@ def shorten(label: str, most: int) -> str:
 
 
 def primary(analysis: Analysis) -> list[Effect]:
-    return [effect for effect in analysis["effects"] if effect["metric"] == analysis["metric"]["key"]]
+    return [
+        effect for effect in analysis["effects"] if effect["metric"] == analysis["metric"]["key"]
+    ]
 
 
 def by_workload(rows: Sequence[Effect]) -> Iterable[tuple[str, list[Effect]]]:

@@ -1,7 +1,8 @@
-"""docs/claims.md: every published claim beside what was measured here, with a verdict that a fixed rule gives.
+"""docs/claims.md: every published claim beside what was measured here, with a verdict that a fixed
+rule gives.
 
-The rule is in ablations/claims.yaml, the measurement in measurements.py, the records in reports/published; this puts
-them side by side and judges, whichever way it falls.
+The rule is in ablations/claims.yaml, the measurement in measurements.py, the records in
+reports/published; this puts them side by side and judges, whichever way it falls.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,7 +43,9 @@ class Claim(BaseModel):
     @model_validator(mode="after")
     def _known_measure(self) -> "Claim":
         if (kind := self.measure.get("kind")) not in MEASUREMENTS:
-            raise ValueError(f"measure.kind of {self.id}: {kind!r} is unknown; allowed: {', '.join(MEASUREMENTS)}")
+            raise ValueError(
+                f"measure.kind of {self.id}: {kind!r} is unknown; allowed: {', '.join(MEASUREMENTS)}"
+            )
         return self
 
 
@@ -85,19 +88,36 @@ def verdict_of(finding: Finding, value: float) -> str:
     """One figure against the claimed one: the whole interval has to be on one side."""
     if finding.low is None or finding.high is None:
         return INCONCLUSIVE
-    return REPRODUCED if finding.low >= value else NOT_REPRODUCED if finding.high < value else INCONCLUSIVE
+    return (
+        REPRODUCED
+        if finding.low >= value
+        else NOT_REPRODUCED
+        if finding.high < value
+        else INCONCLUSIVE
+    )
 
 
 def document(judged: Sequence[Judged]) -> Document:
     """The page as data."""
-    tally = {word: sum(one.verdict == word for one in judged) for word in (REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE, NOT_TESTABLE)}
-    columns = [Column("claim"), Column("published"), Column("measured", "number"), Column("interval", "number"),
-               Column("on"), Column("verdict", "verdict")]  # fmt: skip
+    tally = {
+        word: sum(one.verdict == word for one in judged)
+        for word in (REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE, NOT_TESTABLE)
+    }
+    columns = [
+        Column("claim"),
+        Column("published"),
+        Column("measured", "number"),
+        Column("interval", "number"),
+        Column("on"),
+        Column("verdict", "verdict"),
+    ]
     return Document(
         eyebrow="claims",
         title="What was claimed, and what is found here",
         question="Do the published figures of engines of this kind hold under a fair measurement?",
-        answer=f"Of {text.count_of(len(judged), 'claim')}: " + ", ".join(f"{n} {word}" for word, n in tally.items()) + ".",
+        answer=f"Of {text.count_of(len(judged), 'claim')}: "
+        + ", ".join(f"{n} {word}" for word, n in tally.items())
+        + ".",
         verdict=INCONCLUSIVE,
         caveats=[],
         facts=[],
@@ -126,7 +146,13 @@ def _rows(one: Judged) -> Iterator[list[str]]:
     for number, finding in enumerate(one.deciding):
         head = [claim.claim, _published(claim)] if number == 0 else ["", ""]
         tail = one.verdict if number == 0 else ""
-        yield [*head, _value(claim, finding.value), _interval(claim, finding), finding.hardware or text.ABSENT, tail]
+        yield [
+            *head,
+            _value(claim, finding.value),
+            _interval(claim, finding),
+            finding.hardware or text.ABSENT,
+            tail,
+        ]
 
 
 def _section(one: Judged) -> Section:
@@ -135,10 +161,18 @@ def _section(one: Judged) -> Section:
         f"Published: {_published(claim)}. Measured: {claim.quantity}.",
         f"Rule: {claim.rule}.",
         f"Assumed: {claim.assumed}.",
-        f"Verdict: {one.verdict}." + ("" if one.deciding else f" No published record has it; it needs {claim.needs}."),
+        f"Verdict: {one.verdict}."
+        + ("" if one.deciding else f" No published record has it; it needs {claim.needs}."),
     ]
-    columns = [Column("figure"), Column("measured", "number"), Column("interval", "number"), Column("evidence"),
-               Column("hardware"), Column("records", "code"), Column("decides")]  # fmt: skip
+    columns = [
+        Column("figure"),
+        Column("measured", "number"),
+        Column("interval", "number"),
+        Column("evidence"),
+        Column("hardware"),
+        Column("records", "code"),
+        Column("decides"),
+    ]
     rows = [
         [
             finding.what,
@@ -151,7 +185,12 @@ def _section(one: Judged) -> Section:
         ]
         for finding in one.findings
     ]
-    return Section(claim.id, claim.claim[0].upper() + claim.claim[1:], lead, tables=[Table("Found", columns, rows)])
+    return Section(
+        claim.id,
+        claim.claim[0].upper() + claim.claim[1:],
+        lead,
+        tables=[Table("Found", columns, rows)],
+    )
 
 
 def _published(claim: Claim) -> str:

@@ -1,4 +1,6 @@
-"""The part of a report that only a comparison has: who was faster, was it fair, what else did it cost; and pairs of our cells."""
+"""The part of a report that only a comparison has: who was faster, was it fair, what else did it
+cost; and pairs of our cells.
+"""
 
 from __future__ import annotations
 
@@ -45,14 +47,22 @@ def compare_sections(analysis: Analysis) -> Iterator[Section]:
 
 
 def _latencies(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> str:
-    """Which cells of the comparisons have their latencies in the report, and of the others, why not."""
+    """Which cells of the comparisons have their latencies in the report, and of the others, why
+    not.
+    """
     latencies = {metric.key for metric in LATENCIES}
     recorded = {row["cell"] for row in analysis["rates"] if row["metric"] in latencies and row["n"]}
     compared = dict.fromkeys(entry[side] for side in ("ours", "theirs") for entry in entries)
     if missing := [cell for cell in compared if cell not in recorded]:
-        off = all(analysis["cells"][cell]["config"].get("request_statistics") is False for cell in missing)
+        off = all(
+            analysis["cells"][cell]["config"].get("request_statistics") is False for cell in missing
+        )
         why = " (request statistics were off)" if off else ""
-        where = "; those of the others stand under their own heading" if len(missing) < len(compared) else ""
+        where = (
+            "; those of the others stand under their own heading"
+            if len(missing) < len(compared)
+            else ""
+        )
         return f"Latencies were not recorded of {', '.join(missing)}{why}{where}."
     return "The latencies of both engines stand under their own heading."
 
@@ -66,7 +76,10 @@ def pairs_of_ours(analysis: Analysis) -> Iterator[Section]:
             "Output tokens per second of one cell over those of another, in the same block: what lies between the two, with an "
             "interval that their ratios to the baseline do not give.",
             WORK_TIME,
-            *(f"No ratio of {entry['ours']} to {entry['theirs']}: {'; '.join(entry['breaches'])}." for entry in unfair),
+            *(
+                f"No ratio of {entry['ours']} to {entry['theirs']}: {'; '.join(entry['breaches'])}."
+                for entry in unfair
+            ),
         ]
         tables = [_verdicts(analysis, entries), _durations(analysis, entries)]
         yield Section("pairs", "What one change adds to another", lead, None, tables)
@@ -76,25 +89,53 @@ def _verdicts(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Table
     code, number = (lambda title: Column(title, "code")), (lambda title: Column(title, "number"))
     confidence = text.percent(analysis["rule"]["confidence"], 0)
     twins = any(entry["twins"] for entry in entries)
-    columns = [code("workload"), Column("comparison"), code("ours"), code("against"), number("ratio"),
-               number(f"{confidence} interval"), Column("verdict", "verdict"), number("p (Holm)"), number("blocks"),
-               *([number("A/A twin")] if twins else [])]  # fmt: skip
+    columns = [
+        code("workload"),
+        Column("comparison"),
+        code("ours"),
+        code("against"),
+        number("ratio"),
+        number(f"{confidence} interval"),
+        Column("verdict", "verdict"),
+        number("p (Holm)"),
+        number("blocks"),
+        *([number("A/A twin")] if twins else []),
+    ]
     rows = [
-        [effect["workload"], entry["name"], entry["ours"], entry["theirs"], text.ratio(effect["ratio"]),
-         text.interval(effect["low"], effect["high"]), effect["verdict"], text.probability(effect["p_holm"]), str(effect["n"]),
-         *([_twin(entry["twins"].get(effect["workload"]))] if twins else [])]
+        [
+            effect["workload"],
+            entry["name"],
+            entry["ours"],
+            entry["theirs"],
+            text.ratio(effect["ratio"]),
+            text.interval(effect["low"], effect["high"]),
+            effect["verdict"],
+            text.probability(effect["p_holm"]),
+            str(effect["n"]),
+            *([_twin(entry["twins"].get(effect["workload"]))] if twins else []),
+        ]
         for entry, effect in throughput_rows(analysis, entries)
-    ]  # fmt: skip
+    ]
     return Table("Comparisons", columns, rows, grouped=True)
 
 
 def _durations(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Table:
     took = {(row["workload"], row["cell"]): row["duration_s"] for row in analysis["costs"]["work"]}
     shown = throughput_rows(analysis, entries)
-    pairs = dict.fromkeys((effect["workload"], entry["ours"], entry["theirs"]) for entry, effect in shown)
-    columns = [Column("workload", "code"), Column("ours", "code"), Column("against", "code"),
-               Column("ours took", "number"), Column("the other took", "number")]  # fmt: skip
-    rows = [[name, *cells, *(text.seconds(took.get((name, cell))) for cell in cells)] for name, *cells in pairs]
+    pairs = dict.fromkeys(
+        (effect["workload"], entry["ours"], entry["theirs"]) for entry, effect in shown
+    )
+    columns = [
+        Column("workload", "code"),
+        Column("ours", "code"),
+        Column("against", "code"),
+        Column("ours took", "number"),
+        Column("the other took", "number"),
+    ]
+    rows = [
+        [name, *cells, *(text.seconds(took.get((name, cell))) for cell in cells)]
+        for name, *cells in pairs
+    ]
     return Table("Timed work of a launch", columns, rows)
 
 
@@ -106,20 +147,38 @@ def _twin(effect: Mapping[str, Any] | None) -> str:
 
 def _fairness(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Section:
     rules = [
-        [entry["name"], f"{entry['ours']} / {entry['theirs']}", RULE_WORDS[entry["rule"]],
-         "; ".join(entry["breaches"]) or "they do", "fail" if entry["breaches"] else "pass"]
+        [
+            entry["name"],
+            f"{entry['ours']} / {entry['theirs']}",
+            RULE_WORDS[entry["rule"]],
+            "; ".join(entry["breaches"]) or "they do",
+            "fail" if entry["breaches"] else "pass",
+        ]
         for entry in entries
-    ]  # fmt: skip
+    ]
     tables = [
-        Table("The rules", [Column("comparison"), Column("pair", "code"), Column("must share"), Column("found"),
-                            Column("fair", "verdict")], rules)
-    ]  # fmt: skip
+        Table(
+            "The rules",
+            [
+                Column("comparison"),
+                Column("pair", "code"),
+                Column("must share"),
+                Column("found"),
+                Column("fair", "verdict"),
+            ],
+            rules,
+        )
+    ]
     seen = set()
     for entry in entries:
         pair = f"{entry['ours']} against {entry['theirs']}"
         if pair not in seen:
             seen.add(pair)
-            columns = [Column("setting", "code"), Column(entry["ours"], "long"), Column(entry["theirs"], "long")]
+            columns = [
+                Column("setting", "code"),
+                Column(entry["ours"], "long"),
+                Column(entry["theirs"], "long"),
+            ]
             rows = [[key, _value(mine), _value(other)] for key, mine, other in entry["differences"]]
             tables.append(Table(f"Whatever else differs: {pair}", columns, rows, folded=True))
     digest = analysis["hardware"]["model"].get("digest", text.ABSENT)
@@ -133,7 +192,13 @@ def _fairness(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Secti
 
 
 def _value(value: Any) -> str:
-    return "not recorded" if value is None else json.dumps(value) if isinstance(value, (list, dict, bool)) else str(value)
+    return (
+        "not recorded"
+        if value is None
+        else json.dumps(value)
+        if isinstance(value, (list, dict, bool))
+        else str(value)
+    )
 
 
 def _costs(analysis: Analysis) -> Section:
@@ -143,12 +208,24 @@ def _costs(analysis: Analysis) -> Section:
         return [Column(title, "number") for title in titles]
 
     launch = [
-        [row["cell"], text.seconds(row["first_load_s"]), text.seconds(row["load_s"]), text.seconds(row["warm_up_s"]),
-         _gib(row["host_bytes"]), _gib(row["device_bytes"]), str(row["n"])]
+        [
+            row["cell"],
+            text.seconds(row["first_load_s"]),
+            text.seconds(row["load_s"]),
+            text.seconds(row["warm_up_s"]),
+            _gib(row["host_bytes"]),
+            _gib(row["device_bytes"]),
+            str(row["n"]),
+        ]
         for row in cost["launch"]
-    ]  # fmt: skip
+    ]
     work = [
-        [row["workload"], row["cell"], text.number(row["requests_per_s"]), text.seconds(row["cpu_s_per_token"])]
+        [
+            row["workload"],
+            row["cell"],
+            text.number(row["requests_per_s"]),
+            text.seconds(row["cpu_s_per_token"]),
+        ]
         for row in cost["work"]
     ]
     lines, said = _code_lines()
@@ -159,30 +236,64 @@ def _costs(analysis: Analysis) -> Section:
         said,
     ]
     tables = [
-        Table("Starting and memory, medians over launches",
-              [Column("cell", "code"),
-               *numbers("first start", "later starts", "warm-up", "host, GiB", "GPU, GiB", "launches")], launch),
-        Table("Requests and CPU time, by workload",
-              [Column("workload", "code"), Column("cell", "code"), *numbers("requests/s", "CPU time a token")], work, grouped=True),
-        Table("Lines of code, without blanks, comments, docstrings and tests",
-              [Column("engine"), Column("version"), Column("counted"), *numbers("files", "lines")], lines),
-    ]  # fmt: skip
+        Table(
+            "Starting and memory, medians over launches",
+            [
+                Column("cell", "code"),
+                *numbers(
+                    "first start", "later starts", "warm-up", "host, GiB", "GPU, GiB", "launches"
+                ),
+            ],
+            launch,
+        ),
+        Table(
+            "Requests and CPU time, by workload",
+            [
+                Column("workload", "code"),
+                Column("cell", "code"),
+                *numbers("requests/s", "CPU time a token"),
+            ],
+            work,
+            grouped=True,
+        ),
+        Table(
+            "Lines of code, without blanks, comments, docstrings and tests",
+            [Column("engine"), Column("version"), Column("counted"), *numbers("files", "lines")],
+            lines,
+        ),
+    ]
     return Section("costs", "What else it costs", lead, None, tables)
 
 
 def _code_lines() -> tuple[list[list[str]], str]:
-    """Rows of the table, and a sentence; the count is a record of its own (`python -m reports lines`)."""
+    """Rows of the table, and a sentence; the count is a record of its own (`python -m reports
+    lines`).
+    """
     if not LINES.is_file():
-        return [], "Lines of code have not been counted here: python -m reports lines --model FOLDER --vllm PYTHON does."
+        return (
+            [],
+            "Lines of code have not been counted here: python -m reports lines --model FOLDER --vllm PYTHON does.",
+        )
     counts = json.loads(LINES.read_text(encoding="utf-8"))
-    words = {"core": "core: what a baseline run loads, on a CPU", "everything_on": "loaded with everything on, on a CPU",
-             "loaded": "loaded by the same job, on a CPU", "package": "whole package"}  # fmt: skip
+    words = {
+        "core": "core: what a baseline run loads, on a CPU",
+        "everything_on": "loaded with everything on, on a CPU",
+        "loaded": "loaded by the same job, on a CPU",
+        "package": "whole package",
+    }
     rows = [
-        [engine, str(counts[engine].get("version") or text.ABSENT), says, text.number(counts[engine][key]["files"]),
-         text.number(counts[engine][key]["lines"])]
-        for engine in ("nanovllm", "vllm") if engine in counts
-        for key, says in words.items() if key in counts[engine]
-    ]  # fmt: skip
+        [
+            engine,
+            str(counts[engine].get("version") or text.ABSENT),
+            says,
+            text.number(counts[engine][key]["files"]),
+            text.number(counts[engine][key]["lines"]),
+        ]
+        for engine in ("nanovllm", "vllm")
+        if engine in counts
+        for key, says in words.items()
+        if key in counts[engine]
+    ]
     made_at = counts.get("made_at", "no date")
     said = (
         f"Lines of code were counted one way for both engines, in runs on a CPU ({made_at}): what needs a GPU (Triton kernels, "

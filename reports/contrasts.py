@@ -1,7 +1,8 @@
-"""What each factor buys in company: contrasts over the lattice of configurations that a design has visited.
+"""What each factor buys in company: contrasts over the lattice of configurations that a design has
+visited.
 
-A *point* is the set of (factor, level) pairs in which a cell differs from everything off, the empty point. With v(S)
-the log of the metric at point S in one block, a design is asked for
+A *point* is the set of (factor, level) pairs in which a cell differs from everything off, the empty
+point. With v(S) the log of the metric at point S in one block, a design is asked for
 
     alone(t)          v({t}) - v({})                                    add one in
     left out(t)       v(A) - v(A - {t})                                 A: the point with everything on; see `company`
@@ -9,12 +10,13 @@ the log of the metric at point S in one block, a design is asked for
     Shapley(t)        sum over S in A - {t} of |S|! (k - |S| - 1)! / k! (v(S + t) - v(S))     (Shapley 1953; k = |A|)
     interaction(t, u) mean over backgrounds S of v(S + t + u) - v(S + t) - v(S + u) + v(S)
 
-A fractional factorial (experiments/designs.py) has no pairs of points that differ in one factor alone. Its average is the
-mean over the cells with t minus the mean over those without, its interaction the difference of the two means of the sign
-product; an interaction that the fraction mixes with another is absent here and named as a sum in linear_model.py.
+A fractional factorial (experiments/designs.py) has no pairs of points that differ in one factor
+alone. Its average is the mean over the cells with t minus the mean over those without, its
+interaction the difference of the two means of the sign product; an interaction that the fraction
+mixes with another is absent here and named as a sum in linear_model.py.
 
-Every contrast is a weighted sum of log-metrics of cells of one block, so blocks stay the sample of every interval.
-What a design cannot estimate is absent, never guessed.
+Every contrast is a weighted sum of log-metrics of cells of one block, so blocks stay the sample of
+every interval. What a design cannot estimate is absent, never guessed.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,9 +33,11 @@ LATTICE_ROLES = ("baseline", "treatment", "all")
 
 
 class Lattice:
-    """The points that a plan's cells stand on; cells of other engines and the A/A arm are not part of it.
+    """The points that a plan's cells stand on; cells of other engines and the A/A arm are not part
+    of it.
 
-    off: each factor's level in the empty point; the reference's, if not given (it is everything on in leave_one_out).
+    off: each factor's level in the empty point; the reference's, if not given (it is everything on
+    in leave_one_out).
     generators: of a fractional factorial.
     """
 
@@ -57,16 +61,24 @@ class Lattice:
         for name, cell in cells.items():
             if cell["role"] not in LATTICE_ROLES or cell["engine"] != start["engine"]:
                 continue
-            point = frozenset((factor, level) for factor, level in cell["levels"].items() if self.off.get(factor) != level)
+            point = frozenset(
+                (factor, level)
+                for factor, level in cell["levels"].items()
+                if self.off.get(factor) != level
+            )
             self.cell.setdefault(point, name)
             if cell["role"] == "all" or (name == self.baseline and point):
                 self.everything = point
-        self.toggles: list[Toggle] = sorted({toggle for point in self.cell for toggle in point}, key=str)
+        self.toggles: list[Toggle] = sorted(
+            {toggle for point in self.cell for toggle in point}, key=str
+        )
         self.factors = [factor for factor in self.off if factor in dict(self.toggles)]
         self.two_level = len(self.factors) == len(self.toggles)
 
     def factorial_cells(self) -> dict[str, frozenset[str]]:
-        """{cell: the factors that are on} of a full or regular fractional two-level factorial; {} of any other design."""
+        """{cell: the factors that are on} of a full or regular fractional two-level factorial; {}
+        of any other design.
+        """
         if not self.two_level or not (self.generators or self._is_full_factorial()):
             return {}
         on = {frozenset(factor for factor, _ in point): name for point, name in self.cell.items()}
@@ -75,34 +87,60 @@ class Lattice:
 
     def factor_contrasts(self) -> dict[str, dict[Toggle, Contrast]]:
         """{kind: {toggle: contrast}} for the kinds alone, left out, average and Shapley."""
-        result: dict[str, dict[Toggle, Contrast]] = {"alone": {}, "left out": {}, "average": {}, "Shapley": {}}
+        result: dict[str, dict[Toggle, Contrast]] = {
+            "alone": {},
+            "left out": {},
+            "average": {},
+            "Shapley": {},
+        }
         for toggle in self.toggles:
-            backgrounds = [point for point in self.cell if self._free_of(point, toggle) and point | {toggle} in self.cell]
+            backgrounds = [
+                point
+                for point in self.cell
+                if self._free_of(point, toggle) and point | {toggle} in self.cell
+            ]
             if frozenset() in backgrounds:
                 result["alone"][toggle] = self._step(frozenset(), toggle)
             if (background := self.company(toggle)) is not None:
                 result["left out"][toggle] = self._step(background, toggle)
             if len(backgrounds) > 1 and self._is_full_factorial():
-                result["average"][toggle] = _mean([self._step(point, toggle) for point in backgrounds])
+                result["average"][toggle] = _mean(
+                    [self._step(point, toggle) for point in backgrounds]
+                )
         result["Shapley"] = self._shapley()
         if self.generators:
-            result["average"] = {toggle: self._signs([toggle[0]]) for toggle in self.toggles if self.factorial_cells()}
+            result["average"] = {
+                toggle: self._signs([toggle[0]])
+                for toggle in self.toggles
+                if self.factorial_cells()
+            }
         return result
 
     def company(self, toggle: Toggle) -> Point | None:
-        """The background of what a toggle adds to all others: everything on without it, where it is part of that, else (it stands
-        apart) everything on. Where a cell of that is impossible, the visited pair of points that is nearest to it: without what
-        cannot run once the toggle is off, or with what the toggle needs beside it. None where no pair was visited.
+        """The background of what a toggle adds to all others: everything on without it, where it is
+        part of that, else (it stands apart) everything on. Where a cell of that is impossible, the
+        visited pair of points that is nearest to it: without what cannot run once the toggle is
+        off, or with what the toggle needs beside it. None where no pair was visited.
         """
         if self.everything is None:
             return None
         wanted = self.everything - {toggle}
-        pairs = [point for point in self.cell if point and self._free_of(point, toggle) and point | {toggle} in self.cell]
+        pairs = [
+            point
+            for point in self.cell
+            if point and self._free_of(point, toggle) and point | {toggle} in self.cell
+        ]
         part_of_all = toggle in self.everything
         if wanted in pairs:
             return wanted if wanted else None
-        near = [point for point in pairs if (point < wanted if part_of_all else point > wanted) and len(point ^ wanted) <= 2]
-        return min(near, key=lambda point: (len(point ^ wanted), sorted(map(str, point))), default=None)
+        near = [
+            point
+            for point in pairs
+            if (point < wanted if part_of_all else point > wanted) and len(point ^ wanted) <= 2
+        ]
+        return min(
+            near, key=lambda point: (len(point ^ wanted), sorted(map(str, point))), default=None
+        )
 
     def interactions(self) -> dict[tuple[Toggle, Toggle], Contrast]:
         """Two-way interactions of every pair of toggles that some background lets be seen."""
@@ -115,16 +153,23 @@ class Lattice:
                 for point in self.cell
                 if self._free_of(point, first)
                 and self._free_of(point, second)
-                and all(point | extra in self.cell for extra in ({first}, {second}, {first, second}))
+                and all(
+                    point | extra in self.cell for extra in ({first}, {second}, {first, second})
+                )
             ]
             if quads and first[0] != second[0]:
                 result[first, second] = _mean(
-                    [_add(self._step(point | {first}, second), self._step(point, second), -1.0) for point in quads]
+                    [
+                        _add(self._step(point | {first}, second), self._step(point, second), -1.0)
+                        for point in quads
+                    ]
                 )
         return result
 
     def _clear_interactions(self) -> dict[tuple[Toggle, Toggle], Contrast]:
-        """The two-way interactions of a fraction that are mixed with no main effect and no other two-way interaction."""
+        """The two-way interactions of a fraction that are mixed with no main effect and no other
+        two-way interaction.
+        """
         if not self.factorial_cells():
             return {}
         groups = designs.alias_groups(self.factors, self.generators)
@@ -136,14 +181,21 @@ class Lattice:
         }
 
     def _signs(self, effect: Sequence[str]) -> Contrast:
-        """The contrast of an effect in a factorial: the product of the signs of its factors (+ on, - off), scaled so that
-        a main effect is a difference of means, and an interaction the difference of two such differences."""
+        """The contrast of an effect in a factorial: the product of the signs of its factors (+ on,
+        - off), scaled so that a main effect is a difference of means, and an interaction the
+        difference of two such differences.
+        """
         runs = self.factorial_cells()
         scale = 2 ** len(effect) / len(runs)
-        return {cell: scale * (-1) ** sum(factor not in on for factor in effect) for cell, on in runs.items()}
+        return {
+            cell: scale * (-1) ** sum(factor not in on for factor in effect)
+            for cell, on in runs.items()
+        }
 
     def _shapley(self) -> dict[Toggle, Contrast]:
-        """Needs every subset of the point with everything on; {} where one is missing or nothing can be shared."""
+        """Needs every subset of the point with everything on; {} where one is missing or nothing
+        can be shared.
+        """
         if self.everything is None or len(self.everything) < 2:
             return {}
         players = sorted(self.everything, key=str)
@@ -160,7 +212,9 @@ class Lattice:
         return result
 
     def _is_full_factorial(self) -> bool:
-        """Only then is a background as frequent with a toggle as without it, and an average free of other effects."""
+        """Only then is a background as frequent with a toggle as without it, and an average free of
+        other effects.
+        """
         levels: dict[str, int] = {}
         for factor, _ in self.toggles:
             levels[factor] = levels.get(factor, 1) + 1
@@ -178,15 +232,22 @@ class Lattice:
 
 
 def evaluate(contrast: Contrast, log_values: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
-    """{block: weighted sum} over the blocks in which every cell of the contrast has a value; {cell: {block: log value}}
-    in.
+    """{block: weighted sum} over the blocks in which every cell of the contrast has a value; {cell:
+    {block: log value}} in.
     """
     blocks = set.intersection(*(set(log_values.get(cell, {})) for cell in contrast))
-    return {block: sum(weight * log_values[cell][block] for cell, weight in contrast.items()) for block in sorted(blocks)}
+    return {
+        block: sum(weight * log_values[cell][block] for cell, weight in contrast.items())
+        for block in sorted(blocks)
+    }
 
 
 def _subsets(players: list[Toggle]) -> Iterable[Point]:
-    return (frozenset(subset) for size in range(len(players) + 1) for subset in combinations(players, size))
+    return (
+        frozenset(subset)
+        for size in range(len(players) + 1)
+        for subset in combinations(players, size)
+    )
 
 
 def _add(left: Contrast, right: Contrast, scale: float) -> Contrast:

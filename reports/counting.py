@@ -1,9 +1,11 @@
-"""Which launches count: the rules of docs/adr/0002, applied once, with a reason for every launch left out.
+"""Which launches count: the rules of docs/adr/0002, applied once, with a reason for every launch
+left out.
 
-A launch counts if it is in the plan, ran under this plan, has `status: ok`, was not superseded, contradicts neither the
-plan nor itself (consistency.py), and every one of its workloads produced tokens that passed the equivalence gate. Of
-several attempts the first that finished decides (experiments/records.py), whatever came of it; whether a launch counts
-never depends on how fast it was.
+A launch counts if it is in the plan, ran under this plan, has `status: ok`, was not superseded,
+contradicts neither the plan nor itself (consistency.py), and every one of its workloads produced
+tokens that passed the equivalence gate. Of several attempts the first that finished decides
+(experiments/records.py), whatever came of it; whether a launch counts never depends on how fast it
+was.
 """
 
 from collections import Counter
@@ -29,15 +31,21 @@ class Counted:
 
 
 class Gate:
-    """The gate's word on each (workload, tokens digest). Judged again, the later line replaces the earlier
-    (equivalence.py).
+    """The gate's word on each (workload, tokens digest). Judged again, the later line replaces the
+    earlier (equivalence.py).
     """
 
     def __init__(self, records: Sequence[Record], plan_hash: str) -> None:
-        lines = [record for record in records if record["kind"] == "gate" and record["plan_hash"] == plan_hash]
+        lines = [
+            record
+            for record in records
+            if record["kind"] == "gate" and record["plan_hash"] == plan_hash
+        ]
         self.negative_controls = [line for line in lines if line["is_negative_control"]]
         self.lines = {
-            (line["workload"], line["tokens_digest"]): line for line in lines if not line["is_negative_control"]
+            (line["workload"], line["tokens_digest"]): line
+            for line in lines
+            if not line["is_negative_control"]
         }
 
     def objection(self, workload: str, digest: str) -> str | None:
@@ -51,9 +59,13 @@ class Gate:
 
 
 def count(records: Sequence[Record], plan: Mapping[str, Any], gate: Gate) -> Counted:
-    """Sort every launch record of `records` into counted and excluded; a duplicated record is looked at once."""
+    """Sort every launch record of `records` into counted and excluded; a duplicated record is
+    looked at once.
+    """
     planned = {launch["launch"]: launch for launch in plan["launches"]}
-    if len({(launch["block"], launch["cell"]) for launch in planned.values()}) < len(plan["launches"]):
+    if len({(launch["block"], launch["cell"]) for launch in planned.values()}) < len(
+        plan["launches"]
+    ):
         raise ValueError("the plan runs a cell twice in one block; a block holds every cell once")
     superseded = {
         (record["launch"], record["attempt"]): record.get("reason") or "no reason recorded"
@@ -89,7 +101,9 @@ def count(records: Sequence[Record], plan: Mapping[str, Any], gate: Gate) -> Cou
             shown = ("launch", "attempt", "block", "cell", "status")
             counted.excluded.append({**{name: record[name] for name in shown}, "reason": reason})
     counted.launches.sort(key=lambda record: (record["block"], record["order"], record["launch"]))
-    counted.excluded.sort(key=lambda row: (row["block"], row["launch"], row["attempt"], row["reason"]))
+    counted.excluded.sort(
+        key=lambda row: (row["block"], row["launch"], row["attempt"], row["reason"])
+    )
     return counted
 
 

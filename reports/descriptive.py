@@ -1,8 +1,10 @@
-"""Launches of a model that no reference can judge: what they measured, and nothing concluded from it.
+"""Launches of a model that no reference can judge: what they measured, and nothing concluded from
+it.
 
-Weights of the largest shapes are made on the GPUs and are no files (nanovllm.models.generated). Where no reference fits beside
-them, the gate has no word on the outputs, and without it no launch counts: a report has no ratio and no verdict. What remains is
-shown as it was measured, under the name of what it is. A model whose outputs the gate has judged is never shown so.
+Weights of the largest shapes are made on the GPUs and are no files (nanovllm.models.generated).
+Where no reference fits beside them, the gate has no word on the outputs, and without it no launch
+counts: a report has no ratio and no verdict. What remains is shown as it was measured, under the
+name of what it is. A model whose outputs the gate has judged is never shown so.
 """
 
 import statistics
@@ -21,13 +23,23 @@ def is_descriptive(plan: Mapping[str, Any], gate: Gate) -> bool:
 
 
 def decode_step_s(record: Record, workload: str) -> float | None:
-    """The median duration of the steps that prefill nothing; None where a launch recorded no steps (replicas)."""
-    steps = [seconds for seconds, prefill, _ in record["workloads"][workload]["step_times_s"] or () if not prefill]
+    """The median duration of the steps that prefill nothing; None where a launch recorded no steps
+    (replicas).
+    """
+    steps = [
+        seconds
+        for seconds, prefill, _ in record["workloads"][workload]["step_times_s"] or ()
+        if not prefill
+    ]
     return statistics.median(steps) if steps else None
 
 
-def decode_steps_s(records: Sequence[Record], workload_names: Iterable[str]) -> dict[tuple[str, str], float]:
-    """{(cell, workload): the median over launches of their median decode step}, of launches that finished."""
+def decode_steps_s(
+    records: Sequence[Record], workload_names: Iterable[str]
+) -> dict[tuple[str, str], float]:
+    """{(cell, workload): the median over launches of their median decode step}, of launches that
+    finished.
+    """
     found: dict[tuple[str, str], list[float]] = {}
     for workload in workload_names:
         for record in records:
@@ -40,14 +52,19 @@ def decode_steps_s(records: Sequence[Record], workload_names: Iterable[str]) -> 
 def measured(
     records: Sequence[Record], plan: Mapping[str, Any], gate: Gate, counted: Counted
 ) -> list[dict[str, Any]]:
-    """One row a workload and cell: launches, least, median and greatest throughput, median decode step; [] where is_descriptive
-    says no.
+    """One row a workload and cell: launches, least, median and greatest throughput, median decode
+    step; [] where is_descriptive says no.
 
-    Of the launches that finished and contradict neither the plan nor themselves: those that lack the gate's word alone.
+    Of the launches that finished and contradict neither the plan nor themselves: those that lack
+    the gate's word alone.
     """
     if not is_descriptive(plan, gate):
         return []
-    lacking = {(row["launch"], row["attempt"]) for row in counted.excluded if row["reason"].startswith("the gate did not check")}
+    lacking = {
+        (row["launch"], row["attempt"])
+        for row in counted.excluded
+        if row["reason"].startswith("the gate did not check")
+    }
     chosen = {
         (record["launch"], record["attempt"]): record
         for record in records
@@ -61,9 +78,18 @@ def measured(
                 continue
             works = [record["workloads"][workload] for record in own]
             rates = sorted(work["output_tokens"] / work["duration_s"] for work in works)
-            steps = [step for record in own if (step := decode_step_s(record, workload)) is not None]
-            rows.append({
-                "workload": workload, "cell": cell, "n": len(own), "least": rates[0], "median": statistics.median(rates),
-                "most": rates[-1], "step_s": statistics.median(steps) if steps else None,
-            })  # fmt: skip
+            steps = [
+                step for record in own if (step := decode_step_s(record, workload)) is not None
+            ]
+            rows.append(
+                {
+                    "workload": workload,
+                    "cell": cell,
+                    "n": len(own),
+                    "least": rates[0],
+                    "median": statistics.median(rates),
+                    "most": rates[-1],
+                    "step_s": statistics.median(steps) if steps else None,
+                }
+            )
     return rows

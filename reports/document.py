@@ -1,4 +1,5 @@
-"""The report as data: sections of words, pictures and tables, which the HTML and the Markdown template both show.
+"""The report as data: sections of words, pictures and tables, which the HTML and the Markdown
+template both show.
 
 Everything here is plain text; the templates escape it.
 """
@@ -28,12 +29,15 @@ class Column:
     """A heading; numbers are set flush right."""
 
     title: str
-    kind: Literal["text", "number", "code", "long", "verdict"] = "text"  # long: code that may be broken anywhere
+    # long: code that may be broken anywhere
+    kind: Literal["text", "number", "code", "long", "verdict"] = "text"
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text, one for each column. A table without rows is not shown; what its absence means is said in words."""
+    """Rows of text, one for each column. A table without rows is not shown; what its absence means
+    is said in words.
+    """
 
     caption: str
     columns: Sequence[Column]
@@ -44,7 +48,9 @@ class Table:
     def __post_init__(self) -> None:
         for row in self.rows:
             if len(row) != len(self.columns):
-                raise ValueError(f"table {self.caption!r}: a row of {len(row)} for {len(self.columns)} columns")
+                raise ValueError(
+                    f"table {self.caption!r}: a row of {len(row)} for {len(self.columns)} columns"
+                )
 
 
 @dataclass(frozen=True)

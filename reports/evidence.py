@@ -33,17 +33,36 @@ def _unjudged(analysis: Analysis) -> Section:
         "and nothing is concluded from them here. This is what they measured; no interval, no ratio, no verdict.",
         "A decode step is the median of a launch's steps without prefill, and of those the median; replicas record none.",
     ]
-    columns = [WORKLOAD, CELL, *numbers("launches", "least tok/s", "median tok/s", "most tok/s", "decode step")]
+    columns = [
+        WORKLOAD,
+        CELL,
+        *numbers("launches", "least tok/s", "median tok/s", "most tok/s", "decode step"),
+    ]
     rows = [
-        [row["workload"], row["cell"], str(row["n"]), *(text.number(row[key]) for key in ("least", "median", "most")),
-         text.seconds(row["step_s"])]
+        [
+            row["workload"],
+            row["cell"],
+            str(row["n"]),
+            *(text.number(row[key]) for key in ("least", "median", "most")),
+            text.seconds(row["step_s"]),
+        ]
         for row in analysis["unjudged"]
-    ]  # fmt: skip
-    return Section("unjudged", "Descriptive: measured, not judged", lead, None, [Table("As measured", columns, rows, grouped=True)])
+    ]
+    return Section(
+        "unjudged",
+        "Descriptive: measured, not judged",
+        lead,
+        None,
+        [Table("As measured", columns, rows, grouped=True)],
+    )
 
 
 def _against_itself(analysis: Analysis) -> Section:
-    arms = [e for e in analysis["effects"] if e["role"] == "aa" and e["metric"] == analysis["metric"]["key"]]
+    arms = [
+        e
+        for e in analysis["effects"]
+        if e["role"] == "aa" and e["metric"] == analysis["metric"]["key"]
+    ]
     lead = [
         "The baseline runs twice in every block. Whatever differs between the two is what this machine makes up by "
         "itself: the arm should be called equivalent, or at worst inconclusive."
@@ -71,9 +90,21 @@ def _order(analysis: Analysis) -> Section:
     )
     table = Table(
         "Failed consistency checks",
-        [Column("launch", "code"), WORKLOAD, Column("check"), Column("found"), Column("consequence")],
         [
-            [row["launch"], row["workload"], row["check"], row["detail"], "excluded" if row["hard"] else "noted"]
+            Column("launch", "code"),
+            WORKLOAD,
+            Column("check"),
+            Column("found"),
+            Column("consequence"),
+        ],
+        [
+            [
+                row["launch"],
+                row["workload"],
+                row["check"],
+                row["detail"],
+                "excluded" if row["hard"] else "noted",
+            ]
             for row in failed
         ],
     )
@@ -146,10 +177,18 @@ def _equivalence(analysis: Analysis) -> Section:
     ]
     tables = [
         Table("The gate, in logits", columns, rows, grouped=True),
-        Table("What did not pass", [WORKLOAD, Column("tokens", "code"), VERDICT, Column("reason")], reasons),
+        Table(
+            "What did not pass",
+            [WORKLOAD, Column("tokens", "code"), VERDICT, Column("reason")],
+            reasons,
+        ),
         *_first_offenders(gate["rows"] + gate["negative_controls"]),
         _errors_by_position(gate["rows"]),
-        Table("Negative controls", [VERDICT, WORKLOAD, *numbers("tokens"), Column("what the gate said")], controls),
+        Table(
+            "Negative controls",
+            [VERDICT, WORKLOAD, *numbers("tokens"), Column("what the gate said")],
+            controls,
+        ),
     ]
     return Section("gate", "Is the output still the same", lead, None, tables)
 
@@ -160,7 +199,9 @@ def _distribution(row: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _sampled_elsewhere(row: Mapping[str, Any]) -> bool:
-    """Whether another generator drew every token, and all are of those that top-k and top-p keep: then nothing has a margin."""
+    """Whether another generator drew every token, and all are of those that top-k and top-p keep:
+    then nothing has a margin.
+    """
     return bool(_distribution(row)) and _distribution(row)["tokens"] == row["tokens_checked"]
 
 
@@ -169,21 +210,33 @@ def _z(value: float | None) -> str:
 
 
 def _first_offenders(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """Where each failure begins: the five best candidates of both models, and their scores in logits over temperature, noise
-    included."""
+    """Where each failure begins: the five best candidates of both models, and their scores in
+    logits over temperature, noise included.
+    """
     tables = []
     for row in rows:
         if not (offender := row["first_offender"]):
             continue
         lines = [
-            [str(rank), *(part for candidate in pair for part in (str(candidate[0]), text.number(candidate[1])))]
-            for rank, pair in enumerate(zip(offender["reference_top5"], offender["hf_top5"], strict=True), start=1)
+            [
+                str(rank),
+                *(
+                    part
+                    for candidate in pair
+                    for part in (str(candidate[0]), text.number(candidate[1]))
+                ),
+            ]
+            for rank, pair in enumerate(
+                zip(offender["reference_top5"], offender["hf_top5"], strict=True), start=1
+            )
         ]
         caption = (
             f"{row['workload']} {row['tokens_digest'][:12]}: request {offender['request']}, output position "
             f"{offender['position']}: token {offender['token']}, margin {text.number(offender['margin'])} logits"
         )
-        columns = numbers("rank", "reference", "its score", "HF in the engine's dtype", "its score there")
+        columns = numbers(
+            "rank", "reference", "its score", "HF in the engine's dtype", "its score there"
+        )
         tables.append(Table(caption, columns, lines, folded=True))
     return tables
 
@@ -193,7 +246,12 @@ def _errors_by_position(rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         no_margin = _sampled_elsewhere(row)
         for part in (row["calibration"] or {}).get("by_position", []):
-            judged = (part["mismatches"], part["hf_mismatches"], part["margin"]["q999"], part["margin"]["max"])
+            judged = (
+                part["mismatches"],
+                part["hf_mismatches"],
+                part["margin"]["q999"],
+                part["margin"]["max"],
+            )
             lines.append(
                 [
                     row["workload"],
@@ -208,9 +266,19 @@ def _errors_by_position(rows: Sequence[Mapping[str, Any]]) -> Table:
         WORKLOAD,
         Column("tokens of", "code"),
         Column("output positions"),
-        *numbers("tokens", "differ", "HF differs", "margin, 99.9 %", "largest", "HF's error, 99.9 %", "HF's largest"),
+        *numbers(
+            "tokens",
+            "differ",
+            "HF differs",
+            "margin, 99.9 %",
+            "largest",
+            "HF's error, 99.9 %",
+            "HF's largest",
+        ),
     ]
-    return Table("The gate by output position, in logits", columns, lines, grouped=True, folded=True)
+    return Table(
+        "The gate by output position, in logits", columns, lines, grouped=True, folded=True
+    )
 
 
 def _toggles(analysis: Analysis) -> Section:
@@ -224,7 +292,9 @@ def _toggles(analysis: Analysis) -> Section:
         *numbers("launches"),
     ]
     rows = []
-    for row in sorted(toggles["rows"], key=lambda row: list(analysis["workloads"]).index(row["workload"])):
+    for row in sorted(
+        toggles["rows"], key=lambda row: list(analysis["workloads"]).index(row["workload"])
+    ):
         idle = row["opportunity"] is not None and row["opportunity"][1] == 0
         rows.append(
             [
@@ -244,19 +314,31 @@ def _toggles(analysis: Analysis) -> Section:
         "of toggles at their baseline read 0.",
     ]
     return Section(
-        "toggles", "Did each toggle fire", lead, None, [Table("Toggles that were on", columns, rows, grouped=True)]
+        "toggles",
+        "Did each toggle fire",
+        lead,
+        None,
+        [Table("Toggles that were on", columns, rows, grouped=True)],
     )
 
 
 def _not_applicable(analysis: Analysis) -> Section:
-    rows = [[str(row["factor"]), str(row["level"]), row["reason"]] for row in analysis["not_applicable"]]
+    rows = [
+        [str(row["factor"]), str(row["level"]), row["reason"]] for row in analysis["not_applicable"]
+    ]
     lead = [] if rows else ["Every factor of the study could run on this machine."]
     return Section(
         "not-applicable",
         "What could not run here",
         lead,
         None,
-        [Table("Not applicable", [Column("factor", "code"), Column("level", "code"), Column("reason")], rows)],
+        [
+            Table(
+                "Not applicable",
+                [Column("factor", "code"), Column("level", "code"), Column("reason")],
+                rows,
+            )
+        ],
     )
 
 
@@ -271,27 +353,55 @@ def _excluded(analysis: Analysis) -> Section:
         [row["launch"], str(row["attempt"]), str(row["block"]), row["status"], row["reason"]]
         for row in analysis["excluded"]
     ]
-    columns = [Column("launch", "code"), *numbers("attempt", "block"), Column("status"), Column("reason")]
-    notes = Table("Noticed while reading the records", [Column("note")], [[note] for note in analysis["notes"]])
-    return Section("excluded", "What was left out", lead, None, [Table("Excluded launches", columns, rows), notes])
+    columns = [
+        Column("launch", "code"),
+        *numbers("attempt", "block"),
+        Column("status"),
+        Column("reason"),
+    ]
+    notes = Table(
+        "Noticed while reading the records",
+        [Column("note")],
+        [[note] for note in analysis["notes"]],
+    )
+    return Section(
+        "excluded",
+        "What was left out",
+        lead,
+        None,
+        [Table("Excluded launches", columns, rows), notes],
+    )
 
 
 def reproduce_command(plan: Mapping[str, Any]) -> str:
-    """The one command that asks the same question again; a model from outside is named by its folder."""
+    """The one command that asks the same question again; a model from outside is named by its
+    folder.
+    """
     study, model = plan["study"], plan["model"]
     words = [
         f"STUDY={study['name']}",
         f"PROFILE={plan['profile']['name']}",
         f"MODEL={model['preset'] or model['path']}",
     ]
-    target = "compare-vllm" if any(cell["engine"] == "vllm" for cell in plan["cells"].values()) else "ablate"
+    target = (
+        "compare-vllm"
+        if any(cell["engine"] == "vllm" for cell in plan["cells"].values())
+        else "ablate"
+    )
     given = [f"{key}={_yaml(value)}" for key, value in study.get("overrides", {}).items()]
-    if any(len(word.split()) != 1 for word in [*words, *given]):  # make would take such a word for two
-        options = [part for word in words for part in ("--" + word.split("=")[0].lower(), word.split("=", 1)[1])]
+    # make would take such a word for two
+    if any(len(word.split()) != 1 for word in [*words, *given]):
+        options = [
+            part
+            for word in words
+            for part in ("--" + word.split("=")[0].lower(), word.split("=", 1)[1])
+        ]
         options += [part for word in given for part in ("--set", word)]
         verb = "compare --with vllm" if target == "compare-vllm" else target
         return f".venv/bin/python -m experiments {verb} " + " ".join(map(shlex.quote, options))
-    return f"make {target} " + " ".join(map(shlex.quote, [*words, *(["SET=" + " ".join(given)] if given else [])]))
+    return f"make {target} " + " ".join(
+        map(shlex.quote, [*words, *(["SET=" + " ".join(given)] if given else [])])
+    )
 
 
 def _yaml(value: Any) -> str:
@@ -309,10 +419,18 @@ def _reproduce(plan: Mapping[str, Any], analysis: Analysis, digest: str) -> Sect
         ),
         ("Rebuild this report from its records", "python -m reports render FOLDER"),
     ]
-    records = [["plan", analysis["plan_hash"]], ["records", digest], *(["boot", boot] for boot in found["boots"])]
-    prints = [[f"workload {name}", entry["fingerprint"]] for name, entry in analysis["workloads"].items()]
+    records = [
+        ["plan", analysis["plan_hash"]],
+        ["records", digest],
+        *(["boot", boot] for boot in found["boots"]),
+    ]
+    prints = [
+        [f"workload {name}", entry["fingerprint"]] for name, entry in analysis["workloads"].items()
+    ]
     tables = [
-        Table("Fingerprints (SHA-256)", [Column("what"), Column("value", "long")], [*records, *prints]),
+        Table(
+            "Fingerprints (SHA-256)", [Column("what"), Column("value", "long")], [*records, *prints]
+        ),
         _pairs("Hardware profile", found["profile"]),
         _pairs("Model", found["model"]),
         _pairs("Provenance, the same for all counted launches", found["provenance"]),
@@ -321,11 +439,15 @@ def _reproduce(plan: Mapping[str, Any], analysis: Analysis, digest: str) -> Sect
             {key: "; ".join(values) for key, values in found["varying"].items()},
         ),
     ]
-    return Section("reproduce", "How to get this again", list(_other_weights(plan)), None, tables, commands)
+    return Section(
+        "reproduce", "How to get this again", list(_other_weights(plan)), None, tables, commands
+    )
 
 
 def _other_weights(plan: Mapping[str, Any]) -> Iterator[str]:
-    """What a reader has to know where the plan's preset gives another checkpoint today than it was made for."""
+    """What a reader has to know where the plan's preset gives another checkpoint today than it was
+    made for.
+    """
     preset, digest = plan["model"].get("preset"), plan["model"].get("digest")
     today = DIGESTS.get(preset)
     if digest and today and digest != today:
@@ -337,5 +459,7 @@ def _other_weights(plan: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _pairs(caption: str, values: Mapping[str, str]) -> Table:
-    rows: Sequence[Sequence[str]] = [[key, value] for key, value in values.items() if value not in ("", "-")]
+    rows: Sequence[Sequence[str]] = [
+        [key, value] for key, value in values.items() if value not in ("", "-")
+    ]
     return Table(caption, [Column("key", "code"), Column("value", "long")], rows, folded=True)

@@ -1,4 +1,5 @@
-"""What a report says besides effects: the gate, the toggles, the order of the launches, the machine.
+"""What a report says besides effects: the gate, the toggles, the order of the launches, the
+machine.
 
 These are tables taken from the records as they stand; nothing here is estimated.
 """
@@ -13,12 +14,17 @@ TELEMETRY_SERIES = (("gpu0_sm_mhz", "cpu_mhz"), ("gpu0_celsius", "cpu_busy"))
 
 
 def equivalence(gate: Gate, counted: Counted) -> dict[str, Any]:
-    """One row for each workload and digest that the gate looked at, with the cells that produced these tokens."""
+    """One row for each workload and digest that the gate looked at, with the cells that produced
+    these tokens.
+    """
     makers: dict[tuple[str, str], set[str]] = {}
     for record in counted.launches:
         for workload, work in record["workloads"].items():
             makers.setdefault((workload, work["tokens_digest"]), set()).add(record["cell"])
-    rows = [{**_gate_row(line), "cells": sorted(makers.get(key, ()))} for key, line in sorted(gate.lines.items())]
+    rows = [
+        {**_gate_row(line), "cells": sorted(makers.get(key, ()))}
+        for key, line in sorted(gate.lines.items())
+    ]
     controls = [_gate_row(line) for line in gate.negative_controls]
     return {
         "rows": rows,
@@ -47,11 +53,13 @@ def _gate_row(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def toggles(counted: Counted, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Did each factor that was on fire, and what could it do? One row for each cell, workload and factor that is on.
+    """Did each factor that was on fire, and what could it do? One row for each cell, workload and
+    factor that is on.
 
-    engaged, opportunity: the least and the most that a launch counted; opportunity is None where being engaged says it
-    all.
-    off_checked, off_engaged: how often a factor at its baseline was looked at, and how often it fired all the same.
+    engaged, opportunity: the least and the most that a launch counted; opportunity is None where
+    being engaged says it all.
+    off_checked, off_engaged: how often a factor at its baseline was looked at, and how often it
+    fired all the same.
     """
     rows: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     off_checked = off_engaged = 0
@@ -73,7 +81,9 @@ def toggles(counted: Counted, plan: Mapping[str, Any]) -> dict[str, Any]:
                 "level": entries[0]["level"],
                 "launches": len(entries),
                 "engaged": _range([entry["engaged"] for entry in entries]),
-                "opportunity": _range([entry["opportunity"] for entry in entries if entry["opportunity"] is not None]),
+                "opportunity": _range(
+                    [entry["opportunity"] for entry in entries if entry["opportunity"] is not None]
+                ),
             }
             for (cell, factor, workload), entries in sorted(
                 rows.items(), key=lambda item: (order.index(item[0][0]), item[0])
@@ -88,13 +98,18 @@ def _range(values: list[int]) -> list[int] | None:
     return [min(values), max(values)] if values else None
 
 
-def run_order(counted: Counted, values: Mapping[str, Mapping[str, Mapping[int, float]]]) -> dict[str, Any]:
-    """The launches in the order in which they ran, with the mean of their telemetry; values: {workload: {cell: {block:
-    value}}}.
+def run_order(
+    counted: Counted, values: Mapping[str, Mapping[str, Mapping[int, float]]]
+) -> dict[str, Any]:
+    """The launches in the order in which they ran, with the mean of their telemetry; values:
+    {workload: {cell: {block: value}}}.
     """
     rows = []
     for record in counted.launches:
-        own = {name: by_cell.get(record["cell"], {}).get(record["block"]) for name, by_cell in values.items()}
+        own = {
+            name: by_cell.get(record["cell"], {}).get(record["block"])
+            for name, by_cell in values.items()
+        }
         summary = record.get("telemetry", {}).get("summary", {})
         rows.append(
             {
@@ -108,13 +123,21 @@ def run_order(counted: Counted, values: Mapping[str, Mapping[str, Mapping[int, f
                 "throttle_reasons": record.get("telemetry", {}).get("throttle_reasons", []),
             }
         )
-    recorded = {name for row in rows for name, value in row["telemetry"].items() if value is not None}
-    series = [next(name for name in group if name in recorded) for group in TELEMETRY_SERIES if recorded & set(group)]
+    recorded = {
+        name for row in rows for name, value in row["telemetry"].items() if value is not None
+    }
+    series = [
+        next(name for name in group if name in recorded)
+        for group in TELEMETRY_SERIES
+        if recorded & set(group)
+    ]
     return {"launches": rows, "telemetry_series": series}
 
 
 def hardware(counted: Counted, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Profile, model and provenance of the counted launches; a key with several values lists them all as varying."""
+    """Profile, model and provenance of the counted launches; a key with several values lists them
+    all as varying.
+    """
     values: dict[str, set[str]] = {}
     for record in counted.launches:
         for key, value in flatten(record.get("provenance", {})):
@@ -122,7 +145,9 @@ def hardware(counted: Counted, plan: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "profile": dict(flatten(plan["profile"])),
         "model": dict(flatten(plan["model"])),
-        "provenance": {key: next(iter(found)) for key, found in sorted(values.items()) if len(found) == 1},
+        "provenance": {
+            key: next(iter(found)) for key, found in sorted(values.items()) if len(found) == 1
+        },
         "varying": {key: sorted(found) for key, found in sorted(values.items()) if len(found) > 1},
         "boots": sorted({record["boot_id"] for record in counted.launches}),
     }

@@ -1,7 +1,8 @@
 """The pictures of a report, each drawn twice: for a desk (720 px wide) and for a phone (360 px).
 
-Each function takes an analysis and a width and returns a Figure, or None where there is nothing to show. Coordinates
-are CSS pixels. pictures() lists those that an analysis has the numbers for, with words for readers who cannot see them.
+Each function takes an analysis and a width and returns a Figure, or None where there is nothing to
+show. Coordinates are CSS pixels. pictures() lists those that an analysis has the numbers for, with
+words for readers who cannot see them.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +13,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from reports import text
-from reports.canvas import HEAD, NARROW, WIDE, Analysis, Effect, by_workload, canvas, primary, shorten
+from reports.canvas import (
+    HEAD,
+    NARROW,
+    WIDE,
+    Analysis,
+    Effect,
+    by_workload,
+    canvas,
+    primary,
+    shorten,
+)
 from reports.ratio_plots import aa_panel, factors, forest
 from reports.run_order import run_order
 from reports.svg import LIGHT, style
@@ -20,7 +31,9 @@ from reports.svg import LIGHT, style
 
 @dataclass(frozen=True)
 class Picture:
-    """One figure of a report: its name on the page, its title, what it shows in words, and how it is drawn."""
+    """One figure of a report: its name on the page, its title, what it shows in words, and how it
+    is drawn.
+    """
 
     name: str
     title: str
@@ -90,7 +103,9 @@ def draw(picture: Picture, analysis: Analysis, width: int) -> Figure:
 
 
 def interactions(analysis: Analysis, width: int) -> Figure | None:
-    """A matrix for each workload: how many times more a pair buys than the product of what each buys."""
+    """A matrix for each workload: how many times more a pair buys than the product of what each
+    buys.
+    """
     rows = analysis["interactions"]
     if not rows:
         return None
@@ -108,12 +123,26 @@ def interactions(analysis: Analysis, width: int) -> Figure | None:
         axes.text(0, top - head_px + 18, workload, **HEAD)
         for row in group:
             column, line = sorted((names.index(row["first"]), names.index(row["second"])))
-            _draw_tile(axes, left_px + column * tile_px, top + (line - 1) * tile_px, tile_px - 3, row)
+            _draw_tile(
+                axes, left_px + column * tile_px, top + (line - 1) * tile_px, tile_px - 3, row
+            )
         for i, name in enumerate(names):
             if i > 0:
-                axes.text(0, top + (i - 0.5) * tile_px, shorten(name, 26 if width == WIDE else 19), va="center")
-            if i < len(names) - 1:  # above the first tile of its column, where the triangle leaves room
-                axes.text(left_px + i * tile_px, top + i * tile_px - 9, name, color=LIGHT["muted"], fontsize=11)
+                axes.text(
+                    0,
+                    top + (i - 0.5) * tile_px,
+                    shorten(name, 26 if width == WIDE else 19),
+                    va="center",
+                )
+            # above the first tile of its column, where the triangle leaves room
+            if i < len(names) - 1:
+                axes.text(
+                    left_px + i * tile_px,
+                    top + i * tile_px - 9,
+                    name,
+                    color=LIGHT["muted"],
+                    fontsize=11,
+                )
     return figure
 
 
@@ -126,9 +155,23 @@ def _draw_tile(axes: Axes, x: float, y: float, size: float, row: Effect) -> None
     }
     color = LIGHT[colors[row["verdict"]]]
     axes.add_patch(
-        Rectangle((x, y), size, size, facecolor=color, alpha=1 if color == LIGHT["band"] else 0.3, linewidth=0)
+        Rectangle(
+            (x, y),
+            size,
+            size,
+            facecolor=color,
+            alpha=1 if color == LIGHT["band"] else 0.3,
+            linewidth=0,
+        )
     )
-    axes.text(x + size / 2, y + size / 2, text.ratio(row["ratio"]), ha="center", va="center", fontsize=11.5)
+    axes.text(
+        x + size / 2,
+        y + size / 2,
+        text.ratio(row["ratio"]),
+        ha="center",
+        va="center",
+        fontsize=11.5,
+    )
     if row["verdict"] == "inconclusive":
         axes.text(x + size - 7, y + 12, "?", ha="center", color=LIGHT["muted"])
 
@@ -160,7 +203,13 @@ def ceiling(analysis: Analysis, width: int) -> Figure | None:
             middle = y + row_px / 2 if wide else y + row_px - 12
             axes.barh(middle, 1, height=9, color=LIGHT["band"], linewidth=0)
             ours = analysis["cells"][row["cell"]]["role"] in ("treatment", "all")
-            axes.barh(middle, row["share"], height=9, color=LIGHT["faster" if ours else "equivalent"], linewidth=0)
+            axes.barh(
+                middle,
+                row["share"],
+                height=9,
+                color=LIGHT["faster" if ours else "equivalent"],
+                linewidth=0,
+            )
             axes.text(
                 -left_px / axes_px if wide else 0,
                 middle if wide else y + 14,
@@ -171,11 +220,26 @@ def ceiling(analysis: Analysis, width: int) -> Figure | None:
             rate, share = f"{text.number(row['tokens_per_s'])} tok/s", text.percent(row["share"])
             if wide:
                 axes.text(
-                    1 + 100 / axes_px, middle, rate, transform=across, ha="right", va="center", color=LIGHT["muted"]
+                    1 + 100 / axes_px,
+                    middle,
+                    rate,
+                    transform=across,
+                    ha="right",
+                    va="center",
+                    color=LIGHT["muted"],
                 )
-                axes.text(1 + right_px / axes_px, middle, share, transform=across, ha="right", va="center")
+                axes.text(
+                    1 + right_px / axes_px, middle, share, transform=across, ha="right", va="center"
+                )
             else:
-                axes.text(1, y + 14, f"{rate}, {share}", transform=across, ha="right", color=LIGHT["muted"])
+                axes.text(
+                    1,
+                    y + 14,
+                    f"{rate}, {share}",
+                    transform=across,
+                    ha="right",
+                    color=LIGHT["muted"],
+                )
             y += row_px
     return figure
 

@@ -1,7 +1,9 @@
-"""The published records: every folder under reports/published that holds a plan and its records, and single results beside them.
+"""The published records: every folder under reports/published that holds a plan and its records,
+and single results beside them.
 
-What is said in docs/claims.md and docs/questions.md is read from here and from nowhere else, so that a folder which is
-added here changes those pages by itself, and a figure without records cannot get into them.
+What is said in docs/claims.md and docs/questions.md is read from here and from nowhere else, so
+that a folder which is added here changes those pages by itself, and a figure without records cannot
+get into them.
 """
 
 import json
@@ -33,14 +35,17 @@ class Study:
         """The GPU or the CPU of the counted launches, as they reported it."""
         counted = [record["provenance"] for record in self.records if record["kind"] == "launch"]
         gpus = [gpu["name"] for gpu in (counted[0].get("gpus") or [])] if counted else []
-        cpu = counted[0]["cpu"] if counted else {"model": self.plan["profile"]["name"], "cores": "?"}
+        cpu = (
+            counted[0]["cpu"] if counted else {"model": self.plan["profile"]["name"], "cores": "?"}
+        )
         return f"{len(gpus)} x {gpus[0]}" if gpus else f"{cpu['model']}, {cpu['cores']} cores"
 
 
 @dataclass(frozen=True)
 class Library:
-    """studies: by name; results: every other JSON object in a file of its own, by its path (figures of pytest-benchmark,
-    counts of code lines)."""
+    """studies: by name; results: every other JSON object in a file of its own, by its path (figures
+    of pytest-benchmark, counts of code lines).
+    """
 
     studies: Mapping[str, Study]
     results: Mapping[str, dict[str, Any]]
@@ -53,8 +58,12 @@ def folders(root: Path = PUBLISHED) -> list[Path]:
 
 @lru_cache(maxsize=2)
 def library(root: Path = PUBLISHED) -> Library:
-    """Reads and analyses all of it. Raises RecordError for a folder that cannot be read, ValueError for broken JSON."""
-    return Library({study.name: study for study in map(_read(root), folders(root))}, dict(_results(root)))
+    """Reads and analyses all of it. Raises RecordError for a folder that cannot be read, ValueError
+    for broken JSON.
+    """
+    return Library(
+        {study.name: study for study in map(_read(root), folders(root))}, dict(_results(root))
+    )
 
 
 def _read(root: Path) -> Any:

@@ -1,7 +1,8 @@
 """What is measured of one launch: figures taken from one workload's part of a launch record.
 
-Throughput is output tokens over the time of the whole workload. Latencies are percentiles over the requests of the
-launch; the launch, not the request, is the unit of analysis, so a percentile is one number a launch.
+Throughput is output tokens over the time of the whole workload. Latencies are percentiles over the
+requests of the launch; the launch, not the request, is the unit of analysis, so a percentile is one
+number a launch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,9 +41,9 @@ METRICS = {metric.key: metric for metric in (THROUGHPUT, *LATENCIES)}
 def of_launch(work: Mapping[str, Any], output_lengths: Sequence[int] | None) -> dict[str, float]:
     """Every metric of one workload's part of a launch record that can be had from it.
 
-    output_lengths: tokens asked of each request, in the order of `request_times_s`. A request's time per output token
-    is (finish - first token) / (output tokens - 1); it is left out where the lengths are unknown or were not reached (a
-    record holds only their sum).
+    output_lengths: tokens asked of each request, in the order of `request_times_s`. A request's
+    time per output token is (finish - first token) / (output tokens - 1); it is left out where the
+    lengths are unknown or were not reached (a record holds only their sum).
     """
     values = {THROUGHPUT.key: work["output_tokens"] / work["duration_s"]}
     times = np.array(work["request_times_s"], dtype=np.float64).reshape(
@@ -58,7 +59,11 @@ def of_launch(work: Mapping[str, Any], output_lengths: Sequence[int] | None) -> 
     ):
         gaps = np.array(output_lengths) - 1
         if (gaps > 0).any():
-            _add_percentiles(values, "time_per_output_token", ((times[:, 2] - times[:, 1])[gaps > 0]) / gaps[gaps > 0])
+            _add_percentiles(
+                values,
+                "time_per_output_token",
+                ((times[:, 2] - times[:, 1])[gaps > 0]) / gaps[gaps > 0],
+            )
     return values
 
 
@@ -69,5 +74,7 @@ def _add_percentiles(values: dict[str, float], key: str, samples: np.ndarray) ->
 
 
 def harmonic_mean(rates: Sequence[float]) -> float:
-    """Mean rate of equal pieces of work: n over the sum of times a piece (Hoefler and Belli, rule 3)."""
+    """Mean rate of equal pieces of work: n over the sum of times a piece (Hoefler and Belli, rule
+    3).
+    """
     return len(rates) / sum(1 / rate for rate in rates)

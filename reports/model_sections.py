@@ -1,4 +1,6 @@
-"""The linear model of a factorial, and what the residuals of a study look like: sections between the results and the evidence."""
+"""The linear model of a factorial, and what the residuals of a study look like: sections between
+the results and the evidence.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,7 +22,11 @@ def _linear_model(analysis: Analysis) -> Iterator[Section]:
     rows = analysis["linear_model"]
     if not rows:
         return
-    columns = [WORKLOAD, Column("effect", "code"), *numbers("ratio", f"{confidence(analysis)} interval")]
+    columns = [
+        WORKLOAD,
+        Column("effect", "code"),
+        *numbers("ratio", f"{confidence(analysis)} interval"),
+    ]
     columns += [Column("verdict", "verdict"), *numbers("p (Holm)", "degrees of freedom")]
     table = Table(
         "Linear model",
@@ -28,7 +34,11 @@ def _linear_model(analysis: Analysis) -> Iterator[Section]:
         [
             [
                 row["workload"],
-                row["terms"][0] + "".join(f" - {term[1:]}" if term[0] == "-" else f" + {term}" for term in row["terms"][1:]),
+                row["terms"][0]
+                + "".join(
+                    f" - {term[1:]}" if term[0] == "-" else f" + {term}"
+                    for term in row["terms"][1:]
+                ),
                 text.ratio(row["ratio"]),
                 text.interval(row["low"], row["high"]),
                 row["verdict"],
@@ -51,7 +61,11 @@ def _residuals(analysis: Analysis) -> Iterator[Section]:
     found = analysis["residuals"]
     if not found:
         return
-    columns = [WORKLOAD, *numbers("residuals", "standard deviation", "skewness", "p (normal)", "farthest"), Column("where", "code")]
+    columns = [
+        WORKLOAD,
+        *numbers("residuals", "standard deviation", "skewness", "p (normal)", "farthest"),
+        Column("where", "code"),
+    ]
     rows = [
         [
             workload,
@@ -69,4 +83,10 @@ def _residuals(analysis: Analysis) -> Iterator[Section]:
         "both sides of a ratio share; skew in one side alone costs them coverage (docs/methodology.md). p: Shapiro-Wilk; small "
         "means that normal noise is doubtful.",
     ]
-    yield Section("residuals", "Does the noise look as assumed", lead, None, [Table("Residuals", columns, rows)])
+    yield Section(
+        "residuals",
+        "Does the noise look as assumed",
+        lead,
+        None,
+        [Table("Residuals", columns, rows)],
+    )

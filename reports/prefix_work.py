@@ -1,10 +1,13 @@
-"""How much arithmetic the prefix cache saved in a recorded launch: its scheduler is run once more, without a model.
+"""How much arithmetic the prefix cache saved in a recorded launch: its scheduler is run once more,
+without a model.
 
-A record says how many prompt tokens were served from the cache, not which request they belonged to; attention's share of the
-work depends on that. Planning needs no torch and no time, and nothing in it depends on the values of sampled tokens (of
-a workload that runs every request to its full length), so a replay with the same settings makes the same steps. It is believed
-only if it arrives at the very counters of the record. Where it does not, because the scheduler has changed since, the tokens
-are the record's and the FLOPs are bounded: least if all requests found the same number of them, most if the longest found all.
+A record says how many prompt tokens were served from the cache, not which request they belonged to;
+attention's share of the work depends on that. Planning needs no torch and no time, and nothing in
+it depends on the values of sampled tokens (of a workload that runs every request to its full
+length), so a replay with the same settings makes the same steps. It is believed only if it arrives
+at the very counters of the record. Where it does not, because the scheduler has changed since, the
+tokens are the record's and the FLOPs are bounded: least if all requests found the same number of
+them, most if the longest found all.
 """
 
 from collections.abc import Mapping
@@ -23,13 +26,16 @@ from nanovllm.sampling_params import SamplingParams
 from reports.ceiling import ModelShape, pairs
 
 _CHECKED = ("steps", "prefill_tokens", "decode_tokens", "prefix_hit_tokens", "preemptions")
-_NO_TOKEN = -1  # stands for whatever was sampled: in no vocabulary, so it never looks like a part of a prompt
+# stands for whatever was sampled: in no vocabulary, so it never looks like a part of a prompt
+_NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
 class Saved:
-    """Of one launch and workload: prompt tokens and the FLOPs of computing them, all of them and those the cache spared;
-    decode_flops: of everything after each request's first token, which no prefix cache can spare."""
+    """Of one launch and workload: prompt tokens and the FLOPs of computing them, all of them and
+    those the cache spared;
+    decode_flops: of everything after each request's first token, which no prefix cache can spare.
+    """
 
     prompt_tokens: int
     cached_tokens: int
@@ -60,10 +66,19 @@ def saved(record: Mapping[str, Any], plan: Mapping[str, Any], name: str) -> Save
     hits = counters["prefix_hit_tokens"]
     cached, stats = _replay(waves, record["resolved"])
     shape = ModelShape.of_plan(plan["model"])
-    linear, pair, head = 2 * shape.layer_weights, shape.attention_flops_per_pair, 2 * shape.head_weights
-    requests = [(len(request["prompt_token_ids"]), request["max_tokens"]) for wave in waves for request in wave]
+    linear, pair, head = (
+        2 * shape.layer_weights,
+        shape.attention_flops_per_pair,
+        2 * shape.head_weights,
+    )
+    requests = [
+        (len(request["prompt_token_ids"]), request["max_tokens"])
+        for wave in waves
+        for request in wave
+    ]
     prompts = [prompt for prompt, _ in requests]
-    # With overlap a request's last step is known to be its last one step late: there are a few steps more than in the replay.
+    # With overlap a request's last step is known to be its last one step late: there are a few
+    # steps more than in the replay.
     checked = _CHECKED[1:] if record["resolved"]["optimizations"].get("overlap") else _CHECKED
     if all(getattr(stats, counter) == counters[counter] for counter in checked):
         found_pairs = (float(sum(map(pairs, cached))),) * 2
@@ -75,13 +90,16 @@ def saved(record: Mapping[str, Any], plan: Mapping[str, Any], name: str) -> Save
         prefill_flops=sum(prompt * linear + pairs(prompt) * pair + head for prompt, _ in requests),
         spared_flops=(hits * linear + found_pairs[0] * pair, hits * linear + found_pairs[1] * pair),
         decode_flops=sum(
-            (output - 1) * (linear + head) + (pairs(prompt + output - 1) - pairs(prompt)) * pair for prompt, output in requests
+            (output - 1) * (linear + head) + (pairs(prompt + output - 1) - pairs(prompt)) * pair
+            for prompt, output in requests
         ),
     )
 
 
 def _fewest_pairs(prompts: list[int], hits: int) -> float:
-    """Pairs of positions within the cached tokens if every request found the same number: pairs are convex in it."""
+    """Pairs of positions within the cached tokens if every request found the same number: pairs are
+    convex in it.
+    """
     each = hits / len(prompts)
     return len(prompts) * each * (each + 1) / 2
 
@@ -110,7 +128,11 @@ def _replay(waves: workloads.Waves, resolved: Mapping[str, Any]) -> tuple[list[i
     cached = []
     for number, wave in enumerate(waves):
         sequences = [
-            Sequence(f"{number}/{i}", list(request["prompt_token_ids"]), SamplingParams(max_tokens=request["max_tokens"]))
+            Sequence(
+                f"{number}/{i}",
+                list(request["prompt_token_ids"]),
+                SamplingParams(max_tokens=request["max_tokens"]),
+            )
             for i, request in enumerate(wave)
         ]
         for sequence in sequences:

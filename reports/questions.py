@@ -1,7 +1,9 @@
-"""docs/questions.md: what an expert asks of an engine like this, answered with the file that shows it and the measured figure.
+"""docs/questions.md: what an expert asks of an engine like this, answered with the file that shows
+it and the measured figure.
 
-The words are in templates/questions.md.j2. Every figure in them is looked up in the published records by the functions
-below, with its interval, its hardware and its folder; what has no record is called not measured.
+The words are in templates/questions.md.j2. Every figure in them is looked up in the published
+records by the functions below, with its interval, its hardware and its folder; what has no record
+is called not measured.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +31,8 @@ def values(library: Library) -> Mapping[str, Callable[..., str]]:
             (found, row)
             for found in executions(study)
             for row in found.analysis["effects"]
-            if (row["cell"], row["workload"], row["metric"]) == (cell, workload, metric or found.analysis["metric"]["key"])
+            if (row["cell"], row["workload"], row["metric"])
+            == (cell, workload, metric or found.analysis["metric"]["key"])
         )
 
     def reference(study: str, cell: str, other: str, workload: str) -> str:
@@ -57,9 +60,16 @@ def values(library: Library) -> Mapping[str, Callable[..., str]]:
             f"{text.level_range([min(counts), max(counts)])} ({text.count_of(len(counts), 'launch')}, "
             f"{_where(found.hardware, found.name)})"
             for found in executions(study)
-            if workload in found.plan["workloads"] and cell in found.plan["cells"]
-            and (counts := [_count(record, workload, name) for record in found.records if _counts(found, record, cell)])
-        )  # fmt: skip
+            if workload in found.plan["workloads"]
+            and cell in found.plan["cells"]
+            and (
+                counts := [
+                    _count(record, workload, name)
+                    for record in found.records
+                    if _counts(found, record, cell)
+                ]
+            )
+        )
 
     def claim(name: str) -> str:
         """The verdict on a claim, and the figures that decide."""
@@ -67,17 +77,29 @@ def values(library: Library) -> Mapping[str, Callable[..., str]]:
         return _joined(_figure(finding, judged.claim.value) for finding in judged.deciding)
 
     def found(name: str, what: str) -> str:
-        """The figures of a claim's measurement whose description begins with `what`, deciding or not."""
+        """The figures of a claim's measurement whose description begins with `what`, deciding or
+        not.
+        """
         judged = judge(next(one for one in read_claims() if one.id == name), library)
-        return _joined(_figure(finding, judged.claim.value) for finding in judged.findings if finding.what.startswith(what))
+        return _joined(
+            _figure(finding, judged.claim.value)
+            for finding in judged.findings
+            if finding.what.startswith(what)
+        )
 
     def gate() -> str:
         """What the gate has judged in all published records."""
         lines = [study.analysis["gate"] for study in library.studies.values()]
         passed, rows, tokens = (
-            sum(one["passed"] for one in lines), sum(len(one["rows"]) for one in lines), sum(one["tokens_checked"] for one in lines)
-        )  # fmt: skip
-        return f"{passed} of {rows} distinct outputs passed, {tokens:,} tokens" if rows else NOT_MEASURED
+            sum(one["passed"] for one in lines),
+            sum(len(one["rows"]) for one in lines),
+            sum(one["tokens_checked"] for one in lines),
+        )
+        return (
+            f"{passed} of {rows} distinct outputs passed, {tokens:,} tokens"
+            if rows
+            else NOT_MEASURED
+        )
 
     return {one.__name__: one for one in (effect, reference, bound, counter, claim, found, gate)}
 
@@ -100,7 +122,11 @@ def _figure(finding: Finding, claimed: float) -> str:
     if finding.low is None or finding.high is None:
         spread = "no interval"
     else:
-        spread = "exact" if finding.low == finding.high else f"{show(finding.low)} to {show(finding.high)}".replace("×", "")
+        spread = (
+            "exact"
+            if finding.low == finding.high
+            else f"{show(finding.low)} to {show(finding.high)}".replace("×", "")
+        )
     return f"{finding.what}: {show(finding.value)} ({spread}, {finding.evidence}, {_where(finding.hardware, finding.source)})"
 
 

@@ -1,4 +1,6 @@
-"""Pictures of ratios with their intervals, around the band of what does not matter: forest, A/A panel, factors."""
+"""Pictures of ratios with their intervals, around the band of what does not matter: forest, A/A
+panel, factors.
+"""
 
 from collections.abc import Sequence
 
@@ -16,30 +18,43 @@ _EDGE = 1000.0
 
 
 def forest(analysis: Analysis, width: int) -> Figure | None:
-    """Effects on the study's metric, by workload: interval, verdict, and the ratio of each block as a faint dot."""
+    """Effects on the study's metric, by workload: interval, verdict, and the ratio of each block as
+    a faint dot.
+    """
     effects = [effect for effect in primary(analysis) if effect["n"]]
     return _ratio_plot(
-        analysis, width, [(workload, [(e["cell"], e) for e in group]) for workload, group in by_workload(effects)]
+        analysis,
+        width,
+        [(workload, [(e["cell"], e) for e in group]) for workload, group in by_workload(effects)],
     )
 
 
 def aa_panel(analysis: Analysis, width: int) -> Figure | None:
     """The A/A arm on its own scale: what this machine makes up by itself."""
     effects = [effect for effect in primary(analysis) if effect["role"] == "aa" and effect["n"]]
-    return _ratio_plot(analysis, width, [("", [(effect["workload"], effect) for effect in effects])] if effects else [])
+    return _ratio_plot(
+        analysis,
+        width,
+        [("", [(effect["workload"], effect) for effect in effects])] if effects else [],
+    )
 
 
 def factors(analysis: Analysis, width: int) -> Figure | None:
-    """Alone, left out, on average and Shapley's share of each factor; only where a design tells more than "alone"."""
+    """Alone, left out, on average and Shapley's share of each factor; only where a design tells
+    more than "alone".
+    """
     if all(effect["kind"] == "alone" for effect in analysis["factors"]):
         return None
     groups: dict[str, list[tuple[str, Effect]]] = {}
     effects = sorted(
-        analysis["factors"], key=lambda effect: (effect["workload"], effect["factor"], str(effect["level"]))
+        analysis["factors"],
+        key=lambda effect: (effect["workload"], effect["factor"], str(effect["level"])),
     )
     several = len({effect["workload"] for effect in effects}) > 1
     for effect in effects:
-        title = f"{effect['factor']}={effect['level']}" + (f" on {effect['workload']}" if several else "")
+        title = f"{effect['factor']}={effect['level']}" + (
+            f" on {effect['workload']}" if several else ""
+        )
         if effect["n"]:
             groups.setdefault(title, []).append((effect["kind"], effect))
     return _ratio_plot(analysis, width, list(groups.items()))
@@ -74,9 +89,17 @@ def _ratio_plot(
             if wide:
                 middle = y + row_px / 2
                 axes.plot(
-                    [0, 1], [middle, middle], "-", transform=across, color=LIGHT["rule"], linewidth=0.8, zorder=0.5
+                    [0, 1],
+                    [middle, middle],
+                    "-",
+                    transform=across,
+                    color=LIGHT["rule"],
+                    linewidth=0.8,
+                    zorder=0.5,
                 )
-                axes.text(-left_px / axes_px, middle, shorten(label, 28), transform=across, va="center")
+                axes.text(
+                    -left_px / axes_px, middle, shorten(label, 28), transform=across, va="center"
+                )
                 axes.text(
                     1 + 82 / axes_px,
                     middle,
@@ -86,7 +109,14 @@ def _ratio_plot(
                     ha="right",
                     color=color,
                 )
-                axes.text(1 + 94 / axes_px, middle, effect["verdict"], transform=across, va="center", color=color)
+                axes.text(
+                    1 + 94 / axes_px,
+                    middle,
+                    effect["verdict"],
+                    transform=across,
+                    va="center",
+                    color=color,
+                )
             else:  # the words stand above the interval, on plain paper
                 middle = y + row_px - 12
                 _draw_band(axes, analysis, y + row_px - 22, y + row_px - 2)
@@ -108,16 +138,42 @@ def _ratio_plot(
 
 def _draw_band(axes: Axes, analysis: Analysis, top: float, bottom: float) -> None:
     low, high = analysis["rule"]["band"]
-    axes.add_patch(Rectangle((low, top), high - low, bottom - top, color=LIGHT["band"], linewidth=0, zorder=0))
-    axes.plot([1, 1], [top, bottom], "-", color=LIGHT["muted"], linewidth=1, solid_capstyle="butt", zorder=1)
+    axes.add_patch(
+        Rectangle((low, top), high - low, bottom - top, color=LIGHT["band"], linewidth=0, zorder=0)
+    )
+    axes.plot(
+        [1, 1],
+        [top, bottom],
+        "-",
+        color=LIGHT["muted"],
+        linewidth=1,
+        solid_capstyle="butt",
+        zorder=1,
+    )
 
 
 def _draw_effect(axes: Axes, y: float, effect: Effect) -> None:
     color = LIGHT.get(effect["verdict"], LIGHT["ink"])
     blocks = list(effect["by_block"].values())
-    axes.plot(blocks, [y] * len(blocks), "o", color=color, markersize=4, alpha=0.28, markeredgewidth=0, zorder=2)
+    axes.plot(
+        blocks,
+        [y] * len(blocks),
+        "o",
+        color=color,
+        markersize=4,
+        alpha=0.28,
+        markeredgewidth=0,
+        zorder=2,
+    )
     if effect["low"] is not None:
-        axes.plot([_drawn(effect["low"]), _drawn(effect["high"])], [y, y], "-", color=color, linewidth=2.5, zorder=3)
+        axes.plot(
+            [_drawn(effect["low"]), _drawn(effect["high"])],
+            [y, y],
+            "-",
+            color=color,
+            linewidth=2.5,
+            zorder=3,
+        )
     hollow = effect["verdict"] == "inconclusive"
     axes.plot(
         [effect["ratio"]],
@@ -136,7 +192,10 @@ def _range(analysis: Analysis, effects: Sequence[Effect]) -> tuple[float, float]
     values = [
         value
         for effect in effects
-        for value in (*effect["by_block"].values(), *(_drawn(end) for end in (effect["low"], effect["high"]) if end is not None))
+        for value in (
+            *effect["by_block"].values(),
+            *(_drawn(end) for end in (effect["low"], effect["high"]) if end is not None),
+        )
     ]
     low, high = min(analysis["rule"]["band"][0], *values), max(analysis["rule"]["band"][1], *values)
     margin = (high / low) ** 0.06
@@ -144,7 +203,9 @@ def _range(analysis: Analysis, effects: Sequence[Effect]) -> tuple[float, float]
 
 
 def _drawn(end: float) -> float:
-    """An end of an interval, or the edge of the picture where it lies far outside: beyond any ratio that is worth an axis."""
+    """An end of an interval, or the edge of the picture where it lies far outside: beyond any ratio
+    that is worth an axis.
+    """
     return min(max(end, 1 / _EDGE), _EDGE)
 
 

@@ -1,8 +1,9 @@
 """Reading the records of a finished, killed or carried study for its report.
 
-experiments/records.py holds the format and the writer; this reader looks at a file that a power cut may have truncated
-or that was copied together from several visits to a host. It takes what can be trusted, and names everything it did not
-take in `RecordFile.notes`, which the report prints. A file of an unknown schema is refused as a whole.
+experiments/records.py holds the format and the writer; this reader looks at a file that a power cut
+may have truncated or that was copied together from several visits to a host. It takes what can be
+trusted, and names everything it did not take in `RecordFile.notes`, which the report prints. A file
+of an unknown schema is refused as a whole.
 """
 
 import json
@@ -15,13 +16,16 @@ __all__ = ["KINDS", "RecordError", "RecordFile", "read_folder", "read_plan", "re
 
 KINDS = ("launch", "gate", "superseded", "resumed")
 
-# Every record begins with its kind, so a record glued to the stump of a truncated one can still be found.
+# Every record begins with its kind, so a record glued to the stump of a truncated one can still be
+# found.
 RECORD_START = b'{"kind"'
 
 
 @dataclass(frozen=True)
 class RecordFile:
-    """The records of one file in order, and what was noticed while reading (sentences for the report)."""
+    """The records of one file in order, and what was noticed while reading (sentences for the
+    report).
+    """
 
     records: list[Record]
     notes: list[str]
@@ -33,11 +37,11 @@ def read_folder(folder: Path) -> tuple[Record, RecordFile]:
 
 
 def read_records(path: Path) -> RecordFile:
-    """Record v1, one JSON object a line, each line that occurs twice taken once: a verdict of the gate where it was given last, as
-    the last one counts, anything else where it came first.
+    """Record v1, one JSON object a line, each line that occurs twice taken once: a verdict of the
+    gate where it was given last, as the last one counts, anything else where it came first.
 
-    Raises RecordError on a missing file and on a record of another schema: counting the rest of such a file could miss
-    what the unknown record says (that a launch was superseded, say).
+    Raises RecordError on a missing file and on a record of another schema: counting the rest of
+    such a file could miss what the unknown record says (that a launch was superseded, say).
     """
     if not path.is_file():
         raise RecordError(f"{path}: no such file; run the study first (make ablate)")
@@ -72,7 +76,9 @@ def read_records(path: Path) -> RecordFile:
             continue
         records[line] = record
     if duplicates:
-        notes.append(f"{path.name}: {duplicates} duplicated line{'s' if duplicates > 1 else ''}, taken once")
+        notes.append(
+            f"{path.name}: {duplicates} duplicated line{'s' if duplicates > 1 else ''}, taken once"
+        )
     return RecordFile(list(records.values()), notes)
 
 
@@ -85,7 +91,10 @@ def _parse(line: bytes, is_last: bool) -> tuple[Record | None, str | None]:
     if start > 0:
         record = _json_object(line[start:])
         if record is not None:
-            return record, "the stump of a truncated record stands before a whole one; the whole one was taken"
+            return (
+                record,
+                "the stump of a truncated record stands before a whole one; the whole one was taken",
+            )
     if is_last:
         return None, "truncated last line (its writer was stopped while writing), left out"
     return None, "not a JSON record, left out"

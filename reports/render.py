@@ -1,7 +1,8 @@
-"""Rendering a report: Markdown with figures beside it, and one HTML page that needs nothing but itself.
+"""Rendering a report: Markdown with figures beside it, and one HTML page that needs nothing but
+itself.
 
-The same records give the same bytes: nothing is dated, sampled or ordered by chance here, and the versions that draw
-are pinned by constraints.txt.
+The same records give the same bytes: nothing is dated, sampled or ordered by chance here, and the
+versions that draw are pinned by constraints.txt.
 """
 
 import hashlib
@@ -29,9 +30,14 @@ MARKDOWN, HTML, FIGURES = "report.md", "report.html", "figures"
 
 
 def render(
-    plan: Mapping[str, Any], records: Sequence[Mapping[str, Any]], analysis: Mapping[str, Any], out_dir: Path
+    plan: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+    analysis: Mapping[str, Any],
+    out_dir: Path,
 ) -> tuple[Path, Path]:
-    """Write `report.md`, `report.html` and `figures/*.svg` into out_dir; returns the paths of the first two."""
+    """Write `report.md`, `report.html` and `figures/*.svg` into out_dir; returns the paths of the
+    first two.
+    """
     analysis = text.printable(analysis)
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / FIGURES).mkdir(exist_ok=True)
@@ -40,10 +46,14 @@ def render(
     report = document(text.printable(plan), records, analysis)
     inline, files = {}, {}
     for picture in figures.pictures(analysis):
-        wide, narrow = (svg.to_svg(figures.draw(picture, analysis, width)) for width in (WIDE, NARROW))
+        wide, narrow = (
+            svg.to_svg(figures.draw(picture, analysis, width)) for width in (WIDE, NARROW)
+        )
         inline[picture.name] = Markup(
             svg.inline(wide, f"{picture.name}-wide", picture.title, picture.description, "wide")
-            + svg.inline(narrow, f"{picture.name}-narrow", picture.title, picture.description, "narrow")
+            + svg.inline(
+                narrow, f"{picture.name}-narrow", picture.title, picture.description, "narrow"
+            )
         )
         files[picture.name] = picture
         (out_dir / FIGURES / f"{picture.name}.svg").write_text(
@@ -61,17 +71,23 @@ def render(
         )
     )
     (out_dir / HTML).write_text(html, encoding="utf-8")
-    write_markdown(out_dir / MARKDOWN, "report.md.j2", report=report, pictures=files, folder=FIGURES)
+    write_markdown(
+        out_dir / MARKDOWN, "report.md.j2", report=report, pictures=files, folder=FIGURES
+    )
     return out_dir / MARKDOWN, out_dir / HTML
 
 
 def write_markdown(path: Path, template: str, **values: Any) -> None:
-    """A page from a template in which everything that is printed is escaped; blank lines never pile up."""
+    """A page from a template in which everything that is printed is escaped; blank lines never pile
+    up.
+    """
     page = _markdown_environment().get_template(template).render(**values)
     path.write_text(re.sub(r"\n{3,}", "\n\n", page), encoding="utf-8")
 
 
-def document(plan: Mapping[str, Any], records: Sequence[Mapping[str, Any]], analysis: Mapping[str, Any]) -> Document:
+def document(
+    plan: Mapping[str, Any], records: Sequence[Mapping[str, Any]], analysis: Mapping[str, Any]
+) -> Document:
     """The report as data."""
     study, counts, gate = plan["study"], analysis["counts"], analysis["gate"]
     arms = [
@@ -84,7 +100,10 @@ def document(plan: Mapping[str, Any], records: Sequence[Mapping[str, Any]], anal
         ("machine", _machine(plan, analysis)),
         ("model", f"{model['preset'] or model['path']}, {model['dtype']}"),
         ("blocks", f"{counts['complete_blocks']} complete of {counts['planned_blocks']}"),
-        ("launches", f"{counts['counted_launches']} counted, {counts['excluded_launches']} excluded"),
+        (
+            "launches",
+            f"{counts['counted_launches']} counted, {counts['excluded_launches']} excluded",
+        ),
         (
             "gate",
             f"{gate['passed']} of {text.count_of(len(gate['rows']), 'output')} passed, {gate['tokens_checked']:,} "
@@ -96,11 +115,16 @@ def document(plan: Mapping[str, Any], records: Sequence[Mapping[str, Any]], anal
         finished = sum(row["status"] == "ok" for row in analysis["excluded"])
         facts[2:] = [
             ("blocks", f"{counts['run_blocks']} run to the end of {counts['planned_blocks']}"),
-            ("launches", f"{finished} run to the end of {counts['planned_launches']}, none counted"),
+            (
+                "launches",
+                f"{finished} run to the end of {counts['planned_launches']}, none counted",
+            ),
             ("gate", "not judged: descriptive"),
             ("A/A arm", "not judged: descriptive" if arms else "none"),
         ]
-    digest = hashlib.sha256(json.dumps(list(records), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    digest = hashlib.sha256(
+        json.dumps(list(records), sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
     return Document(
         eyebrow=f"study {study['name']}",
         title=study.get("title") or study["name"],
@@ -109,12 +133,17 @@ def document(plan: Mapping[str, Any], records: Sequence[Mapping[str, Any]], anal
         verdict=analysis["answer"]["verdict"],
         caveats=analysis["answer"]["caveats"],
         facts=facts,
-        sections=[*(() if analysis["unjudged"] else (*results(analysis), *modelled(analysis))), *evidence(plan, analysis, digest)],
+        sections=[
+            *(() if analysis["unjudged"] else (*results(analysis), *modelled(analysis))),
+            *evidence(plan, analysis, digest),
+        ],
     )
 
 
 def _machine(plan: Mapping[str, Any], analysis: Mapping[str, Any]) -> str:
-    """The profile's words; a CPU is named as its launches found it, since the profile only says that it is one."""
+    """The profile's words; a CPU is named as its launches found it, since the profile only says
+    that it is one.
+    """
     profile, found = plan["profile"], analysis["hardware"]["provenance"]
     if profile["device"] == "cpu" and "cpu.model" in found and "cpu.cores" in found:
         return f"{found['cpu.model']}, {text.count_of(int(found['cpu.cores']), 'core')}"
@@ -140,7 +169,9 @@ def breakable(value: object) -> Markup:
 
 
 def _markdown_environment() -> Environment:
-    """Every value that a template prints is escaped for Markdown, so that a pipe from outside stays a pipe."""
+    """Every value that a template prints is escaped for Markdown, so that a pipe from outside stays
+    a pipe.
+    """
     environment = _environment()
     environment.finalize = escape_markdown
     environment.filters["code"] = code
@@ -158,7 +189,9 @@ def escape_markdown(value: object) -> Markup:
 
 
 def code(value: object) -> Markup:
-    """Text -> a code span; in a table even code cannot hold a pipe, and a fence is longer than any backticks within."""
+    """Text -> a code span; in a table even code cannot hold a pipe, and a fence is longer than any
+    backticks within.
+    """
     line = " ".join(str(value).split()).replace("|", "¦")
     if not line:
         return Markup("")

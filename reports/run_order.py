@@ -1,4 +1,6 @@
-"""The picture of the run order: drift, warm-up and throttling would show here as a trend within or across blocks."""
+"""The picture of the run order: drift, warm-up and throttling would show here as a trend within or
+across blocks.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,15 +17,21 @@ TELEMETRY_LABELS = {
     "cpu_busy": "CPU busy, share",
 }
 COLORS = {"baseline": "ink", "aa": "inconclusive", "reference": "slower"}
-NAMES = {"baseline": "baseline", "aa": "baseline again (A/A)", "other": "other cells", "reference": "reference"}
+NAMES = {
+    "baseline": "baseline",
+    "aa": "baseline again (A/A)",
+    "other": "other cells",
+    "reference": "reference",
+}
 SHORT_NAMES = {"baseline": "baseline", "aa": "A/A", "other": "others", "reference": "reference"}
 
 
 def run_order(analysis: Mapping[str, Any], width: int) -> Figure | None:
-    """The study's metric of each launch, relative to its own cell's mean, against the order of the launches; telemetry
-    below.
+    """The study's metric of each launch, relative to its own cell's mean, against the order of the
+    launches; telemetry below.
 
-    Relative to its cell, because the cells differ by design: what is left is what order and time did.
+    Relative to its cell, because the cells differ by design: what is left is what order and time
+    did.
     """
     launches = analysis["order"]["launches"]
     points = _relative(analysis)
@@ -32,12 +40,19 @@ def run_order(analysis: Mapping[str, Any], width: int) -> Figure | None:
     series = analysis["order"]["telemetry_series"]
     legend_px, main_px, small_px, gap_px, axis_px, left_px, right_px = 26, 170, 62, 20, 36, 52, 8
     height = legend_px + main_px + (small_px + gap_px) * len(series) + axis_px
-    figure = Figure(figsize=(width / PIXELS_PER_INCH, height / PIXELS_PER_INCH), dpi=PIXELS_PER_INCH)
+    figure = Figure(
+        figsize=(width / PIXELS_PER_INCH, height / PIXELS_PER_INCH), dpi=PIXELS_PER_INCH
+    )
     top = legend_px
     for panel in ("main", *series):
         panel_px = main_px if panel == "main" else small_px
         axes = figure.add_axes(
-            (left_px / width, 1 - (top + panel_px) / height, (width - left_px - right_px) / width, panel_px / height)
+            (
+                left_px / width,
+                1 - (top + panel_px) / height,
+                (width - left_px - right_px) / width,
+                panel_px / height,
+            )
         )
         top += panel_px + gap_px
         axes.set_xlim(-0.7, len(launches) - 0.3)
@@ -45,7 +60,9 @@ def run_order(analysis: Mapping[str, Any], width: int) -> Figure | None:
         axes.yaxis.set_major_locator(MaxNLocator(5 if panel == "main" else 2, min_n_ticks=2))
         for first, last, block in _blocks(launches):
             if block % 2 == 0:
-                axes.axvspan(first - 0.5, last + 0.5, color=LIGHT["band"], alpha=0.55, linewidth=0, zorder=0)
+                axes.axvspan(
+                    first - 0.5, last + 0.5, color=LIGHT["band"], alpha=0.55, linewidth=0, zorder=0
+                )
         if panel == "main":
             axes.axhline(0, color=LIGHT["muted"], linewidth=1, zorder=1)
             for role in ("other", "reference", "aa", "baseline"):
@@ -61,7 +78,9 @@ def run_order(analysis: Mapping[str, Any], width: int) -> Figure | None:
                     zorder=2,
                 )
             axes.yaxis.set_major_formatter(
-                FuncFormatter(lambda value, _: f"{value:+.3g} %".replace("-", "−") if value else "0")
+                FuncFormatter(
+                    lambda value, _: f"{value:+.3g} %".replace("-", "−") if value else "0"
+                )
             )
         else:
             values = [(x, row["telemetry"].get(panel)) for x, row in enumerate(launches)]
@@ -94,19 +113,27 @@ def run_order(analysis: Mapping[str, Any], width: int) -> Figure | None:
             fontsize=10.5,
         )
     axes.set_xlabel("block, launches in the order in which they ran", labelpad=18)
-    _legend(figure, [role for role in NAMES if any(point[2] == role for point in points)], width, height)
+    _legend(
+        figure, [role for role in NAMES if any(point[2] == role for point in points)], width, height
+    )
     return figure
 
 
 def _relative(analysis: Mapping[str, Any]) -> list[tuple[int, float, str]]:
-    """(place in the order, per cent off its cell's mean, role) of each launch that has the metric, on the study's last
-    workload.
+    """(place in the order, per cent off its cell's mean, role) of each launch that has the metric,
+    on the study's last workload.
 
     The last one is all workloads together where there are several.
     """
     key = analysis["metric"]["key"]
-    means = {(row["workload"], row["cell"]): row["mean"] for row in analysis["rates"] if row["metric"] == key}
-    workload = next(reversed([row["workload"] for row in analysis["rates"] if row["metric"] == key]), None)
+    means = {
+        (row["workload"], row["cell"]): row["mean"]
+        for row in analysis["rates"]
+        if row["metric"] == key
+    }
+    workload = next(
+        reversed([row["workload"] for row in analysis["rates"] if row["metric"] == key]), None
+    )
     points = []
     for x, row in enumerate(analysis["order"]["launches"]):
         value, mean = row["values"].get(workload), means.get((workload, row["cell"]))
@@ -130,6 +157,20 @@ def _blocks(launches: list[Mapping[str, Any]]) -> list[tuple[int, int, int]]:
 def _legend(figure: Figure, roles: list[str], width: int, height: int) -> None:
     x, names = 52.0, NAMES if width > 400 else SHORT_NAMES
     for role in roles:
-        figure.text(x / width, 1 - 13 / height, "●", color=LIGHT[COLORS.get(role, "faster")], fontsize=9, va="center")
-        figure.text((x + 13) / width, 1 - 13 / height, names[role], color=LIGHT["muted"], fontsize=11, va="center")
+        figure.text(
+            x / width,
+            1 - 13 / height,
+            "●",
+            color=LIGHT[COLORS.get(role, "faster")],
+            fontsize=9,
+            va="center",
+        )
+        figure.text(
+            (x + 13) / width,
+            1 - 13 / height,
+            names[role],
+            color=LIGHT["muted"],
+            fontsize=11,
+            va="center",
+        )
         x += 13 + len(names[role]) * 6.6 + 16

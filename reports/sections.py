@@ -1,4 +1,5 @@
-"""What a report says, section by section, from an analysis: the results first, then why they may be believed.
+"""What a report says, section by section, from an analysis: the results first, then why they may be
+believed.
 
 results() holds effects, factors, references, ceiling and latency; evidence.py holds the other half.
 """
@@ -14,7 +15,11 @@ from reports.intervals import MIN_BLOCKS_BOOTSTRAP
 from reports.metrics import LATENCIES, METRICS, PERCENTILES
 
 Analysis = Mapping[str, Any]
-CELL, WORKLOAD, VERDICT = Column("cell", "code"), Column("workload", "code"), Column("verdict", "verdict")
+CELL, WORKLOAD, VERDICT = (
+    Column("cell", "code"),
+    Column("workload", "code"),
+    Column("verdict", "verdict"),
+)
 KINDS = {
     "alone": "alone",
     "left out": "left out of all",
@@ -30,7 +35,8 @@ def results(analysis: Analysis) -> Iterator[Section]:
     yield from _factors(analysis)
     yield from _interactions(analysis)
     yield from pairs_of_ours(analysis)
-    if not against_engines(analysis):  # a study that names its pairs has said which of them are fair
+    # a study that names its pairs has said which of them are fair
+    if not against_engines(analysis):
         yield from _references(analysis)
     yield _ceiling(analysis)
     yield from _latency(analysis)
@@ -45,18 +51,31 @@ def numbers(*titles: str) -> list[Column]:
 
 
 def _ratio_columns(analysis: Analysis) -> list[Column]:
-    return [Column("ratio", "number"), Column(f"{confidence(analysis)} interval", "number"), VERDICT]
+    return [
+        Column("ratio", "number"),
+        Column(f"{confidence(analysis)} interval", "number"),
+        VERDICT,
+    ]
 
 
 def _ratio_cells(effect: Mapping[str, Any]) -> list[str]:
-    return [text.ratio(effect["ratio"]), text.interval(effect["low"], effect["high"]), effect["verdict"]]
+    return [
+        text.ratio(effect["ratio"]),
+        text.interval(effect["low"], effect["high"]),
+        effect["verdict"],
+    ]
 
 
 def _effects(analysis: Analysis) -> Section:
     metric, rule = analysis["metric"], analysis["rule"]
     low, high = rule["band"]
     rows = [effect for effect in analysis["effects"] if effect["metric"] == metric["key"]]
-    columns = [WORKLOAD, CELL, *_ratio_columns(analysis), *numbers("bootstrap", "p (Holm)", "detectable", "blocks")]
+    columns = [
+        WORKLOAD,
+        CELL,
+        *_ratio_columns(analysis),
+        *numbers("bootstrap", "p (Holm)", "detectable", "blocks"),
+    ]
     table = Table(
         "Effects",
         columns,
@@ -89,15 +108,29 @@ def _effects(analysis: Analysis) -> Section:
 
 
 def _factors(analysis: Analysis) -> Iterator[Section]:
-    rows = sorted(analysis["factors"], key=lambda row: (row["workload"], row["factor"], str(row["level"])))
+    rows = sorted(
+        analysis["factors"], key=lambda row: (row["workload"], row["factor"], str(row["level"]))
+    )
     if all(row["kind"] == "alone" for row in rows):
         return
-    columns = [WORKLOAD, Column("factor", "code"), Column("measured"), *_ratio_columns(analysis), *numbers("blocks")]
+    columns = [
+        WORKLOAD,
+        Column("factor", "code"),
+        Column("measured"),
+        *_ratio_columns(analysis),
+        *numbers("blocks"),
+    ]
     table = Table(
         "Factors",
         columns,
         [
-            [row["workload"], f"{row['factor']}={row['level']}", _measured(row), *_ratio_cells(row), str(row["n"])]
+            [
+                row["workload"],
+                f"{row['factor']}={row['level']}",
+                _measured(row),
+                *_ratio_cells(row),
+                str(row["n"]),
+            ]
             for row in rows
         ],
         grouped=True,
@@ -155,7 +188,9 @@ def _interactions(analysis: Analysis) -> Iterator[Section]:
         ],
         grouped=True,
     )
-    lead = ["How many times more a pair buys together than the product of what each buys; ×1 is no interaction."]
+    lead = [
+        "How many times more a pair buys together than the product of what each buys; ×1 is no interaction."
+    ]
     yield Section("interactions", "Which factors interact", lead, "interactions", [table])
 
 
@@ -163,7 +198,13 @@ def _references(analysis: Analysis) -> Iterator[Section]:
     rows = analysis["references"]
     if not rows:
         return
-    columns = [WORKLOAD, CELL, Column("against", "code"), *_ratio_columns(analysis), *numbers("p (Holm)", "blocks")]
+    columns = [
+        WORKLOAD,
+        CELL,
+        Column("against", "code"),
+        *_ratio_columns(analysis),
+        *numbers("p (Holm)", "blocks"),
+    ]
     table = Table(
         "References",
         columns,
@@ -188,12 +229,18 @@ def _references(analysis: Analysis) -> Iterator[Section]:
     for cell, reference in dict.fromkeys((row["cell"], row["reference"]) for row in rows):
         if devices[cell] != devices[reference]:
             here, there = text.count_of(devices[cell], "device"), devices[reference]
-            lead.append(f"Not on equal devices: {cell} ran on {here}, {reference} on {there}; their ratio is not of engines alone.")
+            lead.append(
+                f"Not on equal devices: {cell} ran on {here}, {reference} on {there}; their ratio is not of engines alone."
+            )
     yield Section("references", "Against other engines", lead, None, [table])
 
 
 def _ceiling(analysis: Analysis) -> Section:
-    rates = {(row["workload"], row["cell"]): row for row in analysis["rates"] if row["metric"] == "output_tokens_per_s"}
+    rates = {
+        (row["workload"], row["cell"]): row
+        for row in analysis["rates"]
+        if row["metric"] == "output_tokens_per_s"
+    }
     columns = [WORKLOAD, CELL, *numbers("tok/s", "least", "most", "bound", "reached", "blocks")]
     rows = []
     for row in analysis["ceiling"]:
@@ -210,7 +257,8 @@ def _ceiling(analysis: Analysis) -> Section:
         )
     parts = []
     for workload, bound, devices in {
-        (row["workload"], tuple(row["bound"].items()), row["devices"]): None for row in analysis["ceiling"]
+        (row["workload"], tuple(row["bound"].items()), row["devices"]): None
+        for row in analysis["ceiling"]
     }:
         part = dict(bound)
         parts.append(
@@ -276,12 +324,27 @@ def _latency(analysis: Analysis) -> Iterator[Section]:
             )
     if not rows:
         return
-    columns = [WORKLOAD, CELL, *numbers(*(f"{kind} p{p}" for kind in ("first", "each") for p in PERCENTILES))]
+    columns = [
+        WORKLOAD,
+        CELL,
+        *numbers(*(f"{kind} p{p}" for kind in ("first", "each") for p in PERCENTILES)),
+    ]
     tables = [
-        Table("Latency: time to the first token, and time per output token after it", columns, rows, grouped=True),
+        Table(
+            "Latency: time to the first token, and time per output token after it",
+            columns,
+            rows,
+            grouped=True,
+        ),
         Table(
             "Latency against the baseline",
-            [Column("metric"), WORKLOAD, CELL, *_ratio_columns(analysis), *numbers("p (Holm)", "blocks")],
+            [
+                Column("metric"),
+                WORKLOAD,
+                CELL,
+                *_ratio_columns(analysis),
+                *numbers("p (Holm)", "blocks"),
+            ],
             verdicts,
             grouped=True,
             folded=True,

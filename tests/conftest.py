@@ -12,10 +12,12 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by whichever test comes first
+    # read when triton is first imported, by whichever test comes first
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
-# A shell that puts a command in the background may have it ignore Ctrl-C, and all its children with it; tests press it.
+# A shell that puts a command in the background may have it ignore Ctrl-C, and all its children with
+# it; tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests measure nothing: they neither wait for a study on this machine nor hold one up.
@@ -25,7 +27,9 @@ os.environ["NANOVLLM_LOCKS"] = _LOCKS.name
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Small tensors: a second thread costs more than it brings, above all where another process computes as well."""
+    """Small tensors: a second thread costs more than it brings, above all where another process
+    computes as well.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,5 @@
-"""An engine made of arithmetic, loaded through the same `load_adapter` as the real ones; and plans that use it.
+"""An engine made of arithmetic, loaded through the same `load_adapter` as the real ones; and plans
+that use it.
 
 Its config says how it misbehaves: crash, hang, wrong_work, dead_toggle, stuck_toggle, orphan.
 """
@@ -15,11 +16,25 @@ from typing import Any
 
 from experiments import provenance, records, workloads
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(provenance.ROOT), str(provenance.ROOT / "src")])}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(provenance.ROOT), str(provenance.ROOT / "src")]),
+}
 """For a runner in a process of its own."""
 LABORATORY = (
-    "pydantic", "mlflow", "yaml", "typer", "rich", "jinja2", "matplotlib", "scipy", "statsmodels", "pandas", "sklearn", "ray",
-)  # fmt: skip
+    "pydantic",
+    "mlflow",
+    "yaml",
+    "typer",
+    "rich",
+    "jinja2",
+    "matplotlib",
+    "scipy",
+    "statsmodels",
+    "pandas",
+    "sklearn",
+    "ray",
+)
 """What a bare GPU host has not."""
 
 
@@ -67,7 +82,10 @@ class Adapter:
         time.sleep(self.config["seconds"])
         self.served += len(requests)
         short = 1 if self.config["behaviour"] == "wrong_work" else 0
-        outputs = [[(sum(r["prompt_token_ids"]) + i) % 97 for i in range(r["max_tokens"] - short)] for r in requests]
+        outputs = [
+            [(sum(r["prompt_token_ids"]) + i) % 97 for i in range(r["max_tokens"] - short)]
+            for r in requests
+        ]
         duration_s = time.perf_counter() - begin
         return {
             "duration_s": duration_s,
@@ -86,14 +104,25 @@ class Adapter:
     def toggles(self) -> dict[str, dict[str, Any]]:
         level = self.config["optimizations"].get("prefix_cache", False)
         fires = {"dead_toggle": False, "stuck_toggle": True}.get(self.config["behaviour"], level)
-        return {"prefix_cache": {"level": level, "baseline": False, "engaged": self.served * fires, "opportunity": 0}}
+        return {
+            "prefix_cache": {
+                "level": level,
+                "baseline": False,
+                "engaged": self.served * fires,
+                "opportunity": 0,
+            }
+        }
 
     def close(self) -> None:
         pass
 
 
-def make_plan(model: Path, blocks: int = 2, timeout_s: float = 60.0, seconds: float = 0.0, **behaviours: str) -> dict[str, Any]:
-    """A plan of baseline, aa and prefix_cache=on, plus one cell for each of `behaviours` (cell name -> behaviour)."""
+def make_plan(
+    model: Path, blocks: int = 2, timeout_s: float = 60.0, seconds: float = 0.0, **behaviours: str
+) -> dict[str, Any]:
+    """A plan of baseline, aa and prefix_cache=on, plus one cell for each of `behaviours` (cell name
+    -> behaviour).
+    """
     model.mkdir(parents=True, exist_ok=True)
     (model / "config.json").write_text(json.dumps({}))
     config = {"seconds": seconds, "optimizations": {"prefix_cache": False}}
@@ -114,36 +143,86 @@ def make_plan(model: Path, blocks: int = 2, timeout_s: float = 60.0, seconds: fl
             "config": {**config, "behaviour": behaviour, "optimizations": {"prefix_cache": on}},
         }
     work = {
-        "a": workloads.build("a", "random", {"num_requests": 4, "prompt_tokens": [2, 4], "output_tokens": [2, 6]}),
+        "a": workloads.build(
+            "a", "random", {"num_requests": 4, "prompt_tokens": [2, 4], "output_tokens": [2, 6]}
+        ),
         "b": workloads.build(
-            "b", "conversation", {"num_conversations": 2, "turns": 2, "system_tokens": 2, "user_tokens": 2, "answer_tokens": 2}
+            "b",
+            "conversation",
+            {
+                "num_conversations": 2,
+                "turns": 2,
+                "system_tokens": 2,
+                "user_tokens": 2,
+                "answer_tokens": 2,
+            },
         ),
     }
     launches = [
-        {"launch": f"b{block:02d}-o{order:02d}-{cell}", "block": block, "order": order, "cell": cell, "seed": order,
-         "workload_order": ["a", "b"]}
-        for block in range(blocks) for order, cell in enumerate(cells)
-    ]  # fmt: skip
+        {
+            "launch": f"b{block:02d}-o{order:02d}-{cell}",
+            "block": block,
+            "order": order,
+            "cell": cell,
+            "seed": order,
+            "workload_order": ["a", "b"],
+        }
+        for block in range(blocks)
+        for order, cell in enumerate(cells)
+    ]
     plan: dict[str, Any] = {
         "plan_version": 1,
         "study": {
-            "name": "fake", "title": "A fake study", "question": "Does it run?", "engine": "tests.fake_engine",
-            "metric": "output_tokens_per_s", "smallest_effect": 0.05, "alpha": 0.05,
+            "name": "fake",
+            "title": "A fake study",
+            "question": "Does it run?",
+            "engine": "tests.fake_engine",
+            "metric": "output_tokens_per_s",
+            "smallest_effect": 0.05,
+            "alpha": 0.05,
             "design": {"kind": "one_at_a_time", "blocks": blocks, "seed": 0},
-            "measurement": {"warm_up_requests": 2, "warm_up_tokens": 2, "timeout_s": timeout_s, "launch_s": 0.3,
-                            "environment": {"OMP_WAIT_POLICY": "PASSIVE"}},
-            "factors": {"prefix_cache": {"levels": ["on"], "baseline": "off", "workloads": []}}, "overrides": {},
+            "measurement": {
+                "warm_up_requests": 2,
+                "warm_up_tokens": 2,
+                "timeout_s": timeout_s,
+                "launch_s": 0.3,
+                "environment": {"OMP_WAIT_POLICY": "PASSIVE"},
+            },
+            "factors": {"prefix_cache": {"levels": ["on"], "baseline": "off", "workloads": []}},
+            "overrides": {},
         },
-        "profile": {"name": "cpu", "title": "a CPU", "device": "cpu", "num_devices": 1, "cpu_cores": 2, "memory_bytes": 2**34,
-                    "bandwidth_bytes_per_s": 1e10, "peak_flops": 1e11, "kv_cache_memory_bytes": 2**28, "note": ""},
-        "model": {"preset": None, "path": str(model), "dtype": "float32", "digest": None, "shape": {
-            "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
-            "intermediate_size": 768, "vocab_size": 2048}},
+        "profile": {
+            "name": "cpu",
+            "title": "a CPU",
+            "device": "cpu",
+            "num_devices": 1,
+            "cpu_cores": 2,
+            "memory_bytes": 2**34,
+            "bandwidth_bytes_per_s": 1e10,
+            "peak_flops": 1e11,
+            "kv_cache_memory_bytes": 2**28,
+            "note": "",
+        },
+        "model": {
+            "preset": None,
+            "path": str(model),
+            "dtype": "float32",
+            "digest": None,
+            "shape": {
+                "hidden_size": 256,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 64,
+                "intermediate_size": 768,
+                "vocab_size": 2048,
+            },
+        },
         "workloads": {name: workloads.summarize(w) for name, w in work.items()},
         "cells": {name: {"engine": "tests.fake_engine", **cell} for name, cell in cells.items()},
         "not_applicable": [],
         "launches": launches,
         "gate": {},
         "expected_s": 0.3 * len(launches),
-    }  # fmt: skip
+    }
     return {**plan, "plan_hash": records.plan_hash(plan)}

@@ -1,16 +1,19 @@
-"""An example: how any engine with vLLM's offline API joins the comparisons. One file with one class.
+"""An example: how any engine with vLLM's offline API joins the comparisons. One file with one
+class.
 
-The engine here is ours, reached as a stranger would: through `LLM` and `SamplingParams` alone. To add another one, copy this
-file to experiments/engines/NAME.py, change the import in `load`, add NAME to ENGINES, and name it in a study:
+The engine here is ours, reached as a stranger would: through `LLM` and `SamplingParams` alone. To
+add another one, copy this file to experiments/engines/NAME.py, change the import in `load`, add
+NAME to ENGINES, and name it in a study:
 
     cells: {other: {role: reference, engine: NAME, config: {...}}}
     comparisons: {best: {ours: all, theirs: [other], rule: best}}
 
-`load` must return what the engine *resolved* to; the keys dtype, kv_cache_bytes, num_kv_blocks, the three limits and `levels`
-are what fairness is judged by. Sampled tokens of a stranger are judged by their distribution, greedy ones position by position.
+`load` must return what the engine *resolved* to; the keys dtype, kv_cache_bytes, num_kv_blocks, the
+three limits and `levels` are what fairness is judged by. Sampled tokens of a stranger are judged by
+their distribution, greedy ones position by position.
 
-`misbehave` serves the tests: tamper (one token is changed), die (the process ends in mid-run), less_memory (reports half of
-its KV bytes).
+`misbehave` serves the tests: tamper (one token is changed), die (the process ends in mid-run),
+less_memory (reports half of its KV bytes).
 """
 
 from __future__ import annotations
@@ -24,8 +27,18 @@ from experiments.engines import check_config
 
 class Adapter:
     name = "offline-api"
-    allowed = ("dtype", "device", "seed", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_memory_bytes",
-               "enable_prefix_caching", "enable_chunked_prefill", "misbehave")  # fmt: skip
+    allowed = (
+        "dtype",
+        "device",
+        "seed",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "max_model_len",
+        "kv_cache_memory_bytes",
+        "enable_prefix_caching",
+        "enable_chunked_prefill",
+        "misbehave",
+    )
 
     def __init__(self, model: str, config: dict[str, Any]) -> None:
         check_config(self.name, config, self.allowed)
@@ -39,7 +52,10 @@ class Adapter:
         self._llm = LLM(self._model, skip_tokenizer_init=True, block_size=16, **self._config)
         resolved = self._llm.resolved_config()
         switches = resolved.pop("optimizations")
-        resolved["levels"] = {"prefix_cache": "on" if switches["prefix_cache"] else "off", "batching": switches["batching"]}
+        resolved["levels"] = {
+            "prefix_cache": "on" if switches["prefix_cache"] else "off",
+            "batching": switches["batching"],
+        }
         if self._misbehave == "less_memory":
             resolved["kv_cache_bytes"] //= 2
         return resolved
@@ -52,14 +68,20 @@ class Adapter:
         begin = time.perf_counter()
         results = self._llm.generate(
             [{"prompt_token_ids": request["prompt_token_ids"]} for request in requests],
-            [self._sampling_params(**{name: request[name] for name in names}) for request in requests],
+            [
+                self._sampling_params(**{name: request[name] for name in names})
+                for request in requests
+            ],
             use_tqdm=False,
         )
         duration_s = time.perf_counter() - begin
         outputs = [list(result.outputs[0].token_ids) for result in results]
         if self._misbehave == "tamper":
             outputs[1][0] = (outputs[1][0] + 1) % 2048
-        moments = [(r.metrics.arrival_time, r.metrics.first_token_time, r.metrics.finished_time) for r in results]
+        moments = [
+            (r.metrics.arrival_time, r.metrics.first_token_time, r.metrics.finished_time)
+            for r in results
+        ]
         return {
             "duration_s": duration_s,
             "outputs": outputs,

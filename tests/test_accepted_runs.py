@@ -1,4 +1,6 @@
-"""Whatever a constructor or a study accepts, runs: every field with everything that Python and YAML can hold."""
+"""Whatever a constructor or a study accepts, runs: every field with everything that Python and YAML
+can hold.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +26,79 @@ from nanovllm.models.checkpoint import ensure_checkpoint
 from tests.test_experiments_plan import SHAPE
 
 YAML_VALUES: list[Any] = [
-    None, True, False, 0, 1, 2, -1, 1.0, 2.0, 1.5, -0.5, float("nan"), float("inf"), -float("inf"), 10**30, -(10**30), 2**31, 2**63,
-    1e-40, 1e39, "", "x", "1", "on", "auto", "a\0b", b"x", [], {}, [1], ["x"], [None], {"a": 1}, datetime.date(2026, 1, 2), {1, 2},
-]  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    2,
+    -1,
+    1.0,
+    2.0,
+    1.5,
+    -0.5,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    10**30,
+    -(10**30),
+    2**31,
+    2**63,
+    1e-40,
+    1e39,
+    "",
+    "x",
+    "1",
+    "on",
+    "auto",
+    "a\0b",
+    b"x",
+    [],
+    {},
+    [1],
+    ["x"],
+    [None],
+    {"a": 1},
+    datetime.date(2026, 1, 2),
+    {1, 2},
+]
 PYTHON_VALUES = [
-    *YAML_VALUES, np.int64(1), np.float32(0.5), np.bool_(True), np.array([1, 2]), np.str_("x"), (1,), object(), Decimal("0.5"),
-    Fraction(1, 2), 1j, torch.float32, torch.tensor(1), Path("x"), range(2), lambda: 1, frozenset({1}),
-]  # fmt: skip
-SMALL: dict[str, Any] = {"max_num_seqs": 2, "max_model_len": 64, "kv_cache_memory_bytes": 1 << 20, "skip_tokenizer_init": True}
+    *YAML_VALUES,
+    np.int64(1),
+    np.float32(0.5),
+    np.bool_(True),
+    np.array([1, 2]),
+    np.str_("x"),
+    (1,),
+    object(),
+    Decimal("0.5"),
+    Fraction(1, 2),
+    1j,
+    torch.float32,
+    torch.tensor(1),
+    Path("x"),
+    range(2),
+    lambda: 1,
+    frozenset({1}),
+]
+SMALL: dict[str, Any] = {
+    "max_num_seqs": 2,
+    "max_model_len": 64,
+    "kv_cache_memory_bytes": 1 << 20,
+    "skip_tokenizer_init": True,
+}
 REFUSALS = (ValueError, TypeError)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shape = {"num_hidden_layers": 1, "vocab_size": 2048, "hidden_size": 32, "intermediate_size": 32, "head_dim": 8}
+    shape = {
+        "num_hidden_layers": 1,
+        "vocab_size": 2048,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "head_dim": 8,
+    }
     return ensure_checkpoint("tiny", cache_dir=tmp_path_factory.mktemp("checkpoints"), **shape)
 
 
@@ -67,12 +128,23 @@ def accepted_params_run(llm: LLM, name: str, value: Any) -> None:
     assert 1 <= len(output.outputs[0].token_ids) <= params.max_tokens
 
 
-NAMES = sorted({*EngineConfig.__dataclass_fields__, "enforce_eager", "enable_prefix_caching", "enable_chunked_prefill",
-                "disable_cascade_attn", "async_scheduling"} - {"device"})  # fmt: skip
+NAMES = sorted(
+    {
+        *EngineConfig.__dataclass_fields__,
+        "enforce_eager",
+        "enable_prefix_caching",
+        "enable_chunked_prefill",
+        "disable_cascade_attn",
+        "async_scheduling",
+    }
+    - {"device"}
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_engine_that_is_made_runs(small: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_an_engine_that_is_made_runs(
+    small: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for value in PYTHON_VALUES:
         made_engine_runs(small, name, value)
@@ -87,38 +159,84 @@ def made_engine_runs(small: Path, name: str, value: Any) -> None:
     with engine:
         if engine.config.max_model_len < 5:
             return  # refuses the request, by its length
-        (output,) = engine.generate([[5, 6, 7]], SamplingParams(max_tokens=2, temperature=0.5), use_tqdm=False)
+        (output,) = engine.generate(
+            [[5, 6, 7]], SamplingParams(max_tokens=2, temperature=0.5), use_tqdm=False
+        )
         assert len(output.outputs[0].token_ids) in (1, 2)
         json.dumps(engine.resolved_config(), allow_nan=False)
 
 
 STUDY: dict[str, Any] = {
-    "name": "odd", "title": "t", "question": "q", "metric": "output_tokens_per_s", "smallest_effect": 0.05, "alpha": 0.05,
-    "design": {"kind": "one_at_a_time", "blocks": 2, "budget_s": 10_000.0, "bootstrap": False, "seed": 0},
-    "measurement": {"warm_up_requests": 1, "warm_up_tokens": 1, "timeout_s": 300.0, "launch_s": 8.0, "environment": {"A": "b"}},
-    "settings": {"max_num_seqs": 8, "max_num_batched_tokens": 512, "max_model_len": 512, "block_size": 16,
-                 "kv_cache_memory_bytes": 1 << 24},
+    "name": "odd",
+    "title": "t",
+    "question": "q",
+    "metric": "output_tokens_per_s",
+    "smallest_effect": 0.05,
+    "alpha": 0.05,
+    "design": {
+        "kind": "one_at_a_time",
+        "blocks": 2,
+        "budget_s": 10_000.0,
+        "bootstrap": False,
+        "seed": 0,
+    },
+    "measurement": {
+        "warm_up_requests": 1,
+        "warm_up_tokens": 1,
+        "timeout_s": 300.0,
+        "launch_s": 8.0,
+        "environment": {"A": "b"},
+    },
+    "settings": {
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 512,
+        "max_model_len": 512,
+        "block_size": 16,
+        "kv_cache_memory_bytes": 1 << 24,
+    },
     "factors": {"batching": {"levels": ["continuous"], "baseline": "static", "workloads": ["w"]}},
     "fixed": {"prefix_cache": "on"},
-    "workloads": {"w": {"kind": "random", "num_requests": 2, "prompt_tokens": [4, 8], "output_tokens": 4, "vocab_size": 2048,
-                        "seed": 0, "temperature": 0.6, "top_k": 0, "top_p": 1.0, "ignore_eos": True}},
+    "workloads": {
+        "w": {
+            "kind": "random",
+            "num_requests": 2,
+            "prompt_tokens": [4, 8],
+            "output_tokens": 4,
+            "vocab_size": 2048,
+            "seed": 0,
+            "temperature": 0.6,
+            "top_k": 0,
+            "top_p": 1.0,
+            "ignore_eos": True,
+        }
+    },
     "validity": {"foreign_gpu_processes": 0, "throttle": [], "max_foreign_cpu": 0.9},
-    "comparisons": {}, "cells": {}, "gate": {},
-}  # fmt: skip
+    "comparisons": {},
+    "cells": {},
+    "gate": {},
+}
 
 
 GIVEN = ("temperature", "top_k", "top_p", "ignore_eos")
 
 
 def leaves(tree: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    below = [leaf for key, value in tree.items() for leaf in leaves(value, (*path, key))] if isinstance(tree, dict) else []
+    below = (
+        [leaf for key, value in tree.items() for leaf in leaves(value, (*path, key))]
+        if isinstance(tree, dict)
+        else []
+    )
     return [path, *below] if path else below
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
-    monkeypatch.setattr(model_files, "inspect", lambda preset, path, **_: {"path": str(tmp_path), "digest": "d" * 64})
+    monkeypatch.setattr(
+        model_files,
+        "inspect",
+        lambda preset, path, **_: {"path": str(tmp_path), "digest": "d" * 64},
+    )
     speeds = {"bandwidth_bytes_per_s": 1e10, "peak_flops": {"float32": 1e11, "bfloat16": 1e11}}
     monkeypatch.setattr(machine, "measure", lambda: speeds)
     return tmp_path
@@ -158,8 +276,20 @@ def accepted_study_runs(here: Path, path: tuple[str, ...], value: Any) -> None:
                 SamplingParams(**{key: request[key] for key in (*GIVEN, "max_tokens", "seed")})
 
 
-@pytest.mark.parametrize("key", [None, True, 1, 1.5, float("nan"), "", "x.y", "a\0b", datetime.date(2026, 1, 2), b"x"])
-@pytest.mark.parametrize("path", [(), ("workloads",), ("workloads", "w"), ("factors",), ("cells",), ("measurement", "environment")])
+@pytest.mark.parametrize(
+    "key", [None, True, 1, 1.5, float("nan"), "", "x.y", "a\0b", datetime.date(2026, 1, 2), b"x"]
+)
+@pytest.mark.parametrize(
+    "path",
+    [
+        (),
+        ("workloads",),
+        ("workloads", "w"),
+        ("factors",),
+        ("cells",),
+        ("measurement", "environment"),
+    ],
+)
 def test_a_key_of_any_kind_is_a_message(here: Path, path: tuple[str, ...], key: Any) -> None:
     study = copy.deepcopy(STUDY)
     target = study

@@ -1,4 +1,6 @@
-"""Admission on a full cache: who starts can finish, what is computed is kept, and nobody waits without a reason."""
+"""Admission on a full cache: who starts can finish, what is computed is kept, and nobody waits
+without a reason.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,17 @@ from nanovllm.sampling_params import SamplingParams
 STOP = 9
 
 
-def scheduler_of(num_blocks: int, *, graphs: bool = False, batching: str = "chunked") -> ContinuousScheduler:
+def scheduler_of(
+    num_blocks: int, *, graphs: bool = False, batching: str = "chunked"
+) -> ContinuousScheduler:
     config = ResolvedConfig(
-        model="none", max_model_len=1 << 20, max_num_seqs=64, max_num_batched_tokens=512, block_size=16,
+        model="none",
+        max_model_len=1 << 20,
+        max_num_seqs=64,
+        max_num_batched_tokens=512,
+        block_size=16,
         optimizations=Optimizations(batching=batching, prefix_cache=True, cuda_graphs=graphs),
-    )  # fmt: skip
+    )
     stats = StepStats()
     return ContinuousScheduler(config, CachingBlockManager(num_blocks, 16, stats), stats)
 
@@ -32,7 +40,9 @@ def scheduler_of(num_blocks: int, *, graphs: bool = False, batching: str = "chun
 def request(name: str, prompt: int, max_tokens: int) -> Sequence:
     rng = random.Random(name)
     tokens = [rng.randrange(10_000) for _ in range(prompt)]
-    return Sequence(name, tokens, SamplingParams(max_tokens=max_tokens), stop_token_ids=frozenset({STOP}))
+    return Sequence(
+        name, tokens, SamplingParams(max_tokens=max_tokens), stop_token_ids=frozenset({STOP})
+    )
 
 
 def serve(scheduler: ContinuousScheduler, used: float = 1.0) -> dict[str, int]:
@@ -46,11 +56,23 @@ def serve(scheduler: ContinuousScheduler, used: float = 1.0) -> dict[str, int]:
         assert plan is not None
         check_invariants(scheduler)
         prefill_steps += bool(plan.token_ids)
-        seqs = [seq for seq, samples in zip(scheduler.launched[0][1], plan.samples, strict=True) if samples]
-        scheduler.commit(plan, [STOP if s.num_output_tokens + 1 >= used * s.params.max_tokens else 1 for s in seqs])
+        seqs = [
+            seq
+            for seq, samples in zip(scheduler.launched[0][1], plan.samples, strict=True)
+            if samples
+        ]
+        scheduler.commit(
+            plan,
+            [STOP if s.num_output_tokens + 1 >= used * s.params.max_tokens else 1 for s in seqs],
+        )
     stats = scheduler.stats
-    return {"steps": stats.steps, "prefill_steps": prefill_steps, "preemptions": stats.preemptions,
-            "recomputed": stats.recomputed_tokens, "prefilled": stats.prefill_tokens}  # fmt: skip
+    return {
+        "steps": stats.steps,
+        "prefill_steps": prefill_steps,
+        "preemptions": stats.preemptions,
+        "recomputed": stats.recomputed_tokens,
+        "prefilled": stats.prefill_tokens,
+    }
 
 
 @pytest.mark.parametrize("batching", ["continuous", "chunked"])
@@ -59,7 +81,13 @@ def test_a_prefix_is_computed_once_however_many_ask_for_it(batching: str) -> Non
     prefixes = [request(f"prefix {i}", 96, 1).token_ids for i in range(4)]
     for i in range(40):
         prefix = prefixes[i % 4]
-        scheduler.add(Sequence(str(i), [*prefix, *request(f"own {i}", 8, 1).token_ids], SamplingParams(max_tokens=4)))
+        scheduler.add(
+            Sequence(
+                str(i),
+                [*prefix, *request(f"own {i}", 8, 1).token_ids],
+                SamplingParams(max_tokens=4),
+            )
+        )
     while scheduler.num_unfinished:
         plan = scheduler.schedule()
         assert plan is not None
@@ -73,7 +101,13 @@ def test_a_short_common_beginning_is_no_reason_to_wait() -> None:
     scheduler = scheduler_of(2000)
     common = request("common", 32, 1).token_ids
     for i in range(6):
-        scheduler.add(Sequence(str(i), [*common, *request(f"own {i}", 48, 1).token_ids], SamplingParams(max_tokens=4)))
+        scheduler.add(
+            Sequence(
+                str(i),
+                [*common, *request(f"own {i}", 48, 1).token_ids],
+                SamplingParams(max_tokens=4),
+            )
+        )
     plan = scheduler.schedule()
     assert plan is not None
     assert len(plan.rows) == 6
@@ -81,7 +115,9 @@ def test_a_short_common_beginning_is_no_reason_to_wait() -> None:
 
 @pytest.mark.parametrize("batching", ["continuous", "chunked"])
 @pytest.mark.parametrize("used", [1.0, 0.2])
-def test_little_is_computed_twice_and_no_time_is_lost(monkeypatch: pytest.MonkeyPatch, batching: str, used: float) -> None:
+def test_little_is_computed_twice_and_no_time_is_lost(
+    monkeypatch: pytest.MonkeyPatch, batching: str, used: float
+) -> None:
     ours = serve(scheduler_of(320, batching=batching), used)
     monkeypatch.setattr(Forecast, "fits", lambda *_: True)  # admits whatever fits at this moment
     greedy = serve(scheduler_of(320, batching=batching), used)
@@ -125,8 +161,14 @@ def test_who_fits_is_not_kept_waiting_by_those_who_did_not_before(leaves: str) -
         assert plan is not None
         scheduler.commit(plan, [token] * sum(plan.samples))
 
-    short = Sequence("short", [5] * 16, SamplingParams(max_tokens=850), stop_token_ids=frozenset({STOP}))
-    for seq in (Sequence("long", [6] * 16, SamplingParams(max_tokens=500)), short, request("large", 1000, 300)):
+    short = Sequence(
+        "short", [5] * 16, SamplingParams(max_tokens=850), stop_token_ids=frozenset({STOP})
+    )
+    for seq in (
+        Sequence("long", [6] * 16, SamplingParams(max_tokens=500)),
+        short,
+        request("large", 1000, 300),
+    ):
         scheduler.add(seq)
         step()
     assert list(scheduler.waiting) == ["large"]
@@ -142,9 +184,12 @@ def test_who_fits_is_not_kept_waiting_by_those_who_did_not_before(leaves: str) -
 
 
 def test_the_peak_is_at_somebodys_end() -> None:
-    """Blocks of one token, so nothing is rounded: a holds 10 and gets 10 more, b holds 10 and gets 30 more."""
+    """Blocks of one token, so nothing is rounded: a holds 10 and gets 10 more, b holds 10 and gets
+    30 more.
+    """
     a, b = request("a", 10, 10), request("b", 10, 30)
-    assert Forecast(BlockManager(40, 1, StepStats())).fits([], [a, b])  # 20 + 20 when a ends, then b alone: 40
+    # 20 + 20 when a ends, then b alone: 40
+    assert Forecast(BlockManager(40, 1, StepStats())).fits([], [a, b])
     assert not Forecast(BlockManager(39, 1, StepStats())).fits([], [a, b])
     a.params = SamplingParams(max_tokens=30)
     assert Forecast(BlockManager(80, 1, StepStats())).fits([], [a, b])
@@ -169,6 +214,8 @@ def test_a_shared_prefix_counts_once() -> None:
     assert plan is not None
     scheduler.commit(plan, [1])
     for i in range(8):  # 21 blocks each, 20 of them shared: 21 + 8 blocks in all
-        scheduler.add(Sequence(f"again{i}", [*first.token_ids[:320], i], SamplingParams(max_tokens=8)))
+        scheduler.add(
+            Sequence(f"again{i}", [*first.token_ids[:320], i], SamplingParams(max_tokens=8))
+        )
     scheduler.schedule()
     assert len(scheduler.decoding) == 9

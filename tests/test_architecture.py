@@ -39,7 +39,9 @@ def baseline_modules(tiny: Path) -> dict[str, Path]:
 def test_core_can_be_read_in_one_sitting(baseline_modules: dict[str, Path]) -> None:
     files = sorted(baseline_modules.items())
     counts = {name: (count_statements(file), count_code_lines(file)) for name, file in files}
-    listing = "\n".join(f"{statements:6} {lines:6} {name}" for name, (statements, lines) in counts.items())
+    listing = "\n".join(
+        f"{statements:6} {lines:6} {name}" for name, (statements, lines) in counts.items()
+    )
     statements, lines = (sum(column) for column in zip(*counts.values(), strict=True))
     print(f"\n{listing}\n{statements:6} statements in all, of {CORE_BUDGET}; {lines} lines of code")
     assert statements <= CORE_BUDGET, listing
@@ -65,7 +67,11 @@ def test_optimizations_are_loaded_only_when_on(baseline_modules: dict[str, Path]
         "flash_attn",
         "checkpoint",
     }
-    assert not [name for name in baseline_modules if name.split(".")[-1] in optional or "kernels.triton" in name]
+    assert not [
+        name
+        for name in baseline_modules
+        if name.split(".")[-1] in optional or "kernels.triton" in name
+    ]
 
 
 FIRST_TOKEN = """
@@ -82,7 +88,10 @@ print(time.perf_counter() - begin)
 def test_the_first_token_comes_within_five_seconds(tiny: Path) -> None:
     command = [sys.executable, "-c", FIRST_TOKEN, str(tiny)]
     environment = {"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin"}
-    runs = [subprocess.run(command, capture_output=True, text=True, check=True, env=environment) for _ in range(2)]
+    runs = [
+        subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        for _ in range(2)
+    ]
     durations_s = [float(run.stdout) for run in runs]
     print(f"import and first token on tiny: {min(durations_s):.2f} s")
     assert min(durations_s) < 5  # the better of two: another process may have held the cores
@@ -90,7 +99,12 @@ def test_the_first_token_comes_within_five_seconds(tiny: Path) -> None:
 
 def test_scheduler_loads_no_torch() -> None:
     code = "import sys, nanovllm.engine.scheduler; sys.exit('torch' in sys.modules or 'tokenizers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT / "src")}, check=False).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT / "src")}, check=False
+        ).returncode
+        == 0
+    )
 
 
 def test_code_lines_are_lines_with_code(tmp_path: Path) -> None:
@@ -103,5 +117,7 @@ def test_code_lines_are_lines_with_code(tmp_path: Path) -> None:
 
 def test_statements_are_counted_without_docstrings(tmp_path: Path) -> None:
     file = tmp_path / "sample.py"
-    file.write_text('"""Doc."""\nx = 1; y = 2\n\n\ndef f():\n    """Doc."""\n    if x:\n        return (\n        y)\n')
+    file.write_text(
+        '"""Doc."""\nx = 1; y = 2\n\n\ndef f():\n    """Doc."""\n    if x:\n        return (\n        y)\n'
+    )
     assert count_statements(file) == 5  # two assignments, def, if, return

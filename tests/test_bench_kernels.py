@@ -1,4 +1,6 @@
-"""ablations/bench_kernels.py without a GPU: how it orders, counts and compares. The kernels themselves run on a GPU only."""
+"""ablations/bench_kernels.py without a GPU: how it orders, counts and compares. The kernels
+themselves run on a GPU only.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +17,29 @@ def test_a_ratio_is_paired_and_has_an_interval(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     ran: list[str] = []
-    case = bench.Case("group", "shape", {n: (lambda _, n=n: ran.append(n)) for n in ("triton", "torch")}, 1000, 4e6, calls=0)
+    case = bench.Case(
+        "group",
+        "shape",
+        {n: (lambda _, n=n: ran.append(n)) for n in ("triton", "torch")},
+        1000,
+        4e6,
+        calls=0,
+    )
     rng = random.Random(0)
 
     def clock(function: object) -> float:
-        """A card that drifts by half, and a twin that takes four times as long, give or take a percent."""
+        """A card that drifts by half, and a twin that takes four times as long, give or take a
+        percent.
+        """
         function()  # type: ignore[operator]
         slow = 1 + len(ran) / 120
         return (1e-6 if ran[-1] == "triton" else 4e-6 * rng.uniform(0.99, 1.01)) * slow
 
     times = bench.measure(case, clock, random.Random(1))
-    assert {name: len(rounds) for name, rounds in times.items()} == {"triton": bench.ROUNDS, "torch": bench.ROUNDS}
+    assert {name: len(rounds) for name, rounds in times.items()} == {
+        "triton": bench.ROUNDS,
+        "torch": bench.ROUNDS,
+    }
     firsts = {ran[i] for i in range(2, len(ran), 2)}
     assert firsts == {"triton", "torch"}, "each comes first in some round"
     rows = {row["extra_info"]["implementation"]: row for row in bench.entries(case, times, 2e9)}
@@ -47,7 +61,11 @@ def test_the_share_of_host_time_that_graphs_save() -> None:
         work = {"step_times_s": [[5e-3, 0, 8]] * 10, "device_wait_s": (5 - host_ms) * 1e-2}
         return {"block": block, "cell": cell, "workloads": {"canonical": work}}
 
-    launches = [launch(block, cell, ms * (1 + block / 10)) for block in range(3) for cell, ms in (("off", 2.0), ("on", 0.5))]
+    launches = [
+        launch(block, cell, ms * (1 + block / 10))
+        for block in range(3)
+        for cell, ms in (("off", 2.0), ("on", 0.5))
+    ]
     saved = share_saved(launches, "canonical", "off", "on")
     assert saved["share_saved"] == pytest.approx(0.75)
     assert saved["low"] <= saved["share_saved"] <= saved["high"]

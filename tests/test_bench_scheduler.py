@@ -1,4 +1,5 @@
-"""pytest-benchmark: planning costs O(scheduled requests), allocation O(blocks named). `make bench` prints the figures.
+"""pytest-benchmark: planning costs O(scheduled requests), allocation O(blocks named). `make bench`
+prints the figures.
 
 The two tests named `*_scales` assert it on paired medians and run with `make test`.
 """
@@ -58,7 +59,9 @@ def churn(manager: CachingBlockManager) -> None:
 
 
 def ratio_of_medians(large: Callable[[], Any], small: Callable[[], Any], rounds: int = 60) -> float:
-    """Both in turn, so that a machine that changes its speed changes both; medians, so that one interruption does not count."""
+    """Both in turn, so that a machine that changes its speed changes both; medians, so that one
+    interruption does not count.
+    """
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
         for function, measured in zip((large, small), times, strict=True):
@@ -72,7 +75,8 @@ def ratio_of_medians(large: Callable[[], Any], small: Callable[[], Any], rounds:
 @pytest.mark.bench
 def test_scheduler_step(benchmark: Any, num_running: int) -> None:
     benchmark.extra_info["requests"] = num_running
-    benchmark.pedantic(step, args=(running_scheduler(num_running),), rounds=300, warmup_rounds=20)  # they end after 1,000
+    # they end after 1,000
+    benchmark.pedantic(step, args=(running_scheduler(num_running),), rounds=300, warmup_rounds=20)
 
 
 @pytest.mark.parametrize("num_blocks", [1_000, 10_000, 100_000])
@@ -89,7 +93,10 @@ def test_scheduler_step_scales() -> None:
 
 
 def test_allocation_scales() -> None:
-    large, small = CachingBlockManager(100_000, 16, StepStats()), CachingBlockManager(1_024, 16, StepStats())
+    large, small = (
+        CachingBlockManager(100_000, 16, StepStats()),
+        CachingBlockManager(1_024, 16, StepStats()),
+    )
     ratio = ratio_of_medians(lambda: churn(large), lambda: churn(small))
     print(f"allocating and releasing, 100,000 blocks against 1,024: {ratio:.2f}")
     assert ratio <= 1.5

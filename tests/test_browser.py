@@ -1,4 +1,6 @@
-"""The published pages in a headless Chromium: rendered, without a complaint, without a request that leaves the page."""
+"""The published pages in a headless Chromium: rendered, without a complaint, without a request that
+leaves the page.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,15 @@ import pytest
 from reports.browser import Browser, BrowserError, find
 from reports.library import PUBLISHED, folders
 
-REQUIRED = bool(os.environ.get("NANOVLLM_REQUIRE_CHROMIUM"))  # CI sets it: there, a missing browser is a failure
-pytestmark = pytest.mark.skipif(find() is None and not REQUIRED, reason="no Chromium on this machine: apt-get install chromium")
-PAGES = {folder.relative_to(PUBLISHED).as_posix(): folder / "report" / "report.html" for folder in folders()}
+# CI sets it: there, a missing browser is a failure
+REQUIRED = bool(os.environ.get("NANOVLLM_REQUIRE_CHROMIUM"))
+pytestmark = pytest.mark.skipif(
+    find() is None and not REQUIRED, reason="no Chromium on this machine: apt-get install chromium"
+)
+PAGES = {
+    folder.relative_to(PUBLISHED).as_posix(): folder / "report" / "report.html"
+    for folder in folders()
+}
 DESK, PHONE = (1000, 800), (360, 740)
 LOOKS = [(*DESK, False), (*DESK, True), (*PHONE, False), (*PHONE, True)]
 
@@ -31,16 +39,28 @@ def test_a_page_renders_and_keeps_to_itself(page: str, browser: Browser) -> None
         look = f"{page}, {width} px, {'dark' if dark else 'light'}"
         assert browser.complaints() == [], look
         assert browser.requests() == [PAGES[page].resolve().as_uri()], look
-        assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{look}: the page scrolls sideways"
+        assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
+            f"{look}: the page scrolls sideways"
+        )
         shown = "[...document.querySelectorAll('figure svg')].filter(svg => svg.getBoundingClientRect().height > 40)"
-        figures, all_figures = browser.evaluate(f"[{shown}.length, document.querySelectorAll('figure').length]")
-        least = 0 if "no ratio and no verdict" in PAGES[page].read_text(encoding="utf-8") else 3  # else tables alone
-        assert figures == all_figures >= least, f"{look}: one picture of each figure, that for this width, is shown"
+        figures, all_figures = browser.evaluate(
+            f"[{shown}.length, document.querySelectorAll('figure').length]"
+        )
+        # else tables alone
+        least = 0 if "no ratio and no verdict" in PAGES[page].read_text(encoding="utf-8") else 3
+        assert figures == all_figures >= least, (
+            f"{look}: one picture of each figure, that for this width, is shown"
+        )
         inside = f"{shown}.every(svg => svg.getBoundingClientRect().right <= innerWidth + 1)"
         assert browser.evaluate(inside), f"{look}: a picture is wider than the page"
-        assert browser.evaluate(f"{shown}.every(svg => svg.getAttribute('role') == 'img' && svg.querySelector('desc').textContent)")
+        assert browser.evaluate(
+            f"{shown}.every(svg => svg.getAttribute('role') == 'img' && svg.querySelector('desc').textContent)"
+        )
         assert browser.evaluate(CONTRAST) >= 4.5, f"{look}: text cannot be told from its ground"
-        assert browser.evaluate("parseFloat(getComputedStyle(document.querySelector('td')).fontSize)") >= 12, look
+        assert (
+            browser.evaluate("parseFloat(getComputedStyle(document.querySelector('td')).fontSize)")
+            >= 12
+        ), look
         assert browser.picture().startswith(b"\x89PNG")
 
 
@@ -59,7 +79,9 @@ CONTRAST = """(() => {
 
 
 def test_the_browser_sees_what_a_page_must_not_do(browser: Browser, tmp_path: Path) -> None:
-    """The guard guarded: a page that reaches out and fails is caught, and with our policy its request is never made."""
+    """The guard guarded: a page that reaches out and fails is caught, and with our policy its
+    request is never made.
+    """
     body = '<img src="http://127.0.0.1:9/picture.png"><script>console.error("broken"); undefined.call()</script>'
     page = tmp_path / "page.html"
     page.write_text(f"<!DOCTYPE html><html><head><title>x</title></head><body>{body}</body></html>")
@@ -67,10 +89,16 @@ def test_the_browser_sees_what_a_page_must_not_do(browser: Browser, tmp_path: Pa
     assert "http://127.0.0.1:9/picture.png" in browser.requests()
     assert any("broken" in complaint for complaint in browser.complaints())
     assert any("Uncaught" in complaint for complaint in browser.complaints())
-    policy = next(line for line in next(iter(PAGES.values())).read_text().splitlines() if "Content-Security-Policy" in line)
+    policy = next(
+        line
+        for line in next(iter(PAGES.values())).read_text().splitlines()
+        if "Content-Security-Policy" in line
+    )
     page.write_text(page.read_text().replace("<head>", f"<head>{policy}"))
     browser.open(page, *DESK)
-    assert not [url for url in browser.requests() if url.startswith("http") and not blocked(browser, url)]
+    assert not [
+        url for url in browser.requests() if url.startswith("http") and not blocked(browser, url)
+    ]
     assert not any("broken" in complaint for complaint in browser.complaints())
 
 

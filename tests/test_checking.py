@@ -1,4 +1,6 @@
-"""`make check`: all pairs are covered, the work is what was promised, any adapter can be the peer, and a wrong verdict is seen."""
+"""`make check`: all pairs are covered, the work is what was promised, any adapter can be the peer,
+and a wrong verdict is seen.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ def scope(model: Path, *peers: str, dtypes: tuple[str, ...] = ("float32", "bfloa
 def test_all_pairs_are_covered_by_few_choices(sizes: tuple[int, ...]) -> None:
     levels = {f"factor{i}": list(range(size)) for i, size in enumerate(sizes)}
     chosen = pairwise(levels)
-    for (a, b) in itertools.combinations(levels, 2):
+    for a, b in itertools.combinations(levels, 2):
         assert {(c[a], c[b]) for c in chosen} == set(itertools.product(levels[a], levels[b]))
     largest = sorted(sizes)[-2:]
     assert len(chosen) <= 2 * (largest[0] * largest[1] if len(sizes) > 1 else 0) or len(sizes) == 1
@@ -63,18 +65,27 @@ def test_every_switch_of_this_machine_meets_every_other(tiny: Path) -> None:
     assert here["overlap"] == here["prefix_cache"] == {False, True}
     assert any(reason.startswith("cuda_graphs=on: ") for reason in absent)
     assert not any(reason.startswith("overlap") for reason in absent)
-    for (a, b) in itertools.combinations(LEVELS, 2):
+    for a, b in itertools.combinations(LEVELS, 2):
         assert {(c[a], c[b]) for c in chosen} == set(itertools.product(here[a], here[b]))
     assert len(chosen) <= 12
 
 
 def test_what_a_check_on_a_gpu_is_too_small_for_is_named(tiny: Path) -> None:
-    gpu = Scope({"name": "gpu", "device": "cuda", "num_devices": 1, "cpu_cores": 8}, shape(tiny), "cuda", ("bfloat16",), ())
+    gpu = Scope(
+        {"name": "gpu", "device": "cuda", "num_devices": 1, "cpu_cores": 8},
+        shape(tiny),
+        "cuda",
+        ("bfloat16",),
+        (),
+    )
     chosen, absent = jobs.configurations(gpu)
     assert {choice["cascade_attention"] for choice in chosen} == {False}
     assert {choice["cuda_graphs"] for choice in chosen} == {False, True}
     assert chosen[1]["cuda_graphs"]
-    assert any("begins with 104 requests that share, a check runs 4 at a time" in reason for reason in absent)
+    assert any(
+        "begins with 104 requests that share, a check runs 4 at a time" in reason
+        for reason in absent
+    )
     assert jobs.never_shared("cascade_attention", True, {"num_key_value_heads": 128}) is None
 
 
@@ -85,12 +96,19 @@ def test_the_work_is_drawn_the_same_every_time_and_holds_what_trips_engines() ->
     requests = [request for requests in drawn.values() for request in requests]
     assert len({json.dumps(requests) for requests in drawn.values()}) == 60
     lengths = {len(request["prompt_token_ids"]) for request in requests}
-    assert len({length for length in lengths if length % work.BLOCK_SIZE in (15, 0, 1)}) >= 8  # around block boundaries
+    # around block boundaries
+    assert len({length for length in lengths if length % work.BLOCK_SIZE in (15, 0, 1)}) >= 8
     assert max(lengths) <= work.LONGEST_PROMPT
     assert {1, 2} <= {request["max_tokens"] for request in requests}
     assert {request["ignore_eos"] for request in requests} == {False, True}
-    assert len({(r["temperature"], r["top_k"], r["top_p"]) for r in requests}) == len(work.SAMPLINGS)
-    pairs = [pair for members in drawn.values() for pair in itertools.pairwise(r["prompt_token_ids"] for r in members)]
+    assert len({(r["temperature"], r["top_k"], r["top_p"]) for r in requests}) == len(
+        work.SAMPLINGS
+    )
+    pairs = [
+        pair
+        for members in drawn.values()
+        for pair in itertools.pairwise(r["prompt_token_ids"] for r in members)
+    ]
     assert any(a == b for a, b in pairs)
     assert any(a != b and a[:8] == b[:8] for a, b in pairs)
 
@@ -99,9 +117,17 @@ def small_work() -> dict[str, Any]:
     def same(seed: int, sampling: dict[str, float], number: int = 6) -> list[dict[str, Any]]:
         return work.uniform(number, 2048, 48, 16, sampling, seed)
 
-    mixed = same(4, work.GREEDY, 2) + same(5, work.SAMPLINGS[3], 2) + [{**r, "ignore_eos": False} for r in same(6, work.GREEDY, 1)]
-    return {"drawn-000": mixed, CONTROL: same(1, work.GREEDY, 24), SAMPLED: same(2, work.SAMPLINGS[1], 24),
-            TRUNCATED: same(3, work.SAMPLINGS[2])}  # fmt: skip
+    mixed = (
+        same(4, work.GREEDY, 2)
+        + same(5, work.SAMPLINGS[3], 2)
+        + [{**r, "ignore_eos": False} for r in same(6, work.GREEDY, 1)]
+    )
+    return {
+        "drawn-000": mixed,
+        CONTROL: same(1, work.GREEDY, 24),
+        SAMPLED: same(2, work.SAMPLINGS[1], 24),
+        TRUNCATED: same(3, work.SAMPLINGS[2]),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -113,29 +139,51 @@ def everything(tiny: Path) -> tuple[judging.Judge, list[Job]]:
     wanted = (*good, f"broken float32: {next(iter(BROKEN))}")
     chosen = [job for job in planned if job.name in wanted]
     assert len(chosen) == len(wanted)
-    served = {job.name: json.loads(json.dumps(serve(job.as_dict(), drawn, str(tiny)))) for job in chosen}
+    served = {
+        job.name: json.loads(json.dumps(serve(job.as_dict(), drawn, str(tiny)))) for job in chosen
+    }
     return judging.Judge(tiny, drawn, chosen, served), chosen
 
 
-def test_good_engines_pass_and_the_broken_one_fails(everything: tuple[judging.Judge, list[Job]]) -> None:
+def test_good_engines_pass_and_the_broken_one_fails(
+    everything: tuple[judging.Judge, list[Job]],
+) -> None:
     judge, chosen = everything
     lines = [judge.verdict(job) for job in chosen]
-    assert [(line["status"], line["good"]) for line in lines] == [("pass", True)] * 3 + [("fail", True)], lines
+    assert [(line["status"], line["good"]) for line in lines] == [("pass", True)] * 3 + [
+        ("fail", True)
+    ], lines
     baseline, all_on, hf, broken = lines
-    assert all(line["logprobs"]["status"] == ("fail" if line is broken else "pass") for line in lines)
+    assert all(
+        line["logprobs"]["status"] == ("fail" if line is broken else "pass") for line in lines
+    )
     assert (all_on["identical"], all_on["answers"]) == (59, 59)
     assert baseline["gate"]["mismatches"] == 0
     assert hf["gate"]["calibration"]["distribution"]["tokens"] == 30 * 16
-    result = {"lines": lines, "good": True, "noise": {}, "absent": [], "model": {"name": "tiny", "digest": "d" * 64},
-              "device": "cpu", "hardware": "a CPU", "workloads": {"drawn": 1, "requests": 59}, "duration_s": 1.0}  # fmt: skip
-    assert "3 configurations and engines pass the gate, 1 broken ones fail it" in page.markdown(result)
+    result = {
+        "lines": lines,
+        "good": True,
+        "noise": {},
+        "absent": [],
+        "model": {"name": "tiny", "digest": "d" * 64},
+        "device": "cpu",
+        "hardware": "a CPU",
+        "workloads": {"drawn": 1, "requests": 59},
+        "duration_s": 1.0,
+    }
+    assert "3 configurations and engines pass the gate, 1 broken ones fail it" in page.markdown(
+        result
+    )
     assert "<script" not in page.page(result)
 
 
-def test_what_is_tampered_with_afterwards_fails(everything: tuple[judging.Judge, list[Job]]) -> None:
+def test_what_is_tampered_with_afterwards_fails(
+    everything: tuple[judging.Judge, list[Job]],
+) -> None:
     judge, _ = everything
     for line in judge.controls("float32"):
-        if "temperature" not in line["name"]:  # 384 tokens are too few to see that; `make check` has 1,152
+        # 384 tokens are too few to see that; `make check` has 1,152
+        if "temperature" not in line["name"]:
             assert line["good"], line["name"]
 
 
@@ -146,7 +194,9 @@ def test_a_wrong_verdict_is_not_ok(everything: tuple[judging.Judge, list[Job]]) 
     served = judge.served[first.name]
 
     def verdict(**changes: Any) -> dict[str, Any]:
-        changed = judging.Judge(judge.model, judge.work, chosen, {**judge.served, first.name: {**served, **changes}})
+        changed = judging.Judge(
+            judge.model, judge.work, chosen, {**judge.served, first.name: {**served, **changes}}
+        )
         changed._rescorers = judge._rescorers
         return changed.verdict(first)
 
@@ -203,24 +253,56 @@ def test_the_exit_status_is_the_verdict(
 ) -> None:
     seen: dict[str, Any] = {}
 
-    def judged(folder: Path, model: dict[str, Any], checked: Scope, drawn: int, pythons: dict[str, str], console: Console) -> bool:
+    def judged(
+        folder: Path,
+        model: dict[str, Any],
+        checked: Scope,
+        drawn: int,
+        pythons: dict[str, str],
+        console: Console,
+    ) -> bool:
         seen.update(folder=folder, model=model, scope=checked, drawn=drawn, pythons=pythons)
         return good
 
     monkeypatch.setattr(cli.checking, "run", judged)
-    monkeypatch.setattr(cli.checking, "find_model", lambda preset, path: {"name": path, "path": path, "digest": "d" * 64})
-    arguments = ["check", "--profile", "cpu", "--model", str(tiny), "--out", str(tmp_path), "--workloads", "7"]
+    monkeypatch.setattr(
+        cli.checking,
+        "find_model",
+        lambda preset, path: {"name": path, "path": path, "digest": "d" * 64},
+    )
+    arguments = [
+        "check",
+        "--profile",
+        "cpu",
+        "--model",
+        str(tiny),
+        "--out",
+        str(tmp_path),
+        "--workloads",
+        "7",
+    ]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == status, result.output
     assert "vLLM took no part" in result.output
-    assert (seen["folder"], seen["drawn"], seen["scope"].peers, seen["scope"].dtypes) == (tmp_path, 7, (), ("float32", "bfloat16"))
+    assert (seen["folder"], seen["drawn"], seen["scope"].peers, seen["scope"].dtypes) == (
+        tmp_path,
+        7,
+        (),
+        ("float32", "bfloat16"),
+    )
     result = CliRunner().invoke(cli.app, [*arguments, "--python", "vllm=/some/python"])
-    assert (result.exit_code, seen["scope"].peers, seen["pythons"]) == (status, ("vllm",), {"vllm": "/some/python"})
+    assert (result.exit_code, seen["scope"].peers, seen["pythons"]) == (
+        status,
+        ("vllm",),
+        {"vllm": "/some/python"},
+    )
     assert "vLLM took no part" not in result.output
 
 
 def test_a_check_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
-    result = CliRunner().invoke(cli.app, ["check", "--profile", "cpu", "--model", "huge", "--out", str(tmp_path)])
+    result = CliRunner().invoke(
+        cli.app, ["check", "--profile", "cpu", "--model", "huge", "--out", str(tmp_path)]
+    )
     assert (result.exit_code, "'huge' is unknown; known are tiny" in result.output) == (2, True)
 
 

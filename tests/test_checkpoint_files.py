@@ -1,4 +1,6 @@
-"""What the files of a checkpoint say is honoured, refused by name, or warned of: the rows of docs/checkpoints.md."""
+"""What the files of a checkpoint say is honoured, refused by name, or warned of: the rows of
+docs/checkpoints.md.
+"""
 
 from __future__ import annotations
 
@@ -48,13 +50,19 @@ def test_the_page_names_every_key_that_the_code_knows() -> None:
     named = set(re.findall(r"`([a-z_]+)`", PAGE.read_text(encoding="utf-8")))
     known = {
         *(name for name in model_config.COMPUTED if " " not in name),
-        *(f.replace("eos_token_ids", "eos_token_id") for f in model_config.ModelConfig.__dataclass_fields__),
-        *sampling_defaults.HONOURED, *sampling_defaults.LEFT_OUT, *tokenizer_files.REFUSED, *tokenizer_files.NAMED,
-    }  # fmt: skip
+        *(
+            f.replace("eos_token_ids", "eos_token_id")
+            for f in model_config.ModelConfig.__dataclass_fields__
+        ),
+        *sampling_defaults.HONOURED,
+        *sampling_defaults.LEFT_OUT,
+        *tokenizer_files.REFUSED,
+        *tokenizer_files.NAMED,
+    }
     assert not known - named
 
 
-# -- config.json --------------------------------------------------------------------------------------------------------
+# -- config.json -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -62,10 +70,19 @@ def test_the_page_names_every_key_that_the_code_knows() -> None:
     [
         ({"model_type": "qwen2"}, r"model_type='qwen2'.*'qwen3' only"),
         ({"is_causal": False}, r"is_causal=False.*True only"),
-        ({"dual_chunk_attention_config": {"chunk_size": 8}}, r"dual_chunk_attention_config=.*'none' only"),
-        ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config=.*fp8.*'none' only"),
+        (
+            {"dual_chunk_attention_config": {"chunk_size": 8}},
+            r"dual_chunk_attention_config=.*'none' only",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            r"quantization_config=.*fp8.*'none' only",
+        ),
         ({"compression_config": {"format": "int"}}, r"compression_config"),
-        ({"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}, r"partial_rotary_factor=0\.5.*1\.0 only"),
+        (
+            {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}},
+            r"partial_rotary_factor=0\.5.*1\.0 only",
+        ),
         ({"rope_parameters": {"rope_theta": 1e6, "mrope_section": [1, 2]}}, r"mrope_section"),
         ({"partial_rotary_factor": 0.25}, r"partial_rotary_factor=0\.25"),
         ({"rope_parameters": "yarn"}, r"rope type='yarn'"),
@@ -85,7 +102,9 @@ def test_the_page_names_every_key_that_the_code_knows() -> None:
         ({"eos_token_id": "2"}, r"eos_token_id=\('2',\); it must be token ids"),
     ],
 )
-def test_a_setting_that_is_not_computed_is_refused_by_name(folder: Path, changes: dict[str, Any], message: str) -> None:
+def test_a_setting_that_is_not_computed_is_refused_by_name(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
     (folder / "generation_config.json").unlink()
     edit_config(folder, **changes)
     with pytest.raises(ValueError, match=message):
@@ -94,10 +113,22 @@ def test_a_setting_that_is_not_computed_is_refused_by_name(folder: Path, changes
 
 @pytest.mark.parametrize(
     "changes",
-    [{"rope_parameters": None, "rope_theta": 1e6, "rope_scaling": None}, {"model_type": None}, {"is_causal": True},
-     {"sliding_window": 4096, "max_window_layers": 1}, {"auto_map": {"AutoModel": "code.Model"}}, {"attention_dropout": 0.5},
-     {"rope_parameters": {"rope_theta": 1000000, "rope_type": "default", "partial_rotary_factor": 1}}],
-)  # fmt: skip
+    [
+        {"rope_parameters": None, "rope_theta": 1e6, "rope_scaling": None},
+        {"model_type": None},
+        {"is_causal": True},
+        {"sliding_window": 4096, "max_window_layers": 1},
+        {"auto_map": {"AutoModel": "code.Model"}},
+        {"attention_dropout": 0.5},
+        {
+            "rope_parameters": {
+                "rope_theta": 1000000,
+                "rope_type": "default",
+                "partial_rotary_factor": 1,
+            }
+        },
+    ],
+)
 def test_settings_that_change_nothing_are_taken(folder: Path, changes: dict[str, Any]) -> None:
     before = load_hf_config(folder)
     edit_config(folder, **changes)
@@ -111,7 +142,7 @@ def test_a_file_that_is_not_keys_and_values(folder: Path, content: bytes) -> Non
         load_hf_config(folder)
 
 
-# -- generation_config.json ---------------------------------------------------------------------------------------------
+# -- generation_config.json ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("eos", ["2", [["2"]], [2, "3"], 1.5, True, -1, {"a": 1}])
@@ -121,17 +152,37 @@ def test_an_end_of_sequence_id_that_is_none_is_refused(folder: Path, eos: Any) -
         load_hf_config(folder)
 
 
-def test_recommended_sampling_is_what_generate_takes_without_parameters(tiny: Path, tmp_path: Path) -> None:
-    """As vLLM: with top_k 1, every call gives the greedy answer; with parameters given, the recommendation is left alone."""
+def test_recommended_sampling_is_what_generate_takes_without_parameters(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """As vLLM: with top_k 1, every call gives the greedy answer; with parameters given, the
+    recommendation is left alone.
+    """
     model = Path(shutil.copytree(tiny, tmp_path / "model"))
-    edit_json(model / "generation_config.json", do_sample=True, temperature=0.6, top_k=1, top_p=0.95, max_new_tokens=5)
+    edit_json(
+        model / "generation_config.json",
+        do_sample=True,
+        temperature=0.6,
+        top_k=1,
+        top_p=0.95,
+        max_new_tokens=5,
+    )
     small = {"max_num_seqs": 2, "max_model_len": 64, "kv_cache_memory_bytes": 1 << 22}
     with LLM(str(model), **small) as llm:
-        assert llm.get_default_sampling_params() == SamplingParams(temperature=0.6, top_k=1, top_p=0.95, max_tokens=5)
-        greedy = llm.generate(["hello"], SamplingParams(temperature=0, max_tokens=5), use_tqdm=False)[0].outputs[0].token_ids
+        assert llm.get_default_sampling_params() == SamplingParams(
+            temperature=0.6, top_k=1, top_p=0.95, max_tokens=5
+        )
+        greedy = (
+            llm.generate(["hello"], SamplingParams(temperature=0, max_tokens=5), use_tqdm=False)[0]
+            .outputs[0]
+            .token_ids
+        )
         for _ in range(2):
             assert llm.generate(["hello"], use_tqdm=False)[0].outputs[0].token_ids == greedy
-        assert len(llm.generate(["hello"], SamplingParams(), use_tqdm=False)[0].outputs[0].token_ids) == 16
+        assert (
+            len(llm.generate(["hello"], SamplingParams(), use_tqdm=False)[0].outputs[0].token_ids)
+            == 16
+        )
 
 
 def test_without_a_recommendation_the_defaults_are_ours(folder: Path) -> None:
@@ -140,8 +191,10 @@ def test_without_a_recommendation_the_defaults_are_ours(folder: Path) -> None:
     assert default_params(folder) == SamplingParams()
 
 
-OTHER_VALUES = {name: 2 if nothing is None or isinstance(nothing, (int, bool)) else [1]
-                for name, nothing in sampling_defaults.LEFT_OUT.items()} | {"do_sample": False}  # fmt: skip
+OTHER_VALUES = {
+    name: 2 if nothing is None or isinstance(nothing, (int, bool)) else [1]
+    for name, nothing in sampling_defaults.LEFT_OUT.items()
+} | {"do_sample": False}
 
 
 @pytest.mark.parametrize("name", sampling_defaults.LEFT_OUT)
@@ -155,14 +208,18 @@ def test_a_recommendation_that_is_left_out_is_warned_of(folder: Path, name: str)
         default_params(folder)
 
 
-@pytest.mark.parametrize(("name", "value"), [("temperature", "hot"), ("top_k", 1.5), ("top_p", 2), ("max_new_tokens", 0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("temperature", "hot"), ("top_k", 1.5), ("top_p", 2), ("max_new_tokens", 0)]
+)
 def test_a_recommendation_out_of_range_names_the_file(folder: Path, name: str, value: Any) -> None:
     edit_json(folder / "generation_config.json", **{name: value})
-    with pytest.raises(ValueError, match=r"generation_config\.json recommends what is not allowed: .*must be"):
+    with pytest.raises(
+        ValueError, match=r"generation_config\.json recommends what is not allowed: .*must be"
+    ):
         default_params(folder)
 
 
-# -- the tokenizer ------------------------------------------------------------------------------------------------------
+# -- the tokenizer ---------------------------------------------------------------------------------
 
 
 def edit_tokenizer(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
@@ -173,49 +230,99 @@ def edit_tokenizer(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None
 
 def prefixed(tokenizer: dict[str, Any]) -> None:
     start = {"id": "<|im_start|>", "ids": [EOS_TOKEN_ID + 1], "tokens": ["<|im_start|>"]}
-    single = [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    single = [
+        {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
     pair = [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]
     special = {"<|im_start|>": start}
-    tokenizer["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": pair,
+        "special_tokens": special,
+    }
 
 
 def cut(tokenizer: dict[str, Any]) -> None:
-    tokenizer["truncation"] = {"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    tokenizer["truncation"] = {
+        "direction": "Right",
+        "max_length": 8,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
 
 
 def padded(tokenizer: dict[str, Any]) -> None:
-    tokenizer["padding"] = {"strategy": {"Fixed": 64}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": EOS_TOKEN_ID,
-                            "pad_type_id": 0, "pad_token": "<|endoftext|>"}  # fmt: skip
+    tokenizer["padding"] = {
+        "strategy": {"Fixed": 64},
+        "direction": "Left",
+        "pad_to_multiple_of": None,
+        "pad_id": EOS_TOKEN_ID,
+        "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }
 
 
 def grown(tokenizer: dict[str, Any]) -> None:
-    tokenizer["added_tokens"].append({"id": EOS_TOKEN_ID + 3, "content": "<extra>", "special": True, "lstrip": False,
-                                      "rstrip": False, "normalized": False, "single_word": False})  # fmt: skip
+    tokenizer["added_tokens"].append(
+        {
+            "id": EOS_TOKEN_ID + 3,
+            "content": "<extra>",
+            "special": True,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "single_word": False,
+        }
+    )
 
 
 @pytest.mark.parametrize("edit", [cut, padded, prefixed, grown])
-def test_a_text_has_the_token_ids_that_hf_gives_it(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+def test_a_text_has_the_token_ids_that_hf_gives_it(
+    folder: Path, edit: Callable[[dict[str, Any]], None]
+) -> None:
     edit_tokenizer(folder, edit)
     theirs = AutoTokenizer.from_pretrained(folder)
     ours = load_tokenizer(str(folder))
     assert ours.encode(TEXT).ids == theirs(TEXT).input_ids
-    assert ours.decode(ours.encode(TEXT).ids) == theirs.decode(theirs(TEXT).input_ids, skip_special_tokens=True)
+    assert ours.decode(ours.encode(TEXT).ids) == theirs.decode(
+        theirs(TEXT).input_ids, skip_special_tokens=True
+    )
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"add_bos_token": True, "bos_token": "<|im_start|>"}, {"add_eos_token": True}, {"clean_up_tokenization_spaces": True},
-     {"tokenizer_class": "PreTrainedTokenizerFast"}, {"tokenizer_class": "Qwen2TokenizerFast"}, {"model_max_length": 5},
-     {"additional_special_tokens": ["<|im_start|>"]}, {"chat_template": "{{ messages }}"}, {"truncation_side": "left"},
-     {"extra_special_tokens": {}}, {"errors": "strict"}],
-)  # fmt: skip
-def test_what_is_taken_beside_it_changes_nothing_in_hf_either(folder: Path, settings: dict[str, Any]) -> None:
+    [
+        {"add_bos_token": True, "bos_token": "<|im_start|>"},
+        {"add_eos_token": True},
+        {"clean_up_tokenization_spaces": True},
+        {"tokenizer_class": "PreTrainedTokenizerFast"},
+        {"tokenizer_class": "Qwen2TokenizerFast"},
+        {"model_max_length": 5},
+        {"additional_special_tokens": ["<|im_start|>"]},
+        {"chat_template": "{{ messages }}"},
+        {"truncation_side": "left"},
+        {"extra_special_tokens": {}},
+        {"errors": "strict"},
+    ],
+)
+def test_what_is_taken_beside_it_changes_nothing_in_hf_either(
+    folder: Path, settings: dict[str, Any]
+) -> None:
     edit_json(folder / "tokenizer_config.json", **settings)
     ours = load_tokenizer(str(folder), (EOS_TOKEN_ID,))
     assert ours.encode(TEXT).ids == AutoTokenizer.from_pretrained(folder)(TEXT).input_ids
 
 
-EXTRA = {"content": "<extra>", "special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+EXTRA = {
+    "content": "<extra>",
+    "special": True,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+    "single_word": False,
+}
 
 
 @pytest.mark.parametrize(
@@ -223,18 +330,36 @@ EXTRA = {"content": "<extra>", "special": True, "lstrip": False, "rstrip": False
     [
         ("tokenizer_config.json", {"add_prefix_space": True}, r"add_prefix_space=True.*False only"),
         ("tokenizer_config.json", {"split_special_tokens": True}, r"split_special_tokens=True"),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"2048": EXTRA}}, r"'<extra>', and tokenizer\.json has no such token"),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"9": {**EXTRA, "content": "<|im_end|>"}}}, r"id 2047, not 9"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"2048": EXTRA}},
+            r"'<extra>', and tokenizer\.json has no such token",
+        ),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"9": {**EXTRA, "content": "<|im_end|>"}}},
+            r"id 2047, not 9",
+        ),
         ("tokenizer_config.json", {"additional_special_tokens": ["<extra>"]}, r"'<extra>'"),
-        ("tokenizer_config.json", {"additional_special_tokens": [{"__type": "AddedToken", **EXTRA}]}, r"'<extra>'"),
-        ("tokenizer_config.json", {"extra_special_tokens": {"image_token": "<extra>"}}, r"'<extra>'"),
+        (
+            "tokenizer_config.json",
+            {"additional_special_tokens": [{"__type": "AddedToken", **EXTRA}]},
+            r"'<extra>'",
+        ),
+        (
+            "tokenizer_config.json",
+            {"extra_special_tokens": {"image_token": "<extra>"}},
+            r"'<extra>'",
+        ),
         ("tokenizer_config.json", {"eos_token": {"__type": "AddedToken", **EXTRA}}, r"'<extra>'"),
         ("special_tokens_map.json", {"additional_special_tokens": ["<extra>"]}, r"'<extra>'"),
         ("special_tokens_map.json", {"pad_token": {"content": "<extra>"}}, r"'<extra>'"),
         ("added_tokens.json", {"<extra>": 2048}, r"'<extra>'"),
     ],
 )
-def test_what_would_give_other_token_ids_is_refused(folder: Path, file: str, settings: dict[str, Any], message: str) -> None:
+def test_what_would_give_other_token_ids_is_refused(
+    folder: Path, file: str, settings: dict[str, Any], message: str
+) -> None:
     ours = load_tokenizer(str(folder)).encode(TEXT).ids
     edit_json(folder / file, **settings)
     assert AutoTokenizer.from_pretrained(folder)(TEXT).input_ids != ours or "not 9" in message
@@ -254,7 +379,10 @@ def test_a_tokenizer_that_hf_would_build_itself_is_warned_of(folder: Path) -> No
 
 def test_an_end_of_text_token_at_which_nothing_ends_is_warned_of(folder: Path) -> None:
     edit_json(folder / "tokenizer_config.json", eos_token="<|im_end|>")
-    with pytest.warns(UserWarning, match=rf"no answer ends at '<\|im_end\|>'.*stop_token_ids=\[{EOS_TOKEN_ID + 2}\]"):
+    with pytest.warns(
+        UserWarning,
+        match=rf"no answer ends at '<\|im_end\|>'.*stop_token_ids=\[{EOS_TOKEN_ID + 2}\]",
+    ):
         load_tokenizer(str(folder), (EOS_TOKEN_ID,))
 
 
@@ -264,12 +392,14 @@ def test_a_damaged_tokenizer_is_named(folder: Path) -> None:
         load_tokenizer(str(folder))
 
 
-# -- weights ------------------------------------------------------------------------------------------------------------
+# -- weights ---------------------------------------------------------------------------------------
 
 
 def shards(folder: Path, number: int) -> dict[str, str]:
     """Writes the weights in so many files beside what is there; the weight_map of their index."""
-    weights = load_file(folder / "model.safetensors") if (folder / "model.safetensors").exists() else None
+    weights = (
+        load_file(folder / "model.safetensors") if (folder / "model.safetensors").exists() else None
+    )
     assert weights is not None
     names = sorted(weights)
     files = [f"model-{i + 1:05d}-of-{number:05d}.safetensors" for i in range(number)]
@@ -279,7 +409,9 @@ def shards(folder: Path, number: int) -> dict[str, str]:
 
 
 def write_index(folder: Path, weight_map: Any) -> None:
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 def test_the_index_decides_which_shards_are_the_model(folder: Path) -> None:
@@ -289,13 +421,21 @@ def test_the_index_decides_which_shards_are_the_model(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     for name in ("consolidated.safetensors", "adapter_model.safetensors"):
         save_file({"layers.0.attention.wq.weight": torch.ones(2)}, folder / name)
-    with pytest.warns(UserWarning, match=r"not from adapter_model\.safetensors, .*model-00001-of-00002\.safetensors"):
+    with pytest.warns(
+        UserWarning,
+        match=r"not from adapter_model\.safetensors, .*model-00001-of-00002\.safetensors",
+    ):
         after = load(folder)
-    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)
+    )
     assert checkpoint_digest(folder) == digest  # strays are no part of it
 
 
-@pytest.mark.parametrize("stray", ["consolidated.safetensors", "adapter_model.safetensors", "model-00001-of-00002.safetensors"])
+@pytest.mark.parametrize(
+    "stray",
+    ["consolidated.safetensors", "adapter_model.safetensors", "model-00001-of-00002.safetensors"],
+)
 def test_one_model_safetensors_is_the_model(folder: Path, stray: str) -> None:
     digest = checkpoint_digest(folder)
     save_file({"model.norm.weight": torch.ones(32)}, folder / stray)
@@ -312,7 +452,9 @@ def test_shards_without_an_index_are_all_read(folder: Path) -> None:
 
 def test_a_model_beside_an_index_of_others_is_refused(folder: Path) -> None:
     write_index(folder, shards(folder, 2))
-    with pytest.raises(ValueError, match=r"does not name it; HF reads the one, vLLM what the other names: remove"):
+    with pytest.raises(
+        ValueError, match=r"does not name it; HF reads the one, vLLM what the other names: remove"
+    ):
         load(folder)
 
 
@@ -320,11 +462,16 @@ def test_an_index_that_names_a_missing_file(folder: Path) -> None:
     write_index(folder, shards(folder, 2))
     (folder / "model.safetensors").unlink()
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"lacks model-00002-of-00002\.safetensors, of which .* holds model\..*: fetch"):
+    with pytest.raises(
+        ValueError,
+        match=r"lacks model-00002-of-00002\.safetensors, of which .* holds model\..*: fetch",
+    ):
         load(folder)
 
 
-@pytest.mark.parametrize("weight_map", [None, [], {"a": 5}, {"a": "../b.safetensors"}, {"a": "b.bin"}, {"a": ["b"]}])
+@pytest.mark.parametrize(
+    "weight_map", [None, [], {"a": 5}, {"a": "../b.safetensors"}, {"a": "b.bin"}, {"a": ["b"]}]
+)
 def test_an_index_that_is_none(folder: Path, weight_map: Any) -> None:
     shards(folder, 2)
     (folder / "model.safetensors").unlink()
@@ -338,7 +485,12 @@ def test_a_stored_head_that_is_not_the_tied_one_is_refused(folder: Path) -> None
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).contiguous()
 
     edit_weights(folder, permute)
-    with pytest.raises(ValueError, match=r"lm_head\.weight that differs from model\.embed_tokens\.weight.*tie_word_embeddings"):
+    with pytest.raises(
+        ValueError,
+        match=r"lm_head\.weight that differs from model\.embed_tokens\.weight.*tie_word_embeddings",
+    ):
         load(folder)
     edit_config(folder, tie_word_embeddings=False)  # as the message says
-    assert torch.equal(load(folder).lm_head.weight, load_file(folder / "model.safetensors")["lm_head.weight"])
+    assert torch.equal(
+        load(folder).lm_head.weight, load_file(folder / "model.safetensors")["lm_head.weight"]
+    )

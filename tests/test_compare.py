@@ -1,4 +1,6 @@
-"""A comparison of engines is fair or there is none: wrong checkpoints, unequal memory and tampered outputs do not get through."""
+"""A comparison of engines is fair or there is none: wrong checkpoints, unequal memory and tampered
+outputs do not get through.
+"""
 
 from __future__ import annotations
 
@@ -65,24 +67,36 @@ def run(plan: dict[str, Any], out: Path, **options: Any) -> list[dict[str, Any]]
 
 def keep(plan: dict[str, Any], cells: tuple[str, ...]) -> dict[str, Any]:
     """The plan with the launches of these cells of its first block only, in this order."""
-    chosen = [entry for cell in cells for entry in plan["launches"] if entry["cell"] == cell and entry["block"] == 0]
+    chosen = [
+        entry
+        for cell in cells
+        for entry in plan["launches"]
+        if entry["cell"] == cell and entry["block"] == 0
+    ]
     plan = {**plan, "launches": chosen}
     return {**plan, "plan_hash": records.plan_hash(plan)}
 
 
-def test_any_engine_with_the_offline_api_is_compared_gated_and_reported(tiny: Path, tmp_path: Path) -> None:
+def test_any_engine_with_the_offline_api_is_compared_gated_and_reported(
+    tiny: Path, tmp_path: Path
+) -> None:
     plan = plan_of(tmp_path)
     found = run(plan, tmp_path / "out")
     assert {r["cell"]: r["status"] for r in found} == {"baseline": "ok", "aa": "ok", "other": "ok"}
     records.write_plan(plan, tmp_path / "plan.json")
-    assert equivalence.main(["--plan", str(tmp_path / "plan.json"), "--out", str(tmp_path / "out")]) == 0
+    assert (
+        equivalence.main(["--plan", str(tmp_path / "plan.json"), "--out", str(tmp_path / "out")])
+        == 0
+    )
     analysis = analyse(records.read(tmp_path / "out"), plan)
     (entry,) = analysis["comparisons"]
     assert (entry["ours"], entry["theirs"], entry["breaches"]) == ("baseline", "other", [])
     assert entry["effects"]["output_tokens_per_s"]["w"]["n"] == 1
     markdown, _ = render(plan, records.read(tmp_path / "out"), analysis, tmp_path / "report")
     page = markdown.read_text()
-    assert f"Against {ENGINE}, comparison like, nanovllm is inconclusive on w" in page, "one block has no interval"
+    assert f"Against {ENGINE}, comparison like, nanovllm is inconclusive on w" in page, (
+        "one block has no interval"
+    )
     assert "Not compared" in page
     assert "quantization" in page
 
@@ -99,26 +113,42 @@ def test_a_wrong_checkpoint_is_refused(tiny: Path, tmp_path: Path) -> None:
         Runner(plan, tmp_path / "out", resume=False, model=str(wrong))
     right = tmp_path / "right"
     shutil.copytree(tiny, right)
-    with Runner(keep(plan, ("baseline", "other")), tmp_path / "later", resume=False, model=str(right)) as runner:
+    with Runner(
+        keep(plan, ("baseline", "other")), tmp_path / "later", resume=False, model=str(right)
+    ) as runner:
         runner.run_launch(runner.pending()[0])
         shutil.copy(weights, right / weights.name)  # exchanged in mid-run
-        with pytest.raises(records.RecordError, match=r"the checkpoint in .* has changed since this run began: b00-o0.-other"):
+        with pytest.raises(
+            records.RecordError,
+            match=r"the checkpoint in .* has changed since this run began: b00-o0.-other",
+        ):
             runner.run()
         shutil.rmtree(right)
-        with pytest.raises(records.RecordError, match=r"the checkpoint in .* has changed since this run began"):
+        with pytest.raises(
+            records.RecordError, match=r"the checkpoint in .* has changed since this run began"
+        ):
             runner.run()
     assert len(records.read(tmp_path / "later")) == 1, "what ran is kept"
 
 
 def test_unequal_kv_bytes_stop_it(tiny: Path, tmp_path: Path) -> None:
     asked = plan_of(tmp_path, "cells.other.config.kv_cache_memory_bytes=8388608")
-    with pytest.raises(FairnessError, match=r"'like' .* of baseline with other .*kv_cache_memory_bytes: 4194304 against 8388608"):
+    with pytest.raises(
+        FairnessError,
+        match=r"'like' .* of baseline with other .*kv_cache_memory_bytes: 4194304 against 8388608",
+    ):
         Runner(asked, tmp_path / "asked", resume=False)
-    resolves_to_less = plan_of(tmp_path, "cells.other.config.misbehave=less_memory", "comparisons.like.rule=best")
+    resolves_to_less = plan_of(
+        tmp_path, "cells.other.config.misbehave=less_memory", "comparisons.like.rule=best"
+    )
     plan = keep(resolves_to_less, ("baseline", "other", "aa"))
-    with pytest.raises(FairnessError, match=r"kv_cache_bytes: 4194304 against 2097152.*launches that ran are kept"):
+    with pytest.raises(
+        FairnessError, match=r"kv_cache_bytes: 4194304 against 2097152.*launches that ran are kept"
+    ):
         run(plan, tmp_path / "out")
-    assert [r["cell"] for r in records.read(tmp_path / "out")] == ["baseline", "other"], "stopped at the first pair"
+    assert [r["cell"] for r in records.read(tmp_path / "out")] == ["baseline", "other"], (
+        "stopped at the first pair"
+    )
     with pytest.raises(FairnessError, match="kv_cache_bytes"):
         Runner(plan, tmp_path / "out", resume=True)
 
@@ -127,9 +157,14 @@ def test_a_tampered_output_fails_the_gate(tiny: Path, tmp_path: Path) -> None:
     plan = keep(plan_of(tmp_path, "cells.other.config.misbehave=tamper"), ("baseline", "other"))
     records.write_plan(plan, tmp_path / "plan.json")
     run(plan, tmp_path / "out")
-    assert equivalence.main(["--plan", str(tmp_path / "plan.json"), "--out", str(tmp_path / "out")]) == 1
+    assert (
+        equivalence.main(["--plan", str(tmp_path / "plan.json"), "--out", str(tmp_path / "out")])
+        == 1
+    )
     found = records.read(tmp_path / "out")
-    digest = {r["cell"]: r["workloads"]["w"]["tokens_digest"] for r in found if r["kind"] == "launch"}
+    digest = {
+        r["cell"]: r["workloads"]["w"]["tokens_digest"] for r in found if r["kind"] == "launch"
+    }
     verdicts = {r["tokens_digest"]: r["status"] for r in found if r["kind"] == "gate"}
     assert (verdicts[digest["baseline"]], verdicts[digest["other"]]) == ("pass", "fail")
     analysis = analyse(found, plan)
@@ -137,56 +172,92 @@ def test_a_tampered_output_fails_the_gate(tiny: Path, tmp_path: Path) -> None:
     assert any("gate: fail" in row["reason"] for row in analysis["excluded"])
 
 
-def test_an_engine_that_dies_in_mid_run_costs_its_own_launch_only(tiny: Path, tmp_path: Path) -> None:
+def test_an_engine_that_dies_in_mid_run_costs_its_own_launch_only(
+    tiny: Path, tmp_path: Path
+) -> None:
     plan = keep(plan_of(tmp_path, "cells.other.config.misbehave=die"), ("other", "baseline"))
     found = {r["cell"]: r for r in run(plan, tmp_path / "out")}
     assert (found["other"]["status"], found["baseline"]["status"]) == ("failed", "ok")
-    assert "exit status 3; its output ends with: the engine dies in mid-run as told" in found["other"]["reason"]
+    assert (
+        "exit status 3; its output ends with: the engine dies in mid-run as told"
+        in found["other"]["reason"]
+    )
     assert (tmp_path / "out" / "logs" / f"{found['other']['launch']}.a1.log").is_file()
 
 
 def test_the_first_error_of_a_long_log_is_told(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    log.write_text("start\n(Worker pid=7) RuntimeError: no such kernel\n" + "\n".join(f"line {i}" for i in range(40)))
+    log.write_text(
+        "start\n(Worker pid=7) RuntimeError: no such kernel\n"
+        + "\n".join(f"line {i}" for i in range(40))
+    )
     assert tail(log, 2) == "(Worker pid=7) RuntimeError: no such kernel\n[...]\nline 38\nline 39"
     log.write_text("one\ntwo")
     assert tail(log, 2) == "one\ntwo"
 
 
-# ------------------------------------------------------------------------------------------------- the rules, without engines
+# -------------------------------------------------------------------------------------------------
+# the rules, without engines
 
 
 def served(cell: str, **resolved: Any) -> dict[str, Any]:
     levels = {"prefix_cache": "on", "batching": "chunked", "compile": "off"}
-    return {"cell": cell, "workloads": {"w": {"fingerprint": "f"}},
-            "resolved": {"dtype": "float32", "kv_cache_bytes": 4096, "num_kv_blocks": 4, "max_num_seqs": 8,
-                         "max_num_batched_tokens": 64, "max_model_len": 64, "levels": levels, **resolved}}  # fmt: skip
+    return {
+        "cell": cell,
+        "workloads": {"w": {"fingerprint": "f"}},
+        "resolved": {
+            "dtype": "float32",
+            "kv_cache_bytes": 4096,
+            "num_kv_blocks": 4,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 64,
+            "max_model_len": 64,
+            "levels": levels,
+            **resolved,
+        },
+    }
 
 
-PLAN = {"workloads": {"w": {"fingerprint": "f"}}, "cells": {"a": {"levels": {}}, "b": {"levels": {"prefix_cache": "on"}}}}
+PLAN = {
+    "workloads": {"w": {"fingerprint": "f"}},
+    "cells": {"a": {"levels": {}}, "b": {"levels": {"prefix_cache": "on"}}},
+}
 
 
 @pytest.mark.parametrize(
     ("change", "of_best", "of_like"),
     [
         ({}, [], []),
-        ({"kv_cache_bytes": 4096 - 1024, "num_kv_blocks": 3}, [], []),  # a whole block less: rounding
-        ({"kv_cache_bytes": 4096 - 1025, "num_kv_blocks": 4}, ["kv_cache_bytes: 4096 against 3071"], None),
+        # a whole block less: rounding
+        ({"kv_cache_bytes": 4096 - 1024, "num_kv_blocks": 3}, [], []),
+        (
+            {"kv_cache_bytes": 4096 - 1025, "num_kv_blocks": 4},
+            ["kv_cache_bytes: 4096 against 3071"],
+            None,
+        ),
         ({"dtype": "bfloat16"}, ["dtype: float32 against bfloat16"], None),
         ({"kv_cache_bytes": None}, [], ["kv_cache_bytes: 4096 against None"]),
         ({"max_num_seqs": 9}, [], ["max_num_seqs: 8 against 9"]),
         ({"max_num_batched_tokens": 32}, [], ["max_num_batched_tokens: 64 against 32"]),
         ({"max_model_len": None}, [], ["max_model_len: 64 against None"]),
-        ({"levels": {"prefix_cache": "on", "batching": "continuous"}}, [], ["batching: chunked against continuous"]),
+        (
+            {"levels": {"prefix_cache": "on", "batching": "continuous"}},
+            [],
+            ["batching: chunked against continuous"],
+        ),
         ({"levels": {"prefix_cache": "on", "compile": "on"}}, [], ["compile: off against on"]),
         ({"levels": {}}, [], ["b does not report its switches"]),
         ({"block_size": 7, "seed": 3}, [], []),
     ],
 )
-def test_what_each_rule_asks_for(change: dict[str, Any], of_best: list[str], of_like: list[str] | None) -> None:
+def test_what_each_rule_asks_for(
+    change: dict[str, Any], of_best: list[str], of_like: list[str] | None
+) -> None:
     ours, theirs = served("a"), served("b", **change)
     assert list(fairness.breaches(PLAN, "best", ours, theirs)) == of_best
-    assert list(fairness.breaches(PLAN, "like-for-like", ours, theirs)) == (of_best if of_like is None else of_like)
+    assert list(fairness.breaches(PLAN, "like-for-like", ours, theirs)) == (
+        of_best if of_like is None else of_like
+    )
 
 
 def test_other_work_and_a_level_that_did_not_run_are_breaches() -> None:
@@ -195,16 +266,26 @@ def test_other_work_and_a_level_that_did_not_run_are_breaches() -> None:
         "b served work of fingerprint g as w, the plan's is f"
     ]
     off = {"prefix_cache": "off"}
-    found = list(fairness.breaches(PLAN, "like-for-like", served("a", levels=off), served("b", levels=off)))
+    found = list(
+        fairness.breaches(PLAN, "like-for-like", served("a", levels=off), served("b", levels=off))
+    )
     assert found == ["b is declared prefix_cache=on and ran off"]
 
 
 def test_our_switches_are_read_from_our_optimizations() -> None:
-    ours = served("a", optimizations={"prefix_cache": True, "batching": "chunked", "kernels": "compile"})
+    ours = served(
+        "a", optimizations={"prefix_cache": True, "batching": "chunked", "kernels": "compile"}
+    )
     assert fairness.switches(ours["resolved"])["compile"] == "on"
-    assert list(fairness.breaches(PLAN, "like-for-like", ours, served("b"))) == ["compile: on against off"]
+    assert list(fairness.breaches(PLAN, "like-for-like", ours, served("b"))) == [
+        "compile: on against off"
+    ]
     rows = fairness.differences(ours["resolved"], served("b", block_size=128, seed=5)["resolved"])
-    assert rows == [("block_size", None, 128), ("compile", "on", "off"), ("kernels", "compile", None)]
+    assert rows == [
+        ("block_size", None, 128),
+        ("compile", "on", "off"),
+        ("kernels", "compile", None),
+    ]
 
 
 def test_a_setting_without_a_record_is_not_said_to_be_absent(tmp_path: Path) -> None:
@@ -227,14 +308,29 @@ def test_latencies_are_promised_where_they_were_recorded(tmp_path: Path) -> None
             record["workloads"]["scaled"]["request_times_s"] = []
     page = render(plan, lines, analyse(lines, plan), tmp_path)[0].read_text()
     assert both not in page
-    assert "Latencies were not recorded of vllm (request statistics were off); those of the others" in page
+    assert (
+        "Latencies were not recorded of vllm (request statistics were off); those of the others"
+        in page
+    )
 
 
 def test_a_comparison_stands_beside_its_twin_and_the_time_it_took(tmp_path: Path) -> None:
-    """The A/A arm is the baseline once more: its ratio is shown where the baseline is compared, and nowhere else."""
-    cells = cell_of("baseline", "baseline") | cell_of("again", "aa") | cell_of("all", "all", ["prefix_cache"])
-    plan = make_plan(cells | cell_of("vllm", "reference", engine="vllm"), 6,
-                     comparisons={"off": {"ours": "baseline", "theirs": ["vllm"], "rule": "best"}, **COMPARISONS})  # fmt: skip
+    """The A/A arm is the baseline once more: its ratio is shown where the baseline is compared, and
+    nowhere else.
+    """
+    cells = (
+        cell_of("baseline", "baseline")
+        | cell_of("again", "aa")
+        | cell_of("all", "all", ["prefix_cache"])
+    )
+    plan = make_plan(
+        cells | cell_of("vllm", "reference", engine="vllm"),
+        6,
+        comparisons={
+            "off": {"ours": "baseline", "theirs": ["vllm"], "rule": "best"},
+            **COMPARISONS,
+        },
+    )
     lines = make_records(plan, {"vllm": 0.5}, sd=0.004)
     analysis = analyse(lines, plan)
     off, best = analysis["comparisons"]
@@ -242,10 +338,18 @@ def test_a_comparison_stands_beside_its_twin_and_the_time_it_took(tmp_path: Path
     assert (off["twins"]["scaled"], best["twins"]) == (twin, {})
     assert "verdict" not in twin
     page = render(plan, lines, analysis, tmp_path)[0].read_text()
-    rows = {row.split(" | ")[1]: row.split(" | ")[9:] for row in page.split("\n") if row.startswith("| `scaled` | ")}
+    rows = {
+        row.split(" | ")[1]: row.split(" | ")[9:]
+        for row in page.split("\n")
+        if row.startswith("| `scaled` | ")
+    }
     shown = f"{text.ratio(twin['ratio'])} ({text.interval(twin['low'], twin['high'])})"
     durations = {row["cell"]: row["duration_s"] for row in analysis["costs"]["work"]}
-    served = sorted(r["workloads"]["scaled"]["duration_s"] for r in lines if r["kind"] == "launch" and r["cell"] == "vllm")
+    served = sorted(
+        r["workloads"]["scaled"]["duration_s"]
+        for r in lines
+        if r["kind"] == "launch" and r["cell"] == "vllm"
+    )
     assert durations["vllm"] == pytest.approx((served[2] + served[3]) / 2)
     assert (rows["off"], rows["best"]) == ([f"{shown} |"], ["– |"])
     took = [text.seconds(durations[cell]) for cell in ("baseline", "vllm")]
@@ -267,29 +371,63 @@ def test_a_plan_without_a_digest_is_no_comparison(tiny: Path, tmp_path: Path) ->
 
 
 def test_a_comparison_names_cells_that_exist(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"comparisons\.like: 'others' is no cell of this study; it has .*other"):
+    with pytest.raises(
+        SpecError, match=r"comparisons\.like: 'others' is no cell of this study; it has .*other"
+    ):
         plan_of(tmp_path, "comparisons.like.theirs=[others]")
 
 
 @pytest.mark.parametrize("study", ["compare-vllm", "compare-vllm-06b", "gpu-vllm", "gpu-vllm-8gb"])
-def test_the_studies_against_vllm_ask_for_equal_terms(study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits, dtype and KV bytes asked of vLLM are ours; every switch of it is set, none is left to a default."""
-    sizes = {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
-             "intermediate_size": 3072, "vocab_size": 151_936, "max_position_embeddings": 40_960}  # fmt: skip
+def test_the_studies_against_vllm_ask_for_equal_terms(
+    study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Limits, dtype and KV bytes asked of vLLM are ours; every switch of it is set, none is left to
+    a default.
+    """
+    sizes = {
+        "hidden_size": 1024,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 3072,
+        "vocab_size": 151_936,
+        "max_position_embeddings": 40_960,
+    }
     (tmp_path / "config.json").write_text(json.dumps(sizes))
-    monkeypatch.setattr(model_files, "inspect", lambda preset, path, **_: {"path": str(tmp_path), "digest": "d" * 64})
-    plan = build_plan(load_study(study)[0], load_profile("h200" if study.startswith("gpu") else "cpu"))
+    monkeypatch.setattr(
+        model_files,
+        "inspect",
+        lambda preset, path, **_: {"path": str(tmp_path), "digest": "d" * 64},
+    )
+    plan = build_plan(
+        load_study(study)[0], load_profile("h200" if study.startswith("gpu") else "cpu")
+    )
     fairness.check_plan(plan)
-    shared = ("dtype", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_memory_bytes")
+    shared = (
+        "dtype",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "max_model_len",
+        "kv_cache_memory_bytes",
+    )
     theirs = [cell["config"] for cell in plan["cells"].values() if cell["engine"] == "vllm"]
     assert theirs
     for config in theirs:
-        assert {key: config[key] for key in shared} == {key: plan["cells"]["baseline"]["config"][key] for key in shared}
-        assert {"enable_prefix_caching", "enable_chunked_prefill", "async_scheduling", "enforce_eager"} <= set(config)
+        assert {key: config[key] for key in shared} == {
+            key: plan["cells"]["baseline"]["config"][key] for key in shared
+        }
+        assert {
+            "enable_prefix_caching",
+            "enable_chunked_prefill",
+            "async_scheduling",
+            "enforce_eager",
+        } <= set(config)
         assert "block_size" not in config, "pages of our size are not vLLM's best"
 
 
-# ---------------------------------------------------------------------------------------------------------- the first sentence
+# ----------------------------------------------------------------------------------------------------------
+# the first sentence
 
 COMPARISONS = {"best": {"ours": "all", "theirs": ["vllm"], "rule": "best"}}
 
@@ -303,7 +441,12 @@ def synthetic(speed: float, sd: float = 0.004) -> tuple[dict[str, Any], list[dic
 
 @pytest.mark.parametrize(
     ("speed", "sd", "verdict"),
-    [(0.5, 0.004, "faster"), (2.0, 0.004, "slower"), (1.0, 0.004, "equivalent"), (1.0, 0.2, "inconclusive")],
+    [
+        (0.5, 0.004, "faster"),
+        (2.0, 0.004, "slower"),
+        (1.0, 0.004, "equivalent"),
+        (1.0, 0.2, "inconclusive"),
+    ],
 )
 def test_the_report_answers_first(speed: float, sd: float, verdict: str, tmp_path: Path) -> None:
     plan, lines = synthetic(speed, sd)
@@ -312,7 +455,9 @@ def test_the_report_answers_first(speed: float, sd: float, verdict: str, tmp_pat
     effect = analysis["comparisons"][0]["effects"]["output_tokens_per_s"]["scaled"]
     assert (answer["verdict"], effect["verdict"]) == (verdict, verdict)
     assert effect["low"] < 1 / speed < effect["high"]
-    assert answer["sentence"].startswith(f"Against vllm, both at their best, nanovllm is {verdict} on scaled (×")
+    assert answer["sentence"].startswith(
+        f"Against vllm, both at their best, nanovllm is {verdict} on scaled (×"
+    )
     assert "95 % intervals, 6 blocks" in answer["sentence"]
     page = render(plan, lines, analysis, tmp_path)[0].read_text()
     assert page.index(verdict) < page.index("## "), "before every section"
@@ -322,7 +467,11 @@ def test_the_report_answers_first(speed: float, sd: float, verdict: str, tmp_pat
 def test_a_pair_of_our_own_cells_is_no_comparison_of_engines(tmp_path: Path) -> None:
     cells = cell_of("baseline", "baseline") | cell_of("alone", "treatment", ["prefix_cache"])
     cells |= cell_of("both", "treatment", ["prefix_cache", "batching"])
-    plan = make_plan(cells, 6, comparisons={"batching-on-top": {"ours": "both", "theirs": ["alone"], "rule": "best"}})
+    plan = make_plan(
+        cells,
+        6,
+        comparisons={"batching-on-top": {"ours": "both", "theirs": ["alone"], "rule": "best"}},
+    )
     lines = make_records(plan, {"prefix_cache": 2.0, "batching": 1.25}, sd=0.004)
     analysis = analyse(lines, plan)
     sentence = analysis["answer"]["sentence"]
@@ -332,7 +481,9 @@ def test_a_pair_of_our_own_cells_is_no_comparison_of_engines(tmp_path: Path) -> 
     assert "Who is faster" not in page
     assert "Was it a fair comparison" not in page
     pairs = page.split("## What one change adds to another")[1].split("## ")[0]
-    (effect,) = [entry["effects"]["output_tokens_per_s"]["scaled"] for entry in analysis["comparisons"]]
+    (effect,) = [
+        entry["effects"]["output_tokens_per_s"]["scaled"] for entry in analysis["comparisons"]
+    ]
     assert effect["low"] < 1.25 < effect["high"]
     assert "| batching-on-top | `both` | `alone` | ×1.2" in pairs
     assert "| faster |" in pairs
@@ -352,7 +503,10 @@ def test_an_unfair_pair_has_no_ratio(tmp_path: Path) -> None:
             record["resolved"]["kv_cache_bytes"] = 2**28 if record["cell"] == "vllm" else 2**29
     analysis = analyse(lines, plan)
     assert analysis["comparisons"][0]["effects"] == {}
-    assert "the comparison was not fair (kv_cache_bytes: 536870912 against 268435456)" in analysis["answer"]["sentence"]
+    assert (
+        "the comparison was not fair (kv_cache_bytes: 536870912 against 268435456)"
+        in analysis["answer"]["sentence"]
+    )
     assert any("Not a fair comparison" in caveat for caveat in analysis["answer"]["caveats"])
     page = render(plan, lines, analysis, tmp_path)[0].read_text()
     assert "×2.0" not in page.split("## Was it a fair comparison")[0]
@@ -365,7 +519,10 @@ def test_costs_are_told_apart() -> None:
     first["load_s"] = 60.0
     analysis = analyse(json.loads(json.dumps(lines)), copy.deepcopy(plan))
     rows = {row["cell"]: row for row in analysis["costs"]["launch"]}
-    assert (rows["vllm"]["first_load_s"], rows["vllm"]["load_s"]) == (pytest.approx(60.4), pytest.approx(1.2))
+    assert (rows["vllm"]["first_load_s"], rows["vllm"]["load_s"]) == (
+        pytest.approx(60.4),
+        pytest.approx(1.2),
+    )
     assert rows["vllm"]["host_bytes"] == 500 << 20
     (work,) = [row for row in analysis["costs"]["work"] if row["cell"] == "all"]
     served_by_all = [r["workloads"]["scaled"] for r in launches if r["cell"] == "all"]
@@ -375,10 +532,17 @@ def test_costs_are_told_apart() -> None:
 
 @pytest.mark.parametrize(
     ("python", "message"),
-    [("vllm=/no/such/python", "no such program"), (f"vllm={sys.executable}", "has no vllm: `make compare-vllm` builds")],
+    [
+        ("vllm=/no/such/python", "no such program"),
+        (f"vllm={sys.executable}", "has no vllm: `make compare-vllm` builds"),
+    ],
 )
-def test_an_interpreter_without_vllm_is_said_at_once(python: str, message: str, tiny: Path, tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["compare", "--with", "vllm", "--out", str(tmp_path / "out"), "--python", python])
+def test_an_interpreter_without_vllm_is_said_at_once(
+    python: str, message: str, tiny: Path, tmp_path: Path
+) -> None:
+    done = CliRunner().invoke(
+        app, ["compare", "--with", "vllm", "--out", str(tmp_path / "out"), "--python", python]
+    )
     assert done.exit_code == 2
     assert message in done.output + done.stderr
     assert not (tmp_path / "out").exists(), "nothing was run"

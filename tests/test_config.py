@@ -24,10 +24,19 @@ def test_all_resolves_every_auto() -> None:
     assert resolved.batching != "static"
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("batching", "dynamic"), ("prefix_cache", "on"), ("prefix_cache", 1), ("kernels", "cuda"), ("attention_backend", "sdpa"),
-    ("tensor_parallel_size", 0), ("tensor_parallel_size", True), ("overlap", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("batching", "dynamic"),
+        ("prefix_cache", "on"),
+        ("prefix_cache", 1),
+        ("kernels", "cuda"),
+        ("attention_backend", "sdpa"),
+        ("tensor_parallel_size", 0),
+        ("tensor_parallel_size", True),
+        ("overlap", None),
+    ],
+)
 def test_unknown_levels_are_named_with_what_is_allowed(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name}=.*must be"):
         Optimizations(**{name: value})  # type: ignore[arg-type]
@@ -35,8 +44,13 @@ def test_unknown_levels_are_named_with_what_is_allowed(name: str, value: object)
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("attention_backend", "triton"), ("attention_backend", "flash_attn"), ("kernels", "triton"), ("cuda_graphs", True),
-     ("cascade_attention", True)],
+    [
+        ("attention_backend", "triton"),
+        ("attention_backend", "flash_attn"),
+        ("kernels", "triton"),
+        ("cuda_graphs", True),
+        ("cascade_attention", True),
+    ],
 )
 def test_a_gpu_level_on_a_cpu_says_what_to_use_instead(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name}=.*cpu.*[Uu]se {name}="):
@@ -45,13 +59,28 @@ def test_a_gpu_level_on_a_cpu_says_what_to_use_instead(name: str, value: object)
 
 def test_cascade_attention_needs_what_it_reads_through() -> None:
     on: dict[str, Any] = {"attention_backend": "triton", "prefix_cache": True, "cuda_graphs": True}
-    assert Optimizations(**on, cascade_attention="auto").resolve("cuda", in_engine=True).cascade_attention is True
+    assert (
+        Optimizations(**on, cascade_attention="auto")
+        .resolve("cuda", in_engine=True)
+        .cascade_attention
+        is True
+    )
     assert ALL.resolve("cuda").cascade_attention is True
-    for lacking in ({"prefix_cache": False}, {"attention_backend": "torch"}, {"cuda_graphs": False}):
-        resolved = Optimizations(**{**on, **lacking}, cascade_attention="auto").resolve("cuda", in_engine=True)
+    for lacking in (
+        {"prefix_cache": False},
+        {"attention_backend": "torch"},
+        {"cuda_graphs": False},
+    ):
+        resolved = Optimizations(**{**on, **lacking}, cascade_attention="auto").resolve(
+            "cuda", in_engine=True
+        )
         assert resolved.cascade_attention is False
-        with pytest.raises(ValueError, match=r"cascade_attention=True needs .*Use cascade_attention=False"):
-            Optimizations(**{**on, **lacking}, cascade_attention=True).resolve("cuda", in_engine=True)
+        with pytest.raises(
+            ValueError, match=r"cascade_attention=True needs .*Use cascade_attention=False"
+        ):
+            Optimizations(**{**on, **lacking}, cascade_attention=True).resolve(
+                "cuda", in_engine=True
+            )
     config = EngineConfig.from_kwargs("m", disable_cascade_attn=True)
     assert config.optimizations.cascade_attention is False
 
@@ -81,10 +110,21 @@ def test_unknown_arguments_are_errors() -> None:
         EngineConfig.from_kwargs("m", optimizations={"prefix_caching": True})
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("block_size", 0), ("block_size", 1.5), ("max_num_seqs", 0), ("max_model_len", 0), ("kv_cache_memory_bytes", 0),
-    ("gpu_memory_utilization", 0.0), ("gpu_memory_utilization", 1.1), ("dtype", "float16"), ("device", "tpu"), ("model", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("block_size", 0),
+        ("block_size", 1.5),
+        ("max_num_seqs", 0),
+        ("max_model_len", 0),
+        ("kv_cache_memory_bytes", 0),
+        ("gpu_memory_utilization", 0.0),
+        ("gpu_memory_utilization", 1.1),
+        ("dtype", "float16"),
+        ("device", "tpu"),
+        ("model", ""),
+    ],
+)
 def test_values_out_of_range(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name}="):
         EngineConfig(**{"model": "m", name: value})  # type: ignore[arg-type]
@@ -97,14 +137,32 @@ def test_contradictions_are_found_at_resolution() -> None:
         EngineConfig(model="m", max_num_seqs=8, max_num_batched_tokens=4).resolve(**RESOLVE)
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("temperature", -0.1), ("temperature", float("inf")), ("temperature", float("nan")),
-    ("top_p", 0.0), ("top_p", 1.01), ("top_k", -2),
-    ("max_tokens", 0), ("max_tokens", None), ("seed", 2**63), ("logprobs", -1),
-    # Nothing that a later step would choke on, or that a float32 cannot hold.
-    ("top_k", 2.5), ("top_k", 2**63), ("seed", 1.5), ("logprobs", 2.5), ("temperature", 1e-40), ("temperature", 1e39),
-    ("top_p", 1e-50), ("temperature", None), ("top_k", "5"), ("max_tokens", 1.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("inf")),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("top_k", -2),
+        ("max_tokens", 0),
+        ("max_tokens", None),
+        ("seed", 2**63),
+        ("logprobs", -1),
+        # Nothing that a later step would choke on, or that a float32 cannot hold.
+        ("top_k", 2.5),
+        ("top_k", 2**63),
+        ("seed", 1.5),
+        ("logprobs", 2.5),
+        ("temperature", 1e-40),
+        ("temperature", 1e39),
+        ("top_p", 1e-50),
+        ("temperature", None),
+        ("top_k", "5"),
+        ("max_tokens", 1.0),
+    ],
+)
 def test_sampling_params_out_of_range(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name}=.*must be"):
         SamplingParams(**{name: value})  # type: ignore[arg-type]
@@ -112,10 +170,19 @@ def test_sampling_params_out_of_range(name: str, value: object) -> None:
 
 def test_sampling_params_are_plain_numbers() -> None:
     """Numbers of numpy are taken: what is sent to ranks and written into records is Python's."""
-    numbers: dict[str, Any] = {"temperature": np.float32(0.5), "top_k": np.int64(5), "top_p": np.float64(0.5)}
+    numbers: dict[str, Any] = {
+        "temperature": np.float32(0.5),
+        "top_k": np.int64(5),
+        "top_p": np.float64(0.5),
+    }
     given = SamplingParams(**numbers, max_tokens=np.int32(3), seed=np.uint64(7), logprobs=True)  # type: ignore[arg-type]
-    assert given == SamplingParams(temperature=0.5, top_k=5, top_p=0.5, max_tokens=3, seed=7, logprobs=1)
-    kinds = [type(getattr(given, name)) for name in ("temperature", "top_k", "top_p", "max_tokens", "seed", "logprobs")]
+    assert given == SamplingParams(
+        temperature=0.5, top_k=5, top_p=0.5, max_tokens=3, seed=7, logprobs=1
+    )
+    kinds = [
+        type(getattr(given, name))
+        for name in ("temperature", "top_k", "top_p", "max_tokens", "seed", "logprobs")
+    ]
     assert kinds == [float, int, float, int, int, int]
     assert type(SamplingParams(temperature=np.float32(0)).temperature) is float  # type: ignore[arg-type]
 

@@ -1,5 +1,7 @@
-"""The recorded decode step, without a GPU: 'replay' runs what would have been recorded, so padding, inputs, the advance of
-positions and the bookkeeping are the real ones. On a GPU the same tests replay real graphs."""
+"""The recorded decode step, without a GPU: 'replay' runs what would have been recorded, so padding,
+inputs, the advance of positions and the bookkeeping are the real ones. On a GPU the same tests
+replay real graphs.
+"""
 
 from __future__ import annotations
 
@@ -30,20 +32,27 @@ class FakeGraphRunner(GraphRunner):
         return {variant: self._record(variant, None, None) for variant in self.variants}  # type: ignore[arg-type]
 
     def _read_back(self, *tensors: torch.Tensor) -> Any:
-        return super()._read_back(*(tensor.clone() for tensor in tensors))  # on a GPU the copy to the host is one
+        # on a GPU the copy to the host is one
+        return super()._read_back(*(tensor.clone() for tensor in tensors))
 
     @torch.inference_mode()
     def _record(self, variant: Variant, pool: Any, stream: Any) -> Any:
         self.inputs[: variant.bucket] = self.spare_row
         self.inputs[variant.bucket :] = 0
         self.stats.reset()
-        recorded = cuda_graph.Recorded(None, self._decode(variant).clone(), Counter(self.stats.kernel_calls),
-                                        Counter(self.stats.attention_calls))
+        recorded = cuda_graph.Recorded(
+            None,
+            self._decode(variant).clone(),
+            Counter(self.stats.kernel_calls),
+            Counter(self.stats.attention_calls),
+        )
 
         def replay() -> None:
             before = Counter(self.stats.kernel_calls), Counter(self.stats.attention_calls)
             recorded.output.copy_(self._decode(variant))
-            for calls, old in zip((self.stats.kernel_calls, self.stats.attention_calls), before, strict=True):
+            for calls, old in zip(
+                (self.stats.kernel_calls, self.stats.attention_calls), before, strict=True
+            ):
                 calls.clear()
                 calls.update(old)
 
@@ -59,21 +68,31 @@ def test_buckets_hold_every_batch_and_end_at_max_num_seqs(max_num_seqs: int) -> 
     assert all(next(b for b in buckets if b >= n) - n < 16 for n in range(1, max_num_seqs + 1))
 
 
-def make_engine(model: Path, monkeypatch: pytest.MonkeyPatch, *, graphs: bool, **kwargs: Any) -> LLMEngine:
+def make_engine(
+    model: Path, monkeypatch: pytest.MonkeyPatch, *, graphs: bool, **kwargs: Any
+) -> LLMEngine:
     """An engine in float32; with graphs, real ones on a GPU and replayed by hand elsewhere."""
     switches = {"batching": "chunked", "prefix_cache": True, **kwargs.pop("switches", {})}
     if ON_GPU:
         switches["cuda_graphs"] = graphs
     elif graphs:
         monkeypatch.setattr(llm_engine, "ModelRunner", FakeGraphRunner)
-    config = EngineConfig(model=str(model), dtype="float32", skip_tokenizer_init=True, max_model_len=256,
-                          optimizations=Optimizations(**switches), **kwargs)  # fmt: skip
+    config = EngineConfig(
+        model=str(model),
+        dtype="float32",
+        skip_tokenizer_init=True,
+        max_model_len=256,
+        optimizations=Optimizations(**switches),
+        **kwargs,
+    )
     engine = LLMEngine(config)
     monkeypatch.undo()
     return engine
 
 
-def serve(engine: LLMEngine, requests: list[tuple[list[int], SamplingParams]], *, abort: int | None = None) -> dict[str, list[int]]:
+def serve(
+    engine: LLMEngine, requests: list[tuple[list[int], SamplingParams]], *, abort: int | None = None
+) -> dict[str, list[int]]:
     """Runs all to their ends, aborting one of them after six steps."""
     for i, (prompt, params) in enumerate(requests):
         engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
@@ -93,9 +112,23 @@ def serve(engine: LLMEngine, requests: list[tuple[list[int], SamplingParams]], *
 
 def requests_of(count: int, **params: Any) -> list[tuple[list[int], SamplingParams]]:
     generator = torch.Generator().manual_seed(3)
-    prompts = [torch.randint(5, 2000, (3 + 7 * (i % 5),), generator=generator).tolist() for i in range(count)]
-    own = [{"temperature": 0.8 * (i % 3 > 0), "max_tokens": 5 + 4 * (i % 4), "seed": i, "ignore_eos": True} for i in range(count)]
-    return [(prompt, SamplingParams(**values | params)) for prompt, values in zip(prompts, own, strict=True)]
+    prompts = [
+        torch.randint(5, 2000, (3 + 7 * (i % 5),), generator=generator).tolist()
+        for i in range(count)
+    ]
+    own = [
+        {
+            "temperature": 0.8 * (i % 3 > 0),
+            "max_tokens": 5 + 4 * (i % 4),
+            "seed": i,
+            "ignore_eos": True,
+        }
+        for i in range(count)
+    ]
+    return [
+        (prompt, SamplingParams(**values | params))
+        for prompt, values in zip(prompts, own, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -110,19 +143,35 @@ def requests_of(count: int, **params: Any) -> list[tuple[list[int], SamplingPara
         (4, 64, 5, {"logprobs": 2}),
     ],
 )
-def test_tokens_are_those_of_the_eager_runner(tiny: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool, level: str,
-                                              max_num_seqs: int, num_blocks: int, count: int, params: dict[str, Any]) -> None:
+def test_tokens_are_those_of_the_eager_runner(
+    tiny: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overlap: bool,
+    level: str,
+    max_num_seqs: int,
+    num_blocks: int,
+    count: int,
+    params: dict[str, Any],
+) -> None:
     results = []
     for graphs in (False, True):
         switches = {"overlap": overlap, "attention_backend": level, "kernels": level}
-        engine = make_engine(tiny, monkeypatch, graphs=graphs, switches=switches, max_num_seqs=max_num_seqs,
-                             kv_cache_memory_bytes=num_blocks * 4 * 2 * 2 * 64 * 16 * 4)  # fmt: skip
+        engine = make_engine(
+            tiny,
+            monkeypatch,
+            graphs=graphs,
+            switches=switches,
+            max_num_seqs=max_num_seqs,
+            kv_cache_memory_bytes=num_blocks * 4 * 2 * 2 * 64 * 16 * 4,
+        )
         assert engine.config.num_kv_blocks == num_blocks
-        engine.scheduler.forecast.asked = 1 << 40  # it expects every request to end at once: memory runs out
+        # it expects every request to end at once: memory runs out
+        engine.scheduler.forecast.asked = 1 << 40
         results.append(serve(engine, requests_of(count, **params), abort=1))
         stats = engine.stats()
         eager_decodes = {"top_k", "logprobs"} & set(params)
-        assert (stats["graph_replays"] > 0) == (graphs and (not eager_decodes or level == "triton"))  # its prefills are replayed
+        # its prefills are replayed
+        assert (stats["graph_replays"] > 0) == (graphs and (not eager_decodes or level == "triton"))
         if num_blocks < 10:
             assert stats["preemptions"] > 0
         engine.close()
@@ -132,7 +181,9 @@ def test_tokens_are_those_of_the_eager_runner(tiny: Path, monkeypatch: pytest.Mo
 def test_a_replay_counts_what_it_executes(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
     for graphs in (False, True):
-        engine = make_engine(tiny, monkeypatch, graphs=graphs, max_num_seqs=4, kv_cache_memory_bytes=1 << 24)
+        engine = make_engine(
+            tiny, monkeypatch, graphs=graphs, max_num_seqs=4, kv_cache_memory_bytes=1 << 24
+        )
         assert not any(engine.stats().values()), "starting is not work"
         serve(engine, requests_of(3, max_tokens=8))
         counts.append({k: v for k, v in engine.stats().items() if k != "graph_replays"})
@@ -141,8 +192,12 @@ def test_a_replay_counts_what_it_executes(tiny: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.skipif(ON_GPU, reason="of the fake runner's variants")
-def test_steps_whose_rows_share_a_block_replay_the_graph_for_it(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = make_engine(tiny, monkeypatch, graphs=True, max_num_seqs=4, kv_cache_memory_bytes=1 << 24)
+def test_steps_whose_rows_share_a_block_replay_the_graph_for_it(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(
+        tiny, monkeypatch, graphs=True, max_num_seqs=4, kv_cache_memory_bytes=1 << 24
+    )
     runner: Any = engine.runner
     replayed: list[tuple[int, bool]] = []
     runner.cascade, runner.fewest_sharing = True, 1
@@ -167,16 +222,26 @@ def test_steps_whose_rows_share_a_block_replay_the_graph_for_it(tiny: Path, monk
 
 
 @pytest.mark.skipif(ON_GPU, reason="of the fake runner's variants")
-def test_shared_blocks_are_looked_for_where_too_few_could_share(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_blocks_are_looked_for_where_too_few_could_share(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So the toggle engages, and a launch with small batches is no invalid one."""
-    engine = make_engine(tiny, monkeypatch, graphs=True, max_num_seqs=4, kv_cache_memory_bytes=1 << 24)
+    engine = make_engine(
+        tiny, monkeypatch, graphs=True, max_num_seqs=4, kv_cache_memory_bytes=1 << 24
+    )
     runner: Any = engine.runner
     runner.cascade = True
     assert runner.fewest_sharing >= 4
     assert not any(variant.shares for variant in runner.variants)
     prefix = list(range(50, 50 + engine.config.block_size))
     serve(engine, [(prefix + [1], SamplingParams(max_tokens=1))])
-    serve(engine, [([*prefix, i], SamplingParams(temperature=0.7, max_tokens=6, ignore_eos=True)) for i in range(4)])
+    serve(
+        engine,
+        [
+            ([*prefix, i], SamplingParams(temperature=0.7, max_tokens=6, ignore_eos=True))
+            for i in range(4)
+        ],
+    )
     assert engine.stats()["attention_calls.cascade"] > 0
     assert not engine.stats().get("attention_calls.shared")
     engine.close()
@@ -195,10 +260,14 @@ class Told(dict[Variant, Any]):
 
 
 def test_unchanged_rows_need_no_input(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = make_engine(tiny, monkeypatch, graphs=True, max_num_seqs=4, kv_cache_memory_bytes=1 << 24)
+    engine = make_engine(
+        tiny, monkeypatch, graphs=True, max_num_seqs=4, kv_cache_memory_bytes=1 << 24
+    )
     uploads: list[int] = []
     tensor = engine.runner._tensor
-    engine.runner._tensor = lambda values, *dtype: uploads.append(len(values)) or tensor(values, *dtype)
+    engine.runner._tensor = lambda values, *dtype: (
+        uploads.append(len(values)) or tensor(values, *dtype)
+    )
     serve(engine, [([7, 8, 9], SamplingParams(temperature=0.7, max_tokens=12, ignore_eos=True))])
     before = len(uploads)
     serve(engine, [([7, 8, 9], SamplingParams(temperature=0.7, max_tokens=2, ignore_eos=True))])
@@ -209,20 +278,40 @@ def test_unchanged_rows_need_no_input(tiny: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU: cascade attention is replayed there")
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("num_blocks", [200, 30])  # plenty; and preemptions
-def test_a_shared_prefix_read_once_changes_no_token(tiny: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool,
-                                                    num_blocks: int) -> None:
+def test_a_shared_prefix_read_once_changes_no_token(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, overlap: bool, num_blocks: int
+) -> None:
     monkeypatch.setattr(cuda_graph, "SHARING_KV_HEADS", 4)
     generator = torch.Generator().manual_seed(9)
-    prefixes = [torch.randint(5, 2000, (16 * blocks,), generator=generator).tolist() for blocks in (3, 5)]
-    requests = [((prefixes[i % 3] if i % 3 < 2 else []) + [7 + i, 8, 9 + i][: 1 + i % 3],
-                 SamplingParams(temperature=0.8 * (i % 2), max_tokens=20 + 7 * (i % 5), seed=i, ignore_eos=True))
-                for i in range(30)]  # fmt: skip
+    prefixes = [
+        torch.randint(5, 2000, (16 * blocks,), generator=generator).tolist() for blocks in (3, 5)
+    ]
+    requests = [
+        (
+            (prefixes[i % 3] if i % 3 < 2 else []) + [7 + i, 8, 9 + i][: 1 + i % 3],
+            SamplingParams(
+                temperature=0.8 * (i % 2), max_tokens=20 + 7 * (i % 5), seed=i, ignore_eos=True
+            ),
+        )
+        for i in range(30)
+    ]
     results, shared = [], []
     for cascade in (False, True):
-        switches = {"overlap": overlap, "attention_backend": "triton", "kernels": "triton", "cuda_graphs": True,
-                    "cascade_attention": cascade}  # fmt: skip
-        engine = make_engine(tiny, monkeypatch, graphs=True, switches=switches, max_num_seqs=20,
-                             kv_cache_memory_bytes=num_blocks * 4 * 2 * 2 * 64 * 16 * 4)  # fmt: skip
+        switches = {
+            "overlap": overlap,
+            "attention_backend": "triton",
+            "kernels": "triton",
+            "cuda_graphs": True,
+            "cascade_attention": cascade,
+        }
+        engine = make_engine(
+            tiny,
+            monkeypatch,
+            graphs=True,
+            switches=switches,
+            max_num_seqs=20,
+            kv_cache_memory_bytes=num_blocks * 4 * 2 * 2 * 64 * 16 * 4,
+        )
         monkeypatch.setattr(cuda_graph, "SHARING_KV_HEADS", 4)  # make_engine has undone it
         engine.scheduler.forecast.asked = 1 << 40
         serve(engine, [(prefix + [1], SamplingParams(max_tokens=1)) for prefix in prefixes])
@@ -234,26 +323,45 @@ def test_a_shared_prefix_read_once_changes_no_token(tiny: Path, monkeypatch: pyt
     assert shared == [(False, False), (True, True)]
 
 
-@pytest.mark.parametrize(("where", "said"), [("_record_all", "recording steps of up to 4 requests.*lower kv_cache_memory_bytes"),
-                                             ("__init__", "the model does not fit.*tensor_parallel_size")])  # fmt: skip
-def test_out_of_memory_says_what_to_lower(tiny: Path, monkeypatch: pytest.MonkeyPatch, where: str, said: str) -> None:
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("_record_all", "recording steps of up to 4 requests.*lower kv_cache_memory_bytes"),
+        ("__init__", "the model does not fit.*tensor_parallel_size"),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, where: str, said: str
+) -> None:
     def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. And much more.")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 20.00 MiB. And much more."
+        )
 
     with monkeypatch.context() as patch:
         graphs = GraphRunner if ON_GPU else FakeGraphRunner
         patch.setattr(graphs if where == "_record_all" else cuda_graph.ModelRunner, where, full)
         with pytest.raises(MemoryError, match=said + r".*\(CUDA out of memory\)"):
-            make_engine(tiny, monkeypatch, graphs=True, max_num_seqs=4, kv_cache_memory_bytes=1 << 24)
+            make_engine(
+                tiny, monkeypatch, graphs=True, max_num_seqs=4, kv_cache_memory_bytes=1 << 24
+            )
 
 
-@pytest.mark.skipif(not ON_GPU, reason="needs a GPU: Triton's interpreter is too slow for a whole engine")
+@pytest.mark.skipif(
+    not ON_GPU, reason="needs a GPU: Triton's interpreter is too slow for a whole engine"
+)
 def test_triton_gives_the_tokens_of_torch(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for level in LEVELS:
         switches = {"attention_backend": level, "kernels": level, "overlap": level == "triton"}
-        engine = make_engine(tiny, monkeypatch, graphs=level == "triton", switches=switches, max_num_seqs=20,
-                             kv_cache_memory_bytes=1 << 25)  # fmt: skip
+        engine = make_engine(
+            tiny,
+            monkeypatch,
+            graphs=level == "triton",
+            switches=switches,
+            max_num_seqs=20,
+            kv_cache_memory_bytes=1 << 25,
+        )
         results.append(serve(engine, requests_of(40, max_tokens=60)))
         assert engine.stats()[f"attention_calls.{level}"] > 0
         engine.close()
@@ -265,7 +373,9 @@ def test_workspaces_go_with_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     from nanovllm.engine.gpu_memory import forget_workspaces_with
 
     cleared: list[bool] = []
-    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: cleared.append(True), raising=False)
+    monkeypatch.setattr(
+        torch._C, "_cuda_clearCublasWorkspaces", lambda: cleared.append(True), raising=False
+    )
     holder = {"model": torch.nn.Linear(1, 1)}
     forget_workspaces_with(holder["model"])
     assert not cleared

@@ -1,4 +1,6 @@
-"""Replicas: the tokens of one engine, the order of the prompts, and a replica that dies or stops is an error that names it."""
+"""Replicas: the tokens of one engine, the order of the prompts, and a replica that dies or stops is
+an error that names it.
+"""
 
 from __future__ import annotations
 
@@ -28,22 +30,37 @@ SMALL: dict[str, Any] = {
     "block_size": 8,
     "kv_cache_memory_bytes": 1 << 20,
 }
-PROMPTS = ["one two three", *({"prompt_token_ids": [20 + i, *[30] * (i % 4), 40 + i]} for i in range(8))]
-PARAMS = [SamplingParams(temperature=0.8, max_tokens=4 + 5 * (i % 3), ignore_eos=True, logprobs=1) for i in range(9)]
+PROMPTS = [
+    "one two three",
+    *({"prompt_token_ids": [20 + i, *[30] * (i % 4), 40 + i]} for i in range(8)),
+]
+PARAMS = [
+    SamplingParams(temperature=0.8, max_tokens=4 + 5 * (i % 3), ignore_eos=True, logprobs=1)
+    for i in range(9)
+]
 
 
 def children() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    return [
+        p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE
+    ]
 
 
 def test_two_replicas_give_the_outputs_of_one_engine(tiny: Path) -> None:
     with LLM(str(tiny), **SMALL) as single:
         expected = single.generate(PROMPTS, PARAMS, use_tqdm=False)
-        assert single.toggles()["data_parallel_size"] == {"level": 1, "baseline": 1, "engaged": 0, "opportunity": None}
+        assert single.toggles()["data_parallel_size"] == {
+            "level": 1,
+            "baseline": 1,
+            "engaged": 0,
+            "opportunity": None,
+        }
     with LLM(str(tiny), **SMALL, data_parallel_size=2) as llm:
         assert len(children()) == 2
         outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
-        assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in expected]
+        assert [o.outputs[0].token_ids for o in outputs] == [
+            o.outputs[0].token_ids for o in expected
+        ]
         assert [o.outputs[0].text for o in outputs] == [o.outputs[0].text for o in expected]
         assert [o.request_id for o in outputs] == [o.request_id for o in expected]
         assert all(o.metrics.arrival_time < o.metrics.finished_time for o in outputs)
@@ -53,10 +70,13 @@ def test_two_replicas_give_the_outputs_of_one_engine(tiny: Path) -> None:
         assert llm.stats()["decode_tokens"] == sum(p.max_tokens - 1 for p in PARAMS)
         with pytest.raises(ValueError, match="empty prompt"):
             llm.generate([[1, 2], []], PARAMS[:2], use_tqdm=False)
-        assert llm.stats()["decode_tokens"] == sum(p.max_tokens - 1 for p in PARAMS), "one was not valid, and another ran"
+        assert llm.stats()["decode_tokens"] == sum(p.max_tokens - 1 for p in PARAMS), (
+            "one was not valid, and another ran"
+        )
         llm.reset_stats()
         assert not any(llm.stats().values())
-        again = llm.generate(PROMPTS[:1], PARAMS[:1], use_tqdm=False)  # alive, and fewer requests than replicas
+        # alive, and fewer requests than replicas
+        again = llm.generate(PROMPTS[:1], PARAMS[:1], use_tqdm=False)
         assert again[0].finished
     assert children() == []
     with pytest.raises(RuntimeError, match="takes no requests"):
@@ -65,13 +85,22 @@ def test_two_replicas_give_the_outputs_of_one_engine(tiny: Path) -> None:
 
 @pytest.mark.slow
 def test_replicas_of_several_ranks(tiny: Path) -> None:
-    switches = {"data_parallel_size": 2, "tensor_parallel_size": 2, "batching": "chunked", "overlap": True}
+    switches = {
+        "data_parallel_size": 2,
+        "tensor_parallel_size": 2,
+        "batching": "chunked",
+        "overlap": True,
+    }
     params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
     with LLM(str(tiny), **SMALL) as single:
-        expected = [o.outputs[0].token_ids for o in single.generate(PROMPTS, params, use_tqdm=False)]
+        expected = [
+            o.outputs[0].token_ids for o in single.generate(PROMPTS, params, use_tqdm=False)
+        ]
     with LLM(str(tiny), **SMALL, optimizations=switches) as llm:
         assert len(children()) == 6
-        assert [o.outputs[0].token_ids for o in llm.generate(PROMPTS, params, use_tqdm=False)] == expected
+        assert [
+            o.outputs[0].token_ids for o in llm.generate(PROMPTS, params, use_tqdm=False)
+        ] == expected
         assert llm.toggles()["tensor_parallel_size"]["engaged"] > 0
     assert children() == []
 
@@ -102,7 +131,10 @@ def test_a_replica_that_dies_or_stops_ends_the_engine(
 
 def test_a_refused_call_is_refused_as_by_one_engine_and_leaves_no_trace(tiny: Path) -> None:
     """Not valid, or larger than the whole KV cache: 4 blocks of 8 tokens."""
-    settings, params = SMALL | {"kv_cache_memory_bytes": 1 << 17}, SamplingParams(temperature=0.8, max_tokens=12)
+    settings, params = (
+        SMALL | {"kv_cache_memory_bytes": 1 << 17},
+        SamplingParams(temperature=0.8, max_tokens=12),
+    )
     refused = [
         ([[1, 2], [], [3]], "request '1' has an empty prompt"),
         ([[1], [5] * 30], "request '1' needs 6 KV blocks for 42 tokens, the cache has 4"),
@@ -122,10 +154,14 @@ def test_a_refused_call_is_refused_as_by_one_engine_and_leaves_no_trace(tiny: Pa
             assert llm.toggles()["data_parallel_size"]["engaged"] == 0
             outputs = llm.generate(PROMPTS[1:5], params, use_tqdm=False)
             assert [o.request_id for o in outputs] == [o.request_id for o in expected]
-            assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in expected]
+            assert [o.outputs[0].token_ids for o in outputs] == [
+                o.outputs[0].token_ids for o in expected
+            ]
 
 
-def test_a_replica_answers_with_the_error_of_a_call_that_left_it_sound(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replica_answers_with_the_error_of_a_call_that_left_it_sound(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(self: LLM, seq: object) -> None:
         raise ValueError("no output can be made of it")
 
@@ -155,15 +191,23 @@ def test_a_replica_answers_with_the_error_of_a_call_that_left_it_sound(tiny: Pat
 def test_what_cannot_be_sent_to_a_replica_leaves_no_answer_behind(tiny: Path) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=4)
     with LLM(str(tiny), **SMALL, data_parallel_size=2) as llm:
-        expected = [o.outputs[0].token_ids for o in llm.generate(PROMPTS[1:], params, use_tqdm=False)]
+        expected = [
+            o.outputs[0].token_ids for o in llm.generate(PROMPTS[1:], params, use_tqdm=False)
+        ]
         with pytest.raises(TypeError, match="generator"):
             llm.generate([[], (token for token in [1, 2])], params, use_tqdm=False)
-        assert [o.outputs[0].token_ids for o in llm.generate(PROMPTS[1:], params, use_tqdm=False)] == expected
+        assert [
+            o.outputs[0].token_ids for o in llm.generate(PROMPTS[1:], params, use_tqdm=False)
+        ] == expected
 
 
 def test_an_engine_that_steps_has_no_replicas(tiny: Path) -> None:
     with pytest.raises(ValueError, match=r"LLM\.generate"):
-        LLMEngine(EngineConfig(model=str(tiny), optimizations=Optimizations(data_parallel_size=2), device="cpu"))
+        LLMEngine(
+            EngineConfig(
+                model=str(tiny), optimizations=Optimizations(data_parallel_size=2), device="cpu"
+            )
+        )
 
 
 def test_work_is_shared_out_evenly() -> None:

@@ -1,4 +1,6 @@
-"""The engine as a user meets it: vLLM's offline interface, the same tokens as HF transformers under every toggle."""
+"""The engine as a user meets it: vLLM's offline interface, the same tokens as HF transformers under
+every toggle.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,13 @@ from nanovllm import LLM, EngineConfig, LLMEngine, RequestOutput, SamplingParams
 from nanovllm.engine.invariants import check_invariants
 from nanovllm.engine.llm_engine import EngineDeadError
 
-SMALL: dict[str, Any] = {"device": "cpu", "max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64, "block_size": 8}
+SMALL: dict[str, Any] = {
+    "device": "cpu",
+    "max_model_len": 256,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 64,
+    "block_size": 8,
+}
 TOGGLES: list[dict[str, Any]] = [
     {},
     {"batching": "continuous"},
@@ -31,7 +39,9 @@ TOGGLES: list[dict[str, Any]] = [
 def prompts_of(count: int, seed: int = 0, shared: int = 0) -> list[list[int]]:
     rng = random.Random(seed)
     prefix = [rng.randrange(10, 2000) for _ in range(shared)]
-    return [prefix + [rng.randrange(10, 2000) for _ in range(rng.randint(1, 40))] for _ in range(count)]
+    return [
+        prefix + [rng.randrange(10, 2000) for _ in range(rng.randint(1, 40))] for _ in range(count)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +52,10 @@ def hf(tiny: Path) -> Any:
 
 
 def run(
-    tiny: Path, prompts: list[list[int]], params: SamplingParams | list[SamplingParams], **kwargs: Any
+    tiny: Path,
+    prompts: list[list[int]],
+    params: SamplingParams | list[SamplingParams],
+    **kwargs: Any,
 ) -> list[RequestOutput]:
     with LLM(str(tiny), **{**SMALL, **kwargs}) as llm:
         return llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
@@ -56,10 +69,17 @@ def assert_greedy(hf: Any, prompt: list[int], tokens: list[int]) -> None:
     assert margin.max() < 1e-4
 
 
-@pytest.mark.parametrize("toggles", TOGGLES, ids=lambda t: ",".join(f"{k}={v}" for k, v in t.items()) or "baseline")
+@pytest.mark.parametrize(
+    "toggles", TOGGLES, ids=lambda t: ",".join(f"{k}={v}" for k, v in t.items()) or "baseline"
+)
 def test_greedy_tokens_are_the_argmax_of_hf(tiny: Path, hf: Any, toggles: dict[str, Any]) -> None:
     prompts = prompts_of(12, shared=20)
-    outputs = run(tiny, prompts, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True), optimizations=toggles)
+    outputs = run(
+        tiny,
+        prompts,
+        SamplingParams(temperature=0, max_tokens=12, ignore_eos=True),
+        optimizations=toggles,
+    )
     for prompt, output in zip(prompts, outputs, strict=True):
         tokens = output.outputs[0].token_ids
         assert len(tokens) == 12
@@ -70,11 +90,24 @@ def test_greedy_tokens_are_the_argmax_of_hf(tiny: Path, hf: Any, toggles: dict[s
 def test_sampled_tokens_depend_on_seed_and_position_alone(tiny: Path) -> None:
     prompts = prompts_of(10, seed=1)
     params = [
-        SamplingParams(temperature=0.8, top_k=50 * (i % 2), top_p=1 - 0.1 * (i % 3), max_tokens=20, seed=7 + i, ignore_eos=True)
+        SamplingParams(
+            temperature=0.8,
+            top_k=50 * (i % 2),
+            top_p=1 - 0.1 * (i % 3),
+            max_tokens=20,
+            seed=7 + i,
+            ignore_eos=True,
+        )
         for i in range(len(prompts))
     ]
-    together = [o.outputs[0].token_ids for o in run(tiny, prompts, params, optimizations={"batching": "chunked"})]
-    alone = [run(tiny, [p], [s], optimizations={})[0].outputs[0].token_ids for p, s in zip(prompts, params, strict=True)]
+    together = [
+        o.outputs[0].token_ids
+        for o in run(tiny, prompts, params, optimizations={"batching": "chunked"})
+    ]
+    alone = [
+        run(tiny, [p], [s], optimizations={})[0].outputs[0].token_ids
+        for p, s in zip(prompts, params, strict=True)
+    ]
     assert together == alone
     assert len({tuple(t) for t in together}) == len(prompts)
 
@@ -85,9 +118,13 @@ def test_a_pool_that_preempts_changes_nothing(tiny: Path) -> None:
     roomy = run(tiny, prompts, params, optimizations={"batching": "chunked"})
     bytes_a_block = 4 * 2 * 2 * 64 * 8 * 4
     with LLM(
-        str(tiny), **SMALL, kv_cache_memory_bytes=20 * bytes_a_block, optimizations={"batching": "chunked", "prefix_cache": True}
+        str(tiny),
+        **SMALL,
+        kv_cache_memory_bytes=20 * bytes_a_block,
+        optimizations={"batching": "chunked", "prefix_cache": True},
     ) as llm:
-        llm.scheduler.forecast.asked = 1 << 40  # it expects every request to end at once: memory runs out
+        # it expects every request to end at once: memory runs out
+        llm.scheduler.forecast.asked = 1 << 40
         tight = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         assert llm.stats()["preemptions"] > 0
         assert llm.resolved_config()["num_kv_blocks"] == 20
@@ -95,15 +132,26 @@ def test_a_pool_that_preempts_changes_nothing(tiny: Path) -> None:
 
 
 def test_bfloat16_runs(tiny: Path) -> None:
-    outputs = run(tiny, prompts_of(3), SamplingParams(temperature=0, max_tokens=5, ignore_eos=True), dtype="bfloat16")
+    outputs = run(
+        tiny,
+        prompts_of(3),
+        SamplingParams(temperature=0, max_tokens=5, ignore_eos=True),
+        dtype="bfloat16",
+    )
     assert all(len(o.outputs[0].token_ids) == 5 for o in outputs)
 
 
 def test_more_logprobs_than_there_are_tokens(tiny: Path) -> None:
     """The request gets those of the whole vocabulary; others in the step are not harmed."""
     with LLM(str(tiny), **SMALL) as llm:
-        params = [SamplingParams(max_tokens=2, temperature=0, logprobs=10**9), SamplingParams(max_tokens=2, temperature=0)]
-        asked, plain = (output.outputs[0] for output in llm.generate([[5, 6, 7], [5, 6, 7]], params, use_tqdm=False))
+        params = [
+            SamplingParams(max_tokens=2, temperature=0, logprobs=10**9),
+            SamplingParams(max_tokens=2, temperature=0),
+        ]
+        asked, plain = (
+            output.outputs[0]
+            for output in llm.generate([[5, 6, 7], [5, 6, 7]], params, use_tqdm=False)
+        )
     assert asked.token_ids == plain.token_ids
     assert asked.logprobs is not None
     assert [len(found) for found in asked.logprobs] == [llm.model_config.vocab_size] * 2
@@ -111,7 +159,9 @@ def test_more_logprobs_than_there_are_tokens(tiny: Path) -> None:
 
 def test_the_outputs_of_vllm(tiny: Path) -> None:
     with LLM(str(tiny), **SMALL) as llm:
-        one = llm.generate("Beautiful is better than", SamplingParams(max_tokens=6, temperature=0, logprobs=3))[0]
+        one = llm.generate(
+            "Beautiful is better than", SamplingParams(max_tokens=6, temperature=0, logprobs=3)
+        )[0]
         assert one.prompt == "Beautiful is better than"
         assert one.finished
         completion = one.outputs[0]
@@ -125,7 +175,9 @@ def test_the_outputs_of_vllm(tiny: Path) -> None:
             assert found[token].logprob == max(entry.logprob for entry in found.values())
             assert found[token].decoded_token == llm.tokenizer.decode([token])
         assert completion.cumulative_logprob == pytest.approx(
-            sum(f[t].logprob for t, f in zip(completion.token_ids, completion.logprobs, strict=True))
+            sum(
+                f[t].logprob for t, f in zip(completion.token_ids, completion.logprobs, strict=True)
+            )
         )
         metrics = one.metrics
         assert metrics.first_token_time is not None
@@ -136,24 +188,37 @@ def test_the_outputs_of_vllm(tiny: Path) -> None:
             [SamplingParams(max_tokens=2), SamplingParams(max_tokens=3)],
             use_tqdm=False,
         )
-        assert [len(o.outputs[0].token_ids) <= n for o, n in zip(several, (2, 3), strict=True)] == [True, True]
+        assert [len(o.outputs[0].token_ids) <= n for o, n in zip(several, (2, 3), strict=True)] == [
+            True,
+            True,
+        ]
         assert llm.generate([], use_tqdm=False) == []
 
 
 def test_logprobs_equal_those_of_hf(tiny: Path, hf: Any) -> None:
     prompts = prompts_of(5, seed=3)
-    outputs = run(tiny, prompts, SamplingParams(temperature=1.0, max_tokens=10, logprobs=0, ignore_eos=True))
+    outputs = run(
+        tiny, prompts, SamplingParams(temperature=1.0, max_tokens=10, logprobs=0, ignore_eos=True)
+    )
     for prompt, output in zip(prompts, outputs, strict=True):
         tokens = output.outputs[0].token_ids
         with torch.inference_mode():
-            expected = hf(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        for i, (token, found) in enumerate(zip(tokens, output.outputs[0].logprobs or [], strict=True)):
+            expected = (
+                hf(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            )
+        for i, (token, found) in enumerate(
+            zip(tokens, output.outputs[0].logprobs or [], strict=True)
+        ):
             assert found[token].logprob == pytest.approx(float(expected[i, token]), abs=1e-4)
 
 
 def test_stop_tokens_and_eos(tiny: Path) -> None:
     prompt = prompts_of(1, seed=4)[0]
-    free = run(tiny, [prompt], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))[0].outputs[0].token_ids
+    free = (
+        run(tiny, [prompt], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))[0]
+        .outputs[0]
+        .token_ids
+    )
     stop = free[5]
     for overlap in (False, True):
         stopped = run(
@@ -168,11 +233,15 @@ def test_stop_tokens_and_eos(tiny: Path) -> None:
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_add_step_abort(tiny: Path, overlap: bool) -> None:
-    config = EngineConfig.from_kwargs(str(tiny), **SMALL, optimizations={"batching": "chunked", "overlap": overlap})
+    config = EngineConfig.from_kwargs(
+        str(tiny), **SMALL, optimizations={"batching": "chunked", "overlap": overlap}
+    )
     with LLMEngine(config) as engine:
         for i, prompt in enumerate(prompts_of(4)):
             engine.add_request(
-                f"r{i}", {"prompt_token_ids": prompt}, SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+                f"r{i}",
+                {"prompt_token_ids": prompt},
+                SamplingParams(max_tokens=6, temperature=0, ignore_eos=True),
             )
         with pytest.raises(ValueError, match="already in use"):
             engine.add_request("r0", [1], SamplingParams())
@@ -193,7 +262,10 @@ def test_add_step_abort(tiny: Path, overlap: bool) -> None:
 
 def test_counters_prove_that_toggles_fired(tiny: Path) -> None:
     prompts = prompts_of(12, shared=24)
-    params = [SamplingParams(temperature=0, max_tokens=4 + 3 * (i % 4), ignore_eos=True) for i in range(len(prompts))]
+    params = [
+        SamplingParams(temperature=0, max_tokens=4 + 3 * (i % 4), ignore_eos=True)
+        for i in range(len(prompts))
+    ]
     for toggles in ({}, {"batching": "chunked", "prefix_cache": True, "overlap": True}):
         with LLM(str(tiny), **SMALL, optimizations=toggles) as llm:
             llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
@@ -210,12 +282,17 @@ def test_counters_prove_that_toggles_fired(tiny: Path) -> None:
             assert not any(llm.stats().values())
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU: apt-get install g++")
+@pytest.mark.skipif(
+    shutil.which("g++") is None,
+    reason="torch.compile needs a C++ compiler on a CPU: apt-get install g++",
+)
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
 def test_compiled_kernels_are_the_twins_of_torch(tiny: Path, hf: Any) -> None:
     prompts = prompts_of(6, seed=5)
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-    with LLM(str(tiny), **SMALL, optimizations={"kernels": "compile", "batching": "chunked"}) as llm:
+    with LLM(
+        str(tiny), **SMALL, optimizations={"kernels": "compile", "batching": "chunked"}
+    ) as llm:
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         assert llm.toggles()["kernels"]["engaged"] > 0
     for prompt, output in zip(prompts, outputs, strict=True):
@@ -250,7 +327,9 @@ def test_garbage_collection_passes_over_what_stays(tiny: Path) -> None:
     assert model() is None
 
 
-def test_a_failing_step_ends_the_engine_with_its_cause(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_step_ends_the_engine_with_its_cause(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     llm = LLM(str(tiny), **SMALL)
     monkeypatch.setattr(type(llm.runner), "launch", lambda self, plan: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -259,7 +338,9 @@ def test_a_failing_step_ends_the_engine_with_its_cause(tiny: Path, monkeypatch: 
         llm.generate("x", use_tqdm=False)
 
 
-def test_an_interrupted_generate_leaves_the_engine_usable(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_generate_leaves_the_engine_usable(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with LLM(str(tiny), **SMALL) as llm:
         llm.add_request("2", [1, 2], SamplingParams())
         monkeypatch.setattr(llm, "_num_requests", 0)
@@ -267,28 +348,48 @@ def test_an_interrupted_generate_leaves_the_engine_usable(tiny: Path, monkeypatc
             llm.generate([[1], [2], [3]], SamplingParams(max_tokens=3), use_tqdm=False)
         llm.abort("2")
         assert not llm.has_unfinished_requests()
-        assert len(llm.generate([[1], [2]], SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)) == 2
+        assert (
+            len(
+                llm.generate(
+                    [[1], [2]], SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False
+                )
+            )
+            == 2
+        )
 
 
-@pytest.mark.parametrize(("prompt", "params", "error", "message"), [
-    ([[]], {}, ValueError, "empty prompt"),
-    ("", {}, ValueError, "empty prompt"),
-    ([[1, 2048 * 100]], {}, ValueError, "token id 204800; allowed are integers from 0 to"),
-    ([[1, -1]], {}, ValueError, "token id -1"),
-    ([[1, 2.5]], {}, ValueError, "token id 2.5"),
-    ([[1] * 250], {"max_tokens": 7}, ValueError, "max_model_len=256"),
-    ([{"prompt_tokens": [1]}], {}, TypeError, "prompt_token_ids"),
-    ([1.5], {}, TypeError, "a prompt is a float"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("prompt", "params", "error", "message"),
+    [
+        ([[]], {}, ValueError, "empty prompt"),
+        ("", {}, ValueError, "empty prompt"),
+        ([[1, 2048 * 100]], {}, ValueError, "token id 204800; allowed are integers from 0 to"),
+        ([[1, -1]], {}, ValueError, "token id -1"),
+        ([[1, 2.5]], {}, ValueError, "token id 2.5"),
+        ([[1] * 250], {"max_tokens": 7}, ValueError, "max_model_len=256"),
+        ([{"prompt_tokens": [1]}], {}, TypeError, "prompt_token_ids"),
+        ([1.5], {}, TypeError, "a prompt is a float"),
+    ],
+)
 def test_bad_requests_are_refused_and_lose_nothing(
     tiny: Path, prompt: Any, params: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with LLM(str(tiny), **SMALL) as llm:
         with pytest.raises(error, match=message):
-            llm.generate(prompt if not isinstance(prompt, list) else [[1, 2], *prompt], SamplingParams(**params), use_tqdm=False)
+            llm.generate(
+                prompt if not isinstance(prompt, list) else [[1, 2], *prompt],
+                SamplingParams(**params),
+                use_tqdm=False,
+            )
         assert not llm.has_unfinished_requests()
         assert (
-            len(llm.generate([[1, 2, 3]], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)[0].outputs[0].token_ids)
+            len(
+                llm.generate(
+                    [[1, 2, 3]], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False
+                )[0]
+                .outputs[0]
+                .token_ids
+            )
             == 2
         )
 
@@ -298,20 +399,28 @@ def test_a_request_larger_than_the_cache(tiny: Path) -> None:
     with LLM(str(tiny), **SMALL, kv_cache_memory_bytes=3 * bytes_a_block) as llm:
         with pytest.raises(ValueError, match=r"needs 4 KV blocks.*has 3"):
             llm.generate([[1] * 20], SamplingParams(max_tokens=5), use_tqdm=False)
-        assert llm.generate([[1] * 20], SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)[0].finished
+        assert llm.generate(
+            [[1] * 20], SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False
+        )[0].finished
     with pytest.raises(ValueError, match="one block of 8 tokens takes"):
         LLM(str(tiny), **SMALL, kv_cache_memory_bytes=bytes_a_block - 1)
 
 
 def test_one_sampling_params_for_each_prompt(tiny: Path) -> None:
-    with LLM(str(tiny), **SMALL) as llm, pytest.raises(ValueError, match="2 prompts and 1 sampling_params"):
+    with (
+        LLM(str(tiny), **SMALL) as llm,
+        pytest.raises(ValueError, match="2 prompts and 1 sampling_params"),
+    ):
         llm.generate([[1], [2]], [SamplingParams()], use_tqdm=False)
 
 
-def test_a_fraction_of_memory_counts_other_processes(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fraction_of_memory_counts_other_processes(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from nanovllm.engine import kv_cache
 
     block = 4 * 2 * 2 * 64 * 8 * 4
-    monkeypatch.setattr(kv_cache, "memory_within", lambda free, total: (40 * block, 100 * block))  # others hold 60 of 100
+    # others hold 60 of 100
+    monkeypatch.setattr(kv_cache, "memory_within", lambda free, total: (40 * block, 100 * block))
     with LLM(str(tiny), **SMALL, gpu_memory_utilization=0.9) as llm:
         assert llm.resolved_config()["num_kv_blocks"] == 30  # 90 of 100 at most are in use

@@ -1,4 +1,6 @@
-"""The gate: HF against itself passes, every broken engine fails, and what is judged is what was recorded."""
+"""The gate: HF against itself passes, every broken engine fails, and what is judged is what was
+recorded.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,12 @@ from experiments.chance import binomial_limit, normal_limit
 from experiments.equivalence import describe, main
 from experiments.gate import GateParams, GateResult, compare_logprobs, judge
 from experiments.margins import Rows, smallest_explaining_noise
-from experiments.negative_controls import change_norm_epsilon, scale_rope_theta, swap_kv_slots, tamper
+from experiments.negative_controls import (
+    change_norm_epsilon,
+    scale_rope_theta,
+    swap_kv_slots,
+    tamper,
+)
 from experiments.noise import gumbel, noise_of, uniform_bits
 from experiments.reference import check_decomposition
 from experiments.rescoring import DTYPE, Request, Rescorer, batches_of_similar_length
@@ -40,7 +47,11 @@ from tests.hf_names import CACHE
 
 DTYPES = ["float32", "bfloat16"]
 PARAMS = GateParams()
-GREEDY, SAMPLED, TRUNCATED = {"temperature": 0.0}, {"temperature": 0.6}, {"temperature": 1.2, "top_k": 40, "top_p": 0.9}
+GREEDY, SAMPLED, TRUNCATED = (
+    {"temperature": 0.0},
+    {"temperature": 0.6},
+    {"temperature": 1.2, "top_k": 40, "top_p": 0.9},
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,7 +73,9 @@ def rescorers(tiny: Path) -> Callable[[str], Rescorer]:
     return get
 
 
-def make_requests(*sampling: dict[str, float], each: int = 8, max_tokens: int = 24, vocab_size: int = 2048) -> list[Request]:
+def make_requests(
+    *sampling: dict[str, float], each: int = 8, max_tokens: int = 24, vocab_size: int = 2048
+) -> list[Request]:
     """`each` requests with every one of the sampling parameters, with prompts of two lengths."""
     rng = random.Random(0)
     defaults = {"max_tokens": max_tokens, "top_k": 0, "top_p": 1.0, "ignore_eos": True}
@@ -79,16 +92,26 @@ def make_requests(*sampling: dict[str, float], each: int = 8, max_tokens: int = 
 
 
 def rows_of(requests: list[Request], positions: list[int], foreign: bool = False) -> Rows:
-    columns = {"temperature": torch.float32, "top_k": torch.int64, "top_p": torch.float32, "seed": torch.int64}
+    columns = {
+        "temperature": torch.float32,
+        "top_k": torch.int64,
+        "top_p": torch.float32,
+        "seed": torch.int64,
+    }
     return Rows(
-        **{name: torch.tensor([r[name] for r in requests], dtype=dtype) for name, dtype in columns.items()},
+        **{
+            name: torch.tensor([r[name] for r in requests], dtype=dtype)
+            for name, dtype in columns.items()
+        },
         position=torch.tensor(positions),
         foreign=torch.full((len(positions),), foreign),
     )
 
 
 def kept(scaled: Tensor, rows: Rows) -> Tensor:
-    """Which tokens top-k, then top-p on what is left, keep: bool [n, V] from logits over temperature [n, V]."""
+    """Which tokens top-k, then top-p on what is left, keep: bool [n, V] from logits over
+    temperature [n, V].
+    """
     k, p = rows.limits(scaled.shape[1])
     ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
     within_k = torch.arange(scaled.shape[1], device=scaled.device) < k
@@ -99,7 +122,9 @@ def kept(scaled: Tensor, rows: Rows) -> Tensor:
 
 
 def truncate(scores: Tensor, scaled: Tensor, rows: Rows) -> Tensor:
-    """`scores` [n, V] with -infinity for the tokens that top-k and top-p drop, given logits over temperature `scaled` [n, V]."""
+    """`scores` [n, V] with -infinity for the tokens that top-k and top-p drop, given logits over
+    temperature `scaled` [n, V].
+    """
     index = rows.truncated.nonzero().flatten()
     scores = scores.clone()
     scores[index] = scores[index].masked_fill(~kept(scaled[index], rows[index]), -torch.inf)
@@ -126,7 +151,9 @@ def generate(
     break_it: Callable[[Any], None] | None = None,
     foreign: bool = False,
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """An engine made of HF and its KV cache: (tokens, log-probabilities), in batches of prompts of one length."""
+    """An engine made of HF and its KV cache: (tokens, log-probabilities), in batches of prompts of
+    one length.
+    """
     model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=DTYPE[dtype]).eval()
     if break_it is not None:
         break_it(model)
@@ -152,13 +179,17 @@ def generate(
     return outputs, logprobs
 
 
-def judged(rescorer: Rescorer, requests: list[Request], outputs: list[list[int]], foreign: bool = False) -> GateResult:
+def judged(
+    rescorer: Rescorer, requests: list[Request], outputs: list[list[int]], foreign: bool = False
+) -> GateResult:
     return judge(rescorer.score(requests, outputs, foreign=foreign), rescorer.dtype, PARAMS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_hf_passes_whatever_its_batch_size(tiny: Path, rescorers: Any, dtype: str, batch_size: int) -> None:
+def test_hf_passes_whatever_its_batch_size(
+    tiny: Path, rescorers: Any, dtype: str, batch_size: int
+) -> None:
     requests = make_requests(GREEDY, SAMPLED, TRUNCATED, each=4)
     outputs, logprobs = generate(tiny, dtype, requests, batch_size=batch_size)
     rescorer = rescorers(dtype)
@@ -185,7 +216,9 @@ def test_hf_passes_whatever_its_batch_size(tiny: Path, rescorers: Any, dtype: st
         pytest.param(partial(swap_kv_slots, layer=1, first=30, second=31), id="kv-slots"),
     ],
 )
-def test_broken_engines_fail(tiny: Path, rescorers: Any, dtype: str, break_it: Callable[[Any], None]) -> None:
+def test_broken_engines_fail(
+    tiny: Path, rescorers: Any, dtype: str, break_it: Callable[[Any], None]
+) -> None:
     requests = make_requests(GREEDY, each=16)
     outputs, logprobs = generate(tiny, dtype, requests, batch_size=16, break_it=break_it)
     result = judged(rescorers(dtype), requests, outputs)
@@ -205,7 +238,12 @@ def test_tampered_token_is_found(tiny: Path, rescorers: Any, dtype: str) -> None
     requests = make_requests(GREEDY, SAMPLED, each=4, max_tokens=12)
     outputs, _ = generate(tiny, dtype, requests)
     _, tampered = tamper(rescorers(dtype), requests, outputs, PARAMS)
-    changed = [(i, j) for i, (a, b) in enumerate(zip(outputs, tampered, strict=True)) for j in range(len(a)) if a[j] != b[j]]
+    changed = [
+        (i, j)
+        for i, (a, b) in enumerate(zip(outputs, tampered, strict=True))
+        for j in range(len(a))
+        if a[j] != b[j]
+    ]
     assert len(changed) == 1
     result = judged(rescorers(dtype), requests, tampered)
     assert result.status == "fail"
@@ -228,7 +266,8 @@ def test_another_generator_is_judged_by_its_distribution(
 ) -> None:
     requests = make_requests(sampling, each=24)
     outputs, _ = generate(tiny, dtype, requests, batch_size=16, foreign=True)
-    assert judged(rescorers(dtype), requests, outputs).status == "fail"  # they are not our generator's
+    # they are not our generator's
+    assert judged(rescorers(dtype), requests, outputs).status == "fail"
     result = judged(rescorers(dtype), requests, outputs, foreign=True)
     assert result.passed, result.reason
     assert result.calibration["distribution"]["tokens"] >= 0.95 * 24 * 24
@@ -256,12 +295,18 @@ def test_a_garbled_end_of_one_answer_is_incredible(tiny: Path, rescorers: Any) -
     assert "request 7: its tokens are incredible" in str(result.reason)
 
 
-@pytest.mark.parametrize(("sampling", "foreign"), [(GREEDY, False), (SAMPLED, False), (SAMPLED, True)])
-def test_permuted_outputs_fail(tiny: Path, rescorers: Any, sampling: dict[str, float], foreign: bool) -> None:
+@pytest.mark.parametrize(
+    ("sampling", "foreign"), [(GREEDY, False), (SAMPLED, False), (SAMPLED, True)]
+)
+def test_permuted_outputs_fail(
+    tiny: Path, rescorers: Any, sampling: dict[str, float], foreign: bool
+) -> None:
     requests = make_requests(sampling, each=4)
     outputs, _ = generate(tiny, "bfloat16", requests, foreign=foreign)
     assert judged(rescorers("bfloat16"), requests, outputs, foreign).passed
-    assert judged(rescorers("bfloat16"), requests, outputs[1:] + outputs[:1], foreign).status == "fail"
+    assert (
+        judged(rescorers("bfloat16"), requests, outputs[1:] + outputs[:1], foreign).status == "fail"
+    )
 
 
 def test_scores_do_not_depend_on_how_they_are_batched(tiny: Path, rescorers: Any) -> None:
@@ -270,11 +315,14 @@ def test_scores_do_not_depend_on_how_they_are_batched(tiny: Path, rescorers: Any
     alone = Rescorer(tiny, "float32", batch_tokens=1, logits_bytes=1).score(requests, outputs)
     for a, b in zip(alone, rescorers("float32").score(requests, outputs), strict=True):
         assert torch.equal(a.best[:, 0], b.best[:, 0])
-        torch.testing.assert_close(a.logprob, b.logprob, rtol=0, atol=1e-12)  # the reference's own noise
+        # the reference's own noise
+        torch.testing.assert_close(a.logprob, b.logprob, rtol=0, atol=1e-12)
 
 
 def test_only_what_was_asked_for_last_is_remembered(tiny: Path) -> None:
-    """A study with many distinct outputs must not fill the memory; what outputs have in common is still computed once."""
+    """A study with many distinct outputs must not fill the memory; what outputs have in common is
+    still computed once.
+    """
     requests = make_requests(SAMPLED, each=4, max_tokens=8)
     rescorer = Rescorer(tiny, "float32", known_tokens=40)
     computed: list[int] = []
@@ -282,7 +330,9 @@ def test_only_what_was_asked_for_last_is_remembered(tiny: Path) -> None:
     def score(*tokens: int) -> list[int]:
         computed.clear()
         outputs = [[token] * 8 for token in tokens]
-        scores = rescorer.score(requests, outputs, progress=lambda done, total: computed.append(total))
+        scores = rescorer.score(
+            requests, outputs, progress=lambda done, total: computed.append(total)
+        )
         assert [s.tokens.tolist() for s in scores] == outputs
         assert sum(map(len, rescorer._known.values())) <= 40
         return computed[:1]
@@ -292,11 +342,15 @@ def test_only_what_was_asked_for_last_is_remembered(tiny: Path) -> None:
     assert score(1, 2, 3, 5) == [len(requests[3]["prompt_token_ids"]) + 8], "the rest is known"
     assert score(1, 2, 3, 4) == [], "and so is this, still"
     assert score(6, 7, 8, 9) == [whole]
-    assert score(1, 2, 3, 4) == [whole - len(requests[3]["prompt_token_ids"]) - 8], "what came last stayed"
+    assert score(1, 2, 3, 4) == [whole - len(requests[3]["prompt_token_ids"]) - 8], (
+        "what came last stayed"
+    )
 
 
 def test_reference_holds_the_weights_of_the_engine(tiny: Path, tmp_path: Path) -> None:
-    """Stored in float32, run in bfloat16: the rounding of weights is the engine's model, not its noise."""
+    """Stored in float32, run in bfloat16: the rounding of weights is the engine's model, not its
+    noise.
+    """
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(1 + 2**-12)  # no longer exact in bfloat16
@@ -311,14 +365,23 @@ def test_norms_and_angles_of_the_reference_are_exact(rescorers: Any) -> None:
     """HF's own compute in float32 in a float64 model; a reference must not."""
     model = rescorers("float32").reference.base_model
     x = torch.randn(5, len(model.norm.weight), dtype=torch.float64)
-    exact = model.norm.weight * x / (x.square().mean(-1, keepdim=True) + model.norm.variance_epsilon).sqrt()
+    exact = (
+        model.norm.weight
+        * x
+        / (x.square().mean(-1, keepdim=True) + model.norm.variance_epsilon).sqrt()
+    )
     torch.testing.assert_close(model.norm(x), exact, rtol=1e-14, atol=0)
     assert not torch.allclose(type(model.norm).forward(model.norm, x), exact, rtol=1e-14, atol=0)
 
     position, head_dim = 4000, model.config.head_dim
-    angles = [position * model.config.rope_parameters["rope_theta"] ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+    angles = [
+        position * model.config.rope_parameters["rope_theta"] ** (-2 * i / head_dim)
+        for i in range(head_dim // 2)
+    ]
     cosines = torch.tensor([math.cos(angle) for angle in angles * 2], dtype=torch.float64)
-    torch.testing.assert_close(model.rotary_emb(x, torch.tensor([[position]]))[0][0, 0], cosines, rtol=0, atol=1e-11)
+    torch.testing.assert_close(
+        model.rotary_emb(x, torch.tensor([[position]]))[0][0, 0], cosines, rtol=0, atol=1e-11
+    )
     hf = type(model.rotary_emb).forward(model.rotary_emb, x, torch.tensor([[position]]))[0][0, 0]
     assert not torch.allclose(hf, cosines, rtol=0, atol=1e-6)
 
@@ -327,7 +390,11 @@ def test_models_that_treat_their_logits_are_refused(rescorers: Any) -> None:
     class Scaled(torch.nn.Module):
         def __init__(self, model: Any) -> None:
             super().__init__()
-            self.base_model, self.device, self.get_output_embeddings = model.base_model, model.device, model.get_output_embeddings
+            self.base_model, self.device, self.get_output_embeddings = (
+                model.base_model,
+                model.device,
+                model.get_output_embeddings,
+            )
             self._whole = [model]
 
         def forward(self, **inputs: Any) -> Any:
@@ -339,16 +406,21 @@ def test_models_that_treat_their_logits_are_refused(rescorers: Any) -> None:
         check_decomposition(Scaled(rescorers("float32").reference))
 
 
-# --- margins ------------------------------------------------------------------------------------------------------------------
+# --- margins
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def test_margin_never_exceeds_the_noise_that_was_there() -> None:
-    """Tokens chosen from logits moved by at most d/2 each have a margin of at most d, also where top-k and top-p cut."""
+    """Tokens chosen from logits moved by at most d/2 each have a margin of at most d, also where
+    top-k and top-p cut.
+    """
     torch.manual_seed(0)
     n, vocab_size = 4000, 24
     parameters = [
         {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": 0}
-        for temperature, top_k, top_p in itertools.product((0.0, 0.5, 1.5), (0, 1, 4), (0.3, 0.8, 1.0))
+        for temperature, top_k, top_p in itertools.product(
+            (0.0, 0.5, 1.5), (0, 1, 4), (0.3, 0.8, 1.0)
+        )
     ]
     rows = rows_of([parameters[i % len(parameters)] for i in range(n)], list(range(n)))
     logits = torch.randn(n, vocab_size, dtype=torch.float64)
@@ -367,16 +439,22 @@ def test_margin_at_the_edges_of_top_k_and_top_p() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.99, -5.0]], dtype=torch.float64)
 
     def margin(token: int, **parameters: float) -> float:
-        rows = rows_of([{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0} | parameters], [0], foreign=True)
+        rows = rows_of(
+            [{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0} | parameters],
+            [0],
+            foreign=True,
+        )
         return float(score_rows(logits, logits.float(), rows, torch.tensor([token])).margin)
 
     assert margin(1, top_k=2) == 0
     assert margin(2, top_k=2) == pytest.approx(0.01, abs=1e-9)  # it would have to overtake token 1
     assert margin(3, top_k=2) == pytest.approx(7.0, abs=1e-9)
-    assert margin(2, top_k=2, temperature=0.5) == pytest.approx(0.01, abs=1e-9)  # in logits, whatever the temperature
+    # in logits, whatever the temperature
+    assert margin(2, top_k=2, temperature=0.5) == pytest.approx(0.01, abs=1e-9)
     p = logits.softmax(-1)[0]
     assert margin(1, top_p=float(p[0]) + 1e-3) == 0
-    assert 0 < margin(1, top_p=float(p[0]) - 1e-3) < 0.01  # the first token's mass is a hair above top_p
+    # the first token's mass is a hair above top_p
+    assert 0 < margin(1, top_p=float(p[0]) - 1e-3) < 0.01
     assert margin(3, top_p=0.5) > 1
 
 
@@ -392,8 +470,12 @@ def test_noise_is_the_engines_bit_for_bit() -> None:
     assert gumbel(extremes).isfinite().all()
 
 
-def random_rows(n: int, vocab_size: int, *parameters: dict[str, float]) -> tuple[Tensor, Tensor, Rows, Tensor]:
-    """Logits of a reference, HF's with errors as of bfloat16, how they are sampled, and tokens of which a third is wrong."""
+def random_rows(
+    n: int, vocab_size: int, *parameters: dict[str, float]
+) -> tuple[Tensor, Tensor, Rows, Tensor]:
+    """Logits of a reference, HF's with errors as of bfloat16, how they are sampled, and tokens of
+    which a third is wrong.
+    """
     torch.manual_seed(1)
     defaults = {"temperature": 0.7, "top_k": 0, "top_p": 1.0}
     requests = [{**defaults, "seed": 1000 + i, **parameters[i % len(parameters)]} for i in range(n)]
@@ -410,15 +492,23 @@ def random_rows(n: int, vocab_size: int, *parameters: dict[str, float]) -> tuple
 def test_a_few_candidates_tell_what_the_whole_vocabulary_tells(
     reach: float, parameters: tuple[dict[str, float], ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a reach so short that most rows have too few candidates, the rest of the vocabulary is looked at."""
+    """With a reach so short that most rows have too few candidates, the rest of the vocabulary is
+    looked at.
+    """
     monkeypatch.setattr(scoring, "REACH", reach)
     logits, hf_logits, rows, tokens = random_rows(300, 500, *parameters)
-    ours, plain = (score(logits, hf_logits.float(), rows, tokens) for score in (scoring._noisy, scoring._whole_vocabulary))
+    ours, plain = (
+        score(logits, hf_logits.float(), rows, tokens)
+        for score in (scoring._noisy, scoring._whole_vocabulary)
+    )
     for name in ("agrees", "margin", "error", "hf_agrees", "scale", "logprob", "hf_logprob"):
         torch.testing.assert_close(getattr(ours, name), getattr(plain, name), rtol=0, atol=1e-12)
     assert torch.equal(ours.hf_best[:, 0], plain.hf_best[:, 0])
-    for which in ("best", "hf_best"):  # where the token agrees, those that top-k and top-p keep are shown if they are candidates
-        seen = plain.agrees[:, None].logical_not() | (torch.arange(5) < (5 if parameters == ({},) and which == "best" else 1))
+    # where the token agrees, those that top-k and top-p keep are shown if they are candidates
+    for which in ("best", "hf_best"):
+        seen = plain.agrees[:, None].logical_not() | (
+            torch.arange(5) < (5 if parameters == ({},) and which == "best" else 1)
+        )
         found, expected = (getattr(x, f"{which}_scores").where(seen, 0.0) for x in (ours, plain))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
         seen &= plain.best_scores.isfinite() if which == "best" else plain.hf_best_scores.isfinite()
@@ -428,7 +518,14 @@ def test_a_few_candidates_tell_what_the_whole_vocabulary_tells(
 
 @pytest.mark.parametrize("foreign", [False, True])
 def test_what_is_kept_is_what_a_sort_of_tokens_keeps(foreign: bool) -> None:
-    parameters = ({"top_k": 5}, {"top_p": 0.5}, {"top_p": 0.99, "temperature": 2.0}, {"top_k": 50, "top_p": 0.8}, {"top_k": 1}, {})
+    parameters = (
+        {"top_k": 5},
+        {"top_p": 0.5},
+        {"top_p": 0.99, "temperature": 2.0},
+        {"top_k": 50, "top_p": 0.8},
+        {"top_k": 1},
+        {},
+    )
     logits, hf_logits, rows, tokens = random_rows(300, 500, *parameters)
     scaled = logits / rows.divisor[:, None]
     least = truncation.least_kept((scaled,), rows)
@@ -445,19 +542,29 @@ def test_what_is_kept_is_what_a_sort_of_tokens_keeps(foreign: bool) -> None:
         logs = scaled.masked_fill(~keep, -torch.inf).log_softmax(-1)
         p, logs_or_0 = logs.exp(), logs.masked_fill(~keep, 0.0)
         torch.testing.assert_close(scores.entropy, -(p * logs_or_0).sum(-1), rtol=0, atol=1e-12)
-        torch.testing.assert_close(scores.log_p[own], logs.gather(1, tokens[:, None])[own, 0], rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            scores.log_p[own], logs.gather(1, tokens[:, None])[own, 0], rtol=0, atol=1e-12
+        )
         mean = -scores.entropy
-        torch.testing.assert_close(scores.variance, (p * (logs_or_0 - mean[:, None]) ** 2).sum(-1), rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            scores.variance, (p * (logs_or_0 - mean[:, None]) ** 2).sum(-1), rtol=0, atol=1e-9
+        )
 
 
-def test_the_search_for_a_margin_needs_the_most_likely_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits, _, rows, tokens = random_rows(300, 500, {"top_k": 5}, {"top_p": 0.5}, {"top_k": 50, "top_p": 0.8})
+def test_the_search_for_a_margin_needs_the_most_likely_tokens_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits, _, rows, tokens = random_rows(
+        300, 500, {"top_k": 5}, {"top_p": 0.5}, {"top_k": 50, "top_p": 0.8}
+    )
     scaled = logits / rows.divisor[:, None]
     whole = smallest_explaining_noise(scaled, rows, tokens)
     monkeypatch.setattr(margins, "_WIDTH", 60)
     narrow, exact = margins._explaining_noise(scaled, rows, tokens, 60)
     assert 0.3 < float(exact.double().mean()) < 1
-    torch.testing.assert_close(smallest_explaining_noise(scaled, rows, tokens), whole, rtol=0, atol=1e-8)
+    torch.testing.assert_close(
+        smallest_explaining_noise(scaled, rows, tokens), whole, rtol=0, atol=1e-8
+    )
     torch.testing.assert_close(narrow[exact], whole[exact], rtol=0, atol=1e-8)
 
 
@@ -465,9 +572,13 @@ def test_rows_of_every_kind_may_be_mixed() -> None:
     logits, hf_logits, rows, tokens = random_rows(60, 100, {}, {"temperature": 0.0}, {"top_k": 5})
     together = score_rows(logits, hf_logits, rows, tokens)
     for i in range(60):
-        alone = score_rows(logits[i : i + 1], hf_logits[i : i + 1], rows[i : i + 1], tokens[i : i + 1])
+        alone = score_rows(
+            logits[i : i + 1], hf_logits[i : i + 1], rows[i : i + 1], tokens[i : i + 1]
+        )
         for name in ("tokens", "agrees", "margin", "error", "best_scores", "logprob"):
-            torch.testing.assert_close(getattr(alone, name)[0], getattr(together, name)[i], rtol=0, atol=1e-12)
+            torch.testing.assert_close(
+                getattr(alone, name)[0], getattr(together, name)[i], rtol=0, atol=1e-12
+            )
         shown = alone.best_scores[0].isfinite()
         assert torch.equal(alone.best[0][shown], together.best[i][shown])
 
@@ -488,35 +599,52 @@ def test_kept_is_the_smallest_set_that_reaches_top_p() -> None:
         rows = rows_of([{"temperature": 1.0, "top_k": 0, "top_p": top_p, "seed": 0}], [0])
         assert int(kept(logits, rows).sum()) == expected, top_p
     rows = rows_of([{"temperature": 1.0, "top_k": 2, "top_p": 0.7, "seed": 0}], [0])
-    assert kept(logits, rows).tolist() == [[True, True, False, False]]  # top-p on the softmax of what top-k left: 0.625, 0.375
+    # top-p on the softmax of what top-k left: 0.625, 0.375
+    assert kept(logits, rows).tolist() == [[True, True, False, False]]
 
 
-# --- rules --------------------------------------------------------------------------------------------------------------------
+# --- rules
+# --------------------------------------------------------------------------------------------------------------------
 
 
-def synthetic_scores(requests: int, tokens: int, differing: float, hf_differing: float, margin: float) -> list[Scores]:
-    """Scores whose tokens differ from the reference's at the given rates and are then `margin` logits away; HF errs by 0 to 1."""
+def synthetic_scores(
+    requests: int, tokens: int, differing: float, hf_differing: float, margin: float
+) -> list[Scores]:
+    """Scores whose tokens differ from the reference's at the given rates and are then `margin`
+    logits away; HF errs by 0 to 1.
+    """
     torch.manual_seed(0)
     n = requests * tokens
     differs = torch.rand(n) < differing
     columns = {name: torch.zeros(n, dtype=torch.float64) for name in Scores.__dataclass_fields__}
     top = {name: torch.zeros(n, 5) for name in ("best", "best_scores", "hf_best", "hf_best_scores")}
-    flags = {"agrees": ~differs, "hf_agrees": torch.rand(n) >= hf_differing, "foreign": torch.zeros(n, dtype=torch.bool)}
+    flags = {
+        "agrees": ~differs,
+        "hf_agrees": torch.rand(n) >= hf_differing,
+        "foreign": torch.zeros(n, dtype=torch.bool),
+    }
     measured = {"margin": differs * margin, "error": torch.linspace(0, 1, n, dtype=torch.float64)}
     return Scores(**columns | top | flags | measured).split([tokens] * requests)
 
 
 def test_errors_below_the_bound_are_seen_by_their_number() -> None:
-    """Every margin is within the bound of twice HF's largest error; that there are so many gives a bad engine away."""
+    """Every margin is within the bound of twice HF's largest error; that there are so many gives a
+    bad engine away.
+    """
 
     def verdict(differing: float) -> GateResult:
-        return judge(synthetic_scores(200, 20, differing, hf_differing=0.02, margin=0.5), "bfloat16", PARAMS)
+        return judge(
+            synthetic_scores(200, 20, differing, hf_differing=0.02, margin=0.5), "bfloat16", PARAMS
+        )
 
     assert verdict(0.0).passed
     assert verdict(0.03).passed  # a third more than HF, which `factor` allows
     result = verdict(0.1)
     assert result.max_margin < result.bound
-    assert "differ from the reference's choice, 84 of HF's in bfloat16: more than 2 times as many" in str(result.reason)
+    assert (
+        "differ from the reference's choice, 84 of HF's in bfloat16: more than 2 times as many"
+        in str(result.reason)
+    )
 
 
 def test_one_request_that_repeats_a_near_tie_is_no_alarm() -> None:
@@ -533,7 +661,9 @@ def test_many_tokens_beyond_the_typical_bound_fail() -> None:
         s.error[0] = 1.0 if i == 0 else 0.1
     result = judge(scores, "bfloat16", PARAMS)
     assert result.max_margin < result.bound
-    assert "tokens lie beyond the typical bound of 0.2 logits; chance allows 28" in str(result.reason)
+    assert "tokens lie beyond the typical bound of 0.2 logits; chance allows 28" in str(
+        result.reason
+    )
 
 
 def test_errors_are_told_by_position() -> None:
@@ -541,21 +671,34 @@ def test_errors_are_told_by_position() -> None:
     for s in scores:
         s.agrees[33:], s.margin[33:] = False, 0.25
     parts = judge(scores, "bfloat16", PARAMS).calibration["by_position"]
-    assert [(part["first"], part["last"], part["tokens"]) for part in parts] == [(0, 15, 800), (16, 39, 1200)]
+    assert [(part["first"], part["last"], part["tokens"]) for part in parts] == [
+        (0, 15, 800),
+        (16, 39, 1200),
+    ]
     assert [part["mismatches"] for part in parts] == [0, 50 * 7]
     assert [part["margin"]["max"] for part in parts] == [0.0, 0.25]
-    assert sum(part["hf_mismatches"] for part in parts) == judge(scores, "bfloat16", PARAMS).calibration["hf_mismatches"]
+    assert (
+        sum(part["hf_mismatches"] for part in parts)
+        == judge(scores, "bfloat16", PARAMS).calibration["hf_mismatches"]
+    )
 
 
 def test_the_report_shows_the_first_offender_and_errors_by_position() -> None:
     scores = synthetic_scores(50, 40, 0.0, hf_differing=0.02, margin=0.5)
     scores[7].agrees[3], scores[7].margin[3] = False, 99.0
-    row = {"workload": "small", "tokens_digest": "f" * 64, **dataclasses.asdict(judge(scores, "bfloat16", PARAMS))}
+    row = {
+        "workload": "small",
+        "tokens_digest": "f" * 64,
+        **dataclasses.asdict(judge(scores, "bfloat16", PARAMS)),
+    }
     (offender,) = evidence._first_offenders([row, {**row, "first_offender": None}])
     assert "request 7, output position 3: token 0, margin 99.00 logits" in offender.caption
     assert len(offender.rows) == 5
     by_position = evidence._errors_by_position([row, {**row, "calibration": None}])
-    assert [line[2:5] for line in by_position.rows] == [["0 to 15", "800", "1"], ["16 to 39", "1,200", "0"]]
+    assert [line[2:5] for line in by_position.rows] == [
+        ["0 to 15", "800", "1"],
+        ["16 to 39", "1,200", "0"],
+    ]
 
 
 def test_same_work() -> None:
@@ -587,7 +730,9 @@ def test_batches_fit() -> None:
     lengths = [random.Random(0).randint(1, 50) for _ in range(100)] + [500]
     batches = list(batches_of_similar_length(lengths, 200))
     assert sorted(i for batch in batches for i in batch) == list(range(101))
-    assert all(len(batch) * max(lengths[i] for i in batch) <= 200 for batch in batches if len(batch) > 1)
+    assert all(
+        len(batch) * max(lengths[i] for i in batch) <= 200 for batch in batches if len(batch) > 1
+    )
 
 
 def test_refusals(rescorers: Any, tmp_path: Path) -> None:
@@ -595,7 +740,9 @@ def test_refusals(rescorers: Any, tmp_path: Path) -> None:
         GateParams.from_plan({"fctor": 3})
     with pytest.raises(ValueError, match=r"factor=0.5 is not allowed; it must be 1 or more"):
         GateParams(factor=0.5)
-    with pytest.raises(ValueError, match=r"dtype='float16' cannot be rescored; allowed: float32, bfloat16"):
+    with pytest.raises(
+        ValueError, match=r"dtype='float16' cannot be rescored; allowed: float32, bfloat16"
+    ):
         Rescorer(tmp_path, "float16")
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         Rescorer(tmp_path, "float32")
@@ -605,7 +752,8 @@ def test_refusals(rescorers: Any, tmp_path: Path) -> None:
         judge([], "float32", PARAMS)
 
 
-# --- the process --------------------------------------------------------------------------------------------------------------
+# --- the process
+# --------------------------------------------------------------------------------------------------------------
 
 
 class Study:
@@ -616,23 +764,52 @@ class Study:
         self.workload = workloads.build("small", "random", params)
         self.requests = [request for wave in self.workload["waves"] for request in wave]
         self.plan: dict[str, Any] = {
-            "plan_version": 1, "study": {"name": "test"}, "workloads": {"small": workloads.summarize(self.workload)},
-            "model": {"preset": None, "path": str(model_dir), "dtype": "float32"}, "gate": {"control_tokens": 64},
-        }  # fmt: skip
+            "plan_version": 1,
+            "study": {"name": "test"},
+            "workloads": {"small": workloads.summarize(self.workload)},
+            "model": {"preset": None, "path": str(model_dir), "dtype": "float32"},
+            "gate": {"control_tokens": 64},
+        }
         self.plan["plan_hash"] = records.plan_hash(self.plan)
         self.folder = folder
         (folder / "plan.json").write_text(json.dumps(self.plan))
 
     def add(
-        self, launch: str, outputs: list[list[int]], *, engine: str = "nanovllm", keep_tokens: bool = True, **served: Any
+        self,
+        launch: str,
+        outputs: list[list[int]],
+        *,
+        engine: str = "nanovllm",
+        keep_tokens: bool = True,
+        **served: Any,
     ) -> None:
         digest = workloads.tokens_digest(outputs)
-        tokens = {digest: base64.b64encode(zlib.compress(json.dumps(outputs).encode())).decode()} if keep_tokens else {}
-        served = {"fingerprint": self.workload["fingerprint"], "num_requests": len(outputs), "tokens_digest": digest,
-                  "finish_reasons": {"length": len(outputs)}} | served  # fmt: skip
+        tokens = (
+            {digest: base64.b64encode(zlib.compress(json.dumps(outputs).encode())).decode()}
+            if keep_tokens
+            else {}
+        )
+        served = {
+            "fingerprint": self.workload["fingerprint"],
+            "num_requests": len(outputs),
+            "tokens_digest": digest,
+            "finish_reasons": {"length": len(outputs)},
+        } | served
         with records.Folder(self.folder) as folder:
-            folder.append({"kind": "launch", "schema": 1, "study": "test", "plan_hash": self.plan["plan_hash"], "launch": launch,
-                           "attempt": 0, "status": "ok", "engine": engine, "workloads": {"small": served}}, tokens)  # fmt: skip
+            folder.append(
+                {
+                    "kind": "launch",
+                    "schema": 1,
+                    "study": "test",
+                    "plan_hash": self.plan["plan_hash"],
+                    "launch": launch,
+                    "attempt": 0,
+                    "status": "ok",
+                    "engine": engine,
+                    "workloads": {"small": served},
+                },
+                tokens,
+            )
 
     def gate(self, *options: str) -> int:
         return main(["--plan", str(self.folder / "plan.json"), "--out", str(self.folder), *options])
@@ -646,7 +823,9 @@ def study(tmp_path: Path, tiny: Path) -> Study:
     return Study(tmp_path, tiny)
 
 
-def test_every_distinct_output_is_judged_once(study: Study, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_distinct_output_is_judged_once(
+    study: Study, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     outputs, _ = generate(tiny, "float32", study.requests)
     study.add("b00-o00-a", outputs)
     study.add("b00-o01-b", outputs, engine="hf")
@@ -654,9 +833,25 @@ def test_every_distinct_output_is_judged_once(study: Study, tiny: Path, capsys: 
     assert "1 of 1 distinct outputs pass" in capsys.readouterr().err
     (record,) = study.verdicts()
     assert list(record) == [
-        "kind", "schema", "study", "plan_hash", "workload", "tokens_digest", "dtype", "status", "reason", "tokens_checked",
-        "mismatches", "within_bound", "max_margin", "bound", "calibration", "first_offender", "duration_s", "is_negative_control",
-    ]  # fmt: skip
+        "kind",
+        "schema",
+        "study",
+        "plan_hash",
+        "workload",
+        "tokens_digest",
+        "dtype",
+        "status",
+        "reason",
+        "tokens_checked",
+        "mismatches",
+        "within_bound",
+        "max_margin",
+        "bound",
+        "calibration",
+        "first_offender",
+        "duration_s",
+        "is_negative_control",
+    ]
     assert record["status"] == "pass"
     assert record["tokens_checked"] == 64
     assert study.gate("--resume") == 0
@@ -671,15 +866,22 @@ def test_every_distinct_output_is_judged_once(study: Study, tiny: Path, capsys: 
     assert study.verdicts()[1]["first_offender"]["position"] == 5
 
 
-def test_negative_controls_are_caught_and_recorded(study: Study, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_negative_controls_are_caught_and_recorded(
+    study: Study, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     outputs, _ = generate(tiny, "float32", study.requests)
     study.add("b00-o00-a", outputs)
     assert study.gate("--negative-control") == 0
     assert len(study.verdicts()) == 4
-    assert all(record["is_negative_control"] and record["status"] == "fail" for record in study.verdicts())
+    assert all(
+        record["is_negative_control"] and record["status"] == "fail" for record in study.verdicts()
+    )
     assert study.gate("--resume") == 0  # controls are no verdict on the launch, which passes
 
-    monkeypatch.setattr("experiments.negative_controls.controls", lambda requests: {"nothing broken": lambda model: None})
+    monkeypatch.setattr(
+        "experiments.negative_controls.controls",
+        lambda requests: {"nothing broken": lambda model: None},
+    )
     assert study.gate("--negative-control") == 1
     assert "NOT CAUGHT" in study.verdicts()[-2]["reason"]
 
@@ -693,7 +895,9 @@ def test_negative_controls_are_caught_and_recorded(study: Study, tiny: Path, mon
         ({"num_requests": 3}, "fail", "3 requests served of 4"),
     ],
 )
-def test_other_work_is_refused(study: Study, change: dict[str, Any], status: str, reason: str) -> None:
+def test_other_work_is_refused(
+    study: Study, change: dict[str, Any], status: str, reason: str
+) -> None:
     study.add("b00-o00-a", [[1] * 16] * 4, **change)
     assert study.gate() == 1
     (record,) = study.verdicts()
@@ -715,7 +919,9 @@ def test_other_weights_than_the_plans_are_refused(
 ) -> None:
     outputs, _ = generate(tiny, "float32", study.requests)
     study.plan["model"] |= {"path": str(tmp_path / "absent"), "digest": checkpoint_digest(tiny)}
-    study.plan["plan_hash"] = records.plan_hash({k: v for k, v in study.plan.items() if k != "plan_hash"})
+    study.plan["plan_hash"] = records.plan_hash(
+        {k: v for k, v in study.plan.items() if k != "plan_hash"}
+    )
     (study.folder / "plan.json").write_text(json.dumps(study.plan))
     study.add("b00-o00-a", outputs)
     assert study.gate() == 2
@@ -732,19 +938,29 @@ def test_nothing_to_judge_is_no_pass(study: Study, capsys: pytest.CaptureFixture
 
 
 def test_gate_needs_no_laboratory() -> None:
-    code = ("import sys, experiments.equivalence, experiments.negative_controls; "
-            "sys.exit(', '.join({'pydantic', 'mlflow', 'typer'} & set(sys.modules)) or 0)")  # fmt: skip
+    code = (
+        "import sys, experiments.equivalence, experiments.negative_controls; "
+        "sys.exit(', '.join({'pydantic', 'mlflow', 'typer'} & set(sys.modules)) or 0)"
+    )
     root = Path(__file__).parents[1]
     environment = {"PYTHONPATH": f"{root}:{root / 'src'}", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_params_are_all_in_the_record() -> None:
     """What decides is recorded with the verdict; the rest only sizes memory."""
     assert {field.name for field in dataclasses.fields(GateParams)} == {
-        "factor", "floor_ulps", "quantile", "alpha", "batch_tokens", "logits_bytes", "control_tokens",
-    }  # fmt: skip
+        "factor",
+        "floor_ulps",
+        "quantile",
+        "alpha",
+        "batch_tokens",
+        "logits_bytes",
+        "control_tokens",
+    }
 
 
 def test_no_margin_is_told_of_tokens_that_another_generator_drew() -> None:
@@ -753,4 +969,7 @@ def test_no_margin_is_told_of_tokens_that_another_generator_drew() -> None:
     replayed = describe({**judged, "calibration": {"distribution": None}})
     assert replayed == "9 tokens, 0 differ, largest margin 0, bound 1e-05 logits, 1.0 s"
     drawn = {"distribution": {"tokens": 9, "z": -1.25, "z_limit": 4.0}}
-    assert describe({**judged, "calibration": drawn}) == "9 tokens, drawn by its own generator, z = -1.25 of at most 4.00, 1.0 s"
+    assert (
+        describe({**judged, "calibration": drawn})
+        == "9 tokens, drawn by its own generator, z = -1.25 of at most 4.00, 1.0 s"
+    )

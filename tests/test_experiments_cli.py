@@ -60,16 +60,37 @@ def test_an_error_is_one_message_and_status_2(runs: Path) -> None:
     assert (result.exit_code, "`make ablate` makes one" in result.output) == (2, True)
 
 
-def test_a_dry_run_writes_a_plan_for_another_host(tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_writes_a_plan_for_another_host(
+    tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
-    monkeypatch.setattr(model_files, "inspect", lambda preset, path, **_: {"path": str(tmp_path), "digest": "d" * 64})
+    monkeypatch.setattr(
+        model_files,
+        "inspect",
+        lambda preset, path, **_: {"path": str(tmp_path), "digest": "d" * 64},
+    )
     monkeypatch.setattr(machine, "measure", lambda: pytest.fail("an H200 is not measured here"))
     path = tmp_path / "plan.json"
-    result = invoke("run", "--study", "embedded", "--profile", "h200", "--blocks", "3", "--dry-run", "--write-plan", str(path))
+    result = invoke(
+        "run",
+        "--study",
+        "embedded",
+        "--profile",
+        "h200",
+        "--blocks",
+        "3",
+        "--dry-run",
+        "--write-plan",
+        str(path),
+    )
     assert result.exit_code == 0, result.output
     plan = records.read_plan(path)
     assert plan["study"]["overrides"] == {"design.blocks": 3}
-    assert (plan["profile"]["device"], plan["model"]["preset"], plan["model"]["dtype"]) == ("cuda", "qwen3-0.6b", "bfloat16")
+    assert (plan["profile"]["device"], plan["model"]["preset"], plan["model"]["dtype"]) == (
+        "cuda",
+        "qwen3-0.6b",
+        "bfloat16",
+    )
     assert "not here tensor_parallel_size=2: needs 2 GPUs" in result.output
     assert "python -m experiments.launch --plan plan.json" in result.output
     assert not runs.exists()
@@ -89,7 +110,9 @@ def test_an_interrupted_run_of_the_same_plan_and_code_is_found(
     other = tmp_path / "runs" / "99999999-other"
     other.mkdir()
     (other / records.PLAN).write_text('{"plan_version": 0}')
-    assert execution.interrupted(plan, console) == folder, "another study's damaged folder stops none"
+    assert execution.interrupted(plan, console) == folder, (
+        "another study's damaged folder stops none"
+    )
     assert "99999999-other: " in said(console)
     (other / records.RECORDS).write_text("damaged\nmore\n")
     listed = invoke("list")
@@ -104,7 +127,9 @@ def test_an_interrupted_run_of_the_same_plan_and_code_is_found(
     assert execution.interrupted(plan, console) is None
 
 
-def test_launches_are_run_once_and_what_went_wrong_is_listed(tmp_path: Path, runs: Path, console: Console) -> None:
+def test_launches_are_run_once_and_what_went_wrong_is_listed(
+    tmp_path: Path, runs: Path, console: Console
+) -> None:
     plan = make_plan(tmp_path / "model", blocks=1, dead="dead_toggle")
     folder = execution.new_folder(plan)
     assert execution.run_launches(plan, folder, Options(), console)
@@ -119,7 +144,12 @@ def test_the_time_left_follows_what_launches_really_take(tmp_path: Path, console
     bar = ProgressBar(plan, console)
     assert bar.remaining_s() == pytest.approx(plan["expected_s"])
     for entry, seconds in zip(plan["launches"][:2], (10.0, 20.0), strict=True):
-        record = {"cell": entry["cell"], "launch": entry["launch"], "total_s": seconds, "status": "ok"}
+        record = {
+            "cell": entry["cell"],
+            "launch": entry["launch"],
+            "total_s": seconds,
+            "status": "ok",
+        }
         bar.listen("end", {"launch": entry, "record": {**record, "workloads": {}, "reason": None}})
     # baseline and aa once more by their own times, prefix_cache=on twice by the median of all
     assert bar.remaining_s() == pytest.approx(10 + 20 + 2 * 15)

@@ -1,4 +1,6 @@
-"""Designs against the textbook, their size against their budget, and the rules that make a launch invalid."""
+"""Designs against the textbook, their size against their budget, and the rules that make a launch
+invalid.
+"""
 
 from __future__ import annotations
 
@@ -38,19 +40,29 @@ def test_the_cells_of_each_design() -> None:
     assert made("listed") == {}
     full = designs.cells("full_factorial", OFF, LEVELS, {})
     assert len(full) == 2 * 2 * 3 - 1
-    assert full["all"] == ("all", {"a": "on", "b": "on", "c": "chunked"}), "a factor's last level is that of everything on"
+    assert full["all"] == ("all", {"a": "on", "b": "on", "c": "chunked"}), (
+        "a factor's last level is that of everything on"
+    )
     assert full["a=on+c=continuous"] == ("treatment", {"a": "on", "b": "off", "c": "continuous"})
 
 
 def test_leave_one_out_refers_to_everything_on() -> None:
-    assert designs.reference("leave_one_out", OFF, LEVELS) == ("all", {"a": "on", "b": "on", "c": "chunked"})
+    assert designs.reference("leave_one_out", OFF, LEVELS) == (
+        "all",
+        {"a": "on", "b": "on", "c": "chunked"},
+    )
     assert designs.reference("both", OFF, LEVELS) == ("baseline", OFF)
-    assert designs.cells("leave_one_out", OFF, LEVELS, {})["all-but-c"] == ("treatment", {"a": "on", "b": "on", "c": "static"})
+    assert designs.cells("leave_one_out", OFF, LEVELS, {})["all-but-c"] == (
+        "treatment",
+        {"a": "on", "b": "on", "c": "static"},
+    )
 
 
 def test_no_configuration_runs_twice_but_the_reference() -> None:
     two = {"a": ["on"], "b": ["on"]}
-    assert list(made("both", two)) == ["a=on", "b=on", "all"], "with two factors, all but a is b alone"
+    assert list(made("both", two)) == ["a=on", "b=on", "all"], (
+        "with two factors, all but a is b alone"
+    )
     for kind in designs.Kind.__args__:  # type: ignore[attr-defined]
         for levels in (LEVELS, two, {"a": ["on"]}, {**LEVELS, "b": []}):
             generators = {"c": ["a", "b"]} if kind == "fractional_factorial" else {}
@@ -70,7 +82,9 @@ def test_what_needs_a_factor_is_left_out_with_it() -> None:
     found = designs.cells("both", off, levels, {}, can_run=can_run)
     assert found["all-but-a"][1] == {"a": "off", "b": "off", "c": "chunked", "d": "on"}
     assert found["all-but-b"][1] == {"a": "on", "b": "off", "c": "chunked", "d": "on"}
-    assert found["b=on"][1] == {"a": "off", "b": "on", "c": "static", "d": "off"}, "the plan says why it cannot run"
+    assert found["b=on"][1] == {"a": "off", "b": "on", "c": "static", "d": "off"}, (
+        "the plan says why it cannot run"
+    )
 
 
 def test_a_factor_apart_is_alone_and_on_top_of_everything_on() -> None:
@@ -90,11 +104,24 @@ def test_a_factor_apart_is_alone_and_on_top_of_everything_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("factors", "least", "runs", "resolution", "shortest"),  # Box, Hunter and Hunter, table of minimum-aberration fractions
-    [(4, 4, 8, 4, 1), (5, 4, 16, 5, 1), (6, 4, 16, 4, 3), (7, 4, 16, 4, 7), (5, 3, 8, 3, 2), (6, 3, 8, 3, 4), (7, 3, 8, 3, 7),
-     (3, 3, 4, 3, 1), (6, 5, 32, 6, 1), (7, 5, 64, 7, 1)],
-)  # fmt: skip
-def test_chosen_fractions_are_those_of_the_textbook(factors: int, least: int, runs: int, resolution: int, shortest: int) -> None:
+    # Box, Hunter and Hunter, table of minimum-aberration fractions
+    ("factors", "least", "runs", "resolution", "shortest"),
+    [
+        (4, 4, 8, 4, 1),
+        (5, 4, 16, 5, 1),
+        (6, 4, 16, 4, 3),
+        (7, 4, 16, 4, 7),
+        (5, 3, 8, 3, 2),
+        (6, 3, 8, 3, 4),
+        (7, 3, 8, 3, 7),
+        (3, 3, 4, 3, 1),
+        (6, 5, 32, 6, 1),
+        (7, 5, 64, 7, 1),
+    ],
+)
+def test_chosen_fractions_are_those_of_the_textbook(
+    factors: int, least: int, runs: int, resolution: int, shortest: int
+) -> None:
     names = list(LETTERS[:factors])
     generators = designs.choose_generators(names, least)
     words = designs.defining_words(generators)
@@ -106,7 +133,9 @@ def test_chosen_fractions_are_those_of_the_textbook(factors: int, least: int, ru
 
 @pytest.mark.parametrize("factors", [3, 4, 5, 6, 7])
 def test_a_fraction_is_balanced_and_its_aliases_are_its_own(factors: int) -> None:
-    """Checked on the columns themselves: aliased effects have the same column (or its negative), others are orthogonal."""
+    """Checked on the columns themselves: aliased effects have the same column (or its negative),
+    others are orthogonal.
+    """
     names = list(LETTERS[:factors])
     generators = designs.choose_generators(names, 3 if factors == 3 else 4)
     runs = designs.fraction(names, generators)
@@ -132,11 +161,15 @@ def test_what_a_fraction_mixes_is_said() -> None:
     assert generators == {"batching": ["kernels", "cuda_graphs", "overlap"]}
     assert designs.say_aliases(names, generators)[0] == "kernels*cuda_graphs + overlap*batching"
     assert designs.say_aliases(list("ABCDE"), designs.choose_generators(list("ABCDE"), 5)) == []
-    with pytest.raises(ValueError, match=r"3 factors have no fraction of resolution 4; use kind: full_factorial \(8 cells\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"3 factors have no fraction of resolution 4; use kind: full_factorial \(8 cells\)",
+    ):
         designs.choose_generators(names[:3], 4)
 
 
-# ------------------------------------------------------------------------------------------------- size
+# -------------------------------------------------------------------------------------------------
+# size
 
 
 def test_blocks_follow_the_budget() -> None:
@@ -157,11 +190,23 @@ def test_blocks_follow_the_budget() -> None:
             r"budget_s: 2 blocks of 5 cells at 10 s a launch take 100 s, 90 s hold 1. Allowed: 100 s or more",
         ),
         (None, 40, False, r"40 s do not hold one"),
-        (9, 300, False, r"9 blocks .* take 450 s, 300 s hold 6. Allowed: 450 s or more, or design.blocks from 2 to 6"),
-        (None, 250, True, r"6 blocks .* take 300 s, 250 s hold 5. Allowed: 300 s or more, or fewer cells; the least is 6 blocks"),
+        (
+            9,
+            300,
+            False,
+            r"9 blocks .* take 450 s, 300 s hold 6. Allowed: 450 s or more, or design.blocks from 2 to 6",
+        ),
+        (
+            None,
+            250,
+            True,
+            r"6 blocks .* take 300 s, 250 s hold 5. Allowed: 300 s or more, or fewer cells; the least is 6 blocks",
+        ),
     ],
 )
-def test_a_budget_that_is_too_small_says_what_fits(blocks: int | None, budget_s: float, bootstrap: bool, message: str) -> None:
+def test_a_budget_that_is_too_small_says_what_fits(
+    blocks: int | None, budget_s: float, bootstrap: bool, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         sizing.blocks_within(blocks, budget_s, bootstrap, 5, 10)
 
@@ -176,8 +221,16 @@ def test_an_earlier_run_tells_what_will_be_found(tmp_path: Path) -> None:
         for entry in plan["launches"]:
             log_s = shifts[entry["block"]] if entry["cell"] != "baseline" else 0.0
             work = {"a": {"output_tokens": 10, "duration_s": math.exp(log_s + entry["block"])}}
-            record = {"kind": "launch", "launch": entry["launch"], "attempt": 1, "status": "ok", "workloads": work}
-            file.write(json.dumps({**record, "block": entry["block"], "cell": entry["cell"]}) + "\n")
+            record = {
+                "kind": "launch",
+                "launch": entry["launch"],
+                "attempt": 1,
+                "status": "ok",
+                "workloads": work,
+            }
+            file.write(
+                json.dumps({**record, "block": entry["block"], "cell": entry["cell"]}) + "\n"
+            )
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     found = sizing.previous_noise(plan, [damaged, folder])
@@ -187,14 +240,18 @@ def test_an_earlier_run_tells_what_will_be_found(tmp_path: Path) -> None:
     assert sizing.previous_noise(other, [folder]) is None
     assert sizing.detectable(0.03, 6, 0.05) == pytest.approx(0.045, abs=0.003)
     assert sizing.detectable(0.03, 24, 0.05) < sizing.detectable(0.03, 6, 0.05) / 2
-    # What it claims is what studies of normal noise find, at small levels as well, where statsmodels' solver had no solution.
+    # What it claims is what studies of normal noise find, at small levels as well, where
+    # statsmodels' solver had no solution.
     for alpha, blocks, power in ((0.05, 6, 0.8), (0.01, 2, 0.8), (0.001, 4, 0.8), (0.001, 7, 0.9)):
-        shifted = np.random.default_rng(0).normal(sizing.detectable_in_sd(blocks, alpha, power), 1, (100_000, blocks))
+        shifted = np.random.default_rng(0).normal(
+            sizing.detectable_in_sd(blocks, alpha, power), 1, (100_000, blocks)
+        )
         found = stats.ttest_1samp(shifted, 0, axis=1).pvalue < alpha
         assert found.mean() == pytest.approx(power, abs=0.01)
 
 
-# ------------------------------------------------------------------------------------------------- validity
+# -------------------------------------------------------------------------------------------------
+# validity
 
 RULES = {"foreign_gpu_processes": 0, "throttle": ["hw_thermal"], "max_foreign_cpu": 0.8}
 
@@ -203,21 +260,31 @@ RULES = {"foreign_gpu_processes": 0, "throttle": ["hw_thermal"], "max_foreign_cp
     ("seen", "reasons"),
     [
         ({}, []),
-        ({"foreign_gpu_pids": [7, 8]}, ["2 other processes computed on its GPUs (7, 8); allowed: 0"]),
+        (
+            {"foreign_gpu_pids": [7, 8]},
+            ["2 other processes computed on its GPUs (7, 8); allowed: 0"],
+        ),
         ({"throttle_reasons": ["power_cap"]}, []),
         ({"throttle_reasons": ["hw_thermal", "power_cap"]}, ["a GPU was slowed down (hw_thermal)"]),
         ({"summary": {"cpu_foreign": {"mean": 0.5}}}, []),
-        ({"summary": {"cpu_foreign": {"mean": 0.91}}}, ["other processes used 91% of the CPU; allowed: 80%"]),
+        (
+            {"summary": {"cpu_foreign": {"mean": 0.91}}},
+            ["other processes used 91% of the CPU; allowed: 80%"],
+        ),
     ],
 )
-def test_rules_fixed_beforehand_mark_a_launch_invalid(seen: dict[str, Any], reasons: list[str]) -> None:
+def test_rules_fixed_beforehand_mark_a_launch_invalid(
+    seen: dict[str, Any], reasons: list[str]
+) -> None:
     telemetry = {"foreign_gpu_pids": [], "throttle_reasons": [], "summary": {}, **seen}
     assert objections(telemetry, RULES) == reasons
     assert objections(telemetry, None) == [], "plans of an older version had no rules"
 
 
 def test_an_invalid_launch_is_kept_with_its_reason_and_not_run_again(tmp_path: Path) -> None:
-    """Some other process is always running for an instant: a limit of next to nothing makes every launch invalid."""
+    """Some other process is always running for an instant: a limit of next to nothing makes every
+    launch invalid.
+    """
     plan = make_plan(tmp_path / "model", blocks=1, seconds=0.7)
     plan["study"]["validity"] = {**RULES, "max_foreign_cpu": -1.0}
     plan["plan_hash"] = records.plan_hash(plan)
@@ -231,7 +298,9 @@ def test_an_invalid_launch_is_kept_with_its_reason_and_not_run_again(tmp_path: P
     assert records.counted(found) == []
 
 
-def test_the_environment_report_is_written_once_and_named_in_each_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_report_is_written_once_and_named_in_each_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = provenance.collect_env(sys.executable, tmp_path)
     assert name is not None
     assert "PyTorch version" in (tmp_path / name).read_text()
@@ -248,7 +317,10 @@ def test_an_environment_report_that_a_full_disk_cut_short_is_said_and_written_ag
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
-        with pytest.raises(records.RecordError, match=r"environment-.*txt: cannot be written .*Make room on the disk"):
+        with pytest.raises(
+            records.RecordError,
+            match=r"environment-.*txt: cannot be written .*Make room on the disk",
+        ):
             provenance.collect_env(sys.executable, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,4 +1,6 @@
-"""The dispatcher against workers made of a script: no Ray needed, every way of losing a worker, in an order that is known."""
+"""The dispatcher against workers made of a script: no Ray needed, every way of losing a worker, in
+an order that is known.
+"""
 
 from __future__ import annotations
 
@@ -45,16 +47,28 @@ class ScriptedWorkers:
             event: Event = {"event": kind, "reason": "as told"}
             if kind == "end":
                 entry = launches.pop(0)
-                written = {"tokens": {slot: "x"}, "logs": {f"{entry['launch']}.log": "why"}, "environments": {}}
+                written = {
+                    "tokens": {slot: "x"},
+                    "logs": {f"{entry['launch']}.log": "why"},
+                    "environments": {},
+                }
                 event |= {"launch": entry, "record": self.record(entry, job, slot), **written}
             self.events.append((slot, event))
 
     def record(self, entry: dict[str, Any], job: Job, slot: str) -> dict[str, Any]:
         return {
-            "kind": "launch", "schema": 1, "plan_hash": self.plan["plan_hash"], "launch": entry["launch"], "block": entry["block"],
-            "cell": entry["cell"], "attempt": 1 + job["earlier"][entry["launch"]], "boot_id": slot, "status": "ok", "total_s": 1.0,
+            "kind": "launch",
+            "schema": 1,
+            "plan_hash": self.plan["plan_hash"],
+            "launch": entry["launch"],
+            "block": entry["block"],
+            "cell": entry["cell"],
+            "attempt": 1 + job["earlier"][entry["launch"]],
+            "boot_id": slot,
+            "status": "ok",
+            "total_s": 1.0,
             "provenance": {"git": None, "code_digest": job["code_digest"]},
-        }  # fmt: skip
+        }
 
     def poll(self, timeout_s: float) -> list[tuple[str, Event]]:
         return [self.events.pop(0)] if self.events else []
@@ -65,7 +79,9 @@ def plan(tmp_path: Path) -> dict[str, Any]:
     return make_plan(tmp_path / "model", blocks=3)
 
 
-def dispatch(plan: dict[str, Any], out: Path, workers: ScriptedWorkers, **options: Any) -> tuple[bool, list[str]]:
+def dispatch(
+    plan: dict[str, Any], out: Path, workers: ScriptedWorkers, **options: Any
+) -> tuple[bool, list[str]]:
     told: list[str] = []
     listener = lambda event, details: told.append(details["text"]) if event == "message" else None  # noqa: E731
     with Ledger(plan, out, provenance.code_digest(), resume=True, listener=listener) as ledger:
@@ -80,7 +96,9 @@ def places(out: Path) -> dict[int, set[str]]:
     return found
 
 
-def test_a_block_runs_in_one_place_and_again_elsewhere_when_it_is_lost(plan: dict[str, Any], tmp_path: Path) -> None:
+def test_a_block_runs_in_one_place_and_again_elsewhere_when_it_is_lost(
+    plan: dict[str, Any], tmp_path: Path
+) -> None:
     def script(slot: str, block: int) -> list[str] | None:
         return ["end", "end", "lost"] if (slot, block) == ("a", 0) else None
 
@@ -89,42 +107,70 @@ def test_a_block_runs_in_one_place_and_again_elsewhere_when_it_is_lost(plan: dic
     assert done
     assert ("b", 0) in workers.given, "elsewhere"
     assert len(records.counted(records.read(tmp_path / "out"))) == 9
-    assert all(len(slots) == 1 for slots in places(tmp_path / "out").values()), "a pair never straddles machines"
-    superseded = [(r["launch"], r["attempt"]) for r in records.read(tmp_path / "out") if r["kind"] == "superseded"]
+    assert all(len(slots) == 1 for slots in places(tmp_path / "out").values()), (
+        "a pair never straddles machines"
+    )
+    superseded = [
+        (r["launch"], r["attempt"])
+        for r in records.read(tmp_path / "out")
+        if r["kind"] == "superseded"
+    ]
     assert superseded == [("b00-o00-baseline", 1), ("b00-o01-aa", 1)]
-    assert "the worker on machine a was lost in block 0 (as told); the block begins again from its start" in told
+    assert (
+        "the worker on machine a was lost in block 0 (as told); the block begins again from its start"
+        in told
+    )
     assert records.counted(records.read(tmp_path / "out"))[0]["provenance"]["git"] is not None
 
 
-def test_with_one_machine_a_lost_block_begins_again_there_and_not_for_ever(plan: dict[str, Any], tmp_path: Path) -> None:
+def test_with_one_machine_a_lost_block_begins_again_there_and_not_for_ever(
+    plan: dict[str, Any], tmp_path: Path
+) -> None:
     lives = iter([["end", "lost"], ["lost"], None, None, None])
-    assert dispatch(plan, tmp_path / "out", ScriptedWorkers(plan, ["a"], lambda slot, block: next(lives)))[0]
+    assert dispatch(
+        plan, tmp_path / "out", ScriptedWorkers(plan, ["a"], lambda slot, block: next(lives))
+    )[0]
     assert len(records.counted(records.read(tmp_path / "out"))) == 9
     workers = ScriptedWorkers(plan, ["a"], lambda slot, block: ["end", "lost"])
-    with pytest.raises(WorkerError, match=r"block . lost its worker 3 times.*the same command goes on"):
+    with pytest.raises(
+        WorkerError, match=r"block . lost its worker 3 times.*the same command goes on"
+    ):
         dispatch(plan, tmp_path / "other", workers)
     assert records.counted(records.read(tmp_path / "other")) == []
-    assert dispatch(plan, tmp_path / "other", ScriptedWorkers(plan, ["a"], lambda slot, block: None))[0]
+    assert dispatch(
+        plan, tmp_path / "other", ScriptedWorkers(plan, ["a"], lambda slot, block: None)
+    )[0]
     again = records.counted(records.read(tmp_path / "other"))
     assert len(again) == 9
-    assert all(r["attempt"] > 1 for r in again if r["launch"] == "b00-o00-baseline"), "attempts go on where they were"
+    assert all(r["attempt"] > 1 for r in again if r["launch"] == "b00-o00-baseline"), (
+        "attempts go on where they were"
+    )
 
 
-def test_a_machine_that_cannot_run_the_plan_is_left_aside(plan: dict[str, Any], tmp_path: Path) -> None:
-    workers = ScriptedWorkers(plan, ["a", "b"], lambda slot, block: ["refused"] if slot == "a" else None)
+def test_a_machine_that_cannot_run_the_plan_is_left_aside(
+    plan: dict[str, Any], tmp_path: Path
+) -> None:
+    workers = ScriptedWorkers(
+        plan, ["a", "b"], lambda slot, block: ["refused"] if slot == "a" else None
+    )
     done, told = dispatch(plan, tmp_path / "out", workers)
     assert done
     assert [slot for slot, _ in workers.given].count("a") == 1
     assert any("machine a cannot go on with block 0: as told" in text for text in told)
     with pytest.raises(WorkerError, match="no worker can run block 0: machine a: as told"):
-        dispatch(plan, tmp_path / "other", ScriptedWorkers(plan, ["a"], lambda slot, block: ["refused"]))
+        dispatch(
+            plan, tmp_path / "other", ScriptedWorkers(plan, ["a"], lambda slot, block: ["refused"])
+        )
     with pytest.raises(WorkerError, match=r"no machine with what it needs \(a CPU\) was there"):
         dispatch(plan, tmp_path / "nobody", ScriptedWorkers(plan, [], lambda slot, block: None))
 
 
-def test_no_block_begins_that_would_not_end_before_the_deadline(plan: dict[str, Any], tmp_path: Path) -> None:
+def test_no_block_begins_that_would_not_end_before_the_deadline(
+    plan: dict[str, Any], tmp_path: Path
+) -> None:
     workers = ScriptedWorkers(plan, ["a"], lambda slot, block: None)
-    done, told = dispatch(plan, tmp_path / "out", workers, deadline=time.monotonic() + 2)  # 0.9 s planned, 3 s once one has run
+    # 0.9 s planned, 3 s once one has run
+    done, told = dispatch(plan, tmp_path / "out", workers, deadline=time.monotonic() + 2)
     assert not done
     assert workers.given == [("a", 0)]
     assert "stopped: no further block would end before the deadline" in told
@@ -132,11 +178,15 @@ def test_no_block_begins_that_would_not_end_before_the_deadline(plan: dict[str, 
     assert len(records.counted(records.read(tmp_path / "out"))) == 9
 
 
-def test_what_another_executor_left_half_done_begins_again(plan: dict[str, Any], tmp_path: Path) -> None:
+def test_what_another_executor_left_half_done_begins_again(
+    plan: dict[str, Any], tmp_path: Path
+) -> None:
     with Runner(plan, tmp_path / "out", resume=False) as runner:
         for entry in runner.pending()[:4]:
             runner.run_launch(entry)
-    assert dispatch(plan, tmp_path / "out", ScriptedWorkers(plan, ["a"], lambda slot, block: None))[0]
+    assert dispatch(plan, tmp_path / "out", ScriptedWorkers(plan, ["a"], lambda slot, block: None))[
+        0
+    ]
     assert places(tmp_path / "out") == {0: {provenance.boot_id()}, 1: {"a"}, 2: {"a"}}
 
 
@@ -153,16 +203,27 @@ def test_the_environment_report_comes_home_with_the_records(
     monkeypatch.setattr(provenance, "collect_env", report)
     monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path))
     workers = ScriptedWorkers(plan, ["a"], lambda slot, block: None)
-    context = {"pythons": {}, "boot_id": "a", "threads": os.environ.get("OMP_NUM_THREADS"), "cache": str(tmp_path)}
-    workers.start = lambda slot, job: workers.events.extend((slot, event) for event in run_block(job, context))  # type: ignore[method-assign]
+    context = {
+        "pythons": {},
+        "boot_id": "a",
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "cache": str(tmp_path),
+    }
+    workers.start = lambda slot, job: workers.events.extend(
+        (slot, event) for event in run_block(job, context)
+    )  # type: ignore[method-assign]
     assert dispatch(plan, tmp_path / "out", workers, blocks=[0])[0]
-    assert {r["provenance"]["collect_env"] for r in records.counted(records.read(tmp_path / "out"))} == {"environment-0123.txt"}
+    assert {
+        r["provenance"]["collect_env"] for r in records.counted(records.read(tmp_path / "out"))
+    } == {"environment-0123.txt"}
     assert (tmp_path / "out" / "environment-0123.txt").read_text() == "PyTorch version: as told\n"
 
 
 def test_a_log_that_cannot_be_written_is_said(plan: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "out" / records.LOGS / "b00-o00-baseline.log").mkdir(parents=True)
-    with pytest.raises(records.RecordError, match=r"b00-o00-baseline.log: cannot be written .*same command again"):
+    with pytest.raises(
+        records.RecordError, match=r"b00-o00-baseline.log: cannot be written .*same command again"
+    ):
         dispatch(plan, tmp_path / "out", ScriptedWorkers(plan, ["a"], lambda slot, block: None))
 
 
@@ -171,12 +232,20 @@ def test_without_ray_everything_else_works_and_the_error_says_what_to_install(
 ) -> None:
     load = "import sys, experiments.__main__; sys.exit('ray' in sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", load], env=without(tmp_path / "hook", "ray"), capture_output=True, text=True, check=False
+        [sys.executable, "-c", load],
+        env=without(tmp_path / "hook", "ray"),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(WorkerError, match=r"needs the package ray: pip install -c constraints.txt -e '.\[ray\]'"):
-        EXECUTORS["ray"](plan, tmp_path / "out", Options(executor="ray"), lambda event, details: None)
+    with pytest.raises(
+        WorkerError, match=r"needs the package ray: pip install -c constraints.txt -e '.\[ray\]'"
+    ):
+        EXECUTORS["ray"](
+            plan, tmp_path / "out", Options(executor="ray"), lambda event, details: None
+        )
 
 
 @pytest.mark.parametrize(
@@ -186,7 +255,9 @@ def test_without_ray_everything_else_works_and_the_error_says_what_to_install(
         ("local", "auto", "--ray-address auto: add --executor ray"),
     ],
 )
-def test_wrong_options_are_said(executor: str, address: str | None, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options_are_said(
+    executor: str, address: str | None, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(typer.Exit):
         cli.make_options(None, None, executor, address)
     assert message in capsys.readouterr().err

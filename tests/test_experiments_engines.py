@@ -1,4 +1,6 @@
-"""The adapters of nanovllm and HF transformers serve the same requests, each as its engine does, and say what they did."""
+"""The adapters of nanovllm and HF transformers serve the same requests, each as its engine does,
+and say what they did.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,10 @@ from nanovllm.models.checkpoint import ensure_checkpoint
 
 SHARED = {"dtype": "float32", "device": "cpu", "max_num_seqs": 4, "seed": 0}
 REQUESTS = workloads.build(
-    "w", "random", {"num_requests": 10, "prompt_tokens": [3, 20], "output_tokens": [2, 12], "temperature": 0}
-)["waves"][0]  # fmt: skip
+    "w",
+    "random",
+    {"num_requests": 10, "prompt_tokens": [3, 20], "output_tokens": [2, 12], "temperature": 0},
+)["waves"][0]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,11 @@ def model() -> Path:
 def hf(model: Path) -> Any:
     adapter = load_adapter("hf")(str(model), dict(SHARED))
     resolved = adapter.load()
-    assert (resolved["attn_implementation"], resolved["batching"], resolved["max_num_seqs"]) == ("sdpa", "static", 4)
+    assert (resolved["attn_implementation"], resolved["batching"], resolved["max_num_seqs"]) == (
+        "sdpa",
+        "static",
+        4,
+    )
     return adapter
 
 
@@ -49,7 +57,8 @@ def test_replicas_serve_like_one_engine(model: Path) -> None:
     adapter = nanovllm(model, data_parallel_size=2)
     try:
         served = adapter.serve(REQUESTS)
-        assert (served["step_times_s"], served["device_wait_s"]) == ([], None)  # each replica has its own
+        # each replica has its own
+        assert (served["step_times_s"], served["device_wait_s"]) == ([], None)
         one = nanovllm(model)
         assert served["outputs"] == one.serve(REQUESTS)["outputs"]
         one.close()
@@ -58,7 +67,9 @@ def test_replicas_serve_like_one_engine(model: Path) -> None:
 
 
 def check_served(served: dict[str, Any], requests: list[dict[str, Any]]) -> None:
-    assert [len(output) for output in served["outputs"]] == [request["max_tokens"] for request in requests]
+    assert [len(output) for output in served["outputs"]] == [
+        request["max_tokens"] for request in requests
+    ]
     assert set(served["finish_reasons"]) == {"length"}
     for arrival, first, finish in served["request_times_s"]:
         assert 0 <= arrival <= first <= finish <= served["duration_s"]
@@ -73,13 +84,16 @@ def test_both_engines_serve_the_same_work(model: Path, hf: Any) -> None:
     ours.close()
     check_served(first, REQUESTS)
     check_served(second, REQUESTS)
-    assert first["outputs"] == second["outputs"]  # greedy, float32, short: no near-tie among these tokens
+    # greedy, float32, short: no near-tie among these tokens
+    assert first["outputs"] == second["outputs"]
 
 
 def test_hf_batches_are_static(hf: Any) -> None:
     served = hf.serve(REQUESTS)
     finished = [finish for *_, finish in served["request_times_s"]]
-    assert [len(set(finished[i : i + 4])) for i in (0, 4, 8)] == [1, 1, 1], "a batch is handed over as a whole"
+    assert [len(set(finished[i : i + 4])) for i in (0, 4, 8)] == [1, 1, 1], (
+        "a batch is handed over as a whole"
+    )
     assert finished[0] < finished[4] < finished[8]
     longest = sum(max(r["max_tokens"] for r in REQUESTS[i : i + 4]) for i in (0, 4, 8))
     assert len(served["step_times_s"]) == longest, "it runs until its longest member has ended"
@@ -89,7 +103,10 @@ def test_hf_samples_from_its_seed(hf: Any) -> None:
     sampled = [{**request, "temperature": 1.0} for request in REQUESTS]
     first = hf.serve(sampled)["outputs"]
     assert first == hf.serve(sampled)["outputs"]
-    assert first != hf.serve([{**request, "seed": request["seed"] + 1} for request in sampled])["outputs"]
+    assert (
+        first
+        != hf.serve([{**request, "seed": request["seed"] + 1} for request in sampled])["outputs"]
+    )
     with pytest.raises(ValueError, match="one batch cannot mix sampling parameters"):
         hf.serve([*sampled[:1], *REQUESTS[1:2]])
 
@@ -102,7 +119,9 @@ def test_hf_stops_at_an_eos_that_is_not_ignored(hf: Any, monkeypatch: pytest.Mon
     eos = before[0][1]
     expected = [output[: output.index(eos) + 1] if eos in output else output for output in before]
     assert served["outputs"] == expected
-    assert served["finish_reasons"] == ["stop" if output[-1] == eos else "length" for output in expected]
+    assert served["finish_reasons"] == [
+        "stop" if output[-1] == eos else "length" for output in expected
+    ]
 
 
 def test_nanovllm_counts_from_its_start_and_forgets_prefixes(model: Path) -> None:
@@ -117,12 +136,19 @@ def test_nanovllm_counts_from_its_start_and_forgets_prefixes(model: Path) -> Non
     adapter.serve(REQUESTS)
     assert adapter.toggles()["prefix_cache"]["opportunity"] - cached == hits
     assert adapter.toggles()["batching"]["engaged"] > 0
-    assert adapter.toggles()["overlap"] == {"level": False, "baseline": False, "engaged": 0, "opportunity": None}
+    assert adapter.toggles()["overlap"] == {
+        "level": False,
+        "baseline": False,
+        "engaged": 0,
+        "opportunity": None,
+    }
     adapter.close()
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
-def test_the_wait_for_the_device_is_told_apart(monkeypatch: pytest.MonkeyPatch, on_gpu: bool) -> None:
+def test_the_wait_for_the_device_is_told_apart(
+    monkeypatch: pytest.MonkeyPatch, on_gpu: bool
+) -> None:
     """Two steps whose tokens arrive 30 ms late, as on a GPU; and steps without an event."""
     import time
     from types import SimpleNamespace
@@ -134,11 +160,18 @@ def test_the_wait_for_the_device_is_told_apart(monkeypatch: pytest.MonkeyPatch, 
     runner = SimpleNamespace(collect=lambda handle: handle.tokens)
 
     def generate(*_: object, **__: object) -> list[object]:
-        assert [runner.collect(SimpleNamespace(arrived=arrived, tokens=i)) for i in range(2)] == [0, 1]
+        assert [runner.collect(SimpleNamespace(arrived=arrived, tokens=i)) for i in range(2)] == [
+            0,
+            1,
+        ]
         return []
 
-    engine = SimpleNamespace(runner=runner, generate=generate, step_times=list,
-                             resolved_config=lambda: {"optimizations": {"attention_backend": "torch"}})  # fmt: skip
+    engine = SimpleNamespace(
+        runner=runner,
+        generate=generate,
+        step_times=list,
+        resolved_config=lambda: {"optimizations": {"attention_backend": "torch"}},
+    )
     monkeypatch.setattr(llm_engine, "LLM", lambda **_: engine)
     adapter = Adapter("model", {})
     adapter.load()

@@ -1,4 +1,6 @@
-"""The plan runner: a fresh process a launch, and nothing lost or counted twice whatever happens to it."""
+"""The plan runner: a fresh process a launch, and nothing lost or counted twice whatever happens to
+it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,16 @@ from tests.fake_engine import ENVIRONMENT, LABORATORY, make_plan, without
 
 
 def command(plan: Path, out: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "experiments.launch", "--plan", str(plan), "--out", str(out), *options]
+    return [
+        sys.executable,
+        "-m",
+        "experiments.launch",
+        "--plan",
+        str(plan),
+        "--out",
+        str(out),
+        *options,
+    ]
 
 
 @pytest.fixture
@@ -49,13 +60,20 @@ def test_every_launch_is_recorded_as_the_contract_says(plan_file: Path, tmp_path
     assert list(record["workloads"]) == ["a", "b"]
     for name, work in record["workloads"].items():
         planned = plan["workloads"][name]
-        assert {key: work[key] for key in ("fingerprint", "num_requests", "prompt_tokens", "output_tokens")} == {
-            key: planned[key] for key in ("fingerprint", "num_requests", "prompt_tokens", "output_tokens")
+        assert {
+            key: work[key]
+            for key in ("fingerprint", "num_requests", "prompt_tokens", "output_tokens")
+        } == {
+            key: planned[key]
+            for key in ("fingerprint", "num_requests", "prompt_tokens", "output_tokens")
         }
         assert len(work["request_times_s"]) == planned["num_requests"]
         assert max(finish for *_, finish in work["request_times_s"]) <= work["duration_s"] + 1e-5
         assert work["counters"] == {"steps": planned["num_requests"]}
-    digests = {json.loads(line)["digest"] for line in (tmp_path / "out" / records.TOKENS).read_text().splitlines()}
+    digests = {
+        json.loads(line)["digest"]
+        for line in (tmp_path / "out" / records.TOKENS).read_text().splitlines()
+    }
     assert digests == {work["tokens_digest"] for r in found for work in r["workloads"].values()}
     on = by_launch(tmp_path / "out")["b00-o02-prefix_cache=on"]["toggles"]["prefix_cache"]
     assert (on["level"], on["engaged"]) == ("on", 8)
@@ -66,15 +84,29 @@ def test_every_launch_is_recorded_as_the_contract_says(plan_file: Path, tmp_path
 
 
 def test_bad_launches_are_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
-    plan = make_plan(tmp_path / "model", blocks=1, timeout_s=2, crash="crash", hang="hang", wrong="wrong_work",
-                     dead="dead_toggle", stuck="stuck_toggle")  # fmt: skip
+    plan = make_plan(
+        tmp_path / "model",
+        blocks=1,
+        timeout_s=2,
+        crash="crash",
+        hang="hang",
+        wrong="wrong_work",
+        dead="dead_toggle",
+        stuck="stuck_toggle",
+    )
     with Runner(plan, tmp_path / "out", resume=False) as runner:
         assert runner.run()
     found = {r["cell"]: r for r in records.read(tmp_path / "out")}
     assert {cell: r["status"] for cell, r in found.items()} == {
-        "baseline": "ok", "aa": "ok", "prefix_cache=on": "ok", "crash": "failed", "hang": "failed", "wrong": "invalid",
-        "dead": "invalid", "stuck": "invalid",
-    }  # fmt: skip
+        "baseline": "ok",
+        "aa": "ok",
+        "prefix_cache=on": "ok",
+        "crash": "failed",
+        "hang": "failed",
+        "wrong": "invalid",
+        "dead": "invalid",
+        "stuck": "invalid",
+    }
     assert "exit status 1" in found["crash"]["reason"]
     assert "RuntimeError: the fake engine crashes as told" in found["crash"]["reason"]
     assert "no result after 2 s" in found["hang"]["reason"]
@@ -100,7 +132,9 @@ child.main({}, "", "", time.time(), Path(sys.argv[sys.argv.index("--result") + 1
 def test_a_result_cut_in_the_middle_is_removed(tmp_path: Path) -> None:
     """By the runner, or by the next one where that died as well."""
     dies = [sys.executable, "-c", DIES_WRITING]
-    assert launch.run_child(dies, tmp_path / "b00.a1", 30, {})["record"]["reason"].startswith("exit status 9")
+    assert launch.run_child(dies, tmp_path / "b00.a1", 30, {})["record"]["reason"].startswith(
+        "exit status 9"
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["b00.a1.log"]
     logs = tmp_path / "out" / records.LOGS
     logs.mkdir(parents=True)
@@ -118,10 +152,15 @@ def test_another_workload_is_not_served(tmp_path: Path) -> None:
     plan["plan_hash"] = records.plan_hash(plan)
     with Runner(plan, tmp_path / "out", resume=False) as runner:
         runner.run()
-    assert all(r["status"] == "failed" and "make it again" in r["reason"] for r in records.read(tmp_path / "out"))
+    assert all(
+        r["status"] == "failed" and "make it again" in r["reason"]
+        for r in records.read(tmp_path / "out")
+    )
 
 
-def test_a_folder_of_other_records_is_refused(plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_other_records_is_refused(
+    plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     arguments = ["--plan", str(plan_file), "--out", str(out), "--blocks", "0"]
     assert launch.main(arguments) == 0
@@ -136,14 +175,27 @@ def test_a_folder_of_other_records_is_refused(plan_file: Path, tmp_path: Path, c
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--blocks", "0,x"], "argument --blocks: 'x' is no block; write their numbers, separated by commas, e.g. 0,1"),
+        (
+            ["--blocks", "0,x"],
+            "argument --blocks: 'x' is no block; write their numbers, separated by commas, e.g. 0,1",
+        ),
         (["--blocks", "1,99"], "plan.json has no block 99; allowed: 0, 1"),
-        (["--python", "vllm"], "argument --python: 'vllm': write ENGINE=PATH, e.g. vllm=.venv-vllm/bin/python"),
-        (["--model", "/nonexistent"], "model /nonexistent: no folder with a config.json; give the folder of a checkpoint"),
+        (
+            ["--python", "vllm"],
+            "argument --python: 'vllm': write ENGINE=PATH, e.g. vllm=.venv-vllm/bin/python",
+        ),
+        (
+            ["--model", "/nonexistent"],
+            "model /nonexistent: no folder with a config.json; give the folder of a checkpoint",
+        ),
     ],
 )
 def test_wrong_options_are_said(
-    plan_file: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    plan_file: Path,
+    tmp_path: Path,
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     try:
         status = launch.main(["--plan", str(plan_file), "--out", str(tmp_path / "out"), *options])
@@ -162,32 +214,46 @@ def test_a_folder_of_logs_that_cannot_be_made_is_said(
     assert f"{tmp_path / records.LOGS}: cannot be written" in capsys.readouterr().err
 
 
-def test_records_of_other_code_are_not_mixed(plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_of_other_code_are_not_mixed(
+    plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = records.read_plan(plan_file)
     with Runner(plan, tmp_path / "out", resume=False) as runner:
         runner.run([0])
         monkeypatch.setattr(provenance, "code_digest", lambda: "other")
-        with pytest.raises(records.RecordError, match="code has changed since this run began: b01-o00-baseline would measure"):
+        with pytest.raises(
+            records.RecordError,
+            match="code has changed since this run began: b01-o00-baseline would measure",
+        ):
             runner.run()
     with pytest.raises(records.RecordError, match="made by other code"):
         Runner(plan, tmp_path / "out", resume=True)
 
 
-def test_the_deadline_stops_before_a_launch_and_resume_goes_on(plan_file: Path, tmp_path: Path) -> None:
+def test_the_deadline_stops_before_a_launch_and_resume_goes_on(
+    plan_file: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    assert launch.main(["--plan", str(plan_file), "--out", str(out), "--deadline-s", "0.01"]) == launch.DEADLINE_STATUS
+    assert (
+        launch.main(["--plan", str(plan_file), "--out", str(out), "--deadline-s", "0.01"])
+        == launch.DEADLINE_STATUS
+    )
     assert by_launch(out) == {}
     assert launch.main(["--plan", str(plan_file), "--out", str(out), "--resume"]) == 0
     assert len(by_launch(out)) == 6
 
 
-def test_on_another_boot_an_unfinished_block_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_another_boot_an_unfinished_block_begins_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = make_plan(tmp_path / "model", blocks=2)
     with Runner(plan, tmp_path / "out", resume=False) as runner:
         for entry in runner.pending()[:4]:  # block 0 and one launch of block 1
             runner.run_launch(entry)
     with Runner(plan, tmp_path / "out", resume=True) as runner:
-        assert [e["order"] for e in runner.pending()] == [1, 2], "the same boot goes on at the first unfinished launch"
+        assert [e["order"] for e in runner.pending()] == [1, 2], (
+            "the same boot goes on at the first unfinished launch"
+        )
     monkeypatch.setattr(provenance, "boot_id", lambda: "another boot")
     with Runner(plan, tmp_path / "out", resume=True) as runner:
         assert [(e["block"], e["order"]) for e in runner.pending()] == [(1, 0), (1, 1), (1, 2)]
@@ -205,20 +271,28 @@ KILLS = 20
 
 
 @pytest.mark.timeout(180)
-def test_killed_twenty_times_at_random_moments_it_ends_with_the_same_launches(tmp_path: Path) -> None:
-    """By turns, in random order, the runner's whole process group is killed and only the child that serves a launch."""
+def test_killed_twenty_times_at_random_moments_it_ends_with_the_same_launches(
+    tmp_path: Path,
+) -> None:
+    """By turns, in random order, the runner's whole process group is killed and only the child that
+    serves a launch.
+    """
     plan = make_plan(tmp_path / "model", blocks=12, seconds=0.01)
     records.write_plan(plan, tmp_path / "plan.json")
     begin = time.monotonic()
     with Runner(plan, tmp_path / "undisturbed", resume=False) as undisturbed:
         undisturbed.run()
-    launch_s = (time.monotonic() - begin) / len(plan["launches"])  # a machine that is busy is slow in all of this
+    # a machine that is busy is slow in all of this
+    launch_s = (time.monotonic() - begin) / len(plan["launches"])
     out, rng = tmp_path / "out", random.Random(0)
     total, kills, only_child = len(plan["launches"]), 0, 0
     resume = command(tmp_path / "plan.json", out, "--resume")
     while kills < KILLS:
-        runner = subprocess.Popen(resume, env=ENVIRONMENT, stdout=subprocess.DEVNULL, start_new_session=True)
-        # A study that is ahead of the kills is killed early, so that it is not over before the last one.
+        runner = subprocess.Popen(
+            resume, env=ENVIRONMENT, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        # A study that is ahead of the kills is killed early, so that it is not over before the last
+        # one.
         ahead = finished(out) > total * (kills + 1) / (KILLS + 2)
         time.sleep(rng.uniform(0.1, 0.8) * launch_s if ahead else rng.uniform(0.3, 2.7) * launch_s)
         child = child_of(runner.pid)
@@ -241,17 +315,30 @@ def test_killed_twenty_times_at_random_moments_it_ends_with_the_same_launches(tm
     found, wanted = records.read(out), records.read(tmp_path / "undisturbed")
     assert what_was_done(found) == what_was_done(wanted)
     assert len(records.counted(found)) == total
-    assert len({(r["launch"], r["attempt"]) for r in found if r["kind"] == "launch"}) == sum(r["kind"] == "launch" for r in found)
+    assert len({(r["launch"], r["attempt"]) for r in found if r["kind"] == "launch"}) == sum(
+        r["kind"] == "launch" for r in found
+    )
     assert not [name for name in os.listdir(out / records.LOGS) if ".result" in name]
 
 
 def what_was_done(found: list[dict[str, Any]]) -> list[Any]:
     """Everything of the counted records that does not depend on the clock."""
     return sorted(
-        (r["launch"], r["block"], r["order"], r["cell"], r["seed"], r["requested"], r["resolved"],
-         {name: (w["fingerprint"], w["tokens_digest"], w["counters"]) for name, w in r["workloads"].items()})
+        (
+            r["launch"],
+            r["block"],
+            r["order"],
+            r["cell"],
+            r["seed"],
+            r["requested"],
+            r["resolved"],
+            {
+                name: (w["fingerprint"], w["tokens_digest"], w["counters"])
+                for name, w in r["workloads"].items()
+            },
+        )
         for r in records.counted(found)
-    )  # fmt: skip
+    )
 
 
 def finished(out: Path) -> int:
@@ -288,24 +375,46 @@ def test_a_stopped_runner_leaves_no_process_behind(tmp_path: Path, how: signal.S
 
 
 def test_the_runner_needs_the_standard_library_only(plan_file: Path, tmp_path: Path) -> None:
-    """On a bare GPU host there is no pydantic, MLflow, YAML, typer, rich, numpy or ray; runner and child run without them."""
-    environment = without(tmp_path / "hook", *LABORATORY, "numpy", "psutil", "pynvml", "torch", "transformers")
-    probe = subprocess.run([sys.executable, "-c", "import yaml"], env=environment, capture_output=True, text=True, check=False)
+    """On a bare GPU host there is no pydantic, MLflow, YAML, typer, rich, numpy or ray; runner and
+    child run without them.
+    """
+    environment = without(
+        tmp_path / "hook", *LABORATORY, "numpy", "psutil", "pynvml", "torch", "transformers"
+    )
+    probe = subprocess.run(
+        [sys.executable, "-c", "import yaml"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert "yaml is blocked" in probe.stderr, "the blocker itself must work"
-    done = subprocess.run(command(plan_file, tmp_path / "out"), env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command(plan_file, tmp_path / "out"),
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert {r["status"] for r in records.read(tmp_path / "out")} == {"ok"}
 
 
 def test_two_studies_do_not_measure_on_one_machine_at_once(
-    plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    plan_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plan = records.read_plan(plan_file)
     with Runner(plan, tmp_path / "first", resume=False):
         other = ["--plan", str(plan_file), "--out", str(tmp_path / "second"), "--blocks", "0"]
         assert launch.main(other) == 1
         said = capsys.readouterr().err
-        assert f"another study is being measured on this machine (process {os.getpid()}, records in {tmp_path / 'first'})" in said
+        assert (
+            f"another study is being measured on this machine (process {os.getpid()}, records in {tmp_path / 'first'})"
+            in said
+        )
         assert "Wait for it, or stop it" in said
         same = ["--plan", str(plan_file), "--out", str(tmp_path / "first"), "--resume"]
         assert launch.main(same) == 1
@@ -315,9 +424,15 @@ def test_two_studies_do_not_measure_on_one_machine_at_once(
     gpu = {**plan, "profile": {**plan["profile"], "device": "cuda"}}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     with machine_lock.held(gpu, tmp_path):
-        with pytest.raises(records.RecordError, match="measured on GPU 3 of this machine"), machine_lock.held(gpu, tmp_path):
+        with (
+            pytest.raises(records.RecordError, match="measured on GPU 3 of this machine"),
+            machine_lock.held(gpu, tmp_path),
+        ):
             pass
-        with pytest.raises(records.RecordError, match="measured on this machine"), machine_lock.held(plan, tmp_path):
+        with (
+            pytest.raises(records.RecordError, match="measured on this machine"),
+            machine_lock.held(plan, tmp_path),
+        ):
             pass
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
         with machine_lock.held(gpu, tmp_path):
@@ -327,16 +442,30 @@ def test_two_studies_do_not_measure_on_one_machine_at_once(
 def test_a_plan_locks_all_gpus_of_its_widest_cell(monkeypatch: pytest.MonkeyPatch) -> None:
     def used(*configs: dict[str, Any]) -> list[str]:
         cells = {str(index): {"config": config} for index, config in enumerate(configs)}
-        return machine_lock.gpus({"profile": {"device": "cuda"}, "study": {"measurement": {"environment": {}}}, "cells": cells})
+        return machine_lock.gpus(
+            {
+                "profile": {"device": "cuda"},
+                "study": {"measurement": {"environment": {}}},
+                "cells": cells,
+            }
+        )
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    ours, vllm = {"optimizations": {"data_parallel_size": 2, "tensor_parallel_size": 2}}, {"tensor_parallel_size": 2}
+    ours, vllm = (
+        {"optimizations": {"data_parallel_size": 2, "tensor_parallel_size": 2}},
+        {"tensor_parallel_size": 2},
+    )
     assert used({}, vllm) == ["0", "1"]
     assert used({}, vllm, ours) == ["0", "1", "2", "3"]
-    assert len(used(ours, {"optimizations": {"data_parallel_size": 8, "tensor_parallel_size": None}})) == 8
+    assert (
+        len(used(ours, {"optimizations": {"data_parallel_size": 8, "tensor_parallel_size": None}}))
+        == 8
+    )
 
 
-def test_another_gpu_of_the_same_boot_is_another_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_gpu_of_the_same_boot_is_another_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = make_plan(tmp_path / "model", blocks=1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with Runner(plan, tmp_path / "out", resume=False) as runner:
@@ -351,16 +480,27 @@ def test_another_gpu_of_the_same_boot_is_another_place(tmp_path: Path, monkeypat
 def test_an_interpreter_that_is_not_there_is_said_at_once(
     plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--plan", str(plan_file), "--out", str(tmp_path / "out"), "--python", "vllm=/nowhere/python"]
+    options = [
+        "--plan",
+        str(plan_file),
+        "--out",
+        str(tmp_path / "out"),
+        "--python",
+        "vllm=/nowhere/python",
+    ]
     assert launch.main(options) == 1
     assert "--python vllm=/nowhere/python: no such program" in capsys.readouterr().err
 
 
 def test_an_unknown_engine_or_setting_is_an_error() -> None:
-    with pytest.raises(ValueError, match="engine 'vlm' has no adapter; allowed: nanovllm, hf, vllm,"):
+    with pytest.raises(
+        ValueError, match="engine 'vlm' has no adapter; allowed: nanovllm, hf, vllm,"
+    ):
         load_adapter("vlm")
     for engine in ("nanovllm", "hf", "vllm"):
-        with pytest.raises(ValueError, match=f"{engine}: unknown config key max_num_seq; allowed: .*max_num_seqs"):
+        with pytest.raises(
+            ValueError, match=f"{engine}: unknown config key max_num_seq; allowed: .*max_num_seqs"
+        ):
             load_adapter(engine)("model", {"max_num_seq": 3})
 
 

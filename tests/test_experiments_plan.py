@@ -19,16 +19,27 @@ from experiments.yaml_files import SpecError
 from nanovllm.config import LEVELS
 
 SHAPE = {
-    "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
-    "intermediate_size": 768, "vocab_size": 2048, "tie_word_embeddings": True, "max_position_embeddings": 4096,
-}  # fmt: skip
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "intermediate_size": 768,
+    "vocab_size": 2048,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 4096,
+}
 
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelChoice:
     """A checkpoint without weights, and a machine with known speeds."""
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
-    monkeypatch.setattr(model_files, "inspect", lambda preset, path, **_: {"path": str(tmp_path), "digest": "d" * 64})
+    monkeypatch.setattr(
+        model_files,
+        "inspect",
+        lambda preset, path, **_: {"path": str(tmp_path), "digest": "d" * 64},
+    )
     speeds = {"bandwidth_bytes_per_s": 1e10, "peak_flops": {"float32": 1e11, "bfloat16": 1e11}}
     monkeypatch.setattr(machine, "measure", lambda: speeds)
     return ModelChoice(preset="tiny", dtype="float32")
@@ -39,7 +50,9 @@ def cpu() -> Profile:
     return load_profile("cpu").model_copy(update={"cpu_cores": 2, "memory_bytes": 2**34})
 
 
-def plan_of(cpu: Profile, model: ModelChoice, *overrides: str, study: str = "embedded") -> dict[str, Any]:
+def plan_of(
+    cpu: Profile, model: ModelChoice, *overrides: str, study: str = "embedded"
+) -> dict[str, Any]:
     loaded, applied = load_study(study, overrides)
     return build_plan(loaded, cpu, model, applied)
 
@@ -65,7 +78,9 @@ def test_a_plan_is_written_and_read_whole(cpu: Profile, model: ModelChoice, tmp_
         records.read_plan(path)
 
 
-def test_every_block_holds_every_cell_once_in_its_own_order(cpu: Profile, model: ModelChoice) -> None:
+def test_every_block_holds_every_cell_once_in_its_own_order(
+    cpu: Profile, model: ModelChoice
+) -> None:
     plan = plan_of(cpu, model)
     blocks: dict[int, list[str]] = {}
     for entry in plan["launches"]:
@@ -86,18 +101,36 @@ def test_cells_set_every_switch_explicitly(cpu: Profile, model: ModelChoice) -> 
     baseline = {name: levels[0] for name, levels in LEVELS.items()}
     for name, cell in plan["cells"].items():
         if cell["engine"] == "nanovllm":
-            changed = {factor: level for factor, level in cell["levels"].items() if level != level_name(baseline[factor])}
+            changed = {
+                factor: level
+                for factor, level in cell["levels"].items()
+                if level != level_name(baseline[factor])
+            }
             assert {f: level_name(v) for f, v in cell["config"]["optimizations"].items()} == {
-                **{f: level_name(v) for f, v in baseline.items()}, **changed
-            }  # fmt: skip
-            assert cell["role"] in ("baseline", "aa", "all") or name == "{}={}".format(*next(iter(changed.items())))
-    assert plan["cells"]["hf"]["config"] == {"max_num_seqs": 96, "dtype": "float32", "device": "cpu"}
+                **{f: level_name(v) for f, v in baseline.items()},
+                **changed,
+            }
+            assert cell["role"] in ("baseline", "aa", "all") or name == "{}={}".format(
+                *next(iter(changed.items()))
+            )
+    assert plan["cells"]["hf"]["config"] == {
+        "max_num_seqs": 96,
+        "dtype": "float32",
+        "device": "cpu",
+    }
 
 
 def test_what_cannot_run_is_listed_with_the_reason(cpu: Profile, model: ModelChoice) -> None:
     one_core = cpu.model_copy(update={"cpu_cores": 1})
-    plan = plan_of(one_core, model, "factors.cuda_graphs={levels: [on]}", "cells.graphs={role: all, levels: {cuda_graphs: on}}")
-    reasons = {(entry["factor"], entry["level"]): entry["reason"] for entry in plan["not_applicable"]}
+    plan = plan_of(
+        one_core,
+        model,
+        "factors.cuda_graphs={levels: [on]}",
+        "cells.graphs={role: all, levels: {cuda_graphs: on}}",
+    )
+    reasons = {
+        (entry["factor"], entry["level"]): entry["reason"] for entry in plan["not_applicable"]
+    }
     assert "needs 2 CPU cores" in reasons["tensor_parallel_size", 2]
     assert "cuda_graphs" in reasons["cuda_graphs", "on"]
     assert reasons["graphs", "cuda_graphs=on"] == reasons["cuda_graphs", "on"]
@@ -122,12 +155,19 @@ def test_the_reference_of_leave_one_out_is_everything_on(cpu: Profile, model: Mo
     assert plan["cells"]["all"]["role"] == "baseline"
     assert plan["cells"]["all"]["config"] == plan["cells"]["aa"]["config"]
     assert plan["cells"]["all"]["config"]["optimizations"]["batching"] == "chunked"
-    assert plan["cells"]["all-but-batching"]["levels"] == {"prefix_cache": "on", "batching": "static"}
+    assert plan["cells"]["all-but-batching"]["levels"] == {
+        "prefix_cache": "on",
+        "batching": "static",
+    }
 
 
 def test_fixed_levels_are_in_every_cell_of_the_engine(cpu: Profile, model: ModelChoice) -> None:
     plan = plan_of(
-        cpu, model, "factors={prefix_cache: {levels: on}}", "fixed={batching: chunked}", "cells.all.levels={prefix_cache: on}"
+        cpu,
+        model,
+        "factors={prefix_cache: {levels: on}}",
+        "fixed={batching: chunked}",
+        "cells.all.levels={prefix_cache: on}",
     )
     ours = [cell for cell in plan["cells"].values() if cell["engine"] == "nanovllm"]
     assert {cell["config"]["optimizations"]["batching"] for cell in ours} == {"chunked"}
@@ -135,10 +175,13 @@ def test_fixed_levels_are_in_every_cell_of_the_engine(cpu: Profile, model: Model
         plan_of(cpu, model, "fixed={cuda_graphs: on}")
 
 
-def test_a_factorial_cannot_lose_a_cell_and_other_designs_list_it(cpu: Profile, model: ModelChoice) -> None:
+def test_a_factorial_cannot_lose_a_cell_and_other_designs_list_it(
+    cpu: Profile, model: ModelChoice
+) -> None:
     graphs = "factors={prefix_cache: {levels: on}, cuda_graphs: {levels: on}}"
     message = (
-        r"design.kind: full_factorial cannot lose a level, and factors.cuda_graphs.levels: on cannot run on profile cpu: .* use an"
+        "design.kind: full_factorial cannot lose a level, and factors.cuda_graphs.levels: on "
+        "cannot run on profile cpu: .* use an"
     )
     with pytest.raises(NotHereError, match=message):
         plan_of(cpu, model, graphs, "cells={}", "design={kind: full_factorial}")
@@ -150,15 +193,23 @@ def test_a_factorial_cannot_lose_a_cell_and_other_designs_list_it(cpu: Profile, 
 
     gpus = load_profile("h200-x2")
     pair = "factors={all_reduce: {levels: symmetric_memory}, tensor_parallel_size: {levels: 2}}"
-    with pytest.raises(NotHereError, match=r"cannot lose a cell, and all_reduce=symmetric_memory cannot run on profile h200-x2: "
-                                           r"all_reduce='symmetric_memory' needs tensor_parallel_size of 2"):  # fmt: skip
+    with pytest.raises(
+        NotHereError,
+        match=r"cannot lose a cell, and all_reduce=symmetric_memory cannot run on profile h200-x2: "
+        r"all_reduce='symmetric_memory' needs tensor_parallel_size of 2",
+    ):
         plan_of(gpus, model, pair, "cells={}", "design={kind: full_factorial}")
     plan = plan_of(gpus, model, pair, "cells={}", "design={kind: add_one_in}")
     assert list(plan["cells"]) == ["baseline", "aa", "tensor_parallel_size=2", "all"]
     (lost,) = plan["not_applicable"]
-    assert (lost["factor"], lost["level"]) == ("all_reduce=symmetric_memory", "all_reduce=symmetric_memory")
+    assert (lost["factor"], lost["level"]) == (
+        "all_reduce=symmetric_memory",
+        "all_reduce=symmetric_memory",
+    )
     four = "factors={data_parallel_size: {levels: 2}, tensor_parallel_size: {levels: 2}}"
-    with pytest.raises(NotHereError, match=r"the reference, all .* cannot run on profile h200-x2: needs 4 GPUs"):
+    with pytest.raises(
+        NotHereError, match=r"the reference, all .* cannot run on profile h200-x2: needs 4 GPUs"
+    ):
         plan_of(gpus, model, four, "cells={}", "design={kind: leave_one_out}")
     with pytest.raises(NotHereError, match="nothing to compare baseline with on profile cpu"):
         plan_of(cpu, model, "factors={cuda_graphs: {levels: on}}", "cells={}")
@@ -168,19 +219,33 @@ def test_a_fraction_keeps_its_generators(cpu: Profile, model: ModelChoice) -> No
     gpu = load_profile("h200")
     four = "factors={kernels: {levels: triton}, cuda_graphs: {levels: on}, overlap: {levels: on}, batching: {levels: chunked}}"
     plan = plan_of(gpu, model, four, "cells={}", "design={kind: fractional_factorial}")
-    assert plan["study"]["design"]["generators"] == {"batching": ["kernels", "cuda_graphs", "overlap"]}
+    assert plan["study"]["design"]["generators"] == {
+        "batching": ["kernels", "cuda_graphs", "overlap"]
+    }
     assert len(plan["cells"]) == 8 + 1
     assert plan["cells"]["all"]["role"] == "all"
 
 
-def test_a_workload_that_cannot_run_is_refused_before_anything_runs(cpu: Profile, model: ModelChoice) -> None:
-    with pytest.raises(SpecError, match=r"workload scaled has a request of \d+ tokens; settings.max_model_len is 180"):
+def test_a_workload_that_cannot_run_is_refused_before_anything_runs(
+    cpu: Profile, model: ModelChoice
+) -> None:
+    with pytest.raises(
+        SpecError,
+        match=r"workload scaled has a request of \d+ tokens; settings.max_model_len is 180",
+    ):
         plan_of(cpu, model, "settings.max_model_len=180")
-    with pytest.raises(SpecError, match="workload scaled draws from 50000 tokens; the model has 2048"):
+    with pytest.raises(
+        SpecError, match="workload scaled draws from 50000 tokens; the model has 2048"
+    ):
         plan_of(cpu, model, "workloads.scaled.vocab_size=50000")
-    with pytest.raises(SpecError, match=r"kv_cache_memory_bytes is 17,179,869,185, and profile cpu has 17,179,869,184 bytes"):
+    with pytest.raises(
+        SpecError,
+        match=r"kv_cache_memory_bytes is 17,179,869,185, and profile cpu has 17,179,869,184 bytes",
+    ):
         plan_of(cpu, model, f"settings.kv_cache_memory_bytes={2**34 + 1}")
-    with pytest.raises(SpecError, match="engine hf has no setting 'block_size'; allowed: max_num_seqs"):
+    with pytest.raises(
+        SpecError, match="engine hf has no setting 'block_size'; allowed: max_num_seqs"
+    ):
         plan_of(cpu, model, "cells.hf.config={block_size: 16}")
 
 
@@ -193,36 +258,68 @@ def said(plan: dict[str, Any], *earlier: Path) -> str:
 
 
 def test_a_plan_says_what_it_costs_and_what_it_cannot_do(cpu: Profile, model: ModelChoice) -> None:
-    text = said(plan_of(cpu, model, TWO, "factors.cuda_graphs={levels: on}", "cells={}", "measurement.launch_s=10"))
-    assert "plan     30 launches (6 blocks of 5 cells) x 10 s: expected 5.0 min and the gate; hash" in text
+    text = said(
+        plan_of(
+            cpu,
+            model,
+            TWO,
+            "factors.cuda_graphs={levels: on}",
+            "cells={}",
+            "measurement.launch_s=10",
+        )
+    )
+    assert (
+        "plan     30 launches (6 blocks of 5 cells) x 10 s: expected 5.0 min and the gate; hash"
+        in text
+    )
     assert "not here cuda_graphs=on: cuda_graphs=True cannot run on device 'cpu'" in text
-    assert "finds    changes of 1.4 standard deviations of a block's ratio and more (no earlier run here" in text
+    assert (
+        "finds    changes of 1.4 standard deviations of a block's ratio and more (no earlier run here"
+        in text
+    )
     assert "aliases" not in text
 
 
 def test_a_plan_says_what_a_fraction_mixes(model: ModelChoice) -> None:
     four = "factors={kernels: {levels: triton}, cuda_graphs: {levels: on}, overlap: {levels: on}, batching: {levels: chunked}}"
-    text = said(plan_of(load_profile("h200"), model, four, "cells={}", "design={kind: fractional_factorial}"))
+    text = said(
+        plan_of(
+            load_profile("h200"), model, four, "cells={}", "design={kind: fractional_factorial}"
+        )
+    )
     assert "fraction resolution 4, generated by batching = kernels * cuda_graphs * overlap" in text
     assert "aliases  kernels*cuda_graphs + overlap*batching cannot be told apart" in text
 
 
-def test_a_plan_says_what_it_will_find_if_noise_is_as_before(cpu: Profile, model: ModelChoice) -> None:
+def test_a_plan_says_what_it_will_find_if_noise_is_as_before(
+    cpu: Profile, model: ModelChoice
+) -> None:
     published = provenance.ROOT / "reports" / "published" / "cpu-two-cores" / "embedded"
     text = said(plan_of(cpu, model), published)
     found = re.search(
-        r"finds    changes of ([\d.]+)% and more, in 80% of such studies, if blocks scatter as in embedded: ([\d.]+)%", text
+        r"finds    changes of ([\d.]+)% and more, in 80% of such studies, if blocks scatter as in embedded: ([\d.]+)%",
+        text,
     )
     assert found
-    assert 1 < float(found[1]) / float(found[2]) < 2, "six blocks find about one and a half standard deviations"
+    assert 1 < float(found[1]) / float(found[2]) < 2, (
+        "six blocks find about one and a half standard deviations"
+    )
 
 
 def test_validate_shows_launches_and_time_and_what_cannot_run_here() -> None:
-    result = CliRunner().invoke(cli.app, ["validate", "embedded", "gpu-canonical", "--profile", "cpu"])
+    result = CliRunner().invoke(
+        cli.app, ["validate", "embedded", "gpu-canonical", "--profile", "cpu"]
+    )
     assert result.exit_code == 0, result.output
-    assert re.search(r"ok       embedded: one_at_a_time, \d+ launches \(6 blocks of \d+ cells.*\), about [\d.]+ min", result.output)
+    assert re.search(
+        r"ok       embedded: one_at_a_time, \d+ launches \(6 blocks of \d+ cells.*\), about [\d.]+ min",
+        result.output,
+    )
     assert "gpu-canonical: not on profile cpu: " in result.output
     small = ["validate", "embedded", "--profile", "cpu", "--set", "design.budget_s=20"]
     refused = CliRunner().invoke(cli.app, small)
     assert refused.exit_code == 1
-    assert "embedded.yaml (with overrides design.budget_s): design.budget_s: 6 blocks of" in refused.output
+    assert (
+        "embedded.yaml (with overrides design.budget_s): design.budget_s: 6 blocks of"
+        in refused.output
+    )

@@ -1,4 +1,6 @@
-"""A real Ray cluster on this machine: a head and two nodes' worth of workers. One worker is killed in mid-block, then a node."""
+"""A real Ray cluster on this machine: a head and two nodes' worth of workers. One worker is killed
+in mid-block, then a node.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,11 @@ from experiments.executor import EXECUTORS, Options
 from experiments.ray_workers import RayWorkers
 from tests.fake_engine import make_plan
 
-ray = pytest.importorskip("ray", reason="Ray is an extra: pip install -c constraints.txt -e '.[ray]'")
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(180)]  # Ray deprecates things of its own
+ray = pytest.importorskip(
+    "ray", reason="Ray is an extra: pip install -c constraints.txt -e '.[ray]'"
+)
+# Ray deprecates things of its own
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(180)]
 
 _STORE = 80 << 20
 
@@ -36,11 +41,18 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_worker_niceness", "0")
     monkeypatch.setenv("RAY_health_check_period_ms", "300")
-    monkeypatch.setenv("RAY_health_check_failure_threshold", "5")  # fewer, and a busy machine loses a node that lives
+    # fewer, and a busy machine loses a node that lives
+    monkeypatch.setenv("RAY_health_check_failure_threshold", "5")
     folder = tempfile.mkdtemp(prefix="ray")  # short: sockets lie in it
-    monkeypatch.setenv("RAY_TMPDIR", folder)  # Ray writes its address into a folder there as well, and does not make it
+    # Ray writes its address into a folder there as well, and does not make it
+    monkeypatch.setenv("RAY_TMPDIR", folder)
     (Path(folder) / "ray").mkdir()
-    head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": folder, "object_store_memory": _STORE}
+    head = {
+        "num_cpus": 0,
+        "include_dashboard": False,
+        "temp_dir": folder,
+        "object_store_memory": _STORE,
+    }
     cluster = Cluster(initialize_head=True, head_node_args=head)
     for name in "ab":
         variables = {"NANOVLLM_LOCKS": f"{folder}/locks-{name}"}
@@ -63,7 +75,9 @@ def worker_of(launch: str) -> psutil.Process:
     raise AssertionError(f"{launch} never ran in a worker")
 
 
-def test_blocks_run_on_two_nodes_and_begin_again_when_their_worker_dies(cluster: Any, tmp_path: Path) -> None:
+def test_blocks_run_on_two_nodes_and_begin_again_when_their_worker_dies(
+    cluster: Any, tmp_path: Path
+) -> None:
     plan = make_plan(tmp_path / "model", blocks=5, seconds=0.02)
     second = {entry["block"]: entry["launch"] for entry in plan["launches"] if entry["order"] == 1}
     told: list[str] = []
@@ -84,7 +98,11 @@ def test_blocks_run_on_two_nodes_and_begin_again_when_their_worker_dies(cluster:
             killed["node"] = worker.environ()["NANOVLLM_LOCKS"]
             worker.send_signal(signal.SIGKILL)  # a machine dies as a whole
             index = killed["node"][-1] == "b"
-            [node] = [n for n in cluster.worker_nodes if n._ray_params.env_vars["NANOVLLM_LOCKS"].endswith("ab"[index])]
+            [node] = [
+                n
+                for n in cluster.worker_nodes
+                if n._ray_params.env_vars["NANOVLLM_LOCKS"].endswith("ab"[index])
+            ]
             cluster.remove_node(node, allow_graceful=False)
 
     options = Options(executor="ray", ray_address=cluster.address)
@@ -92,19 +110,30 @@ def test_blocks_run_on_two_nodes_and_begin_again_when_their_worker_dies(cluster:
 
     found = records.read(tmp_path / "out")
     counted = records.counted(found)
-    assert sorted((r["block"], r["cell"]) for r in counted) == sorted((e["block"], e["cell"]) for e in plan["launches"])
+    assert sorted((r["block"], r["cell"]) for r in counted) == sorted(
+        (e["block"], e["cell"]) for e in plan["launches"]
+    )
     assert len(counted) == len({r["launch"] for r in counted}) == len(plan["launches"])
     superseded = [r for r in found if r["kind"] == "superseded"]
-    assert [(r["launch"], r["attempt"]) for r in superseded if r["launch"].startswith("b00")] == [("b00-o00-baseline", 1)]
+    assert [(r["launch"], r["attempt"]) for r in superseded if r["launch"].startswith("b00")] == [
+        ("b00-o00-baseline", 1)
+    ]
     assert {r["launch"][:3] for r in superseded} == {"b00", "b03"}
     assert all("begins again from its start" in r["reason"] for r in superseded)
     assert any("WorkerCrashedError" in r["reason"] for r in superseded)
     again = [r for r in counted if r["block"] == 0]
     assert {r["attempt"] for r in again if r["order"] == 0} == {2}
     assert all(r["provenance"]["git"] is not None for r in counted)
-    assert {r["provenance"]["environment"].get("OMP_NUM_THREADS") for r in counted} == {os.environ.get("OMP_NUM_THREADS")}
-    losses = [match.groups() for text in told if (match := re.search(r"was lost in block (\d+) \((.*?)\)", text))]
-    # Ray learns of a dead node late: until then it may be given one more block, which never begins there.
+    assert {r["provenance"]["environment"].get("OMP_NUM_THREADS") for r in counted} == {
+        os.environ.get("OMP_NUM_THREADS")
+    }
+    losses = [
+        match.groups()
+        for text in told
+        if (match := re.search(r"was lost in block (\d+) \((.*?)\)", text))
+    ]
+    # Ray learns of a dead node late: until then it may be given one more block, which never begins
+    # there.
     late = [loss for loss in losses if loss[1] in ("TaskUnschedulableError", "NodeDiedError")]
     ours = [loss for loss in losses if loss not in late]
     assert [block for block, _ in ours] in (["0", "3"], ["0"]), losses
@@ -118,8 +147,12 @@ def test_blocks_run_on_two_nodes_and_begin_again_when_their_worker_dies(cluster:
     assert (tmp_path / "out" / records.RECORDS).read_text() == lines
 
 
-def test_an_ended_block_does_not_take_the_next_with_it(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A node gets its next block as soon as the last has told its end, on the worker that has hardly left the last."""
+def test_an_ended_block_does_not_take_the_next_with_it(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node gets its next block as soon as the last has told its end, on the worker that has
+    hardly left the last.
+    """
 
     def at_once(job: Job, context: dict[str, Any]) -> Iterator[Event]:
         with tempfile.TemporaryDirectory():

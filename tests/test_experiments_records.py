@@ -45,7 +45,8 @@ def test_a_record_that_lost_only_its_end_of_line_is_kept(tmp_path: Path) -> None
         assert folder.messages == []
         folder.append(launch("c"))
     assert [r["launch"] for r in records.read(tmp_path)] == ["a", "b", "c"]
-    path.write_bytes(path.read_bytes() + b"\0" * 512)  # what some file systems leave after a power cut
+    # what some file systems leave after a power cut
+    path.write_bytes(path.read_bytes() + b"\0" * 512)
     with Folder(tmp_path) as folder:
         assert "512 bytes removed" in folder.messages[0]
     assert [r["launch"] for r in records.read(tmp_path)] == ["a", "b", "c"]
@@ -57,10 +58,14 @@ def test_tokens_are_written_once_and_before_their_record(tmp_path: Path) -> None
         folder.append(launch("b"), {"x": "1", "y": "2"})
     with Folder(tmp_path) as folder:
         folder.append(launch("c"), {"y": "2"})
-    assert [json.loads(line)["digest"] for line in (tmp_path / records.TOKENS).read_text().splitlines()] == ["x", "y"]
+    assert [
+        json.loads(line)["digest"] for line in (tmp_path / records.TOKENS).read_text().splitlines()
+    ] == ["x", "y"]
 
 
-def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_file_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Folder(tmp_path) as folder:
         folder.append(launch("a"))
         before = (tmp_path / records.RECORDS).read_bytes()
@@ -70,7 +75,9 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pyte
             return real(fd, data[: len(data) // 2])
 
         monkeypatch.setattr(records.os, "write", half)
-        with pytest.raises(RecordError, match=r"the disk is full.*recorded before is intact.*same command again"):
+        with pytest.raises(
+            RecordError, match=r"the disk is full.*recorded before is intact.*same command again"
+        ):
             folder.append(launch("b"))
         assert (tmp_path / records.RECORDS).read_bytes() == before
 
@@ -95,20 +102,30 @@ def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path) -> None:
     done = subprocess.run(full, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
-    assert re.search(r"cannot write a record of \d+ bytes .*recorded before is intact.*same command again", done.stderr)
+    assert re.search(
+        r"cannot write a record of \d+ bytes .*recorded before is intact.*same command again",
+        done.stderr,
+    )
     before = (out / records.RECORDS).read_bytes()
     assert before.endswith(b"\n")
     kept = records.counted(records.read(out))
     assert 0 < len(kept) < 9
-    nothing_fits = [sys.executable, "-c", FULL_DISK, "64", *arguments]  # not even the plan, or a new line
+    # not even the plan, or a new line
+    nothing_fits = [sys.executable, "-c", FULL_DISK, "64", *arguments]
     for place in (out, tmp_path / "new"):
         nothing_fits[-2] = str(place)
-        done = subprocess.run(nothing_fits, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            nothing_fits, env=ENVIRONMENT, capture_output=True, text=True, check=False
+        )
         assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
         assert "What was recorded before is intact" in done.stderr
     assert (out / records.RECORDS).read_bytes() == before
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.launch", *arguments], env=ENVIRONMENT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "experiments.launch", *arguments],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     counted = records.counted(records.read(out))
@@ -144,7 +161,9 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"not a readable plan.*--write-plan"):
         records.read_plan(tmp_path / "absent.json")
     plan.write_text("[1]")
-    with pytest.raises(RecordError, match=r"not a readable plan \(not a JSON object\).*--write-plan"):
+    with pytest.raises(
+        RecordError, match=r"not a readable plan \(not a JSON object\).*--write-plan"
+    ):
         records.read_plan(plan)
 
 
@@ -155,18 +174,24 @@ def test_a_duplicated_file_counts_once(tmp_path: Path) -> None:
 
 
 def test_a_verdict_that_comes_back_is_the_last_one(tmp_path: Path) -> None:
-    error, passed = ({"kind": "gate", "schema": 1, "status": status} for status in ("error", "pass"))
+    error, passed = (
+        {"kind": "gate", "schema": 1, "status": status} for status in ("error", "pass")
+    )
     with Folder(tmp_path) as folder:
         for record in (launch("a"), error, passed, error):
             folder.append(record)
     assert [r.get("status") for r in records.read(tmp_path)] == ["ok", "pass", "error"]
-    assert read_records(tmp_path / records.RECORDS).records == records.read(tmp_path), "the report reads the same"
+    assert read_records(tmp_path / records.RECORDS).records == records.read(tmp_path), (
+        "the report reads the same"
+    )
 
 
 def test_a_number_that_json_cannot_hold_is_named(tmp_path: Path) -> None:
     with Folder(tmp_path) as folder:
         folder.append(launch("a"))
-        with pytest.raises(RecordError, match=r"record\['workloads'\]\['w'\]\[1\] is nan; allowed: finite numbers"):
+        with pytest.raises(
+            RecordError, match=r"record\['workloads'\]\['w'\]\[1\] is nan; allowed: finite numbers"
+        ):
             folder.append(launch("b") | {"workloads": {"w": [0.5, float("nan")]}})
     assert [r["launch"] for r in records.read(tmp_path)] == ["a"]
 
@@ -174,17 +199,25 @@ def test_a_number_that_json_cannot_hold_is_named(tmp_path: Path) -> None:
 def test_two_visits_copied_into_one_file_are_not_mixed_up(tmp_path: Path) -> None:
     visits = [{**launch("a"), "boot_id": boot} for boot in ("one", "two")]
     (tmp_path / records.RECORDS).write_text("".join(json.dumps(record) + "\n" for record in visits))
-    with pytest.raises(RecordError, match=r"line 2: another record of a, attempt 1: .*two visits.*import FOLDER FOLDER --merge"):
+    with pytest.raises(
+        RecordError,
+        match=r"line 2: another record of a, attempt 1: .*two visits.*import FOLDER FOLDER --merge",
+    ):
         records.read(tmp_path)
 
 
 def test_what_counts() -> None:
     found = [
-        launch("failed-then-ok", 1, "failed"), launch("failed-then-ok", 2),
-        launch("invalid", 1, "invalid"), launch("invalid", 2),  # the first that finished decides, whatever came of it
-        launch("twice", 1), launch("twice", 2),
-        launch("superseded", 1), {"kind": "superseded", "schema": 1, "launch": "superseded", "attempt": 1},
+        launch("failed-then-ok", 1, "failed"),
+        launch("failed-then-ok", 2),
+        # the first that finished decides, whatever came of it
+        launch("invalid", 1, "invalid"),
+        launch("invalid", 2),
+        launch("twice", 1),
+        launch("twice", 2),
+        launch("superseded", 1),
+        {"kind": "superseded", "schema": 1, "launch": "superseded", "attempt": 1},
         launch("superseded", 2),
-    ]  # fmt: skip
+    ]
     counted = [(r["launch"], r["attempt"]) for r in records.counted(found)]
     assert counted == [("failed-then-ok", 2), ("twice", 1), ("superseded", 2)]

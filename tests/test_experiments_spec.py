@@ -1,4 +1,6 @@
-"""A wrong study is refused before anything runs, in words that name the file, the key and what is allowed."""
+"""A wrong study is refused before anything runs, in words that name the file, the key and what is
+allowed.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,10 @@ def test_on_and_off_are_levels(study: Path) -> None:
     assert loaded.factors["prefix_cache"].levels == ["on"]
     assert loaded.factors["prefix_cache"].baseline == "off"
     reversed_, _ = spec.load_study(study, ["factors.prefix_cache={levels: [off], baseline: on}"])
-    assert (reversed_.factors["prefix_cache"].levels, reversed_.factors["prefix_cache"].baseline) == (["off"], "on")
+    assert (
+        reversed_.factors["prefix_cache"].levels,
+        reversed_.factors["prefix_cache"].baseline,
+    ) == (["off"], "on")
 
 
 def test_factors_are_those_of_the_engine() -> None:
@@ -48,7 +53,9 @@ def test_factors_are_those_of_the_engine() -> None:
 
 
 def test_overrides_are_applied_and_returned(study: Path) -> None:
-    loaded, applied = spec.load_study(study, ["design.blocks=3", "workloads.scaled.num_requests=16"])
+    loaded, applied = spec.load_study(
+        study, ["design.blocks=3", "workloads.scaled.num_requests=16"]
+    )
     assert loaded.design.blocks == 3
     assert loaded.workloads["scaled"].params["num_requests"] == 16
     assert applied == {"design.blocks": 3, "workloads.scaled.num_requests": 16}
@@ -58,27 +65,69 @@ def test_overrides_are_applied_and_returned(study: Path) -> None:
     ("override", "message"),
     [
         ("metrik=x", "metrik: unknown key .did you mean metric..; allowed: name, title"),
-        ("factors.prefix_cach={levels: on}", "prefix_cach: unknown factor .did you mean prefix_cache..; allowed: attention"),
-        ("factors.prefix_cache.level=on", "factors.prefix_cache.level: unknown key .did you mean levels."),
-        ("factors.batching.levels=[chunky]", "batching: 'chunky' is not a level; allowed: static, continuous, chunked"),
+        (
+            "factors.prefix_cach={levels: on}",
+            "prefix_cach: unknown factor .did you mean prefix_cache..; allowed: attention",
+        ),
+        (
+            "factors.prefix_cache.level=on",
+            "factors.prefix_cache.level: unknown key .did you mean levels.",
+        ),
+        (
+            "factors.batching.levels=[chunky]",
+            "batching: 'chunky' is not a level; allowed: static, continuous, chunked",
+        ),
         ("factors.batching.levels=[static]", "batching: levels static must differ"),
-        ("factors.batching.workloads=[mixed]", "'mixed' is no workload of this study; allowed: scaled"),
+        (
+            "factors.batching.workloads=[mixed]",
+            "'mixed' is no workload of this study; allowed: scaled",
+        ),
         ("design.blocks=1", "design.blocks: Input should be greater than or equal to 2 .given: 1."),
         ("metric=speed", "metric: Input should be 'output_tokens_per_s'.*given: 'speed'"),
-        ("workloads.scaled.num_requests=many", "workloads.scaled: num_requests: 'many' is not allowed; allowed: a whole number"),
-        ("workloads.scaled={num_requests: 2}", "workloads.scaled: a workload is a mapping with `kind`"),
-        ("cells.hf={role: reference, engine: hv}", "cells.hf.engine: 'hv' is no engine; allowed: nanovllm, hf"),
-        ("cells.hf={role: treatment, engine: hf}", "cells.hf: role 'treatment' and engine 'hf' do not fit"),
-        ("cells.aa={role: all, levels: {batching: chunked}}", "cells.aa: the design makes a cell of this name"),
-        ("cells.all={role: all, levels: {overlap: on}}", "cells.all.levels: 'overlap' is no factor of this study"),
+        (
+            "workloads.scaled.num_requests=many",
+            "workloads.scaled: num_requests: 'many' is not allowed; allowed: a whole number",
+        ),
+        (
+            "workloads.scaled={num_requests: 2}",
+            "workloads.scaled: a workload is a mapping with `kind`",
+        ),
+        (
+            "cells.hf={role: reference, engine: hv}",
+            "cells.hf.engine: 'hv' is no engine; allowed: nanovllm, hf",
+        ),
+        (
+            "cells.hf={role: treatment, engine: hf}",
+            "cells.hf: role 'treatment' and engine 'hf' do not fit",
+        ),
+        (
+            "cells.aa={role: all, levels: {batching: chunked}}",
+            "cells.aa: the design makes a cell of this name",
+        ),
+        (
+            "cells.all={role: all, levels: {overlap: on}}",
+            "cells.all.levels: 'overlap' is no factor of this study",
+        ),
         ("cells.all={role: all}", "cells.all: a cell of role all needs `levels`"),
         ("settings.max_num_seqs=0", "settings.max_num_seqs: .*greater than or equal to 1"),
         ("name=Not A Name", "name: String should match pattern"),
-        ("design.kind=leave_one_in", "design.kind: Input should be 'one_at_a_time', 'add_one_in'.*given: 'leave_one_in'"),
+        (
+            "design.kind=leave_one_in",
+            "design.kind: Input should be 'one_at_a_time', 'add_one_in'.*given: 'leave_one_in'",
+        ),
         ("design.blocks=41", "design.blocks: Input should be less than or equal to 40 .given: 41."),
-        ("design={blocks: 3, bootstrap: true}", "design: blocks: 3 are too few for a bootstrap interval; allowed: 6 to 40"),
-        ("design.resolution=4", "design: resolution and generators belong to kind fractional_factorial, this one is one_at_a_time"),
-        ("design.kind=listed", "design.kind: listed makes no cells of its own, and the study has no `cells`"),
+        (
+            "design={blocks: 3, bootstrap: true}",
+            "design: blocks: 3 are too few for a bootstrap interval; allowed: 6 to 40",
+        ),
+        (
+            "design.resolution=4",
+            "design: resolution and generators belong to kind fractional_factorial, this one is one_at_a_time",
+        ),
+        (
+            "design.kind=listed",
+            "design.kind: listed makes no cells of its own, and the study has no `cells`",
+        ),
         (
             "design.kind=fractional_factorial",
             "factors.batching.levels: a fractional factorial has one level beside the baseline, not 2",
@@ -92,32 +141,63 @@ def test_overrides_are_applied_and_returned(study: Path) -> None:
             "fixed={batching: chunked}",
             "fixed.batching: no optimization that this study leaves alone; allowed: attention_backend, kern",
         ),
-        ("fixed={kernels: cuda}", "fixed.kernels: 'cuda' is not a level; allowed: torch, compile, triton"),
-        ("validity.throttle=[heat]", "validity.throttle.0: Input should be 'hw_slowdown'.*given: 'heat'"),
+        (
+            "fixed={kernels: cuda}",
+            "fixed.kernels: 'cuda' is not a level; allowed: torch, compile, triton",
+        ),
+        (
+            "validity.throttle=[heat]",
+            "validity.throttle.0: Input should be 'hw_slowdown'.*given: 'heat'",
+        ),
     ],
 )
-def test_errors_name_the_file_the_key_and_what_is_allowed(study: Path, override: str, message: str) -> None:
+def test_errors_name_the_file_the_key_and_what_is_allowed(
+    study: Path, override: str, message: str
+) -> None:
     with pytest.raises(SpecError, match=f"five-lines.yaml .with overrides.*{message}"):
         spec.load_study(study, [override])
 
 
-THREE = "factors={prefix_cache: {levels: on}, batching: {levels: chunked}, kernels: {levels: compile}}"
+THREE = (
+    "factors={prefix_cache: {levels: on}, batching: {levels: chunked}, kernels: {levels: compile}}"
+)
 FOUR = THREE[:-1] + ", overlap: {levels: on}}"
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([THREE, "design={kind: fractional_factorial}"], "3 factors have no fraction of resolution 4; use kind: full_factorial .8"),
-        ([FOUR, "design={kind: fractional_factorial, generators: {cuda_graphs: [kernels, overlap]}}"],
-         "design.generators.cuda_graphs: no factor of this study; allowed: prefix_cache, batching"),
-        ([FOUR, "design={kind: fractional_factorial, generators: {overlap: [kernels, kernels]}}"],
-         "design.generators.overlap: kernels, kernels; allowed: two or more of the factors without a generator, each once: prefix"),
-        ([FOUR, "design={kind: fractional_factorial, generators: {overlap: [kernels, batching]}}"],
-         "design.generators: their resolution is 3; design.resolution asks for 4 or more"),
+        (
+            [THREE, "design={kind: fractional_factorial}"],
+            "3 factors have no fraction of resolution 4; use kind: full_factorial .8",
+        ),
+        (
+            [
+                FOUR,
+                "design={kind: fractional_factorial, generators: {cuda_graphs: [kernels, overlap]}}",
+            ],
+            "design.generators.cuda_graphs: no factor of this study; allowed: prefix_cache, batching",
+        ),
+        (
+            [
+                FOUR,
+                "design={kind: fractional_factorial, generators: {overlap: [kernels, kernels]}}",
+            ],
+            "design.generators.overlap: kernels, kernels; allowed: two or more of the factors "
+            "without a generator, each once: prefix",
+        ),
+        (
+            [
+                FOUR,
+                "design={kind: fractional_factorial, generators: {overlap: [kernels, batching]}}",
+            ],
+            "design.generators: their resolution is 3; design.resolution asks for 4 or more",
+        ),
     ],
-)  # fmt: skip
-def test_a_fraction_that_is_none_is_refused(study: Path, overrides: list[str], message: str) -> None:
+)
+def test_a_fraction_that_is_none_is_refused(
+    study: Path, overrides: list[str], message: str
+) -> None:
     with pytest.raises(SpecError, match=message):
         spec.load_study(study, overrides)
 
@@ -131,7 +211,10 @@ def test_stated_generators_are_taken(study: Path) -> None:
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"embeded: no such study; give the path of a YAML file, or one of .*embedded"):
+    with pytest.raises(
+        SpecError,
+        match=r"embeded: no such study; give the path of a YAML file, or one of .*embedded",
+    ):
         spec.load_study("embeded")
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [1")
@@ -149,8 +232,14 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (STUDY + "design: {blocks: 6}\nseed: 1\ndesign: {blocks: 2}\n", r"'design' stands in lines 8 and 10: keep one"),
-        (STUDY.replace("prefix_cache: {levels: on}", "batching: {levels: [static]}"), r"'batching' stands in lines 6 and 6"),
+        (
+            STUDY + "design: {blocks: 6}\nseed: 1\ndesign: {blocks: 2}\n",
+            r"'design' stands in lines 8 and 10: keep one",
+        ),
+        (
+            STUDY.replace("prefix_cache: {levels: on}", "batching: {levels: [static]}"),
+            r"'batching' stands in lines 6 and 6",
+        ),
         ("name: a\n1: x\n1: y\n", r"key 1 stands in lines 2 and 3"),
         ("name: a\nyes: 1\ntrue: 2\n", r"key True stands"),
         ("? [a]\n: b\n", r"not valid YAML"),
@@ -170,7 +259,10 @@ def test_yaml_that_says_two_things_or_none(study: Path, text: str, message: str)
 def test_a_merge_key_may_be_overridden(study: Path) -> None:
     """`<<` brings defaults, which are there to be written again."""
     common = "{kind: random, num_requests: 8, prompt_tokens: 4, output_tokens: 4}"
-    text = STUDY.split("workloads:")[0] + f"workloads:\n  a: &a {common}\n  b:\n    <<: *a\n    num_requests: 2\n"
+    text = (
+        STUDY.split("workloads:")[0]
+        + f"workloads:\n  a: &a {common}\n  b:\n    <<: *a\n    num_requests: 2\n"
+    )
     study.write_text(text)
     assert spec.load_study(study)[0].workloads["b"].params["num_requests"] == 2
 

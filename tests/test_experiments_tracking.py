@@ -1,4 +1,6 @@
-"""MLflow is a view of the records: rebuilt at any time, the same each time, wherever the repository lies."""
+"""MLflow is a view of the records: rebuilt at any time, the same each time, wherever the repository
+lies.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ from experiments.run_view import launch_view
 from tests.fake_engine import make_plan
 
 mlflow = pytest.importorskip("mlflow")
-pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow and alembic deprecate things of their own
+# MLflow and alembic deprecate things of their own
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +42,21 @@ def execution(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (report / "figures").mkdir(parents=True)
     (report / "figures" / "forest.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
     effect = {
-        "metric": "output_tokens_per_s", "workload": "a", "cell": "prefix_cache=on", "role": "treatment", "n": 2,
-        "ratio": 1.25, "low": 1.1, "high": 1.4, "verdict": "faster",
-    }  # fmt: skip
-    analysis = {"metric": {"key": "output_tokens_per_s"}, "answer": {"sentence": "It is faster."}, "effects": [effect]}
+        "metric": "output_tokens_per_s",
+        "workload": "a",
+        "cell": "prefix_cache=on",
+        "role": "treatment",
+        "n": 2,
+        "ratio": 1.25,
+        "low": 1.1,
+        "high": 1.4,
+        "verdict": "faster",
+    }
+    analysis = {
+        "metric": {"key": "output_tokens_per_s"},
+        "answer": {"sentence": "It is faster."},
+        "effects": [effect],
+    }
     (report / "analysis.json").write_text(json.dumps(analysis))
     (report / "report.html").write_text("<p>report</p>")
     return path
@@ -79,7 +93,10 @@ def test_a_study_is_a_parent_run_and_a_nested_run_each_launch(execution: Path, r
     assert {run.data.tags["mlflow.parentRunId"] for run in found.values()} == {run_id}
     assert parent.data.params["factor.prefix_cache"] == "off | on"
     assert parent.data.metrics["effect/a/prefix_cache:on/low"] == 1.1
-    assert "| a | prefix_cache=on | 1.250 | 1.100 to 1.400 | 2 | faster |" in parent.data.tags["mlflow.note.content"]
+    assert (
+        "| a | prefix_cache=on | 1.250 | 1.100 to 1.400 | 2 | faster |"
+        in parent.data.tags["mlflow.note.content"]
+    )
     assert {"nanovllm.hardware", "nanovllm.fingerprint.a", "git.dirty"} <= set(parent.data.tags)
     assert {i.dataset.name for i in parent.inputs.dataset_inputs} == {"a", "b"}
     client = mlflow.MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
@@ -87,7 +104,11 @@ def test_a_study_is_a_parent_run_and_a_nested_run_each_launch(execution: Path, r
     assert sorted(point.step for point in history) == [0, 1]
     by_name = {run.info.run_name: run for run in found.values()}
     on = by_name["b00-o02-prefix_cache=on"]
-    assert (on.data.params["prefix_cache"], on.data.params["block"], on.info.status) == ("on", "0", "FINISHED")
+    assert (on.data.params["prefix_cache"], on.data.params["block"], on.info.status) == (
+        "on",
+        "0",
+        "FINISHED",
+    )
     assert on.data.metrics["toggle/prefix_cache/engaged"] == 8
     failed = by_name["b00-o03-crash"]
     assert failed.info.status == "FAILED"
@@ -96,7 +117,10 @@ def test_a_study_is_a_parent_run_and_a_nested_run_each_launch(execution: Path, r
 
 @pytest.mark.parametrize(
     ("folder", "series"),
-    [("cpu-two-cores/embedded", "system/cpu_utilization_percentage"), ("h200/gpu-canonical", "system/gpu_0_power_usage_watts")],
+    [
+        ("cpu-two-cores/embedded", "system/cpu_utilization_percentage"),
+        ("h200/gpu-canonical", "system/gpu_0_power_usage_watts"),
+    ],
 )
 def test_a_launch_shows_what_the_machine_did_meanwhile(folder: str, series: str) -> None:
     """Published records of real launches, as the series that MLflow draws under "system metrics"."""
@@ -114,7 +138,10 @@ def test_a_launch_shows_what_the_machine_did_meanwhile(folder: str, series: str)
 def test_importing_again_creates_nothing_new(execution: Path, root: Path) -> None:
     first = tracking.import_folder(execution / "out", execution / "report", root)
     before = {run.info.run_id for run in runs(root)}
-    assert tracking.import_folder(execution / "out", execution / "report", root) == (first[0], False)
+    assert tracking.import_folder(execution / "out", execution / "report", root) == (
+        first[0],
+        False,
+    )
     copy = root / "carried"  # the same records, copied elsewhere, their lines doubled
     shutil.copytree(execution / "out", copy)
     text = (copy / records.RECORDS).read_text()
@@ -123,7 +150,9 @@ def test_importing_again_creates_nothing_new(execution: Path, root: Path) -> Non
     assert {run.info.run_id for run in runs(root)} == before
 
 
-def test_a_grown_or_interrupted_import_is_replaced(execution: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grown_or_interrupted_import_is_replaced(
+    execution: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     part = root / "part"
     shutil.copytree(execution / "out", part)
     lines = (part / records.RECORDS).read_text().splitlines(keepends=True)
@@ -147,7 +176,9 @@ def test_a_grown_or_interrupted_import_is_replaced(execution: Path, root: Path, 
     assert len(runs(root)) == 1 + 8
 
 
-def test_a_moved_repository_keeps_its_artifacts(execution: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_moved_repository_keeps_its_artifacts(
+    execution: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_id, _ = tracking.import_folder(execution / "out", execution / "report", root)
     with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as database:
         ours = "SELECT artifact_location FROM experiments WHERE name = 'fake' UNION SELECT artifact_uri FROM runs"
@@ -158,7 +189,12 @@ def test_a_moved_repository_keeps_its_artifacts(execution: Path, root: Path, mon
     root.rename(moved)
     monkeypatch.chdir(moved)
     client = mlflow.MlflowClient(f"sqlite:///{moved / 'mlflow.db'}")
-    assert {entry.path for entry in client.list_artifacts(run_id)} == {"plan.json", "records.jsonl", "tokens.jsonl", "report"}
+    assert {entry.path for entry in client.list_artifacts(run_id)} == {
+        "plan.json",
+        "records.jsonl",
+        "tokens.jsonl",
+        "report",
+    }
     report = client.download_artifacts(run_id, "report/report.html", str(moved))
     assert Path(report).read_text() == "<p>report</p>"
     assert tracking.import_folder(execution / "out", execution / "report", moved) == (run_id, False)
@@ -181,7 +217,9 @@ def test_a_folder_without_launches_is_an_error(execution: Path, root: Path) -> N
 
 
 def test_what_a_kill_left_is_imported_as_far_as_it_goes(execution: Path, root: Path) -> None:
-    """A study killed while it wrote its last record; when it has gone on and ended, the same runs as of an undisturbed one."""
+    """A study killed while it wrote its last record; when it has gone on and ended, the same runs
+    as of an undisturbed one.
+    """
     killed = root / "killed"
     shutil.copytree(execution / "out", killed)
     whole = (killed / records.RECORDS).read_bytes()
@@ -229,9 +267,23 @@ def test_the_ui_shows_the_figures_of_a_moved_repository(execution: Path, root: P
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "ui",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
     log = (moved / "ui.log").open("w")
-    with log, subprocess.Popen(command, cwd=moved, stdout=log, stderr=log, start_new_session=True) as ui:
+    with (
+        log,
+        subprocess.Popen(command, cwd=moved, stdout=log, stderr=log, start_new_session=True) as ui,
+    ):
         try:
             figure = f"http://127.0.0.1:{port}/get-artifact?path=report/figures/forest.svg&run_uuid={run_id}"
             for _ in range(240):
@@ -249,9 +301,17 @@ def test_the_ui_shows_the_figures_of_a_moved_repository(execution: Path, root: P
 def test_two_imports_at_once_into_a_fresh_store(execution: Path, tmp_path: Path) -> None:
     """Without the lock one of them dies: table already exists."""
     script = (
-        "import sys; from pathlib import Path; from experiments import tracking; tracking.import_folder(*map(Path, sys.argv[1:]))"
+        "import sys; from pathlib import Path; from experiments import tracking; "
+        "tracking.import_folder(*map(Path, sys.argv[1:]))"
     )
-    arguments = [sys.executable, "-c", script, str(execution / "out"), str(execution / "report"), str(tmp_path)]
+    arguments = [
+        sys.executable,
+        "-c",
+        script,
+        str(execution / "out"),
+        str(execution / "report"),
+        str(tmp_path),
+    ]
     importers = [subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     for importer in importers:
         _, err = importer.communicate(timeout=120)

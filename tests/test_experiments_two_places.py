@@ -1,4 +1,6 @@
-"""Two places, one study: planned here, measured on a host that has the engine only, on several visits, imported here."""
+"""Two places, one study: planned here, measured on a host that has the engine only, on several
+visits, imported here.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def home(*arguments: str) -> Any:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # MLflow and alembic deprecate things of their own
 @pytest.mark.timeout(600)
-def test_a_study_planned_here_and_measured_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
+def test_a_study_planned_here_and_measured_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Path
+) -> None:
     study, plan_file = tmp_path / "two-places.yaml", tmp_path / "plan.json"
     study.write_text(STUDY)
     said = home("run", "--study", str(study), "--dry-run", "--write-plan", str(plan_file))
@@ -44,29 +48,49 @@ def test_a_study_planned_here_and_measured_there(tmp_path: Path, monkeypatch: py
     host = without(tmp_path / "hook", *LABORATORY, "transformers")
 
     def visit(out: Path, *options: str) -> int:
-        command = [sys.executable, "-m", "experiments.launch", "--plan", str(plan_file), "--out", str(out), "--resume", *options]
+        command = [
+            sys.executable,
+            "-m",
+            "experiments.launch",
+            "--plan",
+            str(plan_file),
+            "--out",
+            str(out),
+            "--resume",
+            *options,
+        ]
         done = subprocess.run(command, env=host, capture_output=True, text=True, check=False)
         assert "Traceback" not in done.stderr, done.stderr
         assert "records.jsonl" in done.stderr, "it says what to carry"
         return done.returncode
 
-    # The first visit ends by its deadline, the second goes on in the same folder, the third, with an empty one, takes block 1.
+    # The first visit ends by its deadline, the second goes on in the same folder, the third, with
+    # an empty one, takes block 1.
     assert visit(tmp_path / "first", "--blocks", "0", "--deadline-s", "0") == launch.DEADLINE_STATUS
     assert visit(tmp_path / "first", "--blocks", "0") == 0
     assert visit(tmp_path / "second", "--blocks", "1") == 0
     plan = records.read_plan(plan_file)
-    found = [r for part in ("first", "second") for r in records.counted(records.read(tmp_path / part))]
+    found = [
+        r for part in ("first", "second") for r in records.counted(records.read(tmp_path / part))
+    ]
     assert [r["launch"] for r in found] == [entry["launch"] for entry in plan["launches"]]
-    assert all(r["toggles"]["batching"]["engaged"] > 0 for r in found if r["cell"] == "batching=chunked")
+    assert all(
+        r["toggles"]["batching"]["engaged"] > 0 for r in found if r["cell"] == "batching=chunked"
+    )
 
     gate = "import sys; from experiments.equivalence import main; sys.exit(main(sys.argv[1:]))"
     for part in ("first", "second"):
         options = ["--plan", str(plan_file), "--out", str(tmp_path / part)]
         subprocess.run([sys.executable, "-c", gate, *options], env=ENVIRONMENT, check=True)
-    monkeypatch.setattr(cli, "import_folder", functools.partial(tracking.import_folder, root=tmp_path))
+    monkeypatch.setattr(
+        cli, "import_folder", functools.partial(tracking.import_folder, root=tmp_path)
+    )
     visits = [str(tmp_path / "first"), str(tmp_path / "second")]
     said = home("import", *visits, "--merge", str(tmp_path / "merged"))
     assert "written" in said.output
     assert "was there already" in home("import", str(tmp_path / "merged")).output
     analysis = json.loads((tmp_path / "merged" / "report" / "analysis.json").read_text())
-    assert next(effect["n"] for effect in analysis["effects"] if effect["cell"] == "batching=chunked") == 2
+    assert (
+        next(effect["n"] for effect in analysis["effects"] if effect["cell"] == "batching=chunked")
+        == 2
+    )

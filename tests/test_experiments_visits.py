@@ -1,4 +1,6 @@
-"""Folders of several visits to hosts become one study: every block from one place, nothing lost, nothing counted twice."""
+"""Folders of several visits to hosts become one study: every block from one place, nothing lost,
+nothing counted twice.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,9 @@ from tests.fake_engine import make_plan
 
 @pytest.fixture(scope="module")
 def visited(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Visit `one` to host A: block 0 and one launch of block 1. `two`, host B, an empty folder: all. `three`: the folder of
-    visit one carried to host C and resumed for block 1."""
+    """Visit `one` to host A: block 0 and one launch of block 1. `two`, host B, an empty folder:
+    all. `three`: the folder of visit one carried to host C and resumed for block 1.
+    """
     path = tmp_path_factory.mktemp("visits")
     plan = make_plan(path / "model", blocks=2)
     with pytest.MonkeyPatch.context() as patch:
@@ -53,13 +56,21 @@ def by_block(folder: Path) -> dict[str, set[str]]:
 def test_each_block_counts_from_one_place(visited: Path, tmp_path: Path) -> None:
     notes = visits.merge([visited / "one", visited / "two"], tmp_path / "merged")
     assert len(counted(tmp_path / "merged")) == 6
-    assert by_block(tmp_path / "merged") == {"b00": {"host-a"}, "b01": {"host-b"}}, "whole blocks first, then the earliest"
-    assert any("block 1 was begun in 2 places; it counts from" in note and "host-b" in note for note in notes)
+    assert by_block(tmp_path / "merged") == {"b00": {"host-a"}, "b01": {"host-b"}}, (
+        "whole blocks first, then the earliest"
+    )
+    assert any(
+        "block 1 was begun in 2 places; it counts from" in note and "host-b" in note
+        for note in notes
+    )
     found = records.read(tmp_path / "merged")
     assert sum(r["kind"] == "launch" for r in found) == 4 + 6, "nothing is lost"
-    assert {r["launch"] for r in found if r["kind"] == "superseded"} == {f"b00-{x}" for x in (
-        "o00-baseline", "o01-aa", "o02-prefix_cache=on")} | {"b01-o00-baseline"}  # fmt: skip
-    assert len(records.token_lines(tmp_path / "merged")) == len(records.token_lines(visited / "two"))
+    assert {r["launch"] for r in found if r["kind"] == "superseded"} == {
+        f"b00-{x}" for x in ("o00-baseline", "o01-aa", "o02-prefix_cache=on")
+    } | {"b01-o00-baseline"}
+    assert len(records.token_lines(tmp_path / "merged")) == len(
+        records.token_lines(visited / "two")
+    )
 
 
 def test_order_and_repetition_change_nothing(visited: Path, tmp_path: Path) -> None:
@@ -71,18 +82,22 @@ def test_order_and_repetition_change_nothing(visited: Path, tmp_path: Path) -> N
     assert len(set(results)) == 1
     assert by_block(tmp_path / "0") == {"b00": {"host-a"}, "b01": {"host-b"}}
     visits.merge([tmp_path / "0", visited / "one", visited / "three"], tmp_path / "again")
-    assert counted(tmp_path / "again") == counted(tmp_path / "0"), "a merged folder can be merged again"
+    assert counted(tmp_path / "again") == counted(tmp_path / "0"), (
+        "a merged folder can be merged again"
+    )
     assert sum(r["kind"] == "launch" for r in records.read(tmp_path / "again")) == 4 + 6 + 3
 
 
-def test_the_environment_reports_that_records_name_are_carried_along(visited: Path, tmp_path: Path) -> None:
+def test_the_environment_reports_that_records_name_are_carried_along(
+    visited: Path, tmp_path: Path
+) -> None:
     for name in ("one", "two"):
         shutil.copytree(visited / name, tmp_path / name)
         (tmp_path / name / f"environment-{name}.txt").write_text(name)
     visits.merge([tmp_path / "one", tmp_path / "two"], tmp_path / "merged")
-    assert {path.name: path.read_text() for path in (tmp_path / "merged").glob("environment-*")} == {
-        "environment-one.txt": "one", "environment-two.txt": "two"
-    }  # fmt: skip
+    assert {
+        path.name: path.read_text() for path in (tmp_path / "merged").glob("environment-*")
+    } == {"environment-one.txt": "one", "environment-two.txt": "two"}
 
 
 def test_a_carried_folder_has_its_history_once(visited: Path, tmp_path: Path) -> None:
@@ -100,7 +115,9 @@ def test_a_merged_folder_can_be_resumed(visited: Path, tmp_path: Path) -> None:
             for entry in runner.pending([1])[:2]:
                 runner.run_launch(entry)
     visits.merge([visited / "one", part], tmp_path / "merged")
-    assert by_block(tmp_path / "merged") == {"b00": {"host-a"}, "b01": {"host-d"}}, "nowhere whole: where more is done"
+    assert by_block(tmp_path / "merged") == {"b00": {"host-a"}, "b01": {"host-d"}}, (
+        "nowhere whole: where more is done"
+    )
     with Runner(plan, tmp_path / "merged", resume=True) as runner:
         runner.run()
     assert by_block(tmp_path / "merged") == {"b00": {"host-a"}, "b01": {provenance.boot_id()}}
@@ -112,7 +129,11 @@ def test_what_does_not_belong_together_is_refused(visited: Path, tmp_path: Path)
     with pytest.raises(RecordError, match="only visits of one plan can be merged"):
         visits.merge([visited / "one", tmp_path / "other-plan"], tmp_path / "merged")
     shutil.copytree(visited / "two", tmp_path / "other-code")
-    altered = (tmp_path / "other-code" / records.RECORDS).read_text().replace(provenance.code_digest(), "f" * 64)
+    altered = (
+        (tmp_path / "other-code" / records.RECORDS)
+        .read_text()
+        .replace(provenance.code_digest(), "f" * 64)
+    )
     (tmp_path / "other-code" / records.RECORDS).write_text(altered)
     with pytest.raises(RecordError, match="ran different code"):
         visits.merge([visited / "one", tmp_path / "other-code"], tmp_path / "merged")
@@ -126,8 +147,16 @@ def test_what_does_not_belong_together_is_refused(visited: Path, tmp_path: Path)
 
 def test_gate_records_and_hardware_of_all_visits(visited: Path, tmp_path: Path) -> None:
     plan = records.read_plan(visited / "one" / records.PLAN)
-    found: list[list[dict[str, Any]]] = [copy.deepcopy(records.read(visited / name)) for name in ("one", "two")]
-    gate = {"kind": "gate", "schema": 1, "plan_hash": plan["plan_hash"], "workload": "a", "tokens_digest": "x"}
+    found: list[list[dict[str, Any]]] = [
+        copy.deepcopy(records.read(visited / name)) for name in ("one", "two")
+    ]
+    gate = {
+        "kind": "gate",
+        "schema": 1,
+        "plan_hash": plan["plan_hash"],
+        "workload": "a",
+        "tokens_digest": "x",
+    }
     found[0].append({**gate, "status": "pass"})
     found[1] += [{**gate, "status": "error"}, {**gate, "status": "fail"}]
     for record in found[1]:

@@ -15,13 +15,22 @@ def test_the_canonical_workload_has_the_published_fingerprint() -> None:
     workload = workloads.build("canonical", "canonical", {})
     summary = workloads.summarize(workload)
     assert workload["fingerprint"] == workloads.CANONICAL_FINGERPRINT
-    assert (summary["num_requests"], summary["prompt_tokens"], summary["output_tokens"]) == (256, 142_827, 133_966)
+    assert (summary["num_requests"], summary["prompt_tokens"], summary["output_tokens"]) == (
+        256,
+        142_827,
+        133_966,
+    )
 
 
 def test_sampling_parameters_leave_the_fingerprint_alone() -> None:
-    sampled, greedy = (workloads.build("w", "random", {"num_requests": 4, "temperature": t}) for t in (0.6, 0))
+    sampled, greedy = (
+        workloads.build("w", "random", {"num_requests": 4, "temperature": t}) for t in (0.6, 0)
+    )
     assert sampled["fingerprint"] == greedy["fingerprint"]
-    assert workloads.build("w", "random", {"num_requests": 4, "seed": 1})["fingerprint"] != greedy["fingerprint"]
+    assert (
+        workloads.build("w", "random", {"num_requests": 4, "seed": 1})["fingerprint"]
+        != greedy["fingerprint"]
+    )
 
 
 @pytest.mark.parametrize("kind", workloads.DEFAULTS)
@@ -29,15 +38,34 @@ def test_every_request_is_complete_and_seeded(kind: str) -> None:
     workload = workloads.build("w", kind, {})
     requests = [request for wave in workload["waves"] for request in wave]
     assert {frozenset(request) for request in requests} == {
-        frozenset({"prompt_token_ids", "max_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos"})
+        frozenset(
+            {
+                "prompt_token_ids",
+                "max_tokens",
+                "temperature",
+                "top_k",
+                "top_p",
+                "seed",
+                "ignore_eos",
+            }
+        )
     }
     assert len({request["seed"] for request in requests}) == len(requests)
-    assert all(0 <= token < workload["params"]["vocab_size"] for r in requests for token in r["prompt_token_ids"])
+    assert all(
+        0 <= token < workload["params"]["vocab_size"]
+        for r in requests
+        for token in r["prompt_token_ids"]
+    )
 
 
 def test_a_scaled_workload_stays_in_its_ranges() -> None:
-    (wave,) = workloads.build("w", "random", {"num_requests": 64, "prompt_tokens": [12, 128], "output_tokens": 7})["waves"]
-    assert all(12 <= len(request["prompt_token_ids"]) <= 128 and request["max_tokens"] == 7 for request in wave)
+    (wave,) = workloads.build(
+        "w", "random", {"num_requests": 64, "prompt_tokens": [12, 128], "output_tokens": 7}
+    )["waves"]
+    assert all(
+        12 <= len(request["prompt_token_ids"]) <= 128 and request["max_tokens"] == 7
+        for request in wave
+    )
 
 
 def test_shared_prefixes_are_shared() -> None:
@@ -48,7 +76,13 @@ def test_shared_prefixes_are_shared() -> None:
 
 
 def test_a_conversation_holds_its_own_history() -> None:
-    params = {"num_conversations": 3, "turns": 3, "system_tokens": 10, "user_tokens": [4, 6], "answer_tokens": [2, 5]}
+    params = {
+        "num_conversations": 3,
+        "turns": 3,
+        "system_tokens": 10,
+        "user_tokens": [4, 6],
+        "answer_tokens": [2, 5],
+    }
     waves = workloads.build("w", "conversation", params)["waves"]
     assert [len(wave) for wave in waves] == [3, 3, 3]
     for before, after in itertools.pairwise(waves):
@@ -69,16 +103,34 @@ def test_a_plan_of_other_tokens_is_refused() -> None:
     ("kind", "params", "message"),
     [
         ("rando", {}, "kind: 'rando' is unknown; allowed: canonical, random"),
-        ("random", {"num_request": 3}, "num_request: unknown parameter of kind random; allowed: num_requests"),
-        ("random", {"num_requests": 0}, "num_requests: 0 is not allowed; allowed: a whole number from 1 to 1000000"),
+        (
+            "random",
+            {"num_request": 3},
+            "num_request: unknown parameter of kind random; allowed: num_requests",
+        ),
+        (
+            "random",
+            {"num_requests": 0},
+            "num_requests: 0 is not allowed; allowed: a whole number from 1 to 1000000",
+        ),
         ("random", {"num_requests": True}, "num_requests: True is not allowed"),
-        ("random", {"prompt_tokens": [9, 3]}, r"prompt_tokens: \[9, 3\] is not allowed; allowed: .*low <= high"),
+        (
+            "random",
+            {"prompt_tokens": [9, 3]},
+            r"prompt_tokens: \[9, 3\] is not allowed; allowed: .*low <= high",
+        ),
         ("random", {"output_tokens": 0}, "output_tokens: .*1 <= low"),
         ("random", {"temperature": -1}, "temperature: -1 is not allowed; allowed: 0"),
         ("random", {"top_p": 0}, r"top_p: 0 is not allowed; allowed: in \(0, 1\]"),
-        ("random", {"ignore_eos": "yes"}, "ignore_eos: 'yes' is not allowed; allowed: true or false"),
+        (
+            "random",
+            {"ignore_eos": "yes"},
+            "ignore_eos: 'yes' is not allowed; allowed: true or false",
+        ),
     ],
 )
-def test_wrong_parameters_say_what_is_allowed(kind: str, params: dict[str, object], message: str) -> None:
+def test_wrong_parameters_say_what_is_allowed(
+    kind: str, params: dict[str, object], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         workloads.build("w", kind, params)

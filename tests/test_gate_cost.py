@@ -1,4 +1,5 @@
-"""What the gate costs, against the two HF forwards over prompts and outputs (reference and engine's dtype) that it rests on.
+"""What the gate costs, against the two HF forwards over prompts and outputs (reference and engine's
+dtype) that it rests on.
 
     python -m pytest tests/test_gate_cost.py -m slow -s        prints the figures of docs/methodology.md
 """
@@ -40,9 +41,18 @@ def generate(model: Path, dtype: str, requests: list[Any]) -> list[list[int]]:
     """The engine's own tokens: what differs from the reference is what a correct engine differs by."""
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
     params = [SamplingParams(**{name: request[name] for name in names}) for request in requests]
-    with LLM(str(model), dtype=dtype, device="cpu", skip_tokenizer_init=True, max_num_seqs=32, max_model_len=512,
-             kv_cache_memory_bytes=2**26) as llm:  # fmt: skip
-        results = llm.generate([{"prompt_token_ids": r["prompt_token_ids"]} for r in requests], params, use_tqdm=False)
+    with LLM(
+        str(model),
+        dtype=dtype,
+        device="cpu",
+        skip_tokenizer_init=True,
+        max_num_seqs=32,
+        max_model_len=512,
+        kv_cache_memory_bytes=2**26,
+    ) as llm:
+        results = llm.generate(
+            [{"prompt_token_ids": r["prompt_token_ids"]} for r in requests], params, use_tqdm=False
+        )
     return [result.outputs[0].token_ids for result in results]
 
 
@@ -59,7 +69,9 @@ def test_the_gate_costs_little_more_than_its_forwards(
     requests = [request for wave in work["waves"] for request in wave]
     rescorer = Rescorer(tiny, dtype)
     outputs = generate(tiny, dtype, requests)
-    sequences = [r["prompt_token_ids"] + output for r, output in zip(requests, outputs, strict=True)]
+    sequences = [
+        r["prompt_token_ids"] + output for r, output in zip(requests, outputs, strict=True)
+    ]
     batches = []
     for batch in batches_of_similar_length([len(s) for s in sequences], rescorer.batch_tokens):
         ids = torch.zeros(len(batch), max(len(sequences[i]) for i in batch) - 1, dtype=torch.int64)
@@ -85,5 +97,7 @@ def test_the_gate_costs_little_more_than_its_forwards(
     ratio = statistics.median(ratios)
     with capsys.disabled():
         generator = "foreign" if foreign else "our generator"
-        print(f"\n{dtype}, {sampling}, {generator}: {ratio:.2f} times two forwards ({min(ratios):.2f} to {max(ratios):.2f})")
+        print(
+            f"\n{dtype}, {sampling}, {generator}: {ratio:.2f} times two forwards ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
     assert ratio <= GOAL, f"{ratio:.2f} times two forwards; the gate may cost {GOAL} times"

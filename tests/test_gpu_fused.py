@@ -1,4 +1,6 @@
-"""ablations/gpu_fused.py without a GPU: everything but the clock, at a small shape, under Triton's interpreter."""
+"""ablations/gpu_fused.py without a GPU: everything but the clock, at a small shape, under Triton's
+interpreter.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,13 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 from ablations import gpu_fused as study
 from nanovllm.kernels.triton import fused
 
-pytestmark = [pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-              pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the study itself runs")]
-SMALL = study.Shape(512, 128, 4, 2, head_dim=32, layers=2, page=16, device="cpu", dtype=torch.float16)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the study itself runs"),
+]
+SMALL = study.Shape(
+    512, 128, 4, 2, head_dim=32, layers=2, page=16, device="cpu", dtype=torch.float16
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,21 +38,27 @@ def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "graph_s", call_every_layer)
 
 
-def test_every_line_of_the_study_is_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_line_of_the_study_is_right(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "fused.json"
     study.run(SMALL, [20, 3], out, time.monotonic(), 1e4)
     result = json.loads(out.read_text())
     lines = result["lines"]
     assert [line for line in lines if line["failed"] or line["wrong"] or not line["us"]] == []
     assert result["left_out"] == []
-    chains = [line["variant"] for line in lines if line["operation"] == "chain" and line["rows"] == 20]
+    chains = [
+        line["variant"] for line in lines if line["operation"] == "chain" and line["rows"] == 20
+    ]
     assert chains == ["today", "both fused", "gate_up only", "qkv only"]
     assert "fused, few" in {line["variant"] for line in lines if line["rows"] == 3}
     assert len({tuple(line["tiling"]) for line in lines if line["tiling"]}) > 15
     assert "best by rows" in capsys.readouterr().out
 
 
-def test_wrong_and_refused_tilings_are_lines_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_and_refused_tilings_are_lines_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = fused.fused_gate_up
     monkeypatch.setattr(fused, "fused_gate_up", lambda *args: real(*args) * 1.1)
 
@@ -55,9 +67,16 @@ def test_wrong_and_refused_tilings_are_lines_and_nothing_else(tmp_path: Path, mo
 
     monkeypatch.setattr(fused, "fused_qkv", refused)
     lines = study.run(SMALL, [20], tmp_path / "fused.json", time.monotonic(), 1e4)["lines"]
-    assert all(line["wrong"] for line in lines if line["operation"] == "gate_up" and line["variant"] == "fused")
-    assert {line["failed"] for line in lines if line["operation"] == "qkv" and line["variant"] == "fused"} == {
-        "RuntimeError: out of resource: shared memory"}
+    assert all(
+        line["wrong"]
+        for line in lines
+        if line["operation"] == "gate_up" and line["variant"] == "fused"
+    )
+    assert {
+        line["failed"]
+        for line in lines
+        if line["operation"] == "qkv" and line["variant"] == "fused"
+    } == {"RuntimeError: out of resource: shared memory"}
     assert [line["variant"] for line in lines if line["operation"] == "chain"] == ["today"]
 
 

@@ -16,20 +16,31 @@ from nanovllm.engine.gpu_memory import forget_workspaces_with, room_for
 from nanovllm.engine.stats import StepStats
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-    torch.AcceleratorError("CUDA error: out of memory"),  # of a graph's instantiation
-    RuntimeError("Triton Error [CUDA]: out of memory"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        torch.AcceleratorError("CUDA error: out of memory"),  # of a graph's instantiation
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
 def test_every_form_of_out_of_memory_says_what_to_lower(error: RuntimeError) -> None:
-    with pytest.raises(MemoryError, match="recorded steps does not fit into the device's memory: lower max_num_seqs"), \
-            room_for("recorded steps", "lower max_num_seqs"):  # fmt: skip
+    with (
+        pytest.raises(
+            MemoryError,
+            match="recorded steps does not fit into the device's memory: lower max_num_seqs",
+        ),
+        room_for("recorded steps", "lower max_num_seqs"),
+    ):
         raise error
 
 
 def test_other_errors_are_left_as_they_are() -> None:
-    with pytest.raises(RuntimeError, match="illegal memory access"), room_for("recorded steps", "lower max_num_seqs"):
+    with (
+        pytest.raises(RuntimeError, match="illegal memory access"),
+        room_for("recorded steps", "lower max_num_seqs"),
+    ):
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
 
@@ -60,10 +71,14 @@ def test_a_recording_that_fails_is_ended(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_workspaces_stay_until_the_last_engine_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuBLAS clears those of the whole process, and the graphs of an engine that lives hold the addresses of theirs."""
+    """cuBLAS clears those of the whole process, and the graphs of an engine that lives hold the
+    addresses of theirs.
+    """
     cleared: list[str] = []
     monkeypatch.setattr(gpu_memory, "_alive", set())  # on a GPU, another test's engine may live
-    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: cleared.append("all"), raising=False)
+    monkeypatch.setattr(
+        torch._C, "_cuda_clearCublasWorkspaces", lambda: cleared.append("all"), raising=False
+    )
     first, second = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     forget_workspaces_with(first)
     forget_workspaces_with(second)

@@ -1,4 +1,6 @@
-"""What a process may use of a machine: control groups of both versions, affinity, CUDA_VISIBLE_DEVICES."""
+"""What a process may use of a machine: control groups of both versions, affinity,
+CUDA_VISIBLE_DEVICES.
+"""
 
 from __future__ import annotations
 
@@ -42,17 +44,33 @@ def join(groups: Path, membership: str, files: dict[str, str]) -> None:
         ("0::/\n", {"cpu.max": "50000 100000"}, 1),
         ("0::/\n", {"cpu.max": "250000 100000"}, 3),
         ("0::/\n", {"cpu.max": "1600000 100000"}, 8),
-        ("0::/pod/app\n", {"pod/app/cpu.max": "max 100000", "pod/cpu.max": "200000 100000"}, 2),  # the limit of the one above
-        ("0::/host/path/of/it\n", {"cpu.max": "150000 100000"}, 2),  # a container sees its own group as the topmost
-        ("3:cpu,cpuacct:/a\n", {"cpu,cpuacct/a/cpu.cfs_quota_us": "150000", "cpu,cpuacct/a/cpu.cfs_period_us": "100000"}, 2),
-        ("3:cpu,cpuacct:/a\n", {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+        # the limit of the one above
+        ("0::/pod/app\n", {"pod/app/cpu.max": "max 100000", "pod/cpu.max": "200000 100000"}, 2),
+        # a container sees its own group as the topmost
+        ("0::/host/path/of/it\n", {"cpu.max": "150000 100000"}, 2),
+        (
+            "3:cpu,cpuacct:/a\n",
+            {
+                "cpu,cpuacct/a/cpu.cfs_quota_us": "150000",
+                "cpu,cpuacct/a/cpu.cfs_period_us": "100000",
+            },
+            2,
+        ),
+        (
+            "3:cpu,cpuacct:/a\n",
+            {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"},
+            1,
+        ),
         ("3:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
-        ("3:cpuset:/\n", {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 8),  # another controller
+        # another controller
+        ("3:cpuset:/\n", {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 8),
         ("0::/\n", {"cpu.max": "nonsense"}, 8),
         ("0::/with:colon\n", {"with:colon/cpu.max": "100000 100000"}, 1),
     ],
 )
-def test_a_quota_is_cores_rounded_up(groups: Path, membership: str, files: dict[str, str], cores: int) -> None:
+def test_a_quota_is_cores_rounded_up(
+    groups: Path, membership: str, files: dict[str, str], cores: int
+) -> None:
     join(groups, membership, files)
     assert host_limits.cpu_cores() == provenance.cpu_cores() == cores
 
@@ -70,17 +88,46 @@ def test_affinity_is_a_limit_as_well(groups: Path, monkeypatch: pytest.MonkeyPat
         ("0::/\n", {"memory.max": "max", "memory.current": str(GIB)}, (6 * GIB, 8 * GIB)),
         ("0::/\n", {"memory.max": str(2 * GIB), "memory.current": str(GIB)}, (GIB, 2 * GIB)),
         # Files in the cache are in use, and yet to be had.
-        ("0::/\n", {"memory.max": str(2 * GIB), "memory.current": str(2 * GIB), "memory.stat": f"anon 5\ninactive_file {GIB}\n"},
-         (GIB, 2 * GIB)),
+        (
+            "0::/\n",
+            {
+                "memory.max": str(2 * GIB),
+                "memory.current": str(2 * GIB),
+                "memory.stat": f"anon 5\ninactive_file {GIB}\n",
+            },
+            (GIB, 2 * GIB),
+        ),
         ("0::/\n", {"memory.max": str(2 * GIB), "memory.current": str(3 * GIB)}, (0, 2 * GIB)),
         ("0::/\n", {"memory.max": str(64 * GIB), "memory.current": str(GIB)}, (6 * GIB, 8 * GIB)),
-        ("0::/a\n", {"a/memory.max": "max", "a/memory.current": "1", "memory.max": str(GIB), "memory.current": "0"}, (GIB, GIB)),
-        ("4:memory:/a\n", {"memory/a/memory.limit_in_bytes": str(GIB), "memory/a/memory.usage_in_bytes": str(GIB // 2),
-                           "memory/a/memory.stat": f"total_inactive_file {GIB // 4}\n"}, (3 * GIB // 4, GIB)),
-        ("4:memory:/\n", {"memory/memory.limit_in_bytes": str(2**63 - 4096), "memory/memory.usage_in_bytes": "5"},
-         (6 * GIB, 8 * GIB)),
+        (
+            "0::/a\n",
+            {
+                "a/memory.max": "max",
+                "a/memory.current": "1",
+                "memory.max": str(GIB),
+                "memory.current": "0",
+            },
+            (GIB, GIB),
+        ),
+        (
+            "4:memory:/a\n",
+            {
+                "memory/a/memory.limit_in_bytes": str(GIB),
+                "memory/a/memory.usage_in_bytes": str(GIB // 2),
+                "memory/a/memory.stat": f"total_inactive_file {GIB // 4}\n",
+            },
+            (3 * GIB // 4, GIB),
+        ),
+        (
+            "4:memory:/\n",
+            {
+                "memory/memory.limit_in_bytes": str(2**63 - 4096),
+                "memory/memory.usage_in_bytes": "5",
+            },
+            (6 * GIB, 8 * GIB),
+        ),
     ],
-)  # fmt: skip
+)
 def test_memory_is_what_a_container_may_use(
     groups: Path, membership: str, files: dict[str, str], expected: tuple[int, int]
 ) -> None:
@@ -89,18 +136,30 @@ def test_memory_is_what_a_container_may_use(
 
 
 def test_everything_that_asks_gets_the_limit(groups: Path) -> None:
-    join(groups, "0::/\n", {"memory.max": str(GIB), "memory.current": str(GIB // 2), "cpu.max": "100000 100000"})
-    config = ResolvedConfig(model="any", max_model_len=2**20, max_num_seqs=2**20, max_num_batched_tokens=2**20,
-                            gpu_memory_utilization=0.75)  # fmt: skip
+    join(
+        groups,
+        "0::/\n",
+        {"memory.max": str(GIB), "memory.current": str(GIB // 2), "cpu.max": "100000 100000"},
+    )
+    config = ResolvedConfig(
+        model="any",
+        max_model_len=2**20,
+        max_num_seqs=2**20,
+        max_num_batched_tokens=2**20,
+        gpu_memory_utilization=0.75,
+    )
     spec = kv_cache.KVCacheSpec(1, 1, 64, 16, torch.float32)
     assert kv_cache.num_blocks_for(config, spec) == (GIB // 2 - GIB // 4) // spec.block_bytes
     machine = provenance.of_machine()
     assert (machine["memory_bytes"], machine["cpu"]["cores"]) == (GIB, 1)
-    assert environment.of_child()["OMP_NUM_THREADS"] == "1"  # libraries count the cores that there are
+    # libraries count the cores that there are
+    assert environment.of_child()["OMP_NUM_THREADS"] == "1"
     assert environment.of_child({"OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
 
 
-def test_without_a_quota_libraries_choose_their_threads(groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_quota_libraries_choose_their_threads(
+    groups: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     join(groups, "0::/\n", {"cpu.max": "max 100000"})
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert "OMP_NUM_THREADS" not in environment.of_child()
@@ -122,12 +181,20 @@ def test_without_a_quota_libraries_choose_their_threads(groups: Path, monkeypatc
         ("none", []),
     ],
 )
-def test_gpus_are_those_that_cuda_shows(monkeypatch: pytest.MonkeyPatch, variable: str | None, seen: list[str]) -> None:
+def test_gpus_are_those_that_cuda_shows(
+    monkeypatch: pytest.MonkeyPatch, variable: str | None, seen: list[str]
+) -> None:
     if variable is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
     assert telemetry.visible_gpus(UUIDS) == seen
-    monkeypatch.setattr(telemetry, "nvidia_smi", lambda _: [[u, f"GPU {i}", "1024", "570"] for i, u in enumerate(UUIDS)])
-    expected = ["GPU 0" if "MIG" in name else f"GPU {'2' if name == 'GPU-cccc' else name}" for name in seen]
+    monkeypatch.setattr(
+        telemetry,
+        "nvidia_smi",
+        lambda _: [[u, f"GPU {i}", "1024", "570"] for i, u in enumerate(UUIDS)],
+    )
+    expected = [
+        "GPU 0" if "MIG" in name else f"GPU {'2' if name == 'GPU-cccc' else name}" for name in seen
+    ]
     assert [gpu["name"] for gpu in telemetry.gpu_inventory()] == expected

@@ -1,4 +1,6 @@
-"""A shell that is against us: what the variables of other programs say changes no result and ends nothing."""
+"""A shell that is against us: what the variables of other programs say changes no result and ends
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,28 @@ from experiments import environment, provenance
 from tests.test_preflight import PUBLISHED
 
 ROOT = Path(__file__).parents[1]
-LOCALE = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}  # ASCII, with all of Python's help against it off
+# ASCII, with all of Python's help against it off
+LOCALE = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 HOSTILE = {
-    **LOCALE, "LANGUAGE": "tr", "MPLBACKEND": "module://nothing",
-    "GIT_DIR": "/dev/null/nowhere/.git", "GIT_WORK_TREE": "/dev/null/nowhere",
-    "CI": "true", "OMP_NUM_THREADS": "1", "TORCH_LOGS": "recompiles", "TOKENIZERS_PARALLELISM": "true", "HF_HUB_OFFLINE": "1",
-    "COLUMNS": "10", "NO_COLOR": "1", "PYTHONOPTIMIZE": "2", "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": "/dev/null/nowhere",
-    "HOME": "/dev/null/nowhere", "MLFLOW_TRACKING_URI": "http://nowhere", "MLFLOW_RUN_ID": "abc",
-}  # fmt: skip
+    **LOCALE,
+    "LANGUAGE": "tr",
+    "MPLBACKEND": "module://nothing",
+    "GIT_DIR": "/dev/null/nowhere/.git",
+    "GIT_WORK_TREE": "/dev/null/nowhere",
+    "CI": "true",
+    "OMP_NUM_THREADS": "1",
+    "TORCH_LOGS": "recompiles",
+    "TOKENIZERS_PARALLELISM": "true",
+    "HF_HUB_OFFLINE": "1",
+    "COLUMNS": "10",
+    "NO_COLOR": "1",
+    "PYTHONOPTIMIZE": "2",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "TMPDIR": "/dev/null/nowhere",
+    "HOME": "/dev/null/nowhere",
+    "MLFLOW_TRACKING_URI": "http://nowhere",
+    "MLFLOW_RUN_ID": "abc",
+}
 ENGINE = r"""
 from nanovllm import LLM, SamplingParams
 from nanovllm.models.checkpoint import ensure_checkpoint
@@ -34,14 +50,23 @@ def run(*command: str, hostile: bool = True) -> subprocess.CompletedProcess[str]
     found = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", **variables}
     found.pop("TRITON_INTERPRET", None)
     return subprocess.run(
-        [sys.executable, *command], capture_output=True, encoding="utf-8", errors="replace", check=False, env=found, cwd=ROOT,
+        [sys.executable, *command],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
+        env=found,
+        cwd=ROOT,
         stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
 
 
 def test_an_engine_gives_the_same_tokens(tiny: Path) -> None:
     answers = [run("-c", ENGINE, hostile=hostile) for hostile in (True, False)]
-    lines = [[line for line in answer.stdout.splitlines() if line.startswith("tokens")] for answer in answers]
+    lines = [
+        [line for line in answer.stdout.splitlines() if line.startswith("tokens")]
+        for answer in answers
+    ]
     assert lines[0] == lines[1] != [], answers[0].stderr
 
 
@@ -54,12 +79,16 @@ def test_the_laboratory_answers(command: tuple[str, ...]) -> None:
 
 def test_a_report_is_the_same_to_the_byte(tmp_path: Path) -> None:
     """Its own processes: what `execution.render` starts, with our variables set and others removed."""
-    script = ("import sys; from pathlib import Path; from experiments import execution as e; "
-              "e.REPORT = sys.argv[2]; e.render(Path(sys.argv[1]))")  # fmt: skip
+    script = (
+        "import sys; from pathlib import Path; from experiments import execution as e; "
+        "e.REPORT = sys.argv[2]; e.render(Path(sys.argv[1]))"
+    )
     done = run("-c", script, str(PUBLISHED), str(tmp_path / "report"))
     assert done.returncode == 0, done.stderr
     for name in ("report.md", "report.html"):
-        assert (tmp_path / "report" / name).read_bytes() == (PUBLISHED / "report" / name).read_bytes()
+        assert (tmp_path / "report" / name).read_bytes() == (
+            PUBLISHED / "report" / name
+        ).read_bytes()
 
 
 def test_children_are_told_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,5 +101,13 @@ def test_children_are_told_what_they_need(monkeypatch: pytest.MonkeyPatch) -> No
     assert found["PYTHONPATH"].split(os.pathsep) == [str(ROOT), str(ROOT / "src"), "/theirs"]
     assert found["OMP_WAIT_POLICY"] == "PASSIVE"
     recorded = provenance.of_interpreter()["environment"]
-    for name in ("LC_ALL", "OMP_NUM_THREADS", "TORCH_LOGS", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE", "PYTHONOPTIMIZE", "TMPDIR"):
+    for name in (
+        "LC_ALL",
+        "OMP_NUM_THREADS",
+        "TORCH_LOGS",
+        "TOKENIZERS_PARALLELISM",
+        "HF_HUB_OFFLINE",
+        "PYTHONOPTIMIZE",
+        "TMPDIR",
+    ):
         assert recorded[name] == HOSTILE[name]

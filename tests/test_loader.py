@@ -1,4 +1,6 @@
-"""Reading a model's folder: every weight arrives where it belongs, and every defect is an error that names it."""
+"""Reading a model's folder: every weight arrives where it belongs, and every defect is an error
+that names it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,13 @@ from nanovllm.models.config import load_hf_config
 from nanovllm.models.loader import load_weights, resolve_model
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
-SMALL = {"num_hidden_layers": 2, "vocab_size": 2048, "hidden_size": 32, "intermediate_size": 48, "head_dim": 16}
+SMALL = {
+    "num_hidden_layers": 2,
+    "vocab_size": 2048,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "head_dim": 16,
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +47,8 @@ def folder(small: Path, tmp_path: Path) -> Path:
 def load(folder: Path, tp: TensorParallel | None = None) -> Qwen3ForCausalLM:
     tp = tp or TensorParallel()
     kernels = load_kernels(BASELINE, Counter())
-    model = Qwen3ForCausalLM(load_hf_config(folder), 64, kernels, None, tp)  # type: ignore[arg-type]  # no attention: not run
+    # no attention: not run
+    model = Qwen3ForCausalLM(load_hf_config(folder), 64, kernels, None, tp)  # type: ignore[arg-type]
     with torch.no_grad():
         for param in model.parameters():
             param.fill_(torch.nan)
@@ -56,7 +65,9 @@ def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) 
 def edit_config(folder: Path, **changes: Any) -> None:
     """Replaces settings; None removes one."""
     config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    (folder / "config.json").write_text(
+        json.dumps({key: value for key, value in config.items() if value is not None})
+    )
 
 
 def rank(number: int, size: int) -> TensorParallel:
@@ -70,9 +81,15 @@ def test_every_weight_arrives(small: Path) -> None:
     for i, layer in enumerate(model.model.layers):
         prefix = f"model.layers.{i}."
         for part, rows in layer.self_attn.qkv_proj.weight.parts.items():
-            assert torch.equal(layer.self_attn.qkv_proj.weight[slice(*rows)], stored[f"{prefix}self_attn.{part}_proj.weight"])
+            assert torch.equal(
+                layer.self_attn.qkv_proj.weight[slice(*rows)],
+                stored[f"{prefix}self_attn.{part}_proj.weight"],
+            )
         for part, rows in layer.mlp.gate_up_proj.weight.parts.items():
-            assert torch.equal(layer.mlp.gate_up_proj.weight[slice(*rows)], stored[f"{prefix}mlp.{part}_proj.weight"])
+            assert torch.equal(
+                layer.mlp.gate_up_proj.weight[slice(*rows)],
+                stored[f"{prefix}mlp.{part}_proj.weight"],
+            )
     plain = {name: param for name, param in model.named_parameters() if param.parts is None}
     assert len(plain) == 2 * 6 + 2
     assert all(torch.equal(param, stored[name]) for name, param in plain.items())
@@ -88,28 +105,42 @@ def test_two_ranks_hold_each_weight_once(small: Path) -> None:
             continue
         for part, rows in (param.parts or {None: (0, len(param))}).items():
             pieces = [share[slice(*share.parts[part])] if part else share for share in shares]
-            assert torch.equal(torch.cat(pieces, param.shard_dim), param[slice(*rows)]), (name, part)
+            assert torch.equal(torch.cat(pieces, param.shard_dim), param[slice(*rows)]), (
+                name,
+                part,
+            )
 
 
 def test_shards_and_an_untied_head_are_read(tmp_path: Path) -> None:
-    folder = ensure_checkpoint("tiny", cache_dir=tmp_path, **SMALL, max_shard_bytes=20_000, tie_word_embeddings=False)
+    folder = ensure_checkpoint(
+        "tiny", cache_dir=tmp_path, **SMALL, max_shard_bytes=20_000, tie_word_embeddings=False
+    )
     stored: dict[str, torch.Tensor] = {}
     for file in folder.glob("*.safetensors"):
         stored |= load_file(file)
     model = load(folder)
     assert torch.equal(model.lm_head.weight, stored["lm_head.weight"])
-    assert torch.equal(model.model.layers[1].mlp.down_proj.weight, stored["model.layers.1.mlp.down_proj.weight"])
+    assert torch.equal(
+        model.model.layers[1].mlp.down_proj.weight, stored["model.layers.1.mlp.down_proj.weight"]
+    )
     assert not any(param.isnan().any() for param in model.parameters())
 
 
 def test_bfloat16_and_float32_are_converted(tmp_path: Path, small: Path) -> None:
     narrow = load(ensure_checkpoint("tiny", cache_dir=tmp_path, **SMALL, dtype="bfloat16"))
-    for (name, param), other in zip(load(small).named_parameters(), narrow.parameters(), strict=True):
+    for (name, param), other in zip(
+        load(small).named_parameters(), narrow.parameters(), strict=True
+    ):
         assert torch.equal(param, other), name  # the checkpoints' weights are exact in bfloat16
 
 
 def test_a_stored_copy_of_a_tied_head_does_no_harm(folder: Path) -> None:
-    edit_weights(folder, lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"].clone()}))
+    edit_weights(
+        folder,
+        lambda weights: weights.update(
+            {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+        ),
+    )
     load(folder)
 
 
@@ -123,7 +154,9 @@ def test_a_folder_without_safetensors(folder: Path) -> None:
 def test_a_truncated_file(folder: Path, kept: int) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read .* truncated or damaged"):
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors cannot be read .* truncated or damaged"
+    ):
         load(folder)
 
 
@@ -136,7 +169,10 @@ def test_a_file_of_another_kind(folder: Path) -> None:
 def test_missing_tensors_are_listed(folder: Path) -> None:
     gone = ["model.norm.weight", "model.layers.1.self_attn.k_proj.weight"]
     edit_weights(folder, lambda weights: [weights.pop(name) for name in gone] and None)
-    with pytest.raises(ValueError, match=r"lacks model\.layers\.1\.self_attn\.qkv_proj\.weight \(k\), model\.norm\.weight"):
+    with pytest.raises(
+        ValueError,
+        match=r"lacks model\.layers\.1\.self_attn\.qkv_proj\.weight \(k\), model\.norm\.weight",
+    ):
         load(folder)
 
 
@@ -156,14 +192,21 @@ def test_an_untied_head_that_is_missing(folder: Path) -> None:
 def test_unexpected_tensors_are_listed(folder: Path) -> None:
     extra = {"model.layers.2.mlp.experts": torch.zeros(1), "visual.bias": torch.zeros(1)}
     edit_weights(folder, lambda weights: weights.update(extra))
-    with pytest.raises(ValueError, match=r"no place for: model\.layers\.2\.mlp\.experts, visual\.bias"):
+    with pytest.raises(
+        ValueError, match=r"no place for: model\.layers\.2\.mlp\.experts, visual\.bias"
+    ):
         load(folder)
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.self_attn.v_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    "name",
+    ["model.embed_tokens.weight", "model.layers.0.self_attn.v_proj.weight", "model.norm.weight"],
+)
 def test_a_wrong_shape_is_named(folder: Path, name: str) -> None:
     edit_weights(folder, lambda weights: weights.update({name: weights[name][:-1].contiguous()}))
-    with pytest.raises(ValueError, match=rf"{name} of .* has shape \[.*\] where the model needs \["):
+    with pytest.raises(
+        ValueError, match=rf"{name} of .* has shape \[.*\] where the model needs \["
+    ):
         load(folder)
 
 
@@ -184,17 +227,38 @@ def test_nothing_is_unpickled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_config_as_transformers_5_writes_it(tmp_path: Path) -> None:
     Qwen3Config(
-        architectures=["Qwen3ForCausalLM"], hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-        rope_theta=5e5, tie_word_embeddings=True, eos_token_id=[3, 4], dtype="bfloat16", rms_norm_eps=1e-5,
-    ).save_pretrained(tmp_path)  # fmt: skip
+        architectures=["Qwen3ForCausalLM"],
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        rope_theta=5e5,
+        tie_word_embeddings=True,
+        eos_token_id=[3, 4],
+        dtype="bfloat16",
+        rms_norm_eps=1e-5,
+    ).save_pretrained(tmp_path)
     config = load_hf_config(tmp_path)
-    assert (config.rope_theta, config.head_dim, config.rms_norm_eps, config.dtype) == (5e5, 32, 1e-5, "bfloat16")
+    assert (config.rope_theta, config.head_dim, config.rms_norm_eps, config.dtype) == (
+        5e5,
+        32,
+        1e-5,
+        "bfloat16",
+    )
     assert config.tie_word_embeddings
     assert config.eos_token_ids == (3, 4)
 
 
 def test_config_as_transformers_4_writes_it(folder: Path) -> None:
-    edit_config(folder, rope_parameters=None, rope_theta=1e4, dtype=None, torch_dtype="bfloat16", layer_types=None, head_dim=None)
+    edit_config(
+        folder,
+        rope_parameters=None,
+        rope_theta=1e4,
+        dtype=None,
+        torch_dtype="bfloat16",
+        layer_types=None,
+        head_dim=None,
+    )
     config = load_hf_config(folder)
     assert (config.rope_theta, config.dtype, config.head_dim) == (1e4, "bfloat16", 8)
 
@@ -212,21 +276,45 @@ def test_generation_config_has_the_last_word_on_eos(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, r"architectures=\['LlamaForCausalLM'\].*Qwen3ForCausalLM"),
+        (
+            {"architectures": ["LlamaForCausalLM"]},
+            r"architectures=\['LlamaForCausalLM'\].*Qwen3ForCausalLM",
+        ),
         ({"architectures": ["Qwen3MoeForCausalLM"]}, r"Qwen3ForCausalLM"),
         ({"architectures": None}, r"architectures.*Qwen3ForCausalLM"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}, r"rope type='yarn'.*'default'"),
-        ({"rope_parameters": None, "rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2}}, r"'linear'.*'default'"),
-        ({"rope_parameters": None, "rope_theta": 1e6, "rope_scaling": {"rope_type": "new"}}, r"'new'.*'default'"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}},
+            r"rope type='yarn'.*'default'",
+        ),
+        (
+            {
+                "rope_parameters": None,
+                "rope_theta": 1e6,
+                "rope_scaling": {"type": "linear", "factor": 2},
+            },
+            r"'linear'.*'default'",
+        ),
+        (
+            {"rope_parameters": None, "rope_theta": 1e6, "rope_scaling": {"rope_type": "new"}},
+            r"'new'.*'default'",
+        ),
         ({"rope_parameters": {"rope_type": "default"}}, r"lacks rope_theta"),
         ({"use_sliding_window": True}, r"use_sliding_window=True"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types=.*sliding_attention"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            r"layer_types=.*sliding_attention",
+        ),
         ({"hidden_act": "gelu"}, r"hidden_act='gelu'.*'silu'"),
         ({"hidden_size": None, "head_dim": None}, r"lacks .*hidden_size"),
-        ({"vocab_size": None, "num_key_value_heads": None}, r"lacks vocab_size, num_key_value_heads"),
+        (
+            {"vocab_size": None, "num_key_value_heads": None},
+            r"lacks vocab_size, num_key_value_heads",
+        ),
     ],
 )
-def test_what_the_engine_does_not_compute_is_refused(folder: Path, changes: dict[str, Any], message: str) -> None:
+def test_what_the_engine_does_not_compute_is_refused(
+    folder: Path, changes: dict[str, Any], message: str
+) -> None:
     edit_config(folder, **changes)
     with pytest.raises(ValueError, match=message):
         load_hf_config(folder)
@@ -247,7 +335,9 @@ def test_a_folder_is_taken_as_it_is(folder: Path) -> None:
     assert resolve_model(str(folder)) == folder
 
 
-def test_a_hub_id_is_fetched_without_code_or_pickles(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_fetched_without_code_or_pickles(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: dict[str, Any] = {}
 
     def snapshot_download(hub_id: str, **kwargs: Any) -> str:
@@ -261,9 +351,14 @@ def test_a_hub_id_is_fetched_without_code_or_pickles(folder: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "no/such/folder", "/nowhere", "tiny"])
-def test_a_name_that_leads_nowhere_says_what_to_do(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_name_that_leads_nowhere_says_what_to_do(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=rf"{name}.* is neither a folder here nor a hub id .*: give a folder with"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=rf"{name}.* is neither a folder here nor a hub id .*: give a folder with",
+    ):
         resolve_model(name)

@@ -1,4 +1,6 @@
-"""What an engine asks of a machine, without one: a GPU that is too old, hidden or unusable; no compiler; the caller's device."""
+"""What an engine asks of a machine, without one: a GPU that is too old, hidden or unusable; no
+compiler; the caller's device.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,15 @@ import torch
 
 from nanovllm.config import ALL, EngineConfig, Optimizations
 from nanovllm.engine import machine
-from nanovllm.engine.machine import OnDevice, check_capability, describe, prepare, require_gpus, tell, triton_problem
+from nanovllm.engine.machine import (
+    OnDevice,
+    check_capability,
+    describe,
+    prepare,
+    require_gpus,
+    tell,
+    triton_problem,
+)
 
 COMPILER_IS_MISSING = "Triton needs a C compiler and there is none"
 
@@ -30,7 +40,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(fake.capabilities))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: fake.current)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: fake.capabilities[index])
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ["NVIDIA GeForce RTX 4070", "Tesla T4"][index])
+    monkeypatch.setattr(
+        torch.cuda, "get_device_name", lambda index: ["NVIDIA GeForce RTX 4070", "Tesla T4"][index]
+    )
     monkeypatch.setattr(machine, "triton_problem", lambda: None)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return fake
@@ -40,20 +52,27 @@ def config_with(**kwargs: Any) -> EngineConfig:
     return EngineConfig(model="m", **kwargs)
 
 
-# -- compute capability and counts ----------------------------------------------------------------------------------------
+# -- compute capability and counts -----------------------------------------------------------------
 
 
 def test_a_gpu_older_than_ampere_is_an_error_with_its_name(gpu: SimpleNamespace) -> None:
     assert prepare(config_with())[0] == "cuda"
     gpu.current = 1
-    with pytest.raises(ValueError, match=r"GPU 1 \(Tesla T4\) has compute capability 7\.5; allowed is 8\.0 or newer.*device='cpu'"):
+    with pytest.raises(
+        ValueError,
+        match=r"GPU 1 \(Tesla T4\) has compute capability 7\.5; allowed is 8\.0 or newer.*device='cpu'",
+    ):
         prepare(config_with())
     with pytest.raises(ValueError, match="compute capability 7"):
         prepare(config_with(device="cuda"))
 
 
-@pytest.mark.parametrize(("capability", "allowed"), [((7, 5), False), ((8, 0), True), ((8, 6), True), ((12, 0), True)])
-def test_allowed_capabilities(gpu: SimpleNamespace, capability: tuple[int, int], allowed: bool) -> None:
+@pytest.mark.parametrize(
+    ("capability", "allowed"), [((7, 5), False), ((8, 0), True), ((8, 6), True), ((12, 0), True)]
+)
+def test_allowed_capabilities(
+    gpu: SimpleNamespace, capability: tuple[int, int], allowed: bool
+) -> None:
     gpu.capabilities[0] = capability
     if allowed:
         check_capability(0)
@@ -62,22 +81,30 @@ def test_allowed_capabilities(gpu: SimpleNamespace, capability: tuple[int, int],
             check_capability(0)
 
 
-def test_more_ranks_than_visible_gpus(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"tensor_parallel_size=4 needs 4 GPUs and 2 are visible: use at most 2"):
+def test_more_ranks_than_visible_gpus(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"tensor_parallel_size=4 needs 4 GPUs and 2 are visible: use at most 2"
+    ):
         prepare(config_with(optimizations=Optimizations(tensor_parallel_size=4)))
     gpu.capabilities.pop()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    with pytest.raises(ValueError, match=r"needs 2 GPUs and 1 is visible \(CUDA_VISIBLE_DEVICES='3'\)"):
+    with pytest.raises(
+        ValueError, match=r"needs 2 GPUs and 1 is visible \(CUDA_VISIBLE_DEVICES='3'\)"
+    ):
         require_gpus(2, "data_parallel_size=2 with tensor_parallel_size=1")
 
 
-def test_the_process_of_several_ranks_touches_no_gpu(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_process_of_several_ranks_touches_no_gpu(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", None)
     monkeypatch.setattr(torch.cuda, "current_device", None)
     assert prepare(config_with(optimizations=Optimizations(tensor_parallel_size=2)))[0] == "cuda"
 
 
-# -- a GPU that torch cannot use ----------------------------------------------------------------------------------------------
+# -- a GPU that torch cannot use -------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -87,7 +114,10 @@ def unusable(monkeypatch: pytest.MonkeyPatch) -> None:
     def is_available() -> bool:
         import warnings
 
-        warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old (found version 11040).", stacklevel=1)
+        warnings.warn(
+            "CUDA initialization: The NVIDIA driver on your system is too old (found version 11040).",
+            stacklevel=1,
+        )
         return False
 
     monkeypatch.setattr(torch.cuda, "is_available", is_available)
@@ -102,15 +132,24 @@ def test_an_old_driver_is_said_once_with_torchs_reason(caplog: pytest.LogCapture
     assert prepare(config) == ("cpu", config)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    for part in ("on the CPU although there is an NVIDIA GPU", "too old (found version 11040)", "CUDA 13.0",
-                 "update the NVIDIA driver"):
+    for part in (
+        "on the CPU although there is an NVIDIA GPU",
+        "too old (found version 11040)",
+        "CUDA 13.0",
+        "update the NVIDIA driver",
+    ):
         assert part in record.getMessage()
-    with pytest.raises(ValueError, match=r"device='cuda' was asked for and torch sees no GPU: .*too old.*or use device='cpu'"):
+    with pytest.raises(
+        ValueError,
+        match=r"device='cuda' was asked for and torch sees no GPU: .*too old.*or use device='cpu'",
+    ):
         prepare(config_with(device="cuda"))
 
 
 @pytest.mark.usefixtures("unusable")
-def test_a_torch_without_cuda_beside_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_torch_without_cuda_beside_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     assert prepare(config_with())[0] == "cpu"
     assert "is built without CUDA; install the build for NVIDIA GPUs" in caplog.text
@@ -118,8 +157,9 @@ def test_a_torch_without_cuda_beside_a_gpu(monkeypatch: pytest.MonkeyPatch, capl
 
 @pytest.mark.usefixtures("unusable")
 @pytest.mark.parametrize("value", ["", "-1"])
-def test_a_gpu_that_the_caller_hides_is_no_surprise(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-                                                    value: str) -> None:
+def test_a_gpu_that_the_caller_hides_is_no_surprise(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, value: str
+) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
     assert prepare(config_with())[0] == "cpu"
     assert not caplog.records
@@ -128,13 +168,15 @@ def test_a_gpu_that_the_caller_hides_is_no_surprise(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("unusable")
-def test_a_machine_without_a_gpu_says_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_machine_without_a_gpu_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(machine, "gpu_is_present", lambda: False)
     assert prepare(config_with())[0] == "cpu"
     assert not caplog.records
 
 
-# -- no compiler, no headers --------------------------------------------------------------------------------------------------
+# -- no compiler, no headers -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -152,7 +194,9 @@ def no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_with_a_compiler_triton_has_all_it_needs_and_later_without(no_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_compiler_triton_has_all_it_needs_and_later_without(
+    no_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert triton_problem() is None
     monkeypatch.setenv("PATH", str(no_cache))
     assert triton_problem() is None, "what was built lies in Triton's cache"
@@ -170,7 +214,9 @@ def test_without_pythons_headers(no_cache: Path, monkeypatch: pytest.MonkeyPatch
     import sysconfig
 
     real = sysconfig.get_paths
-    monkeypatch.setattr(sysconfig, "get_paths", lambda **kwargs: real(**kwargs) | {"include": str(no_cache)})
+    monkeypatch.setattr(
+        sysconfig, "get_paths", lambda **kwargs: real(**kwargs) | {"include": str(no_cache)}
+    )
     problem = str(triton_problem())
     assert f"{no_cache}/Python.h is missing" in problem
     assert f"apt-get install python3.{sys.version_info.minor}-dev" in problem
@@ -189,35 +235,60 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert triton_problem() == "Triton is not installed; `pip install triton`"
 
 
-def test_auto_takes_torchs_operations_and_says_what_is_lost(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch,
-                                                            caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_takes_torchs_operations_and_says_what_is_lost(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(machine, "triton_problem", lambda: COMPILER_IS_MISSING)
     _, config = prepare(config_with())
     on = config.optimizations.resolve("cuda", in_engine=True)
-    assert (on.kernels, on.attention_backend, on.cascade_attention, on.cuda_graphs) == ("torch", "torch", False, False)
+    assert (on.kernels, on.attention_backend, on.cascade_attention, on.cuda_graphs) == (
+        "torch",
+        "torch",
+        False,
+        False,
+    )
     assert (on.batching, on.overlap, on.prefix_cache) == ("chunked", True, True)
     (record,) = caplog.records
-    for part in ("much slower", "kernels='torch'", "attention_backend='torch'", "cuda_graphs=False", COMPILER_IS_MISSING):
+    for part in (
+        "much slower",
+        "kernels='torch'",
+        "attention_backend='torch'",
+        "cuda_graphs=False",
+        COMPILER_IS_MISSING,
+    ):
         assert part in record.getMessage()
 
 
-@pytest.mark.parametrize("levels", [{"kernels": "triton"}, {"attention_backend": "triton"}, {"kernels": "compile"},
-                                    {"cascade_attention": True}])
-def test_an_explicit_level_that_needs_triton_is_an_error(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch,
-                                                         levels: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "levels",
+    [
+        {"kernels": "triton"},
+        {"attention_backend": "triton"},
+        {"kernels": "compile"},
+        {"cascade_attention": True},
+    ],
+)
+def test_an_explicit_level_that_needs_triton_is_an_error(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, levels: dict[str, Any]
+) -> None:
     monkeypatch.setattr(machine, "triton_problem", lambda: COMPILER_IS_MISSING)
-    (name, level), = levels.items()
-    with pytest.raises(ValueError, match=f"{name}={level!r} cannot run here: {COMPILER_IS_MISSING}.*kernels='torch'"):
+    ((name, level),) = levels.items()
+    with pytest.raises(
+        ValueError,
+        match=f"{name}={level!r} cannot run here: {COMPILER_IS_MISSING}.*kernels='torch'",
+    ):
         prepare(config_with(optimizations=Optimizations(**levels)))
 
 
-def test_levels_that_need_no_triton_ask_for_no_compiler(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_levels_that_need_no_triton_ask_for_no_compiler(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(machine, "triton_problem", None)
     for on in (Optimizations(), Optimizations(attention_backend="flash_attn", cuda_graphs="auto")):
         assert prepare(config_with(optimizations=on))[1].optimizations == on
 
 
-# -- a started engine -----------------------------------------------------------------------------------------------------------
+# -- a started engine ------------------------------------------------------------------------------
 
 
 def test_every_step_runs_on_the_engines_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,11 +310,18 @@ def test_every_step_runs_on_the_engines_device(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_one_line_says_what_was_chosen(tiny: Path) -> None:
-    resolved = config_with(dtype="bfloat16", max_num_seqs=8).resolve(device="cpu", dtype="bfloat16", max_position_embeddings=4096)
-    line = describe(SimpleNamespace(**vars(resolved) | {"num_kv_blocks": 1000, "kv_cache_bytes": 3 << 29}), "NVIDIA H200 (cuda:1)")
-    assert line == ("NVIDIA H200 (cuda:1), bfloat16; attention torch, kernels torch, batching chunked, prefix cache (off: CUDA "
-                    "graphs, overlap, cascade attention); KV cache of 16,000 tokens, 1.50 GiB, for up to 8 requests of up to 4,096 "
-                    "tokens")
+    resolved = config_with(dtype="bfloat16", max_num_seqs=8).resolve(
+        device="cpu", dtype="bfloat16", max_position_embeddings=4096
+    )
+    line = describe(
+        SimpleNamespace(**vars(resolved) | {"num_kv_blocks": 1000, "kv_cache_bytes": 3 << 29}),
+        "NVIDIA H200 (cuda:1)",
+    )
+    assert line == (
+        "NVIDIA H200 (cuda:1), bfloat16; attention torch, kernels torch, batching chunked, prefix cache (off: CUDA "
+        "graphs, overlap, cascade attention); KV cache of 16,000 tokens, 1.50 GiB, for up to 8 requests of up to 4,096 "
+        "tokens"
+    )
 
 
 def test_the_line_goes_where_the_application_wants_it() -> None:
@@ -257,8 +335,13 @@ def test_the_line_goes_where_the_application_wants_it() -> None:
         logging.basicConfig(level=logging.INFO, stream=sys.stdout)
         tell("third")
     """)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True,
-                          env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
     assert done.stderr == "nanovllm: first\n"
     assert done.stdout == "INFO:nanovllm:third\n"
     assert callable(tell)
@@ -275,10 +358,14 @@ def test_an_engine_stays_on_the_device_that_was_current(tiny: Path) -> None:
     for device in (0, 1):
         for optimizations in (ALL, Optimizations(kernels="triton", attention_backend="triton")):
             torch.cuda.set_device(device)
-            with LLM(str(tiny), max_model_len=256, max_num_seqs=4, optimizations=optimizations) as llm:
+            with LLM(
+                str(tiny), max_model_len=256, max_num_seqs=4, optimizations=optimizations
+            ) as llm:
                 assert llm.runner.device.index == device
                 torch.cuda.set_device(1 - device)
-                answers.append(llm.generate(["one two three"], params, use_tqdm=False)[0].outputs[0].token_ids)
+                answers.append(
+                    llm.generate(["one two three"], params, use_tqdm=False)[0].outputs[0].token_ids
+                )
                 assert torch.cuda.current_device() == 1 - device
     torch.cuda.set_device(0)
     assert all(list(answer) == list(answers[0]) for answer in answers)

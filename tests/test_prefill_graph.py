@@ -1,4 +1,6 @@
-"""Short prefills in graphs, without a GPU: 'replay' runs what would have been recorded, on the same padded inputs."""
+"""Short prefills in graphs, without a GPU: 'replay' runs what would have been recorded, on the same
+padded inputs.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ from nanovllm.models.loader import load_weights
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:Conversion of an array with ndim:DeprecationWarning", "ignore:invalid value encountered:RuntimeWarning"
+    "ignore:Conversion of an array with ndim:DeprecationWarning",
+    "ignore:invalid value encountered:RuntimeWarning",
 )
 PAGE, NUM_BLOCKS = 16, 24
 
@@ -49,16 +52,28 @@ def model_with(level: str, folder: Path) -> tuple[Any, Any, Any]:
     """The model, its attention and empty caches; the last block is the spare one."""
     config = load_hf_config(folder)
     optimizations, stats = Optimizations(attention_backend=level), StepStats()
-    attention = load_attention(optimizations, stats.attention_calls, num_kv_heads=config.num_key_value_heads, block_size=PAGE,
-                               head_dim=config.head_dim, dtype=torch.float32)  # fmt: skip
-    model = Qwen3ForCausalLM(config, 256, load_kernels(optimizations, stats.kernel_calls), attention, TensorParallel())
+    attention = load_attention(
+        optimizations,
+        stats.attention_calls,
+        num_kv_heads=config.num_key_value_heads,
+        block_size=PAGE,
+        head_dim=config.head_dim,
+        dtype=torch.float32,
+    )
+    model = Qwen3ForCausalLM(
+        config, 256, load_kernels(optimizations, stats.kernel_calls), attention, TensorParallel()
+    )
     load_weights(model, folder, TensorParallel())
-    spec = KVCacheSpec(config.num_hidden_layers, config.num_key_value_heads, config.head_dim, PAGE, torch.float32)
+    spec = KVCacheSpec(
+        config.num_hidden_layers, config.num_key_value_heads, config.head_dim, PAGE, torch.float32
+    )
     return model.eval(), attention, spec.allocate(NUM_BLOCKS + 1, torch.device("cpu"))
 
 
 def batch_of(lengths: list[int], contexts: list[int], seed: int) -> ForwardBatch:
-    """Prefills of `lengths` tokens behind `contexts` tokens that are in the cache (zeros, which is as good as any)."""
+    """Prefills of `lengths` tokens behind `contexts` tokens that are in the cache (zeros, which is
+    as good as any).
+    """
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.randperm(NUM_BLOCKS, generator=generator).int()
     tables, at = torch.zeros(len(lengths), 4, dtype=torch.int32), 0
@@ -82,7 +97,9 @@ def batch_of(lengths: list[int], contexts: list[int], seed: int) -> ForwardBatch
     )
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU replays real graphs: tests/test_cuda_graph.py")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="a GPU replays real graphs: tests/test_cuda_graph.py"
+)
 @torch.inference_mode()
 def test_padding_changes_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill_graph, "TOKENS", (16, 40))
@@ -91,7 +108,9 @@ def test_padding_changes_nothing(tiny: Path, monkeypatch: pytest.MonkeyPatch) ->
     model, attention, caches = model_with("triton", tiny)
     stats = StepStats()
     short = ReplayedByHand(model, attention, stats, caches, 4, NUM_BLOCKS * PAGE, None, None)  # type: ignore[arg-type]
-    for seed, (lengths, contexts) in enumerate([([17, 3, 9], [0, 5, 0]), ([4], [0]), ([16], [20]), ([1, 1, 1, 1], [3, 0, 16, 15])]):
+    for seed, (lengths, contexts) in enumerate(
+        [([17, 3, 9], [0, 5, 0]), ([4], [0]), ([16], [20]), ([1, 1, 1, 1], [3, 0, 16, 15])]
+    ):
         batch = batch_of(lengths, contexts, seed)
         twin_attention.prepare(batch)
         expected = twin(batch, twin_caches)

@@ -26,7 +26,8 @@ def test_the_longest_prefix_is_found_and_one_token_is_left_to_compute() -> None:
     cache, manager = cache_of()
     table = fill(cache, manager, [1, 2, 3, 4, 5])
     assert [hit.block for hit in cache.match([1, 2, 3, 4, 9])] == table[:2]
-    assert [hit.block for hit in cache.match([1, 2, 3, 4])] == table[:1]  # the last token has logits to compute
+    # the last token has logits to compute
+    assert [hit.block for hit in cache.match([1, 2, 3, 4])] == table[:1]
     assert [hit.block for hit in cache.match([1, 2, 9, 4, 5])] == table[:1]
     assert cache.match([9, 2, 3, 4, 5]) == []
 
@@ -44,7 +45,8 @@ def test_a_collision_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     table = fill(cache, manager, [1, 2])
     assert [hit.block for hit in cache.match([1, 2, 3])] == table
     assert cache.match([3, 4, 5]) == []
-    assert cache.insert(7, [3, 4], 0, None) is None  # the place is taken: not cached, never mixed up
+    # the place is taken: not cached, never mixed up
+    assert cache.insert(7, [3, 4], 0, None) is None
     assert len(cache.by_key) == len(cache.by_block) == 1
 
 
@@ -70,7 +72,9 @@ def test_evicted_least_recently_released_first_and_a_prefix_outlives_its_end() -
 
 
 def test_the_end_of_a_prefix_is_found_again_when_its_evicted_beginning_returns() -> None:
-    """Two compute one prefix at once; the copy of its beginning that is findable goes, the other's end stays."""
+    """Two compute one prefix at once; the copy of its beginning that is findable goes, the other's
+    end stays.
+    """
     cache, manager = cache_of(blocks=6)
     first = fill(cache, manager, [1, 2])
     longer = manager.allocate(3)

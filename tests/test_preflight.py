@@ -1,4 +1,6 @@
-"""A study that has measured ends with its report and a sentence; what can refuse is asked before the first launch."""
+"""A study that has measured ends with its report and a sentence; what can refuse is asked before
+the first launch.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from experiments.executor import Options
 from nanovllm.models.checkpoint import ensure_checkpoint
 from tests.test_experiments_tracking import empty_store, root  # noqa: F401  fixtures
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow and alembic deprecate things of their own
+# MLflow and alembic deprecate things of their own
+pytestmark = pytest.mark.filterwarnings("ignore")
 PUBLISHED = provenance.ROOT / "reports" / "published" / "cpu-two-cores" / "embedded"
 
 
@@ -50,12 +53,22 @@ def begun(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def import_in_a_fresh_process(folder: Path, store: Path) -> str:
-    """What an import says; MLflow keeps stores that it has once opened, so a database that has changed needs a new process."""
-    script = ("import sys; from pathlib import Path; from experiments import tracking\n"
-              "try: tracking.import_folder(Path(sys.argv[1]), Path(sys.argv[1]) / 'report', Path(sys.argv[2]))\n"
-              "except tracking.TrackingError as error: print('TrackingError', error)\n")  # fmt: skip
+    """What an import says; MLflow keeps stores that it has once opened, so a database that has
+    changed needs a new process.
+    """
+    script = (
+        "import sys; from pathlib import Path; from experiments import tracking\n"
+        "try: tracking.import_folder(Path(sys.argv[1]), Path(sys.argv[1]) / 'report', Path(sys.argv[2]))\n"
+        "except tracking.TrackingError as error: print('TrackingError', error)\n"
+    )
     command = [sys.executable, "-c", script, str(folder), str(store)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": "src:."})
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": "src:."},
+    )
     return done.stdout
 
 
@@ -74,9 +87,14 @@ def test_a_damaged_database_is_a_message(finished: Path, tmp_path: Path) -> None
         tracking.import_folder(finished, finished / "report", tmp_path)
 
 
-@pytest.mark.parametrize("name", [
-    "feature%2Fx", "what?x=1", "a b#c",
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "feature%2Fx",
+        "what?x=1",
+        "a b#c",
+    ],
+)
 def test_a_repository_of_any_name_has_its_runs(begun: Path, root: Path, name: str) -> None:  # noqa: F811
     """Jenkins' workspaces hold a percent escape for each slash in a branch's name."""
     moved = root.rename(root.with_name(name))
@@ -84,13 +102,19 @@ def test_a_repository_of_any_name_has_its_runs(begun: Path, root: Path, name: st
     run_id, fresh = tracking.import_folder(begun, begun / "report", moved)
     assert fresh
     assert tracking.import_folder(begun, begun / "report", moved) == (run_id, False)
-    assert not [path for path in moved.parent.iterdir() if path != moved and path.name.startswith(("feature", "what", "a"))]
+    assert not [
+        path
+        for path in moved.parent.iterdir()
+        if path != moved and path.name.startswith(("feature", "what", "a"))
+    ]
 
 
 def cannot_write(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     """A read-only file system, as far as a test can have one: root may write to what chmod forbids."""
     real = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith(str(folder)) and real(path, mode))
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: not str(path).startswith(str(folder)) and real(path, mode)
+    )
 
 
 def test_mlflow_that_cannot_be_written_leaves_the_report(
@@ -100,14 +124,18 @@ def test_mlflow_that_cannot_be_written_leaves_the_report(
     assert "cannot be written" in (tracking.objection(tmp_path) or "")
     monkeypatch.setattr(execution, "render", lambda folder: None)
     real = tracking.import_folder
-    monkeypatch.setattr(tracking, "import_folder", lambda folder, report: real(folder, report, tmp_path))
+    monkeypatch.setattr(
+        tracking, "import_folder", lambda folder, report: real(folder, report, tmp_path)
+    )
     execution.publish(finished, console)
     assert "report.html" in said(console)
     assert "MLflow   not written" in said(console)
     assert f"experiments import {execution.shown(finished)}" in said(console)
 
 
-@pytest.mark.parametrize("error", [MemoryError("no room"), ValueError("odd"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    "error", [MemoryError("no room"), ValueError("odd"), OSError(28, "No space left on device")]
+)
 def test_whatever_mlflow_raises_is_a_tracking_error(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -120,7 +148,9 @@ def test_whatever_mlflow_raises_is_a_tracking_error(
     assert type(error).__name__ in (tracking.objection(tmp_path) or "")
 
 
-def test_a_gate_that_cannot_run_leaves_the_report(finished: Path, console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gate_that_cannot_run_leaves_the_report(
+    finished: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*_: Any) -> bool:
         raise execution.ExecutionError("the gate broke")
 
@@ -144,13 +174,17 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(tmp_pat
     preflight.check_folder(plan, tmp_path / "new" / "folder")
 
 
-def test_a_full_disk_is_refused_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = records.read_plan(PUBLISHED / records.PLAN)
     used = sum(file.stat().st_size for file in PUBLISHED.rglob("*") if file.is_file())
     assert preflight.bytes_needed(plan) > used
     free = type("Usage", (), {"free": preflight.bytes_needed(plan) - 1})
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    with pytest.raises(records.RecordError, match=r"MB left, records and report may take .* MB: make room"):
+    with pytest.raises(
+        records.RecordError, match=r"MB left, records and report may take .* MB: make room"
+    ):
         preflight.check_folder(plan, tmp_path)
 
 
@@ -159,7 +193,10 @@ def test_a_report_that_could_not_be_drawn_is_refused_before_anything_runs(
 ) -> None:
     (tmp_path / "matplotlib.py").write_text("raise ImportError('half installed')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(records.RecordError, match=r"nothing was measured, as gate or report could not be made.*half installed"):
+    with pytest.raises(
+        records.RecordError,
+        match=r"nothing was measured, as gate or report could not be made.*half installed",
+    ):
         preflight.check_end(tmp_path)
 
 
@@ -167,12 +204,25 @@ def test_a_notebooks_backend_is_not_ours(tmp_path: Path, monkeypatch: pytest.Mon
     """Jupyter and Colab export it to every !command; the virtual environment has no such module."""
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline_that_is_not_here")
     assert preflight.check_end(tmp_path) is None
-    command = [sys.executable, "-c", "import reports.figures, matplotlib; print(matplotlib.get_backend())"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": "src:."})
+    command = [
+        sys.executable,
+        "-c",
+        "import reports.figures, matplotlib; print(matplotlib.get_backend())",
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": "src:."},
+    )
     assert done.stdout.strip().lower() == "agg"
 
 
 def test_a_cache_that_cannot_be_written_says_what_to_set(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"tiny cannot be built in .*: set NANOVLLM_CACHE to a folder that can be written"):
+    with pytest.raises(
+        OSError,
+        match=r"tiny cannot be built in .*: set NANOVLLM_CACHE to a folder that can be written",
+    ):
         ensure_checkpoint("tiny", cache_dir=tmp_path / "file" / "cache", seed=77)

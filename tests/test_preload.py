@@ -1,4 +1,6 @@
-"""Launches forked from a process that has its libraries imported: they end, fail and are killed like any other."""
+"""Launches forked from a process that has its libraries imported: they end, fail and are killed
+like any other.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,25 @@ def a_launch_that_hangs(tmp_path: Path) -> list[str]:
     plan = make_plan(tmp_path / "model", blocks=1, hangs="hang")
     records.write_plan(plan, tmp_path / records.PLAN)
     (launched,) = (entry["launch"] for entry in plan["launches"] if entry["cell"] == "hangs")
-    return ["--plan", str(tmp_path / records.PLAN), "--launch", launched, "--attempt", "1", "--model", str(tmp_path / "model"),
-            "--result", str(tmp_path / "result"), "--spawned-at", repr(time.time())]  # fmt: skip
+    return [
+        "--plan",
+        str(tmp_path / records.PLAN),
+        "--launch",
+        launched,
+        "--attempt",
+        "1",
+        "--model",
+        str(tmp_path / "model"),
+        "--result",
+        str(tmp_path / "result"),
+        "--spawned-at",
+        repr(time.time()),
+    ]
 
 
-def test_a_launch_is_forked_and_its_status_and_output_are_its_own(nursery: Nursery, tmp_path: Path) -> None:
+def test_a_launch_is_forked_and_its_status_and_output_are_its_own(
+    nursery: Nursery, tmp_path: Path
+) -> None:
     log = tmp_path / "launch.log"
     log.write_bytes(b"")
     started = nursery.start(["--plan", str(tmp_path / "none.json"), "--launch", "b00"], log)
@@ -44,7 +60,9 @@ def test_a_launch_is_forked_and_its_status_and_output_are_its_own(nursery: Nurse
     assert (again.wait(30), again.pid != started.pid) == (0, True)
 
 
-def test_a_killed_launch_says_by_which_signal_and_the_nursery_goes_on(tmp_path: Path, nursery: Nursery) -> None:
+def test_a_killed_launch_says_by_which_signal_and_the_nursery_goes_on(
+    tmp_path: Path, nursery: Nursery
+) -> None:
     log = tmp_path / "launch.log"
     hanging = nursery.start(a_launch_that_hangs(tmp_path), log)
     with pytest.raises(subprocess.TimeoutExpired):
@@ -55,7 +73,9 @@ def test_a_killed_launch_says_by_which_signal_and_the_nursery_goes_on(tmp_path: 
 
 
 def test_a_module_that_cannot_be_imported_is_said(tmp_path: Path) -> None:
-    broken = Nursery(sys.executable, environment.of_child(), ("no_such_module",), tmp_path / "preload.log")
+    broken = Nursery(
+        sys.executable, environment.of_child(), ("no_such_module",), tmp_path / "preload.log"
+    )
     with pytest.raises(PreloadError, match="no_such_module"):
         broken.start(["--help"], tmp_path / "log")
     broken.close()
@@ -87,11 +107,20 @@ class Engine:
     def serve(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
         duration_s = self.seconds[min(self.served, len(self.seconds) - 1)]
         self.served += 1
-        return {"duration_s": duration_s, "outputs": [[self.served]], "finish_reasons": ["length"], "step_times_s": [],
-                "request_times_s": [[0.0, duration_s, duration_s]]}  # fmt: skip
+        return {
+            "duration_s": duration_s,
+            "outputs": [[self.served]],
+            "finish_reasons": ["length"],
+            "step_times_s": [],
+            "request_times_s": [[0.0, duration_s, duration_s]],
+        }
 
     def kernels_loaded(self) -> int | None:
-        return self.kernels[min(self.served, len(self.kernels)) - 1] if self.served else self.kernels[0] and 0
+        return (
+            self.kernels[min(self.served, len(self.kernels)) - 1]
+            if self.served
+            else self.kernels[0] and 0
+        )
 
     def reset(self) -> None:
         pass

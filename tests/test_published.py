@@ -1,4 +1,6 @@
-"""What is committed under reports/published and in docs is what its records say, byte for byte: `make report` changes nothing."""
+"""What is committed under reports/published and in docs is what its records say, byte for byte:
+`make report` changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ STUDIES = {folder.relative_to(PUBLISHED).as_posix(): folder for folder in folder
 
 @pytest.fixture(autouse=True, scope="module")
 def _cheap_collections() -> Iterator[None]:
-    """statsmodels collects garbage at every Holm adjustment: what other tests left behind need not be walked."""
+    """statsmodels collects garbage at every Holm adjustment: what other tests left behind need not
+    be walked.
+    """
     gc.freeze()
     yield
     gc.unfreeze()
@@ -38,16 +42,27 @@ def study(request: pytest.FixtureRequest) -> Study:
 
 def test_a_published_report_is_what_its_records_give(study: Study, tmp_path: Path) -> None:
     render(study.plan, study.records, study.analysis, tmp_path)
-    fresh = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    fresh = {
+        path.relative_to(tmp_path): path.read_bytes()
+        for path in tmp_path.rglob("*")
+        if path.is_file()
+    }
     committed = study.folder / "report"
-    there = {path.relative_to(committed): path.read_bytes() for path in committed.rglob("*") if path.is_file()}
-    there.pop(Path("analysis.json"), None)  # what `experiments import` leaves for MLflow; git does not keep it
+    there = {
+        path.relative_to(committed): path.read_bytes()
+        for path in committed.rglob("*")
+        if path.is_file()
+    }
+    # what `experiments import` leaves for MLflow; git does not keep it
+    there.pop(Path("analysis.json"), None)
     assert fresh.keys() == there.keys()
     stale = [str(path) for path in fresh if fresh[path] != there[path]]
     assert not stale, "render again with: make report"
 
 
-@pytest.mark.parametrize(("write", "page"), [(write_claims, claims.PAGE), (write_questions, questions.PAGE)])
+@pytest.mark.parametrize(
+    ("write", "page"), [(write_claims, claims.PAGE), (write_questions, questions.PAGE)]
+)
 def test_pages_made_from_all_records_are_current(write: object, page: Path, tmp_path: Path) -> None:
     write(tmp_path)  # type: ignore[operator]
     fresh = tmp_path / page.relative_to(claims.ROOT)
@@ -55,7 +70,9 @@ def test_pages_made_from_all_records_are_current(write: object, page: Path, tmp_
 
 
 def test_records_are_published_with_nothing_of_the_machine_they_were_made_on(study: Study) -> None:
-    """Folders are written relative to the clone; what was counted passed the gate. Only what no gate can judge is there without."""
+    """Folders are written relative to the clone; what was counted passed the gate. Only what no
+    gate can judge is there without.
+    """
     assert not re.search(r'"/(home|work|Users)/', (study.folder / "records.jsonl").read_text())
     descriptive = study.name in ("h200-x2/scaling-8b", "h200-x2/scaling-32b")
     assert bool(study.analysis["unjudged"]) == descriptive
@@ -70,19 +87,27 @@ def test_what_the_questions_point_to_exists() -> None:
 
 
 def test_the_count_of_our_lines_is_that_of_this_tree(tiny: Path, tmp_path: Path) -> None:
-    """To 2 %: a page need not change with each line. Counted without vLLM, its last count stays, with its date."""
+    """To 2 %: a page need not change with each line. Counted without vLLM, its last count stays,
+    with its date.
+    """
     recorded, again = json.loads(LINES.read_text()), tmp_path / "lines.json"
     again.write_text(LINES.read_text())
-    assert CliRunner().invoke(app, ["lines", "--model", str(tiny), "--out", str(again)]).exit_code == 0
+    assert (
+        CliRunner().invoke(app, ["lines", "--model", str(tiny), "--out", str(again)]).exit_code == 0
+    )
     fresh = json.loads(again.read_text())
     for part in ("core", "everything_on", "package"):
         counted = fresh["nanovllm"][part]["lines"]
         refresh = "count again with: python -m reports lines --model FOLDER; and then: make report"
-        assert recorded["nanovllm"][part]["lines"] == pytest.approx(counted, rel=0.02), f"{part}: {refresh}"
+        assert recorded["nanovllm"][part]["lines"] == pytest.approx(counted, rel=0.02), (
+            f"{part}: {refresh}"
+        )
     assert fresh["vllm"] == {"made_at": recorded["made_at"], **recorded["vllm"]}
 
 
-def test_the_check_says_which_page_is_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_says_which_page_is_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(claims, "ROOT", tmp_path)
     monkeypatch.setattr(claims, "PAGE", tmp_path / "docs" / "claims.md")
     monkeypatch.setattr(shelf, "folders", lambda root=PUBLISHED: [])
@@ -110,9 +135,16 @@ def test_publishing_keeps_what_is_needed_and_leaves_the_machine_behind(tmp_path:
     kept = tmp_path / "published"
     target = publish(run, "here/it", "make ablate STUDY=x", kept)
     assert {path.name for path in target.iterdir()} == {"plan.json", "records.jsonl", "README.md"}
-    assert json.loads((target / "records.jsonl").read_text().splitlines()[0])["provenance"]["executable"] == "./.venv/bin/python"
+    assert (
+        json.loads((target / "records.jsonl").read_text().splitlines()[0])["provenance"][
+            "executable"
+        ]
+        == "./.venv/bin/python"
+    )
     assert "make ablate STUDY=x" in (target / "README.md").read_text()
-    assert library(kept).studies["here/it"].analysis["counts"]["counted_launches"] == len(plan["launches"])
+    assert library(kept).studies["here/it"].analysis["counts"]["counted_launches"] == len(
+        plan["launches"]
+    )
     (target / "README.md").write_text("my own words")
     publish(run, "here/it", "make ablate STUDY=x", kept)  # again, and grown, is the same folder
     assert (target / "README.md").read_text() == "my own words"

@@ -1,4 +1,6 @@
-"""Where CI is set, Hypothesis derandomizes whatever does not say otherwise: fifty repetitions would be one."""
+"""Where CI is set, Hypothesis derandomizes whatever does not say otherwise: fifty repetitions would
+be one.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,16 @@ WORKLOADS = "from experiments.checking.work import draw; print(draw(5, 2048, see
 
 
 def run(code: str, *arguments: str, **variables: str) -> str:
-    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "GITHUB_ACTIONS", "TF_BUILD")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("CI", "GITHUB_ACTIONS", "TF_BUILD")
+    }
     environment |= {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", **variables}
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=ROOT).stdout
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, env=environment, cwd=ROOT
+    ).stdout
 
 
 @pytest.mark.parametrize("profile", ["fast", "deep", "repeat"])

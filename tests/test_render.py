@@ -33,7 +33,9 @@ Study = tuple[dict[str, Any], list[dict[str, Any]]]
 
 @pytest.fixture(autouse=True, scope="module")
 def _cheap_collections() -> Iterator[None]:
-    """statsmodels collects garbage at every Holm adjustment: what other tests left behind need not be walked."""
+    """statsmodels collects garbage at every Holm adjustment: what other tests left behind need not
+    be walked.
+    """
     gc.freeze()
     yield
     gc.unfreeze()
@@ -46,7 +48,9 @@ def rendered(plan: dict[str, Any], records: list[dict[str, Any]], out: Path) -> 
 
 
 def parse(html: str) -> ElementTree.Element:
-    """The page is written as XML, so that "well-formed" can be checked by a parser that forgives nothing."""
+    """The page is written as XML, so that "well-formed" can be checked by a parser that forgives
+    nothing.
+    """
     return ElementTree.fromstring(html.removeprefix("<!DOCTYPE html>"))
 
 
@@ -54,7 +58,11 @@ def ragged_tables(markdown: str) -> list[str]:
     """Rows of Markdown tables that have another number of cells than the row above."""
     lines = markdown.split("\n")
     cells = [line.replace("\\|", "").count("|") if line.startswith("|") else 0 for line in lines]
-    return [lines[i] for i in range(1, len(lines)) if cells[i] and cells[i - 1] and cells[i] != cells[i - 1]]
+    return [
+        lines[i]
+        for i in range(1, len(lines))
+        if cells[i] and cells[i - 1] and cells[i] != cells[i - 1]
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +79,9 @@ def pages(study: Study, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, 
     return *rendered(*study, out), out
 
 
-def test_the_page_is_well_formed_with_unique_ids_and_live_anchors(pages: tuple[str, str, Path]) -> None:
+def test_the_page_is_well_formed_with_unique_ids_and_live_anchors(
+    pages: tuple[str, str, Path],
+) -> None:
     page = parse(pages[1])
     ids = [element.get("id") for element in page.iter() if element.get("id")]
     assert len(ids) == len(set(ids))
@@ -86,7 +96,10 @@ def test_the_page_needs_nothing_but_itself(pages: tuple[str, str, Path]) -> None
     assert "https:" not in html
     assert not re.search(r"<(script|img|iframe|object|embed|base|form)\b|@import|@font-face", html)
     links = [
-        value for element in parse(html).iter() for name, value in element.attrib.items() if name in ("href", "src")
+        value
+        for element in parse(html).iter()
+        for name, value in element.attrib.items()
+        if name in ("href", "src")
     ]
     assert all(link.startswith("#") or link == "data:," for link in links)
 
@@ -114,16 +127,31 @@ def test_figures_follow_the_theme_and_have_words(pages: tuple[str, str, Path]) -
 def test_the_answer_comes_first_and_the_evidence_follows(pages: tuple[str, str, Path]) -> None:
     for text in pages[:2]:
         order = [
-            "A synthetic study", "Are planted effects found?", "Everything on gives", "What each change buys",
-            "Against other engines", "How much is left to win", "What a request waits for",
-            "The machine against itself", "The order of the launches", "Is the output still the same",
-            "Did each toggle fire", "What could not run here", "What was left out", "How to get this again",
-        ]  # fmt: skip
+            "A synthetic study",
+            "Are planted effects found?",
+            "Everything on gives",
+            "What each change buys",
+            "Against other engines",
+            "How much is left to win",
+            "What a request waits for",
+            "The machine against itself",
+            "The order of the launches",
+            "Is the output still the same",
+            "Did each toggle fire",
+            "What could not run here",
+            "What was left out",
+            "How to get this again",
+        ]
         # The page's contents list every title once more, before the sections.
         places = [text.index(order[0]), *(text.rindex(title) for title in order[1:])]
         assert places == sorted(places)
         command = "make ablate STUDY=synthetic PROFILE=cpu MODEL=tiny"
-        for fact in ("exit code 137", "needs a CUDA GPU", command, "no opportunity in this workload"):
+        for fact in (
+            "exit code 137",
+            "needs a CUDA GPU",
+            command,
+            "no opportunity in this workload",
+        ):
             assert fact in text
     assert not ragged_tables(pages[0])
 
@@ -138,27 +166,40 @@ def test_every_verdict_has_an_interval(study: Study) -> None:
 OTHER_MACHINES = {
     "hash seed": {"PYTHONHASHSEED": "7"},
     "locale without UTF-8, another time zone": {
-        "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "TZ": "Pacific/Auckland",
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "TZ": "Pacific/Auckland",
     },
     "processor without vector units": {
-        "NPY_DISABLE_CPU_FEATURES": "AVX512F AVX512CD AVX512_SKX AVX2 FMA3", "OPENBLAS_CORETYPE": "Nehalem",
+        "NPY_DISABLE_CPU_FEATURES": "AVX512F AVX512CD AVX512_SKX AVX2 FMA3",
+        "OPENBLAS_CORETYPE": "Nehalem",
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("machine", OTHER_MACHINES)
-def test_same_records_same_bytes(machine: str, study: Study, pages: tuple[str, str, Path], tmp_path: Path) -> None:
-    """In another process on what looks like another machine, through the command, from files, wherever it is typed; even
-    where a matplotlibrc lies about."""
+def test_same_records_same_bytes(
+    machine: str, study: Study, pages: tuple[str, str, Path], tmp_path: Path
+) -> None:
+    """In another process on what looks like another machine, through the command, from files,
+    wherever it is typed; even where a matplotlibrc lies about.
+    """
     plan, records = study
-    (tmp_path / "matplotlibrc").write_text("lines.linewidth: 9\nfont.size: 30\naxes.facecolor: red\nfont.family: serif\n")
+    (tmp_path / "matplotlibrc").write_text(
+        "lines.linewidth: 9\nfont.size: 30\naxes.facecolor: red\nfont.family: serif\n"
+    )
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "records.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records)
+    )
     root = Path(__file__).resolve().parent.parent
     known = available_cpu_features()
     wanted = OTHER_MACHINES[machine].get("NPY_DISABLE_CPU_FEATURES", "").split()
     environment = {**os.environ, **OTHER_MACHINES[machine], "PYTHONPATH": f"{root / 'src'}:{root}"}
-    environment["NPY_DISABLE_CPU_FEATURES"] = " ".join(feature for feature in wanted if feature in known)
+    environment["NPY_DISABLE_CPU_FEATURES"] = " ".join(
+        feature for feature in wanted if feature in known
+    )
     subprocess.run(
         [sys.executable, "-m", "reports", "render", str(tmp_path)],
         check=True,
@@ -166,7 +207,11 @@ def test_same_records_same_bytes(machine: str, study: Study, pages: tuple[str, s
         env=environment,
         capture_output=True,
     )
-    first = {path.relative_to(pages[2]): path.read_bytes() for path in pages[2].rglob("*") if path.is_file()}
+    first = {
+        path.relative_to(pages[2]): path.read_bytes()
+        for path in pages[2].rglob("*")
+        if path.is_file()
+    }
     second = {path: (tmp_path / "report" / path).read_bytes() for path in first}
     assert first == second
     assert len(first) == 6
@@ -176,9 +221,20 @@ def test_tokens_of_another_generator_are_judged_by_z_and_have_no_margin(tmp_path
     """Greedy tokens of another engine have one."""
     plan = make_plan(one_at_a_time(), 2)
     records = make_records(plan, SPEEDUPS)
-    gated = [record for record in records if record["kind"] == "gate" and not record["is_negative_control"]]
-    part = {"first": 0, "last": 15, "tokens": 160, "mismatches": 0, "hf_mismatches": 0, "margin": {"q999": 0.0, "max": 0.0},
-            "hf_error": {"q999": 1e-6, "max": 2e-6}}  # fmt: skip
+    gated = [
+        record
+        for record in records
+        if record["kind"] == "gate" and not record["is_negative_control"]
+    ]
+    part = {
+        "first": 0,
+        "last": 15,
+        "tokens": 160,
+        "mismatches": 0,
+        "hf_mismatches": 0,
+        "margin": {"q999": 0.0, "max": 0.0},
+        "hf_error": {"q999": 1e-6, "max": 2e-6},
+    }
     for record in gated:
         record["calibration"] |= {"alpha": 1e-6, "distribution": None, "by_position": [part]}
     assert "limit of z" not in rendered(plan, records, tmp_path)[0]
@@ -200,7 +256,11 @@ def available_cpu_features() -> set[str]:
 
 
 def test_text_from_outside_stays_text(tmp_path: Path) -> None:
-    cells = cell_of("baseline", "baseline") | cell_of("aa", "aa") | cell_of(HOSTILE, "all", ["batching"])
+    cells = (
+        cell_of("baseline", "baseline")
+        | cell_of("aa", "aa")
+        | cell_of(HOSTILE, "all", ["batching"])
+    )
     plan = make_plan(cells, 2, title=HOSTILE, question=HOSTILE)
     plan["not_applicable"] = [{"factor": HOSTILE, "level": "on", "reason": HOSTILE}]
     plan["profile"]["title"] = HOSTILE
@@ -223,14 +283,19 @@ SIGNS = "\x1b[31mred\x07 \x00nul \u202edesrever\u202c 漢字 🙂 ]]> </svg> {{ 
 
 
 def test_signs_that_would_be_obeyed_are_shown(tmp_path: Path) -> None:
-    """Control characters move a terminal's cursor and make an SVG unreadable; overrides turn a name around."""
-    cells = cell_of("baseline", "baseline") | cell_of("aa", "aa") | cell_of(SIGNS, "all", ["batching"])
+    """Control characters move a terminal's cursor and make an SVG unreadable; overrides turn a name
+    around.
+    """
+    cells = (
+        cell_of("baseline", "baseline") | cell_of("aa", "aa") | cell_of(SIGNS, "all", ["batching"])
+    )
     plan = make_plan(cells, 2, title=SIGNS, question=SIGNS)
     records = make_records(plan, SPEEDUPS)
     records[0] |= {"status": "failed", "reason": SIGNS}
     console = Console(file=io.StringIO(), width=200, force_terminal=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # matplotlib has no glyph to measure for some of them
+        # matplotlib has no glyph to measure for some of them
+        warnings.simplefilter("ignore", UserWarning)
         markdown, html = rendered(plan, records, tmp_path)
     print_table(analyse(records, plan), console)
     parse(html)
@@ -249,16 +314,26 @@ def test_markdown_is_escaped_without_spoiling_names() -> None:
     )
 
 
-def test_a_cpu_is_named_by_its_launches(study: Study, pages: tuple[str, str, Path], tmp_path: Path) -> None:
+def test_a_cpu_is_named_by_its_launches(
+    study: Study, pages: tuple[str, str, Path], tmp_path: Path
+) -> None:
     assert "- machine: Synthetic 2-core, 2 cores\n" in pages[0]
     plan = study[0] | {"profile": study[0]["profile"] | {"title": "CPU of this machine"}}
     assert "- machine: CPU of this machine\n" in rendered(plan, [], tmp_path)[0], "nothing ran"
 
 
-def test_a_preset_that_gives_other_weights_today_is_said(study: Study, pages: tuple[str, str, Path], tmp_path: Path) -> None:
-    assert f"made for a checkpoint of digest {'d' * 16}. The preset tiny has changed since" in pages[0]
+def test_a_preset_that_gives_other_weights_today_is_said(
+    study: Study, pages: tuple[str, str, Path], tmp_path: Path
+) -> None:
+    assert (
+        f"made for a checkpoint of digest {'d' * 16}. The preset tiny has changed since" in pages[0]
+    )
     plan, records = study
-    for change in ({"digest": DIGESTS["tiny"]}, {"digest": None}, {"preset": None, "path": "/a/folder"}):
+    for change in (
+        {"digest": DIGESTS["tiny"]},
+        {"digest": None},
+        {"preset": None, "path": "/a/folder"},
+    ):
         same = plan | {"model": plan["model"] | change}
         assert "made for a checkpoint of digest" not in rendered(same, records, tmp_path)[0]
 
@@ -292,9 +367,13 @@ def test_a_study_that_went_wrong_is_still_reported(kept: str, tmp_path: Path) ->
 def test_a_factorial_shows_company_and_interactions(tmp_path: Path) -> None:
     plan = make_plan(factorial(), 3)
     markdown, html = rendered(
-        plan, make_records(plan, SPEEDUPS, interactions={("prefix_cache", "batching"): 1.3}), tmp_path
+        plan,
+        make_records(plan, SPEEDUPS, interactions={("prefix_cache", "batching"): 1.3}),
+        tmp_path,
     )
-    assert {"factors.svg", "interactions.svg"} <= {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {"factors.svg", "interactions.svg"} <= {
+        path.name for path in (tmp_path / "figures").iterdir()
+    }
     parse(html)
     assert "Shapley's share" in markdown
     assert "help each other" in markdown
@@ -310,16 +389,22 @@ def test_the_table_fits_a_terminal(study: Study) -> None:
     print_table(analyse(records, plan), console)
     text = console.export_text()
     row = next(line for line in text.split("\n") if line.startswith(" batching=continuous"))
-    assert re.fullmatch(r" batching=continuous +×2\.\d\d +2\.\d\d–2\.\d\d faster +pass +7 / –\s*", row)
+    assert re.fullmatch(
+        r" batching=continuous +×2\.\d\d +2\.\d\d–2\.\d\d faster +pass +7 / –\s*", row
+    )
     assert "not applicable: cuda_graphs=on: needs a CUDA GPU" in text
     assert "baseline / hf" in text
 
 
-def test_the_command_names_what_it_left_out_and_refuses_what_it_cannot_read(study: Study, tmp_path: Path) -> None:
+def test_the_command_names_what_it_left_out_and_refuses_what_it_cannot_read(
+    study: Study, tmp_path: Path
+) -> None:
     plan, records = study
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     path = tmp_path / "records.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in [*records, records[0]]) + '{"kind": "la')
+    path.write_text(
+        "".join(json.dumps(record) + "\n" for record in [*records, records[0]]) + '{"kind": "la'
+    )
     done = CliRunner().invoke(app, ["render", str(tmp_path), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     html = (tmp_path / "out" / "report.html").read_text()
@@ -340,7 +425,11 @@ def test_the_command_to_reproduce_names_overrides_and_quotes_them() -> None:
         ".venv/bin/python -m experiments ablate --study synthetic --profile cpu --model '/models/my qwen' "
         "--set design.blocks=2 --set 'title=a b'"
     )
-    plan = make_plan(one_at_a_time(), 1, overrides={"workloads.scaled.prompt_tokens": [4, 8], "workloads.scaled.ignore_eos": True})
+    plan = make_plan(
+        one_at_a_time(),
+        1,
+        overrides={"workloads.scaled.prompt_tokens": [4, 8], "workloads.scaled.ignore_eos": True},
+    )
     words = shlex.split(reproduce_command(plan))
     assert words[:2] == ["make", "ablate"]
     assert words[-1] == "SET=workloads.scaled.prompt_tokens=[4,8] workloads.scaled.ignore_eos=true"

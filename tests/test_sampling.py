@@ -14,14 +14,22 @@ from nanovllm.kernels.torch.logprobs import logprobs
 from nanovllm.kernels.torch.sampling import gumbel_noise, philox4x32, sample
 
 VECTORS = json.loads((Path(__file__).parent / "data" / "gumbel_vectors.json").read_text())
-LEVEL = 1e-4  # of every statistical test here; the seeds are fixed, so a test that passes keeps passing
+# of every statistical test here; the seeds are fixed, so a test that passes keeps passing
+LEVEL = 1e-4
 
 
 def ints(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
-def draw(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, num_samples: int, seed: int = 0) -> torch.Tensor:
+def draw(
+    logits: torch.Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    num_samples: int,
+    seed: int = 0,
+) -> torch.Tensor:
     """`num_samples` tokens of one row of logits [vocab], at positions 0, 1, 2 ..."""
     n = num_samples
     return sample(
@@ -48,17 +56,32 @@ def draw(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, num
         ),
     ],
 )
-def test_philox_gives_the_published_words(counter: tuple[int, ...], key: tuple[int, ...], expected: str) -> None:
+def test_philox_gives_the_published_words(
+    counter: tuple[int, ...], key: tuple[int, ...], expected: str
+) -> None:
     words = philox4x32(*(ints(value) for value in (*key, *counter)))
     assert " ".join(f"{int(word):08x}" for word in words) == expected
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a GPU"))])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+        ),
+    ],
+)
 def test_noise_has_the_committed_bits(device: str) -> None:
     for case in VECTORS["cases"]:
-        noise = gumbel_noise(ints(case["seed"]).to(device), ints(case["position"]).to(device), case["vocab_size"])
-        bits = noise[0, torch.tensor(VECTORS["token_ids"][str(case["vocab_size"])])].cpu().view(torch.int32)
+        noise = gumbel_noise(
+            ints(case["seed"]).to(device), ints(case["position"]).to(device), case["vocab_size"]
+        )
+        bits = (
+            noise[0, torch.tensor(VECTORS["token_ids"][str(case["vocab_size"])])]
+            .cpu()
+            .view(torch.int32)
+        )
         assert [f"{int(b) & 0xFFFFFFFF:08x}" for b in bits] == case["noise"], case
 
 
@@ -71,16 +94,21 @@ def test_noise_is_within_four_ulp_of_the_formula() -> None:
     bits = torch.stack(words, -1).gather(-1, (token_ids & 3).expand(64, -1)[..., None])[..., 0]
     uniform = bits.float().clamp(0.5, 2.0**32 - 2.0**8).double() * 2.0**-32
     exact = -torch.log(-torch.log1p(-uniform))
-    ulp = torch.from_numpy(np.spacing(exact.abs().clamp(min=0.5).float().numpy())).double()  # absolute below 0.5
+    # absolute below 0.5
+    ulp = torch.from_numpy(np.spacing(exact.abs().clamp(min=0.5).float().numpy())).double()
     assert ((noise - exact).abs() / ulp).max() < 4.0
 
 
 def test_extreme_words_give_finite_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     words = (ints(0), ints(1), ints(0xFFFFFFFF), ints(0x80000000))
-    monkeypatch.setattr("nanovllm.kernels.torch.sampling.philox4x32", lambda *_: tuple(w[:, None] for w in words))
+    monkeypatch.setattr(
+        "nanovllm.kernels.torch.sampling.philox4x32", lambda *_: tuple(w[:, None] for w in words)
+    )
     noise = gumbel_noise(ints(0), ints(0), 4)[0]
     uniform = torch.tensor([2.0**-33, 2.0**-32, 1 - 2.0**-24, 0.5], dtype=torch.float64)
-    torch.testing.assert_close(noise.double(), -torch.log(-torch.log1p(-uniform)), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        noise.double(), -torch.log(-torch.log1p(-uniform)), rtol=1e-6, atol=1e-7
+    )
     assert noise[0] > 22.8
     assert noise[2] > -2.82
 
@@ -109,13 +137,25 @@ def test_noise_depends_on_seed_position_and_token_alone() -> None:
 
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
-    [(1.0, 0, 1.0), (0.6, -1, 1.0), (1.7, 5, 1.0), (1.0, 0, 0.8), (0.9, 7, 0.7), (1.3, 1000, 0.5), (1.0, 0, 1e-6)],
+    [
+        (1.0, 0, 1.0),
+        (0.6, -1, 1.0),
+        (1.7, 5, 1.0),
+        (1.0, 0, 0.8),
+        (0.9, 7, 0.7),
+        (1.3, 1000, 0.5),
+        (1.0, 0, 1e-6),
+    ],
 )
-def test_frequencies_follow_the_filtered_softmax(temperature: float, top_k: int, top_p: float) -> None:
+def test_frequencies_follow_the_filtered_softmax(
+    temperature: float, top_k: int, top_p: float
+) -> None:
     logits = torch.randn(23, generator=torch.Generator().manual_seed(1)) * 2
     num_samples = 20_000
     tokens = draw(logits, temperature, top_k, top_p, num_samples, seed=99)
-    expected = reference_probabilities(logits.double().numpy() / temperature, top_k, top_p) * num_samples
+    expected = (
+        reference_probabilities(logits.double().numpy() / temperature, top_k, top_p) * num_samples
+    )
     counts = np.bincount(tokens.numpy(), minlength=23)
     assert counts[expected == 0].sum() == 0
     rare = (expected > 0) & (expected < 5)
@@ -129,7 +169,9 @@ def test_frequencies_follow_the_filtered_softmax(temperature: float, top_k: int,
 
 
 def reference_probabilities(scaled: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
-    """The definition, in float64 and in words: k largest with ties, then the smallest set of the largest reaching top_p."""
+    """The definition, in float64 and in words: k largest with ties, then the smallest set of the
+    largest reaching top_p.
+    """
     probabilities = np.exp(scaled - scaled.max())
     if 0 < top_k < len(scaled):
         probabilities[scaled < np.sort(scaled)[-top_k]] = 0.0
@@ -150,7 +192,9 @@ def test_filters_keep_what_they_say() -> None:
     logits = torch.log(torch.tensor([0.1, 0.4, 0.2, 0.2, 0.1, 0.0]))
 
     def kept(temperature: float, top_k: int, top_p: float) -> list[int]:
-        row = filtered_logits(logits[None], torch.tensor([temperature]), ints(top_k), torch.tensor([top_p]))[0]
+        row = filtered_logits(
+            logits[None], torch.tensor([temperature]), ints(top_k), torch.tensor([top_p])
+        )[0]
         return torch.nonzero(row > -torch.inf).flatten().tolist()
 
     assert kept(1.0, 0, 1.0) == [0, 1, 2, 3, 4]
@@ -186,13 +230,28 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     temperatures = torch.tensor([0.0, 1.0, 0.6, 2.0, 0.0, 1.0])
     top_ks, top_ps = ints(0, 5, 0, -1, 3, 0), torch.tensor([1.0, 1.0, 0.5, 1.0, 0.2, 1.0])
     seeds, positions = ints(1, 2, 3, 4, 5, 6), ints(10, 20, 30, 40, 50, 60)
-    together = sample(logits, temperatures, top_ks, top_ps, seeds, positions, all_greedy=False, any_top_k_top_p=True)
+    together = sample(
+        logits,
+        temperatures,
+        top_ks,
+        top_ps,
+        seeds,
+        positions,
+        all_greedy=False,
+        any_top_k_top_p=True,
+    )
     for row in range(6):
         one = slice(row, row + 1)
         filters = bool(top_ks[row] > 0 or top_ps[row] < 1)
         alone = sample(
-            logits[one], temperatures[one], top_ks[one], top_ps[one], seeds[one], positions[one],
-            all_greedy=bool(temperatures[row] == 0), any_top_k_top_p=filters,
+            logits[one],
+            temperatures[one],
+            top_ks[one],
+            top_ps[one],
+            seeds[one],
+            positions[one],
+            all_greedy=bool(temperatures[row] == 0),
+            any_top_k_top_p=filters,
         )
         assert alone[0] == together[row]
     assert torch.equal(together[temperatures == 0], logits.argmax(-1)[temperatures == 0])
@@ -204,8 +263,16 @@ def test_greedy_takes_the_first_of_equals() -> None:
     zeros, ones = torch.zeros(2), torch.ones(2)
     for all_greedy in (True, False):
         for filters in (True, False):
-            tokens = sample(logits, zeros, ints(0, 0), ones, ints(0, 1), ints(0, 0), all_greedy=all_greedy,
-                            any_top_k_top_p=filters)
+            tokens = sample(
+                logits,
+                zeros,
+                ints(0, 0),
+                ones,
+                ints(0, 1),
+                ints(0, 0),
+                all_greedy=all_greedy,
+                any_top_k_top_p=filters,
+            )
             assert tokens.tolist() == [1234, 1234]
 
 
@@ -214,8 +281,12 @@ def test_logprobs_are_the_raw_log_softmax() -> None:
     token_ids = ints(0, 7, 49, int(logits[3].argmax()))
     chosen, ranks, top_values, top_ids = logprobs(logits, token_ids, 5)
     exact = logits.double().log_softmax(-1)
-    torch.testing.assert_close(chosen.double(), exact.gather(-1, token_ids[:, None])[:, 0], rtol=0, atol=1e-6)
-    assert ranks.tolist() == [int((logits[i] >= logits[i, t]).sum()) for i, t in enumerate(token_ids)]
+    torch.testing.assert_close(
+        chosen.double(), exact.gather(-1, token_ids[:, None])[:, 0], rtol=0, atol=1e-6
+    )
+    assert ranks.tolist() == [
+        int((logits[i] >= logits[i, t]).sum()) for i, t in enumerate(token_ids)
+    ]
     assert ranks[3] == int((logits[3] == logits[3].max()).sum())
     torch.testing.assert_close(top_values.double(), exact.topk(5).values, rtol=0, atol=1e-6)
     assert torch.equal(logits.gather(-1, top_ids), logits.topk(5).values)

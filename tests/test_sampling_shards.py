@@ -1,4 +1,6 @@
-"""The best of every part of the vocabulary, then the best of all parts: the token that one sampler over all of it takes."""
+"""The best of every part of the vocabulary, then the best of all parts: the token that one sampler
+over all of it takes.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,11 @@ import torch
 from nanovllm.kernels.torch.sampling import sample
 
 pytestmark = pytest.mark.filterwarnings(  # of Triton's interpreter, which computes with NumPy
-    "ignore:Conversion of an array with ndim:DeprecationWarning", "ignore:invalid value encountered:RuntimeWarning",
-    "ignore:overflow encountered:RuntimeWarning", "ignore:divide by zero:RuntimeWarning")
+    "ignore:Conversion of an array with ndim:DeprecationWarning",
+    "ignore:invalid value encountered:RuntimeWarning",
+    "ignore:overflow encountered:RuntimeWarning",
+    "ignore:divide by zero:RuntimeWarning",
+)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -22,9 +27,14 @@ def shards(request: pytest.FixtureRequest) -> ModuleType:
     return import_module(f"nanovllm.kernels.{request.param}.sampling_shards")
 
 
-def choose(shards: ModuleType, logits: torch.Tensor, parts: int, *args: Any, all_greedy: bool) -> torch.Tensor:
+def choose(
+    shards: ModuleType, logits: torch.Tensor, parts: int, *args: Any, all_greedy: bool
+) -> torch.Tensor:
     n = logits.shape[1] // parts
-    best = [shards.best_of_shard(logits[:, i * n : (i + 1) * n], *args, i * n, all_greedy=all_greedy) for i in range(parts)]
+    best = [
+        shards.best_of_shard(logits[:, i * n : (i + 1) * n], *args, i * n, all_greedy=all_greedy)
+        for i in range(parts)
+    ]
     return shards.best_of_shards(torch.stack(best))
 
 
@@ -38,10 +48,24 @@ def test_parts_choose_what_the_whole_chooses(shards: ModuleType, parts: int, row
     seeds = (torch.arange(rows, device=DEVICE) + 7) * (2**61 // 3)
     positions = torch.arange(rows, device=DEVICE) * 31 + 2
     unused = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
-    expected = sample(logits, temperatures, unused, temperatures, seeds, positions, all_greedy=False, any_top_k_top_p=False)
-    assert torch.equal(choose(shards, logits, parts, temperatures, seeds, positions, all_greedy=False), expected)
+    expected = sample(
+        logits,
+        temperatures,
+        unused,
+        temperatures,
+        seeds,
+        positions,
+        all_greedy=False,
+        any_top_k_top_p=False,
+    )
+    assert torch.equal(
+        choose(shards, logits, parts, temperatures, seeds, positions, all_greedy=False), expected
+    )
     greedy = torch.zeros_like(temperatures)
-    assert torch.equal(choose(shards, logits, parts, greedy, seeds, positions, all_greedy=True), logits.argmax(dim=-1))
+    assert torch.equal(
+        choose(shards, logits, parts, greedy, seeds, positions, all_greedy=True),
+        logits.argmax(dim=-1),
+    )
 
 
 def test_the_lowest_token_wins_a_tie_between_parts(shards: ModuleType) -> None:
@@ -55,8 +79,16 @@ def test_the_lowest_token_wins_a_tie_between_parts(shards: ModuleType) -> None:
 def test_both_implementations_give_the_same_bits() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 512, generator=generator).to(DEVICE)
-    args = torch.tensor([0.5, 1.0, 2.0], device=DEVICE), torch.arange(3, device=DEVICE), torch.arange(3, device=DEVICE) + 9
-    found = [import_module(f"nanovllm.kernels.{level}.sampling_shards").best_of_shard(logits, *args, 1024, all_greedy=False)
-             for level in ("torch", "triton")]  # fmt: skip
+    args = (
+        torch.tensor([0.5, 1.0, 2.0], device=DEVICE),
+        torch.arange(3, device=DEVICE),
+        torch.arange(3, device=DEVICE) + 9,
+    )
+    found = [
+        import_module(f"nanovllm.kernels.{level}.sampling_shards").best_of_shard(
+            logits, *args, 1024, all_greedy=False
+        )
+        for level in ("torch", "triton")
+    ]
     assert found[1].shape == (2, 3, 1)  # one slice: the part is shorter than a tile
     assert torch.equal(*found)

@@ -14,7 +14,10 @@ SUMS = AllReduce(6e-6, 150e9)
 
 
 def test_a_fit_recovers_what_was_measured() -> None:
-    points = [(n, (6e-6 + n / 150e9) * (1 + 0.01 * (-1) ** i)) for i, n in enumerate(2048 << k for k in range(12))]
+    points = [
+        (n, (6e-6 + n / 150e9) * (1 + 0.01 * (-1) ** i))
+        for i, n in enumerate(2048 << k for k in range(12))
+    ]
     found = AllReduce.fit(points)
     assert found.latency_s == pytest.approx(6e-6, rel=0.02)
     assert found.bandwidth_bytes_per_s == pytest.approx(150e9, rel=0.03)
@@ -26,7 +29,9 @@ def test_a_fit_recovers_what_was_measured() -> None:
 
 def test_measured_degrees_are_reproduced_and_others_follow_the_stated_formula() -> None:
     truth = Step(fixed_s=1e-3, sharded_s=8e-3, num_sums=72, bytes_per_sum=64 * 4096 * 2)
-    step = Step.from_measured(truth.seconds(1, SUMS), truth.seconds(2, SUMS), 72, 64 * 4096 * 2, SUMS)
+    step = Step.from_measured(
+        truth.seconds(1, SUMS), truth.seconds(2, SUMS), 72, 64 * 4096 * 2, SUMS
+    )
     assert step.fixed_s == pytest.approx(1e-3)
     assert step.sharded_s == pytest.approx(8e-3)
     n = 64 * 4096 * 2
@@ -42,14 +47,34 @@ def test_measured_degrees_are_reproduced_and_others_follow_the_stated_formula() 
 def test_the_curve_says_what_was_measured_and_what_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [{"bytes": n, "kind": "one_shot", "graph_us": 6 + n / 150e3} for n in (2048, 65536, 1 << 20)]
+    rows = [
+        {"bytes": n, "kind": "one_shot", "graph_us": 6 + n / 150e3} for n in (2048, 65536, 1 << 20)
+    ]
     rows.append({"bytes": 1 << 21, "kind": "one_shot", "error": "it failed"})
     (tmp_path / "all-reduce.json").write_text(json.dumps({"degree": 2, "rows": rows}))
-    arguments = ["--layers", "36", "--hidden", "4096", "--batch", "64", "--step-ms-1", "9", "--step-ms-2", "5.9"]
-    monkeypatch.setattr("sys.argv", ["scaling_model", str(tmp_path / "all-reduce.json"), *arguments])
+    arguments = [
+        "--layers",
+        "36",
+        "--hidden",
+        "4096",
+        "--batch",
+        "64",
+        "--step-ms-1",
+        "9",
+        "--step-ms-2",
+        "5.9",
+    ]
+    monkeypatch.setattr(
+        "sys.argv", ["scaling_model", str(tmp_path / "all-reduce.json"), *arguments]
+    )
     scaling_model.main()
     lines = capsys.readouterr().out.splitlines()
     assert "6.0 us + bytes / 150 GB/s" in lines[0]
-    assert [line.split("(")[1] for line in lines[2:]] == ["measured)", "measured)", "modelled)", "modelled)"]
+    assert [line.split("(")[1] for line in lines[2:]] == [
+        "measured)",
+        "measured)",
+        "modelled)",
+        "modelled)",
+    ]
     assert "9.000 ms" in lines[2]
     assert "5.900 ms" in lines[3]

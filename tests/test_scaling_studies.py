@@ -18,15 +18,24 @@ from nanovllm.engine.stats import StepStats
 from nanovllm.sampling_params import SamplingParams
 
 
-@pytest.mark.parametrize(("profile", "degrees"), [("h200-x2", [2]), ("h200-x4", [2, 4]), ("8gpu", [2, 4, 8])])
+@pytest.mark.parametrize(
+    ("profile", "degrees"), [("h200-x2", [2]), ("h200-x4", [2, 4]), ("8gpu", [2, 4, 8])]
+)
 def test_degrees_as_far_as_the_machine_has_them(profile: str, degrees: list[int]) -> None:
     plan = build_plan(load_study("scaling-8b")[0], load_profile(profile))
     found = {cell.split("-")[0] for cell in plan["cells"] if cell.startswith("tp")}
     assert found == {f"tp{degree}" for degree in degrees}
     if 2 in degrees:
-        assert plan["cells"]["tp2-symmetric"]["config"]["optimizations"]["all_reduce"] == "symmetric_memory"
+        assert (
+            plan["cells"]["tp2-symmetric"]["config"]["optimizations"]["all_reduce"]
+            == "symmetric_memory"
+        )
         assert plan["cells"]["dp2"]["config"]["optimizations"]["data_parallel_size"] == 2
-    reasons = [entry["reason"] for entry in plan["not_applicable"] if entry["factor"] == "tensor_parallel_size"]
+    reasons = [
+        entry["reason"]
+        for entry in plan["not_applicable"]
+        if entry["factor"] == "tensor_parallel_size"
+    ]
     assert len(reasons) == 3 - len(degrees)
     assert all("one a process; profile" in reason for reason in reasons)
 
@@ -42,12 +51,22 @@ def test_the_other_studies_are_valid(name: str) -> None:
     assert {"tp2", "tp8-symmetric"} <= study.cells.keys()
 
 
-@pytest.mark.parametrize(("profile", "found"), [("h200-x2", {"vllm-tp2"}), ("8gpu", {"vllm-tp2", "vllm-tp8"})])
+@pytest.mark.parametrize(
+    ("profile", "found"), [("h200-x2", {"vllm-tp2"}), ("8gpu", {"vllm-tp2", "vllm-tp8"})]
+)
 def test_another_engine_needs_its_gpus_as_well(profile: str, found: set[str]) -> None:
     plan = build_plan(load_study("scaling")[0], load_profile(profile))
     assert {cell for cell in plan["cells"] if cell.startswith("vllm")} == found
-    reasons = {entry["factor"]: entry["reason"] for entry in plan["not_applicable"] if entry["factor"].startswith("vllm")}
-    assert reasons == ({} if profile == "8gpu" else {"vllm-tp8": "needs 8 GPUs, one a process; profile h200-x2 has 2"})
+    reasons = {
+        entry["factor"]: entry["reason"]
+        for entry in plan["not_applicable"]
+        if entry["factor"].startswith("vllm")
+    }
+    assert reasons == (
+        {}
+        if profile == "8gpu"
+        else {"vllm-tp8": "needs 8 GPUs, one a process; profile h200-x2 has 2"}
+    )
 
 
 @pytest.mark.parametrize("preset", ["qwen3-8b-4-layers", "qwen3-32b-4-layers"])
@@ -61,17 +80,30 @@ def test_the_gate_has_a_study_of_its_own(preset: str) -> None:
 
 @pytest.mark.parametrize(("degree", "preemptions"), [(1, 3), (2, 2)])
 def test_the_gate_sees_preempted_requests(degree: int, preemptions: int) -> None:
-    """The scheduler alone, with the study's cache: admission foresees most, so that a workload has to be made for it."""
+    """The scheduler alone, with the study's cache: admission foresees most, so that a workload has
+    to be made for it.
+    """
     study = load_study("scaling-gate")[0]
     plan = build_plan(study, load_profile("h200-x2"))
     shape, resolved = plan["model"]["shape"], study.settings.model_dump(exclude_none=True)
-    token_bytes = 2 * 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"] // degree
+    token_bytes = (
+        2
+        * 2
+        * shape["num_hidden_layers"]
+        * shape["num_key_value_heads"]
+        * shape["head_dim"]
+        // degree
+    )
     size, stats = resolved["block_size"], StepStats()
-    blocks = CachingBlockManager(resolved.pop("kv_cache_memory_bytes") // (token_bytes * size), size, stats)
+    blocks = CachingBlockManager(
+        resolved.pop("kv_cache_memory_bytes") // (token_bytes * size), size, stats
+    )
     switches = Optimizations(batching="chunked", prefix_cache=True, cuda_graphs=True, overlap=True)
     config = ResolvedConfig(model="none", **resolved, optimizations=switches)
     scheduler = ContinuousScheduler(config, blocks, stats)
-    for i, request in enumerate(workloads.rebuild("growing", plan["workloads"]["growing"])["waves"][0]):
+    for i, request in enumerate(
+        workloads.rebuild("growing", plan["workloads"]["growing"])["waves"][0]
+    ):
         params = SamplingParams(max_tokens=request["max_tokens"], ignore_eos=True)
         scheduler.add(Sequence(str(i), list(request["prompt_token_ids"]), params))
     in_flight: deque[StepPlan] = deque()
@@ -87,6 +119,8 @@ def test_the_gate_sees_preempted_requests(degree: int, preemptions: int) -> None
 
 def test_symmetric_memory_is_not_for_a_cpu() -> None:
     profile = {"name": "cpu", "device": "cpu", "num_devices": 1, "cpu_cores": 2}
-    assert "cannot run on device 'cpu'" in str(inapplicable("all_reduce", "symmetric_memory", profile, {}))
+    assert "cannot run on device 'cpu'" in str(
+        inapplicable("all_reduce", "symmetric_memory", profile, {})
+    )
     assert inapplicable("data_parallel_size", 2, profile, {}) is None
     assert "needs 4 CPU cores" in str(inapplicable("data_parallel_size", 4, profile, {}))

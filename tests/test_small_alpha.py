@@ -1,4 +1,6 @@
-"""Any alpha that a study may have gives a report: at a tiny one the interval reaches to infinity, and is shown so."""
+"""Any alpha that a study may have gives a report: at a tiny one the interval reaches to infinity,
+and is shown so.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def test_an_interval_that_a_float_cannot_hold_is_infinite() -> None:
     st.lists(st.floats(-20, 20), min_size=1, max_size=8),
     st.floats(1e-300, 1, exclude_max=True) | st.sampled_from((5e-324, 1e-16, 1e-4, 0.999999)),
 )
-def test_every_alpha_and_every_sample_has_an_estimate(log_ratios: list[float], alpha: float) -> None:
+def test_every_alpha_and_every_sample_has_an_estimate(
+    log_ratios: list[float], alpha: float
+) -> None:
     rule = Rule(alpha=alpha)
     with np.errstate(all="raise", under="ignore"):
         effect = estimate(dict(enumerate(log_ratios)), rule, "x")
@@ -44,7 +48,9 @@ def test_every_alpha_and_every_sample_has_an_estimate(log_ratios: list[float], a
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("cells", [one_at_a_time, factorial])
 @pytest.mark.parametrize("alpha", [1e-4, 1e-30])
-def test_a_study_with_a_tiny_alpha_has_its_report(cells: object, alpha: float, tmp_path: Path) -> None:
+def test_a_study_with_a_tiny_alpha_has_its_report(
+    cells: object, alpha: float, tmp_path: Path
+) -> None:
     plan = make_plan(cells(), blocks=2, alpha=alpha)  # type: ignore[operator]
     records = make_records(plan, {"batching": 2.0}, sd=0.2)
     markdown, _ = render(plan, records, analyse(records, plan), tmp_path)

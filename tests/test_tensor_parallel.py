@@ -1,4 +1,6 @@
-"""Ranks over gloo: the same tokens, several engines side by side, and a rank that dies or hangs is an error, never a hang."""
+"""Ranks over gloo: the same tokens, several engines side by side, and a rank that dies or hangs is
+an error, never a hang.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def tokens_of(llm: LLM) -> list[list[int]]:
 
 
 def children() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if "nanovllm.engine.rank" in " ".join(p.cmdline())]
+    return [
+        p for p in psutil.Process().children() if "nanovllm.engine.rank" in " ".join(p.cmdline())
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +56,23 @@ def test_two_ranks_compute_the_same_and_two_engines_run_side_by_side(tiny: Path)
         expected = tokens_of(single)
         blocks = single.resolved_config()["num_kv_blocks"]
         assert single.toggles()["tensor_parallel_size"]["engaged"] == 0
-    toggles = {"tensor_parallel_size": 2, "batching": "chunked", "prefix_cache": True, "overlap": True}
-    with LLM(str(tiny), **SMALL, optimizations=toggles) as one, LLM(str(tiny), **SMALL, optimizations=toggles) as other:
+    toggles = {
+        "tensor_parallel_size": 2,
+        "batching": "chunked",
+        "prefix_cache": True,
+        "overlap": True,
+    }
+    with (
+        LLM(str(tiny), **SMALL, optimizations=toggles) as one,
+        LLM(str(tiny), **SMALL, optimizations=toggles) as other,
+    ):
         assert len(children()) == 4
         assert tokens_of(one) == expected
         assert tokens_of(other) == expected
         assert one.toggles()["tensor_parallel_size"]["engaged"] > 0
         assert one.toggles()["all_reduce"]["engaged"] == 0
-        assert one.resolved_config()["num_kv_blocks"] == 2 * blocks  # the same bytes a rank hold twice the tokens
+        # the same bytes a rank hold twice the tokens
+        assert one.resolved_config()["num_kv_blocks"] == 2 * blocks
     assert children() == []
 
 
@@ -67,20 +80,35 @@ def test_two_ranks_compute_the_same_and_two_engines_run_side_by_side(tiny: Path)
     "params",
     [
         SamplingParams(temperature=0.9, max_tokens=24, ignore_eos=True, seed=5),
-        pytest.param(SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True), marks=pytest.mark.slow),
-        pytest.param(SamplingParams(temperature=1.0, top_k=50, top_p=0.9, max_tokens=24, ignore_eos=True, seed=6),
-                     marks=pytest.mark.slow),
+        pytest.param(
+            SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            SamplingParams(
+                temperature=1.0, top_k=50, top_p=0.9, max_tokens=24, ignore_eos=True, seed=6
+            ),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
-def test_four_ranks_with_preemptions_and_cached_prefixes(four_heads: Path, params: SamplingParams) -> None:
+def test_four_ranks_with_preemptions_and_cached_prefixes(
+    four_heads: Path, params: SamplingParams
+) -> None:
     """Too few blocks for all, prompts that begin alike, and the counters of one process."""
     prompts = [{"prompt_token_ids": [*range(30, 46), 100 + i]} for i in range(6)]
     results = []
     for degree in (1, 4):
-        arguments = SMALL | {"kv_cache_memory_bytes": 4 * 4 * 2 * 64 * 8 * 9 * 4 // degree}  # 9 blocks of 8 tokens
-        switches = {"tensor_parallel_size": degree, "batching": "chunked", "prefix_cache": True, "overlap": True}
+        # 9 blocks of 8 tokens
+        arguments = SMALL | {"kv_cache_memory_bytes": 4 * 4 * 2 * 64 * 8 * 9 * 4 // degree}
+        switches = {
+            "tensor_parallel_size": degree,
+            "batching": "chunked",
+            "prefix_cache": True,
+            "overlap": True,
+        }
         with LLM(str(four_heads), **arguments, optimizations=switches) as llm:
-            llm.scheduler.forecast.asked = 1 << 40  # it expects every request to end at once: memory runs out
+            # it expects every request to end at once: memory runs out
+            llm.scheduler.forecast.asked = 1 << 40
             outputs = llm.generate(prompts, params, use_tqdm=False)
             stats = llm.stats()
         assert stats["preemptions"] > 0
@@ -91,7 +119,9 @@ def test_four_ranks_with_preemptions_and_cached_prefixes(four_heads: Path, param
 
 
 def main_of_a_rank_that_records(channel: Channel) -> None:
-    """As with cuda_graphs on, as far as a CPU can: 'replay' computes again what would have been recorded."""
+    """As with cuda_graphs on, as far as a CPU can: 'replay' computes again what would have been
+    recorded.
+    """
     from tests.test_cuda_graph import FakeGraphRunner
 
     rank.ModelRunner = FakeGraphRunner  # type: ignore[misc,attr-defined]
@@ -99,13 +129,24 @@ def main_of_a_rank_that_records(channel: Channel) -> None:
 
 
 def test_ranks_replay_recorded_steps(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches between the buckets, rows that change owners, and steps whose plan is not sent in full."""
-    params = [SamplingParams(temperature=0.8 * (i % 2), max_tokens=3 + 5 * i, ignore_eos=True, seed=i) for i in range(5)]
+    """Batches between the buckets, rows that change owners, and steps whose plan is not sent in
+    full.
+    """
+    params = [
+        SamplingParams(temperature=0.8 * (i % 2), max_tokens=3 + 5 * i, ignore_eos=True, seed=i)
+        for i in range(5)
+    ]
     with LLM(str(tiny), **SMALL) as single:
-        expected = [o.outputs[0].token_ids for o in single.generate(PROMPTS, params, use_tqdm=False)]
-    monkeypatch.setattr(workers, "RANK_MAIN", "tests.test_tensor_parallel.main_of_a_rank_that_records")
+        expected = [
+            o.outputs[0].token_ids for o in single.generate(PROMPTS, params, use_tqdm=False)
+        ]
+    monkeypatch.setattr(
+        workers, "RANK_MAIN", "tests.test_tensor_parallel.main_of_a_rank_that_records"
+    )
     with LLM(str(tiny), **SMALL | {"max_num_seqs": 3}, tensor_parallel_size=2) as llm:
-        assert [o.outputs[0].token_ids for o in llm.generate(PROMPTS, params, use_tqdm=False)] == expected
+        assert [
+            o.outputs[0].token_ids for o in llm.generate(PROMPTS, params, use_tqdm=False)
+        ] == expected
         assert llm.stats()["graph_replays"] > 0
         assert llm.stats()["all_reduces.library"] == 2 * 4 * llm.stats()["steps"]
 
@@ -124,11 +165,15 @@ def test_a_killed_rank_ends_the_engine_with_an_error(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("victim", [2, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_hung_rank_ends_the_engine_with_an_error(four_heads: Path, monkeypatch: pytest.MonkeyPatch, victim: int) -> None:
+def test_a_hung_rank_ends_the_engine_with_an_error(
+    four_heads: Path, monkeypatch: pytest.MonkeyPatch, victim: int
+) -> None:
     monkeypatch.setattr(workers, "COLLECTIVE_TIMEOUT_S", 2.0)
     llm = LLM(str(four_heads), **SMALL, tensor_parallel_size=4)
     os.kill(llm.runner._children[victim].process.pid, signal.SIGSTOP)
-    with pytest.raises(workers.WorkerError, match=f"rank {victim} hangs: it did not answer within 2 s"):
+    with pytest.raises(
+        workers.WorkerError, match=f"rank {victim} hangs: it did not answer within 2 s"
+    ):
         tokens_of(llm)
     assert children() == []
 
@@ -138,13 +183,21 @@ def main_of_a_rank_that_never_finishes(channel: Channel) -> None:
     rank.main(channel)
 
 
-def test_a_step_that_nobody_finishes_ends_the_engine(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with a graph whose all-reduce never ends: every rank has launched it, all of them live, and no tokens come."""
+def test_a_step_that_nobody_finishes_ends_the_engine(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a graph whose all-reduce never ends: every rank has launched it, all of them live,
+    and no tokens come.
+    """
     monkeypatch.setattr(workers, "COLLECTIVE_TIMEOUT_S", 1.0)
-    monkeypatch.setattr(workers, "RANK_MAIN", "tests.test_tensor_parallel.main_of_a_rank_that_never_finishes")
+    monkeypatch.setattr(
+        workers, "RANK_MAIN", "tests.test_tensor_parallel.main_of_a_rank_that_never_finishes"
+    )
     llm = LLM(str(tiny), **SMALL, tensor_parallel_size=2)
     begin = time.monotonic()
-    with pytest.raises(workers.WorkerError, match="ranks 0 to 1 hang: all have launched the same step"):
+    with pytest.raises(
+        workers.WorkerError, match="ranks 0 to 1 hang: all have launched the same step"
+    ):
         tokens_of(llm)
     assert time.monotonic() - begin < 20
     assert children() == []
@@ -161,7 +214,9 @@ def test_ranks_that_compile_do_not_hang(tiny: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
     with LLM(str(tiny), **SMALL) as single:
         expected = tokens_of(single)
-    with LLM(str(tiny), **SMALL, optimizations={"tensor_parallel_size": 2, "kernels": "compile"}) as llm:
+    with LLM(
+        str(tiny), **SMALL, optimizations={"tensor_parallel_size": 2, "kernels": "compile"}
+    ) as llm:
         assert tokens_of(llm) == expected
 
 
@@ -173,7 +228,9 @@ def test_ranks_end_with_the_engine_however_it_ends() -> None:
         "print(child.process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as engine:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment
+    ) as engine:
         assert engine.stdout is not None
         pid = int(engine.stdout.readline())
     deadline = time.monotonic() + 20
@@ -182,7 +239,8 @@ def test_ranks_end_with_the_engine_however_it_ends() -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of the socket and the process that nobody closed
+# of the socket and the process that nobody closed
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_process_that_is_dropped_unclosed_ends_and_leaves_no_descriptor() -> None:
     before = len(os.listdir("/proc/self/fd"))
     child = processes.Child("rank", "tests.test_tensor_parallel.main_that_waits_for_ever")
@@ -194,8 +252,14 @@ def test_a_process_that_is_dropped_unclosed_ends_and_leaves_no_descriptor() -> N
 
 
 def test_symmetric_memory_is_refused_where_it_cannot_run(tiny: Path) -> None:
-    with pytest.raises(ValueError, match="all_reduce='symmetric_memory' cannot run on device 'cpu'"):
-        LLM(str(tiny), **SMALL, optimizations={"tensor_parallel_size": 2, "all_reduce": "symmetric_memory"})
+    with pytest.raises(
+        ValueError, match="all_reduce='symmetric_memory' cannot run on device 'cpu'"
+    ):
+        LLM(
+            str(tiny),
+            **SMALL,
+            optimizations={"tensor_parallel_size": 2, "all_reduce": "symmetric_memory"},
+        )
     with pytest.raises(ValueError, match="needs tensor_parallel_size of 2 or more"):
         Optimizations(all_reduce="symmetric_memory").resolve("cuda", in_engine=True)
 
@@ -208,6 +272,8 @@ def test_a_rank_that_fails_at_start_is_named(tiny: Path, monkeypatch: pytest.Mon
 
 
 def test_a_degree_that_does_not_divide_the_heads(tiny: Path) -> None:
-    with pytest.raises(ValueError, match="tensor_parallel_size=3 does not divide the model's 4 query heads"):
+    with pytest.raises(
+        ValueError, match="tensor_parallel_size=3 does not divide the model's 4 query heads"
+    ):
         LLM(str(tiny), **SMALL, tensor_parallel_size=3)
     assert children() == []

@@ -19,14 +19,28 @@ def decode_plan(step: int, rows: list[int], starts: list[int], **more: object) -
 def test_plans_arrive_as_they_were_and_unchanged_steps_are_tiny() -> None:
     rows, starts = list(range(256)), list(range(1000, 1256))
     plans = [
-        StepPlan(0, 1, [0, 1], [7, 0], [1, 3], [True, False], [5, 6, 7], [(1, 0, 4)], [(1, 0.5, 3, 0.9, 2**63)], False, True, 2),
+        StepPlan(
+            0,
+            1,
+            [0, 1],
+            [7, 0],
+            [1, 3],
+            [True, False],
+            [5, 6, 7],
+            [(1, 0, 4)],
+            [(1, 0.5, 3, 0.9, 2**63)],
+            False,
+            True,
+            2,
+        ),
         decode_plan(1, rows, starts),
         decode_plan(2, rows, [s + 1 for s in starts]),
         decode_plan(3, rows, [s + 2 for s in starts], new_blocks=[(7, 3, 99)]),
         decode_plan(4, rows[1:], [s + 3 for s in starts][1:]),  # one has ended
         StepPlan(5, 0, [0], [0], [2], [True], [8, 9]),
         decode_plan(6, [0], [2]),
-        decode_plan(7, [0], [9]),  # the same row, another place: a request that was preempted and came back
+        # the same row, another place: a request that was preempted and came back
+        decode_plan(7, [0], [9]),
     ]
     writer, reader = PlanCoder(), PlanCoder()
     sizes = []

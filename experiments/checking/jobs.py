@@ -1,4 +1,6 @@
-"""What a check runs, and what has to come of each: a job is one engine, with its settings, and the verdict that is right."""
+"""What a check runs, and what has to come of each: a job is one engine, with its settings, and the
+verdict that is right.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,10 @@ CONTROL, SAMPLED, TRUNCATED = "control", "sampled", "truncated"
 
 @dataclass(frozen=True)
 class Job:
-    """An engine that serves some of the workloads. expected: "pass" | "fail", the gate's verdict. like: the job whose tokens these
-    are compared with, one request at a time. logprobs: workloads that are served a second time, for log-probabilities."""
+    """An engine that serves some of the workloads. expected: "pass" | "fail", the gate's verdict.
+    like: the job whose tokens these are compared with, one request at a time. logprobs: workloads
+    that are served a second time, for log-probabilities.
+    """
 
     name: str
     group: str
@@ -41,7 +45,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Scope:
-    """What is checked on which machine: `shape` of the model as in a plan, `profile` settled or not, as a dict."""
+    """What is checked on which machine: `shape` of the model as in a plan, `profile` settled or
+    not, as a dict.
+    """
 
     profile: dict[str, Any]
     shape: dict[str, Any]
@@ -53,7 +59,9 @@ class Scope:
 
 
 def control_workloads(vocab_size: int) -> work.Workloads:
-    """Beside the drawn ones: what broken engines serve, and what other random generators are judged by."""
+    """Beside the drawn ones: what broken engines serve, and what other random generators are judged
+    by.
+    """
     hot = {"temperature": 0.8, "top_k": 0, "top_p": 1.0}
     cut = {"temperature": 1.0, "top_k": 40, "top_p": 0.9}
     return {
@@ -64,7 +72,9 @@ def control_workloads(vocab_size: int) -> work.Workloads:
 
 
 def never_shared(factor: str, level: Any, shape: dict[str, Any]) -> str | None:
-    """Why prefixes would never be read once here, if so: that begins with more requests at a time than a check has."""
+    """Why prefixes would never be read once here, if so: that begins with more requests at a time
+    than a check has.
+    """
     fewest = fewest_sharing(shape["num_key_value_heads"])
     if factor != "cascade_attention" or not level or fewest < MAX_NUM_SEQS:
         return None
@@ -72,13 +82,17 @@ def never_shared(factor: str, level: Any, shape: dict[str, Any]) -> str | None:
 
 
 def configurations(scope: Scope) -> tuple[list[Choice], list[str]]:
-    """(every pair of levels that can meet on this machine; what cannot run here and why). Baseline first, then all of the best."""
+    """(every pair of levels that can meet on this machine; what cannot run here and why). Baseline
+    first, then all of the best.
+    """
     levels: dict[str, list[Any]] = {}
     absent = []
     for factor, known in LEVELS.items():
         levels[factor] = []
         for level in known:
-            reason = inapplicable(factor, level_name(level), scope.profile, scope.shape) or never_shared(factor, level, scope.shape)
+            reason = inapplicable(
+                factor, level_name(level), scope.profile, scope.shape
+            ) or never_shared(factor, level, scope.shape)
             if reason:
                 absent.append(f"{factor}={level_name(level)}: {reason}")
             else:
@@ -86,7 +100,10 @@ def configurations(scope: Scope) -> tuple[list[Choice], list[str]]:
 
     def allowed(choice: Choice) -> bool:
         try:
-            dataclasses.replace(Optimizations(**choice), data_parallel_size=1).resolve(scope.device, in_engine=True)  # type: ignore[arg-type]
+            dataclasses.replace(Optimizations(**choice), data_parallel_size=1).resolve(
+                scope.device,  # type: ignore[arg-type]
+                in_engine=True,
+            )
         except ValueError:
             return False
         return True
@@ -105,43 +122,103 @@ def all_jobs(scope: Scope, drawn: list[str]) -> tuple[list[Job], list[str]]:
     for number, choice in enumerate(choices):
         name = ("baseline", "all on")[number] if number < 2 else f"pairs {number - 1}"
         for dtype in scope.dtypes if number < 2 else (first,):
-            config = engine_config(scope, dtype) | {"optimizations": choice, "block_size": work.BLOCK_SIZE,
-                                                    "kv_cache_memory_bytes": kv_cache_bytes(scope.shape, dtype)}  # fmt: skip
+            config = engine_config(scope, dtype) | {
+                "optimizations": choice,
+                "block_size": work.BLOCK_SIZE,
+                "kv_cache_memory_bytes": kv_cache_bytes(scope.shape, dtype),
+            }
             like = f"nanovllm {dtype}: baseline" if number else None
-            jobs.append(Job(f"nanovllm {dtype}: {name}", describe(choice), "nanovllm", config, dtype, drawn_and_more,
-                            (*drawn[::4], CONTROL), like=like))  # fmt: skip
+            jobs.append(
+                Job(
+                    f"nanovllm {dtype}: {name}",
+                    describe(choice),
+                    "nanovllm",
+                    config,
+                    dtype,
+                    drawn_and_more,
+                    (*drawn[::4], CONTROL),
+                    like=like,
+                )
+            )
     for dtype in scope.dtypes:
         for size in (48, 7):
             config = {"dtype": dtype, "device": scope.device, "max_num_seqs": size}
-            jobs.append(Job(f"hf {dtype}: batches of {size}", "HF generate, its own random numbers", "hf", config, dtype,
-                            (CONTROL, SAMPLED, TRUNCATED), (CONTROL,)))  # fmt: skip
+            jobs.append(
+                Job(
+                    f"hf {dtype}: batches of {size}",
+                    "HF generate, its own random numbers",
+                    "hf",
+                    config,
+                    dtype,
+                    (CONTROL, SAMPLED, TRUNCATED),
+                    (CONTROL,),
+                )
+            )
     for peer in scope.peers:
         config = engine_config(scope, first)
-        config |= {"kv_cache_memory_bytes": 2**28, "max_num_batched_tokens": MAX_MODEL_LEN} if peer == "vllm" else {}
-        jobs.append(Job(f"{peer} {first}", "another engine, its own random numbers", peer, config, first,
-                        drawn_and_more, (*drawn[::4], CONTROL)))  # fmt: skip
+        config |= (
+            {"kv_cache_memory_bytes": 2**28, "max_num_batched_tokens": MAX_MODEL_LEN}
+            if peer == "vllm"
+            else {}
+        )
+        jobs.append(
+            Job(
+                f"{peer} {first}",
+                "another engine, its own random numbers",
+                peer,
+                config,
+                first,
+                drawn_and_more,
+                (*drawn[::4], CONTROL),
+            )
+        )
     for dtype in scope.dtypes:
         for broken in BROKEN:
             config = {"dtype": dtype, "device": scope.device, "max_num_seqs": 48}
-            jobs.append(Job(f"broken {dtype}: {broken}", "HF, broken on purpose", "hf", config, dtype, (CONTROL,), (CONTROL,),
-                            expected="fail", broken=broken))  # fmt: skip
+            jobs.append(
+                Job(
+                    f"broken {dtype}: {broken}",
+                    "HF, broken on purpose",
+                    "hf",
+                    config,
+                    dtype,
+                    (CONTROL,),
+                    (CONTROL,),
+                    expected="fail",
+                    broken=broken,
+                )
+            )
     return jobs, absent
 
 
 def engine_config(scope: Scope, dtype: str) -> dict[str, Any]:
-    return {"dtype": dtype, "device": scope.device, "max_num_seqs": MAX_NUM_SEQS, "max_model_len": MAX_MODEL_LEN,
-            "max_num_batched_tokens": BATCHED_TOKENS, "seed": 0}  # fmt: skip
+    return {
+        "dtype": dtype,
+        "device": scope.device,
+        "max_num_seqs": MAX_NUM_SEQS,
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_batched_tokens": BATCHED_TOKENS,
+        "seed": 0,
+    }
 
 
 def kv_cache_bytes(shape: dict[str, Any], dtype: str) -> int:
     """Room for twice the longest request: MAX_NUM_SEQS of them do not fit, so some are preempted."""
     blocks = 2 * -(-(work.LONGEST_PROMPT + work.LONGEST_ANSWER) // work.BLOCK_SIZE) + 1
     bytes_per_value = {"float32": 4, "bfloat16": 2}[dtype]
-    per_token = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"] * bytes_per_value
+    per_token = (
+        2
+        * shape["num_hidden_layers"]
+        * shape["num_key_value_heads"]
+        * shape["head_dim"]
+        * bytes_per_value
+    )
     return blocks * work.BLOCK_SIZE * per_token
 
 
 def describe(choice: Choice) -> str:
     """The switches that are not at their baseline."""
-    on = [f"{name}={level_name(level)}" for name, level in choice.items() if level != LEVELS[name][0]]
+    on = [
+        f"{name}={level_name(level)}" for name, level in choice.items() if level != LEVELS[name][0]
+    ]
     return ", ".join(on) or "everything at its baseline"

@@ -2,8 +2,9 @@
 
     python -m experiments.checking.judging --folder DIR --model DIR
 
-reads DIR/jobs.json, work.json and served/, prints a line "progress DONE ALL" after each verdict, and writes DIR/verdicts.json: a
-list of {"name", "group", "dtype", "expected", "status", "good", "reason", ...}. `good`: the verdict is the one expected.
+reads DIR/jobs.json, work.json and served/, prints a line "progress DONE ALL" after each verdict,
+and writes DIR/verdicts.json: a list of {"name", "group", "dtype", "expected", "status", "good",
+"reason", ...}. `good`: the verdict is the one expected.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ HOTTER = 1.25
 class Judge:
     """Holds a rescorer for each dtype, the work, and what was served of it by job."""
 
-    def __init__(self, model: Path, work: Workloads, jobs: Sequence[Job], served: dict[str, Any]) -> None:
+    def __init__(
+        self, model: Path, work: Workloads, jobs: Sequence[Job], served: dict[str, Any]
+    ) -> None:
         self.model, self.work, self.served = model, work, served
         self.jobs = {job.name: job for job in jobs}
         self.params = GateParams()
@@ -47,7 +50,9 @@ class Judge:
         return self._rescorers[dtype]
 
     def verdict(self, job: Job) -> Verdict:
-        """On one job: same work, tokens, log-probabilities, switches; and what it has in common with the job it is `like`."""
+        """On one job: same work, tokens, log-probabilities, switches; and what it has in common
+        with the job it is `like`.
+        """
         begin = time.perf_counter()
         served = self.served[job.name]
         if "error" in served:
@@ -59,16 +64,27 @@ class Judge:
             return self._line(job, None, "not the same work: " + "; ".join(problems[:3]))
         requests, outputs = self._of(job.name, job.workloads)
         result = judge_outputs(
-            self.rescorer(job.dtype), requests, outputs, self.params, foreign=job.engine not in NATIVE_ENGINES
+            self.rescorer(job.dtype),
+            requests,
+            outputs,
+            self.params,
+            foreign=job.engine not in NATIVE_ENGINES,
         )
         logprobs = self._logprobs(job)
         reasons = [reason for reason in (result.reason, logprobs and logprobs["reason"]) if reason]
         line = self._line(job, result, "; ".join(reasons) or None)
-        line |= {"logprobs": logprobs, "serve_s": served["duration_s"], "judge_s": time.perf_counter() - begin}
+        line |= {
+            "logprobs": logprobs,
+            "serve_s": served["duration_s"],
+            "judge_s": time.perf_counter() - begin,
+        }
         if logprobs and logprobs["status"] == "fail":
             line["status"] = "fail"
-        if job.expected == "fail":  # the tokens alone, and the log-probabilities alone, must give a broken engine away
-            line["status"] = result.status if not logprobs or logprobs["status"] == "fail" else "pass"
+        # the tokens alone, and the log-probabilities alone, must give a broken engine away
+        if job.expected == "fail":
+            line["status"] = (
+                result.status if not logprobs or logprobs["status"] == "fail" else "pass"
+            )
         if job.like and "error" not in self.served[job.like]:
             line |= self._likeness(job)
         return line | {"good": line["status"] == job.expected}
@@ -80,15 +96,23 @@ class Judge:
         rescorer = self.rescorer(dtype)
         lines = []
 
-        def add(name: str, requests: list[Request], outputs: list[list[int]], foreign: bool = False) -> None:
+        def add(
+            name: str, requests: list[Request], outputs: list[list[int]], foreign: bool = False
+        ) -> None:
             result = judge_outputs(rescorer, requests, outputs, self.params, foreign=foreign)
             lines.append(self._control(name, dtype, result))
 
         what, tampered = tamper(rescorer, *native, self.params)
         add(f"one token: {what}", native[0], tampered)
-        add("sampled with other seeds", [request | {"seed": request["seed"] + 1} for request in native[0]], native[1])
+        add(
+            "sampled with other seeds",
+            [request | {"seed": request["seed"] + 1} for request in native[0]],
+            native[1],
+        )
         add("two answers exchanged", native[0], [native[1][1], native[1][0], *native[1][2:]])
-        colder = [request | {"temperature": request["temperature"] / HOTTER} for request in foreign[0]]
+        colder = [
+            request | {"temperature": request["temperature"] / HOTTER} for request in foreign[0]
+        ]
         add(f"HF's samples at {HOTTER:g} times the temperature", colder, foreign[1], foreign=True)
         return lines
 
@@ -100,8 +124,10 @@ class Judge:
 
     def _of(self, job: str, names: Sequence[str]) -> tuple[list[Request], list[list[int]]]:
         served = self.served[job]["workloads"]
-        return ([request for name in names for request in self.work[name]],
-                [output for name in names for output in served[name]["outputs"]])  # fmt: skip
+        return (
+            [request for name in names for request in self.work[name]],
+            [output for name in names for output in served[name]["outputs"]],
+        )
 
     def _wrong_work(self, name: str, served: dict[str, Any]) -> list[str]:
         reasons = served["finish_reasons"]
@@ -121,40 +147,69 @@ class Judge:
         return dataclasses.asdict(compare_logprobs(scores, values, job.dtype, self.params))
 
     def _likeness(self, job: Job) -> dict[str, int]:
-        """How many answers are the other job's to the token. Where they differ, the first difference of both stands after the same
-        tokens, and the gate has judged it for both: a near-tie, or a failure."""
+        """How many answers are the other job's to the token. Where they differ, the first
+        difference of both stands after the same tokens, and the gate has judged it for both: a
+        near-tie, or a failure.
+        """
         assert job.like is not None
         names = [name for name in job.workloads if name in self.jobs[job.like].workloads]
         ours, theirs = (self._of(name, names)[1] for name in (job.name, job.like))
-        return {"answers": len(ours), "identical": sum(a == b for a, b in zip(ours, theirs, strict=True))}
+        return {
+            "answers": len(ours),
+            "identical": sum(a == b for a, b in zip(ours, theirs, strict=True)),
+        }
 
     def _line(self, job: Job, result: GateResult | None, reason: str | None) -> Verdict:
         status = "error" if result is None else result.status
-        return {"name": job.name, "group": job.group, "dtype": job.dtype, "expected": job.expected, "status": status,
-                "good": False, "reason": reason, "gate": result and dataclasses.asdict(result)}  # fmt: skip
+        return {
+            "name": job.name,
+            "group": job.group,
+            "dtype": job.dtype,
+            "expected": job.expected,
+            "status": status,
+            "good": False,
+            "reason": reason,
+            "gate": result and dataclasses.asdict(result),
+        }
 
     def _control(self, name: str, dtype: str, result: GateResult) -> Verdict:
-        return {"name": f"tampered {dtype}: {name}", "group": "right tokens, changed afterwards", "dtype": dtype,
-                "expected": "fail", "status": result.status, "good": result.status == "fail", "reason": result.reason,
-                "gate": dataclasses.asdict(result)}  # fmt: skip
+        return {
+            "name": f"tampered {dtype}: {name}",
+            "group": "right tokens, changed afterwards",
+            "dtype": dtype,
+            "expected": "fail",
+            "status": result.status,
+            "good": result.status == "fail",
+            "reason": result.reason,
+            "gate": dataclasses.asdict(result),
+        }
 
 
 def noise(judge_of: Judge, dtype: str) -> dict[str, Any]:
-    """HF's own error in `dtype` over the control workloads, as served by the baseline: the noise that bounds come from."""
+    """HF's own error in `dtype` over the control workloads, as served by the baseline: the noise
+    that bounds come from.
+    """
     requests, outputs = judge_of._of(f"nanovllm {dtype}: baseline", (CONTROL, SAMPLED, TRUNCATED))
     result = judge(judge_of.rescorer(dtype).score(requests, outputs), dtype, judge_of.params)
     return {"bound": result.bound, "tokens": result.tokens_checked, **result.calibration}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.checking.judging", description="Judge what a check has served.")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.checking.judging", description="Judge what a check has served."
+    )
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
     given = parser.parse_args()
     disable_progress_bar()
     jobs = [Job(**job) for job in json.loads((given.folder / "jobs.json").read_text())]
-    served = {job.name: json.loads((given.folder / "served" / f"{i:02d}.json").read_text()) for i, job in enumerate(jobs)}
-    judge_of = Judge(given.model, json.loads((given.folder / "work.json").read_text()), jobs, served)
+    served = {
+        job.name: json.loads((given.folder / "served" / f"{i:02d}.json").read_text())
+        for i, job in enumerate(jobs)
+    }
+    judge_of = Judge(
+        given.model, json.loads((given.folder / "work.json").read_text()), jobs, served
+    )
     lines: list[Verdict] = []
     for job in jobs:
         lines.append(judge_of.verdict(job))
@@ -168,7 +223,9 @@ def main() -> None:
             noises[dtype] = noise(judge_of, dtype)
     if {"float32", "bfloat16"} <= set(dtypes) and "hf bfloat16: batches of 48" in intact:
         lines.append(judge_of.lower_precision())
-    (given.folder / "verdicts.json").write_text(json.dumps({"lines": lines, "noise": noises}, indent=1) + "\n")
+    (given.folder / "verdicts.json").write_text(
+        json.dumps({"lines": lines, "noise": noises}, indent=1) + "\n"
+    )
     print(f"progress {len(jobs) + 1} {len(jobs) + 1}", flush=True)
 
 

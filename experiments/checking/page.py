@@ -1,4 +1,6 @@
-"""One page of results: a table on the terminal, check.md, and check.html, which needs nothing beside it."""
+"""One page of results: a table on the terminal, check.md, and check.html, which needs nothing
+beside it.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,17 @@ from rich.console import Console
 from rich.table import Table
 
 COLUMNS = (
-    "", "what ran", "gate", "tokens", "differ", "largest margin", "bound", "log-prob error / bound", "same answers", "remark",
-)  # fmt: skip
+    "",
+    "what ran",
+    "gate",
+    "tokens",
+    "differ",
+    "largest margin",
+    "bound",
+    "log-prob error / bound",
+    "same answers",
+    "remark",
+)
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#1b1b1b;background:#fff}
 table{border-collapse:collapse;width:100%;font-size:.86rem}td,th{padding:.3rem .5rem;border-bottom:1px solid #ddd;text-align:left;
@@ -31,25 +42,38 @@ def row(line: dict[str, Any]) -> list[str]:
     verdict = {"pass": "passes", "fail": "fails", "error": "error"}[line["status"]]
     same = f"{line['identical']} of {line['answers']}" if "identical" in line else ""
     distribution = (gate.get("calibration") or {}).get("distribution")
-    remark = line["reason"] or (f"z = {distribution['z']:.1f}, limit {distribution['z_limit']:.1f}" if distribution else "")
+    remark = line["reason"] or (
+        f"z = {distribution['z']:.1f}, limit {distribution['z_limit']:.1f}" if distribution else ""
+    )
     if line["good"] and line["expected"] == "fail":
         remark = f"as it must: {remark}"
     return [
-        "ok" if line["good"] else "NOT OK", line["name"], verdict,
-        *(number(gate.get(name)) for name in ("tokens_checked", "mismatches", "max_margin", "bound")),
-        f"{number(logprobs['engine_error']['max'])} / {number(logprobs['bound']['max'])}" if logprobs else "", same, remark,
-    ]  # fmt: skip
+        "ok" if line["good"] else "NOT OK",
+        line["name"],
+        verdict,
+        *(
+            number(gate.get(name))
+            for name in ("tokens_checked", "mismatches", "max_margin", "bound")
+        ),
+        f"{number(logprobs['engine_error']['max'])} / {number(logprobs['bound']['max'])}"
+        if logprobs
+        else "",
+        same,
+        remark,
+    ]
 
 
 def headline(result: dict[str, Any]) -> str:
     lines = result["lines"]
     bad = [line for line in lines if not line["good"]]
-    right, broken = ([line for line in lines if line["expected"] == kind] for kind in ("pass", "fail"))
+    right, broken = (
+        [line for line in lines if line["expected"] == kind] for kind in ("pass", "fail")
+    )
     if not bad:
-        return (
-            f"All is as it must be: {len(right)} configurations and engines pass the gate, {len(broken)} broken ones fail it."
-        )
-    return f"{len(bad)} of {len(lines)} verdicts are not as they must be: " + "; ".join(line["name"] for line in bad)
+        return f"All is as it must be: {len(right)} configurations and engines pass the gate, {len(broken)} broken ones fail it."
+    return f"{len(bad)} of {len(lines)} verdicts are not as they must be: " + "; ".join(
+        line["name"] for line in bad
+    )
 
 
 def facts(result: dict[str, Any]) -> list[str]:
@@ -72,14 +96,37 @@ def facts(result: dict[str, Any]) -> list[str]:
 
 def markdown(result: dict[str, Any]) -> str:
     def cells(values: list[str]) -> str:
-        return "| " + " | ".join(value.replace("|", "\\|").replace("\n", " ") for value in values) + " |"
+        return (
+            "| "
+            + " | ".join(value.replace("|", "\\|").replace("\n", " ") for value in values)
+            + " |"
+        )
 
-    table = [cells(list(COLUMNS)), cells(["---"] * len(COLUMNS)), *(cells(row(line)) for line in result["lines"])]
-    meaning = [f"- **{name}**: {group}" for name, group in {x["name"]: x["group"] for x in result["lines"]}.items()]
-    return "\n".join([
-        "# Is the output right: make check", "", f"**{headline(result)}**", "", *(f"- {fact}" for fact in facts(result)), "",
-        *table, "", "## What ran", "", *meaning, "",
-    ])  # fmt: skip
+    table = [
+        cells(list(COLUMNS)),
+        cells(["---"] * len(COLUMNS)),
+        *(cells(row(line)) for line in result["lines"]),
+    ]
+    meaning = [
+        f"- **{name}**: {group}"
+        for name, group in {x["name"]: x["group"] for x in result["lines"]}.items()
+    ]
+    return "\n".join(
+        [
+            "# Is the output right: make check",
+            "",
+            f"**{headline(result)}**",
+            "",
+            *(f"- {fact}" for fact in facts(result)),
+            "",
+            *table,
+            "",
+            "## What ran",
+            "",
+            *meaning,
+            "",
+        ]
+    )
 
 
 def page(result: dict[str, Any]) -> str:
@@ -90,7 +137,9 @@ def page(result: dict[str, Any]) -> str:
     for line in result["lines"]:
         cells = row(line)
         cells_html = "".join(
-            f"<td>{html.escape(value)}<br><small>{html.escape(line['group'])}</small></td>" if column == 1 else cell(column, value)
+            f"<td>{html.escape(value)}<br><small>{html.escape(line['group'])}</small></td>"
+            if column == 1
+            else cell(column, value)
             for column, value in enumerate(cells)
         )
         rows.append(f"<tr{'' if line['good'] else ' class=bad'}>{cells_html}</tr>")
@@ -111,11 +160,27 @@ def write(result: dict[str, Any], folder: Path) -> None:
 def show(result: dict[str, Any], console: Console) -> None:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     for index, name in enumerate(COLUMNS[:7]):
-        table.add_column(name, justify="right" if index >= 3 else "left", overflow="fold" if index == 1 else "ellipsis")
+        table.add_column(
+            name,
+            justify="right" if index >= 3 else "left",
+            overflow="fold" if index == 1 else "ellipsis",
+        )
     for line in result["lines"]:
         table.add_row(*row(line)[:7], style=None if line["good"] else "red")
     console.print(table)
     for line in result["lines"]:
         if not line["good"]:
-            console.print(f"NOT OK: {line['name']}: {row(line)[-1]}", style="red", markup=False, highlight=False, soft_wrap=True)
-    console.print(headline(result), style="green" if result["good"] else "red", markup=False, highlight=False, soft_wrap=True)
+            console.print(
+                f"NOT OK: {line['name']}: {row(line)[-1]}",
+                style="red",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+    console.print(
+        headline(result),
+        style="green" if result["good"] else "red",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )

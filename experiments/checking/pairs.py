@@ -1,7 +1,9 @@
-"""All pairs: the fewest configurations, found greedily, in which every two levels of different switches meet.
+"""All pairs: the fewest configurations, found greedily, in which every two levels of different
+switches meet.
 
-Faults of optimizations are mostly faults of two of them together; trying each alone misses those, and trying all combinations
-takes hundreds of launches. (Cohen et al., "The AETG system", IEEE TSE 1997, on why pairs, and why greedy is good enough.)
+Faults of optimizations are mostly faults of two of them together; trying each alone misses those,
+and trying all combinations takes hundreds of launches. (Cohen et al., "The AETG system", IEEE TSE
+1997, on why pairs, and why greedy is good enough.)
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ def pairs_of(choice: Choice) -> set[Pair]:
     return set(itertools.combinations(sorted(choice.items(), key=lambda item: item[0]), 2))
 
 
-def combinations(levels: Mapping[str, Sequence[Any]], allowed: Callable[[Choice], bool]) -> Iterator[Choice]:
+def combinations(
+    levels: Mapping[str, Sequence[Any]], allowed: Callable[[Choice], bool]
+) -> Iterator[Choice]:
     """Every allowed combination of one level of each switch, in the order of the levels."""
     for values in itertools.product(*levels.values()):
         choice = dict(zip(levels, values, strict=True))
@@ -27,9 +31,12 @@ def combinations(levels: Mapping[str, Sequence[Any]], allowed: Callable[[Choice]
 
 
 def pairwise(
-    levels: Mapping[str, Sequence[Any]], allowed: Callable[[Choice], bool] = lambda choice: True, first: Sequence[Choice] = ()
+    levels: Mapping[str, Sequence[Any]],
+    allowed: Callable[[Choice], bool] = lambda choice: True,
+    first: Sequence[Choice] = (),
 ) -> list[Choice]:
-    """`first`, and then as many choices as it takes until every pair that an allowed choice holds is in one of them.
+    """`first`, and then as many choices as it takes until every pair that an allowed choice holds
+    is in one of them.
 
     Raises ValueError if `first` holds a choice that is not allowed.
     """

@@ -1,4 +1,6 @@
-"""Conducts a check: draws the work, runs every job in its own process (two at a time on a CPU), judges, and writes the page."""
+"""Conducts a check: draws the work, runs every job in its own process (two at a time on a CPU),
+judges, and writes the page.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,16 @@ class CheckError(Exception):
     """A check that could not be made; the message says what to do."""
 
 
-def run(folder: Path, model: dict[str, Any], scope: Scope, drawn: int, pythons: dict[str, str], console: Console) -> bool:
-    """True if every verdict is the one expected. model: {"name", "path", "digest"}. Writes folder/check.{json,md,html}.
+def run(
+    folder: Path,
+    model: dict[str, Any],
+    scope: Scope,
+    drawn: int,
+    pythons: dict[str, str],
+    console: Console,
+) -> bool:
+    """True if every verdict is the one expected. model: {"name", "path", "digest"}. Writes
+    folder/check.{json,md,html}.
 
     Raises CheckError where the gate itself ends in an error.
     """
@@ -43,17 +53,27 @@ def run(folder: Path, model: dict[str, Any], scope: Scope, drawn: int, pythons: 
     jobs, absent = all_jobs(scope, names)
     (folder / "jobs.json").write_text(json.dumps([job.as_dict() for job in jobs], indent=1) + "\n")
     with Progress(
-        TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeElapsedColumn(), console=console,
-        refresh_per_second=2, transient=True, disable=not console.is_terminal,
-    ) as progress:  # fmt: skip
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        refresh_per_second=2,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
         serve_all(jobs, folder, model["path"], scope, pythons, console, progress)
         judge_all(folder, model["path"], progress)
     verdicts = json.loads((folder / "verdicts.json").read_text())
     result = {
-        "model": model, "device": scope.device, "hardware": provenance.of_machine().get("cpu_model") or provenance.cpu_model(),
-        "workloads": {"drawn": len(names), "requests": sum(map(len, workloads.values()))}, "absent": absent,
-        "duration_s": time.monotonic() - begin, **verdicts,
-    }  # fmt: skip
+        "model": model,
+        "device": scope.device,
+        "hardware": provenance.of_machine().get("cpu_model") or provenance.cpu_model(),
+        "workloads": {"drawn": len(names), "requests": sum(map(len, workloads.values()))},
+        "absent": absent,
+        "duration_s": time.monotonic() - begin,
+        **verdicts,
+    }
     result["good"] = all(line["good"] for line in result["lines"])
     (folder / "check.json").write_text(json.dumps(result, indent=1) + "\n")
     page.write(result, folder)
@@ -62,21 +82,33 @@ def run(folder: Path, model: dict[str, Any], scope: Scope, drawn: int, pythons: 
 
 
 def serve_all(
-    jobs: list[Job], folder: Path, model: str, scope: Scope, pythons: dict[str, str], console: Console, progress: Progress
+    jobs: list[Job],
+    folder: Path,
+    model: str,
+    scope: Scope,
+    pythons: dict[str, str],
+    console: Console,
+    progress: Progress,
 ) -> None:
     """A job that fails is written down as an error, with the end of what it printed."""
     task = progress.add_task("serving", total=len(jobs))
     at_once = 1 if scope.device == "cuda" else max(1, min(2, provenance.cpu_cores()))
     with ThreadPoolExecutor(at_once) as pool:
         futures = {
-            pool.submit(serve_one, i, job, folder, model, pythons.get(job.engine, sys.executable)): job
+            pool.submit(
+                serve_one, i, job, folder, model, pythons.get(job.engine, sys.executable)
+            ): job
             for i, job in enumerate(jobs)
         }
         for future in as_completed(futures):
             error = future.result()
             progress.update(task, advance=1, description=futures[future].name[:40])
             if error or not console.is_terminal:
-                console.print(f"served   {futures[future].name}{': ' + error if error else ''}", markup=False, highlight=False)
+                console.print(
+                    f"served   {futures[future].name}{': ' + error if error else ''}",
+                    markup=False,
+                    highlight=False,
+                )
 
 
 def serve_one(number: int, job: Job, folder: Path, model: str, python: str) -> str | None:
@@ -84,12 +116,28 @@ def serve_one(number: int, job: Job, folder: Path, model: str, python: str) -> s
     out, log = folder / "served" / f"{number:02d}.json", folder / "logs" / f"{number:02d}.log"
     file = folder / "logs" / f"{number:02d}.job.json"
     file.write_text(json.dumps(job.as_dict()))
-    command = [python, "-m", "experiments.checking.serve", "--job", str(file), "--work", str(folder / "work.json"),
-               "--model", model, "--out", str(out)]  # fmt: skip
+    command = [
+        python,
+        "-m",
+        "experiments.checking.serve",
+        "--job",
+        str(file),
+        "--work",
+        str(folder / "work.json"),
+        "--model",
+        model,
+        "--out",
+        str(out),
+    ]
     error = None
     with log.open("wb") as output:
         child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment()
+            command,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment(),
         )
         try:
             status = child.wait(timeout=TIMEOUT_S)
@@ -110,9 +158,19 @@ def serve_one(number: int, job: Job, folder: Path, model: str, python: str) -> s
 def judge_all(folder: Path, model: str, progress: Progress) -> None:
     task = progress.add_task("the gate", total=None)
     log = folder / "logs" / "judging.log"
-    command = [sys.executable, "-m", "experiments.checking.judging", "--folder", str(folder), "--model", model]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.checking.judging",
+        "--folder",
+        str(folder),
+        "--model",
+        model,
+    ]
     with log.open("w") as output:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=output, text=True, env=environment()) as child:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=output, text=True, env=environment()
+        ) as child:
             assert child.stdout is not None
             try:
                 for line in child.stdout:
@@ -123,7 +181,9 @@ def judge_all(folder: Path, model: str, progress: Progress) -> None:
                 child.kill()
                 raise
         if child.returncode != 0:
-            raise CheckError(f"the gate ended with status {child.returncode}: {tail(log, 6)} (all of it: {log})")
+            raise CheckError(
+                f"the gate ended with status {child.returncode}: {tail(log, 6)} (all of it: {log})"
+            )
 
 
 def environment() -> dict[str, str]:

@@ -1,9 +1,12 @@
-"""One engine of a check, in a process and an interpreter of its own: serves the drawn workloads one after the other.
+"""One engine of a check, in a process and an interpreter of its own: serves the drawn workloads one
+after the other.
 
-    PYTHON -m experiments.checking.serve --job job.json --work work.json --model DIR --out served.json
+    PYTHON -m experiments.checking.serve --job job.json --work work.json --model DIR --out
+    served.json
 
-Standard library and that engine only. Works with every adapter of `experiments.engines`; log-probabilities are asked for, in a
-second pass, of adapters that have `logprobs`. An engine that is to be broken (`broken`) is HF's.
+Standard library and that engine only. Works with every adapter of `experiments.engines`;
+log-probabilities are asked for, in a second pass, of adapters that have `logprobs`. An engine that
+is to be broken (`broken`) is HF's.
 """
 
 from __future__ import annotations
@@ -22,7 +25,9 @@ Request = dict[str, Any]
 
 
 def serve(job: dict[str, Any], work: dict[str, list[Request]], model: str) -> dict[str, Any]:
-    """{"workloads": {name: {"outputs", "finish_reasons"}}, "logprobs": {...} | None, "toggles", "problems", "duration_s"}."""
+    """{"workloads": {name: {"outputs", "finish_reasons"}}, "logprobs": {...} | None, "toggles",
+    "problems", "duration_s"}.
+    """
     adapter = load_adapter(job["engine"])(model, job["config"])
     resolved = adapter.load()
     if job["broken"] is not None:
@@ -39,13 +44,22 @@ def serve(job: dict[str, Any], work: dict[str, list[Request]], model: str) -> di
     duration_s = time.perf_counter() - begin
     adapter.close()
     problems = wrong_toggles(toggles, {"config": job["config"]})
-    return {"job": job["name"], "workloads": served, "logprobs": logprobs, "toggles": toggles, "problems": problems,
-            "resolved": resolved, "duration_s": duration_s}  # fmt: skip
+    return {
+        "job": job["name"],
+        "workloads": served,
+        "logprobs": logprobs,
+        "toggles": toggles,
+        "problems": problems,
+        "resolved": resolved,
+        "duration_s": duration_s,
+    }
 
 
 def answer(adapter: Adapter, requests: list[Request]) -> dict[str, Any]:
-    """Outputs and finish reasons in the order of the requests. HF's `generate` has one sampling setting a batch, so it gets the
-    requests of each setting apart. The prefix cache lives on from one workload to the next: later ones find it warm."""
+    """Outputs and finish reasons in the order of the requests. HF's `generate` has one sampling
+    setting a batch, so it gets the requests of each setting apart. The prefix cache lives on from
+    one workload to the next: later ones find it warm.
+    """
     if adapter.name != "hf":
         served = adapter.serve(requests)
         return {"outputs": served["outputs"], "finish_reasons": served["finish_reasons"]}
@@ -57,19 +71,25 @@ def answer(adapter: Adapter, requests: list[Request]) -> dict[str, Any]:
     for _, group in itertools.groupby(sorted(range(len(requests)), key=setting), key=setting):
         members = list(group)
         served = adapter.serve([requests[i] for i in members])
-        for i, output, reason in zip(members, served["outputs"], served["finish_reasons"], strict=True):
+        for i, output, reason in zip(
+            members, served["outputs"], served["finish_reasons"], strict=True
+        ):
             outputs[i], reasons[i] = output, reason
     return {"outputs": outputs, "finish_reasons": reasons}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.checking.serve", description="Serve the workloads of a check.")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.checking.serve", description="Serve the workloads of a check."
+    )
     for name in ("job", "work", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--model", required=True)
     given = parser.parse_args()
     die_with_runner()
-    served = serve(json.loads(given.job.read_text()), json.loads(given.work.read_text()), given.model)
+    served = serve(
+        json.loads(given.job.read_text()), json.loads(given.work.read_text()), given.model
+    )
     partial = given.out.with_suffix(".partial")
     partial.write_text(json.dumps(served))
     partial.rename(given.out)

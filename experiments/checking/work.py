@@ -1,7 +1,8 @@
 """What a check serves: workloads drawn by Hypothesis into a file, before any engine is started.
 
-Small, and of the kind that engines trip over: lengths at and around block boundaries, shared and nested prefixes, the same
-prompt twice, mixed sampling parameters in one batch, answers of one token, EOS heeded or not.
+Small, and of the kind that engines trip over: lengths at and around block boundaries, shared and
+nested prefixes, the same prompt twice, mixed sampling parameters in one batch, answers of one
+token, EOS heeded or not.
 """
 
 from __future__ import annotations
@@ -26,27 +27,39 @@ Workloads = dict[str, list[Request]]
 
 
 def draw(number: int, vocab_size: int, seed: int = 0) -> Workloads:
-    """`number` different workloads by name ("drawn-000", ...), the same ones for the same arguments and version of Hypothesis."""
+    """`number` different workloads by name ("drawn-000", ...), the same ones for the same arguments
+    and version of Hypothesis.
+    """
     import hypothesis
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import strategies as st
 
     lengths = st.one_of(
-        st.sampled_from([n + d for n in range(0, LONGEST_PROMPT, BLOCK_SIZE) for d in (-1, 0, 1) if n + d > 0]),
+        st.sampled_from(
+            [n + d for n in range(0, LONGEST_PROMPT, BLOCK_SIZE) for d in (-1, 0, 1) if n + d > 0]
+        ),
         st.integers(1, LONGEST_PROMPT),
     )
     answers = st.one_of(st.integers(1, 4), st.integers(5, LONGEST_ANSWER))
     one = st.tuples(
-        lengths, answers, st.sampled_from(SAMPLINGS), st.sampled_from(("fresh", "shared", "same")), st.booleans(),
+        lengths,
+        answers,
+        st.sampled_from(SAMPLINGS),
+        st.sampled_from(("fresh", "shared", "same")),
+        st.booleans(),
         st.integers(0, 2**31 - 1),
-    )  # fmt: skip
+    )
     found: dict[str, list[Request]] = {}
 
     @hypothesis.seed(seed)
     @settings(
-        max_examples=2 * number, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck),
+        max_examples=2 * number,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
         derandomize=False,  # where CI is set, Hypothesis would leave the seed alone
-    )  # fmt: skip
+    )
     @given(st.lists(one, min_size=1, max_size=6), st.integers(0, 2**31 - 1))
     def collect(members: list[Any], token_seed: int) -> None:
         requests = make(members, random.Random(token_seed), vocab_size)
@@ -57,8 +70,10 @@ def draw(number: int, vocab_size: int, seed: int = 0) -> Workloads:
 
 
 def make(members: list[Any], rng: random.Random, vocab_size: int) -> list[Request]:
-    """Requests of (prompt length, answer length, sampling, kind of prompt, ignore_eos, seed): a prompt is new, begins as the one
-    before it (up to half of its own length), or is that of the one before."""
+    """Requests of (prompt length, answer length, sampling, kind of prompt, ignore_eos, seed): a
+    prompt is new, begins as the one before it (up to half of its own length), or is that of the one
+    before.
+    """
     requests: list[Request] = []
     for length, answer, sampling, kind, ignore_eos, seed in members:
         prompt = [rng.randrange(vocab_size) for _ in range(length)]
@@ -68,16 +83,30 @@ def make(members: list[Any], rng: random.Random, vocab_size: int) -> list[Reques
         elif kind == "shared":
             shared = before[: max(1, length // 2)]
             prompt = shared + prompt[len(shared) :]
-        requests.append({"prompt_token_ids": prompt, "max_tokens": answer, **sampling, "seed": seed, "ignore_eos": ignore_eos})
+        requests.append(
+            {
+                "prompt_token_ids": prompt,
+                "max_tokens": answer,
+                **sampling,
+                "seed": seed,
+                "ignore_eos": ignore_eos,
+            }
+        )
     return requests
 
 
-def uniform(number: int, vocab_size: int, prompt: int, answer: int, sampling: dict[str, float], seed: int) -> list[Request]:
+def uniform(
+    number: int, vocab_size: int, prompt: int, answer: int, sampling: dict[str, float], seed: int
+) -> list[Request]:
     """Requests of one length and one sampling: what HF's `generate` serves without padding."""
     rng = random.Random(seed)
     common = {"max_tokens": answer, **sampling, "ignore_eos": True}
     return [
-        {"prompt_token_ids": [rng.randrange(vocab_size) for _ in range(prompt)], **common, "seed": rng.getrandbits(31)}
+        {
+            "prompt_token_ids": [rng.randrange(vocab_size) for _ in range(prompt)],
+            **common,
+            "seed": rng.getrandbits(31),
+        }
         for _ in range(number)
     ]
 

@@ -1,7 +1,8 @@
-"""The engines under test, each behind the same small interface. Standard library only; an engine is imported by `load`.
+"""The engines under test, each behind the same small interface. Standard library only; an engine is
+imported by `load`.
 
-To add an engine, write one module with a class `Adapter`; a study names it by its file (`nanovllm`) or, outside this
-package, by its dotted module path (`tests.fake_engine`).
+To add an engine, write one module with a class `Adapter`; a study names it by its file (`nanovllm`)
+or, outside this package, by its dotted module path (`tests.fake_engine`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ ENGINES = ("nanovllm", "hf", "vllm")
 
 
 class Adapter(Protocol):
-    """What the runner needs of an engine; see docs/adr/0002-plans-records-adapters.md for the shapes."""
+    """What the runner needs of an engine; see docs/adr/0002-plans-records-adapters.md for the
+    shapes.
+    """
 
     name: str
     allowed: tuple[str, ...]
@@ -28,7 +31,9 @@ class Adapter(Protocol):
         ...
 
     def serve(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
-        """Serves requests that arrive together: duration_s, outputs, finish_reasons, request_times_s, step_times_s."""
+        """Serves requests that arrive together: duration_s, outputs, finish_reasons,
+        request_times_s, step_times_s.
+        """
         ...
 
     def reset(self) -> None:
@@ -39,7 +44,9 @@ class Adapter(Protocol):
         ...
 
     def toggles(self) -> dict[str, dict[str, Any]]:
-        """{factor: {"level", "baseline", "engaged", "opportunity"}}, cumulative; {} for an engine without toggles."""
+        """{factor: {"level", "baseline", "engaged", "opportunity"}}, cumulative; {} for an engine
+        without toggles.
+        """
         ...
 
     def close(self) -> None:
@@ -47,10 +54,14 @@ class Adapter(Protocol):
 
 
 class WithLogprobs(Protocol):
-    """What an adapter may offer beside: the gate compares log-probabilities of those that do, in a pass that is not timed."""
+    """What an adapter may offer beside: the gate compares log-probabilities of those that do, in a
+    pass that is not timed.
+    """
 
     def logprobs(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
-        """Serves requests: {"outputs": [[int]], "logprobs": [[float]]}, log softmax(logits)[token] of every output token."""
+        """Serves requests: {"outputs": [[int]], "logprobs": [[float]]}, log softmax(logits)[token]
+        of every output token.
+        """
         ...
 
 
@@ -67,4 +78,6 @@ def load_adapter(engine: str) -> type[Adapter]:
 def check_config(engine: str, config: dict[str, Any], allowed: tuple[str, ...]) -> None:
     """Raises ValueError for a key that an engine does not know."""
     if unknown := sorted(set(config) - set(allowed)):
-        raise ValueError(f"{engine}: unknown config key {', '.join(unknown)}; allowed: {', '.join(allowed)}")
+        raise ValueError(
+            f"{engine}: unknown config key {', '.join(unknown)}; allowed: {', '.join(allowed)}"
+        )

@@ -1,8 +1,9 @@
 """HF transformers behind the adapter interface: `generate` over static batches with left padding.
 
-This is what serving a list of requests with `generate` costs: requests are taken in order of arrival, `max_num_seqs` at a
-time; a batch runs until its longest member has ended, and what the others were given beyond their own `max_tokens` is cut
-off. As fast as that can be: inference mode, SDPA, a KV cache, no EOS processing where EOS is ignored, no streaming.
+This is what serving a list of requests with `generate` costs: requests are taken in order of
+arrival, `max_num_seqs` at a time; a batch runs until its longest member has ended, and what the
+others were given beyond their own `max_tokens` is cut off. As fast as that can be: inference mode,
+SDPA, a KV cache, no EOS processing where EOS is ignored, no streaming.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from experiments.engines import check_config
 
 
 class Adapter:
-    """config: max_num_seqs, the size of a batch; dtype ("float32" | "bfloat16"); device ("cpu" | "cuda")."""
+    """config: max_num_seqs, the size of a batch; dtype ("float32" | "bfloat16"); device ("cpu" |
+    "cuda").
+    """
 
     name = "hf"
     allowed = ("max_num_seqs", "dtype", "device", "seed")
@@ -33,12 +36,16 @@ class Adapter:
         transformers.logging.disable_progress_bar()
         self._torch, self._transformers = torch, transformers
         self._model = transformers.AutoModelForCausalLM.from_pretrained(
-            self._model_path, dtype=getattr(torch, self._config["dtype"]), attn_implementation="sdpa", local_files_only=True
+            self._model_path,
+            dtype=getattr(torch, self._config["dtype"]),
+            attn_implementation="sdpa",
+            local_files_only=True,
         )
         self._model.to(self._config["device"]).eval()
         eos = self._model.generation_config.eos_token_id
         self._eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        # `generate` fills what a request leaves open from the checkpoint's own settings, an EOS that is to be ignored among them.
+        # `generate` fills what a request leaves open from the checkpoint's own settings, an EOS
+        # that is to be ignored among them.
         self._model.generation_config = transformers.GenerationConfig()
         return {
             **self._config,
@@ -57,18 +64,22 @@ class Adapter:
             batch = requests[first : first + size]
             batch_begin = time.perf_counter()
             rows, moments = self._generate(batch)
-            # `generate` hands its rows over when the last one has ended; no request of the batch is finished before.
+            # `generate` hands its rows over when the last one has ended; no request of the batch is
+            # finished before.
             end = time.perf_counter() - begin
             outputs += rows
             request_times += [[0.0, moments[0] - begin, end]] * len(batch)
             prompt_tokens = sum(len(request["prompt_token_ids"]) for request in batch)
             step_times.append([moments[0] - batch_begin, prompt_tokens, 0])
             for step, (before, after) in enumerate(itertools.pairwise(moments), start=1):
-                step_times.append([after - before, 0, sum(len(row) > step for row in rows)])  # rows that had not ended
+                # rows that had not ended
+                step_times.append([after - before, 0, sum(len(row) > step for row in rows)])
         return {
             "duration_s": time.perf_counter() - begin,
             "outputs": outputs,
-            "finish_reasons": [self._reason(r, output) for r, output in zip(requests, outputs, strict=True)],
+            "finish_reasons": [
+                self._reason(r, output) for r, output in zip(requests, outputs, strict=True)
+            ],
             "request_times_s": request_times,
             "step_times_s": step_times,
         }
@@ -82,9 +93,13 @@ class Adapter:
             batch = requests[first : first + size]
             steps: list[Any] = []
             rows, _ = self._generate(batch, steps)
-            values = self._torch.stack([step.float().log_softmax(-1) for step in steps], dim=1)  # [batch, steps, vocab]
+            # [batch, steps, vocab]
+            values = self._torch.stack([step.float().log_softmax(-1) for step in steps], dim=1)
             outputs += rows
-            logprobs += [[float(values[i, step, token]) for step, token in enumerate(row)] for i, row in enumerate(rows)]
+            logprobs += [
+                [float(values[i, step, token]) for step, token in enumerate(row)]
+                for i, row in enumerate(rows)
+            ]
         return {"outputs": outputs, "logprobs": logprobs}
 
     def reset(self) -> None:
@@ -102,11 +117,17 @@ class Adapter:
     def _generate(
         self, batch: list[dict[str, Any]], logits: list[Any] | None = None
     ) -> tuple[list[list[int]], list[float]]:
-        """The answers, cut to what each request asked for, and the moment of each step. logits: gets those of each step."""
+        """The answers, cut to what each request asked for, and the moment of each step. logits:
+        gets those of each step.
+        """
         torch = self._torch
         width = max(len(request["prompt_token_ids"]) for request in batch)
-        ids = torch.tensor([[0] * (width - len(r["prompt_token_ids"])) + r["prompt_token_ids"] for r in batch])
-        mask = torch.tensor([[0] * (width - len(n)) + [1] * len(n) for n in (r["prompt_token_ids"] for r in batch)])
+        ids = torch.tensor(
+            [[0] * (width - len(r["prompt_token_ids"])) + r["prompt_token_ids"] for r in batch]
+        )
+        mask = torch.tensor(
+            [[0] * (width - len(n)) + [1] * len(n) for n in (r["prompt_token_ids"] for r in batch)]
+        )
         moments: list[float] = []
         goes_on = torch.zeros(len(batch), dtype=torch.bool, device=self._config["device"])
 
@@ -114,8 +135,12 @@ class Adapter:
             moments.append(time.perf_counter())
             return goes_on
 
-        with torch.inference_mode(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(batch[0]["seed"])  # `generate` has one generator a batch: the same work gives the same tokens
+        with (
+            torch.inference_mode(),
+            torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+        ):
+            # `generate` has one generator a batch: the same work gives the same tokens
+            torch.manual_seed(batch[0]["seed"])
             config = self._generation_config(batch)
             if logits is not None:
                 config.return_dict_in_generate = config.output_logits = True
@@ -132,18 +157,29 @@ class Adapter:
         return [self._cut(request, row) for request, row in zip(batch, rows, strict=True)], moments
 
     def _generation_config(self, batch: list[dict[str, Any]]) -> Any:
-        """Raises ValueError where the requests of a batch ask for different sampling: `generate` has one setting a batch."""
+        """Raises ValueError where the requests of a batch ask for different sampling: `generate`
+        has one setting a batch.
+        """
         settings = {(r["temperature"], r["top_k"], r["top_p"], r["ignore_eos"]) for r in batch}
         if len(settings) > 1:
             raise ValueError(
                 f"hf: one batch cannot mix sampling parameters; given (temperature, top_k, top_p, ignore_eos) {sorted(settings)}"
             )
         temperature, top_k, top_p, ignore_eos = settings.pop()
-        sampling = {"temperature": temperature, "top_k": max(top_k, 0), "top_p": top_p} if temperature > 0 else {}
+        sampling = (
+            {"temperature": temperature, "top_k": max(top_k, 0), "top_p": top_p}
+            if temperature > 0
+            else {}
+        )
         return self._transformers.GenerationConfig(
-            max_new_tokens=max(r["max_tokens"] for r in batch), do_sample=temperature > 0, use_cache=True, pad_token_id=0,
-            eos_token_id=None if ignore_eos else self._eos_ids or None, bos_token_id=None, **sampling,
-        )  # fmt: skip
+            max_new_tokens=max(r["max_tokens"] for r in batch),
+            do_sample=temperature > 0,
+            use_cache=True,
+            pad_token_id=0,
+            eos_token_id=None if ignore_eos else self._eos_ids or None,
+            bos_token_id=None,
+            **sampling,
+        )
 
     def _cut(self, request: dict[str, Any], row: list[int]) -> list[int]:
         row = row[: request["max_tokens"]]

@@ -9,13 +9,23 @@ from experiments.engines import check_config
 
 
 class Adapter:
-    """config: the constructor arguments of `nanovllm.LLM`, `optimizations` a dict that names every switch."""
+    """config: the constructor arguments of `nanovllm.LLM`, `optimizations` a dict that names every
+    switch.
+    """
 
     name = "nanovllm"
     allowed = (
-        "dtype", "device", "seed", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
-        "kv_cache_memory_bytes", "gpu_memory_utilization", "optimizations",
-    )  # fmt: skip
+        "dtype",
+        "device",
+        "seed",
+        "max_model_len",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "block_size",
+        "kv_cache_memory_bytes",
+        "gpu_memory_utilization",
+        "optimizations",
+    )
 
     def __init__(self, model: str, config: dict[str, Any]) -> None:
         check_config(self.name, config, self.allowed)
@@ -33,13 +43,17 @@ class Adapter:
         if resolved["optimizations"]["attention_backend"] == "flash_attn":
             from nanovllm.kernels.flash_attn import find_library
 
-            resolved["attention_library"] = find_library().describe()  # two packages carry it, in two versions
+            # two packages carry it, in two versions
+            resolved["attention_library"] = find_library().describe()
         return resolved
 
     def _watch_the_wait(self) -> None:
-        """Adds up how long the host waits for the device: what is left of a step is the host's own time. CPU seconds cannot tell
-        them apart, because a host that waits for a GPU does so by spinning."""
-        self._wait_s: float | None = None  # unknown where no step has an event: on a CPU, and with tensor parallelism
+        """Adds up how long the host waits for the device: what is left of a step is the host's own
+        time. CPU seconds cannot tell them apart, because a host that waits for a GPU does so by
+        spinning.
+        """
+        # unknown where no step has an event: on a CPU, and with tensor parallelism
+        self._wait_s: float | None = None
         runner = getattr(self._llm, "runner", None)
         if runner is None:  # replicas: each waits in a process of its own
             return
@@ -55,7 +69,9 @@ class Adapter:
         runner.collect = timed
 
     def kernels_loaded(self) -> int | None:
-        """How many Triton kernels this process has loaded so far, compiled or from Triton's cache; None where others compute."""
+        """How many Triton kernels this process has loaded so far, compiled or from Triton's cache;
+        None where others compute.
+        """
         runner = getattr(self._llm, "runner", None)
         return self._kernels_loaded[0] if hasattr(runner, "model") else None
 
@@ -65,7 +81,10 @@ class Adapter:
         begin = time.perf_counter()
         results = self._llm.generate(prompts, params, use_tqdm=False)
         end = time.perf_counter()
-        moments = [(r.metrics.arrival_time, r.metrics.first_token_time, r.metrics.finished_time) for r in results]
+        moments = [
+            (r.metrics.arrival_time, r.metrics.first_token_time, r.metrics.finished_time)
+            for r in results
+        ]
         return {
             "duration_s": end - begin,
             "outputs": [list(r.outputs[0].token_ids) for r in results],
@@ -76,18 +95,30 @@ class Adapter:
         }
 
     def logprobs(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
-        """Serves requests with log-probabilities asked for, which changes the work: never timed. See WithLogprobs."""
+        """Serves requests with log-probabilities asked for, which changes the work: never timed.
+        See WithLogprobs.
+        """
         prompts, params = self._inputs(requests, logprobs=0)
-        completions = [result.outputs[0] for result in self._llm.generate(prompts, params, use_tqdm=False)]
+        completions = [
+            result.outputs[0] for result in self._llm.generate(prompts, params, use_tqdm=False)
+        ]
         return {
             "outputs": [list(c.token_ids) for c in completions],
-            "logprobs": [[at[token].logprob for token, at in zip(c.token_ids, c.logprobs, strict=True)] for c in completions],
+            "logprobs": [
+                [at[token].logprob for token, at in zip(c.token_ids, c.logprobs, strict=True)]
+                for c in completions
+            ],
         }
 
-    def _inputs(self, requests: list[dict[str, Any]], **more: Any) -> tuple[list[dict[str, Any]], list[Any]]:
+    def _inputs(
+        self, requests: list[dict[str, Any]], **more: Any
+    ) -> tuple[list[dict[str, Any]], list[Any]]:
         names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
         prompts = [{"prompt_token_ids": request["prompt_token_ids"]} for request in requests]
-        return prompts, [self._sampling_params(**{name: request[name] for name in names}, **more) for request in requests]
+        return prompts, [
+            self._sampling_params(**{name: request[name] for name in names}, **more)
+            for request in requests
+        ]
 
     def reset(self) -> None:
         self._llm.reset_prefix_cache()
@@ -103,7 +134,9 @@ class Adapter:
 
 
 def count_kernel_loads() -> list[int]:
-    """[number], which grows as Triton loads kernels in this process; whoever listened to Triton before goes on doing so."""
+    """[number], which grows as Triton loads kernels in this process; whoever listened to Triton
+    before goes on doing so.
+    """
     count = [0]
     try:
         from triton import knobs

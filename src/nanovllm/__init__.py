@@ -6,9 +6,17 @@ from nanovllm.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = [
-    "ALL", "BASELINE", "LLM", "CompletionOutput", "EngineConfig", "LLMEngine", "Logprob", "Optimizations", "RequestOutput",
+    "ALL",
+    "BASELINE",
+    "LLM",
+    "CompletionOutput",
+    "EngineConfig",
+    "LLMEngine",
+    "Logprob",
+    "Optimizations",
+    "RequestOutput",
     "SamplingParams",
-]  # fmt: skip
+]
 
 
 def __getattr__(name: str) -> object:

@@ -1,7 +1,7 @@
 """What a user asks for (`EngineConfig`) and what it becomes on this machine (`ResolvedConfig`).
 
-An optimization is a field of `Optimizations`, nothing else switches one. `auto` may be asked for; it is resolved once,
-by `EngineConfig.resolve`, and only resolved values are used and recorded.
+An optimization is a field of `Optimizations`, nothing else switches one. `auto` may be asked for;
+it is resolved once, by `EngineConfig.resolve`, and only resolved values are used and recorded.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def _require(condition: bool, name: str, value: object, allowed: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizations:
-    """One switch a optimization; the defaults are the baseline of each. 'auto' takes the best level of this machine."""
+    """One switch a optimization; the defaults are the baseline of each. 'auto' takes the best level
+    of this machine.
+    """
 
     attention_backend: str = "torch"
     kernels: str = "torch"
@@ -54,13 +56,20 @@ class Optimizations:
         for name, levels in LEVELS.items():
             value, allowed = getattr(self, name), (*levels, "auto")
             if name.endswith("parallel_size"):
-                _require(type(value) is int and 1 <= value <= 1024, name, value, "a whole number of processes, 1 to 1024")
+                _require(
+                    type(value) is int and 1 <= value <= 1024,
+                    name,
+                    value,
+                    "a whole number of processes, 1 to 1024",
+                )
             else:
                 same = any(value == level and type(value) is type(level) for level in allowed)
                 _require(same, name, value, "one of " + ", ".join(map(repr, allowed)))
 
     def resolve(self, device: Device, in_engine: bool = False) -> Optimizations:
-        """Replaces every 'auto'. Raises ValueError for a level that cannot run on `device`; in_engine: in one engine, as it is."""
+        """Replaces every 'auto'. Raises ValueError for a level that cannot run on `device`;
+        in_engine: in one engine, as it is.
+        """
         if self == BASELINE:
             return self
         from nanovllm.availability import resolve
@@ -76,22 +85,33 @@ ALL = Optimizations(**{name: "auto" for name in LEVELS if not name.endswith("par
 
 def _whole(high: int, optional: bool = False) -> tuple[Callable[[Any], bool], str]:
     """A whole number from 1 to `high`; None as well, where it is optional."""
-    return (lambda value: (value is None and optional) or (type(value) is int and 1 <= value <= high),
-            f"a whole number from 1 to {high}")  # fmt: skip
+    return (
+        lambda value: (value is None and optional) or (type(value) is int and 1 <= value <= high),
+        f"a whole number from 1 to {high}",
+    )
 
 
 ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model": (lambda value: isinstance(value, str) and value != "", "a folder or a hub id"),
-    "tokenizer": (lambda value: value is None or (isinstance(value, str) and value != ""), "None, a folder or a hub id"),
+    "tokenizer": (
+        lambda value: value is None or (isinstance(value, str) and value != ""),
+        "None, a folder or a hub id",
+    ),
     "skip_tokenizer_init": (lambda value: type(value) is bool, "True or False"),
-    "dtype": (lambda value: value in ("auto", "float32", "bfloat16"), "'auto', 'float32' or 'bfloat16'"),
+    "dtype": (
+        lambda value: value in ("auto", "float32", "bfloat16"),
+        "'auto', 'float32' or 'bfloat16'",
+    ),
     "device": (lambda value: value in ("auto", "cpu", "cuda"), "'auto', 'cpu' or 'cuda'"),
     "max_num_seqs": _whole(2**31 - 1),
     "block_size": _whole(2**31 - 1),
     "max_model_len": _whole(2**31 - 1, optional=True),
     "max_num_batched_tokens": _whole(2**31 - 1, optional=True),
     "kv_cache_memory_bytes": _whole(2**63 - 1, optional=True),
-    "gpu_memory_utilization": (lambda value: isinstance(value, Real) and 0 < value <= 1, "in (0, 1]"),  # type: ignore[operator]
+    "gpu_memory_utilization": (
+        lambda value: isinstance(value, Real) and 0 < value <= 1,  # type: ignore[operator]
+        "in (0, 1]",
+    ),
     "seed": (lambda value: value is None or isinstance(value, Integral), "None or a whole number"),
     "optimizations": (lambda value: isinstance(value, Optimizations), "Optimizations or a dict"),
 }
@@ -100,7 +120,9 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """What was asked for, by vLLM's names. `None` and 'auto' are resolved against the model and the machine."""
+    """What was asked for, by vLLM's names. `None` and 'auto' are resolved against the model and the
+    machine.
+    """
 
     model: str
     tokenizer: str | None = None
@@ -125,33 +147,69 @@ class EngineConfig:
 
     @classmethod
     def from_kwargs(cls, model: str, **kwargs: Any) -> EngineConfig:
-        """Accepts vLLM's constructor arguments. Raises TypeError for an unknown one, and where a switch is given twice."""
+        """Accepts vLLM's constructor arguments. Raises TypeError for an unknown one, and where a
+        switch is given twice.
+        """
         if set(kwargs) - {f.name for f in dataclasses.fields(cls)}:
             from nanovllm.vllm_names import translate
 
             kwargs = translate(kwargs)
         if isinstance(kwargs.get("optimizations"), dict):
             kwargs["optimizations"] = Optimizations(**kwargs["optimizations"])
-        paths = {name: os.fspath(path) for name, path in {"model": model, **kwargs}.items() if isinstance(path, os.PathLike)}
+        paths = {
+            name: os.fspath(path)
+            for name, path in {"model": model, **kwargs}.items()
+            if isinstance(path, os.PathLike)
+        }
         return cls(**{"model": model, **kwargs, **paths})
 
-    def resolve(self, *, device: Device, dtype: str, max_position_embeddings: int) -> ResolvedConfig:
-        """Fixes every open value for a model on `device`. Raises ValueError where values contradict each other."""
-        _require(dtype in ("float32", "bfloat16"), "dtype", dtype, "'float32' or 'bfloat16' (the checkpoint has neither: choose)")
+    def resolve(
+        self, *, device: Device, dtype: str, max_position_embeddings: int
+    ) -> ResolvedConfig:
+        """Fixes every open value for a model on `device`. Raises ValueError where values contradict
+        each other.
+        """
+        _require(
+            dtype in ("float32", "bfloat16"),
+            "dtype",
+            dtype,
+            "'float32' or 'bfloat16' (the checkpoint has neither: choose)",
+        )
         max_model_len = self.max_model_len or max_position_embeddings
-        _require(max_model_len <= max_position_embeddings, "max_model_len", max_model_len,
-                 f"at most the model's max_position_embeddings, {max_position_embeddings}")
-        # As vLLM on a large GPU, and a quarter of it where a step of 16 k tokens would take seconds.
-        budget = self.max_num_batched_tokens or max(16_384 if device == "cuda" else 4_096, self.max_num_seqs)
-        _require(budget >= self.max_num_seqs, "max_num_batched_tokens", budget,
-                 f"at least max_num_seqs, {self.max_num_seqs}: each running request decodes one token a step")
-        return ResolvedConfig(**{**vars(self), "device": device, "dtype": dtype, "max_model_len": max_model_len,
-                                 "max_num_batched_tokens": budget, "optimizations": self.optimizations.resolve(device, True)})
+        _require(
+            max_model_len <= max_position_embeddings,
+            "max_model_len",
+            max_model_len,
+            f"at most the model's max_position_embeddings, {max_position_embeddings}",
+        )
+        # As vLLM on a large GPU, and a quarter of it where a step of 16 k tokens would take
+        # seconds.
+        budget = self.max_num_batched_tokens or max(
+            16_384 if device == "cuda" else 4_096, self.max_num_seqs
+        )
+        _require(
+            budget >= self.max_num_seqs,
+            "max_num_batched_tokens",
+            budget,
+            f"at least max_num_seqs, {self.max_num_seqs}: each running request decodes one token a step",
+        )
+        return ResolvedConfig(
+            **{
+                **vars(self),
+                "device": device,
+                "dtype": dtype,
+                "max_model_len": max_model_len,
+                "max_num_batched_tokens": budget,
+                "optimizations": self.optimizations.resolve(device, True),
+            }
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedConfig(EngineConfig):
-    """What runs and what is recorded: no 'auto' is left. The KV cache is sized once the weights are loaded."""
+    """What runs and what is recorded: no 'auto' is left. The KV cache is sized once the weights are
+    loaded.
+    """
 
     max_model_len: int
     max_num_batched_tokens: int

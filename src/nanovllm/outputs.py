@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Logprob:
-    """Log-probability of a token under the model (before temperature, top-k and top-p). rank: 1 is the most likely."""
+    """Log-probability of a token under the model (before temperature, top-k and top-p). rank: 1 is
+    the most likely.
+    """
 
     logprob: float
     rank: int
@@ -36,7 +38,9 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """The state of one request. num_cached_tokens: prompt tokens whose KV came from the prefix cache."""
+    """The state of one request. num_cached_tokens: prompt tokens whose KV came from the prefix
+    cache.
+    """
 
     request_id: str
     prompt: str | None

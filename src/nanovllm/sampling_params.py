@@ -1,4 +1,6 @@
-"""How the tokens of one request are chosen: the subset of vLLM's SamplingParams that this engine has."""
+"""How the tokens of one request are chosen: the subset of vLLM's SamplingParams that this engine
+has.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,10 +8,17 @@ from numbers import Integral, Real
 from typing import Any
 
 
-def _number(low: float, high: float, kind: type = Integral, also: object = ...) -> Callable[[Any], bool]:
-    """Whether a value is a number of that kind from `low` to `high`, or is what is allowed beside them."""
-    return lambda value: (value is None and also is None) or (
-        isinstance(value, kind) and (low <= value <= high or value == also)  # type: ignore[operator]
+def _number(
+    low: float, high: float, kind: type = Integral, also: object = ...
+) -> Callable[[Any], bool]:
+    """Whether a value is a number of that kind from `low` to `high`, or is what is allowed beside
+    them.
+    """
+    return lambda value: (
+        (value is None and also is None)
+        or (
+            isinstance(value, kind) and (low <= value <= high or value == also)  # type: ignore[operator]
+        )
     )
 
 
@@ -26,13 +35,25 @@ def _plain(value: Any) -> Any:
 
 
 ALLOWED: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
-    "temperature": (_number(1e-5, 1e30, Real, also=0), _plain, "0 (greedy), or a number from 1e-5 to 1e30"),
-    "top_k": (_number(-1, 2**31 - 1), _plain, "a whole number below 2**31, 1 or more, or 0 or -1 for all tokens"),
+    "temperature": (
+        _number(1e-5, 1e30, Real, also=0),
+        _plain,
+        "0 (greedy), or a number from 1e-5 to 1e30",
+    ),
+    "top_k": (
+        _number(-1, 2**31 - 1),
+        _plain,
+        "a whole number below 2**31, 1 or more, or 0 or -1 for all tokens",
+    ),
     "top_p": (_number(1e-30, 1, Real), _plain, "in (0, 1], no less than 1e-30"),
     "max_tokens": (_number(1, 2**63), _plain, "a whole number, 1 or more"),
     "seed": (_number(-(2**63), 2**63 - 1, also=None), _plain, "None or an integer of 64 bits"),
     "logprobs": (_number(0, 2**63, also=None), _plain, "None or a whole number, 0 or more"),
-    "stop_token_ids": (_token_ids, lambda given: tuple(map(int, given or ())), "None or a list of token ids, whole numbers"),
+    "stop_token_ids": (
+        _token_ids,
+        lambda given: tuple(map(int, given or ())),
+        "None or a list of token ids, whole numbers",
+    ),
     "ignore_eos": (lambda value: isinstance(value, bool), bool, "True or False"),
 }
 """What each value must be, what becomes of it, and how an error says it."""
@@ -40,11 +61,14 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Raises ValueError for a value outside its range, with what is allowed. Numbers of other libraries become Python's.
+    """Raises ValueError for a value outside its range, with what is allowed. Numbers of other
+    libraries become Python's.
 
-    temperature: 0 is greedy, else 1e-5 or more. top_k: 0 or -1 keeps all. top_p: 1e-30 to 1. max_tokens: at least 1.
-    seed: of the request's random numbers, any 64-bit integer; None draws one from the engine's seed and the request's
-    number of arrival. logprobs: how many of the most likely tokens are reported beside the chosen one; None: none at all.
+    temperature: 0 is greedy, else 1e-5 or more. top_k: 0 or -1 keeps all. top_p: 1e-30 to 1.
+    max_tokens: at least 1.
+    seed: of the request's random numbers, any 64-bit integer; None draws one from the engine's seed
+    and the request's number of arrival. logprobs: how many of the most likely tokens are reported
+    beside the chosen one; None: none at all.
     stop_token_ids: at which the answer ends; None, as in vLLM, is taken as none.
     """
 

@@ -1,15 +1,17 @@
-"""How many waiting requests may start, so that those that run can finish. Loaded with continuous batching. No torch.
+"""How many waiting requests may start, so that those that run can finish. Loaded with continuous
+batching. No torch.
 
-A request holds one token of KV more at each step and gives all back when it ends. So what all of them hold together is largest
-just before one of them ends, and can be foreseen: at the end of the one with n tokens to come, each that lives longer has
-grown by n.
+A request holds one token of KV more at each step and gives all back when it ends. So what all of
+them hold together is largest just before one of them ends, and can be foreseen: at the end of the
+one with n tokens to come, each that lives longer has grown by n.
 
     KV held      _/|  _/|        a new request may start if no peak,
              __/|/ |_/  |_       with it, is above the size of the cache
             /                    ("past-future scheduler", Gong et al., ASPLOS'25)
 
-How long a request will get is known where it must use its max_tokens. Where requests stop before, the tokens they
-have used so far of those they asked for are the estimate. Too low an estimate costs a preemption, not a result.
+How long a request will get is known where it must use its max_tokens. Where requests stop before,
+the tokens they have used so far of those they asked for are the estimate. Too low an estimate costs
+a preemption, not a result.
 """
 
 import math
@@ -28,7 +30,8 @@ class Forecast:
 
     def __init__(self, blocks: BlockManager) -> None:
         self.blocks = blocks
-        self.shared_tokens = getattr(blocks, "shared_tokens", lambda _: 0)  # of the prefix cache, where there is one
+        # of the prefix cache, where there is one
+        self.shared_tokens = getattr(blocks, "shared_tokens", lambda _: 0)
         self.asked = self.used = 0  # tokens, of requests that have finished
 
     def finished(self, seq: Sequence) -> None:
@@ -46,13 +49,20 @@ class Forecast:
         requests, own_blocks = [], 0
         for seq in running:
             own_blocks += len(seq.block_table) - seq.num_cached_tokens // size
-            requests.append((self._to_come(seq), len(seq.token_ids) + seq.pending - seq.num_cached_tokens))
-        requests += [(self._to_come(seq), len(seq.token_ids) - self.shared_tokens(seq.token_ids)) for seq in joining]
-        held = max(0, self.blocks.num_blocks - self.blocks.num_free - own_blocks) * size  # shared prefixes, once
+            requests.append(
+                (self._to_come(seq), len(seq.token_ids) + seq.pending - seq.num_cached_tokens)
+            )
+        requests += [
+            (self._to_come(seq), len(seq.token_ids) - self.shared_tokens(seq.token_ids))
+            for seq in joining
+        ]
+        # shared prefixes, once
+        held = max(0, self.blocks.num_blocks - self.blocks.num_free - own_blocks) * size
         capacity = self.blocks.num_blocks * size
         for i, (to_come, now) in enumerate(sorted(requests, reverse=True), 1):
             held += now
-            if held + i * (to_come + size // 2) > capacity:  # half of everyone's last block is empty
+            # half of everyone's last block is empty
+            if held + i * (to_come + size // 2) > capacity:
                 return False
         return True
 

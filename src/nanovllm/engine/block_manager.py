@@ -1,7 +1,7 @@
 """Who owns which block of the KV cache. No torch.
 
-This one is the baseline: a block has one owner or none, and what a released block held is forgotten. With the prefix cache on,
-prefix_cache.CachingBlockManager stands in its place.
+This one is the baseline: a block has one owner or none, and what a released block held is
+forgotten. With the prefix cache on, prefix_cache.CachingBlockManager stands in its place.
 """
 
 from nanovllm.engine.sequence import Sequence
@@ -23,16 +23,22 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def claim(self, seq: Sequence, num_tokens: int) -> bool:
-        """Gives a waiting request blocks for num_tokens tokens; False, and nothing is changed, where too few are free."""
+        """Gives a waiting request blocks for num_tokens tokens; False, and nothing is changed,
+        where too few are free.
+        """
         if (needed := self.blocks_for(num_tokens)) > self.num_free:
             return False
         seq.block_table = self.allocate(needed)
         return True
 
     def allocate(self, count: int) -> list[int]:
-        """`count` blocks without an owner. Raises ValueError when fewer are free: the caller asks num_free first."""
+        """`count` blocks without an owner. Raises ValueError when fewer are free: the caller asks
+        num_free first.
+        """
         if count > self.num_free:
-            raise ValueError(f"{count} blocks asked for, {self.num_free} of {self.num_blocks} are free")
+            raise ValueError(
+                f"{count} blocks asked for, {self.num_free} of {self.num_blocks} are free"
+            )
         return [self._take() for _ in range(count)]
 
     def release(self, blocks: list[int]) -> None:
@@ -40,7 +46,9 @@ class BlockManager:
         self.blank += reversed(blocks)
 
     def publish(self, seq: Sequence, num_computed: int) -> None:
-        """The KV of the first num_computed tokens is in the cache now. Here, nobody else may use it."""
+        """The KV of the first num_computed tokens is in the cache now. Here, nobody else may use
+        it.
+        """
 
     def forget_prefixes(self) -> None:
         """Forgets what no request holds. Here, that was never remembered."""

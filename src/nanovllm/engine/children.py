@@ -1,9 +1,12 @@
-"""Processes of the engine's own: how they start, talk, fail and end. Loaded with more than one rank or replica.
+"""Processes of the engine's own: how they start, talk, fail and end. Loaded with more than one rank
+or replica.
 
-Each is a fresh interpreter (subprocess, so a script needs no `if __name__ == "__main__"`) with two inherited descriptors:
+Each is a fresh interpreter (subprocess, so a script needs no `if __name__ == "__main__"`) with two
+inherited descriptors:
 
     channel    messages both ways (wire.py); an end of it closed is the order to leave
-    lifeline   a pipe that nobody writes to: it closes when the parent ends, however it ends, and takes the child with it
+    lifeline   a pipe that nobody writes to: it closes when the parent ends, however it ends, and
+    takes the child with it
 """
 
 import contextlib
@@ -28,27 +31,38 @@ CLOSE_TIMEOUT_S = 5.0
 
 
 class WorkerError(RuntimeError):
-    """A process of the engine (a tensor-parallel rank, a replica) died, hung or failed; the message names it."""
+    """A process of the engine (a tensor-parallel rank, a replica) died, hung or failed; the message
+    names it.
+    """
 
 
 class Child:
-    """The parent's end. `title` is what errors call it; `main` the dotted path of the function that it runs with its channel."""
+    """The parent's end. `title` is what errors call it; `main` the dotted path of the function that
+    it runs with its channel.
+    """
 
     def __init__(self, title: str, main: str, environment: dict[str, str] | None = None) -> None:
         self.title = title
         self.said = ""  # of its failure
         ours, theirs = socket.socketpair()
         lifeline_theirs, lifeline = os.pipe()
-        self._cut_lifeline = weakref.finalize(self, os.close, lifeline)  # also where the engine is dropped without close()
+        # also where the engine is dropped without close()
+        self._cut_lifeline = weakref.finalize(self, os.close, lifeline)
         module, _, function = main.rpartition(".")
         code = f"from nanovllm.engine.children import run; from {module} import {function}; run({function})"
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", code, str(theirs.fileno()), str(lifeline_theirs)],
-                pass_fds=[theirs.fileno(), lifeline_theirs], stdin=subprocess.DEVNULL,
-                # Our sys.path and nothing before it: -c alone would find a statistics.py of the working directory first.
-                env={**os.environ, **(environment or {}), "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
-            )  # fmt: skip
+                pass_fds=[theirs.fileno(), lifeline_theirs],
+                stdin=subprocess.DEVNULL,
+                # Our sys.path and nothing before it: -c alone would find a statistics.py of the
+                # working directory first.
+                env={
+                    **os.environ,
+                    **(environment or {}),
+                    "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path),
+                },
+            )
         finally:
             theirs.close()
             os.close(lifeline_theirs)
@@ -59,13 +73,17 @@ class Child:
         try:
             self.channel.send(message, timeout_s)
         except TimeoutError:
-            raise WorkerError(f"{self.title} hangs: it took no message within {timeout_s:.0f} s") from None
+            raise WorkerError(
+                f"{self.title} hangs: it took no message within {timeout_s:.0f} s"
+            ) from None
         except OSError:
             while True:  # what it said before it went, until hear raises
                 self.hear(b"", 1.0)
 
     def hear(self, word: bytes, timeout_s: float) -> bytes | None:
-        """What it says after `word`, None while it is silent. Raises WorkerError where it has ended or failed."""
+        """What it says after `word`, None while it is silent. Raises WorkerError where it has ended
+        or failed.
+        """
         try:
             message = self.channel.receive(timeout_s)
         except TimeoutError:
@@ -118,7 +136,9 @@ class Child:
 
 
 def end(children: Iterable[Child], force: bool) -> None:
-    """Ends every child: asked to first (unless force), killed after CLOSE_TIMEOUT_S. Returns when all are gone."""
+    """Ends every child: asked to first (unless force), killed after CLOSE_TIMEOUT_S. Returns when
+    all are gone.
+    """
     children = list(children)
     for child in children:
         child.channel.close()
@@ -135,7 +155,9 @@ def end(children: Iterable[Child], force: bool) -> None:
 
 
 def run(main: Callable[[Channel], None]) -> None:
-    """The child's end: runs `main` until the channel closes, and tells the parent of any other failure."""
+    """The child's end: runs `main` until the channel closes, and tells the parent of any other
+    failure.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     faulthandler.register(signal.SIGUSR1)  # Child.show_where
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
@@ -149,7 +171,9 @@ def run(main: Callable[[Channel], None]) -> None:
 
 
 def report_failure(channel: Channel) -> None:
-    """Tells the parent what went wrong, and ends this process at once: its peers may never answer a polite goodbye."""
+    """Tells the parent what went wrong, and ends this process at once: its peers may never answer a
+    polite goodbye.
+    """
     text = traceback.format_exc()
     try:
         channel.send(b"failed:" + text.encode(), timeout_s=5)

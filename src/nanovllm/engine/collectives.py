@@ -1,11 +1,13 @@
-"""The group of tensor-parallel ranks: gloo on a CPU, NCCL on GPUs, loopback only. Loaded in ranks, never in the engine's process.
+"""The group of tensor-parallel ranks: gloo on a CPU, NCCL on GPUs, loopback only. Loaded in ranks,
+never in the engine's process.
 
-Ranks meet through a file in the engine's private temporary folder: no port to choose, no name to guess, any number of engines
-a host. On GPUs every operation is enqueued on the current stream, so a CUDA graph records it like any kernel.
+Ranks meet through a file in the engine's private temporary folder: no port to choose, no name to
+guess, any number of engines a host. On GPUs every operation is enqueued on the current stream, so a
+CUDA graph records it like any kernel.
 
-Sampling needs no logits of other ranks: each finds the best token of its part of the vocabulary (the noise is a function of
-the token), and 8 bytes a row and slice go around. Where top-k or top-p need the whole distribution, or log-probabilities are
-asked for, logits are gathered.
+Sampling needs no logits of other ranks: each finds the best token of its part of the vocabulary
+(the noise is a function of the token), and 8 bytes a row and slice go around. Where top-k or top-p
+need the whole distribution, or log-probabilities are asked for, logits are gathered.
 """
 
 import dataclasses
@@ -29,7 +31,8 @@ GPU_ENVIRONMENT = {
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "NVSHMEM_DISABLE_NVLS": "1",
     "NCCL_SOCKET_IFNAME": "lo",
-    # A rank that hangs is noticed and ended by the engine; a monitor of its own would only hold up the exit.
+    # A rank that hangs is noticed and ended by the engine; a monitor of its own would only hold up
+    # the exit.
     "TORCH_NCCL_ENABLE_MONITORING": "0",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
 }
@@ -37,10 +40,21 @@ GPU_ENVIRONMENT = {
 
 
 class DistributedTensorParallel(TensorParallel):
-    """One rank's view of the group. `progress` counts the operations it has entered, where the engine can see it."""
+    """One rank's view of the group. `progress` counts the operations it has entered, where the
+    engine can see it.
+    """
 
-    def __init__(self, rank: int, size: int, rendezvous: str, device: str, optimizations: Optimizations, stats: StepStats,
-                 progress: Any, timeout_s: float) -> None:
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        rendezvous: str,
+        device: str,
+        optimizations: Optimizations,
+        stats: StepStats,
+        progress: Any,
+        timeout_s: float,
+    ) -> None:
         self.rank, self.size, self.stats, self.progress = rank, size, stats, progress
         self.kernels_level = optimizations.kernels
         self.device = torch.device(device, rank) if device == "cuda" else torch.device("cpu")
@@ -49,9 +63,16 @@ class DistributedTensorParallel(TensorParallel):
         if device == "cuda":
             os.environ.update(GPU_ENVIRONMENT)
             torch.cuda.set_device(self.device)
-            # While it runs, the engine watches over time; NCCL's own limit is for the start, where weights are loaded in between.
-            dist.init_process_group("nccl", store=store, rank=rank, world_size=size, timeout=timedelta(minutes=10),
-                                    device_id=self.device)  # fmt: skip
+            # While it runs, the engine watches over time; NCCL's own limit is for the start, where
+            # weights are loaded in between.
+            dist.init_process_group(
+                "nccl",
+                store=store,
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(minutes=10),
+                device_id=self.device,
+            )
             if optimizations.all_reduce == "symmetric_memory":
                 from nanovllm.engine.symmetric_memory import SymmetricAllReduce
 
@@ -83,19 +104,45 @@ class DistributedTensorParallel(TensorParallel):
         return int(self._gather(torch.tensor([value], device=self.device)).min())
 
     def over_shards(self, kernels: Kernels) -> Kernels:
-        """The same kernels, with a sampler that takes this rank's part of the logits: [n, vocab / size]."""
+        """The same kernels, with a sampler that takes this rank's part of the logits: [n, vocab /
+        size].
+        """
         level = "triton" if self.kernels_level == "triton" else "torch"
         shards = import_module(f"nanovllm.kernels.{level}.sampling_shards")
         best_of_shard = counted(shards.best_of_shard, self.kernels_level, self.stats.kernel_calls)
 
-        def sample(logits: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor, seeds: Tensor, positions: Tensor, *,
-                   all_greedy: bool, any_top_k_top_p: bool) -> Tensor:
+        def sample(
+            logits: Tensor,
+            temperatures: Tensor,
+            top_ks: Tensor,
+            top_ps: Tensor,
+            seeds: Tensor,
+            positions: Tensor,
+            *,
+            all_greedy: bool,
+            any_top_k_top_p: bool,
+        ) -> Tensor:
             if any_top_k_top_p or logits.shape[1] % 4:  # random numbers come in fours
-                return kernels.sample(self.all_gather(logits), temperatures, top_ks, top_ps, seeds, positions,
-                                      all_greedy=all_greedy, any_top_k_top_p=any_top_k_top_p)  # fmt: skip
+                return kernels.sample(
+                    self.all_gather(logits),
+                    temperatures,
+                    top_ks,
+                    top_ps,
+                    seeds,
+                    positions,
+                    all_greedy=all_greedy,
+                    any_top_k_top_p=any_top_k_top_p,
+                )
             if not len(logits):
                 return positions
-            best = best_of_shard(logits, temperatures, seeds, positions, self.rank * logits.shape[1], all_greedy=all_greedy)
+            best = best_of_shard(
+                logits,
+                temperatures,
+                seeds,
+                positions,
+                self.rank * logits.shape[1],
+                all_greedy=all_greedy,
+            )
             return shards.best_of_shards(self._gather(best))
 
         return dataclasses.replace(kernels, sample=sample)

@@ -1,11 +1,13 @@
-"""batching=continuous and chunked: requests join and leave between any two steps. Loaded only when on. No torch.
+"""batching=continuous and chunked: requests join and leave between any two steps. Loaded only when
+on. No torch.
 
     continuous  admit whenever there is room; a step is all prefill (first) or all decode         (Orca, OSDI'22)
     chunked     admit whenever there is room; decodes first, prefill chunks fill the token budget (Sarathi-Serve, OSDI'24)
 
-Only the KV of known tokens is claimed at admission, and admission.py foresees whether that can end well. Where it was wrong and
-memory runs out, the youngest running request is preempted: it gives its row and blocks back, goes to the head of the waiting queue
-and computes its KV again later (vLLM's recomputation), but for what the prefix cache still holds of it. The oldest is never the
+Only the KV of known tokens is claimed at admission, and admission.py foresees whether that can end
+well. Where it was wrong and memory runs out, the youngest running request is preempted: it gives
+its row and blocks back, goes to the head of the waiting queue and computes its KV again later
+(vLLM's recomputation), but for what the prefix cache still holds of it. The oldest is never the
 victim of a younger one, so it always advances and nobody starves.
 """
 
@@ -27,25 +29,38 @@ class ContinuousScheduler(Scheduler):
     def __init__(self, config: ResolvedConfig, blocks: BlockManager, stats: StepStats) -> None:
         super().__init__(config, blocks, stats)
         self.forecast = Forecast(blocks)
-        self.coming: Callable[..., set[int]] = getattr(blocks, "coming", lambda _: set())  # of the prefix cache, where there is one
-        self.found_full = (0, 0)  # how many ran and waited when nobody could be admitted; until somebody leaves, they are the same
+        # of the prefix cache, where there is one
+        self.coming: Callable[..., set[int]] = getattr(blocks, "coming", lambda _: set())
+        # how many ran and waited when nobody could be admitted; until somebody leaves, they are the
+        # same
+        self.found_full = (0, 0)
 
     def _admit(self, plan: StepPlan) -> None:
-        """Oldest first, as far as rows, blocks, those that run already and the token budget of the next step go. But a request
-        whose prefix another is just computing waits the step or two until it is found."""
+        """Oldest first, as far as rows, blocks, those that run already and the token budget of the
+        next step go. But a request whose prefix another is just computing waits the step or two
+        until it is found.
+        """
         running = [*self.prefilling.values(), *self.decoding.values()]
         if not self.waiting or (len(running), len(self.waiting)) == self.found_full:
             return
         if running and not self._room_for_some(running):
             self.found_full = (len(running), len(self.waiting))
             return
-        planned, refill = sum(seq.num_to_schedule for seq in self.prefilling.values()), bool(running)
-        at_most, capacity = sum(map(self.forecast.longest, running)), self.blocks.num_blocks * self.blocks.block_size
+        planned, refill = (
+            sum(seq.num_to_schedule for seq in self.prefilling.values()),
+            bool(running),
+        )
+        at_most, capacity = (
+            sum(map(self.forecast.longest, running)),
+            self.blocks.num_blocks * self.blocks.block_size,
+        )
         coming, held = self.coming(running), []
         while self.waiting and self.free_rows and planned < self.config.max_num_batched_tokens:
             seq = next(iter(self.waiting.values()))
             if seq.in_flight:
-                break  # a preempted request waits for its own token; a younger one must not overtake the oldest
+                # a preempted request waits for its own token; a younger one must not overtake the
+                # oldest
+                break
             if coming and not seq.num_output_tokens and self.blocks.had_better_wait(seq, coming):  # type: ignore[attr-defined]
                 held.append(self.waiting.pop(seq.request_id))
                 if len(held) < self.config.max_num_seqs:
@@ -85,12 +100,15 @@ class ContinuousScheduler(Scheduler):
             super()._fill(plan, seqs)
 
     def _grow(self, plan: StepPlan, seq: Sequence) -> bool:
-        """Preempts the youngest requests until a block is free; False if `seq` itself was the youngest."""
+        """Preempts the youngest requests until a block is free; False if `seq` itself was the
+        youngest.
+        """
         while self.blocks.num_free == 0:
             queue = self.prefilling or self.decoding
             victim = next(reversed(queue.values()))
             victim.num_lost = victim.num_scheduled
-            self._leave(victim, queue)  # its known tokens stay with it; those in flight are still committed
+            # its known tokens stay with it; those in flight are still committed
+            self._leave(victim, queue)
             self.waiting[victim.request_id] = victim
             self.waiting.move_to_end(victim.request_id, last=False)
             self.stats.preemptions += 1

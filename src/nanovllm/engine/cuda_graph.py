@@ -1,16 +1,20 @@
-"""cuda_graphs=True: decode steps recorded once and replayed, sampling included. Loaded only when on.
+"""cuda_graphs=True: decode steps recorded once and replayed, sampling included. Loaded only when
+on.
 
-A graph holds everything between two tokens: the gathering of each row's state, the model, the sampler, and the advance of
-positions, so a step whose rows are those of the last one needs no input at all:
+A graph holds everything between two tokens: the gathering of each row's state, the model, the
+sampler, and the advance of positions, so a step whose rows are those of the last one needs no input
+at all:
 
     inputs     [ rows: b | positions: b ]         uploaded only where the set of rows has changed
     row state  block_tables, last_tokens, temperatures, seeds      as the eager runner keeps it
     graph      state[rows] -> model -> logits -> sample -> last_tokens[rows], positions + 1
 
-There is a graph for each bucket b of batch sizes. A batch between two buckets is padded with the spare row: it owns the spare
-block, where its K and V go, stands at position 0 for ever, and has length 0, so attention passes over it. What a graph cannot
-do (prefill, top-k, top-p, log-probabilities) runs eagerly, on the same state. With cascade_attention=True there is a second
-graph of larger batches, for steps in which many rows share their first block with another; the host, which knows, chooses.
+There is a graph for each bucket b of batch sizes. A batch between two buckets is padded with the
+spare row: it owns the spare block, where its K and V go, stands at position 0 for ever, and has
+length 0, so attention passes over it. What a graph cannot do (prefill, top-k, top-p,
+log-probabilities) runs eagerly, on the same state. With cascade_attention=True there is a second
+graph of larger batches, for steps in which many rows share their first block with another; the
+host, which knows, chooses.
 """
 
 from __future__ import annotations
@@ -42,13 +46,19 @@ SHARING_KV_HEADS = 208
 
 
 def fewest_sharing(num_kv_heads: int, num_ranks: int = 1) -> int:
-    """Requests that must share prefixes before those are read once; the model's KV heads are shared out over the ranks."""
+    """Requests that must share prefixes before those are read once; the model's KV heads are shared
+    out over the ranks.
+    """
     return -(-SHARING_KV_HEADS * num_ranks // num_kv_heads)
 
 
 def buckets_for(max_num_seqs: int) -> list[int]:
-    """Batch sizes that get a graph, ascending: 1, 2, 4, 8, then steps of 16, and always max_num_seqs itself."""
-    return [b for b in (1, 2, 4, 8, *range(16, max_num_seqs, 16)) if b < max_num_seqs] + [max_num_seqs]
+    """Batch sizes that get a graph, ascending: 1, 2, 4, 8, then steps of 16, and always
+    max_num_seqs itself.
+    """
+    return [b for b in (1, 2, 4, 8, *range(16, max_num_seqs, 16)) if b < max_num_seqs] + [
+        max_num_seqs
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +90,12 @@ class Recorded:
 
 
 @torch.inference_mode()
-def record(forward: Callable[[], Tensor], stats: StepStats, pool: Any, stream: torch.cuda.Stream) -> Recorded:
-    """Runs `forward` twice: once to compile kernels and choose GEMM algorithms, once to be recorded."""
+def record(
+    forward: Callable[[], Tensor], stats: StepStats, pool: Any, stream: torch.cuda.Stream
+) -> Recorded:
+    """Runs `forward` twice: once to compile kernels and choose GEMM algorithms, once to be
+    recorded.
+    """
     torch.cuda.synchronize(stream.device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
@@ -94,10 +108,13 @@ def record(forward: Callable[[], Tensor], stats: StepStats, pool: Any, stream: t
             output = forward()
         except BaseException:
             with suppress(RuntimeError):  # it says that the recording is worth nothing
-                graph.capture_end()  # else nothing in this process could be recorded, or freed, any more
+                # else nothing in this process could be recorded, or freed, any more
+                graph.capture_end()
             raise
         graph.capture_end()
-    return Recorded(graph, output, *map(Counter, (stats.kernel_calls, stats.attention_calls, stats.all_reduces)))
+    return Recorded(
+        graph, output, *map(Counter, (stats.kernel_calls, stats.attention_calls, stats.all_reduces))
+    )
 
 
 class GraphRunner(ModelRunner):
@@ -105,25 +122,46 @@ class GraphRunner(ModelRunner):
 
     spare = 1
 
-    def __init__(self, resolved: ResolvedConfig, model_config: ModelConfig, folder: Path, stats: StepStats,
-                 tp: TensorParallel | None = None) -> None:
+    def __init__(
+        self,
+        resolved: ResolvedConfig,
+        model_config: ModelConfig,
+        folder: Path,
+        stats: StepStats,
+        tp: TensorParallel | None = None,
+    ) -> None:
         self.buckets = buckets_for(resolved.max_num_seqs)
-        # Only our sampler draws no noise for greedy rows by itself; the others get a graph that never does.
-        self.greedy_variants = (False,) if resolved.optimizations.kernels == "triton" else (False, True)
+        # Only our sampler draws no noise for greedy rows by itself; the others get a graph that
+        # never does.
+        self.greedy_variants = (
+            (False,) if resolved.optimizations.kernels == "triton" else (False, True)
+        )
         level = "triton" if resolved.optimizations.kernels == "triton" else "torch"
         self.ends = import_module(f"nanovllm.kernels.{level}.decode_step")
         self.spare_row = resolved.max_num_seqs
         self.cascade = resolved.optimizations.cascade_attention
-        self.fewest_sharing = fewest_sharing(model_config.num_key_value_heads, resolved.optimizations.tensor_parallel_size)
-        self.variants = [Variant(bucket, greedy, shares)
-                         for bucket in reversed(self.buckets)  # the largest first: the others fit into its memory
-                         for greedy in self.greedy_variants
-                         for shares in ((False, True) if self.cascade and bucket > self.fewest_sharing else (False,))]  # fmt: skip
-        with room_for("the model", "free memory on the device, or share it out over more GPUs (tensor_parallel_size)"):
+        self.fewest_sharing = fewest_sharing(
+            model_config.num_key_value_heads, resolved.optimizations.tensor_parallel_size
+        )
+        self.variants = [
+            Variant(bucket, greedy, shares)
+            # the largest first: the others fit into its memory
+            for bucket in reversed(self.buckets)
+            for greedy in self.greedy_variants
+            for shares in (
+                (False, True) if self.cascade and bucket > self.fewest_sharing else (False,)
+            )
+        ]
+        with room_for(
+            "the model",
+            "free memory on the device, or share it out over more GPUs (tensor_parallel_size)",
+        ):
             super().__init__(resolved, model_config, folder, stats, tp)
         self.block_tables[self.spare_row] = self.num_blocks  # the spare block
-        with room_for(f"recording steps of up to {resolved.max_num_seqs} requests, beside weights and KV cache,",
-                      "lower kv_cache_memory_bytes, gpu_memory_utilization or max_num_seqs"):  # fmt: skip
+        with room_for(
+            f"recording steps of up to {resolved.max_num_seqs} requests, beside weights and KV cache,",
+            "lower kv_cache_memory_bytes, gpu_memory_utilization or max_num_seqs",
+        ):
             self.recorded = self._record_all()
         stats.reset()
 
@@ -132,7 +170,8 @@ class GraphRunner(ModelRunner):
         with self.device:
             self.inputs = torch.zeros(2 * self.config.max_num_seqs, dtype=torch.int64)
             self.query_start_loc = torch.arange(self.config.max_num_seqs + 1, dtype=torch.int64)
-        self.on_device: tuple[int, list[int], list[int]] | None = None  # bucket, rows, positions that `inputs` holds now
+        # bucket, rows, positions that `inputs` holds now
+        self.on_device: tuple[int, list[int], list[int]] | None = None
         self.first_blocks = [-1] * (self.config.max_num_seqs + 1)  # of each row
         self.share = False  # whether rows on the device share a prefix
 
@@ -150,7 +189,9 @@ class GraphRunner(ModelRunner):
                 values = plan.rows + [self.spare_row] * padding + plan.starts + [0] * padding
                 self.inputs[: 2 * bucket] = self._tensor(values)
                 self.share = self.cascade and self._many_share(plan.rows)
-            recorded = self.recorded[Variant(bucket, plan.greedy_only and True in self.greedy_variants, self.share)]
+            recorded = self.recorded[
+                Variant(bucket, plan.greedy_only and True in self.greedy_variants, self.share)
+            ]
             token_ids = recorded.replay(self.stats)
             self.on_device = (bucket, plan.rows, [start + 1 for start in plan.starts])
             return self._read_back(token_ids[:n])
@@ -170,12 +211,21 @@ class GraphRunner(ModelRunner):
 
     def _record_all(self) -> dict[Variant, Recorded]:
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
-        if self.config.optimizations.attention_backend == "triton":  # the others need lengths that the host knows
+        # the others need lengths that the host knows
+        if self.config.optimizations.attention_backend == "triton":
             from nanovllm.engine.prefill_graph import ShortPrefills
 
             spare_slot = self.num_blocks * self.config.block_size
-            self.model = ShortPrefills(self.model, self.attention, self.stats, self.kv_caches,  # type: ignore[assignment]
-                                       self.block_tables.shape[1], spare_slot, pool, stream)  # fmt: skip
+            self.model = ShortPrefills(
+                self.model,
+                self.attention,
+                self.stats,
+                self.kv_caches,  # type: ignore[assignment]
+                self.block_tables.shape[1],
+                spare_slot,
+                pool,
+                stream,
+            )
         return {variant: self._record(variant, pool, stream) for variant in self.variants}
 
     def _record(self, variant: Variant, pool: Any, stream: torch.cuda.Stream) -> Recorded:
@@ -184,11 +234,20 @@ class GraphRunner(ModelRunner):
         return record(lambda: self._decode(variant), self.stats, pool, stream)
 
     def _decode(self, variant: Variant) -> Tensor:
-        """A decode step of the rows in `inputs`, in tensors alone. Returns the sampled tokens: [bucket]."""
+        """A decode step of the rows in `inputs`, in tensors alone. Returns the sampled tokens:
+        [bucket].
+        """
         bucket = variant.bucket
         rows, positions = self.inputs[:bucket], self.inputs[bucket : 2 * bucket]
-        inputs = self.ends.gather_decode_inputs(rows, positions, self.block_tables, self.last_tokens, self.temperatures, self.seeds,
-                                                self.config.block_size)  # fmt: skip
+        inputs = self.ends.gather_decode_inputs(
+            rows,
+            positions,
+            self.block_tables,
+            self.last_tokens,
+            self.temperatures,
+            self.seeds,
+            self.config.block_size,
+        )
         batch = ForwardBatch(
             token_ids=inputs.token_ids,
             positions=positions,
@@ -203,8 +262,15 @@ class GraphRunner(ModelRunner):
         self.attention.prepare(batch, **({"share": True} if variant.shares else {}))
         logits = self.model.logits(self.model(batch, self.kv_caches))
         token_ids = self.kernels.sample(
-            logits, inputs.temperatures, self.top_ks[:bucket], self.top_ps[:bucket],  # not read: no row has a filter
-            inputs.seeds, inputs.next_positions, all_greedy=variant.greedy, any_top_k_top_p=False,
-        )  # fmt: skip
+            # not read: no row has a filter
+            logits,
+            inputs.temperatures,
+            self.top_ks[:bucket],
+            self.top_ps[:bucket],
+            inputs.seeds,
+            inputs.next_positions,
+            all_greedy=variant.greedy,
+            any_top_k_top_p=False,
+        )
         self.ends.advance_rows(rows, positions, self.last_tokens, token_ids)
         return token_ids

@@ -1,10 +1,12 @@
-"""data_parallel_size > 1: independent replicas of the engine behind one `generate`. Loaded only when on.
+"""data_parallel_size > 1: independent replicas of the engine behind one `generate`. Loaded only
+when on.
 
     ReplicatedLLM   prompts  --by expected work-->  replica 0 .. n-1    a process each: a whole engine, on GPUs of its own
                     outputs, in the order of the prompts  <--
 
-Replicas exchange nothing, so they scale as far as the work can be shared out evenly; each holds all weights, and what one has
-in its prefix cache the others do not know. A request's random numbers are those it has in a single engine.
+Replicas exchange nothing, so they scale as far as the work can be shared out evenly; each holds all
+weights, and what one has in its prefix cache the others do not know. A request's random numbers are
+those it has in a single engine.
 """
 
 import dataclasses
@@ -40,13 +42,17 @@ _Request = tuple[int, Prompt, SamplingParams]
 
 
 def expected_work(prompt_tokens: int, max_tokens: int) -> float:
-    """Of a request, in tokens: each output token costs one, and one more for every 1,000 tokens of context that it reads; a
-    token of the prompt a twentieth. Only ratios matter; a request that stops early was overestimated."""
+    """Of a request, in tokens: each output token costs one, and one more for every 1,000 tokens of
+    context that it reads; a token of the prompt a twentieth. Only ratios matter; a request that
+    stops early was overestimated.
+    """
     return prompt_tokens / 20 + max_tokens * (1 + (prompt_tokens + max_tokens / 2) / 1000)
 
 
 def share_out(work: SequenceOf[float], parts: int) -> list[list[int]]:
-    """Indices of each part, ascending: the largest item first, always to the part with the least work (Graham's LPT rule)."""
+    """Indices of each part, ascending: the largest item first, always to the part with the least
+    work (Graham's LPT rule).
+    """
     loads, shares = [0.0] * parts, [[] for _ in range(parts)]  # type: ignore[var-annotated]
     for index in sorted(range(len(work)), key=lambda i: -work[i]):
         least = loads.index(min(loads))
@@ -56,15 +62,22 @@ def share_out(work: SequenceOf[float], parts: int) -> list[list[int]]:
 
 
 class ReplicatedLLM:
-    """The interface of LLM over several replicas. Raises WorkerError, naming the replica, when one dies or hangs."""
+    """The interface of LLM over several replicas. Raises WorkerError, naming the replica, when one
+    dies or hangs.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         switches = config.optimizations
         self.size, ranks = switches.data_parallel_size, switches.tensor_parallel_size
         on_gpus = config.device != "cpu" and torch.cuda.is_available()
         if on_gpus:
-            require_gpus(self.size * ranks, f"data_parallel_size={self.size} with tensor_parallel_size={ranks}")
-        self.config = dataclasses.replace(config, optimizations=dataclasses.replace(switches, data_parallel_size=1))
+            require_gpus(
+                self.size * ranks,
+                f"data_parallel_size={self.size} with tensor_parallel_size={ranks}",
+            )
+        self.config = dataclasses.replace(
+            config, optimizations=dataclasses.replace(switches, data_parallel_size=1)
+        )
         self._timeout_s = STEP_TIMEOUT_S["cuda" if on_gpus else "cpu"]
         self._num_requests, self._dispatched = 0, 0
         self._turn = threading.RLock()
@@ -77,7 +90,9 @@ class ReplicatedLLM:
             for replica in range(self.size):
                 gpus = _visible_gpus(replica * ranks, ranks) if on_gpus else {}
                 self._children.append(Child(f"replica {replica}", REPLICA_MAIN, gpus))
-                self._children[-1].tell(pickle.dumps((self.config, num_threads, replica)), START_TIMEOUT_S)
+                self._children[-1].tell(
+                    pickle.dumps((self.config, num_threads, replica)), START_TIMEOUT_S
+                )
             resolved = self._answers(b"ready", START_TIMEOUT_S)
         except BaseException:
             self._end("it did not start", force=True)
@@ -86,26 +101,51 @@ class ReplicatedLLM:
         self._read_counters("stats")
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What `generate` takes where it is given none: the checkpoint's recommendation, as in vLLM."""
+        """What `generate` takes where it is given none: the checkpoint's recommendation, as in
+        vLLM.
+        """
         return default_params(resolve_model(self.config.model))
 
     @one_at_a_time
-    def generate(self, prompts: Prompt | SequenceOf[Prompt], sampling_params: Params = None, *,
-                 use_tqdm: bool = True) -> list[RequestOutput]:
-        """Runs every prompt to its end; outputs in the order of the prompts. Nothing runs if one of them is not valid."""
+    def generate(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        sampling_params: Params = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Runs every prompt to its end; outputs in the order of the prompts. Nothing runs if one of
+        them is not valid.
+        """
         self._check_alive()
-        one = isinstance(prompts, (str, dict)) or (len(prompts) > 0 and all(isinstance(token, int) for token in prompts))
+        one = isinstance(prompts, (str, dict)) or (
+            len(prompts) > 0 and all(isinstance(token, int) for token in prompts)
+        )
         batch: list[Any] = [prompts] if one else list(prompts)
-        given = sampling_params if sampling_params is not None else self.get_default_sampling_params()
+        given = (
+            sampling_params if sampling_params is not None else self.get_default_sampling_params()
+        )
         params = [given] * len(batch) if isinstance(given, SamplingParams) else list(given)
         if len(params) != len(batch):
-            raise ValueError(f"{len(batch)} prompts and {len(params)} sampling_params; give one for all, or one for each")
-        first, key = self._num_requests, (self.config.seed & 0x7FFFFFFF) << 32  # as a single engine numbers and seeds its requests
-        params = [p if p.seed is not None else dataclasses.replace(p, seed=key | ((first + i) & 0xFFFFFFFF))
-                  for i, p in enumerate(params)]  # fmt: skip
-        shares = share_out([expected_work(_length(b), p.max_tokens) for b, p in zip(batch, params, strict=True)], self.size)
+            raise ValueError(
+                f"{len(batch)} prompts and {len(params)} sampling_params; give one for all, or one for each"
+            )
+        # as a single engine numbers and seeds its requests
+        first, key = self._num_requests, (self.config.seed & 0x7FFFFFFF) << 32
+        params = [
+            p
+            if p.seed is not None
+            else dataclasses.replace(p, seed=key | ((first + i) & 0xFFFFFFFF))
+            for i, p in enumerate(params)
+        ]
+        shares = share_out(
+            [expected_work(_length(b), p.max_tokens) for b, p in zip(batch, params, strict=True)],
+            self.size,
+        )
         checks = [("check", [(first + i, batch[i], params[i]) for i in share]) for share in shares]
-        if refusals := [refusal for refusal in self._ask(b"checked", checks) if refusal is not None]:
+        if refusals := [
+            refusal for refusal in self._ask(b"checked", checks) if refusal is not None
+        ]:
             raise min(refusals, key=lambda refusal: refusal[:2])[2]
         self._num_requests += len(batch)
         self._dispatched += sum(map(len, shares[1:]))
@@ -115,10 +155,13 @@ class ReplicatedLLM:
             raise errors[0]
         outputs: dict[int, RequestOutput] = {}
         for share, answer in zip(shares, answers, strict=True):
-            outputs |= {i: dataclasses.replace(o, request_id=str(first + i)) for i, o in zip(share, answer, strict=True)}
+            outputs |= {
+                i: dataclasses.replace(o, request_id=str(first + i))
+                for i, o in zip(share, answer, strict=True)
+            }
         return [outputs[i] for i in range(len(batch))]
 
-    # -- evidence: sums over replicas ---------------------------------------------------------------------------------------
+    # -- evidence: sums over replicas --------------------------------------------------------------
 
     def resolved_config(self) -> dict[str, Any]:
         """Of one replica (its KV cache, its ranks), and how many of them there are."""
@@ -127,15 +170,23 @@ class ReplicatedLLM:
 
     def stats(self) -> dict[str, int]:
         names = {name for counters in self._counters for name in counters}
-        return {name: sum(counters.get(name, 0) for counters in self._counters) for name in sorted(names)}
+        return {
+            name: sum(counters.get(name, 0) for counters in self._counters)
+            for name in sorted(names)
+        }
 
     def toggles(self) -> dict[str, dict[str, Any]]:
-        """As in one engine. data_parallel_size engages with every request that another replica than the first serves."""
+        """As in one engine. data_parallel_size engages with every request that another replica than
+        the first serves.
+        """
         result = {}
         for name, toggle in self._toggles[0].items():
             every = [toggles[name] for toggles in self._toggles]
             found = [t["opportunity"] for t in every if t["opportunity"] is not None]
-            result[name] = toggle | {"engaged": sum(t["engaged"] for t in every), "opportunity": sum(found) if found else None}
+            result[name] = toggle | {
+                "engaged": sum(t["engaged"] for t in every),
+                "opportunity": sum(found) if found else None,
+            }
         result["data_parallel_size"] |= {"level": self.size, "engaged": self._dispatched}
         return result
 
@@ -152,7 +203,7 @@ class ReplicatedLLM:
     def reset_prefix_cache(self) -> None:
         self._read_counters("reset_prefix_cache")
 
-    # -- life -------------------------------------------------------------------------------------------------------------
+    # -- life --------------------------------------------------------------------------------------
 
     @one_at_a_time
     def close(self) -> None:
@@ -177,11 +228,15 @@ class ReplicatedLLM:
 
     def _read_counters(self, command: str) -> None:
         self._check_alive()
-        self._counters, self._toggles = map(list, zip(*self._ask(b"counters", [(command,)] * self.size), strict=True))
+        self._counters, self._toggles = map(
+            list, zip(*self._ask(b"counters", [(command,)] * self.size), strict=True)
+        )
 
     def _ask(self, word: bytes, commands: SequenceOf[tuple[Any, ...]]) -> list[Any]:
-        """Every replica's answer to its command. Whatever comes between ends the engine: an answer that is left unread would
-        be taken for the next command's. So what cannot be sent is found out before anything is."""
+        """Every replica's answer to its command. Whatever comes between ends the engine: an answer
+        that is left unread would be taken for the next command's. So what cannot be sent is found
+        out before anything is.
+        """
         messages = [pickle.dumps(command) for command in commands]
         try:
             for child, message in zip(self._children, messages, strict=True):
@@ -192,7 +247,9 @@ class ReplicatedLLM:
             raise
 
     def _answers(self, word: bytes, timeout_s: float) -> list[Any]:
-        """Every replica's answer. Raises WorkerError where one ends, fails, is stopped, or neither answers nor ends a step."""
+        """Every replica's answer. Raises WorkerError where one ends, fails, is stopped, or neither
+        answers nor ends a step.
+        """
         answers: dict[int, Any] = {}
         heard = [time.monotonic()] * self.size
         while len(answers) < self.size:
@@ -205,12 +262,16 @@ class ReplicatedLLM:
                     if message.startswith(word):
                         answers[replica] = pickle.loads(message[len(word) :])
                 elif child.is_stopped or time.monotonic() - heard[replica] > timeout_s:
-                    raise WorkerError(f"{child.title} hangs: it did not answer within {timeout_s:.0f} s")
+                    raise WorkerError(
+                        f"{child.title} hangs: it did not answer within {timeout_s:.0f} s"
+                    )
         return [answers[replica] for replica in range(self.size)]
 
 
 class _Replica(LLM):
-    """An engine that lets its front end know, once a second, that it is getting on, and answers it with what would be raised."""
+    """An engine that lets its front end know, once a second, that it is getting on, and answers it
+    with what would be raised.
+    """
 
     channel: Channel
     told = 0.0
@@ -222,8 +283,9 @@ class _Replica(LLM):
         return super().advance()
 
     def refusal(self, requests: list[_Request]) -> tuple[int, int, Exception] | None:
-        """Of the request that a single engine would refuse first, as it makes all requests before it queues one: 0 where it is
-        not valid, 1 where it could never run; its number; the error."""
+        """Of the request that a single engine would refuse first, as it makes all requests before
+        it queues one: 0 where it is not valid, 1 where it could never run; its number; the error.
+        """
         seqs: list[Sequence] = []
         try:
             for number, prompt, params in requests:
@@ -238,7 +300,10 @@ class _Replica(LLM):
 
     def outputs(self, requests: list[_Request]) -> list[RequestOutput] | Exception:
         """Or the error of a call that was refused. One that has ended the engine is raised."""
-        prompts, params = [prompt for _, prompt, _ in requests], [params for _, _, params in requests]
+        prompts, params = (
+            [prompt for _, prompt, _ in requests],
+            [params for _, _, params in requests],
+        )
         try:
             return self.generate(prompts, params, use_tqdm=False)
         except (ValueError, TypeError) as error:
@@ -249,11 +314,16 @@ class _Replica(LLM):
 
 def main(channel: Channel) -> None:
     """Of a replica's process: until the channel closes."""
-    config, num_threads, replica = pickle.loads(channel.receive())  # from our own front end, over an anonymous socket
+    # from our own front end, over an anonymous socket
+    config, num_threads, replica = pickle.loads(channel.receive())
     if replica > 0:
         LOG.setLevel(logging.ERROR)  # the first says for all what was chosen
     torch.set_num_threads(num_threads)
-    arguments = {f.name: getattr(config, f.name) for f in dataclasses.fields(EngineConfig) if f.name != "model"}
+    arguments = {
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(EngineConfig)
+        if f.name != "model"
+    }
     with _Replica(config.model, **arguments) as llm:
         llm.channel = channel
         channel.send(b"ready" + pickle.dumps(llm.resolved_config()))
@@ -275,7 +345,13 @@ def _length(prompt: Any) -> int:
     """Of a prompt, about, in tokens."""
     if isinstance(prompt, dict):
         prompt = next(iter(prompt.values()), [])
-    return len(prompt) // _CHARACTERS_PER_TOKEN if isinstance(prompt, str) else len(prompt) if isinstance(prompt, list) else 0
+    return (
+        len(prompt) // _CHARACTERS_PER_TOKEN
+        if isinstance(prompt, str)
+        else len(prompt)
+        if isinstance(prompt, list)
+        else 0
+    )
 
 
 def _visible_gpus(first: int, count: int) -> dict[str, str]:

@@ -1,4 +1,6 @@
-"""What a step needs of a GPU's memory beside weights and cache, measured before the cache is sized. Loaded only on a GPU."""
+"""What a step needs of a GPU's memory beside weights and cache, measured before the cache is sized.
+Loaded only on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,20 @@ def room_for(what: str, instead: str) -> Iterator[None]:
     """Out of memory in here is a MemoryError: what does not fit, and what to do instead."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; CUDA's graphs, cuBLAS and Triton have others
-        if not isinstance(error, torch.OutOfMemoryError) and not re.search("out of memory|ALLOC_FAILED", str(error)):
+    # torch.OutOfMemoryError is one; CUDA's graphs, cuBLAS and Triton have others
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not re.search(
+            "out of memory|ALLOC_FAILED", str(error)
+        ):
             raise
-        raise MemoryError(f"{what} does not fit into the device's memory: {instead} ({str(error).split('. ')[0]})") from error
+        raise MemoryError(
+            f"{what} does not fit into the device's memory: {instead} ({str(error).split('. ')[0]})"
+        ) from error
 
 
 def bytes_for_steps(runner: ModelRunner, spec: KVCacheSpec) -> int:
-    """The most that activations take, by running the largest step; with graphs, theirs as well, which stay allocated.
+    """The most that activations take, by running the largest step; with graphs, theirs as well,
+    which stay allocated.
 
     Raises MemoryError, saying what to lower, where that step does not fit.
     """
@@ -47,7 +55,9 @@ def bytes_for_steps(runner: ModelRunner, spec: KVCacheSpec) -> int:
     runner.kv_caches = spec.allocate(1, runner.device)
     step = f"a step of {config.max_num_batched_tokens} tokens and {config.max_num_seqs} requests, beside the weights,"
     try:
-        with room_for(step, "lower max_num_batched_tokens or max_num_seqs, or free memory on the device"):
+        with room_for(
+            step, "lower max_num_batched_tokens or max_num_seqs, or free memory on the device"
+        ):
             reserved = _peak_bytes(runner, prefill(config, config.max_num_batched_tokens))
             if config.optimizations.cuda_graphs:
                 reserved += _peak_bytes(runner, prefill(config, config.max_num_seqs))
@@ -60,8 +70,10 @@ def bytes_for_steps(runner: ModelRunner, spec: KVCacheSpec) -> int:
 
 
 def forget_workspaces_with(model: Any) -> None:
-    """cuBLAS keeps a workspace for every stream it was used on, 32 MiB each on Hopper, until the process ends. Here they go to
-    PyTorch's pool as soon as the model goes, and `ModelRunner.close` then empties that; with several engines, as the last goes."""
+    """cuBLAS keeps a workspace for every stream it was used on, 32 MiB each on Hopper, until the
+    process ends. Here they go to PyTorch's pool as soon as the model goes, and `ModelRunner.close`
+    then empties that; with several engines, as the last goes.
+    """
     _alive.add(key := object())
 
     def forget() -> None:
@@ -73,12 +85,21 @@ def forget_workspaces_with(model: Any) -> None:
 
 
 def prefill(config: ResolvedConfig, num_tokens: int) -> StepPlan:
-    """Of `num_tokens` tokens, or the most that can be, by as many requests as may run, all of them sampling."""
+    """Of `num_tokens` tokens, or the most that can be, by as many requests as may run, all of them
+    sampling.
+    """
     num_tokens = min(num_tokens, config.max_num_seqs * config.max_model_len)
     entries = min(config.max_num_seqs, num_tokens)
     lengths = [num_tokens // entries + (i < num_tokens % entries) for i in range(entries)]
-    return StepPlan(-1, rows=list(range(entries)), starts=[0] * entries, query_lens=lengths, samples=[True] * entries,
-                    token_ids=[0] * num_tokens, greedy_only=False)  # fmt: skip
+    return StepPlan(
+        -1,
+        rows=list(range(entries)),
+        starts=[0] * entries,
+        query_lens=lengths,
+        samples=[True] * entries,
+        token_ids=[0] * num_tokens,
+        greedy_only=False,
+    )
 
 
 def _peak_bytes(runner: ModelRunner, plan: StepPlan) -> int:

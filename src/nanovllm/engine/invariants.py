@@ -1,4 +1,6 @@
-"""What must be true of scheduler and blocks between any two calls. Loaded by tests; a run does not need it."""
+"""What must be true of scheduler and blocks between any two calls. Loaded by tests; a run does not
+need it.
+"""
 
 from collections import Counter
 
@@ -19,14 +21,18 @@ def _check_requests(scheduler: Scheduler) -> None:
     queued = [*scheduler.waiting.values(), *running]
     assert len({seq.request_id for seq in queued}) == len(queued), "a request is in two queues"
     rows = [seq.row for seq in running]
-    assert sorted(rows + scheduler.free_rows) == list(range(scheduler.config.max_num_seqs)), "rows lost or used twice"
+    assert sorted(rows + scheduler.free_rows) == list(range(scheduler.config.max_num_seqs)), (
+        "rows lost or used twice"
+    )
     for seq in scheduler.waiting.values():
         assert seq.row == -1, f"{seq.request_id} waits and has a row"
         assert not seq.block_table, f"{seq.request_id} waits and owns blocks"
         assert seq.num_scheduled == 0, f"{seq.request_id} waits and counts tokens as computed"
     for seq in queued:
         assert seq.finish_reason is None, f"{seq.request_id} has ended and is queued"
-        assert 0 <= seq.pending <= seq.in_flight, f"{seq.request_id}: pending {seq.pending}, in flight {seq.in_flight}"
+        assert 0 <= seq.pending <= seq.in_flight, (
+            f"{seq.request_id}: pending {seq.pending}, in flight {seq.in_flight}"
+        )
         capacity = len(seq.block_table) * scheduler.blocks.block_size
         assert seq.num_scheduled <= capacity, f"{seq.request_id} writes past its blocks"
         assert seq.num_to_schedule >= 0, f"{seq.request_id} computes unknown tokens"
@@ -35,14 +41,18 @@ def _check_requests(scheduler: Scheduler) -> None:
 def _check_blocks(scheduler: Scheduler) -> None:
     """Free + owned = all; a block has one owner, or as many as its reference count says."""
     manager = scheduler.blocks
-    tables = [seq.block_table for seq in (*scheduler.decoding.values(), *scheduler.prefilling.values())]
+    tables = [
+        seq.block_table for seq in (*scheduler.decoding.values(), *scheduler.prefilling.values())
+    ]
     for table in tables:
         assert len(set(table)) == len(table), f"a table names a block twice: {table}"
     owners = Counter(block for table in tables for block in table)
     free = list(manager.blank)
     if isinstance(manager, CachingBlockManager):
         free += manager.evictable
-        assert {b: n for b, n in enumerate(manager.ref_counts) if n} == dict(owners), "reference counts differ from the owners"
+        assert {b: n for b, n in enumerate(manager.ref_counts) if n} == dict(owners), (
+            "reference counts differ from the owners"
+        )
     else:
         assert not owners or max(owners.values()) == 1, "a block has two owners"
     assert len(set(free)) == len(free), "a block is free twice"

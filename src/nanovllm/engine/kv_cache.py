@@ -25,33 +25,56 @@ class KVCacheSpec:
     @classmethod
     def of(cls, model: ModelConfig, config: ResolvedConfig) -> Self:
         heads = model.num_key_value_heads // config.optimizations.tensor_parallel_size
-        return cls(model.num_hidden_layers, heads, model.head_dim, config.block_size, getattr(torch, config.dtype))
+        return cls(
+            model.num_hidden_layers,
+            heads,
+            model.head_dim,
+            config.block_size,
+            getattr(torch, config.dtype),
+        )
 
     @property
     def block_bytes(self) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.block_size * self.dtype.itemsize
+        return (
+            2
+            * self.num_layers
+            * self.num_kv_heads
+            * self.head_dim
+            * self.block_size
+            * self.dtype.itemsize
+        )
 
     def allocate(self, num_blocks: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        """(keys, values) of each layer: [num_blocks, kv_heads, block_size, head_dim]. Raises MemoryError with what to lower."""
+        """(keys, values) of each layer: [num_blocks, kv_heads, block_size, head_dim]. Raises
+        MemoryError with what to lower.
+        """
         shape = (self.num_layers, 2, num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
         try:
             cache = torch.zeros(shape, dtype=self.dtype, device=device)
         except (RuntimeError, torch.OutOfMemoryError) as error:
-            raise MemoryError(f"no room on {device} for {num_blocks} KV blocks of {self.block_bytes} bytes: "
-                              "lower kv_cache_memory_bytes or gpu_memory_utilization") from error
+            raise MemoryError(
+                f"no room on {device} for {num_blocks} KV blocks of {self.block_bytes} bytes: "
+                "lower kv_cache_memory_bytes or gpu_memory_utilization"
+            ) from error
         return [(layer[0], layer[1]) for layer in cache]
 
 
 def num_blocks_for(config: ResolvedConfig, spec: KVCacheSpec) -> int:
-    """Blocks within the byte budget: the explicit one; else, on a CPU, what is left of gpu_memory_utilization of the memory
-    once everything that is in use now, by this process or any other, is counted, but no more than max_num_seqs requests of
-    max_model_len tokens can fill. Raises ValueError where not even one block fits. (A GPU's automatic budget: memory_plan.py.)
+    """Blocks within the byte budget: the explicit one; else, on a CPU, what is left of
+    gpu_memory_utilization of the memory once everything that is in use now, by this process or any
+    other, is counted, but no more than max_num_seqs requests of max_model_len tokens can fill.
+    Raises ValueError where not even one block fits. (A GPU's automatic budget: memory_plan.py.)
     """
     if (budget := config.kv_cache_memory_bytes) is None:
         free, total = memory_within(*psutil.virtual_memory()[1::-1])  # what this process may use
         budget = int(free - (1 - config.gpu_memory_utilization) * total)
-        budget = min(budget, config.max_num_seqs * -(-config.max_model_len // config.block_size) * spec.block_bytes)
+        budget = min(
+            budget,
+            config.max_num_seqs * -(-config.max_model_len // config.block_size) * spec.block_bytes,
+        )
     if budget < spec.block_bytes:
-        raise ValueError(f"the KV cache would have {max(budget, 0)} bytes, one block of {config.block_size} tokens takes "
-                         f"{spec.block_bytes}: raise kv_cache_memory_bytes or gpu_memory_utilization, or free memory")
+        raise ValueError(
+            f"the KV cache would have {max(budget, 0)} bytes, one block of {config.block_size} tokens takes "
+            f"{spec.block_bytes}: raise kv_cache_memory_bytes or gpu_memory_utilization, or free memory"
+        )
     return budget // spec.block_bytes

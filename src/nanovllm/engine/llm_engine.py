@@ -31,8 +31,14 @@ from nanovllm.sampling_params import SamplingParams
 Prompt = str | list[int] | dict[str, Any]
 Method = TypeVar("Method", bound=Callable[..., Any])
 Params = SamplingParams | SequenceOf[SamplingParams] | None
-PLAIN_TOKENIZER = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>",
-                   "add_prefix_space": False, "clean_up_tokenization_spaces": False, "model_max_length": None}  # fmt: skip
+PLAIN_TOKENIZER = {
+    "tokenizer_class": "Qwen2Tokenizer",
+    "eos_token": "<|endoftext|>",
+    "pad_token": "<|endoftext|>",
+    "add_prefix_space": False,
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": None,
+}
 """What may stand beside a tokenizer.json without changing what it does; model_max_length, which bounds nothing here, may be any."""
 
 
@@ -67,7 +73,8 @@ class StepLoop:
 class LLMEngine:
     """add_request / step / abort, as in vLLM. Use it as a context manager, or call close().
 
-    Until then Python's garbage collector passes over what was alive in this process when the engine had started (`gc.freeze`).
+    Until then Python's garbage collector passes over what was alive in this process when the engine
+    had started (`gc.freeze`).
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -75,7 +82,9 @@ class LLMEngine:
         self._turn = threading.RLock()
         self._stats = StepStats()
         begin = time.perf_counter()
-        device, config = ("cpu", config) if config.device == "cpu" else _load("machine", "prepare")(config)
+        device, config = (
+            ("cpu", config) if config.device == "cpu" else _load("machine", "prepare")(config)
+        )
         folder = self._folder = resolve_model(config.model)
         self.model_config = load_hf_config(folder)
         resolved = config.resolve(
@@ -83,48 +92,87 @@ class LLMEngine:
             dtype=self.model_config.dtype if config.dtype == "auto" else config.dtype,
             max_position_embeddings=self.model_config.max_position_embeddings,
         )
-        self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(
-            config.tokenizer or str(folder), self.model_config.eos_token_ids)
+        self.tokenizer = (
+            None
+            if config.skip_tokenizer_init
+            else load_tokenizer(config.tokenizer or str(folder), self.model_config.eos_token_ids)
+        )
         if resolved.device == "cpu" and torch.get_num_threads() > (cores := cpu_cores()):
-            torch.set_num_threads(cores)  # of a container's quota; torch counts the cores that there are
+            # of a container's quota; torch counts the cores that there are
+            torch.set_num_threads(cores)
         on = resolved.optimizations
-        make_runner = (_load("workers", "TensorParallelRunner") if on.tensor_parallel_size > 1
-                       else _load("cuda_graph", "GraphRunner") if on.cuda_graphs else ModelRunner)  # fmt: skip
+        make_runner = (
+            _load("workers", "TensorParallelRunner")
+            if on.tensor_parallel_size > 1
+            else _load("cuda_graph", "GraphRunner")
+            if on.cuda_graphs
+            else ModelRunner
+        )
         self.runner = make_runner(resolved, self.model_config, folder, self._stats)
-        self.config = dataclasses.replace(resolved, num_kv_blocks=self.runner.num_blocks, kv_cache_bytes=self.runner.kv_cache_bytes)
-        make_blocks = _load("prefix_cache", "CachingBlockManager") if on.prefix_cache else BlockManager
-        make_scheduler = Scheduler if on.batching == "static" else _load("continuous_batching", "ContinuousScheduler")
+        self.config = dataclasses.replace(
+            resolved,
+            num_kv_blocks=self.runner.num_blocks,
+            kv_cache_bytes=self.runner.kv_cache_bytes,
+        )
+        make_blocks = (
+            _load("prefix_cache", "CachingBlockManager") if on.prefix_cache else BlockManager
+        )
+        make_scheduler = (
+            Scheduler
+            if on.batching == "static"
+            else _load("continuous_batching", "ContinuousScheduler")
+        )
         blocks = make_blocks(self.runner.num_blocks, resolved.block_size, self._stats)
         self.scheduler = make_scheduler(self.config, blocks, self._stats)
-        self.loop = (_load("overlap", "OverlappedStepLoop") if on.overlap else StepLoop)(self.scheduler, self.runner)
+        self.loop = (_load("overlap", "OverlappedStepLoop") if on.overlap else StepLoop)(
+            self.scheduler, self.runner
+        )
         if device == "cuda":
             self.loop = _load("machine", "started")(self, time.perf_counter() - begin)
         self._step_times: deque[tuple[float, int, int]] = deque(maxlen=2**18)  # some 40 MB
         self._num_requests, self._dead = 0, None
         gc.collect(1)  # a whole collection would take longer than a small model's start
-        gc.freeze()  # a collection that looks at all of torch's objects takes longer than many steps
+        # a collection that looks at all of torch's objects takes longer than many steps
+        gc.freeze()
         self._unfreeze = weakref.finalize(self, gc.unfreeze)
 
-    # -- requests ---------------------------------------------------------------------------------------------------
+    # -- requests ----------------------------------------------------------------------------------
 
-    def make_sequence(self, request_id: str, prompt: Prompt, params: SamplingParams, number: int) -> Sequence:
-        """Validates a request. Raises ValueError or TypeError that says what was given and what is allowed.
+    def make_sequence(
+        self, request_id: str, prompt: Prompt, params: SamplingParams, number: int
+    ) -> Sequence:
+        """Validates a request. Raises ValueError or TypeError that says what was given and what is
+        allowed.
 
-        `number` says how many the engine took before it, and seeds one that has no seed: those refused are not counted.
+        `number` says how many the engine took before it, and seeds one that has no seed: those
+        refused are not counted.
         """
         text, token_ids = self._tokenize(prompt)
         vocab_size, limit = self.model_config.vocab_size, self.config.max_model_len
         if not token_ids:
             raise ValueError(f"request {request_id!r} has an empty prompt; give at least one token")
         if bad := [t for t in token_ids if not isinstance(t, int) or not 0 <= t < vocab_size]:
-            raise ValueError(f"request {request_id!r} holds token id {bad[0]!r}; allowed are integers from 0 to {vocab_size - 1}")
+            raise ValueError(
+                f"request {request_id!r} holds token id {bad[0]!r}; allowed are integers from 0 to {vocab_size - 1}"
+            )
         if len(token_ids) + params.max_tokens > limit:
-            raise ValueError(f"request {request_id!r} has {len(token_ids)} prompt tokens and max_tokens={params.max_tokens}, "
-                             f"together more than max_model_len={limit}: shorten it or raise max_model_len")
-        stops = {*params.stop_token_ids, *(() if params.ignore_eos else self.model_config.eos_token_ids)}
+            raise ValueError(
+                f"request {request_id!r} has {len(token_ids)} prompt tokens and max_tokens={params.max_tokens}, "
+                f"together more than max_model_len={limit}: shorten it or raise max_model_len"
+            )
+        stops = {
+            *params.stop_token_ids,
+            *(() if params.ignore_eos else self.model_config.eos_token_ids),
+        }
         # Without a seed of its own: one that is the same in every run.
-        seed = params.seed if params.seed is not None else (self.config.seed & 0x7FFFFFFF) << 32 | (number & 0xFFFFFFFF)
-        return Sequence(request_id, list(token_ids), params, seed, time.perf_counter(), frozenset(stops), text)
+        seed = (
+            params.seed
+            if params.seed is not None
+            else (self.config.seed & 0x7FFFFFFF) << 32 | (number & 0xFFFFFFFF)
+        )
+        return Sequence(
+            request_id, list(token_ids), params, seed, time.perf_counter(), frozenset(stops), text
+        )
 
     @one_at_a_time
     def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams) -> None:
@@ -147,7 +195,9 @@ class LLMEngine:
 
     @one_at_a_time
     def advance(self) -> list[Sequence]:
-        """Runs one step; returns the sequences that got a token. A failure ends the engine and gives everything back."""
+        """Runs one step; returns the sequences that got a token. A failure ends the engine and
+        gives everything back.
+        """
         self._check_alive()
         begin = time.perf_counter()
         try:
@@ -166,26 +216,41 @@ class LLMEngine:
     def output_of(self, seq: Sequence) -> RequestOutput:
         """The request as vLLM returns it."""
         text = "" if self.tokenizer is None else self.tokenizer.decode(seq.output_token_ids)
-        completion = CompletionOutput(0, text, seq.output_token_ids, None, None, seq.finish_reason, seq.stop_reason)
+        completion = CompletionOutput(
+            0, text, seq.output_token_ids, None, None, seq.finish_reason, seq.stop_reason
+        )
         if seq.params.logprobs is not None:
             _load("logprobs", "attach_logprobs")(completion, seq, self.tokenizer)
-        return RequestOutput(seq.request_id, seq.prompt, seq.token_ids[: seq.num_prompt_tokens], [completion],
-                             seq.finish_reason is not None, seq.metrics, seq.num_cached_tokens)
+        return RequestOutput(
+            seq.request_id,
+            seq.prompt,
+            seq.token_ids[: seq.num_prompt_tokens],
+            [completion],
+            seq.finish_reason is not None,
+            seq.metrics,
+            seq.num_cached_tokens,
+        )
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, dict):
             if prompt.keys() not in ({"prompt_token_ids"}, {"prompt"}):
-                raise TypeError(f"a prompt has keys {sorted(prompt)}; give {{'prompt_token_ids': [...]}} or {{'prompt': text}}")
+                raise TypeError(
+                    f"a prompt has keys {sorted(prompt)}; give {{'prompt_token_ids': [...]}} or {{'prompt': text}}"
+                )
             prompt = next(iter(prompt.values()))
         if isinstance(prompt, list):
             return None, prompt
         if not isinstance(prompt, str):
-            raise TypeError(f"a prompt is a {type(prompt).__name__}; give a string, a list of token ids or a dict of one")
+            raise TypeError(
+                f"a prompt is a {type(prompt).__name__}; give a string, a list of token ids or a dict of one"
+            )
         if self.tokenizer is None:
-            raise ValueError("skip_tokenizer_init=True: give prompts as {'prompt_token_ids': [...]}")
+            raise ValueError(
+                "skip_tokenizer_init=True: give prompts as {'prompt_token_ids': [...]}"
+            )
         return prompt, self.tokenizer.encode(prompt).ids
 
-    # -- evidence ---------------------------------------------------------------------------------------------------
+    # -- evidence ----------------------------------------------------------------------------------
 
     def resolved_config(self) -> dict[str, Any]:
         """JSON-able, for records."""
@@ -200,7 +265,9 @@ class LLMEngine:
         return _load("toggles", "toggle_counters")(self.config.optimizations, self._stats)
 
     def step_times(self) -> list[tuple[float, int, int]]:
-        """(seconds, prefill tokens, decode tokens) of each step since the start or the last reset_stats; of the last 262,144."""
+        """(seconds, prefill tokens, decode tokens) of each step since the start or the last
+        reset_stats; of the last 262,144.
+        """
         return list(self._step_times)
 
     @one_at_a_time
@@ -213,7 +280,7 @@ class LLMEngine:
         """Forgets every prefix that no running request holds."""
         self.scheduler.blocks.forget_prefixes()
 
-    # -- life -------------------------------------------------------------------------------------------------------
+    # -- life --------------------------------------------------------------------------------------
 
     @one_at_a_time
     def close(self, reason: str = "it was closed") -> None:
@@ -235,41 +302,69 @@ class LLMEngine:
 
 
 class LLM(LLMEngine):
-    """vLLM's offline interface: `LLM(model, **arguments).generate(prompts, sampling_params)`. Threads that share one take turns."""
+    """vLLM's offline interface: `LLM(model, **arguments).generate(prompts, sampling_params)`.
+    Threads that share one take turns.
+    """
 
     def __new__(cls, model: str, **kwargs: Any) -> Any:
         """Replicas of an engine, of the same interface, where data_parallel_size says so."""
-        one = (config := EngineConfig.from_kwargs(model, **kwargs)).optimizations.data_parallel_size == 1
+        one = (
+            config := EngineConfig.from_kwargs(model, **kwargs)
+        ).optimizations.data_parallel_size == 1
         return super().__new__(cls) if one else _load("data_parallel", "ReplicatedLLM")(config)
 
     def __init__(self, model: str, **kwargs: Any) -> None:
         super().__init__(EngineConfig.from_kwargs(model, **kwargs))
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What `generate` takes where it is given none: the checkpoint's recommendation, as in vLLM."""
+        """What `generate` takes where it is given none: the checkpoint's recommendation, as in
+        vLLM.
+        """
         return import_module("nanovllm.models.sampling_defaults").default_params(self._folder)
 
     @one_at_a_time
-    def generate(self, prompts: Prompt | SequenceOf[Prompt], sampling_params: Params = None, *,
-                 use_tqdm: bool = True) -> list[RequestOutput]:
-        """Runs every prompt to its end; outputs in the order of the prompts. Nothing runs if one of them is not valid."""
+    def generate(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        sampling_params: Params = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Runs every prompt to its end; outputs in the order of the prompts. Nothing runs if one of
+        them is not valid.
+        """
         self._check_alive()
-        one = isinstance(prompts, (str, dict)) or (len(prompts) > 0 and all(isinstance(token, int) for token in prompts))
+        one = isinstance(prompts, (str, dict)) or (
+            len(prompts) > 0 and all(isinstance(token, int) for token in prompts)
+        )
         batch: list[Any] = [prompts] if one else list(prompts)
         given = self.get_default_sampling_params() if sampling_params is None else sampling_params
         params = list(given) if isinstance(given, SequenceOf) else [given] * len(batch)
         if len(params) != len(batch):
-            raise ValueError(f"{len(batch)} prompts and {len(params)} sampling_params; give one for all, or one for each")
-        seqs = [self.make_sequence(str(n), p, s, n) for n, (p, s) in enumerate(zip(batch, params, strict=True), self._num_requests)]
+            raise ValueError(
+                f"{len(batch)} prompts and {len(params)} sampling_params; give one for all, or one for each"
+            )
+        seqs = [
+            self.make_sequence(str(n), p, s, n)
+            for n, (p, s) in enumerate(zip(batch, params, strict=True), self._num_requests)
+        ]
         unfinished: set[str] = set()
         try:
             for seq in seqs:
                 self.scheduler.add(seq)
                 unfinished.add(seq.request_id)
             self._num_requests += len(seqs)
-            with tqdm(total=len(seqs), desc="Processed prompts", unit="req", disable=not use_tqdm, dynamic_ncols=True) as bar:
+            with tqdm(
+                total=len(seqs),
+                desc="Processed prompts",
+                unit="req",
+                disable=not use_tqdm,
+                dynamic_ncols=True,
+            ) as bar:
                 while unfinished:
-                    unfinished -= {seq.request_id for seq in self.advance() if seq.finish_reason is not None}
+                    unfinished -= {
+                        seq.request_id for seq in self.advance() if seq.finish_reason is not None
+                    }
                     bar.update(len(seqs) - len(unfinished) - bar.n)
         finally:
             for request_id in unfinished:
@@ -283,10 +378,13 @@ def _load(module: str, name: str) -> Any:
 
 
 def load_tokenizer(folder: str, eos_token_ids: tuple[int, ...] = ()) -> Tokenizer:
-    """tokenizer.json of a folder or hub id. Raises FileNotFoundError with what to do where there is none, ValueError for one that
-    is damaged or that files beside it contradict."""
+    """tokenizer.json of a folder or hub id. Raises FileNotFoundError with what to do where there is
+    none, ValueError for one that is damaged or that files beside it contradict.
+    """
     if not (file := resolve_model(folder) / "tokenizer.json").is_file():
-        raise FileNotFoundError(f"{file} is missing: give `tokenizer`, or skip_tokenizer_init=True and prompts as token ids")
+        raise FileNotFoundError(
+            f"{file} is missing: give `tokenizer`, or skip_tokenizer_init=True and prompts as token ids"
+        )
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing more special
@@ -294,7 +392,14 @@ def load_tokenizer(folder: str, eos_token_ids: tuple[int, ...] = ()) -> Tokenize
     tokenizer.no_truncation()  # both are how it was last used, not what the model is
     tokenizer.no_padding()
     config, names, added = (
-        read_if_there(file.with_name(name)) for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"))
-    if not {**config, **names, **added, "model_max_length": None}.items() <= PLAIN_TOKENIZER.items():
-        import_module("nanovllm.models.tokenizer_files").check_tokenizer(file.parent, tokenizer, eos_token_ids)
+        read_if_there(file.with_name(name))
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    )
+    if (
+        not {**config, **names, **added, "model_max_length": None}.items()
+        <= PLAIN_TOKENIZER.items()
+    ):
+        import_module("nanovllm.models.tokenizer_files").check_tokenizer(
+            file.parent, tokenizer, eos_token_ids
+        )
     return tokenizer

@@ -6,7 +6,9 @@ from nanovllm.engine.sequence import Sequence, TokenLogprobs
 from nanovllm.outputs import CompletionOutput, Logprob
 
 
-def attach_logprobs(completion: CompletionOutput, seq: Sequence, tokenizer: Tokenizer | None) -> None:
+def attach_logprobs(
+    completion: CompletionOutput, seq: Sequence, tokenizer: Tokenizer | None
+) -> None:
     """For each token: itself and the `logprobs` most likely ones, by token id."""
 
     def decode(token: int) -> str | None:
@@ -15,9 +17,14 @@ def attach_logprobs(completion: CompletionOutput, seq: Sequence, tokenizer: Toke
     def entry(token: int, logprobs: TokenLogprobs) -> dict[int, Logprob]:
         chosen, rank, largest, ids = logprobs
         count = seq.params.logprobs
-        found = {i: Logprob(lp, k, decode(i)) for k, (lp, i) in enumerate(zip(largest[:count], ids[:count], strict=True), 1)}
+        found = {
+            i: Logprob(lp, k, decode(i))
+            for k, (lp, i) in enumerate(zip(largest[:count], ids[:count], strict=True), 1)
+        }
         found.setdefault(token, Logprob(chosen, rank, decode(token)))
         return found
 
-    completion.logprobs = [entry(token, lp) for token, lp in zip(completion.token_ids, seq.logprobs, strict=True)]
+    completion.logprobs = [
+        entry(token, lp) for token, lp in zip(completion.token_ids, seq.logprobs, strict=True)
+    ]
     completion.cumulative_logprob = sum(lp[0] for lp in seq.logprobs)

@@ -1,6 +1,7 @@
 """Which device an engine runs on, and whether what it needs is there. Loaded unless device='cpu'.
 
-`prepare` is asked before anything is loaded: what cannot work is an error in a second, not a traceback from inside a library.
+`prepare` is asked before anything is loaded: what cannot work is an error in a second, not a
+traceback from inside a library.
 """
 
 from __future__ import annotations
@@ -35,17 +36,22 @@ PyMODINIT_FUNC PyInit_nanovllm_probe(void) { return PyModule_Create(&module); }
 
 
 def prepare(config: EngineConfig) -> tuple[Device, EngineConfig]:
-    """The device of an engine, and its configuration with every 'auto' that cannot be the best level here replaced.
+    """The device of an engine, and its configuration with every 'auto' that cannot be the best
+    level here replaced.
 
-    Raises ValueError where device='cuda' has no GPU, a GPU is too old, there are too few, or an explicit level cannot run.
+    Raises ValueError where device='cuda' has no GPU, a GPU is too old, there are too few, or an
+    explicit level cannot run.
     """
-    with warnings.catch_warnings(record=True) as said:  # torch says here why it cannot use a GPU; we say it once, with the remedy
+    # torch says here why it cannot use a GPU; we say it once, with the remedy
+    with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
     if not available:
         why = why_no_gpu([str(warning.message) for warning in said])
         if config.device == "cuda":
-            raise ValueError(f"device='cuda' was asked for and torch sees no GPU: {why}; or use device='cpu'")
+            raise ValueError(
+                f"device='cuda' was asked for and torch sees no GPU: {why}; or use device='cpu'"
+            )
         if gpu_is_present() and not _hidden_by_caller():
             LOG.warning("running on the CPU although there is an NVIDIA GPU: %s", why)
         return "cpu", config
@@ -54,16 +60,20 @@ def prepare(config: EngineConfig) -> tuple[Device, EngineConfig]:
         check_capability(torch.cuda.current_device())
     else:  # each rank looks at its own GPU: this process stays off them
         require_gpus(ranks, f"tensor_parallel_size={ranks}")
-    return "cuda", dataclasses.replace(config, optimizations=_without_triton_where_it_cannot_run(config.optimizations))
+    return "cuda", dataclasses.replace(
+        config, optimizations=_without_triton_where_it_cannot_run(config.optimizations)
+    )
 
 
 def check_capability(index: int) -> None:
     """Raises ValueError for a GPU that is too old, with its name and what to do."""
     capability, name = torch.cuda.get_device_capability(index), torch.cuda.get_device_name(index)
     if capability < LEAST_CAPABILITY:
-        raise ValueError(f"GPU {index} ({name}) has compute capability {capability[0]}.{capability[1]}; allowed is "
-                         f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} or newer (Ampere: A100, RTX 30 series, and later). "
-                         "Choose another GPU with CUDA_VISIBLE_DEVICES, or use device='cpu'")
+        raise ValueError(
+            f"GPU {index} ({name}) has compute capability {capability[0]}.{capability[1]}; allowed is "
+            f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} or newer (Ampere: A100, RTX 30 series, and later). "
+            "Choose another GPU with CUDA_VISIBLE_DEVICES, or use device='cpu'"
+        )
 
 
 def require_gpus(count: int, wanted_by: str) -> None:
@@ -71,11 +81,13 @@ def require_gpus(count: int, wanted_by: str) -> None:
     if (visible := torch.cuda.device_count()) < count:
         shown = os.environ.get("CUDA_VISIBLE_DEVICES")
         seen = "" if shown is None else f" (CUDA_VISIBLE_DEVICES={shown!r})"
-        raise ValueError(f"{wanted_by} needs {count} GPUs and {visible} {'is' if visible == 1 else 'are'} visible{seen}: "
-                         f"use at most {visible}, or make more visible")
+        raise ValueError(
+            f"{wanted_by} needs {count} GPUs and {visible} {'is' if visible == 1 else 'are'} visible{seen}: "
+            f"use at most {visible}, or make more visible"
+        )
 
 
-# -- a GPU that torch cannot use ---------------------------------------------------------------------------------------------
+# -- a GPU that torch cannot use -------------------------------------------------------------------
 
 
 def gpu_is_present() -> bool:
@@ -86,8 +98,10 @@ def gpu_is_present() -> bool:
 def why_no_gpu(said: list[str]) -> str:
     """Why torch uses none, and the remedy. said: the warnings of torch.cuda.is_available()."""
     if torch.version.cuda is None:
-        return (f"torch {torch.__version__} is built without CUDA; install the build for NVIDIA GPUs "
-                "(https://pytorch.org/get-started/locally)")
+        return (
+            f"torch {torch.__version__} is built without CUDA; install the build for NVIDIA GPUs "
+            "(https://pytorch.org/get-started/locally)"
+        )
     if _hidden_by_caller():
         return f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r} hides all; unset it"
     if not said:
@@ -96,23 +110,25 @@ def why_no_gpu(said: list[str]) -> str:
         except RuntimeError as error:
             said = [str(error)]
     reason = " ".join(said[0].split()) if said else "no reason given"
-    return (f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, says {reason!r}; update the NVIDIA driver, or "
-            "install a torch for an older CUDA (https://pytorch.org/get-started/previous-versions); in a container, pass the GPU "
-            "in (--gpus all)")
+    return (
+        f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, says {reason!r}; update the NVIDIA driver, or "
+        "install a torch for an older CUDA (https://pytorch.org/get-started/previous-versions); in a container, pass the GPU "
+        "in (--gpus all)"
+    )
 
 
 def _hidden_by_caller() -> bool:
     return os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
 
 
-# -- what Triton needs ---------------------------------------------------------------------------------------------------------
+# -- what Triton needs -----------------------------------------------------------------------------
 
 
 def triton_problem() -> str | None:
     """What keeps Triton from launching a kernel here, and the remedy; None where nothing does.
 
-    Triton compiles a small C module at its first launch and keeps it in its cache. So does this, by the same road: where that
-    works once, it works without a compiler from then on.
+    Triton compiles a small C module at its first launch and keeps it in its cache. So does this, by
+    the same road: where that works once, it works without a compiler from then on.
     """
     if find_spec("triton") is None:
         return "Triton is not installed; `pip install triton`"
@@ -121,7 +137,13 @@ def triton_problem() -> str | None:
     try:
         build.compile_module_from_src(_PROBE, "nanovllm_probe")
         _find_driver_library()
-    except (RuntimeError, OSError, ImportError, AssertionError, subprocess.CalledProcessError) as error:
+    except (
+        RuntimeError,
+        OSError,
+        ImportError,
+        AssertionError,
+        subprocess.CalledProcessError,
+    ) as error:
         return _what_is_missing(error)
     return None
 
@@ -136,44 +158,65 @@ def _what_is_missing(error: Exception) -> str:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if compiler is None:
-        return ("Triton needs a C compiler and there is none; install gcc (Debian, Ubuntu: apt-get install gcc), or name one in "
-                "the environment variable CC")
+        return (
+            "Triton needs a C compiler and there is none; install gcc (Debian, Ubuntu: apt-get install gcc), or name one in "
+            "the environment variable CC"
+        )
     if shutil.which(compiler) is None:
         return f"Triton needs a C compiler and CC={compiler!r} is none; correct or unset CC"
     if not header.is_file():
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        return (f"Triton needs the C headers of Python and {header} is missing; install them (Debian, Ubuntu: apt-get install "
-                f"python{version}-dev, or python3-dev), or use a Python that brings them (uv, conda, pyenv)")
+        return (
+            f"Triton needs the C headers of Python and {header} is missing; install them (Debian, Ubuntu: apt-get install "
+            f"python{version}-dev, or python3-dev), or use a Python that brings them (uv, conda, pyenv)"
+        )
     if "libcuda" in str(error) or "ldconfig" in str(error):
-        return ("Triton finds no libcuda.so.1 through /sbin/ldconfig; run ldconfig, or name its folder in the environment variable "
-                "TRITON_LIBCUDA_PATH")
+        return (
+            "Triton finds no libcuda.so.1 through /sbin/ldconfig; run ldconfig, or name its folder in the environment variable "
+            "TRITON_LIBCUDA_PATH"
+        )
     return f"the C compiler {compiler} could not build Triton's launcher ({type(error).__name__}: {error}); its output is above"
 
 
 def _without_triton_where_it_cannot_run(asked: Optimizations) -> Optimizations:
-    """Raises ValueError where Triton cannot run and was asked for; takes torch's operations, with a warning, for 'auto'."""
-    by_triton = {"kernels": ("triton", "compile"), "attention_backend": ("triton",), "cascade_attention": (True,)}
+    """Raises ValueError where Triton cannot run and was asked for; takes torch's operations, with a
+    warning, for 'auto'.
+    """
+    by_triton = {
+        "kernels": ("triton", "compile"),
+        "attention_backend": ("triton",),
+        "cascade_attention": (True,),
+    }
     levels = {name: getattr(asked, name) for name in by_triton}
     explicit = [f"{name}={level!r}" for name, level in levels.items() if level in by_triton[name]]
     auto = [name for name in ("kernels", "attention_backend") if levels[name] == "auto"]
     if not (explicit or auto) or (problem := triton_problem()) is None:
         return asked
     if explicit:
-        raise ValueError(f"{' and '.join(explicit)} cannot run here: {problem}. "
-                         "Or use kernels='torch', attention_backend='torch', cascade_attention=False.")
+        raise ValueError(
+            f"{' and '.join(explicit)} cannot run here: {problem}. "
+            "Or use kernels='torch', attention_backend='torch', cascade_attention=False."
+        )
     changes: dict[str, Any] = dict.fromkeys(auto, "torch")
-    # A graph serves every length, and torch's attention would gather max_model_len tokens of every request in each step.
+    # A graph serves every length, and torch's attention would gather max_model_len tokens of every
+    # request in each step.
     if "attention_backend" in auto and asked.cuda_graphs == "auto":
         changes["cuda_graphs"] = False
-    LOG.warning("much slower than it could be, with %s: %s", ", ".join(f"{k}={v!r}" for k, v in changes.items()), problem)
+    LOG.warning(
+        "much slower than it could be, with %s: %s",
+        ", ".join(f"{k}={v!r}" for k, v in changes.items()),
+        problem,
+    )
     return dataclasses.replace(asked, **changes)
 
 
-# -- a started engine ----------------------------------------------------------------------------------------------------------
+# -- a started engine ------------------------------------------------------------------------------
 
 
 class OnDevice:
-    """The step protocol, on the engine's GPU whichever one is the caller's at the time: Triton launches on the current device."""
+    """The step protocol, on the engine's GPU whichever one is the caller's at the time: Triton
+    launches on the current device.
+    """
 
     def __init__(self, loop: Any, device: torch.device) -> None:
         self.loop, self.device = loop, device
@@ -186,14 +229,21 @@ class OnDevice:
 def started(engine: Any, duration_s: float) -> Any:
     """Says in one line what an engine on a GPU has become; its step loop, bound to its device."""
     compiled = getattr(engine.runner, "rehearsal", None)
-    how = f" ({compiled.num_kernels} kernels compiled in {compiled.duration_s:.1f} s)" if compiled and compiled.num_kernels else ""
+    how = (
+        f" ({compiled.num_kernels} kernels compiled in {compiled.duration_s:.1f} s)"
+        if compiled and compiled.num_kernels
+        else ""
+    )
     tell(f"{describe(engine.config, _where(engine.runner))}; started in {duration_s:.1f} s{how}")
-    device = getattr(engine.runner, "device", None)  # the engine of several ranks has none: each rank is a process of its own
+    # the engine of several ranks has none: each rank is a process of its own
+    device = getattr(engine.runner, "device", None)
     return engine.loop if device is None else OnDevice(engine.loop, device)
 
 
 def tell(line: str) -> None:
-    """On standard error; through the logger `nanovllm` at INFO, and so as the application says, where it has set up logging."""
+    """On standard error; through the logger `nanovllm` at INFO, and so as the application says,
+    where it has set up logging.
+    """
     if LOG.hasHandlers() or LOG.level != logging.NOTSET:
         LOG.info(line)
     else:
@@ -203,16 +253,27 @@ def tell(line: str) -> None:
 def describe(config: Any, where: str) -> str:
     """What was chosen. config: a ResolvedConfig."""
     on = config.optimizations
-    names = {"cuda_graphs": "CUDA graphs", "overlap": "overlap", "prefix_cache": "prefix cache",
-             "cascade_attention": "cascade attention"}  # fmt: skip
+    names = {
+        "cuda_graphs": "CUDA graphs",
+        "overlap": "overlap",
+        "prefix_cache": "prefix cache",
+        "cascade_attention": "cascade attention",
+    }
     switched_on = [text for name, text in names.items() if getattr(on, name)]
     switched_off = [text for name, text in names.items() if not getattr(on, name)]
-    levels = [f"attention {on.attention_backend}", f"kernels {on.kernels}", f"batching {on.batching}", *switched_on]
+    levels = [
+        f"attention {on.attention_backend}",
+        f"kernels {on.kernels}",
+        f"batching {on.batching}",
+        *switched_on,
+    ]
     off = f" (off: {', '.join(switched_off)})" if switched_off else ""
     tokens = config.num_kv_blocks * config.block_size
     cache = f"KV cache of {tokens:,} tokens, {config.kv_cache_bytes / 2**30:.2f} GiB"
-    return (f"{where}, {config.dtype}; {', '.join(levels)}{off}; {cache}, "
-            f"for up to {config.max_num_seqs} requests of up to {config.max_model_len:,} tokens")
+    return (
+        f"{where}, {config.dtype}; {', '.join(levels)}{off}; {cache}, "
+        f"for up to {config.max_num_seqs} requests of up to {config.max_model_len:,} tokens"
+    )
 
 
 def _where(runner: Any) -> str:

@@ -1,10 +1,12 @@
-"""What an engine may take of a GPU's memory, and what does not fit, before the weights are loaded. Loaded only on a GPU.
+"""What an engine may take of a GPU's memory, and what does not fit, before the weights are loaded.
+Loaded only on a GPU.
 
     total  | others | this engine: weights, code | a step | KV cache | kept free |
                     |<------- at most gpu_memory_utilization of total ->|
 
-gpu_memory_utilization is the share of the whole memory that this engine may take, as in vLLM, so two engines of 0.45 go together.
-Where others hold so much that less than that is free, the engine takes what is free but for `kept_free_bytes`.
+gpu_memory_utilization is the share of the whole memory that this engine may take, as in vLLM, so
+two engines of 0.45 go together. Where others hold so much that less than that is free, the engine
+takes what is free but for `kept_free_bytes`.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def memory(device: torch.device) -> tuple[int, int]:
 
 
 def before_the_weights(runner: ModelRunner, model: ModelConfig) -> MemoryPlan:
-    """What a runner on a GPU does before it loads them: sees that they fit, and has the kernels of its first steps compiled."""
+    """What a runner on a GPU does before it loads them: sees that they fit, and has the kernels of
+    its first steps compiled.
+    """
     plan = MemoryPlan(runner, model)
     if runner.config.optimizations.kernels == "triton":
         from nanovllm.engine.rehearsal import Rehearsal
@@ -61,8 +65,14 @@ class MemoryPlan:
 
     @property
     def allowed_bytes(self) -> int:
-        """An explicit kv_cache_memory_bytes says more than a share of the memory does, and takes its place."""
-        share = 1.0 if self.config.kv_cache_memory_bytes is not None else self.config.gpu_memory_utilization
+        """An explicit kv_cache_memory_bytes says more than a share of the memory does, and takes
+        its place.
+        """
+        share = (
+            1.0
+            if self.config.kv_cache_memory_bytes is not None
+            else self.config.gpu_memory_utilization
+        )
         return int(share * self.total_bytes)
 
     @property
@@ -70,11 +80,13 @@ class MemoryPlan:
         return min(KEPT_FREE_BYTES, self.total_bytes - self.allowed_bytes)
 
     def num_blocks(self, runner: ModelRunner, spec: KVCacheSpec) -> int:
-        """KV blocks of an engine whose weights are loaded: of an explicit kv_cache_memory_bytes; else of what is left of the
-        plan when a step has its room, but no more than max_num_seqs requests of max_model_len tokens can fill.
+        """KV blocks of an engine whose weights are loaded: of an explicit kv_cache_memory_bytes;
+        else of what is left of the plan when a step has its room, but no more than max_num_seqs
+        requests of max_model_len tokens can fill.
 
-        Raises ValueError where what is left does not hold one request of max_model_len tokens. Where that is only the model's own
-        limit, which few requests reach, this is a warning: the engine refuses those that do.
+        Raises ValueError where what is left does not hold one request of max_model_len tokens.
+        Where that is only the model's own limit, which few requests reach, this is a warning: the
+        engine refuses those that do.
         """
         step_bytes = bytes_for_steps(runner, spec)
         if self.config.kv_cache_memory_bytes is not None:
@@ -84,7 +96,9 @@ class MemoryPlan:
         room = min(self.allowed_bytes - taken, free_now - self.kept_free_bytes) - step_bytes
         one_request = -(-self.config.max_model_len // spec.block_size)
         if room < one_request * spec.block_bytes:
-            said = self._request_does_not_fit(room, free_now - step_bytes, step_bytes, one_request, spec)
+            said = self._request_does_not_fit(
+                room, free_now - step_bytes, step_bytes, one_request, spec
+            )
             if self.config.max_model_len < self.longest or room < spec.block_bytes:
                 raise ValueError(said)
             LOG.warning("longer requests will be refused: %s", said)
@@ -92,60 +106,98 @@ class MemoryPlan:
 
     def _weights_do_not_fit(self) -> str:
         each = " on each GPU" if self.num_ranks > 1 else ""
-        lines = [f"the weights take {_gib(self.weights_bytes)} in {self.config.dtype}{each}",
-                 f"of {_gib(self.total_bytes)} on {self.device} {_gib(self.free_bytes)} are free"]
+        lines = [
+            f"the weights take {_gib(self.weights_bytes)} in {self.config.dtype}{each}",
+            f"of {_gib(self.total_bytes)} on {self.device} {_gib(self.free_bytes)} are free",
+        ]
         if self.allowed_bytes < self.total_bytes:
-            lines.append(f"gpu_memory_utilization={self.config.gpu_memory_utilization:g} allows {_gib(self.allowed_bytes)}")
+            lines.append(
+                f"gpu_memory_utilization={self.config.gpu_memory_utilization:g} allows {_gib(self.allowed_bytes)}"
+            )
         lines += self._others()
         ways = []
-        if self.weights_bytes > self.free_bytes and self.weights_bytes < self.total_bytes - self.kept_free_bytes:
+        if (
+            self.weights_bytes > self.free_bytes
+            and self.weights_bytes < self.total_bytes - self.kept_free_bytes
+        ):
             ways.append(f"free {_gib(self.weights_bytes - self.free_bytes)} or more on that GPU")
         if self.allowed_bytes < self.weights_bytes <= self.free_bytes:
-            ways.append(f"raise gpu_memory_utilization to more than {_up(self.weights_bytes / self.total_bytes)}")
+            ways.append(
+                f"raise gpu_memory_utilization to more than {_up(self.weights_bytes / self.total_bytes)}"
+            )
         fits = 0.9 * min(self.free_bytes, self.allowed_bytes)  # something must be left for a cache
         if self.config.dtype == "float32" and self.weights_bytes / 2 <= fits:
             ways.append(f"dtype='bfloat16' ({_gib(self.weights_bytes // 2)})")
         whole = self.weights_bytes * self.num_ranks
-        ranks = [n for n in (2, 4, 8) if n > self.num_ranks and self.num_kv_heads % n == 0 and whole / n <= fits]
+        ranks = [
+            n
+            for n in (2, 4, 8)
+            if n > self.num_ranks and self.num_kv_heads % n == 0 and whole / n <= fits
+        ]
         if ranks:
-            ways.append(f"tensor_parallel_size={ranks[0]} on as many GPUs ({_gib(whole // ranks[0])} on each)")
+            ways.append(
+                f"tensor_parallel_size={ranks[0]} on as many GPUs ({_gib(whole // ranks[0])} on each)"
+            )
         ways.append("a smaller model, or a GPU with more memory")
         return "; ".join(lines) + ". What helps: " + "; ".join(ways)
 
     def _others(self) -> list[str]:
-        """Who else holds memory of this GPU, as far as it can be told: another container's processes are not listed."""
+        """Who else holds memory of this GPU, as far as it can be told: another container's
+        processes are not listed.
+        """
         ours = torch.cuda.memory_reserved(self.device)
-        held = [f"{_gib(self.total_bytes - self.free_bytes - ours)} are held by other processes and the driver"]
+        held = [
+            f"{_gib(self.total_bytes - self.free_bytes - ours)} are held by other processes and the driver"
+        ]
         if ours:
             held.append(f"{_gib(ours)} by PyTorch in this process (another engine? close it)")
         processes = ""
-        with contextlib.suppress(Exception):  # NVML is missing, or keeps this to itself: an error about memory must not become one
+        # NVML is missing, or keeps this to itself: an error about memory must not become one
+        with contextlib.suppress(Exception):
             processes = torch.cuda.list_gpu_processes(self.device)
-        named = [f"process {pid} {size} MiB" for pid, size in re.findall(r"process\s+(\d+) uses\s+(\d+)[.\d]* MB", processes)
-                 if int(pid) != os.getpid()]  # fmt: skip
+        named = [
+            f"process {pid} {size} MiB"
+            for pid, size in re.findall(r"process\s+(\d+) uses\s+(\d+)[.\d]* MB", processes)
+            if int(pid) != os.getpid()
+        ]
         return held + ([f"among them {', '.join(named[:5])}"] if named else [])
 
-    def _request_does_not_fit(self, room: int, free_after_step: int, step_bytes: int, one_request: int, spec: KVCacheSpec) -> str:
+    def _request_does_not_fit(
+        self, room: int, free_after_step: int, step_bytes: int, one_request: int, spec: KVCacheSpec
+    ) -> str:
         config = self.config
-        needed, tokens = one_request * spec.block_bytes, max(0, room) // spec.block_bytes * spec.block_size
+        needed, tokens = (
+            one_request * spec.block_bytes,
+            max(0, room) // spec.block_bytes * spec.block_size,
+        )
         ways = []
         if tokens:
             ways.append(f"max_model_len={tokens} or less")
         share = _up((self.allowed_bytes + needed - room) / self.total_bytes)
-        if share <= 1 and needed <= free_after_step - min(KEPT_FREE_BYTES, int((1 - share) * self.total_bytes)):
-            ways.append(f"gpu_memory_utilization={share} or more instead of {config.gpu_memory_utilization:g}")
+        if share <= 1 and needed <= free_after_step - min(
+            KEPT_FREE_BYTES, int((1 - share) * self.total_bytes)
+        ):
+            ways.append(
+                f"gpu_memory_utilization={share} or more instead of {config.gpu_memory_utilization:g}"
+            )
         if needed - room < step_bytes // 2:
-            ways.append(f"max_num_batched_tokens or max_num_seqs lower than {config.max_num_batched_tokens} and "
-                        f"{config.max_num_seqs} (a step takes {_gib(step_bytes)})")
+            ways.append(
+                f"max_num_batched_tokens or max_num_seqs lower than {config.max_num_batched_tokens} and "
+                f"{config.max_num_seqs} (a step takes {_gib(step_bytes)})"
+            )
         ways.append("more free memory on that GPU, or tensor_parallel_size to share it out")
-        return (f"the KV cache would hold {tokens:,} tokens ({_gib(max(0, room))}), and one request of max_model_len="
-                f"{config.max_model_len} takes {_gib(needed)}: of {_gib(self.total_bytes)} on {self.device} "
-                f"{_gib(self.free_bytes)} were free, the weights take {_gib(self.weights_bytes)}, a step {_gib(step_bytes)}. "
-                f"What helps: {'; '.join(ways)}")
+        return (
+            f"the KV cache would hold {tokens:,} tokens ({_gib(max(0, room))}), and one request of max_model_len="
+            f"{config.max_model_len} takes {_gib(needed)}: of {_gib(self.total_bytes)} on {self.device} "
+            f"{_gib(self.free_bytes)} were free, the weights take {_gib(self.weights_bytes)}, a step {_gib(step_bytes)}. "
+            f"What helps: {'; '.join(ways)}"
+        )
 
 
 def weights_bytes(runner: ModelRunner, model: ModelConfig) -> int:
-    """Of this rank's share. From the model itself, built without memory: its shapes are those that a checkpoint must have."""
+    """Of this rank's share. From the model itself, built without memory: its shapes are those that
+    a checkpoint must have.
+    """
     with torch.device("meta"):
         built = Qwen3ForCausalLM(model, 1, runner.kernels, runner.attention, runner.tp)
     itemsize: int = getattr(torch, runner.config.dtype).itemsize

@@ -1,8 +1,9 @@
 """Plans in, tokens out: one rank's model, KV cache and batch rows, executed eagerly.
 
-`launch` enqueues a step and never waits for the device; `collect` waits for the tokens of that step. What outlives a step
-lies in rows, one for each running request: its block table, its sampling parameters, its last token. A decode takes its
-token from there, so the next step can be launched before the host has read it.
+`launch` enqueues a step and never waits for the device; `collect` waits for the tokens of that
+step. What outlives a step lies in rows, one for each running request: its block table, its sampling
+parameters, its last token. A decode takes its token from there, so the next step can be launched
+before the host has read it.
 """
 
 from dataclasses import dataclass
@@ -29,25 +30,43 @@ from nanovllm.models.qwen3 import Qwen3ForCausalLM
 class StepHandle:
     """A launched step: what it will have sampled, on the way to the host."""
 
-    tensors: list[Tensor]  # token ids [sampling entries]; where asked for, log-probability, rank, largest ones, their ids
+    # token ids [sampling entries]; where asked for, log-probability, rank, largest ones, their ids
+    tensors: list[Tensor]
     arrived: torch.cuda.Event | None
 
 
 class ModelRunner:
-    """One rank. Raises MemoryError where weights, a step or the cache do not fit, saying what to lower."""
+    """One rank. Raises MemoryError where weights, a step or the cache do not fit, saying what to
+    lower.
+    """
 
     spare = 0  # rows and blocks that no request gets
 
-    def __init__(self, resolved: ResolvedConfig, model_config: ModelConfig, folder: Path, stats: StepStats,
-                 tp: TensorParallel | None = None) -> None:
+    def __init__(
+        self,
+        resolved: ResolvedConfig,
+        model_config: ModelConfig,
+        folder: Path,
+        stats: StepStats,
+        tp: TensorParallel | None = None,
+    ) -> None:
         self.config, self.stats, self.tp = resolved, stats, (tp := tp or TensorParallel())
         # The caller's current GPU; a tensor-parallel rank has made that of its number current.
-        self.device = torch.device("cuda", torch.cuda.current_device()) if resolved.device == "cuda" else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device())
+            if resolved.device == "cuda"
+            else torch.device("cpu")
+        )
         dtype = getattr(torch, resolved.dtype)
         self.kernels = tp.over_shards(load_kernels(resolved.optimizations, stats.kernel_calls))
         self.attention = load_attention(
-            resolved.optimizations, stats.attention_calls, num_kv_heads=model_config.num_key_value_heads // tp.size,
-            block_size=resolved.block_size, head_dim=model_config.head_dim, dtype=dtype)  # fmt: skip
+            resolved.optimizations,
+            stats.attention_calls,
+            num_kv_heads=model_config.num_key_value_heads // tp.size,
+            block_size=resolved.block_size,
+            head_dim=model_config.head_dim,
+            dtype=dtype,
+        )
         plan: Any = None
         if resolved.device == "cuda":
             from nanovllm.engine.memory_plan import before_the_weights
@@ -57,7 +76,9 @@ class ModelRunner:
         torch.set_default_dtype(dtype)
         try:
             with self.device:
-                self.model = Qwen3ForCausalLM(model_config, resolved.max_model_len, self.kernels, self.attention, tp)
+                self.model = Qwen3ForCausalLM(
+                    model_config, resolved.max_model_len, self.kernels, self.attention, tp
+                )
         finally:
             torch.set_default_dtype(default_dtype)
         load_weights(self.model, folder, tp)
@@ -66,7 +87,9 @@ class ModelRunner:
         self.make_rows()
 
         spec = KVCacheSpec.of(model_config, resolved)
-        self.num_blocks = tp.agree_on_least(plan.num_blocks(self, spec) if plan else num_blocks_for(resolved, spec))
+        self.num_blocks = tp.agree_on_least(
+            plan.num_blocks(self, spec) if plan else num_blocks_for(resolved, spec)
+        )
         self.kv_cache_bytes = self.num_blocks * spec.block_bytes
         self.kv_caches = spec.allocate(self.num_blocks + self.spare, self.device)
 
@@ -74,7 +97,9 @@ class ModelRunner:
         """The state of every row, on the runner's device."""
         rows = self.config.max_num_seqs + self.spare
         with self.device:
-            self.block_tables = torch.zeros(rows, -(-self.config.max_model_len // self.config.block_size), dtype=torch.int32)
+            self.block_tables = torch.zeros(
+                rows, -(-self.config.max_model_len // self.config.block_size), dtype=torch.int32
+            )
             self.last_tokens, self.top_ks, self.seeds = torch.zeros(3, rows, dtype=torch.int64)
             self.temperatures, self.top_ps = torch.zeros(2, rows, dtype=torch.float32)
 
@@ -90,23 +115,37 @@ class ModelRunner:
         samples = self._tensor([i for i, sampled in enumerate(plan.samples) if sampled])
         logits = self.model.logits(hidden[batch.query_start_loc[1:][samples] - 1])
         rows = rows[samples]
-        params = (of_rows[rows] for of_rows in (self.temperatures, self.top_ks, self.top_ps, self.seeds))
-        positions, flags = batch.seq_lens[samples].long(), {"all_greedy": plan.greedy_only, "any_top_k_top_p": plan.filtered}
+        params = (
+            of_rows[rows] for of_rows in (self.temperatures, self.top_ks, self.top_ps, self.seeds)
+        )
+        positions, flags = (
+            batch.seq_lens[samples].long(),
+            {"all_greedy": plan.greedy_only, "any_top_k_top_p": plan.filtered},
+        )
         token_ids = self.kernels.sample(logits, *params, positions, **flags)
         self.last_tokens[rows] = token_ids
         if plan.num_logprobs is None:
             return self._read_back(token_ids)
         from nanovllm.kernels.torch.logprobs import logprobs
 
-        return self._read_back(token_ids, *logprobs(self.tp.all_gather(logits), token_ids, plan.num_logprobs))
+        return self._read_back(
+            token_ids, *logprobs(self.tp.all_gather(logits), token_ids, plan.num_logprobs)
+        )
 
     def _read_back(self, *tensors: Tensor) -> StepHandle:
-        """Enqueues their copies to the host; an event tells when those have arrived, however much is enqueued behind."""
+        """Enqueues their copies to the host; an event tells when those have arrived, however much
+        is enqueued behind.
+        """
         copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
-        return StepHandle(copies, torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None)
+        return StepHandle(
+            copies,
+            torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None,
+        )
 
     def collect(self, handle: StepHandle) -> tuple[list[int], list[TokenLogprobs] | None]:
-        """Waits for a step: its tokens, one a sampling entry, and what was asked for of their log-probabilities."""
+        """Waits for a step: its tokens, one a sampling entry, and what was asked for of their
+        log-probabilities.
+        """
         if handle.arrived is not None:
             handle.arrived.synchronize()
         token_ids, *logprobs = (tensor.tolist() for tensor in handle.tensors)
@@ -119,30 +158,48 @@ class ModelRunner:
 
     def _tensor(self, values: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:
         # A copy from pageable memory would wait for the device.
-        return torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
+        return torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda").to(
+            self.device, non_blocking=True
+        )
 
     def _update_rows(self, plan: StepPlan) -> None:
         if plan.new_rows:
-            rows, temperatures, top_ks, top_ps, seeds = (list(column) for column in zip(*plan.new_rows, strict=True))
+            rows, temperatures, top_ks, top_ps, seeds = (
+                list(column) for column in zip(*plan.new_rows, strict=True)
+            )
             index = self._tensor(rows)
             self.top_ks[index], self.seeds[index] = self._tensor([top_ks, seeds])
-            self.temperatures[index], self.top_ps[index] = self._tensor([temperatures, top_ps], torch.float32)
+            self.temperatures[index], self.top_ps[index] = self._tensor(
+                [temperatures, top_ps], torch.float32
+            )
         if plan.new_blocks:
             rows, columns, blocks = self._tensor(plan.new_blocks).unbind(1)  # type: ignore[arg-type]
             self.block_tables[rows, columns] = blocks.int()
 
     def _batch(self, plan: StepPlan, rows: Tensor) -> ForwardBatch:
         """The tensors of a step; slots are derived from the block tables on the device."""
-        seq_lens = [start + length for start, length in zip(plan.starts, plan.query_lens, strict=True)]
+        seq_lens = [
+            start + length for start, length in zip(plan.starts, plan.query_lens, strict=True)
+        ]
         starts, query_lens = self._tensor(plan.starts), self._tensor(plan.query_lens)
         num_tokens = plan.num_decodes + len(plan.token_ids)
         query_start_loc = torch.nn.functional.pad(query_lens.cumsum(0), (1, 0))
-        entry = torch.repeat_interleave(query_lens, output_size=num_tokens)  # [tokens]: the entry of each token
-        positions = torch.arange(num_tokens, device=self.device) + (starts - query_start_loc[:-1])[entry]
+        # [tokens]: the entry of each token
+        entry = torch.repeat_interleave(query_lens, output_size=num_tokens)
+        positions = (
+            torch.arange(num_tokens, device=self.device) + (starts - query_start_loc[:-1])[entry]
+        )
         block_size = self.config.block_size
         block_tables = self.block_tables[rows, : -(-max(seq_lens) // block_size)]
         blocks = block_tables[entry, positions // block_size].long()
         return ForwardBatch(
-            torch.cat((self.last_tokens[rows[: plan.num_decodes]], self._tensor(plan.token_ids))), positions,
-            blocks * block_size + positions % block_size, block_tables, self._tensor(seq_lens, torch.int32), query_start_loc,
-            plan.num_decodes, plan.query_lens, seq_lens)  # fmt: skip
+            torch.cat((self.last_tokens[rows[: plan.num_decodes]], self._tensor(plan.token_ids))),
+            positions,
+            blocks * block_size + positions % block_size,
+            block_tables,
+            self._tensor(seq_lens, torch.int32),
+            query_start_loc,
+            plan.num_decodes,
+            plan.query_lens,
+            seq_lens,
+        )

@@ -1,10 +1,12 @@
-"""overlap=True: the step loop that never waits for the device before it has given it the next step. Loaded only when on.
+"""overlap=True: the step loop that never waits for the device before it has given it the next step.
+Loaded only when on.
 
     host     plan n+1 | launch n+1 | collect n | commit n | plan n+2 | ...
     device   ...... step n .......... | ..... step n+1 ......
 
-Tokens of step n stay on the device, where step n+1 reads them; the host learns of them one step late (commit lag 1). So a
-request that ends by a stop token has one step too many in flight: its token is discarded at commit.
+Tokens of step n stay on the device, where step n+1 reads them; the host learns of them one step
+late (commit lag 1). So a request that ends by a stop token has one step too many in flight: its
+token is discarded at commit.
 """
 
 from collections import deque
@@ -23,7 +25,9 @@ class OverlappedStepLoop:
         self.in_flight: deque[tuple[StepPlan, Any]] = deque()
 
     def step(self) -> tuple[StepPlan | None, list[Sequence]]:
-        """Launches the next step, then commits the one before it. Returns the launched plan and what was committed."""
+        """Launches the next step, then commits the one before it. Returns the launched plan and
+        what was committed.
+        """
         plan = self.scheduler.schedule()
         if plan is not None:
             self.scheduler.stats.overlapped_steps += bool(self.in_flight)

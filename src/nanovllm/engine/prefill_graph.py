@@ -1,12 +1,14 @@
 """Short prefills recorded once and replayed: part of cuda_graphs=True. Loaded only when on.
 
-A prefill of up to a thousand tokens is a millisecond of work for a GPU and ten for the host that launches its kernels one by one.
-So the model's forward pass, and only that, is recorded for a few numbers of tokens; a step between two of them is padded:
+A prefill of up to a thousand tokens is a millisecond of work for a GPU and ten for the host that
+launches its kernels one by one. So the model's forward pass, and only that, is recorded for a few
+numbers of tokens; a step between two of them is padded:
 
     tokens     0 .. n - 1 are the step's; those up to the bucket go to the spare block, and nobody reads what becomes of them
     entries    those past the step's have no query tokens
 
-What stands before and behind it (the batch, logits, sampling) runs eagerly, and any other step runs eagerly as a whole.
+What stands before and behind it (the batch, logits, sampling) runs eagerly, and any other step runs
+eagerly as a whole.
 """
 
 from __future__ import annotations
@@ -31,17 +33,37 @@ ENTRIES = 16
 class ShortPrefills:
     """Stands where the model stands: the same calls; those of short prefills are replayed."""
 
-    def __init__(self, model: Qwen3ForCausalLM, attention: AttentionBackend, stats: StepStats, kv_caches: list[KVCache],
-                 max_blocks: int, spare_slot: int, pool: Any, stream: torch.cuda.Stream) -> None:
-        """max_blocks: columns of a block table. spare_slot: where K and V of padding go. pool: of the graphs' memory."""
-        self.model, self.attention, self.stats, self.spare_slot = model, attention, stats, spare_slot
+    def __init__(
+        self,
+        model: Qwen3ForCausalLM,
+        attention: AttentionBackend,
+        stats: StepStats,
+        kv_caches: list[KVCache],
+        max_blocks: int,
+        spare_slot: int,
+        pool: Any,
+        stream: torch.cuda.Stream,
+    ) -> None:
+        """max_blocks: columns of a block table. spare_slot: where K and V of padding go. pool: of
+        the graphs' memory.
+        """
+        self.model, self.attention, self.stats, self.spare_slot = (
+            model,
+            attention,
+            stats,
+            spare_slot,
+        )
         with kv_caches[0][0].device:
-            self.token_ids, self.positions, self.slots = torch.zeros(3, TOKENS[-1], dtype=torch.int64)
+            self.token_ids, self.positions, self.slots = torch.zeros(
+                3, TOKENS[-1], dtype=torch.int64
+            )
             self.block_tables = torch.zeros(ENTRIES, max_blocks, dtype=torch.int32)
             self.seq_lens = torch.zeros(ENTRIES, dtype=torch.int32)
             self.query_start_loc = torch.zeros(ENTRIES + 1, dtype=torch.int64)
         self.slots.fill_(spare_slot)
-        self.recorded = {bucket: self._record(bucket, kv_caches, pool, stream) for bucket in reversed(TOKENS)}
+        self.recorded = {
+            bucket: self._record(bucket, kv_caches, pool, stream) for bucket in reversed(TOKENS)
+        }
 
     def __call__(self, batch: ForwardBatch, kv_caches: list[KVCache]) -> Tensor:
         """-> hidden states: [tokens, hidden]."""
@@ -63,7 +85,9 @@ class ShortPrefills:
         """[rows, hidden] -> [rows, vocabulary]."""
         return self.model.logits(hidden)
 
-    def _record(self, bucket: int, kv_caches: list[KVCache], pool: Any, stream: torch.cuda.Stream) -> Recorded:
+    def _record(
+        self, bucket: int, kv_caches: list[KVCache], pool: Any, stream: torch.cuda.Stream
+    ) -> Recorded:
         return record(lambda: self._forward(bucket, kv_caches), self.stats, pool, stream)
 
     def _forward(self, bucket: int, kv_caches: list[KVCache]) -> Tensor:
@@ -75,7 +99,8 @@ class ShortPrefills:
             seq_lens=self.seq_lens,
             query_start_loc=self.query_start_loc,
             num_decodes=0,
-            host_query_lens=[bucket] + [1] * (ENTRIES - 1),  # no step of a bucket has more query tiles than this one
+            # no step of a bucket has more query tiles than this one
+            host_query_lens=[bucket] + [1] * (ENTRIES - 1),
             host_seq_lens=[0] * ENTRIES,  # not read
         )
         self.attention.prepare(batch)

@@ -1,9 +1,11 @@
-"""prefix_cache=True: blocks that hold the same prefix are shared, and found again later. Loaded only when on. No torch.
+"""prefix_cache=True: blocks that hold the same prefix are shared, and found again later. Loaded
+only when on. No torch.
 
     root <- CachedBlock(tokens 0..15) <- CachedBlock(tokens 16..31) <- ...
 
-A block's key is xxh64(parent's key, its tokens). The key only finds a candidate: a hit is served after the candidate's
-tokens and its parent, by identity, were compared. By induction over the chain a hit is the same prefix; a collision is a miss.
+A block's key is xxh64(parent's key, its tokens). The key only finds a candidate: a hit is served
+after the candidate's tokens and its parent, by identity, were compared. By induction over the chain
+a hit is the same prefix; a collision is a miss.
 """
 
 from array import array
@@ -43,7 +45,9 @@ class PrefixCache:
         return block in self.by_block
 
     def match(self, token_ids: SequenceOf[int]) -> list[CachedBlock]:
-        """The longest cached prefix, in whole blocks. At least one token is always left: it has logits to compute."""
+        """The longest cached prefix, in whole blocks. At least one token is always left: it has
+        logits to compute.
+        """
         hits: list[CachedBlock] = []
         parent: CachedBlock | None = None
         for i in range((len(token_ids) - 1) // self.block_size):
@@ -55,11 +59,15 @@ class PrefixCache:
             parent = found
         return hits
 
-    def insert(self, block: int, token_ids: SequenceOf[int], index: int, parent: CachedBlock | None) -> CachedBlock | None:
-        """Makes block `index` of this prefix findable, once its KV is computed; returns what holds that prefix now.
+    def insert(
+        self, block: int, token_ids: SequenceOf[int], index: int, parent: CachedBlock | None
+    ) -> CachedBlock | None:
+        """Makes block `index` of this prefix findable, once its KV is computed; returns what holds
+        that prefix now.
 
-        An equal prefix that is already there stays; where its beginning was evicted, it is behind `parent` from now on. None
-        (the chain ends here) where the parent was evicted or another prefix has the same key.
+        An equal prefix that is already there stays; where its beginning was evicted, it is behind
+        `parent` from now on. None (the chain ends here) where the parent was evicted or another
+        prefix has the same key.
         """
         if (index > 0 and parent is None) or (parent is not None and parent.block < 0):
             return None
@@ -80,15 +88,21 @@ class PrefixCache:
         del self.by_key[entry.key]
         entry.block = -1
 
-    def keys(self, token_ids: SequenceOf[int], first: int, parent: CachedBlock | None) -> Iterator[int]:
-        """Of the full blocks from number `first` on, behind `parent`, whether they are there or not."""
+    def keys(
+        self, token_ids: SequenceOf[int], first: int, parent: CachedBlock | None
+    ) -> Iterator[int]:
+        """Of the full blocks from number `first` on, behind `parent`, whether they are there or
+        not.
+        """
         key = parent.key if parent else 0
         for i in range(first, len(token_ids) // self.block_size):
             key = xxhash.xxh64_intdigest(self._tokens(token_ids, i), seed=key)
             yield key
 
     def _tokens(self, token_ids: SequenceOf[int], index: int) -> bytes:
-        return array("i", token_ids[index * self.block_size : (index + 1) * self.block_size]).tobytes()
+        return array(
+            "i", token_ids[index * self.block_size : (index + 1) * self.block_size]
+        ).tobytes()
 
     def _key(self, parent: CachedBlock | None, tokens: bytes) -> int:
         return xxhash.xxh64_intdigest(tokens, seed=parent.key if parent else 0)
@@ -121,7 +135,9 @@ class CachingBlockManager(BlockManager):
         return len(self.blank) + len(self.evictable)
 
     def claim(self, seq: Sequence, num_tokens: int) -> bool:
-        """As BlockManager.claim, sharing the blocks of the longest cached prefix: its KV need not be computed again."""
+        """As BlockManager.claim, sharing the blocks of the longest cached prefix: its KV need not
+        be computed again.
+        """
         hits = self.cache.match(seq.token_ids)
         shared = [hit.block for hit in hits]
         needed = self.blocks_for(num_tokens) - len(shared)
@@ -141,16 +157,31 @@ class CachingBlockManager(BlockManager):
         return True
 
     def shared_tokens(self, token_ids: SequenceOf[int]) -> int:
-        """Of the longest cached prefix, those in blocks that somebody owns: sharing them takes no room."""
-        return sum(self.ref_counts[hit.block] > 0 for hit in self.cache.match(token_ids)) * self.block_size
+        """Of the longest cached prefix, those in blocks that somebody owns: sharing them takes no
+        room.
+        """
+        return (
+            sum(self.ref_counts[hit.block] > 0 for hit in self.cache.match(token_ids))
+            * self.block_size
+        )
 
     def coming(self, seqs: Iterable[Sequence]) -> set[int]:
         """Keys of the full blocks that these requests are computing, and that cannot be found yet."""
-        return {key for seq in seqs if seq.num_published >= 0
-                for key in self.cache.keys(seq.token_ids, seq.num_published, seq.published_tail)}  # type: ignore[arg-type]  # fmt: skip
+        return {
+            key
+            for seq in seqs
+            if seq.num_published >= 0
+            for key in self.cache.keys(
+                seq.token_ids,
+                seq.num_published,
+                seq.published_tail,  # type: ignore[arg-type]
+            )
+        }
 
     def had_better_wait(self, seq: Sequence, coming: set[int]) -> bool:
-        """Whether half of what it would compute, or more, will be found as soon as `coming` is. (A collision costs a step.)"""
+        """Whether half of what it would compute, or more, will be found as soon as `coming` is. (A
+        collision costs a step.)
+        """
         hits, size = self.cache.match(seq.token_ids), self.block_size
         keys = self.cache.keys(seq.token_ids[:-1], len(hits), hits[-1] if hits else None)
         found = sum(1 for _ in takewhile(coming.__contains__, keys))
@@ -174,7 +205,9 @@ class CachingBlockManager(BlockManager):
                     self.blank.append(block)
 
     def publish(self, seq: Sequence, num_computed: int) -> None:
-        """Makes the blocks that are full of computed tokens findable. Called at commit: what is found is always computed."""
+        """Makes the blocks that are full of computed tokens findable. Called at commit: what is
+        found is always computed.
+        """
         while seq.num_published >= 0 and (seq.num_published + 1) * self.block_size <= num_computed:
             i = seq.num_published
             tail = self.cache.insert(seq.block_table[i], seq.token_ids, i, seq.published_tail)  # type: ignore[arg-type]

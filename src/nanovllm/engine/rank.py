@@ -1,6 +1,8 @@
-"""One tensor-parallel rank: a process that holds a shard, runs the plans it is sent and, if it is rank 0, sends the tokens back.
+"""One tensor-parallel rank: a process that holds a shard, runs the plans it is sent and, if it is
+rank 0, sends the tokens back.
 
-Launching a step and waiting for its tokens are two threads: plan n + 1 is launched while step n is on the device.
+Launching a step and waiting for its tokens are two threads: plan n + 1 is launched while step n is
+on the device.
 """
 
 import gc
@@ -24,7 +26,8 @@ from nanovllm.engine.wire import Channel, Job, PlanCoder, counts_of
 
 def main(channel: Channel) -> None:
     """Of a rank's process: until the channel closes."""
-    sys.setswitchinterval(0.0005)  # the thread that sends tokens back must not wait long for the one that launches
+    # the thread that sends tokens back must not wait long for the one that launches
+    sys.setswitchinterval(0.0005)
     Rank(channel).run()
 
 
@@ -36,20 +39,37 @@ class Rank:
         job: Job = pickle.loads(channel.receive())  # from our own engine, over an anonymous socket
         torch.set_num_threads(job.num_threads)
         with open(job.progress, "r+b") as file:
-            self.progress: Any = memoryview(mmap.mmap(file.fileno(), 0)).cast("Q")  # [2 * ranks]: plans, collectives
+            # [2 * ranks]: plans, collectives
+            self.progress: Any = memoryview(mmap.mmap(file.fileno(), 0)).cast("Q")
         self.rank, self.stats = job.rank, StepStats()
         channel.send(b"imported")
         channel.receive()  # every rank has got as far: from here on they wait for each other
         on = job.resolved.optimizations
         if job.resolved.device == "cuda":
             import_module("nanovllm.engine.machine").check_capability(job.rank)
-        self.group = DistributedTensorParallel(job.rank, on.tensor_parallel_size, job.rendezvous, job.resolved.device, on,
-                                               self.stats, self.progress, job.timeout_s)  # fmt: skip
-        make_runner = import_module("nanovllm.engine.cuda_graph").GraphRunner if on.cuda_graphs else ModelRunner
-        self.runner = make_runner(job.resolved, job.model_config, job.folder, self.stats, self.group)
+        self.group = DistributedTensorParallel(
+            job.rank,
+            on.tensor_parallel_size,
+            job.rendezvous,
+            job.resolved.device,
+            on,
+            self.stats,
+            self.progress,
+            job.timeout_s,
+        )
+        make_runner = (
+            import_module("nanovllm.engine.cuda_graph").GraphRunner
+            if on.cuda_graphs
+            else ModelRunner
+        )
+        self.runner = make_runner(
+            job.resolved, job.model_config, job.folder, self.stats, self.group
+        )
         self.stats.reset()
         gc.collect()
-        gc.freeze()  # as the engine does in its own process; a rank that collects garbage keeps the others waiting
+        # as the engine does in its own process; a rank that collects garbage keeps the others
+        # waiting
+        gc.freeze()
         channel.send(b"ready" + marshal.dumps((self.runner.num_blocks, self.runner.kv_cache_bytes)))
 
     def run(self) -> None:

@@ -1,16 +1,18 @@
-"""The kernels of an engine's first steps, compiled side by side while weights are loaded. Loaded on a GPU with kernels='triton'.
+"""The kernels of an engine's first steps, compiled side by side while weights are loaded. Loaded on
+a GPU with kernels='triton'.
 
-Triton compiles a kernel when it is first launched, one after the other: half a minute on a machine that has never run this engine.
-So the steps that a start consists of, and a first prefill, are gone through beforehand on the meta device, where tensors have
-shapes and addresses but no memory:
+Triton compiles a kernel when it is first launched, one after the other: half a minute on a machine
+that has never run this engine. So the steps that a start consists of, and a first prefill, are gone
+through beforehand on the meta device, where tensors have shapes and addresses but no memory:
 
-    main thread   | the model is built, weights are read from disk ............ | wait | first steps: every kernel is there
-    rehearsal     | steps on meta tensors: which kernels | ... finished kernels |
-    pool          |   kernel | kernel | kernel | ...                            |
+    main thread   | the model is built, weights are read from disk ............ | wait | first
+    steps: every kernel is there rehearsal     | steps on meta tensors: which kernels | ... finished
+    kernels | pool          |   kernel | kernel | kernel | ...                            |
 
-Launches that are rehearsed are the launches of the same code with the same shapes, so Triton itself says which kernels they need,
-and keeps them where a launch looks for them: in this process and in its cache on disk. What a rehearsal misses is compiled when it
-is launched, as ever. Most of the work is done by LLVM and ptxas outside of Python's lock, so threads are enough. A start that was
+Launches that are rehearsed are the launches of the same code with the same shapes, so Triton itself
+says which kernels they need, and keeps them where a launch looks for them: in this process and in
+its cache on disk. What a rehearsal misses is compiled when it is launched, as ever. Most of the
+work is done by LLVM and ptxas outside of Python's lock, so threads are enough. A start that was
 rehearsed before leaves a mark in that cache, and is not rehearsed again: its kernels are there.
 """
 
@@ -64,7 +66,9 @@ class Rehearsal:
 
     def __init__(self, runner: ModelRunner, model: ModelConfig) -> None:
         self.num_kernels, self.duration_s = 0, 0.0
-        self._thread = threading.Thread(target=self._run, args=(copy.copy(runner), model), daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(copy.copy(runner), model), daemon=True
+        )
         self._thread.start()
 
     def wait(self) -> None:
@@ -76,16 +80,24 @@ class Rehearsal:
             mark = get_cache_manager(key_of(runner, model))
             if mark.get_file(_MARK) is None:
                 torch.cuda.set_device(runner.device)  # each thread has its own current device
-                self.num_kernels = compile_launches(lambda: first_steps(shadow_of(runner, model)), runner.device)
+                self.num_kernels = compile_launches(
+                    lambda: first_steps(shadow_of(runner, model)), runner.device
+                )
                 mark.put("", _MARK, binary=False)
-        except Exception as error:  # noqa: BLE001  whatever it was, a launch will compile what is missing, or say what is wrong
-            LOG.warning("kernels will be compiled one after the other, as compiling them side by side failed (%s: %s)",
-                        type(error).__name__, error)  # fmt: skip
+        # whatever it was, a launch will compile what is missing, or say what is wrong
+        except Exception as error:  # noqa: BLE001
+            LOG.warning(
+                "kernels will be compiled one after the other, as compiling them side by side failed (%s: %s)",
+                type(error).__name__,
+                error,
+            )
         self.duration_s = time.perf_counter() - begin
 
 
 class _Pool(ThreadPoolExecutor):
-    """Compiles kernels; with Triton before 3.9 a kernel's launcher is a C module of its own, which is built here as well."""
+    """Compiles kernels; with Triton before 3.9 a kernel's launcher is a C module of its own, which
+    is built here as well.
+    """
 
     num_kernels = 0
 
@@ -100,8 +112,11 @@ class _Pool(ThreadPoolExecutor):
 
 
 def compile_launches(steps: Callable[[], None], device: torch.device) -> int:
-    """Compiles side by side what `steps`, which work on meta tensors, would launch on `device`. Returns how many kernels."""
-    # Not part of Triton's public interface (3.5 to 3.9 have it): where it is gone, the start is slower, and no more.
+    """Compiles side by side what `steps`, which work on meta tensors, would launch on `device`.
+    Returns how many kernels.
+    """
+    # Not part of Triton's public interface (3.5 to 3.9 have it): where it is gone, the start is
+    # slower, and no more.
     from triton.runtime._async_compile import AsyncCompileMode
 
     with _Pool(len(os.sched_getaffinity(0))) as pool:
@@ -116,11 +131,21 @@ def compile_launches(steps: Callable[[], None], device: torch.device) -> int:
 
 def key_of(runner: ModelRunner, model: ModelConfig) -> str:
     """Of everything that decides which kernels a start launches, and what they are."""
-    kernels = sorted(Path(import_module("nanovllm.kernels.triton").__file__ or "").parent.glob("*.py"))
+    kernels = sorted(
+        Path(import_module("nanovllm.kernels.triton").__file__ or "").parent.glob("*.py")
+    )
     gpu = torch.cuda.get_device_properties(runner.device)
     config = dataclasses.replace(runner.config, model="_", tokenizer=None, seed=0)
-    decides = (triton.__version__, gpu.name, gpu.major, gpu.minor, gpu.multi_processor_count, config, model,
-               *(file.read_text(encoding="utf-8") for file in [*kernels, Path(__file__)]))  # fmt: skip
+    decides = (
+        triton.__version__,
+        gpu.name,
+        gpu.major,
+        gpu.minor,
+        gpu.multi_processor_count,
+        config,
+        model,
+        *(file.read_text(encoding="utf-8") for file in [*kernels, Path(__file__)]),
+    )
     return hashlib.sha256(repr(decides).encode()).hexdigest()
 
 
@@ -131,7 +156,9 @@ def launches_that_are_rehearsed_only_compile() -> Iterator[None]:
         launch = JITFunction.run
 
         def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-            return launch(self, *args, grid=grid, warmup=warmup or STANDS_FOR.get() is not None, **kwargs)
+            return launch(
+                self, *args, grid=grid, warmup=warmup or STANDS_FOR.get() is not None, **kwargs
+            )
 
         JITFunction.run = run  # type: ignore[method-assign]
         try:
@@ -141,7 +168,9 @@ def launches_that_are_rehearsed_only_compile() -> Iterator[None]:
 
 
 def shadow_of(runner: ModelRunner, model: ModelConfig) -> Any:
-    """A runner of the same class and configuration on the meta device, with two layers: the others launch the same kernels."""
+    """A runner of the same class and configuration on the meta device, with two layers: the others
+    launch the same kernels.
+    """
     shadow: Any = copy.copy(runner)
     dtype = getattr(torch, runner.config.dtype)
     shadow.device, shadow.stats, shadow.tp = META, StepStats(), copy.copy(runner.tp)
@@ -152,12 +181,17 @@ def shadow_of(runner: ModelRunner, model: ModelConfig) -> Any:
         shadow.tp.all_gather = lambda x: x
     shadow.kernels = shadow.tp.over_shards(load_kernels(runner.config.optimizations, Counter()))
     if runner.config.optimizations.attention_backend != "triton":
-        shadow.attention = AttentionBackend(lambda batch, **_: None, lambda q, *_: torch.empty_like(q))
+        shadow.attention = AttentionBackend(
+            lambda batch, **_: None, lambda q, *_: torch.empty_like(q)
+        )
     model = dataclasses.replace(model, num_hidden_layers=min(2, model.num_hidden_layers))
     with META:
-        shadow.model = Qwen3ForCausalLM(model, 1, shadow.kernels, shadow.attention, shadow.tp).to(META)
+        shadow.model = Qwen3ForCausalLM(model, 1, shadow.kernels, shadow.attention, shadow.tp).to(
+            META
+        )
     for parameter in shadow.model.parameters():
-        parameter.data = parameter.data.to(dtype)  # the default type is the whole process's, and may be another just now
+        # the default type is the whole process's, and may be another just now
+        parameter.data = parameter.data.to(dtype)
     shadow.model.requires_grad_(False)
     shadow.make_rows()
     shadow.kv_caches = KVCacheSpec.of(model, runner.config).allocate(1, META)
@@ -167,15 +201,27 @@ def shadow_of(runner: ModelRunner, model: ModelConfig) -> Any:
 
 
 def batch_of(plan: StepPlan, block_size: int) -> ForwardBatch:
-    """Of the shapes that ModelRunner._batch gives it, but without operations for which torch loads its compiler on this device."""
+    """Of the shapes that ModelRunner._batch gives it, but without operations for which torch loads
+    its compiler on this device.
+    """
+
     def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=META)
 
     num_tokens, entries = plan.num_decodes + len(plan.token_ids), len(plan.rows)
     seq_lens = [start + length for start, length in zip(plan.starts, plan.query_lens, strict=True)]
     tables = empty(entries, -(-max(seq_lens) // block_size), dtype=torch.int32)
-    return ForwardBatch(empty(num_tokens), empty(num_tokens), empty(num_tokens), tables, empty(entries, dtype=torch.int32),
-                        empty(entries + 1), plan.num_decodes, plan.query_lens, seq_lens)  # fmt: skip
+    return ForwardBatch(
+        empty(num_tokens),
+        empty(num_tokens),
+        empty(num_tokens),
+        tables,
+        empty(entries, dtype=torch.int32),
+        empty(entries + 1),
+        plan.num_decodes,
+        plan.query_lens,
+        seq_lens,
+    )
 
 
 @torch.inference_mode()
@@ -188,15 +234,28 @@ def first_steps(shadow: Any) -> None:
     if config.optimizations.cuda_graphs:
         ModelRunner.launch(shadow, prefill(config, config.max_num_seqs))
         if config.optimizations.attention_backend == "triton":
-            shadow.model = _ShortPrefills(shadow.model, shadow.attention, shadow.stats, shadow.kv_caches,
-                                          shadow.block_tables.shape[1], 0, None, None)  # type: ignore[arg-type]  # fmt: skip
+            shadow.model = _ShortPrefills(
+                shadow.model,
+                shadow.attention,
+                shadow.stats,
+                shadow.kv_caches,
+                shadow.block_tables.shape[1],
+                0,
+                None,
+                None,
+            )  # type: ignore[arg-type]
         for variant in shadow.variants:
             shadow._decode(variant)
     else:
         for n in (1, config.max_num_seqs):
-            ModelRunner.launch(shadow, StepPlan(-1, n, list(range(n)), [8] * n, [1] * n, [True] * n, greedy_only=False))
+            ModelRunner.launch(
+                shadow,
+                StepPlan(-1, n, list(range(n)), [8] * n, [1] * n, [True] * n, greedy_only=False),
+            )
     request = prefill(dataclasses.replace(config, max_num_seqs=1), 8)
-    shadow.launch(dataclasses.replace(request, new_blocks=[(0, 0, 0)], new_rows=[(0, 1.0, 0, 1.0, 0)]))
+    shadow.launch(
+        dataclasses.replace(request, new_blocks=[(0, 0, 0)], new_rows=[(0, 1.0, 0, 1.0, 0)])
+    )
 
 
 class _ShortPrefills(ShortPrefills):

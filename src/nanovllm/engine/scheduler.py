@@ -1,18 +1,21 @@
-"""Decides what each step computes. No torch, no I/O: requests in, StepPlans out, sampled tokens back in.
+"""Decides what each step computes. No torch, no I/O: requests in, StepPlans out, sampled tokens
+back in.
 
     waiting --admit--> prefilling --whole prompt planned--> decoding --commit--> finished
        ^                   |                                   |
        +------------- preempt (last admitted first) -----------+
 
-Two phases: *prefill* computes the KV of known tokens (a prompt, or everything again after a preemption), *decode* one new
-token a request. Admission and the mix of a step are the batching policy. Here it is the baseline:
+Two phases: *prefill* computes the KV of known tokens (a prompt, or everything again after a
+preemption), *decode* one new token a request. Admission and the mix of a step are the batching
+policy. Here it is the baseline:
 
     static      admit a batch with the KV of its longest possible outputs reserved; admit no more until all have finished
 
-continuous_batching.py has the others, which admit whenever there is room and take the room back by preemption.
+continuous_batching.py has the others, which admit whenever there is room and take the room back by
+preemption.
 
-Planning costs O(requests in the step). A request sits in exactly one of three queues; all three are ordered by age, and
-whatever is prefilling is younger than whatever is decoding.
+Planning costs O(requests in the step). A request sits in exactly one of three queues; all three are
+ordered by age, and whatever is prefilling is younger than whatever is decoding.
 """
 
 from collections import OrderedDict, deque
@@ -26,10 +29,12 @@ from nanovllm.engine.stats import StepStats
 
 @dataclass(slots=True)
 class StepPlan:
-    """One step, flat: what the runner of every rank receives. Decodes come first and take their token from the device.
+    """One step, flat: what the runner of every rank receives. Decodes come first and take their
+    token from the device.
 
-    Entry i computes query_lens[i] tokens of row rows[i], from position starts[i] on; where samples[i], the last of them
-    yields a new token. token_ids are those of the prefill entries, one after the other.
+    Entry i computes query_lens[i] tokens of row rows[i], from position starts[i] on; where
+    samples[i], the last of them yields a new token. token_ids are those of the prefill entries, one
+    after the other.
     """
 
     step: int
@@ -39,8 +44,10 @@ class StepPlan:
     query_lens: list[int] = field(default_factory=list)
     samples: list[bool] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    new_blocks: list[tuple[int, int, int]] = field(default_factory=list)  # (row, index in its table, block)
-    new_rows: list[tuple[int, float, int, float, int]] = field(default_factory=list)  # (row, temperature, top_k, top_p, seed)
+    # (row, index in its table, block)
+    new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
+    # (row, temperature, top_k, top_p, seed)
+    new_rows: list[tuple[int, float, int, float, int]] = field(default_factory=list)
     greedy_only: bool = True
     filtered: bool = False  # top-k or top-p is used
     num_logprobs: int | None = None  # the most that any sampling entry asks for
@@ -63,16 +70,28 @@ class Scheduler:
         return len(self.waiting) + len(self.prefilling) + len(self.decoding)
 
     def add(self, seq: Sequence) -> None:
-        """Queues a request. Raises ValueError if it could never run: its id is taken, or it exceeds the whole KV cache."""
+        """Queues a request. Raises ValueError if it could never run: its id is taken, or it exceeds
+        the whole KV cache.
+        """
         if any(seq.request_id in queue for queue in (self.waiting, self.prefilling, self.decoding)):
-            raise ValueError(f"request_id {seq.request_id!r} is already in use by an unfinished request")
-        if (needed := self.blocks.blocks_for(longest := seq.num_prompt_tokens + seq.params.max_tokens)) > self.blocks.num_blocks:
-            raise ValueError(f"request {seq.request_id!r} needs {needed} KV blocks for {longest} tokens, the cache has "
-                             f"{self.blocks.num_blocks} of {self.blocks.block_size} tokens: shorten it, or enlarge the cache")
+            raise ValueError(
+                f"request_id {seq.request_id!r} is already in use by an unfinished request"
+            )
+        if (
+            needed := self.blocks.blocks_for(
+                longest := seq.num_prompt_tokens + seq.params.max_tokens
+            )
+        ) > self.blocks.num_blocks:
+            raise ValueError(
+                f"request {seq.request_id!r} needs {needed} KV blocks for {longest} tokens, the cache has "
+                f"{self.blocks.num_blocks} of {self.blocks.block_size} tokens: shorten it, or enlarge the cache"
+            )
         self.waiting[seq.request_id] = seq
 
     def abort(self, request_id: str) -> Sequence | None:
-        """Ends a request now; None if there is no such unfinished request. Tokens still in flight are discarded."""
+        """Ends a request now; None if there is no such unfinished request. Tokens still in flight
+        are discarded.
+        """
         for queue in (self.waiting, self.prefilling, self.decoding):
             if (seq := queue.get(request_id)) is not None:
                 seq.finish_reason = "abort"
@@ -80,10 +99,12 @@ class Scheduler:
                 return seq
         return None
 
-    # -- planning ---------------------------------------------------------------------------------------------------
+    # -- planning ----------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan | None:
-        """The next step; None when nothing can be planned before an earlier step is committed, or at all."""
+        """The next step; None when nothing can be planned before an earlier step is committed, or
+        at all.
+        """
         plan = StepPlan(self.stats.steps)
         seqs: list[Sequence] = []
         self._admit(plan)
@@ -112,13 +133,17 @@ class Scheduler:
             self._plan_decodes(plan, seqs)
 
     def _start(self, plan: StepPlan, seq: Sequence, num_tokens: int) -> bool:
-        """Gives a waiting request a row and blocks for num_tokens tokens; False where too few are free."""
+        """Gives a waiting request a row and blocks for num_tokens tokens; False where too few are
+        free.
+        """
         if not self.blocks.claim(seq, num_tokens):
             return False
         del self.waiting[seq.request_id]
         self.prefilling[seq.request_id] = seq
         seq.row = self.free_rows.pop()
-        plan.new_rows.append((seq.row, seq.params.temperature, seq.params.top_k, seq.params.top_p, seq.seed))
+        plan.new_rows.append(
+            (seq.row, seq.params.temperature, seq.params.top_k, seq.params.top_p, seq.seed)
+        )
         plan.new_blocks += [(seq.row, i, block) for i, block in enumerate(seq.block_table)]
         self.stats.admissions += 1
         return True
@@ -142,15 +167,21 @@ class Scheduler:
         for seq in list(self.decoding.values()):
             if seq.row < 0 or not seq.wants_more:
                 continue  # preempted by an older one just now; or its last token is in flight
-            if seq.num_scheduled < len(seq.block_table) * self.blocks.block_size or self._grow(plan, seq):
+            if seq.num_scheduled < len(seq.block_table) * self.blocks.block_size or self._grow(
+                plan, seq
+            ):
                 self._plan_entry(plan, seqs, seq, 1, samples=True)
         plan.num_decodes = len(seqs)
 
     def _grow(self, plan: StepPlan, seq: Sequence) -> bool:
-        """One block more for a request that has filled its own. Static batching has reserved them all."""
+        """One block more for a request that has filled its own. Static batching has reserved them
+        all.
+        """
         raise AssertionError(f"{seq.request_id} outgrew its reservation")
 
-    def _plan_entry(self, plan: StepPlan, seqs: list[Sequence], seq: Sequence, length: int, *, samples: bool) -> None:
+    def _plan_entry(
+        self, plan: StepPlan, seqs: list[Sequence], seq: Sequence, length: int, *, samples: bool
+    ) -> None:
         plan.rows.append(seq.row)
         plan.starts.append(seq.num_scheduled)
         plan.query_lens.append(length)
@@ -167,25 +198,40 @@ class Scheduler:
                 plan.num_logprobs = max(plan.num_logprobs or 0, seq.params.logprobs)
 
     def _leave(self, seq: Sequence, queue: OrderedDict[str, Sequence]) -> None:
-        """Gives back row and blocks. Steps in flight may still write there: whoever gets them next is planned later."""
+        """Gives back row and blocks. Steps in flight may still write there: whoever gets them next
+        is planned later.
+        """
         del queue[seq.request_id]
         if seq.row >= 0:
             self.free_rows.append(seq.row)
             self.blocks.release(seq.block_table)
-        seq.row, seq.block_table, seq.num_scheduled, seq.num_published, seq.published_tail = -1, [], 0, 0, None
+        seq.row, seq.block_table, seq.num_scheduled, seq.num_published, seq.published_tail = (
+            -1,
+            [],
+            0,
+            0,
+            None,
+        )
 
-    # -- committing -------------------------------------------------------------------------------------------------
+    # -- committing --------------------------------------------------------------------------------
 
-    def commit(self, plan: StepPlan, tokens: list[int], logprobs: list[TokenLogprobs] | None = None) -> list[Sequence]:
-        """Takes the tokens of the oldest launched plan, one for each sampling entry; returns their live sequences.
+    def commit(
+        self, plan: StepPlan, tokens: list[int], logprobs: list[TokenLogprobs] | None = None
+    ) -> list[Sequence]:
+        """Takes the tokens of the oldest launched plan, one for each sampling entry; returns their
+        live sequences.
 
         Appends, makes full blocks findable, stops and releases. Finished ones have a finish_reason.
         """
         launched, seqs = self.launched.popleft()
         if launched is not plan:
-            raise ValueError(f"step {plan.step} committed, the oldest launched step is {launched.step}")
+            raise ValueError(
+                f"step {plan.step} committed, the oldest launched step is {launched.step}"
+            )
         if len(tokens) != sum(plan.samples):
-            raise ValueError(f"step {plan.step} samples {sum(plan.samples)} tokens, {len(tokens)} were committed")
+            raise ValueError(
+                f"step {plan.step} samples {sum(plan.samples)} tokens, {len(tokens)} were committed"
+            )
         advanced, j = [], -1
         for i, (seq, samples) in enumerate(zip(seqs, plan.samples, strict=True)):
             j += samples  # tokens[j] is this entry's, where it samples

@@ -11,8 +11,8 @@ TokenLogprobs = tuple[float, int, list[float], list[int]]
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request. What is *known* (token_ids) and what is *scheduled* (num_scheduled, pending) are kept apart, so that a
-    step can be planned before the tokens of the last one have been read.
+    """A request. What is *known* (token_ids) and what is *scheduled* (num_scheduled, pending) are
+    kept apart, so that a step can be planned before the tokens of the last one have been read.
 
         token_ids      [prompt ....... | sampled tokens that were committed]
         pending                                                             [sampled on the device, not yet committed]
@@ -32,12 +32,14 @@ class Sequence:
     num_lost: int = 0  # what num_scheduled was when it was last preempted
     pending: int = 0  # sampled tokens in flight
     in_flight: int = 0  # launched steps, not yet committed, that this sequence takes part in
-    num_published: int = 0  # leading blocks that the prefix cache knows; -1: it takes no more of them
+    # leading blocks that the prefix cache knows; -1: it takes no more of them
+    num_published: int = 0
     published_tail: object | None = None  # the last of them
     num_cached_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: int | None = None
-    logprobs: list[TokenLogprobs] = field(default_factory=list)  # one a committed token, where they were asked for
+    # one a committed token, where they were asked for
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_prompt_tokens: int = field(init=False)
     metrics: RequestMetrics = field(init=False)
 

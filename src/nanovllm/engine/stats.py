@@ -16,18 +16,22 @@ class StepStats:
     partial_prefills: int = 0  # chunks after which the rest of the prompt still had to be computed
     admissions: int = 0
     refills: int = 0  # admissions while other requests were running
-    policy_steps: Counter[str] = field(default_factory=Counter)  # steps planned by each batching policy
+    # steps planned by each batching policy
+    policy_steps: Counter[str] = field(default_factory=Counter)
     prefix_lookup_tokens: int = 0
     prefix_hit_tokens: int = 0
-    prefix_refound_tokens: int = 0  # found by a preempted request on its return, most of them its own: no hits
+    # found by a preempted request on its return, most of them its own: no hits
+    prefix_refound_tokens: int = 0
     prefix_evictions: int = 0
     preemptions: int = 0
     recomputed_tokens: int = 0  # known tokens whose KV was computed again after a preemption
     discarded_tokens: int = 0  # sampled for a request that had ended (commit lag 1, aborts)
     overlapped_steps: int = 0  # launched while another step was in flight
     graph_replays: int = 0
-    all_reduces: Counter[str] = field(default_factory=Counter)  # over tensor-parallel ranks, by who does them
-    attention_calls: Counter[str] = field(default_factory=Counter)  # by backend; cascade: looked for shared prefixes; shared: found
+    # over tensor-parallel ranks, by who does them
+    all_reduces: Counter[str] = field(default_factory=Counter)
+    # by backend; cascade: looked for shared prefixes; shared: found
+    attention_calls: Counter[str] = field(default_factory=Counter)
     kernel_calls: Counter[str] = field(default_factory=Counter)  # by implementation
 
     def reset(self) -> None:
@@ -37,7 +41,12 @@ class StepStats:
 
     def flat(self) -> dict[str, int]:
         """All counters as `name` or `name.key`, JSON-able."""
-        split = {f"{name}.{key}": n[key] for name, n in self._items() if isinstance(n, Counter) for key in sorted(n)}
+        split = {
+            f"{name}.{key}": n[key]
+            for name, n in self._items()
+            if isinstance(n, Counter)
+            for key in sorted(n)
+        }
         return {name: n for name, n in self._items() if not isinstance(n, Counter)} | split
 
     def _items(self) -> list[tuple[str, Any]]:

@@ -1,12 +1,15 @@
-"""all_reduce=symmetric_memory: small sums over memory that every GPU of a host can read. Loaded only when on.
+"""all_reduce=symmetric_memory: small sums over memory that every GPU of a host can read. Loaded
+only when on.
 
-A library's all-reduce passes through protocols and channels that pay off for large messages; those of a decode step are small,
-two a layer. Here each rank copies its part into a buffer that its peers have mapped, and one kernel reads all of them:
+A library's all-reduce passes through protocols and channels that pay off for large messages; those
+of a decode step are small, two a layer. Here each rank copies its part into a buffer that its peers
+have mapped, and one kernel reads all of them:
 
     one-shot   every rank reads every part and sums all of it                     (size - 1) * n bytes
     two-shot   every rank sums a slice and writes the sums into all buffers       2 * (size - 1) / size * n bytes
 
-with the kernels of torch.distributed._symmetric_memory. What exceeds the buffer goes through the library. No NVLink multicast.
+with the kernels of torch.distributed._symmetric_memory. What exceeds the buffer goes through the
+library. No NVLink multicast.
 """
 
 import torch
@@ -22,17 +25,25 @@ LARGEST_BYTES = 1 << 23
 
 
 class SymmetricAllReduce:
-    """The buffers of one rank. Made by all ranks together; raises RuntimeError where GPUs cannot reach each other's memory."""
+    """The buffers of one rank. Made by all ranks together; raises RuntimeError where GPUs cannot
+    reach each other's memory.
+    """
 
     def __init__(self, device: torch.device, largest_bytes: int = LARGEST_BYTES) -> None:
         group = dist.group.WORLD
-        self.size, self.name, self.largest_bytes = dist.get_world_size(), group.group_name, largest_bytes
+        self.size, self.name, self.largest_bytes = (
+            dist.get_world_size(),
+            group.group_name,
+            largest_bytes,
+        )
         try:
             self.memory = symm_mem.empty(largest_bytes, dtype=torch.uint8, device=device)
             self.handle = symm_mem.rendezvous(self.memory, group)
         except RuntimeError as error:
-            raise RuntimeError("all_reduce='symmetric_memory' needs GPUs of one host that reach each other's memory "
-                               f"({error}): use all_reduce='library'") from error
+            raise RuntimeError(
+                "all_reduce='symmetric_memory' needs GPUs of one host that reach each other's memory "
+                f"({error}): use all_reduce='library'"
+            ) from error
 
     def takes(self, x: Tensor) -> bool:
         """Whether x is small enough, and of whole 16-byte words."""
@@ -42,7 +53,8 @@ class SymmetricAllReduce:
         """The sum over all ranks, a new tensor or x itself. Enqueued; nothing waits."""
         x = x.contiguous()
         buffer = self.memory[: x.nbytes].view(x.dtype)
-        # one_shot_all_reduce_copy would save a kernel, but signals its peers while other warps of a block may still be copying.
+        # one_shot_all_reduce_copy would save a kernel, but signals its peers while other warps of a
+        # block may still be copying.
         buffer.copy_(x.view(-1))
         if x.nbytes <= ONE_SHOT_BYTES:
             return torch.ops.symm_mem.one_shot_all_reduce(buffer, "sum", self.name).view(x.shape)

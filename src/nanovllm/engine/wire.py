@@ -1,4 +1,5 @@
-"""What the engine's process and its ranks say to each other: plans out, tokens back, over anonymous socket pairs. No torch.
+"""What the engine's process and its ranks say to each other: plans out, tokens back, over anonymous
+socket pairs. No torch.
 
     SAME      the rows of the last step, each one token further: what does not change is not sent (some 30 bytes)
     DECODES   other rows, one token each
@@ -36,21 +37,44 @@ class Job:
 
 def counts_of(stats: StepStats) -> Counts:
     """What a rank counts; everything else is counted where steps are planned."""
-    return stats.graph_replays, dict(stats.all_reduces), dict(stats.attention_calls), dict(stats.kernel_calls)
+    return (
+        stats.graph_replays,
+        dict(stats.all_reduces),
+        dict(stats.attention_calls),
+        dict(stats.kernel_calls),
+    )
 
 
 class PlanCoder:
-    """StepPlan <-> bytes. Writer and reader each remember the last step, so every plan must pass, and in order."""
+    """StepPlan <-> bytes. Writer and reader each remember the last step, so every plan must pass,
+    and in order.
+    """
 
     def __init__(self) -> None:
         self._rows: list[int] = []
         self._starts: list[int] = []
 
     def encode(self, plan: StepPlan) -> bytes:
-        shared = plan.step, plan.new_blocks, plan.new_rows, plan.greedy_only, plan.filtered, plan.num_logprobs
+        shared = (
+            plan.step,
+            plan.new_blocks,
+            plan.new_rows,
+            plan.greedy_only,
+            plan.filtered,
+            plan.num_logprobs,
+        )
         message: tuple[Any, ...]
         if plan.num_decodes < len(plan.rows):
-            message = (FULL, shared, plan.num_decodes, plan.rows, plan.starts, plan.query_lens, plan.samples, plan.token_ids)
+            message = (
+                FULL,
+                shared,
+                plan.num_decodes,
+                plan.rows,
+                plan.starts,
+                plan.query_lens,
+                plan.samples,
+                plan.token_ids,
+            )
         elif plan.rows == self._rows and plan.starts == self._starts:
             message = (SAME, shared)
         else:
@@ -59,20 +83,41 @@ class PlanCoder:
         return marshal.dumps(message)
 
     def decode(self, data: bytes) -> StepPlan:
-        kind, (step, new_blocks, new_rows, greedy_only, filtered, num_logprobs), *rest = marshal.loads(data)
+        kind, (step, new_blocks, new_rows, greedy_only, filtered, num_logprobs), *rest = (
+            marshal.loads(data)
+        )
         if kind == FULL:
             num_decodes, rows, starts, query_lens, samples, token_ids = rest
         else:
             rows, starts = rest if kind == DECODES else (self._rows, self._starts)
-            num_decodes, query_lens, samples, token_ids = len(rows), [1] * len(rows), [True] * len(rows), []
-        plan = StepPlan(step, num_decodes, rows, starts, query_lens, samples, token_ids, new_blocks, new_rows, greedy_only,
-                        filtered, num_logprobs)  # fmt: skip
+            num_decodes, query_lens, samples, token_ids = (
+                len(rows),
+                [1] * len(rows),
+                [True] * len(rows),
+                [],
+            )
+        plan = StepPlan(
+            step,
+            num_decodes,
+            rows,
+            starts,
+            query_lens,
+            samples,
+            token_ids,
+            new_blocks,
+            new_rows,
+            greedy_only,
+            filtered,
+            num_logprobs,
+        )
         self._remember(plan)
         return plan
 
     def _remember(self, plan: StepPlan) -> None:
         decodes = plan.num_decodes == len(plan.rows)
-        self._rows, self._starts = (plan.rows, [start + 1 for start in plan.starts]) if decodes else ([], [])
+        self._rows, self._starts = (
+            (plan.rows, [start + 1 for start in plan.starts]) if decodes else ([], [])
+        )
 
 
 class Channel:
@@ -88,7 +133,9 @@ class Channel:
         self._socket.sendall(len(message).to_bytes(4, "little") + message)
 
     def receive(self, timeout_s: float | None = None) -> bytes:
-        """The next message. Raises TimeoutError where there is none yet (call again), EOFError where the other end is gone."""
+        """The next message. Raises TimeoutError where there is none yet (call again), EOFError
+        where the other end is gone.
+        """
         self._socket.settimeout(timeout_s)
         received = self._received
         while len(received) < 4 or len(received) < 4 + int.from_bytes(received[:4], "little"):

@@ -4,9 +4,10 @@
         plan  ---socketpair---> rank 0 .. n-1      each launches the same steps on its shard and samples the same tokens
         tokens <--socketpair--- rank 0
 
-Ranks sum over gloo (CPU), NCCL or symmetric memory (GPU): collectives.py. A rank ends when its lifeline closes, however the
-engine's process died. A rank that dies or hangs ends the engine with an error that names it; as the engine's process holds no
-GPU memory and waits for no device, ending all ranks gives everything back, whatever a kernel is still waiting for.
+Ranks sum over gloo (CPU), NCCL or symmetric memory (GPU): collectives.py. A rank ends when its
+lifeline closes, however the engine's process died. A rank that dies or hangs ends the engine with
+an error that names it; as the engine's process holds no GPU memory and waits for no device, ending
+all ranks gives everything back, whatever a kernel is still waiting for.
 """
 
 import contextlib
@@ -40,13 +41,18 @@ _LOOK_EVERY_S = 0.2
 
 
 class TensorParallelRunner:
-    """The interface of ModelRunner over all ranks. Raises WorkerError when a rank dies or does not answer."""
+    """The interface of ModelRunner over all ranks. Raises WorkerError when a rank dies or does not
+    answer.
+    """
 
-    def __init__(self, resolved: ResolvedConfig, model_config: ModelConfig, folder: Path, stats: StepStats) -> None:
+    def __init__(
+        self, resolved: ResolvedConfig, model_config: ModelConfig, folder: Path, stats: StepStats
+    ) -> None:
         self.size = resolved.optimizations.tensor_parallel_size
         ranks = TensorParallel()
         ranks.size = self.size
-        ranks.share(model_config.num_attention_heads, "query heads")  # said before any process is started
+        # said before any process is started
+        ranks.share(model_config.num_attention_heads, "query heads")
         ranks.share(model_config.num_key_value_heads, "KV heads")
         self.stats = stats
         self._counted: Counts = (0, {}, {}, {})
@@ -54,15 +60,29 @@ class TensorParallelRunner:
         self._folder = tempfile.TemporaryDirectory(prefix="nanovllm-")
         self._children: list[Child] = []
         self._broken = False
-        self._timeout_s = COMPILE_TIMEOUT_S if resolved.optimizations.kernels == "compile" else COLLECTIVE_TIMEOUT_S
-        self._progress = _shared_counters(os.path.join(self._folder.name, "progress"), 2 * self.size)
+        self._timeout_s = (
+            COMPILE_TIMEOUT_S
+            if resolved.optimizations.kernels == "compile"
+            else COLLECTIVE_TIMEOUT_S
+        )
+        self._progress = _shared_counters(
+            os.path.join(self._folder.name, "progress"), 2 * self.size
+        )
         self._moved: tuple[float, list[int]] = (time.monotonic(), [])
         num_threads = max(1, torch.get_num_threads() // self.size)
         try:
             for rank in range(self.size):
                 self._children.append(Child(f"tensor-parallel rank {rank}", RANK_MAIN))
-                job = Job(rank, os.path.join(self._folder.name, "rendezvous"), os.path.join(self._folder.name, "progress"),
-                          num_threads, self._timeout_s, resolved, model_config, folder)  # fmt: skip
+                job = Job(
+                    rank,
+                    os.path.join(self._folder.name, "rendezvous"),
+                    os.path.join(self._folder.name, "progress"),
+                    num_threads,
+                    self._timeout_s,
+                    resolved,
+                    model_config,
+                    folder,
+                )
                 self._children[-1].channel.send(pickle.dumps(job), START_TIMEOUT_S)
             self._await_all(b"imported")
             for child in self._children:
@@ -96,13 +116,17 @@ class TensorParallelRunner:
         return tokens, logprobs
 
     def close(self, force: bool = False) -> None:
-        """Ends every rank: killed, where one has failed (or force); else asked to first, and killed soon after."""
+        """Ends every rank: killed, where one has failed (or force); else asked to first, and killed
+        soon after.
+        """
         end(self._children, force or self._broken)
         self._children = []
         self._folder.cleanup()
 
     def _await_all(self, word: bytes) -> bytes:
-        """Waits until every rank has said `word`; what rank 0 said after it. Raises WorkerError where one does not."""
+        """Waits until every rank has said `word`; what rank 0 said after it. Raises WorkerError
+        where one does not.
+        """
         deadline, answers = time.monotonic() + START_TIMEOUT_S, dict[int, bytes]()
         while waiting := [rank for rank in range(self.size) if rank not in answers]:
             for rank in waiting:
@@ -121,14 +145,19 @@ class TensorParallelRunner:
         moved_at, seen = self._moved
         if seen != (now := list(self._progress)):
             self._moved = time.monotonic(), now
-        elif time.monotonic() - moved_at > self._timeout_s + 2:  # gloo's own limit comes first, and says more
-            raise WorkerError(f"the tensor-parallel ranks 0 to {self.size - 1} hang: all have launched the same step, and none has "
-                              f"finished it within {self._timeout_s:.0f} s")  # fmt: skip
+        # gloo's own limit comes first, and says more
+        elif time.monotonic() - moved_at > self._timeout_s + 2:
+            raise WorkerError(
+                f"the tensor-parallel ranks 0 to {self.size - 1} hang: all have launched the same step, and none has "
+                f"finished it within {self._timeout_s:.0f} s"
+            )
 
     def _failure(self, error: BaseException) -> BaseException:
-        """The error to raise: the dead, failed or hung rank by name where there is one, else what was caught.
+        """The error to raise: the dead, failed or hung rank by name where there is one, else what
+        was caught.
 
-        When one rank goes, the others fail or wait as well, in an operation that it has not entered: it is the one behind.
+        When one rank goes, the others fail or wait as well, in an operation that it has not
+        entered: it is the one behind.
         """
         if not isinstance(error, (WorkerError, OSError)):
             return error
@@ -142,12 +171,16 @@ class TensorParallelRunner:
         at = [(self._progress[2 * rank], self._progress[2 * rank + 1]) for rank in range(self.size)]
         silent = [rank for rank, child in enumerate(self._children) if child.is_stopped]
         silent = silent or [rank for rank in range(self.size) if at[rank] < max(at)]
-        if suspects := silent or [rank for rank, child in enumerate(self._children) if child.has_failed]:
+        if suspects := silent or [
+            rank for rank, child in enumerate(self._children) if child.has_failed
+        ]:
             first = self._children[min(suspects, key=at.__getitem__)]
             if first.has_failed:
                 return WorkerError(first.failure())
             self._show_where()
-            return WorkerError(f"{first.title} hangs: it did not answer within {self._timeout_s:.0f} s ({error})")
+            return WorkerError(
+                f"{first.title} hangs: it did not answer within {self._timeout_s:.0f} s ({error})"
+            )
         self._show_where()
         return WorkerError(str(error))
 

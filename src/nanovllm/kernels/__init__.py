@@ -1,1 +1,3 @@
-"""One operation = one signature, implementations side by side: torch/ (the oracle, any device) first."""
+"""One operation = one signature, implementations side by side: torch/ (the oracle, any device)
+first.
+"""

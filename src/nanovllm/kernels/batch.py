@@ -8,11 +8,14 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class ForwardBatch:
-    """Entries of a step, decodes (one query token each) first; their query tokens lie one entry after the other."""
+    """Entries of a step, decodes (one query token each) first; their query tokens lie one entry
+    after the other.
+    """
 
     token_ids: Tensor  # [tokens] int64
     positions: Tensor  # [tokens] int64, in their sequence
-    slot_mapping: Tensor  # [tokens] int64: block * block_size + offset, where each token's K and V go
+    # [tokens] int64: block * block_size + offset, where each token's K and V go
+    slot_mapping: Tensor
     block_tables: Tensor  # [entries, max_blocks] int32; columns past an entry's blocks are not read
     seq_lens: Tensor  # [entries] int32: tokens of the sequence after this step
     query_start_loc: Tensor  # [entries + 1] int32: where each entry's query tokens begin

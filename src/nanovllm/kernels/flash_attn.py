@@ -1,15 +1,18 @@
-"""attention_backend=flash_attn: the FlashAttention library (Dao, 2023; Shah et al., 2024) behind our interface.
+"""attention_backend=flash_attn: the FlashAttention library (Dao, 2023; Shah et al., 2024) behind
+our interface.
 
-Loaded only when on. Two packages carry it. The first that is installed serves; which one, and its version, is part of the record:
+Loaded only when on. Two packages carry it. The first that is installed serves; which one, and its
+version, is part of the record:
 
-    flash-attn   PyPI's, FlashAttention 2: flash_attn_with_kvcache for decodes, flash_attn_varlen_func for prefills;
+    flash-attn   PyPI's, FlashAttention 2: flash_attn_with_kvcache for decodes,
+    flash_attn_varlen_func for prefills;
                  pages of a multiple of 256 tokens
     vllm         the copy in vLLM's wheel, FlashAttention 3 on Hopper, else 2: flash_attn_varlen_func for both, lengths as
                  `seqused_k`; pages of a multiple of 16 tokens
 
-Both want pages as [blocks, block_size, kv_heads, head_dim] and check the last stride alone: our head-major cache, transposed, is
-read where it lies. Nothing is read back from the device and no launch depends on a length that only the device knows, so a
-CUDA graph may hold all of it.
+Both want pages as [blocks, block_size, kv_heads, head_dim] and check the last stride alone: our
+head-major cache, transposed, is read where it lies. Nothing is read back from the device and no
+launch depends on a length that only the device knows, so a CUDA graph may hold all of it.
 """
 
 from __future__ import annotations
@@ -47,7 +50,9 @@ class Library:
 
 
 def find_library() -> Library:
-    """The installed library. Raises ImportError that says what to install, and why what is there does not serve."""
+    """The installed library. Raises ImportError that says what to install, and why what is there
+    does not serve.
+    """
     problems = []
     for find in (_pypi, _bundled):
         try:
@@ -62,9 +67,17 @@ def find_library() -> Library:
 
 def _pypi() -> Library:
     package = import_module("flash_attn")
-    if not hasattr(package, "flash_attn_with_kvcache"):  # FlashAttention 4 has the same name and nothing of this
+    # FlashAttention 4 has the same name and nothing of this
+    if not hasattr(package, "flash_attn_with_kvcache"):
         raise ImportError("the package flash_attn that is installed is not version 2")
-    return Library("flash-attn", package.__version__, 2, 256, package.flash_attn_varlen_func, package.flash_attn_with_kvcache)
+    return Library(
+        "flash-attn",
+        package.__version__,
+        2,
+        256,
+        package.flash_attn_varlen_func,
+        package.flash_attn_with_kvcache,
+    )
 
 
 def _bundled() -> Library:
@@ -90,36 +103,62 @@ class _Prepared:
 
 
 class FlashAttention:
-    """The same interface as TorchAttention. Raises ImportError without a library, ValueError for what it cannot compute."""
+    """The same interface as TorchAttention. Raises ImportError without a library, ValueError for
+    what it cannot compute.
+    """
 
-    def __init__(self, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
+    ) -> None:
         if dtype not in (torch.bfloat16, torch.float16):
             name = str(dtype).removeprefix("torch.")
-            raise ValueError(f"dtype={name!r} cannot be used with attention_backend='flash_attn': take 'bfloat16', or "
-                             "attention_backend='triton' or 'torch'")
+            raise ValueError(
+                f"dtype={name!r} cannot be used with attention_backend='flash_attn': take 'bfloat16', or "
+                "attention_backend='triton' or 'torch'"
+            )
         self.library = library = find_library()
         if block_size % library.page_multiple:
-            raise ValueError(f"block_size={block_size} cannot be used with attention_backend='flash_attn' ({library.provider} "
-                             f"{library.version}): take a multiple of {library.page_multiple}")
-        self.num_kv_heads, self.block_size, self.scale, self.dtype = num_kv_heads, block_size, head_dim**-0.5, dtype
+            raise ValueError(
+                f"block_size={block_size} cannot be used with attention_backend='flash_attn' ({library.provider} "
+                f"{library.version}): take a multiple of {library.page_multiple}"
+            )
+        self.num_kv_heads, self.block_size, self.scale, self.dtype = (
+            num_kv_heads,
+            block_size,
+            head_dim**-0.5,
+            dtype,
+        )
 
     def prepare(self, batch: ForwardBatch) -> None:
-        """Once a step: offsets in the library's type. Decodes and prefills are two calls, each with tiles of its own shape."""
+        """Once a step: offsets in the library's type. Decodes and prefills are two calls, each with
+        tiles of its own shape.
+        """
         prepared = batch.attention = _Prepared()
         n = batch.num_decodes
         if n:
             prepared.longest_decode = max(batch.host_seq_lens[:n])
             prepared.decode_starts = batch.query_start_loc[: n + 1].int()
         if n < len(batch.host_query_lens):
-            prepared.longest_query, prepared.longest_prefill = max(batch.host_query_lens[n:]), max(batch.host_seq_lens[n:])
-            prepared.prefill_starts = (batch.query_start_loc[n:] - n).int()  # the n decodes before have one token each
+            prepared.longest_query, prepared.longest_prefill = (
+                max(batch.host_query_lens[n:]),
+                max(batch.host_seq_lens[n:]),
+            )
+            # the n decodes before have one token each
+            prepared.prefill_starts = (batch.query_start_loc[n:] - n).int()
             if self.library.provider == "flash-attn":
-                prepared.prefill_kv_starts = torch.nn.functional.pad(batch.seq_lens[n:].cumsum(0), (1, 0)).int()
+                prepared.prefill_kv_starts = torch.nn.functional.pad(
+                    batch.seq_lens[n:].cumsum(0), (1, 0)
+                ).int()
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch) -> Tensor:
-        """q: [tokens, q_heads, head_dim]; k, v: [tokens, kv_heads, head_dim], already in the caches -> as q."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch
+    ) -> Tensor:
+        """q: [tokens, q_heads, head_dim]; k, v: [tokens, kv_heads, head_dim], already in the caches
+        -> as q.
+        """
         n, parts = batch.num_decodes, []
-        pages = k_cache.transpose(1, 2), v_cache.transpose(1, 2)  # views: [blocks, block_size, kv_heads, head_dim]
+        # views: [blocks, block_size, kv_heads, head_dim]
+        pages = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
         if n:
             parts.append(self._decode(q[:n], *pages, batch))
         if n < len(batch.host_query_lens):
@@ -130,26 +169,63 @@ class FlashAttention:
         library, prepared, n = self.library, batch.attention, batch.num_decodes
         seq_lens, tables = batch.seq_lens[:n], batch.block_tables[:n]
         if library.with_kvcache is not None:
-            return library.with_kvcache(q[:, None], keys, values, cache_seqlens=seq_lens, block_table=tables,
-                                        softmax_scale=self.scale, causal=True)[:, 0]  # fmt: skip
+            return library.with_kvcache(
+                q[:, None],
+                keys,
+                values,
+                cache_seqlens=seq_lens,
+                block_table=tables,
+                softmax_scale=self.scale,
+                causal=True,
+            )[:, 0]
         split: dict[str, Any] = {}
         if library.scheduler_metadata is not None:
-            if prepared.scheduler_metadata is None:  # in the first layer: only here the number of query heads is known
+            # in the first layer: only here the number of query heads is known
+            if prepared.scheduler_metadata is None:
                 prepared.scheduler_metadata = library.scheduler_metadata(
-                    batch_size=n, max_seqlen_q=1, max_seqlen_k=prepared.longest_decode, num_heads_q=q.shape[1],
-                    num_heads_kv=self.num_kv_heads, headdim=q.shape[2], cache_seqlens=seq_lens, qkv_dtype=self.dtype,
-                    cu_seqlens_q=prepared.decode_starts, page_size=self.block_size, causal=True, num_splits=MAX_SPLITS,
-                )  # fmt: skip
+                    batch_size=n,
+                    max_seqlen_q=1,
+                    max_seqlen_k=prepared.longest_decode,
+                    num_heads_q=q.shape[1],
+                    num_heads_kv=self.num_kv_heads,
+                    headdim=q.shape[2],
+                    cache_seqlens=seq_lens,
+                    qkv_dtype=self.dtype,
+                    cu_seqlens_q=prepared.decode_starts,
+                    page_size=self.block_size,
+                    causal=True,
+                    num_splits=MAX_SPLITS,
+                )
             split = {"scheduler_metadata": prepared.scheduler_metadata, "num_splits": MAX_SPLITS}
-        return library.varlen(q, keys, values, cu_seqlens_q=prepared.decode_starts, max_seqlen_q=1, seqused_k=seq_lens,
-                              max_seqlen_k=prepared.longest_decode, block_table=tables, softmax_scale=self.scale, causal=True,
-                              fa_version=library.generation, **split)  # fmt: skip
+        return library.varlen(
+            q,
+            keys,
+            values,
+            cu_seqlens_q=prepared.decode_starts,
+            max_seqlen_q=1,
+            seqused_k=seq_lens,
+            max_seqlen_k=prepared.longest_decode,
+            block_table=tables,
+            softmax_scale=self.scale,
+            causal=True,
+            fa_version=library.generation,
+            **split,
+        )
 
     def _prefill(self, q: Tensor, keys: Tensor, values: Tensor, batch: ForwardBatch) -> Tensor:
         library, prepared, n = self.library, batch.attention, batch.num_decodes
         lengths: dict[str, Any] = {"cu_seqlens_k": prepared.prefill_kv_starts}
         if library.provider == "vllm":
             lengths = {"seqused_k": batch.seq_lens[n:], "fa_version": library.generation}
-        return library.varlen(q, keys, values, cu_seqlens_q=prepared.prefill_starts, max_seqlen_q=prepared.longest_query,
-                              max_seqlen_k=prepared.longest_prefill, block_table=batch.block_tables[n:],
-                              softmax_scale=self.scale, causal=True, **lengths)  # fmt: skip
+        return library.varlen(
+            q,
+            keys,
+            values,
+            cu_seqlens_q=prepared.prefill_starts,
+            max_seqlen_q=prepared.longest_query,
+            max_seqlen_k=prepared.longest_prefill,
+            block_table=batch.block_tables[n:],
+            softmax_scale=self.scale,
+            causal=True,
+            **lengths,
+        )

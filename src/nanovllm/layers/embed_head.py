@@ -7,13 +7,21 @@ from nanovllm.layers.linear import TensorParallel, parameter
 
 
 class VocabParallelEmbedding(nn.Module):
-    """The table is whole on every rank, as looking up a few rows costs less than a sum over ranks; only_head: it is never looked up
-    in, and rank r holds rows [r * n, (r + 1) * n). The head works with those rows in either case."""
+    """The table is whole on every rank, as looking up a few rows costs less than a sum over ranks;
+    only_head: it is never looked up in, and rank r holds rows [r * n, (r + 1) * n). The head works
+    with those rows in either case.
+    """
 
-    def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel, only_head: bool = False) -> None:
+    def __init__(
+        self, vocab_size: int, hidden_size: int, tp: TensorParallel, only_head: bool = False
+    ) -> None:
         super().__init__()
         n = tp.share(vocab_size, "tokens of the vocabulary")
-        self.weight = parameter(n, hidden_size, shard_dim=0) if only_head else parameter(vocab_size, hidden_size)
+        self.weight = (
+            parameter(n, hidden_size, shard_dim=0)
+            if only_head
+            else parameter(vocab_size, hidden_size)
+        )
         self.head = slice(None) if only_head else slice(tp.rank * n, (tp.rank + 1) * n)
 
     def forward(self, token_ids: Tensor) -> Tensor:

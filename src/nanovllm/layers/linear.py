@@ -1,8 +1,9 @@
 """Matrix products, sharded over tensor-parallel ranks as in Megatron-LM (Shoeybi et al., 2019).
 
-A parameter knows which part of a checkpoint's tensor is its rank's, and the loader reads that part only:
-    shard_dim   the dimension that the ranks share, or None: every rank holds all of it
-    parts       name -> (begin, end): rows that come from a tensor of their own (q, k and v are one product)
+A parameter knows which part of a checkpoint's tensor is its rank's, and the loader reads that part
+only:
+    shard_dim   the dimension that the ranks share, or None: every rank holds all of it parts
+    name -> (begin, end): rows that come from a tensor of their own (q, k and v are one product)
 """
 
 import torch
@@ -12,7 +13,9 @@ from nanovllm.kernels.registry import Kernels, Operation
 
 
 class TensorParallel:
-    """The group of ranks that share a model. This one is the group of one; workers.py has the real one."""
+    """The group of ranks that share a model. This one is the group of one; workers.py has the real
+    one.
+    """
 
     rank, size = 0, 1
 
@@ -35,11 +38,15 @@ class TensorParallel:
     def share(self, total: int, what: str) -> int:
         """This rank's part of `total`. Raises ValueError where it does not divide."""
         if total % self.size:
-            raise ValueError(f"tensor_parallel_size={self.size} does not divide the model's {total} {what}; take a divisor")
+            raise ValueError(
+                f"tensor_parallel_size={self.size} does not divide the model's {total} {what}; take a divisor"
+            )
         return total // self.size
 
 
-def parameter(*shape: int, shard_dim: int | None = None, parts: dict[str, tuple[int, int]] | None = None) -> nn.Parameter:
+def parameter(
+    *shape: int, shard_dim: int | None = None, parts: dict[str, tuple[int, int]] | None = None
+) -> nn.Parameter:
     """An empty parameter with what the loader must know of it."""
     param = nn.Parameter(torch.empty(*shape), requires_grad=False)
     param.shard_dim, param.parts = shard_dim, parts  # type: ignore[attr-defined]
@@ -47,12 +54,20 @@ def parameter(*shape: int, shard_dim: int | None = None, parts: dict[str, tuple[
 
 
 class ColumnParallelLinear(nn.Module):
-    """product(x, W, b, ...), of x W^T (+ b) and what follows it; the outputs are shared out over the ranks.
+    """product(x, W, b, ...), of x W^T (+ b) and what follows it; the outputs are shared out over
+    the ranks.
 
     parts: name -> outputs (over all ranks) of each projection.
     """
 
-    def __init__(self, in_features: int, parts: dict[str, int], bias: bool, product: Operation, tp: TensorParallel) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        parts: dict[str, int],
+        bias: bool,
+        product: Operation,
+        tp: TensorParallel,
+    ) -> None:
         super().__init__()
         self.product = product
         rows, total = {}, 0
@@ -68,10 +83,14 @@ class ColumnParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """y = x W^T (+ b), the inputs shared out over the ranks and their products summed."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, kernels: Kernels, tp: TensorParallel) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, kernels: Kernels, tp: TensorParallel
+    ) -> None:
         super().__init__()
         self.linear, self.tp = kernels.linear, tp
-        self.weight = parameter(out_features, tp.share(in_features, "inputs of a projection"), shard_dim=1)
+        self.weight = parameter(
+            out_features, tp.share(in_features, "inputs of a projection"), shard_dim=1
+        )
         self.bias = parameter(out_features) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,20 +1,27 @@
-"""Builds small seeded Qwen3 checkpoints, so that nothing has to be downloaded: `python -m nanovllm.models.checkpoint tiny`.
+"""Builds small seeded Qwen3 checkpoints, so that nothing has to be downloaded: `python -m
+nanovllm.models.checkpoint tiny`.
 
-Plain random weights make a useless test object: the layers hardly change the residual stream, so with tied embeddings the
-model repeats its last token whatever attention does, and errors stay hidden. These weights are as random, but scaled and
-arranged so that every part of the model shows in the output while rounding errors stay small:
+Plain random weights make a useless test object: the layers hardly change the residual stream, so
+with tied embeddings the model repeats its last token whatever attention does, and errors stay
+hidden. These weights are as random, but scaled and arranged so that every part of the model shows
+in the output while rounding errors stay small:
 
-- *No vote for itself.* The final norm's weights have random signs, so that a token's embedding, carried through the residual
+- *No vote for itself.* The final norm's weights have random signs, so that a token's embedding,
+  carried through the residual
   stream, does not favour the same token again.
-- *Every KV slot is read.* Channel 0 of the residual stream is a large constant (trained models have such "massive activations",
-  Sun et al. 2024). Queries and keys turn it into rotary vectors, of which each head's have their peak at a distance of its
-  own. So most of a head's attention is on one token at that distance, whatever the text, and the rest follows content.
+- *Every KV slot is read.* Channel 0 of the residual stream is a large constant (trained models have
+  such "massive activations",
+  Sun et al. 2024). Queries and keys turn it into rotary vectors, of which each head's have their
+  peak at a distance of its own. So most of a head's attention is on one token at that distance,
+  whatever the text, and the rest follows content.
 - *Small residual stream.* An epsilon of 1e-3 where 1e-6 belongs changes every norm.
 
-What that buys is measured in tests/test_checkpoint.py: repeats, one wrong KV slot, rope_theta, epsilons, against the error
-of bfloat16. A slot is read well by the `Gains.max_distance` tokens after it, and faintly by later ones.
+What that buys is measured in tests/test_checkpoint.py: repeats, one wrong KV slot, rope_theta,
+epsilons, against the error of bfloat16. A slot is read well by the `Gains.max_distance` tokens
+after it, and faintly by later ones.
 
-Weights are integers from Philox4x32-10, keyed by (seed, name of the tensor), times a scale, rounded to float32 and then to
+Weights are integers from Philox4x32-10, keyed by (seed, name of the tensor), times a scale, rounded
+to float32 and then to
 bfloat16: the same bits on every machine, and exact in bfloat16 whatever dtype they are stored in.
 """
 
@@ -98,30 +105,63 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(
-        vocab_size=2048, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=4096,
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=4096,
     ),
     "qwen3-0.6b": Preset(
-        vocab_size=151_936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960, dtype="bfloat16",
-        # 28 layers share what 4 share in `tiny`: less each, so they look at the same four places, 13, 92, 141 and 220 tokens back
-        # (all of the last 220 slots are read so by 79 tokens and more). A token that reads a slot wrong moves by 15 to 24 times
-        # bfloat16's largest error, and by 4 to 6 where one layer alone reads it wrong.
+        vocab_size=151_936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40_960,
+        dtype="bfloat16",
+        # 28 layers share what 4 share in `tiny`: less each, so they look at the same four places,
+        # 13, 92, 141 and 220 tokens back (all of the last 220 slots are read so by 79 tokens and
+        # more). A token that reads a slot wrong moves by 15 to 24 times bfloat16's largest error,
+        # and by 4 to 6 where one layer alone reads it wrong.
         gains=Gains(attention=0.003, mlp=0.001, max_distance=256, distances=2, distance_sets=2),
     ),
-}  # fmt: skip
+}
 
 _GENERATED = {
     "qwen3-8b": Preset(
-        vocab_size=151_936, hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960, tie_word_embeddings=False, dtype="bfloat16",
+        vocab_size=151_936,
+        hidden_size=4096,
+        intermediate_size=12_288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40_960,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
     ),
     "qwen3-32b": Preset(
-        vocab_size=151_936, hidden_size=5120, intermediate_size=25_600, num_hidden_layers=64, num_attention_heads=64,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960, tie_word_embeddings=False, dtype="bfloat16",
+        vocab_size=151_936,
+        hidden_size=5120,
+        intermediate_size=25_600,
+        num_hidden_layers=64,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40_960,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
     ),
-}  # fmt: skip
-GENERATED = _GENERATED | {f"{name}-4-layers": dataclasses.replace(shape, num_hidden_layers=4) for name, shape in _GENERATED.items()}
+}
+GENERATED = _GENERATED | {
+    f"{name}-4-layers": dataclasses.replace(shape, num_hidden_layers=4)
+    for name, shape in _GENERATED.items()
+}
 """Shapes whose weights are no files: every rank makes its own (models/generated.py). Cut to 4 layers, a reference fits beside."""
 
 DIGESTS = {
@@ -134,43 +174,64 @@ TOKENIZER_DIGEST = "cb44929f9b08385f6c4d4ca2f351f7cdbc1184f2a5deb59702de290037c5
 """tokenizer_digest of the presets' tokenizer: the same with every Python, or a preset is not built."""
 MERGES = Path(__file__).with_name("merges.txt")
 
-TEXT_SIZE = 2045  # byte-level BPE tokens of every preset; larger vocabularies hold ids that have no text
+# byte-level BPE tokens of every preset; larger vocabularies hold ids that have no text
+TEXT_SIZE = 2045
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 EOS_TOKEN_ID = TEXT_SIZE
 
 
 def ensure_checkpoint(preset: str, *, cache_dir: Path | str | None = None, **changes: Any) -> Path:
-    """The folder of a preset's checkpoint, built if it is not in the cache yet; changes: fields of Preset to replace.
+    """The folder of a preset's checkpoint, built if it is not in the cache yet; changes: fields of
+    Preset to replace.
 
-    The cache is $NANOVLLM_CACHE, else .cache/nanovllm in the repository, or in the working directory of an installed package.
-    Two processes may build the same one: each builds aside, and the first to finish wins. Raises ValueError for an unknown
-    preset or field, OSError where the cache cannot be written, RuntimeError where the weights of an unchanged preset do not
-    have their recorded digest.
+    The cache is $NANOVLLM_CACHE, else .cache/nanovllm in the repository, or in the working
+    directory of an installed package.
+    Two processes may build the same one: each builds aside, and the first to finish wins. Raises
+    ValueError for an unknown preset or field, OSError where the cache cannot be written,
+    RuntimeError where the weights of an unchanged preset do not have their recorded digest.
     """
     known = PRESETS | GENERATED
     if preset not in known:
         raise ValueError(f"preset {preset!r} is unknown; known are {', '.join(known)}")
     fields = {field.name for field in dataclasses.fields(Preset)}
     if unknown := sorted(set(changes) - fields):
-        raise ValueError(f"a preset has no {', '.join(unknown)}; it has {', '.join(sorted(fields))}")
+        raise ValueError(
+            f"a preset has no {', '.join(unknown)}; it has {', '.join(sorted(fields))}"
+        )
     recipe = dataclasses.replace(known[preset], **changes)
-    made_of = f"{recipe} {DIGESTS} {TOKENIZER_DIGEST}"  # the digests: another builder, another checkpoint
+    # the digests: another builder, another checkpoint
+    made_of = f"{recipe} {DIGESTS} {TOKENIZER_DIGEST}"
     key = hashlib.sha256(made_of.encode()).hexdigest()[:12]
     cache = Path(cache_dir or os.environ.get("NANOVLLM_CACHE") or _home() / ".cache" / "nanovllm")
-    folder = cache / "-".join([preset, *(f"{name}={value}" for name, value in sorted(changes.items()) if name != "gains"), key])
+    folder = cache / "-".join(
+        [
+            preset,
+            *(f"{name}={value}" for name, value in sorted(changes.items()) if name != "gains"),
+            key,
+        ]
+    )
     if folder.is_dir():
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".building-{preset}-", dir=cache))
     except OSError as error:
-        raise OSError(error.errno, f"{preset} cannot be built in {cache} ({error.strerror}): set NANOVLLM_CACHE to a folder "
-                                   "that can be written") from error
+        raise OSError(
+            error.errno,
+            f"{preset} cannot be built in {cache} ({error.strerror}): set NANOVLLM_CACHE to a folder "
+            "that can be written",
+        ) from error
     try:
         build_checkpoint(recipe, aside, weights=preset in PRESETS)
-        if not changes and preset in DIGESTS and (digest := checkpoint_digest(aside)) != DIGESTS[preset]:
-            raise RuntimeError(f"{preset} built here has digest {digest}, recorded is {DIGESTS[preset]}: its recipe has changed "
-                               "(record the new digest) or torch computes otherwise here (weights differ from other machines')")
+        if (
+            not changes
+            and preset in DIGESTS
+            and (digest := checkpoint_digest(aside)) != DIGESTS[preset]
+        ):
+            raise RuntimeError(
+                f"{preset} built here has digest {digest}, recorded is {DIGESTS[preset]}: its recipe has changed "
+                "(record the new digest) or torch computes otherwise here (weights differ from other machines')"
+            )
         aside.chmod(0o755)
         try:
             aside.rename(folder)
@@ -184,16 +245,24 @@ def ensure_checkpoint(preset: str, *, cache_dir: Path | str | None = None, **cha
 
 
 def checkpoint_digest(folder: Path | str) -> str:
-    """SHA-256 over config.json and every tensor (name, dtype, shape, bytes) of a folder's model, however it is cut into files.
-    Raises FileNotFoundError where there is none, ValueError where its files contradict each other."""
+    """SHA-256 over config.json and every tensor (name, dtype, shape, bytes) of a folder's model,
+    however it is cut into files. Raises FileNotFoundError where there is none, ValueError where its
+    files contradict each other.
+    """
     folder = Path(folder)
-    digest = hashlib.sha256(json.dumps(json.loads((folder / "config.json").read_text()), sort_keys=True).encode())
+    digest = hashlib.sha256(
+        json.dumps(json.loads((folder / "config.json").read_text()), sort_keys=True).encode()
+    )
     places: dict[str, tuple[Path, int, dict[str, Any]]] = {}
     for file in weight_files(folder, warn=False):
         with file.open("rb") as stream:
             header_size = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(header_size))
-        places |= {name: (file, 8 + header_size, meta) for name, meta in header.items() if name != "__metadata__"}
+        places |= {
+            name: (file, 8 + header_size, meta)
+            for name, meta in header.items()
+            if name != "__metadata__"
+        }
     if not places:
         if not (generated := folder / RECIPE).is_file():
             raise FileNotFoundError(f"{folder} holds no *.safetensors")
@@ -209,14 +278,26 @@ def checkpoint_digest(folder: Path | str) -> str:
 
 
 def build_checkpoint(recipe: Preset, folder: Path, weights: bool = True) -> None:
-    """Writes config.json, generation_config.json, the tokenizer and the weights (or what to generate them from) into `folder`."""
+    """Writes config.json, generation_config.json, the tokenizer and the weights (or what to
+    generate them from) into `folder`.
+    """
     _write_json(folder / "config.json", _config(recipe))
-    _write_json(folder / "generation_config.json", {"eos_token_id": EOS_TOKEN_ID, "pad_token_id": EOS_TOKEN_ID})
+    _write_json(
+        folder / "generation_config.json",
+        {"eos_token_id": EOS_TOKEN_ID, "pad_token_id": EOS_TOKEN_ID},
+    )
     _tokenizer().save(str(folder / "tokenizer.json"))
-    _write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "Qwen2Tokenizer", "eos_token": SPECIAL_TOKENS[0], "pad_token": SPECIAL_TOKENS[0],
-        "model_max_length": recipe.max_position_embeddings, "add_prefix_space": False, "clean_up_tokenization_spaces": False,
-    })  # fmt: skip
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "eos_token": SPECIAL_TOKENS[0],
+            "pad_token": SPECIAL_TOKENS[0],
+            "model_max_length": recipe.max_position_embeddings,
+            "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,
+        },
+    )
     if not weights:
         _write_json(folder / RECIPE, {"seed": recipe.seed})
         return
@@ -236,10 +317,17 @@ def build_checkpoint(recipe: Preset, folder: Path, weights: bool = True) -> None
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
         _save(shard, folder / name)
-    _write_json(folder / "model.safetensors.index.json", {
-        "metadata": {"total_size": sum(tensor.nbytes for shard in shards for tensor in shard.values())},
-        "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
-    })  # fmt: skip
+    _write_json(
+        folder / "model.safetensors.index.json",
+        {
+            "metadata": {
+                "total_size": sum(tensor.nbytes for shard in shards for tensor in shard.values())
+            },
+            "weight_map": {
+                tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard
+            },
+        },
+    )
 
 
 def _config(recipe: Preset) -> dict[str, Any]:
@@ -276,7 +364,12 @@ def _weights(recipe: Preset) -> Iterator[tuple[str, Tensor]]:
 
     def norm(name: str, size: int, gain: float = 1.0) -> Tensor:
         spread = gains.norm_spread
-        return _noise((size,), name, recipe.seed).mul_(spread).add_(1.0).mul_(gain / math.sqrt(1.0 + spread**2))
+        return (
+            _noise((size,), name, recipe.seed)
+            .mul_(spread)
+            .add_(1.0)
+            .mul_(gain / math.sqrt(1.0 + spread**2))
+        )
 
     def mean_square(layer: int) -> float:
         """Expected, of the residual stream's channels before `layer`."""
@@ -287,7 +380,9 @@ def _weights(recipe: Preset) -> Iterator[tuple[str, Tensor]]:
         """Of that mean square, what is not channel 0."""
         return 1.0 - (gains.constant * gains.embedding) ** 2 / hidden / mean_square(layer)
 
-    embedding = linear("model.embed_tokens.weight", recipe.vocab_size, hidden, gains.embedding * math.sqrt(hidden))
+    embedding = linear(
+        "model.embed_tokens.weight", recipe.vocab_size, hidden, gains.embedding * math.sqrt(hidden)
+    )
     embedding[:, 0] = gains.constant * gains.embedding
     yield "model.embed_tokens.weight", embedding
     for layer in range(recipe.num_hidden_layers):
@@ -297,49 +392,90 @@ def _weights(recipe: Preset) -> Iterator[tuple[str, Tensor]]:
         yield prefix + "input_layernorm.weight", input_norm
 
         # Channel 0 as the projections see it: normalized and weighted.
-        constant = float(input_norm[0]) * gains.constant * gains.embedding / math.sqrt(mean_square(layer))
+        constant = (
+            float(input_norm[0]) * gains.constant * gains.embedding / math.sqrt(mean_square(layer))
+        )
         positional = gains.positional * gains.query_key * math.sqrt(content_share(layer)) / constant
         for part, heads in (("q", recipe.num_attention_heads), ("k", recipe.num_key_value_heads)):
-            weight = linear(f"{attention}{part}_proj.weight", heads * head_dim, hidden, gains.query_key)
+            weight = linear(
+                f"{attention}{part}_proj.weight", heads * head_dim, hidden, gains.query_key
+            )
             distances = _distances(recipe, layer) if part == "q" else [0] * heads
-            weight[:, 0] = torch.cat([_rotary_vector(-distance, recipe) for distance in distances]) * positional
+            weight[:, 0] = (
+                torch.cat([_rotary_vector(-distance, recipe) for distance in distances])
+                * positional
+            )
             yield f"{attention}{part}_proj.weight", weight
-            yield f"{attention}{part}_norm.weight", norm(f"{attention}{part}_norm.weight", head_dim, math.sqrt(gains.scores))
-        value = linear(attention + "v_proj.weight", recipe.num_key_value_heads * head_dim, hidden, 1.0)
+            yield (
+                f"{attention}{part}_norm.weight",
+                norm(f"{attention}{part}_norm.weight", head_dim, math.sqrt(gains.scores)),
+            )
+        value = linear(
+            attention + "v_proj.weight", recipe.num_key_value_heads * head_dim, hidden, 1.0
+        )
         value[:, 0] = 0.0  # the constant carries no content
         yield attention + "v_proj.weight", value
         attention_width = recipe.num_attention_heads * head_dim
-        yield attention + "o_proj.weight", linear(attention + "o_proj.weight", hidden, attention_width, gains.attention)
+        yield (
+            attention + "o_proj.weight",
+            linear(attention + "o_proj.weight", hidden, attention_width, gains.attention),
+        )
 
-        yield prefix + "post_attention_layernorm.weight", norm(prefix + "post_attention_layernorm.weight", hidden)
+        yield (
+            prefix + "post_attention_layernorm.weight",
+            norm(prefix + "post_attention_layernorm.weight", hidden),
+        )
         for part in ("gate_proj", "up_proj"):
             weight = linear(f"{mlp}{part}.weight", recipe.intermediate_size, hidden, 1.0)
             weight[:, 0] = 0.0
             yield f"{mlp}{part}.weight", weight
         # silu(x) * y of independent unit normals has root mean square 0.6
-        yield mlp + "down_proj.weight", linear(mlp + "down_proj.weight", hidden, recipe.intermediate_size, gains.mlp / 0.6)
+        yield (
+            mlp + "down_proj.weight",
+            linear(mlp + "down_proj.weight", hidden, recipe.intermediate_size, gains.mlp / 0.6),
+        )
 
     depth = recipe.num_hidden_layers
-    final = norm("model.norm.weight", hidden, gains.logits / gains.embedding / math.sqrt(hidden * content_share(depth)))
-    final *= torch.where(_noise((hidden,), "signs of model.norm.weight", recipe.seed) < 0.0, -1.0, 1.0)
+    final = norm(
+        "model.norm.weight",
+        hidden,
+        gains.logits / gains.embedding / math.sqrt(hidden * content_share(depth)),
+    )
+    final *= torch.where(
+        _noise((hidden,), "signs of model.norm.weight", recipe.seed) < 0.0, -1.0, 1.0
+    )
     final[0] = 0.0  # channel 0 is the same in every embedding: it would add the same to every logit
     yield "model.norm.weight", final
     if not recipe.tie_word_embeddings:
-        yield "lm_head.weight", linear("lm_head.weight", recipe.vocab_size, hidden, gains.embedding * math.sqrt(hidden))
+        yield (
+            "lm_head.weight",
+            linear(
+                "lm_head.weight", recipe.vocab_size, hidden, gains.embedding * math.sqrt(hidden)
+            ),
+        )
 
 
 def _noise(shape: tuple[int, ...], name: str, seed: int) -> Tensor:
-    """Noise of mean 0 and variance 1 (float32): the sum of a Philox word's two halves, a triangle between -2.45 and 2.45.
+    """Noise of mean 0 and variance 1 (float32): the sum of a Philox word's two halves, a triangle
+    between -2.45 and 2.45.
 
     Element i is word i % 4 of counter i // 4, under the key (seed, CRC-32 of name).
     """
     count = math.prod(shape)
     flat = torch.empty(-(-count // 4), 4)
-    # On a GPU half a minute of integer arithmetic is a second, and the same to the last bit; rounding is left to the CPU.
-    device = "cuda" if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0) else "cpu"
-    seed_key, name_key = (torch.tensor([key], device=device) for key in (seed & 0xFFFFFFFF, zlib.crc32(name.encode())))
+    # On a GPU half a minute of integer arithmetic is a second, and the same to the last bit;
+    # rounding is left to the CPU.
+    device = (
+        "cuda"
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+        else "cpu"
+    )
+    seed_key, name_key = (
+        torch.tensor([key], device=device) for key in (seed & 0xFFFFFFFF, zlib.crc32(name.encode()))
+    )
     zero = torch.zeros(1, dtype=torch.int64, device=device)
-    chunk = 1 << 13 if device == "cpu" else 1 << 20  # small enough for the processor's cache; 100 MB of a GPU
+    # small enough for the processor's cache; 100 MB of a GPU
+    chunk = 1 << 13 if device == "cpu" else 1 << 20
     for start in range(0, len(flat), chunk):
         counter = torch.arange(start, min(start + chunk, len(flat)), device=device)
         for lane, word in enumerate(philox4x32(seed_key, name_key, counter, zero, zero, zero)):
@@ -348,19 +484,25 @@ def _noise(shape: tuple[int, ...], name: str, seed: int) -> Tensor:
 
 
 def _distances(recipe: Preset, layer: int) -> list[int]:
-    """How far back each query head of a layer looks: one distance in each equal part of [1, max_distance], where in it
-    depends on the layer, or on its set (golden ratio, so that they cover different ones)."""
+    """How far back each query head of a layer looks: one distance in each equal part of [1,
+    max_distance], where in it depends on the layer, or on its set (golden ratio, so that they cover
+    different ones).
+    """
     heads, gains = recipe.num_attention_heads, recipe.gains
     count = min(heads, gains.distances)
-    within = (0.1 + (layer % (gains.distance_sets or recipe.num_hidden_layers)) * 0.6180339887) % 1.0
+    within = (
+        0.1 + (layer % (gains.distance_sets or recipe.num_hidden_layers)) * 0.6180339887
+    ) % 1.0
     distances = [1 + int(gains.max_distance * (part + within) / count) for part in range(count)]
     return [distances[head * count // heads] for head in range(heads)]
 
 
 def _rotary_vector(position: int, recipe: Preset) -> Tensor:
-    """A vector [head_dim] of root mean square 1 in the fastest sixth of the rotary frequencies, rotated to `position`.
+    """A vector [head_dim] of root mean square 1 in the fastest sixth of the rotary frequencies,
+    rotated to `position`.
 
-    Such vectors of two tokens, rotated to their places, have their largest product where the places agree, and soon less around.
+    Such vectors of two tokens, rotated to their places, have their largest product where the places
+    agree, and soon less around.
     """
     half = recipe.head_dim // 2
     pairs = max(1, recipe.head_dim // 12)
@@ -372,17 +514,24 @@ def _rotary_vector(position: int, recipe: Preset) -> Tensor:
 
 
 def make_tokenizer() -> Tokenizer:
-    """A byte-level BPE of TEXT_SIZE tokens and Qwen's special ones, split as Qwen's. Its merges are part of the package: they were
-    learned once, from modules of Python's standard library, which differ from one Python to the next."""
+    """A byte-level BPE of TEXT_SIZE tokens and Qwen's special ones, split as Qwen's. Its merges are
+    part of the package: they were learned once, from modules of Python's standard library, which
+    differ from one Python to the next.
+    """
     split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    merges = [(left, right) for left, right in map(str.split, MERGES.read_text(encoding="utf-8").splitlines())]
+    merges = [
+        (left, right)
+        for left, right in map(str.split, MERGES.read_text(encoding="utf-8").splitlines())
+    ]
     tokens = sorted(pre_tokenizers.ByteLevel.alphabet()) + [left + right for left, right in merges]
     tokenizer = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, merges))
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(split), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(split), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     return tokenizer
@@ -395,20 +544,29 @@ def _tokenizer() -> Tokenizer:
     """Raises RuntimeError where it is not the one that is recorded."""
     tokenizer = make_tokenizer()
     if (digest := tokenizer_digest(tokenizer)) != TOKENIZER_DIGEST:
-        raise RuntimeError(f"the presets' tokenizer has digest {digest} here, recorded is {TOKENIZER_DIGEST}: this version of the "
-                           "tokenizers library splits text otherwise, and prompts would be other prompts")
+        raise RuntimeError(
+            f"the presets' tokenizer has digest {digest} here, recorded is {TOKENIZER_DIGEST}: this version of the "
+            "tokenizers library splits text otherwise, and prompts would be other prompts"
+        )
     return tokenizer
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """SHA-256 over what it does, however a version of the library writes it down: its vocabulary and its ids of a text."""
+    """SHA-256 over what it does, however a version of the library writes it down: its vocabulary
+    and its ids of a text.
+    """
     odd = " Hello,  W\u00f6rld e\u0301!\n\n don't 12345 <|im_start|>user\t\u4f60\u597d\U0001f600"
-    said = [sorted(tokenizer.get_vocab().items()), tokenizer.encode(MERGES.read_text(encoding="utf-8") + odd).ids]
+    said = [
+        sorted(tokenizer.get_vocab().items()),
+        tokenizer.encode(MERGES.read_text(encoding="utf-8") + odd).ids,
+    ]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def _home() -> Path:
-    """The repository this file lies in, or the working directory where the package is installed without it."""
+    """The repository this file lies in, or the working directory where the package is installed
+    without it.
+    """
     repository = Path(__file__).resolve().parents[3]
     return repository if (repository / "pyproject.toml").is_file() else Path.cwd()
 
@@ -424,13 +582,21 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 def main() -> None:
     """Builds a preset and prints its folder and digest."""
-    parser = argparse.ArgumentParser(prog="python -m nanovllm.models.checkpoint", description="Build a seeded Qwen3 checkpoint.")
+    parser = argparse.ArgumentParser(
+        prog="python -m nanovllm.models.checkpoint", description="Build a seeded Qwen3 checkpoint."
+    )
     parser.add_argument("preset", choices=[*PRESETS, *GENERATED])
     parser.add_argument("--cache-dir", help="default: $NANOVLLM_CACHE, else .cache/nanovllm")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-    parser.add_argument("--num-hidden-layers", type=int, help="a cut variant: the first layers, and a final norm scaled to them")
+    parser.add_argument(
+        "--num-hidden-layers",
+        type=int,
+        help="a cut variant: the first layers, and a final norm scaled to them",
+    )
     given = vars(parser.parse_args())
-    folder = ensure_checkpoint(**{name: value for name, value in given.items() if value is not None})
+    folder = ensure_checkpoint(
+        **{name: value for name, value in given.items() if value is not None}
+    )
     print(folder, checkpoint_digest(folder), sep="\n")
 
 

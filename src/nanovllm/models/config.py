@@ -8,10 +8,19 @@ from pathlib import Path
 from typing import Any
 
 COMPUTED: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "use_sliding_window": False,
-    "rope type": "default", "layer_types": ["full_attention"], "is_causal": True, "partial_rotary_factor": 1.0,
-    "mrope_section": "none", "dual_chunk_attention_config": "none", "quantization_config": "none", "compression_config": "none",
-}  # fmt: skip
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "rope type": "default",
+    "layer_types": ["full_attention"],
+    "is_causal": True,
+    "partial_rotary_factor": 1.0,
+    "mrope_section": "none",
+    "dual_chunk_attention_config": "none",
+    "quantization_config": "none",
+    "compression_config": "none",
+}
 """What this engine computes. Any other value is an error: a setting is never ignored (docs/checkpoints.md lists them all)."""
 
 KINDS: dict[Any, tuple[str, Any]] = {
@@ -19,7 +28,10 @@ KINDS: dict[Any, tuple[str, Any]] = {
     float: ("a number above 0", lambda value: type(value) in (int, float) and 0 < value < math.inf),
     bool: ("true or false", lambda value: type(value) is bool),
     str: ("a name", lambda value: type(value) is str),
-    tuple[int, ...]: ("token ids, whole numbers", lambda value: all(type(token) is int and token >= 0 for token in value)),
+    tuple[int, ...]: (
+        "token ids, whole numbers",
+        lambda value: all(type(token) is int and token >= 0 for token in value),
+    ),
 }
 """What a value of each type must be."""
 
@@ -45,15 +57,19 @@ class ModelConfig:
 
 
 def load_hf_config(folder: Path) -> ModelConfig:
-    """Reads config.json, and the end-of-sequence ids of generation_config.json, as transformers 4 and 5 write them.
+    """Reads config.json, and the end-of-sequence ids of generation_config.json, as transformers 4
+    and 5 write them.
 
-    Raises FileNotFoundError where there is none, ValueError for what this engine does not compute, what is missing, and values
-    of another type.
+    Raises FileNotFoundError where there is none, ValueError for what this engine does not compute,
+    what is missing, and values of another type.
     """
     raw = read_json(folder / "config.json")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, transformers 4
+    # transformers 5, transformers 4
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope = rope if isinstance(rope, dict) else {"rope_type": rope}
-    eos = read_if_there(folder / "generation_config.json").get("eos_token_id", raw.get("eos_token_id"))
+    eos = read_if_there(folder / "generation_config.json").get(
+        "eos_token_id", raw.get("eos_token_id")
+    )
     found = {
         "architectures": "none",
         **rope,
@@ -66,29 +82,45 @@ def load_hf_config(folder: Path) -> ModelConfig:
     }
     for name, computed in COMPUTED.items():
         if found.get(name, computed) not in (computed, None):
-            raise ValueError(f"{folder} has {name}={found[name]!r}; this engine computes {computed!r} only")
+            raise ValueError(
+                f"{folder} has {name}={found[name]!r}; this engine computes {computed!r} only"
+            )
     fields = {f.name: f for f in dataclasses.fields(ModelConfig)}
     values = {name: found[name] for name in fields if found.get(name) is not None}
-    required = [name for name, f in fields.items() if f.default is dataclasses.MISSING and name != "head_dim"]
+    required = [
+        name
+        for name, f in fields.items()
+        if f.default is dataclasses.MISSING and name != "head_dim"
+    ]
     if lacking := [name for name in required if name not in values]:
         raise ValueError(f"{folder / 'config.json'} lacks {', '.join(lacking)}")
     for name, value in values.items():
         allowed, fits = KINDS[fields[name].type]
         if not fits(value):
-            raise ValueError(f"{folder} has {name.replace('_ids', '_id')}={value!r}; it must be {allowed}")
-    return ModelConfig(**{"head_dim": values["hidden_size"] // values["num_attention_heads"], **values})
+            raise ValueError(
+                f"{folder} has {name.replace('_ids', '_id')}={value!r}; it must be {allowed}"
+            )
+    return ModelConfig(
+        **{"head_dim": values["hidden_size"] // values["num_attention_heads"], **values}
+    )
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The keys and values of a file. Raises FileNotFoundError, and ValueError for what is no such file."""
+    """The keys and values of a file. Raises FileNotFoundError, and ValueError for what is no such
+    file.
+    """
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: give a folder with config.json and *.safetensors, or a hub id")
+        raise FileNotFoundError(
+            f"{file} is missing: give a folder with config.json and *.safetensors, or a hub id"
+        )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} is not JSON of keys and values; it holds a {type(content).__name__}")
+        raise ValueError(
+            f"{file} is not JSON of keys and values; it holds a {type(content).__name__}"
+        )
     return content
 
 

@@ -3,19 +3,37 @@
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 
 PATTERNS = [
-    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json", "added_tokens.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "added_tokens.json",
     "special_tokens_map.json",
-]  # fmt: skip
+]
 
 
 def fetch(hub_id: str) -> Path:
-    """Fetches what is read (no code, no pickles) into the hub's own cache. Raises FileNotFoundError with what to do instead."""
+    """Fetches what is read (no code, no pickles) into the hub's own cache. Raises FileNotFoundError
+    with what to do instead.
+    """
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=PATTERNS))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (
+        HFValidationError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        OSError,
+    ) as error:
         raise FileNotFoundError(
             f"model {hub_id!r} is neither a folder here nor a hub id that can be fetched from here ({type(error).__name__}): "
             "give a folder with config.json and *.safetensors, or build one that needs no hub with "

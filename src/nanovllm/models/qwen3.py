@@ -1,6 +1,8 @@
-"""Qwen3 for causal language modelling (Qwen Team, 2025): pre-norm decoder, grouped-query attention with normed heads, SwiGLU.
+"""Qwen3 for causal language modelling (Qwen Team, 2025): pre-norm decoder, grouped-query attention
+with normed heads, SwiGLU.
 
-Parameter names are those of the checkpoint, but for the fused projections of `packed_modules_mapping`.
+Parameter names are those of the checkpoint, but for the fused projections of
+`packed_modules_mapping`.
 """
 
 from torch import Tensor, nn
@@ -13,22 +15,45 @@ from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear, Tens
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.config import ModelConfig
 
-KVCache = tuple[Tensor, Tensor]  # keys and values of one layer: [blocks, kv_heads, block_size, head_dim]
+# keys and values of one layer: [blocks, kv_heads, block_size, head_dim]
+KVCache = tuple[Tensor, Tensor]
 
 
 class Qwen3Attention(nn.Module):
-    def __init__(self, config: ModelConfig, kernels: Kernels, attention: AttentionBackend, tp: TensorParallel) -> None:
+    def __init__(
+        self, config: ModelConfig, kernels: Kernels, attention: AttentionBackend, tp: TensorParallel
+    ) -> None:
         super().__init__()
         self.attention, self.eps = attention, config.rms_norm_eps
-        q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        q_size, kv_size = (
+            config.num_attention_heads * config.head_dim,
+            config.num_key_value_heads * config.head_dim,
+        )
         parts = {"q": q_size, "k": kv_size, "v": kv_size}
-        self.qkv_proj = ColumnParallelLinear(config.hidden_size, parts, config.attention_bias,
-                                             kernels.linear_qk_norm_rope_store_kv, tp)  # fmt: skip
-        self.o_proj = RowParallelLinear(q_size, config.hidden_size, config.attention_bias, kernels, tp)
-        self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.rms_norm_eps, kernels) for _ in range(2))
+        self.qkv_proj = ColumnParallelLinear(
+            config.hidden_size,
+            parts,
+            config.attention_bias,
+            kernels.linear_qk_norm_rope_store_kv,
+            tp,
+        )
+        self.o_proj = RowParallelLinear(
+            q_size, config.hidden_size, config.attention_bias, kernels, tp
+        )
+        self.q_norm, self.k_norm = (
+            RMSNorm(config.head_dim, config.rms_norm_eps, kernels) for _ in range(2)
+        )
 
     def forward(self, x: Tensor, cos_sin: Tensor, kv_cache: KVCache, batch: ForwardBatch) -> Tensor:
-        q, k, v = self.qkv_proj(x, self.q_norm.weight, self.k_norm.weight, self.eps, cos_sin, *kv_cache, batch.slot_mapping)
+        q, k, v = self.qkv_proj(
+            x,
+            self.q_norm.weight,
+            self.k_norm.weight,
+            self.eps,
+            cos_sin,
+            *kv_cache,
+            batch.slot_mapping,
+        )
         return self.o_proj(self.attention.attend(q, k, v, *kv_cache, batch).flatten(1))
 
 
@@ -36,15 +61,21 @@ class Qwen3MLP(nn.Module):
     def __init__(self, config: ModelConfig, kernels: Kernels, tp: TensorParallel) -> None:
         super().__init__()
         parts = {"gate": config.intermediate_size, "up": config.intermediate_size}
-        self.gate_up_proj = ColumnParallelLinear(config.hidden_size, parts, False, kernels.linear_silu_and_mul, tp)
-        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, False, kernels, tp)
+        self.gate_up_proj = ColumnParallelLinear(
+            config.hidden_size, parts, False, kernels.linear_silu_and_mul, tp
+        )
+        self.down_proj = RowParallelLinear(
+            config.intermediate_size, config.hidden_size, False, kernels, tp
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.gate_up_proj(x))
 
 
 class Qwen3DecoderLayer(nn.Module):
-    def __init__(self, config: ModelConfig, kernels: Kernels, attention: AttentionBackend, tp: TensorParallel) -> None:
+    def __init__(
+        self, config: ModelConfig, kernels: Kernels, attention: AttentionBackend, tp: TensorParallel
+    ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
         self.self_attn = Qwen3Attention(config, kernels, attention, tp)
@@ -53,12 +84,21 @@ class Qwen3DecoderLayer(nn.Module):
 
 
 class Qwen3Model(nn.Module):
-    def __init__(self, config: ModelConfig, max_model_len: int, kernels: Kernels, attention: AttentionBackend,
-                 tp: TensorParallel) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        max_model_len: int,
+        kernels: Kernels,
+        attention: AttentionBackend,
+        tp: TensorParallel,
+    ) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
         self.rotary = RotaryEmbedding(config.head_dim, max_model_len, config.rope_theta)
-        self.layers = nn.ModuleList(Qwen3DecoderLayer(config, kernels, attention, tp) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Qwen3DecoderLayer(config, kernels, attention, tp)
+            for _ in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
 
     def forward(self, batch: ForwardBatch, kv_caches: list[KVCache]) -> Tensor:
@@ -77,16 +117,28 @@ class Qwen3Model(nn.Module):
 
 class Qwen3ForCausalLM(nn.Module):
     packed_modules_mapping = {
-        "q_proj": ("qkv_proj", "q"), "k_proj": ("qkv_proj", "k"), "v_proj": ("qkv_proj", "v"),
-        "gate_proj": ("gate_up_proj", "gate"), "up_proj": ("gate_up_proj", "up"),
-    }  # fmt: skip
+        "q_proj": ("qkv_proj", "q"),
+        "k_proj": ("qkv_proj", "k"),
+        "v_proj": ("qkv_proj", "v"),
+        "gate_proj": ("gate_up_proj", "gate"),
+        "up_proj": ("gate_up_proj", "up"),
+    }
 
-    def __init__(self, config: ModelConfig, max_model_len: int, kernels: Kernels, attention: AttentionBackend,
-                 tp: TensorParallel) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        max_model_len: int,
+        kernels: Kernels,
+        attention: AttentionBackend,
+        tp: TensorParallel,
+    ) -> None:
         super().__init__()
         self.model = Qwen3Model(config, max_model_len, kernels, attention, tp)
-        self.lm_head = (self.model.embed_tokens if config.tie_word_embeddings
-                        else VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp, only_head=True))  # fmt: skip
+        self.lm_head = (
+            self.model.embed_tokens
+            if config.tie_word_embeddings
+            else VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp, only_head=True)
+        )
 
     def forward(self, batch: ForwardBatch, kv_caches: list[KVCache]) -> Tensor:
         """-> hidden states: [tokens, hidden]."""

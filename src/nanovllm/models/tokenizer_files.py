@@ -1,7 +1,9 @@
-"""What lies beside a tokenizer.json and changes what HF and vLLM make of it: loaded where a folder says more than a preset does.
+"""What lies beside a tokenizer.json and changes what HF and vLLM make of it: loaded where a folder
+says more than a preset does.
 
-A tokenizer here is its tokenizer.json. HF also reads tokenizer_config.json, special_tokens_map.json and added_tokens.json; what
-they say is either said by tokenizer.json as well, or it is refused by name, or warned of (docs/checkpoints.md lists the keys).
+A tokenizer here is its tokenizer.json. HF also reads tokenizer_config.json, special_tokens_map.json
+and added_tokens.json; what they say is either said by tokenizer.json as well, or it is refused by
+name, or warned of (docs/checkpoints.md lists the keys).
 """
 
 import warnings
@@ -17,39 +19,73 @@ AS_IT_IS = (*QWEN, "PreTrainedTokenizerFast", "TokenizersBackend")
 """Values of tokenizer_class with which HF takes tokenizer.json as it is, but for the normalizer of QWEN, which is always NFC."""
 REFUSED = ("add_prefix_space", "split_special_tokens")
 """Where true, HF splits a text otherwise."""
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token", "image_token",
-         "additional_special_tokens", "extra_special_tokens")  # fmt: skip
+NAMED = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+    "image_token",
+    "additional_special_tokens",
+    "extra_special_tokens",
+)
 
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...]) -> None:
-    """Warns of what is not as HF has it in one of its versions, and of an end-of-sequence token at which no answer ends.
+    """Warns of what is not as HF has it in one of its versions, and of an end-of-sequence token at
+    which no answer ends.
 
     Raises ValueError for settings with which HF would make other token ids of a text.
     """
     config, names, added = (
-        read_if_there(folder / f"{name}.json") for name in ("tokenizer_config", "special_tokens_map", "added_tokens"))
+        read_if_there(folder / f"{name}.json")
+        for name in ("tokenizer_config", "special_tokens_map", "added_tokens")
+    )
     if on := [name for name in REFUSED if config.get(name)]:
-        raise ValueError(f"{folder}/tokenizer_config.json has {on[0]}={config[on[0]]!r}; this engine computes False only: write it "
-                         "into tokenizer.json, or give prompts as token ids and skip_tokenizer_init=True")
-    decoder = {_content(token): int(token_id) for token_id, token in config.get("added_tokens_decoder", {}).items()}
-    for token, token_id in {**dict.fromkeys([*_named(config), *_named(names)]), **added, **decoder}.items():
+        raise ValueError(
+            f"{folder}/tokenizer_config.json has {on[0]}={config[on[0]]!r}; this engine computes False only: write it "
+            "into tokenizer.json, or give prompts as token ids and skip_tokenizer_init=True"
+        )
+    decoder = {
+        _content(token): int(token_id)
+        for token_id, token in config.get("added_tokens_decoder", {}).items()
+    }
+    for token, token_id in {
+        **dict.fromkeys([*_named(config), *_named(names)]),
+        **added,
+        **decoder,
+    }.items():
         if (found := tokenizer.token_to_id(token)) is None or token_id not in (None, found):
-            says = "has no such token" if found is None else f"gives it the id {found}, not {token_id}"
-            raise ValueError(f"{folder}: the files beside tokenizer.json name the token {token!r}, and tokenizer.json {says}; save "
-                             "the tokenizer again with transformers (save_pretrained), or give prompts as token ids and "
-                             "skip_tokenizer_init=True")
+            says = (
+                "has no such token" if found is None else f"gives it the id {found}, not {token_id}"
+            )
+            raise ValueError(
+                f"{folder}: the files beside tokenizer.json name the token {token!r}, and tokenizer.json {says}; save "
+                "the tokenizer again with transformers (save_pretrained), or give prompts as token ids and "
+                "skip_tokenizer_init=True"
+            )
     kind = config.get("tokenizer_class")
     if kind not in (None, *AS_IT_IS):
-        warnings.warn(f"{folder}: tokenizer_class is {kind!r}, of which transformers 5 builds its own tokenizer; here "
-                      "tokenizer.json is taken as it is: compare the token ids of a prompt", stacklevel=2)
+        warnings.warn(
+            f"{folder}: tokenizer_class is {kind!r}, of which transformers 5 builds its own tokenizer; here "
+            "tokenizer.json is taken as it is: compare the token ids of a prompt",
+            stacklevel=2,
+        )
     elif kind in QWEN and not isinstance(tokenizer.normalizer, normalizers.NFC):
-        warnings.warn(f"{folder}: tokenizer.json has another normalizer than NFC and is taken as it is; transformers 5 puts NFC "
-                      f"in its place for tokenizer_class {kind!r}", stacklevel=2)
+        warnings.warn(
+            f"{folder}: tokenizer.json has another normalizer than NFC and is taken as it is; transformers 5 puts NFC "
+            f"in its place for tokenizer_class {kind!r}",
+            stacklevel=2,
+        )
     for token in _named({"eos_token": config.get("eos_token")}):
         if (eos := tokenizer.token_to_id(token)) not in eos_token_ids:
-            warnings.warn(f"{folder}: no answer ends at {token!r}, the tokenizer's eos_token (id {eos}), as the model's files name "
-                          f"{list(eos_token_ids)}. HF does the same; vLLM ends there: for that, give stop_token_ids=[{eos}]",
-                          stacklevel=2)
+            warnings.warn(
+                f"{folder}: no answer ends at {token!r}, the tokenizer's eos_token (id {eos}), as the model's files name "
+                f"{list(eos_token_ids)}. HF does the same; vLLM ends there: for that, give stop_token_ids=[{eos}]",
+                stacklevel=2,
+            )
 
 
 def _named(settings: dict[str, Any]) -> list[str]:
@@ -57,7 +93,9 @@ def _named(settings: dict[str, Any]) -> list[str]:
     found: list[Any] = []
     for name in NAMED:
         value = settings.get(name)
-        listed = list(value.values()) if isinstance(value, dict) and "content" not in value else value
+        listed = (
+            list(value.values()) if isinstance(value, dict) and "content" not in value else value
+        )
         found += listed if isinstance(listed, list) else [listed]
     return [_content(token) for token in found if token is not None]
 

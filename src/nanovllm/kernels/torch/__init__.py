@@ -7,5 +7,13 @@ from nanovllm.kernels.torch.norm import add_rms_norm, rms_norm
 from nanovllm.kernels.torch.rope import linear_qk_norm_rope_store_kv, qk_norm_rope_store_kv
 from nanovllm.kernels.torch.sampling import sample
 
-__all__ = ["add_rms_norm", "linear", "linear_qk_norm_rope_store_kv", "linear_silu_and_mul", "qk_norm_rope_store_kv", "rms_norm",
-           "sample", "silu_and_mul"]  # fmt: skip
+__all__ = [
+    "add_rms_norm",
+    "linear",
+    "linear_qk_norm_rope_store_kv",
+    "linear_silu_and_mul",
+    "qk_norm_rope_store_kv",
+    "rms_norm",
+    "sample",
+    "silu_and_mul",
+]

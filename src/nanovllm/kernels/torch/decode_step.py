@@ -1,4 +1,6 @@
-"""What stands around the model in a decode step without a host: each row's state in, its token back. Loaded with CUDA graphs."""
+"""What stands around the model in a decode step without a host: each row's state in, its token
+back. Loaded with CUDA graphs.
+"""
 
 from typing import NamedTuple
 
@@ -11,24 +13,44 @@ class DecodeInputs(NamedTuple):
     token_ids: Tensor  # [entries] int64: each row's last token
     slot_mapping: Tensor  # [entries] int64
     block_tables: Tensor  # [entries, max_blocks] int32
-    seq_lens: Tensor  # [entries] int32: tokens of the sequence after this step; 0 where the last row of all pads the batch
+    # [entries] int32: tokens of the sequence after this step; 0 where the last row of all pads the
+    # batch
+    seq_lens: Tensor
     next_positions: Tensor  # [entries] int64: of the tokens that will be sampled
     temperatures: Tensor  # [entries] float32
     seeds: Tensor  # [entries] int64
 
 
-def gather_decode_inputs(rows: Tensor, positions: Tensor, block_tables: Tensor, last_tokens: Tensor, temperatures: Tensor,
-                         seeds: Tensor, block_size: int) -> DecodeInputs:
-    """rows, positions: [entries] int64, positions those of the last tokens; the others: the state of all rows."""
+def gather_decode_inputs(
+    rows: Tensor,
+    positions: Tensor,
+    block_tables: Tensor,
+    last_tokens: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    block_size: int,
+) -> DecodeInputs:
+    """rows, positions: [entries] int64, positions those of the last tokens; the others: the state
+    of all rows.
+    """
     tables = block_tables[rows]
     blocks = tables.gather(1, (positions // block_size)[:, None])[:, 0].long()
     real = rows < last_tokens.shape[0] - 1
-    return DecodeInputs(last_tokens[rows], blocks * block_size + positions % block_size, tables, ((positions + 1) * real).int(),
-                        positions + 1, temperatures[rows], seeds[rows])  # fmt: skip
+    return DecodeInputs(
+        last_tokens[rows],
+        blocks * block_size + positions % block_size,
+        tables,
+        ((positions + 1) * real).int(),
+        positions + 1,
+        temperatures[rows],
+        seeds[rows],
+    )
 
 
 def advance_rows(rows: Tensor, positions: Tensor, last_tokens: Tensor, token_ids: Tensor) -> None:
-    """Stores the sampled tokens and moves on by one; the last row of all, which pads batches, stays where it is."""
+    """Stores the sampled tokens and moves on by one; the last row of all, which pads batches, stays
+    where it is.
+    """
     last_tokens[rows] = token_ids
     positions += (rows < last_tokens.shape[0] - 1).long()
 

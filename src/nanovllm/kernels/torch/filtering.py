@@ -8,11 +8,14 @@ ROWS = 128
 
 
 def filtered_logits(logits: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor) -> Tensor:
-    """The logits [n, vocab] (float32) of the distribution that is sampled: `logits / temperature`, -inf where filtered out.
+    """The logits [n, vocab] (float32) of the distribution that is sampled: `logits / temperature`,
+    -inf where filtered out.
 
-    Top-k keeps the k largest and every tie with the k-th; of those, top-p keeps the smallest set of largest probabilities
-    whose sum reaches top_p (ties: lower ids first), at least one. temperatures, top_ps: float32 [n]; top_ks: int64 [n], 0 or
-    -1 keeps all. A row of temperature 0 (greedy) is not scaled; no filter ever removes its largest logit.
+    Top-k keeps the k largest and every tie with the k-th; of those, top-p keeps the smallest set of
+    largest probabilities whose sum reaches top_p (ties: lower ids first), at least one.
+    temperatures, top_ps: float32 [n]; top_ks: int64 [n], 0 or
+    -1 keeps all. A row of temperature 0 (greedy) is not scaled; no filter ever removes its largest
+    logit.
     """
     if len(logits) > ROWS:
         columns = (column.split(ROWS) for column in (logits, temperatures, top_ks, top_ps))

@@ -4,7 +4,9 @@ from torch import Tensor
 
 
 def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-    """k, v: [tokens, kv_heads, head_dim]; caches: [blocks, kv_heads, block_size, head_dim]; slot_mapping: [tokens]."""
+    """k, v: [tokens, kv_heads, head_dim]; caches: [blocks, kv_heads, block_size, head_dim];
+    slot_mapping: [tokens].
+    """
     block_size = k_cache.shape[2]
     block, offset = slot_mapping // block_size, slot_mapping % block_size
     k_cache[block, :, offset] = k

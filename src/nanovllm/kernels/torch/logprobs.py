@@ -4,11 +4,15 @@ import torch
 from torch import Tensor
 
 
-def logprobs(logits: Tensor, token_ids: Tensor, num_logprobs: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probabilities of the raw logits [n, vocab] (before temperature and filters, as vLLM's default), in float32.
+def logprobs(
+    logits: Tensor, token_ids: Tensor, num_logprobs: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities of the raw logits [n, vocab] (before temperature and filters, as vLLM's
+    default), in float32.
 
-    Returns those of token_ids (int64 [n]) as [n], their ranks [n] (1 = most likely; ties count against the token), and the
-    `num_logprobs` largest with their token ids, both [n, num_logprobs] (or [n, vocab], where that is fewer).
+    Returns those of token_ids (int64 [n]) as [n], their ranks [n] (1 = most likely; ties count
+    against the token), and the `num_logprobs` largest with their token ids, both [n, num_logprobs]
+    (or [n, vocab], where that is fewer).
     """
     all_logprobs = logits.log_softmax(dim=-1, dtype=torch.float32)
     chosen = all_logprobs.gather(-1, token_ids[:, None])

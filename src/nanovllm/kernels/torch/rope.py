@@ -1,4 +1,6 @@
-"""Rotary position embedding (Su et al., 2021), preceded by Qwen3's norm of each head and followed by the KV store."""
+"""Rotary position embedding (Su et al., 2021), preceded by Qwen3's norm of each head and followed
+by the KV store.
+"""
 
 from typing import Any
 
@@ -10,19 +12,31 @@ from nanovllm.kernels.torch.norm import rms_norm
 
 
 def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """x: [tokens, heads, head_dim]; cos_sin: [tokens, head_dim] float32, cosines first. Rotates halves, as transformers."""
+    """x: [tokens, heads, head_dim]; cos_sin: [tokens, head_dim] float32, cosines first. Rotates
+    halves, as transformers.
+    """
     cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def qk_norm_rope_store_kv(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos_sin: Tensor, k_cache: Tensor,
-                          v_cache: Tensor, slot_mapping: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def qk_norm_rope_store_kv(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Everything between the QKV projection and attention.
 
-    qkv: [tokens, (q_heads + 2 * kv_heads) * head_dim]; q_weight, k_weight: [head_dim]; cos_sin: [tokens, head_dim] float32;
+    qkv: [tokens, (q_heads + 2 * kv_heads) * head_dim]; q_weight, k_weight: [head_dim]; cos_sin:
+    [tokens, head_dim] float32;
     caches: [blocks, kv_heads, block_size, head_dim]; slot_mapping: [tokens].
-    Returns q: [tokens, q_heads, head_dim] and k, v: [tokens, kv_heads, head_dim]; k and v are also in the cache.
+    Returns q: [tokens, q_heads, head_dim] and k, v: [tokens, kv_heads, head_dim]; k and v are also
+    in the cache.
     """
     kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     q, k, v = qkv.view(qkv.shape[0], -1, head_dim).tensor_split((-2 * kv_heads, -kv_heads), dim=1)
@@ -32,6 +46,10 @@ def qk_norm_rope_store_kv(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: 
     return q, k, v
 
 
-def linear_qk_norm_rope_store_kv(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """x: [tokens, k], weight: [(q_heads + 2 * kv_heads) * head_dim, k]: qk_norm_rope_store_kv of their product and the rest."""
+def linear_qk_norm_rope_store_kv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x: [tokens, k], weight: [(q_heads + 2 * kv_heads) * head_dim, k]: qk_norm_rope_store_kv of
+    their product and the rest.
+    """
     return qk_norm_rope_store_kv(torch.nn.functional.linear(x, weight, bias), *rest)

@@ -1,5 +1,6 @@
-"""Attention over the paged KV cache: the backend that launches attention_decode.py, attention_prefill.py and, where shared
-prefixes are read once, attention_shared.py."""
+"""Attention over the paged KV cache: the backend that launches attention_decode.py,
+attention_prefill.py and, where shared prefixes are read once, attention_shared.py.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ PROGRAMS_PER_SM = 3  # of the decode kernel, resident together
 
 
 class Tiling(NamedTuple):
-    """How a kernel is cut: KV tokens a tile, warps and pipeline stages a program, rows of the query tile."""
+    """How a kernel is cut: KV tokens a tile, warps and pipeline stages a program, rows of the query
+    tile.
+    """
 
     kv_tile: int
     warps: int
@@ -31,16 +34,25 @@ class Tiling(NamedTuple):
 
 
 def tilings(dtype: torch.dtype, head_dim: int, shared_bytes: int) -> tuple[Tiling, Tiling]:
-    """For decode and prefill. With heads of up to 128: what was fastest on an H200, which fits into the 99 KiB of an RTX 4070 too.
-    With larger ones the largest tiles that fit into the shared memory of a program."""
+    """For decode and prefill. With heads of up to 128: what was fastest on an H200, which fits into
+    the 99 KiB of an RTX 4070 too. With larger ones the largest tiles that fit into the shared
+    memory of a program.
+    """
     dims, most = triton.next_power_of_2(head_dim), 32 if dtype == torch.float32 else 64
 
     def bytes_of(kv_tile: int, rows: int) -> int:
-        """Keys and values of two tiles in flight, queries, weights on their way to the second product, and some for reductions."""
+        """Keys and values of two tiles in flight, queries, weights on their way to the second
+        product, and some for reductions.
+        """
         return (2 * 2 * kv_tile * dims + rows * dims + rows * kv_tile) * dtype.itemsize + 2048
 
     def largest(most_rows: int) -> Tiling:
-        sizes = [(kv_tile, rows) for kv_tile in (64, 32, 16) for rows in (64, 32, 16) if kv_tile <= most and rows <= most_rows]
+        sizes = [
+            (kv_tile, rows)
+            for kv_tile in (64, 32, 16)
+            for rows in (64, 32, 16)
+            if kv_tile <= most and rows <= most_rows
+        ]
         kv_tile, rows = next((size for size in sizes if bytes_of(*size) <= shared_bytes), sizes[-1])
         # Looking up a tile's page takes stages as well: five are two tiles in flight.
         return Tiling(kv_tile, warps=4, stages=5, rows=rows)
@@ -56,7 +68,8 @@ class Shared:
     order: Tensor  # [decodes]: group after group
     squad_starts: Tensor  # [squads]: in `order`
     squad_sizes: Tensor  # [squads]: entries, 0 where there is no squad
-    state: tuple[Tensor, Tensor, Tensor] | None = None  # acc [decodes, q_heads, head_dim], top, mass [decodes, q_heads], float32
+    # acc [decodes, q_heads, head_dim], top, mass [decodes, q_heads], float32
+    state: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 @dataclass(slots=True)
@@ -68,35 +81,53 @@ class _Prepared:
     first_entries: Tensor | None = None  # [programs] int32: the entry in which each piece begins
     totals: Tensor | None = None  # [2] int32: units a program, units in all
     arrivals: Tensor | None = None  # [decodes * kv_heads] int32: zero between launches
-    partials: tuple[Tensor, Tensor, Tensor] | None = None  # acc [programs, 2, group, head_dim], top, mass [programs, 2, group]
+    # acc [programs, 2, group, head_dim], top, mass [programs, 2, group]
+    partials: tuple[Tensor, Tensor, Tensor] | None = None
     prefill_tiles: Tensor | None = None  # [2, query tiles] int32: entry, its first query token
 
 
 class TritonAttention:
-    """The same interface as TorchAttention. Pages are a power of two of tokens, 16 or more; head_dim is 16 to 256."""
+    """The same interface as TorchAttention. Pages are a power of two of tokens, 16 or more;
+    head_dim is 16 to 256.
+    """
 
-    def __init__(self, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype,
-                 cascade: Counter[str] | None = None) -> None:
+    def __init__(
+        self,
+        num_kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        cascade: Counter[str] | None = None,
+    ) -> None:
         """cascade: reads shared prefixes once where `prepare` is told so, and counts that there."""
         if not 16 <= head_dim <= 256:
-            raise ValueError(f"head_dim={head_dim} cannot be used with attention_backend='triton': allowed is 16 to 256; "
-                             "take attention_backend='torch'")
+            raise ValueError(
+                f"head_dim={head_dim} cannot be used with attention_backend='triton': allowed is 16 to 256; "
+                "take attention_backend='torch'"
+            )
         if block_size < 16 or block_size & (block_size - 1):
-            raise ValueError(f"block_size={block_size} cannot be used with attention_backend='triton': "
-                             "take a power of two, 16 or more")
+            raise ValueError(
+                f"block_size={block_size} cannot be used with attention_backend='triton': "
+                "take a power of two, 16 or more"
+            )
         self.num_kv_heads, self.cascade = num_kv_heads, cascade
         self.block_size = block_size
         self.scale_log2 = head_dim**-0.5 * _LOG2_E
-        self.precision = "ieee" if dtype == torch.float32 else "tf32"  # tf32 says nothing of bfloat16
+        # tf32 says nothing of bfloat16
+        self.precision = "ieee" if dtype == torch.float32 else "tf32"
         on_gpu = torch.cuda.is_available()
-        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        device = (
+            torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        )
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 4
         self.decode, self.prefill = tilings(dtype, head_dim, shared_memory(device))
         self.squad = 32  # entries whose queries are attended to a shared prefix together
         self.num_programs = num_sms * PROGRAMS_PER_SM
 
     def prepare(self, batch: ForwardBatch, share: bool = False) -> None:
-        """Cuts the decodes' work, on the device, so that a graph may hold this. share: pages of several decodes are read once."""
+        """Cuts the decodes' work, on the device, so that a graph may hold this. share: pages of
+        several decodes are read once.
+        """
         prepared = batch.attention = _Prepared()
         n, device = batch.num_decodes, batch.seq_lens.device
         if n == 0:
@@ -108,95 +139,205 @@ class TritonAttention:
         prepared.totals = torch.empty(2, dtype=torch.int32, device=device)
         prepared.arrivals = torch.zeros(n * self.num_kv_heads, dtype=torch.int32, device=device)
         cut_kernel[(self.num_programs,)](
-            batch.seq_lens, prepared.shared.tokens if prepared.shared else batch.seq_lens, prepared.unit_starts,
-            prepared.first_entries, prepared.totals, n, KV_HEADS=self.num_kv_heads, TILE=self.decode.kv_tile,
-            BLOCK=max(256, triton.next_power_of_2(n)), SHARED=prepared.shared is not None, num_warps=4, **pdl(batch.seq_lens),
-        )  # fmt: skip
+            batch.seq_lens,
+            prepared.shared.tokens if prepared.shared else batch.seq_lens,
+            prepared.unit_starts,
+            prepared.first_entries,
+            prepared.totals,
+            n,
+            KV_HEADS=self.num_kv_heads,
+            TILE=self.decode.kv_tile,
+            BLOCK=max(256, triton.next_power_of_2(n)),
+            SHARED=prepared.shared is not None,
+            num_warps=4,
+            **pdl(batch.seq_lens),
+        )
 
     def _find_shared(self, batch: ForwardBatch) -> Shared:
         """On the device, from the block tables: a graph may hold this."""
         n, tables = batch.num_decodes, batch.block_tables
         # Each begins at a multiple of 16 bytes, or Triton would compile the kernels again.
-        leaders, ranks, sizes, pages, tokens, order = torch.empty(6, -(-n // 4) * 4, dtype=torch.int32, device=tables.device)[:, :n]
-        squad_starts, squad_sizes = torch.empty(2, -(-n // 8) * 4, dtype=torch.int32, device=tables.device)[:, : n // 2]
+        leaders, ranks, sizes, pages, tokens, order = torch.empty(
+            6, -(-n // 4) * 4, dtype=torch.int32, device=tables.device
+        )[:, :n]
+        squad_starts, squad_sizes = torch.empty(
+            2, -(-n // 8) * 4, dtype=torch.int32, device=tables.device
+        )[:, : n // 2]
         block = max(256, triton.next_power_of_2(n))
         groups_kernel[(n,)](
-            tables, batch.seq_lens, leaders, ranks, sizes, pages, tables.stride(0), n, PAGE=self.block_size, BLOCK=block,
-            PAGES=128, num_warps=4, **pdl(tables),
-        )  # fmt: skip
+            tables,
+            batch.seq_lens,
+            leaders,
+            ranks,
+            sizes,
+            pages,
+            tables.stride(0),
+            n,
+            PAGE=self.block_size,
+            BLOCK=block,
+            PAGES=128,
+            num_warps=4,
+            **pdl(tables),
+        )
         squads_kernel[(n,)](
-            leaders, ranks, sizes, pages, tokens, order, squad_starts, squad_sizes, n, n // 2, MEMBERS=self.squad,
-            PAGE=self.block_size, BLOCK=block, num_warps=4, **pdl(tables),
-        )  # fmt: skip
+            leaders,
+            ranks,
+            sizes,
+            pages,
+            tokens,
+            order,
+            squad_starts,
+            squad_sizes,
+            n,
+            n // 2,
+            MEMBERS=self.squad,
+            PAGE=self.block_size,
+            BLOCK=block,
+            num_warps=4,
+            **pdl(tables),
+        )
         return Shared(tokens, order, squad_starts, squad_sizes)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch) -> Tensor:
-        """q: [tokens, q_heads, head_dim]; k, v: [tokens, kv_heads, head_dim], already in the caches -> as q."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch
+    ) -> Tensor:
+        """q: [tokens, q_heads, head_dim]; k, v: [tokens, kv_heads, head_dim], already in the caches
+        -> as q.
+        """
         prepared: _Prepared = batch.attention
         q = q.contiguous()
         out = torch.empty_like(q)
         _, q_heads, head_dim = q.shape
         group = q_heads // self.num_kv_heads
-        shape: dict[str, Any] = dict(KV_HEADS=self.num_kv_heads, GROUP=group, HEAD_DIM=head_dim, PAGE=self.block_size,
-                     PRECISION=self.precision, **pdl(q))  # fmt: skip
+        shape: dict[str, Any] = dict(
+            KV_HEADS=self.num_kv_heads,
+            GROUP=group,
+            HEAD_DIM=head_dim,
+            PAGE=self.block_size,
+            PRECISION=self.precision,
+            **pdl(q),
+        )
         if batch.num_decodes:
             if prepared.partials is None:
                 places = (self.num_programs, 2, group)
-                prepared.partials = (torch.empty(*places, head_dim, dtype=torch.float32, device=q.device),
-                                     torch.empty(places, dtype=torch.float32, device=q.device),
-                                     torch.empty(places, dtype=torch.float32, device=q.device))  # fmt: skip
+                prepared.partials = (
+                    torch.empty(*places, head_dim, dtype=torch.float32, device=q.device),
+                    torch.empty(places, dtype=torch.float32, device=q.device),
+                    torch.empty(places, dtype=torch.float32, device=q.device),
+                )
             of_shared: tuple[Tensor, ...] = (batch.seq_lens, q, q, q)  # not read
             if shared := prepared.shared:
                 if self.cascade is not None:
                     self.cascade["shared"] += 1
-                of_shared = shared.tokens, *self._attend_to_shared(q, k_cache, v_cache, batch, shared, shape)
+                of_shared = (
+                    shared.tokens,
+                    *self._attend_to_shared(q, k_cache, v_cache, batch, shared, shape),
+                )
             decode_kernel[(self.num_programs,)](
-                q, k_cache, v_cache, batch.block_tables, batch.seq_lens, *of_shared, prepared.unit_starts, prepared.first_entries,
-                prepared.totals, out, *prepared.partials, prepared.arrivals, batch.block_tables.stride(0), self.scale_log2,
-                ROWS=max(self.decode.rows, triton.next_power_of_2(group)), TILE=self.decode.kv_tile,
-                STAGES=self.decode.stages, SHARED=bool(shared), num_warps=self.decode.warps, **shape,
-            )  # fmt: skip
+                q,
+                k_cache,
+                v_cache,
+                batch.block_tables,
+                batch.seq_lens,
+                *of_shared,
+                prepared.unit_starts,
+                prepared.first_entries,
+                prepared.totals,
+                out,
+                *prepared.partials,
+                prepared.arrivals,
+                batch.block_tables.stride(0),
+                self.scale_log2,
+                ROWS=max(self.decode.rows, triton.next_power_of_2(group)),
+                TILE=self.decode.kv_tile,
+                STAGES=self.decode.stages,
+                SHARED=bool(shared),
+                num_warps=self.decode.warps,
+                **shape,
+            )
         if batch.num_decodes < len(batch.host_query_lens):
             rows = max(self.prefill.rows, triton.next_power_of_2(group))
             if prepared.prefill_tiles is None:
                 prepared.prefill_tiles = _prefill_tiles(batch, rows // group)
             entries, tokens = prepared.prefill_tiles
             prefill_kernel[(len(entries), self.num_kv_heads)](
-                q, k_cache, v_cache, batch.block_tables, batch.seq_lens, batch.query_start_loc, entries, tokens, out,
-                batch.block_tables.stride(0), self.scale_log2, ROWS=rows, TILE=self.prefill.kv_tile,
-                STAGES=self.prefill.stages, num_warps=self.prefill.warps, **shape,
-            )  # fmt: skip
+                q,
+                k_cache,
+                v_cache,
+                batch.block_tables,
+                batch.seq_lens,
+                batch.query_start_loc,
+                entries,
+                tokens,
+                out,
+                batch.block_tables.stride(0),
+                self.scale_log2,
+                ROWS=rows,
+                TILE=self.prefill.kv_tile,
+                STAGES=self.prefill.stages,
+                num_warps=self.prefill.warps,
+                **shape,
+            )
         return out
 
     def _attend_to_shared(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: ForwardBatch, shared: Shared, shape: dict[str, Any]
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: ForwardBatch,
+        shared: Shared,
+        shape: dict[str, Any],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The state of each decode after its shared tokens."""
         if shared.state is None:
             n, (_, q_heads, head_dim) = batch.num_decodes, q.shape
-            shared.state = (torch.empty(n, q_heads, head_dim, dtype=torch.float32, device=q.device),
-                            torch.empty(n, q_heads, dtype=torch.float32, device=q.device),
-                            torch.empty(n, q_heads, dtype=torch.float32, device=q.device))  # fmt: skip
+            shared.state = (
+                torch.empty(n, q_heads, head_dim, dtype=torch.float32, device=q.device),
+                torch.empty(n, q_heads, dtype=torch.float32, device=q.device),
+                torch.empty(n, q_heads, dtype=torch.float32, device=q.device),
+            )
         num_squads = len(shared.squad_sizes)
         rows = max(self.prefill.rows, triton.next_power_of_2(shape["GROUP"]))
         parts = triton.cdiv(self.squad, rows // shape["GROUP"])
         at_once = max(1, min(num_squads, self.num_programs // (self.num_kv_heads * parts)))
         shared_kernel[(self.num_kv_heads, parts, at_once)](
-            q, k_cache, v_cache, batch.block_tables, shared.tokens, shared.order, shared.squad_starts, shared.squad_sizes,
-            *shared.state, num_squads, batch.block_tables.stride(0), self.scale_log2, ROWS=rows, TILE=self.prefill.kv_tile,
-            STAGES=self.prefill.stages, num_warps=self.prefill.warps, **shape,
-        )  # fmt: skip
+            q,
+            k_cache,
+            v_cache,
+            batch.block_tables,
+            shared.tokens,
+            shared.order,
+            shared.squad_starts,
+            shared.squad_sizes,
+            *shared.state,
+            num_squads,
+            batch.block_tables.stride(0),
+            self.scale_log2,
+            ROWS=rows,
+            TILE=self.prefill.kv_tile,
+            STAGES=self.prefill.stages,
+            num_warps=self.prefill.warps,
+            **shape,
+        )
         return shared.state
 
 
 def _prefill_tiles(batch: ForwardBatch, tokens_per_tile: int) -> Tensor:
-    """[2, tiles] int32: entry and first query token of every query tile, found on the device, so that a graph may hold this.
-    The host's lengths only bound their number."""
+    """[2, tiles] int32: entry and first query token of every query tile, found on the device, so
+    that a graph may hold this. The host's lengths only bound their number.
+    """
     first, lengths = batch.num_decodes, batch.host_query_lens[batch.num_decodes :]
     num_tiles = sum(-(-length // tokens_per_tile) for length in lengths)
     tiles = torch.empty(2, num_tiles, dtype=torch.int32, device=batch.seq_lens.device)
     tiles_kernel[(num_tiles,)](
-        batch.query_start_loc, *tiles, first, first + len(lengths), TOKENS=tokens_per_tile,
-        BLOCK=max(16, triton.next_power_of_2(len(lengths))), num_warps=1, **pdl(tiles),
-    )  # fmt: skip
+        batch.query_start_loc,
+        *tiles,
+        first,
+        first + len(lengths),
+        TOKENS=tokens_per_tile,
+        BLOCK=max(16, triton.next_power_of_2(len(lengths))),
+        num_warps=1,
+        **pdl(tiles),
+    )
     return tiles

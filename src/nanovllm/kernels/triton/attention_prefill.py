@@ -1,7 +1,7 @@
 """Attention of many query tokens an entry: bound by arithmetic.
 
-One program a tile of query tokens and KV head. Keys and values come from the pages, so that a chunk and a cached prefix are
-nothing special.
+One program a tile of query tokens and KV head. Keys and values come from the pages, so that a chunk
+and a cached prefix are nothing special.
 """
 
 from __future__ import annotations
@@ -13,11 +13,24 @@ from nanovllm.kernels.triton.attention_tile import attend_to_tile, in_head
 from nanovllm.kernels.triton.launch import wait_for_inputs
 
 
-@triton.jit(do_not_specialize=["num_decodes", "num_entries"], do_not_specialize_on_alignment=["tile_tokens_ptr"])
-def tiles_kernel(query_start_ptr, tile_entries_ptr, tile_tokens_ptr, num_decodes, num_entries, TOKENS: tl.constexpr,
-                 BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Entry and first query token of each tile of TOKENS query tokens, the last tiles (the longest contexts) first. One program
-    a tile; where there are more programs than tiles, theirs belong to no entry: -1."""
+@triton.jit(
+    do_not_specialize=["num_decodes", "num_entries"],
+    do_not_specialize_on_alignment=["tile_tokens_ptr"],
+)
+def tiles_kernel(
+    query_start_ptr,
+    tile_entries_ptr,
+    tile_tokens_ptr,
+    num_decodes,
+    num_entries,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Entry and first query token of each tile of TOKENS query tokens, the last tiles (the longest
+    contexts) first. One program a tile; where there are more programs than tiles, theirs belong to
+    no entry: -1.
+    """
     entries = num_decodes + tl.arange(0, BLOCK)
     inside = entries < num_entries
     wait_for_inputs(PDL)
@@ -33,14 +46,33 @@ def tiles_kernel(query_start_ptr, tile_entries_ptr, tile_tokens_ptr, num_decodes
     tl.store(tile_tokens_ptr + tl.program_id(0), ((tile - before) * TOKENS).to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["tile_tokens_ptr"])  # they vary step by step
+# they vary step by step
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["tile_tokens_ptr"])
 def prefill_kernel(
-    q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, seq_lens_ptr, query_start_ptr, tile_entries_ptr, tile_tokens_ptr, out_ptr,
-    table_stride, scale_log2,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
-    TILE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """ROWS // GROUP query tokens of one entry, from its token tile_tokens[program_id(0)] on, and one KV head."""
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    tables_ptr,
+    seq_lens_ptr,
+    query_start_ptr,
+    tile_entries_ptr,
+    tile_tokens_ptr,
+    out_ptr,
+    table_stride,
+    scale_log2,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """ROWS // GROUP query tokens of one entry, from its token tile_tokens[program_id(0)] on, and
+    one KV head.
+    """
     tokens_per_tile: tl.constexpr = ROWS // GROUP
     kv_head = tl.program_id(1)
     wait_for_inputs(PDL)
@@ -58,7 +90,9 @@ def prefill_kernel(
     real = (rows < tokens_per_tile * GROUP) & (tokens < query_len)
     heads = kv_head * GROUP + rows % GROUP
     dims = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
-    places = ((query_start + tokens).to(tl.int64) * KV_HEADS * GROUP + heads)[:, None] * HEAD_DIM + dims[None, :]
+    places = ((query_start + tokens).to(tl.int64) * KV_HEADS * GROUP + heads)[
+        :, None
+    ] * HEAD_DIM + dims[None, :]
     q = tl.load(q_ptr + places, mask=in_head(real, dims, HEAD_DIM), other=0.0)
     limits = tl.minimum(context + tokens, seq_len - 1)
     top = tl.full([ROWS], float("-inf"), tl.float32)
@@ -69,10 +103,46 @@ def prefill_kernel(
     num_whole = (context + first + 1) // TILE  # tiles that even the first row sees all of
     for tile in tl.range(0, num_whole, num_stages=STAGES):
         top, mass, acc = attend_to_tile(
-            q, top, mass, acc, k_cache_ptr, v_cache_ptr, table_ptr, kv_head, tile * TILE, kv_len, limits, scale_log2,
-            KV_HEADS, HEAD_DIM, PAGE, TILE, PRECISION, MASKED=False)  # fmt: skip
+            q,
+            top,
+            mass,
+            acc,
+            k_cache_ptr,
+            v_cache_ptr,
+            table_ptr,
+            kv_head,
+            tile * TILE,
+            kv_len,
+            limits,
+            scale_log2,
+            KV_HEADS,
+            HEAD_DIM,
+            PAGE,
+            TILE,
+            PRECISION,
+            MASKED=False,
+        )
     for tile in tl.range(num_whole, tl.cdiv(kv_len, TILE), num_stages=STAGES):
         top, mass, acc = attend_to_tile(
-            q, top, mass, acc, k_cache_ptr, v_cache_ptr, table_ptr, kv_head, tile * TILE, kv_len, limits, scale_log2,
-            KV_HEADS, HEAD_DIM, PAGE, TILE, PRECISION, MASKED=True)  # fmt: skip
-    tl.store(out_ptr + places, (acc / mass[:, None]).to(q.dtype), mask=in_head(real, dims, HEAD_DIM))
+            q,
+            top,
+            mass,
+            acc,
+            k_cache_ptr,
+            v_cache_ptr,
+            table_ptr,
+            kv_head,
+            tile * TILE,
+            kv_len,
+            limits,
+            scale_log2,
+            KV_HEADS,
+            HEAD_DIM,
+            PAGE,
+            TILE,
+            PRECISION,
+            MASKED=True,
+        )
+    tl.store(
+        out_ptr + places, (acc / mass[:, None]).to(q.dtype), mask=in_head(real, dims, HEAD_DIM)
+    )

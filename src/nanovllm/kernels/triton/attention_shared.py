@@ -1,16 +1,17 @@
 """Decode attention over a prefix that several sequences share: its KV is read once for all of them.
 
-Online softmax may be cut anywhere, so what a sequence attends to is cut where its shared pages end ("cascade inference", Ye et
-al., 2024; Juravsky et al., "Hydragen", 2024):
+Online softmax may be cut anywhere, so what a sequence attends to is cut where its shared pages end
+("cascade inference", Ye et al., 2024; Juravsky et al., "Hydragen", 2024):
 
     sequence 0   [ shared pages          ][ own tokens     ]
     sequence 1   [ the same pages        ][ own tokens  ]        one program a KV head reads the shared pages, with the queries of
     sequence 2   [ the same pages        ][ own tokens        ]  all members as rows of one matrix; attention_decode.py goes on
 
-Who shares what is found on the device, from the block tables: the prefix cache gives equal prefixes the same pages. A *group* is
-the sequences with the same first page; it shares as many pages as all its members have in common, and at least one, since a
-page that somebody else owns as well is full, and the query's own token lies behind it. A *squad* is up to `MEMBERS` of a group,
-whose queries are attended to together. Of five entries whose first pages are 7, 4, 7, 7, 4, with squads of two:
+Who shares what is found on the device, from the block tables: the prefix cache gives equal prefixes
+the same pages. A *group* is the sequences with the same first page; it shares as many pages as all
+its members have in common, and at least one, since a page that somebody else owns as well is full,
+and the query's own token lies behind it. A *squad* is up to `MEMBERS` of a group, whose queries are
+attended to together. Of five entries whose first pages are 7, 4, 7, 7, 4, with squads of two:
 
     entry          0  1  2  3  4
     leader         0  1  0  0  1       the group's first entry
@@ -30,14 +31,29 @@ from nanovllm.kernels.triton.launch import wait_for_inputs
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_entries"])
-def groups_kernel(tables_ptr, seq_lens_ptr, leaders_ptr, ranks_ptr, sizes_ptr, pages_ptr, table_stride, num_entries,
-                  PAGE: tl.constexpr, BLOCK: tl.constexpr, PAGES: tl.constexpr, PDL: tl.constexpr):
-    """One program an entry: leaders, ranks, sizes as above; pages: how many it has in common with its leader. [entries] int32."""
+def groups_kernel(
+    tables_ptr,
+    seq_lens_ptr,
+    leaders_ptr,
+    ranks_ptr,
+    sizes_ptr,
+    pages_ptr,
+    table_stride,
+    num_entries,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program an entry: leaders, ranks, sizes as above; pages: how many it has in common with
+    its leader. [entries] int32.
+    """
     entry = tl.program_id(0)
     others = tl.arange(0, BLOCK)
     wait_for_inputs(PDL)
     inside = others < num_entries
-    # An entry within its first page shares none, and padding has length 0: each is a group of its own.
+    # An entry within its first page shares none, and padding has length 0: each is a group of its
+    # own.
     has_page = tl.load(seq_lens_ptr + others, mask=inside, other=0) > PAGE
     firsts = tl.load(tables_ptr + others.to(tl.int64) * table_stride, mask=has_page, other=0)
     firsts = tl.where(has_page, firsts, -1 - others)
@@ -48,8 +64,12 @@ def groups_kernel(tables_ptr, seq_lens_ptr, leaders_ptr, ranks_ptr, sizes_ptr, p
     common = full
     for first_column in range(0, full, PAGES):
         columns = first_column + tl.arange(0, PAGES)
-        mine = tl.load(tables_ptr + entry.to(tl.int64) * table_stride + columns, mask=columns < full, other=0)
-        theirs = tl.load(tables_ptr + leader.to(tl.int64) * table_stride + columns, mask=columns < full, other=0)
+        mine = tl.load(
+            tables_ptr + entry.to(tl.int64) * table_stride + columns, mask=columns < full, other=0
+        )
+        theirs = tl.load(
+            tables_ptr + leader.to(tl.int64) * table_stride + columns, mask=columns < full, other=0
+        )
         common = tl.minimum(common, tl.min(tl.where(mine != theirs, columns, full), axis=0))
     tl.store(leaders_ptr + entry, leader)
     tl.store(ranks_ptr + entry, tl.sum((in_group & (others < entry)).to(tl.int32), axis=0))
@@ -58,10 +78,27 @@ def groups_kernel(tables_ptr, seq_lens_ptr, leaders_ptr, ranks_ptr, sizes_ptr, p
 
 
 @triton.jit(do_not_specialize=["num_entries", "num_squads"])
-def squads_kernel(leaders_ptr, ranks_ptr, sizes_ptr, pages_ptr, shared_ptr, order_ptr, squad_starts_ptr, squad_sizes_ptr,
-                  num_entries, num_squads, MEMBERS: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """One program an entry. shared: tokens of its group's prefix, 0 where it is alone; order as above: [entries] int32.
-    squad_starts: in `order`; squad_sizes: 0 past the last squad: [squads] int32, room for half as many as entries."""
+def squads_kernel(
+    leaders_ptr,
+    ranks_ptr,
+    sizes_ptr,
+    pages_ptr,
+    shared_ptr,
+    order_ptr,
+    squad_starts_ptr,
+    squad_sizes_ptr,
+    num_entries,
+    num_squads,
+    MEMBERS: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program an entry. shared: tokens of its group's prefix, 0 where it is alone; order as
+    above: [entries] int32.
+    squad_starts: in `order`; squad_sizes: 0 past the last squad: [squads] int32, room for half as
+    many as entries.
+    """
     entry = tl.program_id(0)
     others = tl.arange(0, BLOCK)
     inside = others < num_entries
@@ -70,7 +107,11 @@ def squads_kernel(leaders_ptr, ranks_ptr, sizes_ptr, pages_ptr, shared_ptr, orde
     ranks = tl.load(ranks_ptr + others, mask=inside, other=1)
     sizes = tl.load(sizes_ptr + others, mask=inside, other=0)
     pages = tl.load(pages_ptr + others, mask=inside, other=0)
-    leader, rank, size = tl.load(leaders_ptr + entry), tl.load(ranks_ptr + entry), tl.load(sizes_ptr + entry)
+    leader, rank, size = (
+        tl.load(leaders_ptr + entry),
+        tl.load(ranks_ptr + entry),
+        tl.load(sizes_ptr + entry),
+    )
     common = tl.min(tl.where(leaders == leader, pages, 1 << 30), axis=0)
     place = tl.sum((leaders < leader).to(tl.int32), axis=0) + rank
     tl.store(shared_ptr + entry, tl.where(size > 1, common * PAGE, 0))
@@ -86,12 +127,32 @@ def squads_kernel(leaders_ptr, ranks_ptr, sizes_ptr, pages_ptr, shared_ptr, orde
 
 @triton.jit
 def _attend(
-    q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, shared_ptr, order_ptr, acc_ptr, top_ptr, mass_ptr, first_member, size, kv_head,
-    table_stride, scale_log2,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
-    TILE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Members first_member, first_member + 1, ... of a squad of `size`, as many as ROWS hold; order_ptr: of the squad."""
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    tables_ptr,
+    shared_ptr,
+    order_ptr,
+    acc_ptr,
+    top_ptr,
+    mass_ptr,
+    first_member,
+    size,
+    kv_head,
+    table_stride,
+    scale_log2,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Members first_member, first_member + 1, ... of a squad of `size`, as many as ROWS hold;
+    order_ptr: of the squad.
+    """
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
     member = first_member + rows // GROUP
@@ -108,8 +169,25 @@ def _attend(
     acc = tl.zeros([ROWS, triton.next_power_of_2(HEAD_DIM)], tl.float32)
     for tile in tl.range(0, tl.cdiv(shared, TILE), num_stages=STAGES):
         top, mass, acc = attend_to_tile(
-            q, top, mass, acc, k_cache_ptr, v_cache_ptr, tables_ptr + any_entry * table_stride, kv_head, tile * TILE, shared,
-            limits, scale_log2, KV_HEADS, HEAD_DIM, PAGE, TILE, PRECISION, MASKED=PAGE % TILE != 0)  # fmt: skip
+            q,
+            top,
+            mass,
+            acc,
+            k_cache_ptr,
+            v_cache_ptr,
+            tables_ptr + any_entry * table_stride,
+            kv_head,
+            tile * TILE,
+            shared,
+            limits,
+            scale_log2,
+            KV_HEADS,
+            HEAD_DIM,
+            PAGE,
+            TILE,
+            PRECISION,
+            MASKED=PAGE % TILE != 0,
+        )
     tl.store(top_ptr + q_rows, top, mask=real)
     tl.store(mass_ptr + q_rows, mass, mask=real)
     tl.store(acc_ptr + places, acc, mask=in_head(real, dims, HEAD_DIM))
@@ -117,23 +195,65 @@ def _attend(
 
 @triton.jit(do_not_specialize=["table_stride", "num_squads"])
 def shared_kernel(
-    q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, shared_ptr, order_ptr, squad_starts_ptr, squad_sizes_ptr, acc_ptr, top_ptr,
-    mass_ptr, num_squads, table_stride, scale_log2,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
-    TILE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """A KV head (axis 0), as many members as ROWS hold (axis 1), of every so many-th squad (axis 2). Leaves the state of online
-    softmax after the shared tokens, for attention_decode.py to begin with: acc [entries, q_heads, head_dim], top, mass [entries,
-    q_heads], float32."""
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    tables_ptr,
+    shared_ptr,
+    order_ptr,
+    squad_starts_ptr,
+    squad_sizes_ptr,
+    acc_ptr,
+    top_ptr,
+    mass_ptr,
+    num_squads,
+    table_stride,
+    scale_log2,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A KV head (axis 0), as many members as ROWS hold (axis 1), of every so many-th squad (axis
+    2). Leaves the state of online softmax after the shared tokens, for attention_decode.py to begin
+    with: acc [entries, q_heads, head_dim], top, mass [entries, q_heads], float32.
+    """
     kv_head = tl.program_id(0)
     first_member = tl.program_id(1) * (ROWS // GROUP)
     squad = tl.program_id(2)
     size = tl.load(squad_sizes_ptr + squad)  # found long before the previous kernel
-    wait_for_inputs(PDL)  # also where there is nothing to do: the next kernel may start when all of these have ended
+    # also where there is nothing to do: the next kernel may start when all of these have ended
+    wait_for_inputs(PDL)
     while size > 0:
         if first_member < size:
-            _attend(q_ptr, k_cache_ptr, v_cache_ptr, tables_ptr, shared_ptr, order_ptr + tl.load(squad_starts_ptr + squad), acc_ptr,
-                    top_ptr, mass_ptr, first_member, size, kv_head, table_stride, scale_log2, KV_HEADS, GROUP, ROWS, HEAD_DIM,
-                    PAGE, TILE, STAGES, PRECISION)  # fmt: skip
+            _attend(
+                q_ptr,
+                k_cache_ptr,
+                v_cache_ptr,
+                tables_ptr,
+                shared_ptr,
+                order_ptr + tl.load(squad_starts_ptr + squad),
+                acc_ptr,
+                top_ptr,
+                mass_ptr,
+                first_member,
+                size,
+                kv_head,
+                table_stride,
+                scale_log2,
+                KV_HEADS,
+                GROUP,
+                ROWS,
+                HEAD_DIM,
+                PAGE,
+                TILE,
+                STAGES,
+                PRECISION,
+            )
         squad += tl.num_programs(2)
         size = tl.load(squad_sizes_ptr + squad, mask=squad < num_squads, other=0)

@@ -1,7 +1,9 @@
-"""One step of online softmax over a tile of the paged KV cache (Milakov and Gimelshein, 2018; Dao et al., FlashAttention, 2022).
+"""One step of online softmax over a tile of the paged KV cache (Milakov and Gimelshein, 2018; Dao
+et al., FlashAttention, 2022).
 
-The query heads that share a KV head, and in a prefill several tokens of them, are the rows of one small matrix, so that K and V
-are read once. Where head_dim is no power of two, tiles have columns up to the next one: `in_head` leaves them out.
+The query heads that share a KV head, and in a prefill several tokens of them, are the rows of one
+small matrix, so that K and V are read once. Where head_dim is no power of two, tiles have columns
+up to the next one: `in_head` leaves them out.
 """
 
 from __future__ import annotations
@@ -11,8 +13,18 @@ import triton.language as tl
 
 
 @triton.jit
-def rows_of_tile(table_ptr, kv_head, first_token, kv_len, KV_HEADS: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr):
-    """Where tokens first_token .. first_token + TILE - 1 lie in the cache seen as [blocks * kv_heads * page, head_dim]."""
+def rows_of_tile(
+    table_ptr,
+    kv_head,
+    first_token,
+    kv_len,
+    KV_HEADS: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Where tokens first_token .. first_token + TILE - 1 lie in the cache seen as [blocks *
+    kv_heads * page, head_dim].
+    """
     if PAGE >= TILE:  # the whole tile is in one page
         page = tl.load(table_ptr + first_token // PAGE).to(tl.int64)
         rows = (page * KV_HEADS + kv_head) * PAGE + first_token % PAGE + tl.arange(0, TILE)
@@ -45,13 +57,31 @@ def _load_tile(pointers, exists, dims, HEAD_DIM: tl.constexpr, MASKED: tl.conste
 
 
 @triton.jit
-def attend_to_tile(q, top, mass, acc, k_cache_ptr, v_cache_ptr, table_ptr, kv_head, first_token, kv_len, limits, scale_log2,
-                    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-                    PRECISION: tl.constexpr, MASKED: tl.constexpr):
-    """One step of online softmax. limits: [rows], the last token that each row of q sees, below kv_len; MASKED=False says that
-    every row sees the whole tile.
+def attend_to_tile(
+    q,
+    top,
+    mass,
+    acc,
+    k_cache_ptr,
+    v_cache_ptr,
+    table_ptr,
+    kv_head,
+    first_token,
+    kv_len,
+    limits,
+    scale_log2,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One step of online softmax. limits: [rows], the last token that each row of q sees, below
+    kv_len; MASKED=False says that every row sees the whole tile.
 
-    State of each row: top, its largest score (times log2 e); mass, the sum of exp2(score - top); acc, the sum weighted by it.
+    State of each row: top, its largest score (times log2 e); mass, the sum of exp2(score - top);
+    acc, the sum weighted by it.
     """
     tokens = first_token + tl.arange(0, TILE)
     dims = tl.arange(0, triton.next_power_of_2(HEAD_DIM))

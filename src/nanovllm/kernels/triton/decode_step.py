@@ -1,4 +1,6 @@
-"""What stands around the model in a decode step, each in one launch where the torch twin takes a dozen."""
+"""What stands around the model in a decode step, each in one launch where the torch twin takes a
+dozen.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,26 @@ from nanovllm.kernels.triton.launch import pdl, wait_for_inputs
 
 
 @triton.jit(do_not_specialize=["spare_row"])
-def _gather_kernel(rows_ptr, positions_ptr, tables_ptr, last_tokens_ptr, temperatures_ptr, all_seeds_ptr, tokens_ptr, slots_ptr,
-                   out_tables_ptr, seq_lens_ptr, next_positions_ptr, out_temperatures_ptr, seeds_ptr, width, spare_row,
-                   PAGE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _gather_kernel(
+    rows_ptr,
+    positions_ptr,
+    tables_ptr,
+    last_tokens_ptr,
+    temperatures_ptr,
+    all_seeds_ptr,
+    tokens_ptr,
+    slots_ptr,
+    out_tables_ptr,
+    seq_lens_ptr,
+    next_positions_ptr,
+    out_temperatures_ptr,
+    seeds_ptr,
+    width,
+    spare_row,
+    PAGE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
     entry = tl.program_id(0).to(tl.int64)
     wait_for_inputs(PDL)
     row = tl.load(rows_ptr + entry)
@@ -33,8 +52,16 @@ def _gather_kernel(rows_ptr, positions_ptr, tables_ptr, last_tokens_ptr, tempera
 
 
 @triton.jit(do_not_specialize=["num_entries", "spare_row"])
-def _advance_kernel(rows_ptr, positions_ptr, last_tokens_ptr, tokens_ptr, num_entries, spare_row, BLOCK: tl.constexpr,
-                    PDL: tl.constexpr):
+def _advance_kernel(
+    rows_ptr,
+    positions_ptr,
+    last_tokens_ptr,
+    tokens_ptr,
+    num_entries,
+    spare_row,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
     entries = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = entries < num_entries
     wait_for_inputs(PDL)
@@ -45,42 +72,92 @@ def _advance_kernel(rows_ptr, positions_ptr, last_tokens_ptr, tokens_ptr, num_en
 
 
 @triton.jit(do_not_specialize=["num_updates", "width"])
-def _write_blocks_kernel(tables_ptr, updates_ptr, num_updates, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _write_blocks_kernel(
+    tables_ptr, updates_ptr, num_updates, width, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     updates = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = updates < num_updates
     wait_for_inputs(PDL)
     rows = tl.load(updates_ptr + 3 * updates, mask=inside)
     columns = tl.load(updates_ptr + 3 * updates + 1, mask=inside)
-    tl.store(tables_ptr + rows * width + columns, tl.load(updates_ptr + 3 * updates + 2, mask=inside).to(tl.int32), mask=inside)
+    tl.store(
+        tables_ptr + rows * width + columns,
+        tl.load(updates_ptr + 3 * updates + 2, mask=inside).to(tl.int32),
+        mask=inside,
+    )
 
 
-def gather_decode_inputs(rows: Tensor, positions: Tensor, block_tables: Tensor, last_tokens: Tensor, temperatures: Tensor,
-                         seeds: Tensor, block_size: int) -> DecodeInputs:
-    """rows, positions: [entries] int64, positions those of the last tokens; the others: the state of all rows."""
+def gather_decode_inputs(
+    rows: Tensor,
+    positions: Tensor,
+    block_tables: Tensor,
+    last_tokens: Tensor,
+    temperatures: Tensor,
+    seeds: Tensor,
+    block_size: int,
+) -> DecodeInputs:
+    """rows, positions: [entries] int64, positions those of the last tokens; the others: the state
+    of all rows.
+    """
     n, width = rows.shape[0], block_tables.shape[1]
 
     def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=rows.device)
 
-    out = DecodeInputs(empty(n), empty(n), empty(n, width, dtype=torch.int32), empty(n, dtype=torch.int32), empty(n),
-                       empty(n, dtype=torch.float32), empty(n))  # fmt: skip
+    out = DecodeInputs(
+        empty(n),
+        empty(n),
+        empty(n, width, dtype=torch.int32),
+        empty(n, dtype=torch.int32),
+        empty(n),
+        empty(n, dtype=torch.float32),
+        empty(n),
+    )
     _gather_kernel[(n,)](
-        rows, positions, block_tables, last_tokens, temperatures, seeds, out.token_ids, out.slot_mapping, out.block_tables,
-        out.seq_lens, out.next_positions, out.temperatures, out.seeds, width, last_tokens.shape[0] - 1, PAGE=block_size,
-        BLOCK=min(1024, triton.next_power_of_2(width)), num_warps=1, **pdl(rows),
-    )  # fmt: skip
+        rows,
+        positions,
+        block_tables,
+        last_tokens,
+        temperatures,
+        seeds,
+        out.token_ids,
+        out.slot_mapping,
+        out.block_tables,
+        out.seq_lens,
+        out.next_positions,
+        out.temperatures,
+        out.seeds,
+        width,
+        last_tokens.shape[0] - 1,
+        PAGE=block_size,
+        BLOCK=min(1024, triton.next_power_of_2(width)),
+        num_warps=1,
+        **pdl(rows),
+    )
     return out
 
 
 def advance_rows(rows: Tensor, positions: Tensor, last_tokens: Tensor, token_ids: Tensor) -> None:
-    """Stores the sampled tokens and moves on by one; the last row of all, which pads batches, stays where it is."""
+    """Stores the sampled tokens and moves on by one; the last row of all, which pads batches, stays
+    where it is.
+    """
     n = rows.shape[0]
-    _advance_kernel[(triton.cdiv(n, 128),)](rows, positions, last_tokens, token_ids, n, last_tokens.shape[0] - 1, BLOCK=128,
-                                           num_warps=1, **pdl(rows))  # fmt: skip
+    _advance_kernel[(triton.cdiv(n, 128),)](
+        rows,
+        positions,
+        last_tokens,
+        token_ids,
+        n,
+        last_tokens.shape[0] - 1,
+        BLOCK=128,
+        num_warps=1,
+        **pdl(rows),
+    )
 
 
 def write_blocks(block_tables: Tensor, updates: Tensor) -> None:
     """updates: [n, 3] int64, each a row, a column and the block that goes there; no place twice."""
     n = updates.shape[0]
-    _write_blocks_kernel[(triton.cdiv(n, 128),)](block_tables, updates, n, block_tables.shape[1], BLOCK=128, num_warps=1,
-                                                **pdl(block_tables))  # fmt: skip
+    _write_blocks_kernel[(triton.cdiv(n, 128),)](
+        block_tables, updates, n, block_tables.shape[1], BLOCK=128, num_warps=1, **pdl(block_tables)
+    )

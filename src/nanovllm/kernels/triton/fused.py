@@ -1,19 +1,22 @@
-"""Two products that end in what follows them: gate and up with SwiGLU, q, k and v with norm, rotary embedding and KV store.
+"""Two products that end in what follows them: gate and up with SwiGLU, q, k and v with norm, rotary
+embedding and KV store.
 
-For a decode step's rows. Each saves a kernel, and the reading and writing between the two; and unlike cuBLAS's, these are part of
-the chain of dependent launches (launch.py), so they need not wait for the kernel in front to end before they start.
+For a decode step's rows. Each saves a kernel, and the reading and writing between the two; and
+unlike cuBLAS's, these are part of the chain of dependent launches (launch.py), so they need not
+wait for the kernel in front to end before they start.
 
     program     one tile of ROWS rows, and COLUMNS outputs: pairs of columns that are combined at the end,
                 (gate, up) or (i, i + head_dim / 2) of one head
     weights     the two rows of a pair lie next to each other in the tile, so that each thread has both sums in registers
     grid        the row tiles of one group of columns run side by side: they read the same weights, from L2
 
-Gate and up of up to 16 rows is no kernel of this file: those of linear.py, which hold their weights before they wait, end in SwiGLU
-as well. Heads have no such kernel, as a norm needs the whole of one, and its weights fit into no program.
+Gate and up of up to 16 rows is no kernel of this file: those of linear.py, which hold their weights
+before they wait, end in SwiGLU as well. Heads have no such kernel, as a norm needs the whole of
+one, and its weights fit into no program.
 
-Measured on an H200 with Qwen3-0.6B, in the engine: about 1.5 % of a canonical step, 2 % of a step of 8 or 64 requests
-(ablations/LOG.md says how well). Fetching weights into L2 while the kernel in front still runs made most of it slower;
-`ablations/gpu_fused.py` compares tilings.
+Measured on an H200 with Qwen3-0.6B, in the engine: about 1.5 % of a canonical step, 2 % of a step
+of 8 or 64 requests (ablations/LOG.md says how well). Fetching weights into L2 while the kernel in
+front still runs made most of it slower; `ablations/gpu_fused.py` compares tilings.
 """
 
 from __future__ import annotations
@@ -40,22 +43,38 @@ class Tiling(NamedTuple):
     """Of a program. Where a device has too little shared memory for the stages, it gets fewer."""
 
     rows: int
-    columns: int  # gate and up: half of them are gate's; of q, k and v a program has a head, whatever stands here
+    # gate and up: half of them are gate's; of q, k and v a program has a head, whatever stands here
+    columns: int
     step: int  # of the reduction dimension, an iteration
     stages: int
     warps: int
 
 
-GATE_UP_TILINGS = {64: Tiling(64, 64, 128, 4, 8), 128: Tiling(64, 64, 128, 3, 4), 256: Tiling(64, 128, 64, 4, 4)}
+GATE_UP_TILINGS = {
+    64: Tiling(64, 64, 128, 4, 8),
+    128: Tiling(64, 64, 128, 3, 4),
+    256: Tiling(64, 128, 64, 4, 4),
+}
 QKV_TILINGS = {128: Tiling(64, 128, 128, 4, 4), 256: Tiling(64, 128, 128, 3, 4)}
 """By the largest number of rows each is for: the fastest of six or more on an H200."""
 
 
 @triton.jit
-def _pairs_of_products(x_ptr, weight_rows, rows, num_rows, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                       STEP: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
-    """Rows of x times the weights at weight_rows ([COLUMNS, 1] pointers): the even ones' products and the odd ones', each
-    [ROWS, COLUMNS / 2] and rounded to the model's type."""
+def _pairs_of_products(
+    x_ptr,
+    weight_rows,
+    rows,
+    num_rows,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Rows of x times the weights at weight_rows ([COLUMNS, 1] pointers): the even ones' products
+    and the odd ones', each [ROWS, COLUMNS / 2] and rounded to the model's type.
+    """
     wait_for_inputs(PDL)
     ks = tl.arange(0, STEP)[None, :]
     exists = (rows < num_rows)[:, None]
@@ -68,33 +87,72 @@ def _pairs_of_products(x_ptr, weight_rows, rows, num_rows, K: tl.constexpr, ROWS
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _gate_up_kernel(x_ptr, weight_ptr, out_ptr, num_rows, n, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                    STEP: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):
-    """out[rows, columns] for COLUMNS / 2 of n columns: silu(x times row c of the weights) * (x times row c + n)."""
+def _gate_up_kernel(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    num_rows,
+    n,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out[rows, columns] for COLUMNS / 2 of n columns: silu(x times row c of the weights) * (x
+    times row c + n).
+    """
     let_next_start(PDL)
     pairs: tl.constexpr = COLUMNS // 2
     members = tl.arange(0, COLUMNS)[:, None]
     first = tl.program_id(1) * pairs
     weight_rows = weight_ptr + (first + members // 2 + members % 2 * n).to(tl.int64) * K
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    gate, up = _pairs_of_products(x_ptr, weight_rows, rows, num_rows, K, ROWS, COLUMNS, STEP, STAGES, PDL)
+    gate, up = _pairs_of_products(
+        x_ptr, weight_rows, rows, num_rows, K, ROWS, COLUMNS, STEP, STAGES, PDL
+    )
     places = rows[:, None] * n + (first + tl.arange(0, pairs))[None, :]
     tl.store(out_ptr + places, gated(gate, up), mask=(rows < num_rows)[:, None])
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _qkv_kernel(x_ptr, weight_ptr, q_weight_ptr, k_weight_ptr, eps, cos_sin_ptr, k_cache_ptr, v_cache_ptr, slot_ptr, q_ptr, k_ptr,
-                v_ptr, num_rows, Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
-                K: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
-                PDL: tl.constexpr):  # fmt: skip
+def _qkv_kernel(
+    x_ptr,
+    weight_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    eps,
+    cos_sin_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    slot_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    num_rows,
+    Q_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    STAGES: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """One head of ROWS tokens. Heads: q's, then k's, then v's."""
     let_next_start(PDL)
     half: tl.constexpr = HEAD_DIM // 2
     head = tl.program_id(1)
     members = tl.arange(0, HEAD_DIM)[:, None]
-    weight_rows = weight_ptr + (head * HEAD_DIM + members // 2 + members % 2 * half).to(tl.int64) * K
+    weight_rows = (
+        weight_ptr + (head * HEAD_DIM + members // 2 + members % 2 * half).to(tl.int64) * K
+    )
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    first, second = _pairs_of_products(x_ptr, weight_rows, rows, num_rows, K, ROWS, HEAD_DIM, STEP, STAGES, PDL)
+    first, second = _pairs_of_products(
+        x_ptr, weight_rows, rows, num_rows, K, ROWS, HEAD_DIM, STEP, STAGES, PDL
+    )
 
     exists = (rows < num_rows)[:, None]
     columns = tl.arange(0, half)[None, :]
@@ -105,7 +163,9 @@ def _qkv_kernel(x_ptr, weight_ptr, q_weight_ptr, k_weight_ptr, eps, cos_sin_ptr,
             norm_ptr = k_weight_ptr
         cos = tl.load(cos_sin_ptr + tokens * HEAD_DIM + columns, mask=exists, other=0.0)
         sin = tl.load(cos_sin_ptr + tokens * HEAD_DIM + half + columns, mask=exists, other=0.0)
-        first, second = norm_and_rotate(first, second, norm_ptr, columns, columns < half, cos, sin, eps, HEAD_DIM)
+        first, second = norm_and_rotate(
+            first, second, norm_ptr, columns, columns < half, cos, sin, eps, HEAD_DIM
+        )
     if head < Q_HEADS:
         q_out = q_ptr + (tokens * Q_HEADS + head) * HEAD_DIM + columns
         tl.store(q_out, first, mask=exists)
@@ -131,7 +191,9 @@ def _store_kv(fresh, cached, first, second, exists, half: tl.constexpr):
 
 def tiling_for(tilings: dict[int, Tiling], num_rows: int) -> Tiling:
     """That of the smallest bucket that holds the rows."""
-    return next((tiling for most, tiling in tilings.items() if num_rows <= most), list(tilings.values())[-1])
+    return next(
+        (tiling for most, tiling in tilings.items() if num_rows <= most), list(tilings.values())[-1]
+    )
 
 
 def may_fuse(x: Tensor, bias: Tensor | None, rows: tuple[int, int]) -> bool:
@@ -156,49 +218,110 @@ def linear_silu_and_mul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
 
 def fused_gate_up(x: Tensor, weight: Tensor, tiling: Tiling) -> Tensor:
-    """linear_silu_and_mul in one kernel. n is a multiple of half of the tiling's columns, k of its step; bfloat16 or float16."""
+    """linear_silu_and_mul in one kernel. n is a multiple of half of the tiling's columns, k of its
+    step; bfloat16 or float16.
+    """
     x = x.contiguous()
     (num_rows, k), n = x.shape, weight.shape[0] // 2
     out = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
     rows, columns, step, _, warps = tiling
     _gate_up_kernel[(triton.cdiv(num_rows, rows), 2 * n // columns)](
-        x, weight, out, num_rows, n, K=k, ROWS=rows, COLUMNS=columns, STEP=step, STAGES=_stages(tiling, columns, x.device),
-        num_warps=warps, **pdl(x),
-    )  # fmt: skip
+        x,
+        weight,
+        out,
+        num_rows,
+        n,
+        K=k,
+        ROWS=rows,
+        COLUMNS=columns,
+        STEP=step,
+        STAGES=_stages(tiling, columns, x.device),
+        num_warps=warps,
+        **pdl(x),
+    )
     return out
 
 
-def linear_qk_norm_rope_store_kv(x: Tensor, weight: Tensor, bias: Tensor | None, q_weight: Tensor, k_weight: Tensor, eps: float,
-                                 cos_sin: Tensor, k_cache: Tensor, v_cache: Tensor,
-                                 slot_mapping: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x: [tokens, k], weight: [(q_heads + 2 * kv_heads) * head_dim, k]; the others, and what is returned, as in rope.py; v is a
-    tensor of its own where the product is fused."""
+def linear_qk_norm_rope_store_kv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x: [tokens, k], weight: [(q_heads + 2 * kv_heads) * head_dim, k]; the others, and what is
+    returned, as in rope.py; v is a tensor of its own where the product is fused.
+    """
     tiling, head_dim = tiling_for(QKV_TILINGS, x.shape[0]), k_cache.shape[3]
     rest = q_weight, k_weight, eps, cos_sin, k_cache, v_cache, slot_mapping
-    if may_fuse(x, bias, _QKV_ROWS) and fits_tiles(x, weight, tiling) and head_dim in (16, 32, 64, 128, 256):
+    if (
+        may_fuse(x, bias, _QKV_ROWS)
+        and fits_tiles(x, weight, tiling)
+        and head_dim in (16, 32, 64, 128, 256)
+    ):
         return fused_qkv(x, weight, *rest, tiling)
     return qk_norm_rope_store_kv(linear(x, weight, bias), *rest)
 
 
-def fused_qkv(x: Tensor, weight: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos_sin: Tensor, k_cache: Tensor,
-              v_cache: Tensor, slot_mapping: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor, Tensor]:
-    """linear_qk_norm_rope_store_kv in one kernel. k is a multiple of the tiling's step; bfloat16 or float16."""
+def fused_qkv(
+    x: Tensor,
+    weight: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    eps: float,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    tiling: Tiling,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """linear_qk_norm_rope_store_kv in one kernel. k is a multiple of the tiling's step; bfloat16 or
+    float16.
+    """
     x = x.contiguous()
     (num_rows, k), (_, kv_heads, page, head_dim) = x.shape, k_cache.shape
     q_heads = weight.shape[0] // head_dim - 2 * kv_heads
-    q, key, value = (torch.empty(num_rows, heads, head_dim, dtype=x.dtype, device=x.device)
-                     for heads in (q_heads, kv_heads, kv_heads))  # fmt: skip
+    q, key, value = (
+        torch.empty(num_rows, heads, head_dim, dtype=x.dtype, device=x.device)
+        for heads in (q_heads, kv_heads, kv_heads)
+    )
     rows, _, step, _, warps = tiling
     _qkv_kernel[(triton.cdiv(num_rows, rows), q_heads + 2 * kv_heads)](
-        x, weight, q_weight, k_weight, eps, cos_sin, k_cache, v_cache, slot_mapping, q, key, value, num_rows, Q_HEADS=q_heads,
-        KV_HEADS=kv_heads, HEAD_DIM=head_dim, PAGE=page, K=k, ROWS=rows, STEP=step, STAGES=_stages(tiling, head_dim, x.device),
-        num_warps=warps, **pdl(x),
-    )  # fmt: skip
+        x,
+        weight,
+        q_weight,
+        k_weight,
+        eps,
+        cos_sin,
+        k_cache,
+        v_cache,
+        slot_mapping,
+        q,
+        key,
+        value,
+        num_rows,
+        Q_HEADS=q_heads,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        PAGE=page,
+        K=k,
+        ROWS=rows,
+        STEP=step,
+        STAGES=_stages(tiling, head_dim, x.device),
+        num_warps=warps,
+        **pdl(x),
+    )
     return q, key, value
 
 
 def _stages(tiling: Tiling, columns: int, device: torch.device) -> int:
-    """The tiling's, or as many as this device has shared memory for. Below 64 rows Triton takes the older tensor-core instructions,
-    on any device, and then a stage less lies in shared memory."""
+    """The tiling's, or as many as this device has shared memory for. Below 64 rows Triton takes the
+    older tensor-core instructions, on any device, and then a stage less lies in shared memory.
+    """
     stage_bytes = (tiling.rows + columns) * tiling.step * 2
     return min(tiling.stages, shared_memory(device) // stage_bytes + (tiling.rows < 64))

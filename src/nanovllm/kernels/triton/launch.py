@@ -1,11 +1,14 @@
 """What every launch here shares: programmatic dependent launch, and block sizes.
 
-A decode step is hundreds of kernels of a few microseconds. On Hopper and later, a kernel launched with `launch_pdl` may start
-while its predecessor still runs: its prologue (index arithmetic, loads of weights) overlaps the predecessor's tail. It must
-call `wait_for_inputs` before it touches anything that the kernels right before it write or read. Every kernel in this folder does.
-The wait is no barrier for what lies further back, as the kernel in front may itself be waiting. What attention reads before its
-wait, `prepare` has written, and the embedding, an ordinary kernel, lies between the two: it begins when all before it have ended.
-CUDA C++ programming guide, "Programmatic dependent launch and synchronization".
+A decode step is hundreds of kernels of a few microseconds. On Hopper and later, a kernel launched
+with `launch_pdl` may start
+while its predecessor still runs: its prologue (index arithmetic, loads of weights) overlaps the
+predecessor's tail. It must call `wait_for_inputs` before it touches anything that the kernels right
+before it write or read. Every kernel in this folder does. The wait is no barrier for what lies
+further back, as the kernel in front may itself be waiting. What attention reads before its wait,
+`prepare` has written, and the embedding, an ordinary kernel, lies between the two: it begins when
+all before it have ended. CUDA C++ programming guide, "Programmatic dependent launch and
+synchronization".
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ def let_next_start(PDL: tl.constexpr):
 
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
-    """Waits until the kernels before this one have finished; lets the next one start its prologue meanwhile."""
+    """Waits until the kernels before this one have finished; lets the next one start its prologue
+    meanwhile.
+    """
     if PDL:
         gdc_launch_dependents()  # a second time changes nothing
         gdc_wait()
@@ -42,8 +47,14 @@ def wait_for_inputs(PDL: tl.constexpr):
 @triton.jit
 def prefetch_to_l2(pointers):
     """Starts fetching the lines that hold these addresses from memory; changes nothing."""
-    tl.inline_asm_elementwise("{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32,
-                              is_pure=False, pack=1)  # fmt: skip
+    tl.inline_asm_elementwise(
+        "{ prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @functools.cache
@@ -52,8 +63,10 @@ def _supports_pdl(device_index: int) -> bool:
 
 
 def pdl(x: Tensor, fp_fusion: bool = True) -> dict[str, Any]:
-    """Launch arguments for a kernel that works on x's device. fp_fusion: a product and a sum may be rounded once; it is always
-    said, as Triton's default was that up to 3.9, which warns of it, and is another from 3.10 on."""
+    """Launch arguments for a kernel that works on x's device. fp_fusion: a product and a sum may be
+    rounded once; it is always said, as Triton's default was that up to 3.9, which warns of it, and
+    is another from 3.10 on.
+    """
     device = x.device if x.is_cuda else STANDS_FOR.get()
     if device is not None and _supports_pdl(device.index):
         return {"PDL": True, "launch_pdl": True, "enable_fp_fusion": fp_fusion}
@@ -67,16 +80,24 @@ def shared_memory(device: torch.device) -> int:
 
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 99 << 10
+    return (
+        torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        if device.type == "cuda"
+        else 99 << 10
+    )
 
 
 def warps_for(block: int) -> int:
-    """Warps for a program that handles `block` elements: eight a thread, so that bfloat16 moves 16 bytes at a time."""
+    """Warps for a program that handles `block` elements: eight a thread, so that bfloat16 moves 16
+    bytes at a time.
+    """
     return min(16, max(1, block // 256))
 
 
 def upload(values: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A list as a tensor on `device`, without waiting for the device: a copy from pageable memory would."""
+    """A list as a tensor on `device`, without waiting for the device: a copy from pageable memory
+    would.
+    """
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)

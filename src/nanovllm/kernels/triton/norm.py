@@ -1,4 +1,6 @@
-"""RMSNorm (Zhang and Sennrich, 2019), alone or after the residual sum, in one pass. Rounds where the torch twin rounds."""
+"""RMSNorm (Zhang and Sennrich, 2019), alone or after the residual sum, in one pass. Rounds where
+the torch twin rounds.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,18 @@ from nanovllm.kernels.triton.launch import pdl, wait_for_inputs, warps_for
 
 
 @triton.jit
-def _rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, n, eps, ADD: tl.constexpr, BLOCK: tl.constexpr,
-                     PDL: tl.constexpr):
+def _rms_norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    total_ptr,
+    n,
+    eps,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * n
     columns = tl.arange(0, BLOCK)
     inside = columns < n
@@ -25,7 +37,11 @@ def _rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, n, eps
         tl.store(total_ptr + row + columns, total, mask=inside)
     x = total.to(tl.float32)
     normed = (x * tl.rsqrt(tl.sum(x * x) / n + eps)).to(total.dtype)
-    tl.store(out_ptr + row + columns, (normed.to(tl.float32) * weight.to(tl.float32)).to(total.dtype), mask=inside)
+    tl.store(
+        out_ptr + row + columns,
+        (normed.to(tl.float32) * weight.to(tl.float32)).to(total.dtype),
+        mask=inside,
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -38,14 +54,25 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return _launch(x, residual.contiguous(), weight, eps)
 
 
-def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     n = x.shape[-1]
     out = torch.empty_like(x)
     total = x if residual is None else torch.empty_like(x)
     block = triton.next_power_of_2(n)
     _rms_norm_kernel[(x.numel() // n,)](
-        x, x if residual is None else residual, weight, out, total, n, eps, ADD=residual is not None, BLOCK=block,
-        num_warps=warps_for(block), **pdl(x),
-    )  # fmt: skip
+        x,
+        x if residual is None else residual,
+        weight,
+        out,
+        total,
+        n,
+        eps,
+        ADD=residual is not None,
+        BLOCK=block,
+        num_warps=warps_for(block),
+        **pdl(x),
+    )
     return out, total

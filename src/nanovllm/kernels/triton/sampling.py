@@ -1,7 +1,8 @@
-"""The sampler in two launches: temperature, noise and argmax over slices of the vocabulary, then over the slices.
+"""The sampler in two launches: temperature, noise and argmax over slices of the vocabulary, then
+over the slices.
 
-Gives the bits of kernels/torch/sampling.py, which states the noise and why its operations stand in this order: every
-launch must keep `fp_fusion=False`, and divisions must be `div_rn`.
+Gives the bits of kernels/torch/sampling.py, which states the noise and why its operations stand in
+this order: every launch must keep `fp_fusion=False`, and divisions must be `div_rn`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from nanovllm.kernels.torch.filtering import filtered_logits
 from nanovllm.kernels.triton.launch import pdl, wait_for_inputs
 
 _TILE = 1024  # tokens an iteration
-_PROGRAMS = 1024  # about how many programs share the vocabularies of a batch: some for each multiprocessor
+# about how many programs share the vocabularies of a batch: some for each multiprocessor
+_PROGRAMS = 1024
 
 
 @triton.jit
@@ -44,7 +46,9 @@ def _log(x):
 
 @triton.jit
 def _philox4x32(key0, key1, c0, c1):
-    """Ten rounds on the counter (c0, c1, 0, 0). As tl.philox, with one wide product where that takes two halves."""
+    """Ten rounds on the counter (c0, c1, 0, 0). As tl.philox, with one wide product where that
+    takes two halves.
+    """
     c2, c3 = tl.zeros_like(c0), tl.zeros_like(c0)
     for _ in tl.static_range(10):
         product0 = c0.to(tl.uint64) * 0xD2511F53
@@ -59,12 +63,16 @@ def _philox4x32(key0, key1, c0, c1):
 
 @triton.jit
 def uniform_tile(seed, position, first_token, TILE: tl.constexpr):
-    """The uniform numbers of tokens first_token .. first_token + TILE - 1 (first_token a multiple of 4): [TILE] float32."""
+    """The uniform numbers of tokens first_token .. first_token + TILE - 1 (first_token a multiple
+    of 4): [TILE] float32.
+    """
     c0 = (first_token // 4 + tl.arange(0, TILE // 4)).to(tl.uint32)
     c1 = tl.zeros([TILE // 4], tl.uint32) + position.to(tl.uint32)
     w0, w1, w2, w3 = _philox4x32(seed.to(tl.uint32), (seed >> 32).to(tl.uint32), c0, c1)
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [TILE])  # lane l of counter c is token 4 c + l
-    return tl.minimum(tl.maximum(words.to(tl.float32), 0.5), 4294967040.0) * 2.3283064365386963e-10  # 2^-32
+    # lane l of counter c is token 4 c + l
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [TILE])
+    # 2^-32
+    return tl.minimum(tl.maximum(words.to(tl.float32), 0.5), 4294967040.0) * 2.3283064365386963e-10
 
 
 @triton.jit
@@ -78,15 +86,29 @@ def gumbel(uniform):
 
 
 @triton.jit(do_not_specialize=["first_token"])
-def _best_of_slice_kernel(logits_ptr, temperature_ptr, seed_ptr, position_ptr, values_ptr, tokens_ptr, vocab_size, slice_size,
-                          row_stride, first_token, TILE: tl.constexpr, PDL: tl.constexpr):
-    """Best perturbed logit of row program_id(0) within slice program_id(1), and its token (the lowest on a tie). The first
-    column is of token first_token, a multiple of 4.
+def _best_of_slice_kernel(
+    logits_ptr,
+    temperature_ptr,
+    seed_ptr,
+    position_ptr,
+    values_ptr,
+    tokens_ptr,
+    vocab_size,
+    slice_size,
+    row_stride,
+    first_token,
+    TILE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Best perturbed logit of row program_id(0) within slice program_id(1), and its token (the
+    lowest on a tie). The first column is of token first_token, a multiple of 4.
 
-    The exact noise costs a hundred operations a token, and few tokens have a chance. -log1p(-u) >= u, so the noise is at most
-    -log(u), and little less where it is large. Read as integers, the bits of u are a piecewise linear log2(u) from below, off by
-    at most 0.09: a bound in two operations. A tile none of whose bounds (with a margin for rounding) reaches the best value so
-    far cannot change the result and is passed over.
+    The exact noise costs a hundred operations a token, and few tokens have a chance. -log1p(-u) >=
+    u, so the noise is at most
+    -log(u), and little less where it is large. Read as integers, the bits of u are a piecewise
+    linear log2(u) from below, off by at most 0.09: a bound in two operations. A tile none of whose
+    bounds (with a margin for rounding) reaches the best value so far cannot change the result and
+    is passed over.
     """
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * slice_size
@@ -103,7 +125,9 @@ def _best_of_slice_kernel(logits_ptr, temperature_ptr, seed_ptr, position_ptr, v
     best_token = begin
     for first in range(begin, end, TILE):
         tokens = first + tl.arange(0, TILE)
-        logits = tl.load(logits_ptr + row * row_stride + tokens, mask=tokens < end, other=float("-inf")).to(tl.float32)
+        logits = tl.load(
+            logits_ptr + row * row_stride + tokens, mask=tokens < end, other=float("-inf")
+        ).to(tl.float32)
         if greedy:
             value = tl.max(logits, axis=0)
             if value > best:
@@ -111,7 +135,9 @@ def _best_of_slice_kernel(logits_ptr, temperature_ptr, seed_ptr, position_ptr, v
                 best_token = tl.min(tl.where(logits == value, tokens, 0x7FFFFFFF), axis=0)
         else:
             uniform = uniform_tile(seed, position, first_token + first, TILE)
-            log2_from_below = uniform.to(tl.int32, bitcast=True).to(tl.float32) * 1.1920929e-07 - 127.0
+            log2_from_below = (
+                uniform.to(tl.int32, bitcast=True).to(tl.float32) * 1.1920929e-07 - 127.0
+            )
             bound = tl.maximum(logits * less, logits * more) - log2_from_below * 0.6931472
             if tl.max(bound, axis=0) + 1e-4 > best:
                 perturbed = tl.div_rn(logits, divisor) + gumbel(uniform)
@@ -125,14 +151,19 @@ def _best_of_slice_kernel(logits_ptr, temperature_ptr, seed_ptr, position_ptr, v
 
 
 @triton.jit(do_not_specialize=["num_slices"])
-def _best_of_slices_kernel(values_ptr, tokens_ptr, out_ptr, num_slices, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _best_of_slices_kernel(
+    values_ptr, tokens_ptr, out_ptr, num_slices, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     slices = tl.arange(0, BLOCK)
     inside = slices < num_slices
     wait_for_inputs(PDL)
     values = tl.load(values_ptr + row * num_slices + slices, mask=inside, other=float("-inf"))
     tokens = tl.load(tokens_ptr + row * num_slices + slices, mask=inside, other=0x7FFFFFFF)
-    tl.store(out_ptr + row, tl.min(tl.where(values == tl.max(values, axis=0), tokens, 0x7FFFFFFF), axis=0).to(tl.int64))
+    tl.store(
+        out_ptr + row,
+        tl.min(tl.where(values == tl.max(values, axis=0), tokens, 0x7FFFFFFF), axis=0).to(tl.int64),
+    )
 
 
 def sample(
@@ -146,9 +177,9 @@ def sample(
     all_greedy: bool,
     any_top_k_top_p: bool,
 ) -> Tensor:
-    """One token id (int64 [n]) for each row of logits [n, vocab]; the lowest id wins a tie. As the torch twin, whose
-    `filtered_logits` serves the steps in which some row has a filter. `all_greedy` changes nothing here: a greedy row draws
-    no noise anyway.
+    """One token id (int64 [n]) for each row of logits [n, vocab]; the lowest id wins a tie. As the
+    torch twin, whose `filtered_logits` serves the steps in which some row has a filter.
+    `all_greedy` changes nothing here: a greedy row draws no noise anyway.
     """
     if any_top_k_top_p:
         logits = filtered_logits(logits, temperatures, top_ks, top_ps)
@@ -158,19 +189,38 @@ def sample(
     values = best.view(torch.float32)
     out = torch.empty(n, dtype=torch.int64, device=logits.device)
     block = triton.next_power_of_2(triton.cdiv(logits.shape[1], _TILE))
-    _best_of_slices_kernel[(n,)](values, tokens, out, values.shape[1], BLOCK=block, num_warps=1, **pdl(logits))
+    _best_of_slices_kernel[(n,)](
+        values, tokens, out, values.shape[1], BLOCK=block, num_warps=1, **pdl(logits)
+    )
     return out
 
 
-def best_of_slices(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, first_token: int = 0) -> Tensor:
-    """[2, n, slices] int32: the bits of the best perturbed logit (float32) of each slice of a row, and its token."""
+def best_of_slices(
+    logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, first_token: int = 0
+) -> Tensor:
+    """[2, n, slices] int32: the bits of the best perturbed logit (float32) of each slice of a row,
+    and its token.
+    """
     n, vocab_size = logits.shape
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     slice_size = triton.cdiv(triton.cdiv(vocab_size, max(1, _PROGRAMS // max(n, 1))), _TILE) * _TILE
-    best = torch.empty(2, n, triton.cdiv(vocab_size, slice_size), dtype=torch.int32, device=logits.device)
+    best = torch.empty(
+        2, n, triton.cdiv(vocab_size, slice_size), dtype=torch.int32, device=logits.device
+    )
     _best_of_slice_kernel[(n, best.shape[2])](
-        logits, temperatures, seeds, positions, best[0].view(torch.float32), best[1], vocab_size, slice_size, logits.stride(0),
-        first_token, TILE=_TILE, num_warps=4, **pdl(logits, fp_fusion=False),
-    )  # fmt: skip
+        logits,
+        temperatures,
+        seeds,
+        positions,
+        best[0].view(torch.float32),
+        best[1],
+        vocab_size,
+        slice_size,
+        logits.stride(0),
+        first_token,
+        TILE=_TILE,
+        num_warps=4,
+        **pdl(logits, fp_fusion=False),
+    )
     return best
