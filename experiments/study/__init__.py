@@ -3,7 +3,7 @@
     spec         studies and profiles as written in YAML, validated by pydantic
     protocol     the parts of a study that say how it is carried out
     yaml_files   YAML validated by pydantic models; errors name file, key, and what is allowed
-    designs      which configurations a design runs, and what a fraction of them can tell apart
+    designs      which configurations a design runs, and what a fraction can tell apart
     block_count  how many blocks a study has, and which effects it can detect
     work_size    how much work a launch gets on a GPU, by measured speed and the time budget
     machine      the profile of this machine, measured and kept in the cache
