@@ -29,9 +29,9 @@ _FOREIGN_SHARE = 0.1
 _RENDER = """
 import json, sys
 from pathlib import Path
-from reports.analysis import analyse
-from reports.records import read_folder
-from reports.render import print_table, render
+from reports.analysis.analyse import analyse
+from reports.analysis.study_records import read_folder
+from reports.page.render import print_table, render
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])
 plan, file = read_folder(folder)
 analysis = analyse(file.records, plan, file.notes)

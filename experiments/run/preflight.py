@@ -28,10 +28,10 @@ from pathlib import Path
 needed = [name for name in ("torch", "transformers", "safetensors") if importlib.util.find_spec(name) is None]
 if needed:
     sys.exit("the equivalence gate needs " + ", ".join(needed) + ", which this interpreter does not have")
-import reports.analysis, reports.render
+import reports.analysis.analyse, reports.page.render
 from matplotlib.figure import Figure
 Figure().savefig(io.BytesIO(), format="svg")
-from experiments import tracking
+from experiments.run import tracking
 print("OBJECTION" + json.dumps(tracking.objection(Path(sys.argv[1]))))
 """
 

@@ -124,10 +124,10 @@ def test_bad_launches_are_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
 DIES_WRITING = """
 import os, sys, time
 from pathlib import Path
-from experiments import child
-child.serve_launch = lambda plan, launch, model: {"record": {}}
+from experiments.launch import engine_process
+engine_process.serve_launch = lambda plan, launch, model: {"record": {}}
 Path.rename = lambda partial, result: os._exit(9)
-child.main({}, "", "", time.time(), Path(sys.argv[sys.argv.index("--result") + 1]))
+engine_process.main({}, "", "", time.time(), Path(sys.argv[sys.argv.index("--result") + 1]))
 """
 
 

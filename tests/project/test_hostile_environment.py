@@ -80,7 +80,7 @@ def test_the_laboratory_answers(command: tuple[str, ...]) -> None:
 def test_a_report_is_the_same_to_the_byte(tmp_path: Path) -> None:
     """Its own processes: what `execution.render` starts, with our variables set and others removed."""
     script = (
-        "import sys; from pathlib import Path; from experiments import execution as e; "
+        "import sys; from pathlib import Path; from experiments.run import execution as e; "
         "e.REPORT = sys.argv[2]; e.render(Path(sys.argv[1]))"
     )
     done = run("-c", script, str(PUBLISHED), str(tmp_path / "report"))

@@ -59,7 +59,7 @@ def import_in_a_fresh_process(folder: Path, store: Path) -> str:
     changed needs a new process.
     """
     script = (
-        "import sys; from pathlib import Path; from experiments import tracking\n"
+        "import sys; from pathlib import Path; from experiments.run import tracking\n"
         "try: tracking.import_folder(Path(sys.argv[1]), Path(sys.argv[1]) / 'report', Path(sys.argv[2]))\n"
         "except tracking.TrackingError as error: print('TrackingError', error)\n"
     )

@@ -85,7 +85,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from experiments.launch import main
+from experiments.launch.runner import main
 limit = int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 sys.exit(main(sys.argv[2:]))

@@ -303,7 +303,7 @@ def test_the_ui_shows_the_figures_of_a_moved_repository(execution: Path, root: P
 def test_two_imports_at_once_into_a_fresh_store(execution: Path, tmp_path: Path) -> None:
     """Without the lock one of them dies: table already exists."""
     script = (
-        "import sys; from pathlib import Path; from experiments import tracking; "
+        "import sys; from pathlib import Path; from experiments.run import tracking; "
         "tracking.import_folder(*map(Path, sys.argv[1:]))"
     )
     arguments = [
