@@ -1,7 +1,7 @@
 # The commands people type. `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check-lock test test-slow test-strangers property lint format bench ablate check compare-vllm compare-hf report ui clean FORCE
+.PHONY: help setup lock check-lock test test-slow test-strangers property lint format bench ablate check compare-vllm compare-hf report docs ui clean FORCE
 
 # make PYTHON=python3.12 setup: the Python of the environment. Without it: the one that .venv has, else the first that fits.
 PYTHON ?=
@@ -11,6 +11,8 @@ EXTRAS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS_VENV := .venv-docs
+DOCS_READY := $(DOCS_VENV)/.ready
 
 # Before `-m MODULE`: the Python that the set-up runs with, which is the one that an environment is made of.
 define WITH_PYTHON
@@ -101,6 +103,14 @@ bench: $(READY)  ## pytest-benchmark: scheduler, block manager, kernels
 
 report: $(READY)  ## render every published report, the claims and the questions from their records (RUN=folder: that execution's)
 	@$(if $(RUN),$(BIN)/python -m experiments report $(RUN),PYTHONPATH=src:. $(BIN)/python -m reports published)
+
+$(DOCS_READY): pyproject.toml constraints.txt
+	@$(WITH_PYTHON) -m requirements.environment docs
+
+# An unknown link, anchor or page is an error (`strict` in mkdocs.yml). The variable silences the theme's advertisement of its successor.
+docs: $(DOCS_READY)  ## build the documentation in site/, strictly (in an environment of its own, without torch)
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 ui: $(READY)  ## MLflow on 127.0.0.1:5000
 	@$(BIN)/mlflow ui --host 127.0.0.1

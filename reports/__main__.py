@@ -14,7 +14,7 @@ from rich.progress import track
 
 from reports import claims as claims_page
 from reports import questions as questions_page
-from reports import text
+from reports import results_index, text
 from reports.analysis import analyse, ratios
 from reports.browser import BrowserError, screenshot
 from reports.evidence import reproduce_command
@@ -111,7 +111,7 @@ def show_ratio(
 @app.command()
 def published(check: CheckOption = False) -> None:
     """Render every page that is made from reports/published: each study's report, the claims, the
-    questions.
+    questions, and the index of results.
     """
     guarded(lambda: settle(write_all, check))
 
@@ -169,6 +169,7 @@ def write_all(out: Path) -> None:
         render(study.plan, study.records, study.analysis, out / relative(study.folder / REPORT))
     write_claims(out)
     write_questions(out)
+    results_index.write(out, library())
 
 
 def write_claims(out: Path) -> None:
