@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -136,3 +139,53 @@ def test_hardware(tmp_path: Path) -> None:
     )
     assert "NVIDIA GeForce RTX 4090, 24 GB: 1,008 GB/s, 165 TFLOP/s, stated in the profile" in said
     assert json.loads(plan.read_text())["profile"]["name"] == "rtx4090"
+
+
+@pytest.mark.parametrize("page", ["toggle", "model-family"])
+def test_a_change_of_the_engine(page: str, tmp_path: Path) -> None:
+    """The page's files and diffs are applied to a copy of the source; its test and its study run
+    there.
+    """
+    page = f"docs/extending/{page}.md"
+    for name in ("src", "experiments", "ablations"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignored)
+    text = (ROOT / page).read_text()
+    for path, code in re.findall(r"(?ms)^New file `([^`]+)`:\n\n```python\n(.*?)^```$", text):
+        (tmp_path / path).write_text(code)
+    for diff in blocks(page, "diff"):
+        run("git", "apply", "-", folder=tmp_path, given=diff)
+    (tmp_path / "test_page.py").write_text(block(page, "python", "\ndef test_"))
+    run(
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "test_page.py",
+        folder=tmp_path,
+    )
+    for study in blocks(page, "yaml"):
+        path = save(tmp_path, study)
+        run(sys.executable, "-m", "experiments", "validate", str(path), folder=tmp_path)
+
+
+def run(*command: str, folder: Path, given: str | None = None) -> None:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": "src:.",
+        "OMP_NUM_THREADS": "1",
+        "NANOVLLM_CACHE": str(ROOT / ".cache" / "nanovllm"),
+        "GIT_CEILING_DIRECTORIES": str(folder.parent),
+    }
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        input=given,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
