@@ -110,7 +110,7 @@ $(DOCS_READY): pyproject.toml constraints.txt
 # An unknown link, anchor or page is an error (`strict` in mkdocs.yml). The variable silences the theme's advertisement of its successor.
 docs: $(DOCS_READY)  ## build the documentation in site/, strictly (in an environment of its own, without torch)
 	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
-	@echo "site/index.html"
+	@echo "site/index.html; with search: python -m http.server -d site"
 
 ui: $(READY)  ## start the MLflow UI on 127.0.0.1:5000
 	@$(BIN)/mlflow ui --host 127.0.0.1
