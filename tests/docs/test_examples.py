@@ -154,7 +154,7 @@ def test_a_change_of_the_engine(page: str, tmp_path: Path) -> None:
     for path, code in re.findall(r"(?ms)^New file `([^`]+)`:\n\n```python\n(.*?)^```$", text):
         (tmp_path / path).write_text(code)
     for diff in blocks(page, "diff"):
-        run("git", "apply", "-", folder=tmp_path, given=diff)
+        run("git", "apply", "--unidiff-zero", "-", folder=tmp_path, given=diff)
     (tmp_path / "test_page.py").write_text(block(page, "python", "\ndef test_"))
     run(
         sys.executable,
