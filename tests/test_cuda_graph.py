@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from nanovllm.config import EngineConfig, Optimizations
-from nanovllm.engine import cuda_graph, llm_engine
-from nanovllm.engine.cuda_graph import GraphRunner, Variant, buckets_for
+from nanovllm.engine import llm_engine
 from nanovllm.engine.invariants import check_invariants
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.gpu import cuda_graph
+from nanovllm.gpu.cuda_graph import GraphRunner, Variant, buckets_for
 from nanovllm.sampling_params import SamplingParams
 
 ON_GPU = torch.cuda.is_available()
@@ -370,7 +371,7 @@ def test_triton_gives_the_tokens_of_torch(tiny: Path, monkeypatch: pytest.Monkey
 
 
 def test_workspaces_go_with_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanovllm.engine.gpu_memory import forget_workspaces_with
+    from nanovllm.gpu.step_memory import forget_workspaces_with
 
     cleared: list[bool] = []
     monkeypatch.setattr(

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm.engine import gpu_memory
-from nanovllm.engine.cuda_graph import record
-from nanovllm.engine.gpu_memory import forget_workspaces_with, room_for
 from nanovllm.engine.stats import StepStats
+from nanovllm.gpu import step_memory
+from nanovllm.gpu.cuda_graph import record
+from nanovllm.gpu.step_memory import forget_workspaces_with, room_for
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_workspaces_stay_until_the_last_engine_goes(monkeypatch: pytest.MonkeyPa
     addresses of theirs.
     """
     cleared: list[str] = []
-    monkeypatch.setattr(gpu_memory, "_alive", set())  # on a GPU, another test's engine may live
+    monkeypatch.setattr(step_memory, "_alive", set())  # on a GPU, another test's engine may live
     monkeypatch.setattr(
         torch._C, "_cuda_clearCublasWorkspaces", lambda: cleared.append("all"), raising=False
     )

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from nanovllm.config import ALL, EngineConfig, Optimizations
-from nanovllm.engine import machine
-from nanovllm.engine.machine import (
+from nanovllm.gpu import machine
+from nanovllm.gpu.machine import (
     OnDevice,
     check_capability,
     describe,
@@ -327,7 +327,7 @@ def test_one_line_says_what_was_chosen(tiny: Path) -> None:
 def test_the_line_goes_where_the_application_wants_it() -> None:
     script = textwrap.dedent("""
         import logging, sys
-        from nanovllm.engine.machine import tell
+        from nanovllm.gpu.machine import tell
         tell("first")
         logging.getLogger("nanovllm").setLevel(logging.WARNING)
         tell("second")

@@ -14,9 +14,9 @@ import torch
 
 from nanovllm import LLM
 from nanovllm.config import BASELINE, EngineConfig
-from nanovllm.engine import memory_plan
 from nanovllm.engine.kv_cache import KVCacheSpec
-from nanovllm.engine.memory_plan import KEPT_FREE_BYTES, MemoryPlan, weights_bytes
+from nanovllm.gpu import memory_plan
+from nanovllm.gpu.memory_plan import KEPT_FREE_BYTES, MemoryPlan, weights_bytes
 from nanovllm.kernels.registry import load_attention, load_kernels
 from nanovllm.layers.linear import TensorParallel
 from nanovllm.models.config import ModelConfig

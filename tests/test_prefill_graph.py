@@ -18,10 +18,10 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from nanovllm.config import Optimizations
-from nanovllm.engine import cuda_graph, prefill_graph
 from nanovllm.engine.kv_cache import KVCacheSpec
-from nanovllm.engine.prefill_graph import ShortPrefills
 from nanovllm.engine.stats import StepStats
+from nanovllm.gpu import cuda_graph, prefill_graph
+from nanovllm.gpu.prefill_graph import ShortPrefills
 from nanovllm.kernels.batch import ForwardBatch
 from nanovllm.kernels.registry import load_attention, load_kernels
 from nanovllm.layers.linear import TensorParallel

@@ -74,7 +74,7 @@ def test_a_rehearsal_asks_for_the_kernels_of_the_steps() -> None:
 def test_a_rehearsal_that_fails_is_a_warning_and_no_more(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rehearsal = import_module("nanovllm.engine.rehearsal")
+    rehearsal = import_module("nanovllm.gpu.rehearsal")
     monkeypatch.setattr(rehearsal, "key_of", lambda runner, model: 1 / 0)
     started = rehearsal.Rehearsal(SimpleNamespace(device=torch.device("cuda", 0)), MODEL)
     started.wait()
@@ -87,7 +87,7 @@ def test_a_rehearsal_that_fails_is_a_warning_and_no_more(
 def test_what_was_rehearsed_once_is_not_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    rehearsal = import_module("nanovllm.engine.rehearsal")
+    rehearsal = import_module("nanovllm.gpu.rehearsal")
     compiled: list[Any] = []
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(
@@ -148,7 +148,7 @@ with LLM(sys.argv[1], dtype="bfloat16", max_model_len=1024, max_num_seqs=40) as 
 
 def make_runner(device: torch.device) -> Any:
     """A GraphRunner that has got as far as its model."""
-    from nanovllm.engine.cuda_graph import GraphRunner, Variant, buckets_for
+    from nanovllm.gpu.cuda_graph import GraphRunner, Variant, buckets_for
 
     config = EngineConfig(
         model="m",
@@ -187,8 +187,8 @@ def main() -> None:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from nanovllm.engine import rehearsal
     from nanovllm.engine.model_runner import ModelRunner
+    from nanovllm.gpu import rehearsal
     from nanovllm.kernels.triton import launch
 
     device, found = torch.device("cuda", 0), Counter[tuple[str, str]]()

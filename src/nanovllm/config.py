@@ -72,7 +72,7 @@ class Optimizations:
         """
         if self == BASELINE:
             return self
-        from nanovllm.availability import resolve
+        from nanovllm.toggles.availability import resolve
 
         return resolve(self, device, in_engine)
 
@@ -151,7 +151,7 @@ class EngineConfig:
         switch is given twice.
         """
         if set(kwargs) - {f.name for f in dataclasses.fields(cls)}:
-            from nanovllm.vllm_names import translate
+            from nanovllm.toggles.vllm_names import translate
 
             kwargs = translate(kwargs)
         if isinstance(kwargs.get("optimizations"), dict):

@@ -83,7 +83,7 @@ class LLMEngine:
         self._stats = StepStats()
         begin = time.perf_counter()
         device, config = (
-            ("cpu", config) if config.device == "cpu" else _load("machine", "prepare")(config)
+            ("cpu", config) if config.device == "cpu" else _load("gpu.machine", "prepare")(config)
         )
         folder = self._folder = resolve_model(config.model)
         self.model_config = load_hf_config(folder)
@@ -102,9 +102,9 @@ class LLMEngine:
             torch.set_num_threads(cores)
         on = resolved.optimizations
         make_runner = (
-            _load("workers", "TensorParallelRunner")
+            _load("distributed.workers", "TensorParallelRunner")
             if on.tensor_parallel_size > 1
-            else _load("cuda_graph", "GraphRunner")
+            else _load("gpu.cuda_graph", "GraphRunner")
             if on.cuda_graphs
             else ModelRunner
         )
@@ -115,20 +115,20 @@ class LLMEngine:
             kv_cache_bytes=self.runner.kv_cache_bytes,
         )
         make_blocks = (
-            _load("prefix_cache", "CachingBlockManager") if on.prefix_cache else BlockManager
+            _load("engine.prefix_cache", "CachingBlockManager") if on.prefix_cache else BlockManager
         )
         make_scheduler = (
             Scheduler
             if on.batching == "static"
-            else _load("continuous_batching", "ContinuousScheduler")
+            else _load("engine.continuous_batching", "ContinuousScheduler")
         )
         blocks = make_blocks(self.runner.num_blocks, resolved.block_size, self._stats)
         self.scheduler = make_scheduler(self.config, blocks, self._stats)
-        self.loop = (_load("overlap", "OverlappedStepLoop") if on.overlap else StepLoop)(
+        self.loop = (_load("engine.overlap", "OverlappedStepLoop") if on.overlap else StepLoop)(
             self.scheduler, self.runner
         )
         if device == "cuda":
-            self.loop = _load("machine", "started")(self, time.perf_counter() - begin)
+            self.loop = _load("gpu.machine", "started")(self, time.perf_counter() - begin)
         self._step_times: deque[tuple[float, int, int]] = deque(maxlen=2**18)  # some 40 MB
         self._num_requests, self._dead = 0, None
         gc.collect(1)  # a whole collection would take longer than a small model's start
@@ -220,7 +220,7 @@ class LLMEngine:
             0, text, seq.output_token_ids, None, None, seq.finish_reason, seq.stop_reason
         )
         if seq.params.logprobs is not None:
-            _load("logprobs", "attach_logprobs")(completion, seq, self.tokenizer)
+            _load("engine.logprobs", "attach_logprobs")(completion, seq, self.tokenizer)
         return RequestOutput(
             seq.request_id,
             seq.prompt,
@@ -262,7 +262,7 @@ class LLMEngine:
 
     def toggles(self) -> dict[str, dict[str, Any]]:
         """Level, engaged and opportunity of each optimization."""
-        return _load("toggles", "toggle_counters")(self.config.optimizations, self._stats)
+        return _load("toggles.counters", "toggle_counters")(self.config.optimizations, self._stats)
 
     def step_times(self) -> list[tuple[float, int, int]]:
         """(seconds, prefill tokens, decode tokens) of each step since the start or the last
@@ -311,7 +311,11 @@ class LLM(LLMEngine):
         one = (
             config := EngineConfig.from_kwargs(model, **kwargs)
         ).optimizations.data_parallel_size == 1
-        return super().__new__(cls) if one else _load("data_parallel", "ReplicatedLLM")(config)
+        return (
+            super().__new__(cls)
+            if one
+            else _load("distributed.data_parallel", "ReplicatedLLM")(config)
+        )
 
     def __init__(self, model: str, **kwargs: Any) -> None:
         super().__init__(EngineConfig.from_kwargs(model, **kwargs))
@@ -320,7 +324,7 @@ class LLM(LLMEngine):
         """What `generate` takes where it is given none: the checkpoint's recommendation, as in
         vLLM.
         """
-        return import_module("nanovllm.models.sampling_defaults").default_params(self._folder)
+        return _load("models.sampling_defaults", "default_params")(self._folder)
 
     @one_at_a_time
     def generate(
@@ -374,7 +378,7 @@ class LLM(LLMEngine):
 
 def _load(module: str, name: str) -> Any:
     """An optional part of the engine: loaded only when its optimization is on."""
-    return getattr(import_module(f"nanovllm.engine.{module}"), name)
+    return getattr(import_module(f"nanovllm.{module}"), name)
 
 
 def load_tokenizer(folder: str, eos_token_ids: tuple[int, ...] = ()) -> Tokenizer:
@@ -399,7 +403,5 @@ def load_tokenizer(folder: str, eos_token_ids: tuple[int, ...] = ()) -> Tokenize
         not {**config, **names, **added, "model_max_length": None}.items()
         <= PLAIN_TOKENIZER.items()
     ):
-        import_module("nanovllm.models.tokenizer_files").check_tokenizer(
-            file.parent, tokenizer, eos_token_ids
-        )
+        _load("models.tokenizer_files", "check_tokenizer")(file.parent, tokenizer, eos_token_ids)
     return tokenizer

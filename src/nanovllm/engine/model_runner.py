@@ -69,7 +69,7 @@ class ModelRunner:
         )
         plan: Any = None
         if resolved.device == "cuda":
-            from nanovllm.engine.memory_plan import before_the_weights
+            from nanovllm.gpu.memory_plan import before_the_weights
 
             plan = before_the_weights(self, model_config)
         default_dtype = torch.get_default_dtype()

@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 STANDS_FOR: ContextVar[torch.device | None] = ContextVar("STANDS_FOR", default=None)
-"""The device whose kernels are meant where tensors are on the meta device: engine/rehearsal.py compiles before there are others."""
+"""The device whose kernels are meant where tensors are on the meta device: gpu/rehearsal.py compiles before there are others."""
 
 
 @triton.jit

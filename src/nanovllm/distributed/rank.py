@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from nanovllm.engine.children import report_failure
-from nanovllm.engine.collectives import DistributedTensorParallel
+from nanovllm.distributed.collectives import DistributedTensorParallel
+from nanovllm.distributed.processes import report_failure
+from nanovllm.distributed.wire import Channel, Job, PlanCoder, counts_of
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.stats import StepStats
-from nanovllm.engine.wire import Channel, Job, PlanCoder, counts_of
 
 
 def main(channel: Channel) -> None:
@@ -46,7 +46,7 @@ class Rank:
         channel.receive()  # every rank has got as far: from here on they wait for each other
         on = job.resolved.optimizations
         if job.resolved.device == "cuda":
-            import_module("nanovllm.engine.machine").check_capability(job.rank)
+            import_module("nanovllm.gpu.machine").check_capability(job.rank)
         self.group = DistributedTensorParallel(
             job.rank,
             on.tensor_parallel_size,
@@ -58,9 +58,7 @@ class Rank:
             job.timeout_s,
         )
         make_runner = (
-            import_module("nanovllm.engine.cuda_graph").GraphRunner
-            if on.cuda_graphs
-            else ModelRunner
+            import_module("nanovllm.gpu.cuda_graph").GraphRunner if on.cuda_graphs else ModelRunner
         )
         self.runner = make_runner(
             job.resolved, job.model_config, job.folder, self.stats, self.group

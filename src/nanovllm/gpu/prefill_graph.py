@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm.engine.cuda_graph import Recorded, record
 from nanovllm.engine.stats import StepStats
+from nanovllm.gpu.cuda_graph import Recorded, record
 from nanovllm.kernels.batch import ForwardBatch
 from nanovllm.kernels.registry import AttentionBackend
 from nanovllm.models.qwen3 import KVCache, Qwen3ForCausalLM

@@ -32,10 +32,10 @@ import torch
 from torch import Tensor
 
 from nanovllm.config import ResolvedConfig
-from nanovllm.engine.gpu_memory import room_for
 from nanovllm.engine.model_runner import ModelRunner, StepHandle
 from nanovllm.engine.scheduler import StepPlan
 from nanovllm.engine.stats import StepStats
+from nanovllm.gpu.step_memory import room_for
 from nanovllm.kernels.batch import ForwardBatch
 from nanovllm.layers.linear import TensorParallel
 from nanovllm.models.config import ModelConfig
@@ -213,7 +213,7 @@ class GraphRunner(ModelRunner):
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
         # the others need lengths that the host knows
         if self.config.optimizations.attention_backend == "triton":
-            from nanovllm.engine.prefill_graph import ShortPrefills
+            from nanovllm.gpu.prefill_graph import ShortPrefills
 
             spare_slot = self.num_blocks * self.config.block_size
             self.model = ShortPrefills(

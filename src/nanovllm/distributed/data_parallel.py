@@ -21,11 +21,11 @@ from typing import Any, Self
 import torch
 
 from nanovllm.config import EngineConfig
-from nanovllm.engine.children import Child, WorkerError, end
+from nanovllm.distributed.processes import Child, WorkerError, end
+from nanovllm.distributed.wire import Channel
 from nanovllm.engine.llm_engine import LLM, EngineDeadError, Params, Prompt, one_at_a_time
-from nanovllm.engine.machine import LOG, require_gpus
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.wire import Channel
+from nanovllm.gpu.machine import LOG, require_gpus
 from nanovllm.models.loader import resolve_model
 from nanovllm.models.sampling_defaults import default_params
 from nanovllm.outputs import RequestOutput
@@ -36,7 +36,7 @@ STEP_TIMEOUT_S = {"cuda": 25.0, "cpu": 300.0}
 """A replica that is at work and has not ended a step for this long hangs. A step on a CPU may be a very long prompt's."""
 _LOOK_EVERY_S = 0.2
 _CHARACTERS_PER_TOKEN = 4
-REPLICA_MAIN = "nanovllm.engine.data_parallel.main"
+REPLICA_MAIN = "nanovllm.distributed.data_parallel.main"
 _Request = tuple[int, Prompt, SamplingParams]
 """Its number among all that the front end was given, its prompt, its parameters."""
 

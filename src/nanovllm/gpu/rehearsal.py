@@ -41,11 +41,11 @@ from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
-from nanovllm.engine.gpu_memory import prefill
 from nanovllm.engine.kv_cache import KVCacheSpec
-from nanovllm.engine.prefill_graph import ShortPrefills
 from nanovllm.engine.scheduler import StepPlan
 from nanovllm.engine.stats import StepStats
+from nanovllm.gpu.prefill_graph import ShortPrefills
+from nanovllm.gpu.step_memory import prefill
 from nanovllm.kernels.batch import ForwardBatch
 from nanovllm.kernels.registry import AttentionBackend, load_kernels
 from nanovllm.kernels.triton.launch import STANDS_FOR
@@ -132,7 +132,7 @@ def compile_launches(steps: Callable[[], None], device: torch.device) -> int:
 def key_of(runner: ModelRunner, model: ModelConfig) -> str:
     """Of everything that decides which kernels a start launches, and what they are."""
     kernels = sorted(
-        Path(import_module("nanovllm.kernels.triton").__file__ or "").parent.glob("*.py")
+        Path(import_module("nanovllm.kernels.triton").__file__ or "").parent.rglob("*.py")
     )
     gpu = torch.cuda.get_device_properties(runner.device)
     config = dataclasses.replace(runner.config, model="_", tokenizer=None, seed=0)

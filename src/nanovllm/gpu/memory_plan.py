@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nanovllm.engine.gpu_memory import bytes_for_steps
 from nanovllm.engine.kv_cache import KVCacheSpec, num_blocks_for
+from nanovllm.gpu.step_memory import bytes_for_steps
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
@@ -45,7 +45,7 @@ def before_the_weights(runner: ModelRunner, model: ModelConfig) -> MemoryPlan:
     """
     plan = MemoryPlan(runner, model)
     if runner.config.optimizations.kernels == "triton":
-        from nanovllm.engine.rehearsal import Rehearsal
+        from nanovllm.gpu.rehearsal import Rehearsal
 
         runner.rehearsal = Rehearsal(runner, model)  # type: ignore[attr-defined]
     return plan
