@@ -62,7 +62,7 @@ def test_optimizations_are_loaded_only_when_on(baseline_modules: dict[str, Path]
         "sampling_shards",
         "generated",
         "cuda_graph",
-        "compiled",
+        "compile",
         "triton",
         "flash_attn",
         "checkpoint",

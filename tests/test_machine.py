@@ -318,8 +318,8 @@ def test_one_line_says_what_was_chosen(tiny: Path) -> None:
         "NVIDIA H200 (cuda:1)",
     )
     assert line == (
-        "NVIDIA H200 (cuda:1), bfloat16; attention torch, kernels torch, batching chunked, prefix cache (off: CUDA "
-        "graphs, overlap, cascade attention); KV cache of 16,000 tokens, 1.50 GiB, for up to 8 requests of up to 4,096 "
+        "NVIDIA H200 (cuda:1), bfloat16; attention torch, kernels torch, batching chunked, prefix cache (off: "
+        "cascade attention, CUDA graphs, overlap); KV cache of 16,000 tokens, 1.50 GiB, for up to 8 requests of up to 4,096 "
         "tokens"
     )
 

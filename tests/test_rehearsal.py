@@ -25,11 +25,13 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from nanovllm.config import ALL, EngineConfig
-from nanovllm.kernels.registry import load_attention, load_kernels
+from nanovllm.kernels.registry import load_kernels
+from nanovllm.layers.attention import Attention
 from nanovllm.layers.linear import TensorParallel
 from nanovllm.models.config import ModelConfig
 
 MODEL = ModelConfig(
+    architecture="Qwen3ForCausalLM",
     vocab_size=2048,
     hidden_size=512,
     intermediate_size=1024,
@@ -165,7 +167,7 @@ def make_runner(device: torch.device) -> Any:
         config.max_num_seqs,
     )
     runner.kernels = load_kernels(config.optimizations, Counter())
-    runner.attention = load_attention(
+    runner.attention = Attention(
         config.optimizations,
         Counter(),
         num_kv_heads=2,
@@ -231,7 +233,7 @@ def main() -> None:
         torch.zeros_like,
     )
     model_of = import_module("nanovllm.models.qwen3").Qwen3ForCausalLM
-    rehearsal.Qwen3ForCausalLM = lambda model, length, *rest: model_of(model, 2000, *rest)
+    rehearsal.model_class = lambda name: lambda model, length, *rest: model_of(model, 2000, *rest)
     shadow = rehearsal.shadow_of(make_runner(device), MODEL)
     shadow._batch = lambda plan, rows: ModelRunner._batch(shadow, plan, rows)
     rehearsal.compile_launches(lambda: rehearsal.first_steps(shadow), device)

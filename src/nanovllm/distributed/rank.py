@@ -12,7 +12,6 @@ import pickle
 import queue
 import sys
 import threading
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -45,8 +44,14 @@ class Rank:
         channel.send(b"imported")
         channel.receive()  # every rank has got as far: from here on they wait for each other
         on = job.resolved.optimizations
+        make_runner: type[ModelRunner] = ModelRunner
         if job.resolved.device == "cuda":
-            import_module("nanovllm.gpu.machine").check_capability(job.rank)
+            from nanovllm.gpu.cuda_graph import GraphRunner
+            from nanovllm.gpu.machine import check_capability
+            from nanovllm.gpu.runner import GpuRunner
+
+            check_capability(job.rank)
+            make_runner = GraphRunner if on.cuda_graphs else GpuRunner
         self.group = DistributedTensorParallel(
             job.rank,
             on.tensor_parallel_size,
@@ -56,9 +61,6 @@ class Rank:
             self.stats,
             self.progress,
             job.timeout_s,
-        )
-        make_runner = (
-            import_module("nanovllm.gpu.cuda_graph").GraphRunner if on.cuda_graphs else ModelRunner
         )
         self.runner = make_runner(
             job.resolved, job.model_config, job.folder, self.stats, self.group

@@ -25,12 +25,14 @@ from nanovllm.engine.stats import StepStats
 from nanovllm.host_limits import cpu_cores
 from nanovllm.models.config import load_hf_config, read_if_there
 from nanovllm.models.loader import resolve_model
-from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
 Prompt = str | list[int] | dict[str, Any]
 Method = TypeVar("Method", bound=Callable[..., Any])
 Params = SamplingParams | SequenceOf[SamplingParams] | None
+# What may stand beside a tokenizer.json without changing what it does. model_max_length, which bounds
+# nothing here, may be anything.
 PLAIN_TOKENIZER = {
     "tokenizer_class": "Qwen2Tokenizer",
     "eos_token": "<|endoftext|>",
@@ -39,7 +41,6 @@ PLAIN_TOKENIZER = {
     "clean_up_tokenization_spaces": False,
     "model_max_length": None,
 }
-"""What may stand beside a tokenizer.json without changing what it does; model_max_length, which bounds nothing here, may be any."""
 
 
 class EngineDeadError(RuntimeError):
@@ -106,6 +107,8 @@ class LLMEngine:
             if on.tensor_parallel_size > 1
             else _load("gpu.cuda_graph", "GraphRunner")
             if on.cuda_graphs
+            else _load("gpu.runner", "GpuRunner")
+            if resolved.device == "cuda"
             else ModelRunner
         )
         self.runner = make_runner(resolved, self.model_config, folder, self._stats)
@@ -171,7 +174,13 @@ class LLMEngine:
             else (self.config.seed & 0x7FFFFFFF) << 32 | (number & 0xFFFFFFFF)
         )
         return Sequence(
-            request_id, list(token_ids), params, seed, time.perf_counter(), frozenset(stops), text
+            request_id,
+            list(token_ids),
+            params,
+            seed,
+            RequestMetrics(arrival_time=time.perf_counter()),
+            frozenset(stops),
+            text,
         )
 
     @one_at_a_time
@@ -338,20 +347,15 @@ class LLM(LLMEngine):
         them is not valid.
         """
         self._check_alive()
-        one = isinstance(prompts, (str, dict)) or (
-            len(prompts) > 0 and all(isinstance(token, int) for token in prompts)
-        )
-        batch: list[Any] = [prompts] if one else list(prompts)
-        given = self.get_default_sampling_params() if sampling_params is None else sampling_params
-        params = list(given) if isinstance(given, SequenceOf) else [given] * len(batch)
-        if len(params) != len(batch):
-            raise ValueError(
-                f"{len(batch)} prompts and {len(params)} sampling_params; give one for all, or one for each"
-            )
+        batch = as_batch(prompts, sampling_params, self.get_default_sampling_params)
         seqs = [
-            self.make_sequence(str(n), p, s, n)
-            for n, (p, s) in enumerate(zip(batch, params, strict=True), self._num_requests)
+            self.make_sequence(str(number), prompt, params, number)
+            for number, (prompt, params) in enumerate(batch, self._num_requests)
         ]
+        return self._run(seqs, use_tqdm)
+
+    def _run(self, seqs: list[Sequence], use_tqdm: bool) -> list[RequestOutput]:
+        """Serves them all. Where one cannot be queued, or a step fails, none of them stays behind."""
         unfinished: set[str] = set()
         try:
             for seq in seqs:
@@ -374,6 +378,27 @@ class LLM(LLMEngine):
             for request_id in unfinished:
                 self.abort(request_id)
         return [self.output_of(seq) for seq in seqs]
+
+
+def as_batch(
+    prompts: Prompt | SequenceOf[Prompt],
+    sampling_params: Params,
+    default_params: Callable[[], SamplingParams],
+) -> list[tuple[Prompt, SamplingParams]]:
+    """One call's requests: a prompt or several, each with its parameters. Raises ValueError where there are not
+    as many parameters as prompts.
+    """
+    is_one = isinstance(prompts, (str, dict)) or (
+        len(prompts) > 0 and all(isinstance(token, int) for token in prompts)
+    )
+    batch: list[Any] = [prompts] if is_one else list(prompts)
+    given = default_params() if sampling_params is None else sampling_params
+    params = list(given) if isinstance(given, SequenceOf) else [given] * len(batch)
+    if len(params) != len(batch):
+        raise ValueError(
+            f"{len(batch)} prompts and {len(params)} sampling_params; give one for all, or one for each"
+        )
+    return list(zip(batch, params, strict=True))
 
 
 def _load(module: str, name: str) -> Any:

@@ -3,52 +3,43 @@ another name.
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
-from nanovllm.config import ALL, EngineConfig
+from nanovllm.toggles.row import toggles_of
+from nanovllm.toggles.table import ALL
 
-SWITCHES = {
-    "enable_prefix_caching": lambda on: {"prefix_cache": on},
-    "disable_cascade_attn": lambda off: {"cascade_attention": False if off else "auto"},
-    "enable_chunked_prefill": lambda on: {"batching": "chunked" if on else "continuous"},
-    "enforce_eager": lambda on: {"cuda_graphs": False if on else "auto"},
-    "async_scheduling": lambda on: {"overlap": on},
-    "tensor_parallel_size": lambda degree: {"tensor_parallel_size": degree},
-    "data_parallel_size": lambda degree: {"data_parallel_size": degree},
-}
-"""vLLM's name -> the fields of `Optimizations` that it sets; None leaves them as they are, as in vLLM."""
+TOGGLES = toggles_of(ALL)
+# vLLM's name -> (ours, vLLM's value -> our level)
+SWITCHES = {row.vllm[0]: (name, row.vllm[1]) for name, row in TOGGLES.items() if row.vllm}
 
 
-def translate(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """-> arguments of EngineConfig. Raises TypeError for an unknown argument, and where a switch is
-    given twice; ValueError for a switch that is neither on nor off.
+def translate(kwargs: dict[str, Any], own: Collection[str]) -> dict[str, Any]:
+    """Arguments of EngineConfig, for some that may be vLLM's. own: the names that EngineConfig knows. None leaves
+    a switch as it is, as in vLLM.
+
+    Raises TypeError for an unknown argument, and where a switch is given twice; ValueError for a switch that is
+    neither on nor off.
     """
-    own = {f.name for f in dataclasses.fields(EngineConfig)} - {"model"}
-    if unknown := sorted(set(kwargs) - own - set(SWITCHES)):
+    known = {*own, *SWITCHES} - {"model"}
+    if unknown := sorted(set(kwargs) - known):
         raise TypeError(
-            f"unknown argument {', '.join(unknown)}; known are {', '.join(sorted(own | set(SWITCHES)))}"
+            f"unknown argument {', '.join(unknown)}; known are {', '.join(sorted(known))}"
         )
-    given = [name for name in kwargs if name in SWITCHES]
-    if "optimizations" in kwargs and given:
+    given = {
+        name: value for name, value in kwargs.items() if name in SWITCHES and value is not None
+    }
+    named = [name for name in kwargs if name in SWITCHES]
+    if "optimizations" in kwargs and named:
         raise TypeError(
-            f"{', '.join(given)} given twice: inside `optimizations` and as an argument of vLLM's; keep one"
+            f"{', '.join(named)} given twice: inside `optimizations` and as an argument of vLLM's; keep one"
         )
-    for name in given:
-        if (
-            not name.endswith("parallel_size")
-            and kwargs[name] is not None
-            and type(kwargs[name]) is not bool
-        ):
-            raise ValueError(
-                f"{name}={kwargs[name]!r} is not allowed; it must be True, False or None"
-            )
-    fields = {
-        k: v
-        for name in given
-        if kwargs[name] is not None
-        for k, v in SWITCHES[name](kwargs[name]).items()
-    }
-    return {
-        **{k: v for k, v in kwargs.items() if k in own},
-        "optimizations": dataclasses.replace(ALL, **fields),
-    }
+    changes = {}
+    for name, value in given.items():
+        ours, level_of = SWITCHES[name]
+        is_count = type(TOGGLES[ours].levels[0]) is int
+        if not is_count and type(value) is not bool:
+            raise ValueError(f"{name}={value!r} is not allowed; it must be True, False or None")
+        changes[ours] = level_of(value)
+    others = {name: value for name, value in kwargs.items() if name in own}
+    return {**others, "optimizations": dataclasses.replace(ALL, **changes)}
