@@ -70,7 +70,7 @@ test: $(READY)  ## the test suite, under ten minutes on two cores
 test-slow: $(READY)  ## what takes longer
 	@$(BIN)/python -m pytest -m slow
 
-test-strangers:  ## the test suite in whole environments of the other Pythons here (PYTHONS="3.12 3.13", TESTS="tests/test_engine.py")
+test-strangers:  ## the test suite in whole environments of the other Pythons here (PYTHONS="3.12 3.13", TESTS="tests/engine/test_engine.py")
 	@$(WITH_PYTHON) -m requirements.strangers $(if $(PYTHONS),--pythons "$(PYTHONS)") -- $(TESTS)
 
 # `make property`: the fast profile, as in `make test`; DEEP=1: thousands of examples, over an hour; REPEAT=50: fast with 50 seeds;

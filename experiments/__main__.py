@@ -17,17 +17,21 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from experiments import execution, machine, model_files, plan_view, provenance, records, visits
 from experiments.checking import run as checking
 from experiments.checking.jobs import Scope
-from experiments.dispatch import WorkerError
+from experiments.cluster.dispatch import WorkerError
+from experiments.cluster.executor import EXECUTORS, Options
 from experiments.engines import ENGINES
-from experiments.execution import ExecutionError, say
-from experiments.executor import EXECUTORS, Options
-from experiments.model_files import ModelError, download
-from experiments.plan import build_plan
-from experiments.records import RecordError
-from experiments.spec import (
+from experiments.host import model_files, provenance
+from experiments.host.model_files import ModelError, download
+from experiments.records import merged_folders, store
+from experiments.records.store import RecordError
+from experiments.run import execution
+from experiments.run.execution import ExecutionError, say
+from experiments.run.tracking import TrackingError, import_folder
+from experiments.study import machine, plan_view
+from experiments.study.plan import build_plan
+from experiments.study.spec import (
     PROFILES,
     STUDIES,
     ModelChoice,
@@ -36,8 +40,7 @@ from experiments.spec import (
     load_profile,
     load_study,
 )
-from experiments.tracking import TrackingError, import_folder
-from experiments.yaml_files import SpecError, names
+from experiments.study.yaml_files import SpecError, names
 
 app = typer.Typer(
     add_completion=False,
@@ -162,7 +165,7 @@ def run(
     """Run any study. With --dry-run --write-plan plan.json only plan it, for another host."""
     plan = make_plan(study, profile, model, overrides, blocks)
     if write_plan:
-        records.write_plan(plan, write_plan)
+        store.write_plan(plan, write_plan)
         say(
             console,
             f"plan     {write_plan}; run it with: python -m experiments.launch --plan {write_plan.name} --out DIR --resume",
@@ -241,10 +244,10 @@ def import_command(
 ) -> None:
     """Report and MLflow runs from records; any number of times, with the same result."""
     if merge:
-        for note in guarded(lambda: visits.merge(folders, merge)):
+        for note in guarded(lambda: merged_folders.merge(folders, merge)):
             say(console, note, "yellow")
         folders = [merge]
-    elif alike := guarded(lambda: visits.of_one_plan(folders)):
+    elif alike := guarded(lambda: merged_folders.of_one_plan(folders)):
         listed = " and ".join(str(folder) for folder in alike)
         say(
             console,
@@ -321,9 +324,9 @@ def list_command(profile: ProfileOption = None) -> None:
         try:
             say(
                 console,
-                f"{execution.shown(folder)}  {state}, {len(records.counted(records.read(folder)))} launches count",
+                f"{execution.shown(folder)}  {state}, {len(store.counted(store.read(folder)))} launches count",
             )
-        except records.RecordError as error:
+        except store.RecordError as error:
             say(console, f"{execution.shown(folder)}  {state}, damaged: {error}", "yellow")
 
 
@@ -345,7 +348,7 @@ def make_plan(
     plan: dict[str, Any] = guarded(work)
     published = sorted(
         plan_file.parent
-        for plan_file in (provenance.ROOT / "reports" / "published").rglob(records.PLAN)
+        for plan_file in (provenance.ROOT / "reports" / "published").rglob(store.PLAN)
     )
     earlier = [*reversed(execution.executions()), *published]
     for line, style in guarded(lambda: plan_view.lines(plan, earlier)):

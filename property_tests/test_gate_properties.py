@@ -10,9 +10,9 @@ from hypothesis import example
 from hypothesis import strategies as st
 from torch import Tensor
 
-from experiments import margins, scoring, truncation
-from experiments.margins import Rows
-from experiments.scoring import Scores, score_rows
+from experiments.gate import logit_margins, scoring, truncation
+from experiments.gate.logit_margins import Rows
+from experiments.gate.scoring import Scores, score_rows
 from property_tests.support.plain_scores import certain, kept, plain_scores
 from property_tests.support.profiles import holds
 from property_tests.support.strategies import SEEDS
@@ -150,7 +150,7 @@ def test_scores_are_those_of_the_plain_computation(
             (scoring, "REACH", reach),
             (truncation, "_MOST_LIKELY", most_likely),
             (scoring, "_CACHE_BYTES", cache_bytes),
-            (margins, "_WIDTH", width),
+            (logit_margins, "_WIDTH", width),
         ):
             patch.setattr(module, name, value)
         ours = score_rows(logits, hf_logits, rows, tokens)

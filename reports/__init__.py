@@ -1,13 +1,16 @@
-"""Reports: pure statistics over records, and the pages rendered from them.
+"""Reports: statistics over records, and the pages rendered from them.
 
-records.py reads the files, counting.py decides what counts, metrics.py takes figures from a record,
-intervals.py does the statistics of one effect, contrasts.py those of a whole design, ceiling.py the
-roofline bound, consistency.py the checks of a record against itself; analysis.py puts them
-together, and figures.py, render.py and table.py show the result.
+Its rooms, from the top down; each imports only from those below it (import-linter checks it):
 
-publish.py keeps an execution in published/, and library.py reads all that is kept: claims.py (with
-measurements.py, prefix_work.py and line_counts.py) and questions.py make docs/claims.md and
-docs/questions.md from it. browser.py shows pages to a Chromium.
+    __main__     python -m reports publish | published | claims | questions | ratio | ...
+    claims/      everything made from all published records together
+    page/        what a report says, and how it is shown
+    figures/     the pictures
+    analysis/    from records and their plan to the result of a study
+    statistics/  intervals, contrasts, the roofline bound
+    text         how numbers are written for people
+    templates/   of HTML and Markdown
+    published/   records worth keeping, and the pages made from them
 
 Pictures are files: whatever backend a shell or a notebook has chosen, and this interpreter may not
 have, is none of ours.

@@ -12,17 +12,17 @@ from typing import Annotated
 import typer
 from rich.progress import track
 
-from reports import claims as claims_page
-from reports import questions as questions_page
 from reports import text
-from reports.analysis import analyse, ratios
-from reports.browser import BrowserError, screenshot
-from reports.evidence import reproduce_command
-from reports.library import PUBLISHED, library
-from reports.line_counts import CountError, count_lines
-from reports.publish import publish as publish_records
-from reports.records import RecordError, read_folder
-from reports.render import print_table, render, write_markdown
+from reports.analysis.analyse import analyse, ratios
+from reports.analysis.study_records import RecordError, read_folder
+from reports.claims import claims as claims_page
+from reports.claims import questions as questions_page
+from reports.claims.line_counts import CountError, count_lines
+from reports.claims.publish import publish as publish_records
+from reports.claims.published_studies import PUBLISHED, library
+from reports.figures.browser import BrowserError, screenshot
+from reports.page.evidence import reproduce_command
+from reports.page.render import print_table, render, write_markdown
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Reports, rebuilt from records.")
 KNOWN_ERRORS = (RecordError, CountError, BrowserError)

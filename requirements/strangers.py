@@ -2,7 +2,7 @@
 machine, made by the README's own commands from the index's default torch, with nothing of this
 machine's but its way to the index.
 
-    python -m requirements.strangers [--pythons "3.12 /path/to/python3.13"] [-- tests/test_engine.py ...]
+    python -m requirements.strangers [--pythons "3.12 /path/to/python3.13"] [-- tests/engine/test_engine.py ...]
 
 Each lives in `.strangers/<version>`, a copy of what git tracks or would add, and is kept for the
 next time.

@@ -10,9 +10,9 @@ from typing import Any
 
 from experiments.checking import work
 from experiments.checking.pairs import Choice, pairwise
-from experiments.levels import level_name
-from experiments.negative_controls import BROKEN, CONTROL_PROMPT
-from experiments.plan import inapplicable
+from experiments.gate.negative_controls import BROKEN, CONTROL_PROMPT
+from experiments.records.factor_levels import level_name
+from experiments.study.plan import inapplicable
 from nanovllm.config import ALL, BASELINE, LEVELS, Optimizations
 from nanovllm.gpu.cuda_graph import fewest_sharing
 
@@ -78,7 +78,7 @@ def never_shared(factor: str, level: Any, shape: dict[str, Any]) -> str | None:
     fewest = fewest_sharing(shape["num_key_value_heads"])
     if factor != "cascade_attention" or not level or fewest < MAX_NUM_SEQS:
         return None
-    return f"begins with {fewest} requests that share, a check runs {MAX_NUM_SEQS} at a time; tests/test_cuda_graph.py tests it"
+    return f"begins with {fewest} requests that share, a check runs {MAX_NUM_SEQS} at a time; tests/gpu/test_cuda_graph.py tests it"
 
 
 def configurations(scope: Scope) -> tuple[list[Choice], list[str]]:

@@ -21,12 +21,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from experiments.checking.jobs import CONTROL, SAMPLED, TRUNCATED, Job
 from experiments.checking.work import Request, Workloads
-from experiments.equivalence import judge_outputs, make_rescorer
-from experiments.gate import GateParams, GateResult, compare_logprobs, judge
-from experiments.gate_records import NATIVE_ENGINES
-from experiments.negative_controls import tamper
-from experiments.rescoring import Rescorer
-from experiments.same_work import read_vocabulary, same_work
+from experiments.gate.judge import judge_outputs, make_rescorer
+from experiments.gate.negative_controls import tamper
+from experiments.gate.rescoring import Rescorer
+from experiments.gate.rules import GateParams, GateResult, compare_logprobs, judge
+from experiments.gate.same_work import read_vocabulary, same_work
+from experiments.gate.verdicts import NATIVE_ENGINES
 
 Verdict = dict[str, Any]
 HOTTER = 1.25

@@ -15,11 +15,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from experiments import model_files, provenance
 from experiments.checking import page, work
 from experiments.checking.jobs import Job, Scope, all_jobs, control_workloads
-from experiments.environment import of_child
-from experiments.launch import kill_group, tail
+from experiments.host import model_files, provenance
+from experiments.host.environment import of_child
+from experiments.launch.runner import kill_group, tail
 
 TIMEOUT_S = 900
 

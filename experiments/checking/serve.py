@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments.child import die_with_runner, named, wrong_toggles
 from experiments.engines import Adapter, load_adapter
+from experiments.launch.engine_process import die_with_runner, named, wrong_toggles
 
 Request = dict[str, Any]
 
@@ -31,7 +31,7 @@ def serve(job: dict[str, Any], work: dict[str, list[Request]], model: str) -> di
     adapter = load_adapter(job["engine"])(model, job["config"])
     resolved = adapter.load()
     if job["broken"] is not None:
-        from experiments.negative_controls import BROKEN
+        from experiments.gate.negative_controls import BROKEN
 
         BROKEN[job["broken"]](adapter._model)  # type: ignore[attr-defined]
     begin = time.perf_counter()

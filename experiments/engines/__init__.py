@@ -2,7 +2,7 @@
 imported by `load`.
 
 To add an engine, write one module with a class `Adapter`; a study names it by its file (`nanovllm`)
-or, outside this package, by its dotted module path (`tests.fake_engine`).
+or, outside this package, by its dotted module path (`tests.support.fake_engine`).
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.engines import check_config
-from experiments.same_work import read_vocabulary
+from experiments.gate.same_work import read_vocabulary
 
 CACHE = Path(__file__).resolve().parent.parent.parent / ".cache" / "vllm"
 DEFAULTS: dict[str, Any] = {

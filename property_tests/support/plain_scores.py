@@ -1,4 +1,4 @@
-"""What `experiments.scoring` says of tokens, computed without any of its short cuts: noise and
+"""What `experiments.gate.scoring` says of tokens, computed without any of its short cuts: noise and
 probabilities of the whole vocabulary, a sort of every row, and the search for a margin over all
 tokens. Slow, and the oracle of its property test.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from experiments.margins import Rows
+from experiments.gate.logit_margins import Rows
 
 
 def kept(scaled: Tensor, rows: Rows, factor: float = 1.0) -> Tensor:

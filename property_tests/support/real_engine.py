@@ -1,7 +1,7 @@
 """The real engine on the embedded checkpoint, and what HF transformers says of its tokens.
 
 What a CPU has of the toggles is all here: batching, prefix cache, overlap; CUDA graphs replayed by
-hand (the real buckets, padding and inputs, see tests/test_cuda_graph.py); tensor parallelism with
+hand (the real buckets, padding and inputs, see tests/gpu/test_cuda_graph.py); tensor parallelism with
 ranks in threads (ranks.py).
 """
 
@@ -17,8 +17,8 @@ from unittest.mock import patch
 
 import torch
 
-from experiments.gate import GateParams, GateResult, judge
-from experiments.rescoring import Rescorer, Scores
+from experiments.gate.rescoring import Rescorer, Scores
+from experiments.gate.rules import GateParams, GateResult, judge
 from nanovllm.config import EngineConfig, Optimizations
 from nanovllm.engine import llm_engine
 from nanovllm.engine.invariants import check_invariants
@@ -27,7 +27,7 @@ from nanovllm.models.checkpoint import ensure_checkpoint
 from property_tests.support.model_free import expect
 from property_tests.support.ranks import in_place_of_processes
 from property_tests.support.strategies import Request, Shape, Workload
-from tests.test_cuda_graph import FakeGraphRunner
+from tests.gpu.test_cuda_graph import FakeGraphRunner
 
 MAX_MODEL_LEN = 128
 BYTES_A_TOKEN = 4 * 2 * 2 * 64 * 4  # of KV: layers, keys and values, heads, head_dim, float32

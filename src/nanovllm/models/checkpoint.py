@@ -16,7 +16,7 @@ in the output while rounding errors stay small:
   whatever the text, and the rest follows content.
 - *Small residual stream.* An epsilon of 1e-3 where 1e-6 belongs changes every norm.
 
-What that buys is measured in tests/test_checkpoint.py: repeats, one wrong KV slot, rope_theta,
+What that buys is measured in tests/models/test_checkpoint.py: repeats, one wrong KV slot, rope_theta,
 epsilons, against the error of bfloat16. A slot is read well by the `Gains.max_distance` tokens
 after it, and faintly by later ones.
 

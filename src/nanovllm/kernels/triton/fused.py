@@ -16,7 +16,7 @@ one, and its weights fit into no program.
 
 Measured on an H200 with Qwen3-0.6B, in the engine: about 1.5 % of a canonical step, 2 % of a step
 of 8 or 64 requests (ablations/LOG.md says how well). Fetching weights into L2 while the kernel in
-front still runs made most of it slower; `ablations/gpu_fused.py` compares tilings.
+front still runs made most of it slower; `benchmarks/gpu_fused.py` compares tilings.
 """
 
 from __future__ import annotations

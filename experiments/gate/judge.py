@@ -1,0 +1,350 @@
+"""The gate: no speed is reported whose output was not shown to be equivalent to HF transformers'.
+
+    python -m experiments.gate --plan plan.json --out DIR [--resume] [--negative-control]
+    [--model DIR]
+
+reads the launch records and tokens of DIR, rescores what every distinct (workload, tokens digest)
+generated, and appends one gate record each to DIR/records.jsonl. Exit status 0: all pass; 1:
+something failed; 2: the folder or the plan cannot be used. With --negative-control it breaks the
+reference, and the tokens, instead, and exits with 1 if the gate lets any through.
+
+`rescoring.py` computes, `gate.py` decides, `negative_controls.py` breaks things; here the records
+are. A process of its own, which needs torch and transformers, no pydantic and no MLflow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
+
+from experiments import workloads
+from experiments.gate.rescoring import Mutation, Request, Rescorer
+from experiments.gate.rules import GateParams, GateResult, judge
+from experiments.gate.same_work import read_vocabulary, same_work
+from experiments.gate.verdicts import GateError, Work, find_work, gate_record, read_tokens
+from experiments.host.model_files import ModelError, locate
+from experiments.records import store
+
+
+def rescore(
+    model_dir: str | Path,
+    dtype: str,
+    requests: Sequence[Request],
+    outputs: Sequence[Sequence[int]],
+    params: GateParams | None = None,
+    *,
+    foreign: bool = False,
+    mutate: Mutation | None = None,
+) -> GateResult:
+    """Judges outputs (token ids, in the order of the requests) of an engine that ran `model_dir` in
+    `dtype`.
+
+    dtype: "float32" or "bfloat16". foreign: sampled tokens come from another random generator than
+    ours. mutate: breaks the reference (negative controls). For many outputs of one model keep a
+    `Rescorer` and call `judge_outputs`.
+    """
+    params = params or GateParams()
+    return judge_outputs(
+        make_rescorer(model_dir, dtype, params, mutate), requests, outputs, params, foreign=foreign
+    )
+
+
+def make_rescorer(
+    model_dir: str | Path, dtype: str, params: GateParams, mutate: Mutation | None = None
+) -> Rescorer:
+    return Rescorer(
+        model_dir,
+        dtype,
+        mutate=mutate,
+        batch_tokens=params.batch_tokens,
+        logits_bytes=params.logits_bytes,
+    )
+
+
+def judge_outputs(
+    rescorer: Rescorer,
+    requests: Sequence[Request],
+    outputs: Sequence[Sequence[int]],
+    params: GateParams,
+    *,
+    foreign: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> GateResult:
+    started = time.perf_counter()
+    scores = rescorer.score(requests, outputs, foreign=foreign, progress=progress)
+    result = judge(scores, rescorer.dtype, params)
+    return dataclasses.replace(result, duration_s=time.perf_counter() - started)
+
+
+def check_same_work(
+    plan: dict[str, Any],
+    work: Work,
+    requests: list[Request],
+    outputs: list[list[int]],
+    model_dir: Path,
+) -> list[str]:
+    """Rule 1: fingerprint, lengths and finish reasons of every launch that generated these tokens."""
+    problems = []
+    fingerprint = plan["workloads"][work.workload]["fingerprint"]
+    eos_token_ids, vocab_size = read_vocabulary(model_dir)
+    for launch in work.launches:
+        served = launch["workloads"][work.workload]
+        found = same_work(requests, outputs, served["finish_reasons"], eos_token_ids, vocab_size)
+        if served["fingerprint"] != fingerprint:
+            found.append(
+                f"workload fingerprint {served['fingerprint']}; the plan's is {fingerprint}"
+            )
+        if served["num_requests"] != len(requests):
+            found.append(f"{served['num_requests']} requests served of {len(requests)}")
+        problems += [f"launch {launch['launch']}: {problem}" for problem in found]
+    return problems
+
+
+def find_model(model: dict[str, Any], folder: Path | None = None) -> Path:
+    """The checkpoint's folder, from a plan's `model`, or `folder` in its place; a preset is built
+    if it is not there yet.
+
+    Its digest is computed here, from the very files that are loaded, and compared with the plan's.
+    Raises GateError.
+    """
+    chosen = {"digest": None, **model} | ({"preset": None, "path": str(folder)} if folder else {})
+    try:
+        path = locate(chosen, here=True)
+    except ModelError as error:
+        raise GateError(str(error)) from error
+    if not (path / "config.json").is_file():
+        raise GateError(
+            f"the plan's model {path} is no folder with a config.json on this machine; give --model FOLDER"
+        )
+    return path
+
+
+def failed_same_work(problems: list[str]) -> GateResult:
+    return GateResult(
+        "fail", "not the same work: " + "; ".join(problems[:5]), 0, 0, 0, 0.0, 0.0, {}, None
+    )
+
+
+class Gate:
+    """The gate over one folder of records; models are loaded when the first tokens need them."""
+
+    def __init__(
+        self, plan: dict[str, Any], folder: store.Folder, model: Path | None = None
+    ) -> None:
+        """model: where the plan's checkpoint lies on this machine, if elsewhere. Raises GateError."""
+        self.plan, self.folder = plan, folder
+        try:
+            self.params = GateParams.from_plan(plan["gate"])
+        except ValueError as error:
+            raise GateError(str(error)) from error
+        self.model_dir = find_model(plan["model"], model)
+        self._rescorer: Rescorer | None = None
+        self._requests: dict[str, list[Request]] = {}
+
+    def requests_of(self, workload: str) -> list[Request]:
+        """All waves of a workload in order, drawn again; a foreign fingerprint is an error."""
+        if workload not in self._requests:
+            try:
+                drawn = workloads.rebuild(workload, self.plan["workloads"][workload])
+            except ValueError as error:
+                raise GateError(str(error)) from error
+            self._requests[workload] = [request for wave in drawn["waves"] for request in wave]
+        return self._requests[workload]
+
+    def rescorer(self) -> Rescorer:
+        if self._rescorer is None:
+            say(
+                f"loading HF transformers twice: in {self.plan['model']['dtype']} and as the reference"
+            )
+            self._rescorer = make_rescorer(self.model_dir, self.plan["model"]["dtype"], self.params)
+        return self._rescorer
+
+    def pending(self, resume: bool) -> list[Work]:
+        """Without `resume` everything is judged again; a later gate record of the same tokens
+        replaces an earlier one.
+        """
+        judged = self.verdicts()
+        return [
+            work
+            for work in self.all_work()
+            if not resume or judged.get(work.key, "error") == "error"
+        ]
+
+    def verdicts(self) -> dict[tuple[str, str], str]:
+        """The status of the last gate record of each (workload, tokens digest); negative controls
+        are none.
+        """
+        return {
+            (r["workload"], r["tokens_digest"]): r["status"]
+            for r in self.folder.records
+            if r["kind"] == "gate"
+            and r["plan_hash"] == self.plan["plan_hash"]
+            and not r["is_negative_control"]
+        }
+
+    def all_work(self) -> list[Work]:
+        return find_work(self.folder.records, self.plan["plan_hash"])
+
+    def judge(self, work: Work) -> store.Record:
+        try:
+            outputs = read_tokens(self.folder.path, work.tokens_digest)
+        except GateError as error:
+            return gate_record(self.plan, work, str(error))
+        requests = self.requests_of(work.workload)
+        if problems := check_same_work(self.plan, work, requests, outputs, self.model_dir):
+            return gate_record(self.plan, work, failed_same_work(problems))
+        result = judge_outputs(
+            self.rescorer(),
+            requests,
+            outputs,
+            self.params,
+            foreign=work.foreign,
+            progress=Progress(str(work)).report,
+        )
+        return gate_record(self.plan, work, result)
+
+    def negative_controls(self) -> Iterator[store.Record]:
+        """A gate record for each way of breaking the reference or the tokens; every one has to
+        fail.
+        """
+        from experiments.gate.negative_controls import controls, tamper
+
+        native = [work for work in self.all_work() if not work.foreign]
+        if not native:
+            raise GateError(
+                "no launch of nanovllm counts in this folder; a negative control needs tokens that it generated"
+            )
+        work = max(native, key=lambda work: self.plan["workloads"][work.workload]["output_tokens"])
+        outputs = read_tokens(self.folder.path, work.tokens_digest)
+        requests, outputs = some_of(self.requests_of(work.workload), outputs, self.params)
+        results = {}
+        for name, mutate in controls(requests).items():
+            say(f"negative control: {name}")
+            results[name] = rescore(
+                self.model_dir,
+                self.plan["model"]["dtype"],
+                requests,
+                outputs,
+                self.params,
+                mutate=mutate,
+            )
+        name, tampered = tamper(self.rescorer(), requests, outputs, self.params)
+        say(f"negative control: {name}")
+        results[name] = judge_outputs(self.rescorer(), requests, tampered, self.params)
+        for name, result in results.items():
+            reason = f"negative control, {name}: {result.reason or 'NOT CAUGHT, the gate has no power here'}"
+            yield gate_record(
+                self.plan, work, dataclasses.replace(result, reason=reason), negative_control=True
+            )
+
+
+def some_of(
+    requests: list[Request], outputs: list[list[int]], params: GateParams
+) -> tuple[list[Request], list[list[int]]]:
+    """The first requests that hold at least `control_tokens` output tokens together: breaking
+    everything needs no more.
+    """
+    count, tokens = 0, 0
+    while count < len(outputs) and tokens < params.control_tokens:
+        tokens += len(outputs[count])
+        count += 1
+    return requests[:count], outputs[:count]
+
+
+class Progress:
+    """Says how far a rescoring is, at most every two seconds."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.started = what, time.monotonic()
+        self.said = self.started
+
+    def report(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.said >= 2 and done < total:
+            self.said = now
+            say(
+                f"{self.what}: {done:,} of {total:,} tokens, {(now - self.started) * (total - done) / done:.0f} s left"
+            )
+
+
+def say(message: str) -> None:
+    print(f"gate: {message}", file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.gate", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--plan", type=Path, required=True)
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the folder with records.jsonl and tokens.jsonl"
+    )
+    parser.add_argument("--resume", action="store_true", help="judge only what has no verdict yet")
+    parser.add_argument(
+        "--negative-control",
+        action="store_true",
+        help="show that broken references and tokens fail",
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="folder of the plan's checkpoint, where it lies elsewhere on this machine",
+    )
+    options = parser.parse_args(arguments)
+    disable_progress_bar()  # transformers' own, while it loads weights
+    try:
+        plan = store.read_plan(options.plan)
+        with store.Folder(options.out) as folder:
+            gate = Gate(plan, folder, options.model)
+            return (
+                run_controls(gate) if options.negative_control else run_gate(gate, options.resume)
+            )
+    except (store.RecordError, GateError) as error:
+        say(str(error))
+        return 2
+
+
+def run_gate(gate: Gate, resume: bool) -> int:
+    if not gate.all_work():
+        raise GateError(
+            f"{gate.folder.path} holds no finished launch of this plan; run experiments.launch first"
+        )
+    for work in gate.pending(resume):
+        record = gate.judge(work)
+        gate.folder.append(record)
+        say(f"{record['status']}: {work}: {describe(record)}")
+    verdicts = gate.verdicts()
+    missing = [work for work in gate.all_work() if verdicts[work.key] != "pass"]
+    say(f"{len(gate.all_work()) - len(missing)} of {len(gate.all_work())} distinct outputs pass")
+    return 1 if missing else 0
+
+
+def run_controls(gate: Gate) -> int:
+    caught = []
+    for record in gate.negative_controls():
+        gate.folder.append(record)
+        caught.append(record["status"] == "fail")
+        say(f"{'caught' if caught[-1] else 'NOT CAUGHT'}: {record['reason']}")
+    return 0 if all(caught) else 1
+
+
+def describe(record: store.Record) -> str:
+    if record["status"] == "error" or not record["tokens_checked"]:
+        return str(record["reason"])
+    drawn = (record["calibration"] or {}).get("distribution") or {}
+    # by another generator: nothing has a margin
+    if drawn.get("tokens") == record["tokens_checked"]:
+        judged = (
+            f"drawn by its own generator, z = {drawn['z']:.2f} of at most {drawn['z_limit']:.2f}"
+        )
+    else:
+        judged = f"{record['mismatches']} differ, largest margin {record['max_margin']:.3g}, bound {record['bound']:.3g} logits"
+    reason = f"; {record['reason']}" if record["reason"] else ""
+    return f"{record['tokens_checked']:,} tokens, {judged}, {record['duration_s']:.1f} s{reason}"

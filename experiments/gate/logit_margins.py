@@ -1,0 +1,196 @@
+"""How far a token is from what the reference would have chosen, in logits.
+
+A sampled token is as deterministic as a greedy one once the random numbers are known (the
+Gumbel-max trick): with logits z,
+
+    s = z / temperature;  s of tokens outside top-k, then top-p, is dropped;  token = argmax(s +
+    noise).
+
+The *margin* of a token is the smallest noise on the reference's logits that would explain it: the
+smallest d such that some change of z, none of whose differences z_i - z_j moves by more than d,
+makes it the choice. It is 0 where the reference chooses the token too; for a greedy token it is the
+best logit minus its own; without top-k and top-p it is the same for perturbed scores, times the
+temperature. With top-k or top-p a change of z also moves the boundary of what is kept, and that can
+bring a token in, or throw the reference's own choice out, whatever their perturbed scores:
+`smallest_explaining_noise` searches d for those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from experiments.gate.gumbel_noise import noise_of
+
+_BISECTIONS = 36  # of some forty logits: 1e-9
+_WIDTH = 640
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How each of n positions was sampled. Everything [n], on the device of the logits.
+
+    temperature: float, 0 is greedy. top_k: int64, 0 or -1 keeps all. top_p: float. seed: int64.
+    position: int64, the index in its sequence of the token that was sampled (the number of tokens
+    before it).
+    foreign: bool, sampled by another random generator, so that the noise is not known.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    seed: Tensor
+    position: Tensor
+    foreign: Tensor
+
+    def __getitem__(self, index: Tensor | slice) -> Rows:
+        return Rows(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
+    @property
+    def greedy(self) -> Tensor:
+        return self.temperature == 0
+
+    @property
+    def divisor(self) -> Tensor:
+        """What the logits are divided by, [n]: 1 for a greedy row."""
+        return torch.where(self.greedy, torch.ones_like(self.temperature), self.temperature)
+
+    @property
+    def truncated(self) -> Tensor:
+        """Rows [n] whose top-k or top-p may drop a token."""
+        return ~self.greedy & ((self.top_k > 0) | (self.top_p < 1))
+
+    def limits(self, vocab_size: int) -> tuple[Tensor, Tensor]:
+        """(k, p) [n, 1]: at most k tokens are kept, those with less than p of the mass before them;
+        no limit is (V, infinity).
+        """
+        k = torch.where(
+            (self.top_k > 0) & ~self.greedy, self.top_k.clamp(max=vocab_size), vocab_size
+        )
+        p = torch.where((self.top_p < 1) & ~self.greedy, self.top_p.double(), torch.inf)
+        return k[:, None], p[:, None]
+
+    def noise(self, vocab_size: int) -> Tensor:
+        """Gumbel noise [n, vocab_size], float32: the engine's own; 0 in greedy and foreign rows."""
+        # the shared generator; torch is all it loads
+        from nanovllm.kernels.torch.sampling import gumbel_noise
+
+        ours = ~self.greedy & ~self.foreign
+        if len(ours) and bool(ours.all()):
+            return gumbel_noise(self.seed, self.position, vocab_size)
+        noise = torch.zeros(len(self.seed), vocab_size, device=self.seed.device)
+        if bool(ours.any()):
+            noise[ours] = gumbel_noise(self.seed[ours], self.position[ours], vocab_size)
+        return noise
+
+
+def smallest_explaining_noise(scaled: Tensor, rows: Rows, tokens: Tensor) -> Tensor:
+    """Margin [m] of `tokens` [m] in units of `scaled` [m, V] (logits over temperature), where top-k
+    or top-p is in force.
+
+    A noise d explains token y if
+    - y may be kept: fewer than k tokens lie above s_y + d, and their mass, at its smallest (all of
+      them down, the rest up:
+      a e^-d / (a e^-d + 1 - a)), is below p; and
+    - nothing that is kept for certain beats it by more than d. Kept for certain is a token i for
+      which the others above
+      s_i - d are fewer than k and their mass at its largest, b / (b + (1 - b) e^-d), is below p.
+
+    Masses are of the reference's own top-k set; the quotients are computed as sigmoid(logit(a) - d)
+    and sigmoid(logit(b) + d), of which no underflow makes 0 / 0. Both conditions grow with d, so d
+    is found by bisection. For foreign rows only the first counts. The most likely tokens nearly
+    always suffice; where one beyond them could matter, all are looked at.
+    """
+    vocab_size = scaled.shape[1]
+    k, _ = rows.limits(vocab_size)
+    width = min(vocab_size, max(_WIDTH, int(torch.where(k < vocab_size, k, 0).max())))
+    margin, exact = _explaining_noise(scaled, rows, tokens, width)
+    if len(rest := (~exact).nonzero().flatten()):
+        margin[rest], _ = _explaining_noise(scaled[rest], rows[rest], tokens[rest], vocab_size)
+    return margin
+
+
+def _explaining_noise(
+    scaled: Tensor, rows: Rows, tokens: Tensor, width: int
+) -> tuple[Tensor, Tensor]:
+    """(noise [m], whether no token beyond the `width` most likely ones could have changed it [m])."""
+    k, p = rows.limits(scaled.shape[1])
+    ordered, order = scaled.topk(width)
+    noise = torch.zeros(len(tokens), width + 1, device=scaled.device)
+    if len(ours := (~rows.foreign).nonzero().flatten()):
+        named = torch.cat((order, tokens[:, None]), -1)
+        noise[ours] = noise_of(rows.seed[ours], rows.position[ours], named[ours])
+    ascending = -ordered  # searchsorted wants ascending values
+    within_k = torch.arange(width, device=scaled.device) < k
+    # In double: a margin of d hangs on 1 - a, about e^-d (1 - p) / p, of which float32 leaves
+    # nothing where d is large.
+    of_k = ordered.double().masked_fill(~within_k, -torch.inf)
+    mass = (
+        of_k
+        - torch.where(k <= width, of_k.logsumexp(-1, True), scaled.double().logsumexp(-1, True))
+    ).exp()
+    # [m, width + 1]: of the first 0, 1, ... tokens
+    mass_of_first = torch.nn.functional.pad(mass.cumsum(-1), (1, 0)).clamp(max=1.0)
+    scores = ordered + noise[:, :-1]
+    # [m, width]: highest score of the first 1, 2, ... tokens
+    best_of_first = scores.cummax(-1).values
+    own = scaled.gather(1, tokens[:, None])
+    own_score = own + noise[:, -1:]
+    # What is kept for certain is a prefix of the order, so only a token that beats `tokens` and all
+    # before it stands in the way.
+    rivals = scores > torch.maximum(
+        own_score, torch.nn.functional.pad(best_of_first[:, :-1], (1, 0), value=-torch.inf)
+    )
+    rivals &= ~rows.foreign[:, None]
+    count = int(rivals.sum(-1).max())
+    # [m, R], and others in the place of rivals that are too few
+    at = rivals.byte().topk(max(1, count)).indices
+    rival = rivals.gather(1, at)
+    rival_value, rival_mass, rival_score = (
+        ordered.gather(1, at),
+        mass.gather(1, at),
+        scores.gather(1, at),
+    )
+
+    def explains(d: Tensor) -> Tensor:  # [m, s] -> bool [m, s]
+        above = torch.searchsorted(ascending, -(own + d), right=False)
+        may_be_kept = (above < k) & (torch.sigmoid(mass_of_first.gather(1, above).logit() - d) < p)
+        if not count:
+            return may_be_kept
+        each = d[:, :, None]
+        others = (
+            torch.searchsorted(
+                ascending, (each - rival_value[:, None]).flatten(1), right=True
+            ).view(*d.shape, -1)
+            - 1
+        )
+        b = (
+            mass_of_first.gather(1, others.flatten(1) + 1).view(others.shape) - rival_mass[:, None]
+        ).clamp(0.0, 1.0)
+        certain = (
+            (others < k[..., None])
+            & (torch.sigmoid(b.logit() + each) < p[..., None])
+            & rival[:, None]
+        )
+        return may_be_kept & ~(certain & (rival_score - own_score)[:, None].gt(each)).any(-1)
+
+    low = torch.zeros_like(own)
+    # explains any token
+    high = (
+        (ordered[:, :1] - scaled.amin(-1, True))
+        + (best_of_first[:, -1:] - own_score).clamp(min=0)
+        + 1.0
+    )
+    parts = torch.tensor([0.25, 0.5, 0.75], dtype=own.dtype, device=own.device)
+    for _ in range(_BISECTIONS // 2):  # two at a time: what each operation costs is to begin it
+        edges = torch.cat((low, low + (high - low) * parts, high), -1)
+        first = (~explains(edges[:, 1:-1])).sum(-1, keepdim=True)
+        low, high = edges.gather(1, first), edges.gather(1, first + 1)
+    # What is certain at any noise is kept without noise: no threshold lies below the last of those,
+    # less the noise.
+    kept = (within_k & (mass_of_first[:, :-1] < p)).sum(-1, keepdim=True).clamp(min=1)
+    last = ordered[:, -1:]
+    exact = (own > last) & (ordered.gather(1, kept - 1) - high > last) | (width == scaled.shape[1])
+    return high[:, 0], exact[:, 0]

@@ -1,0 +1,112 @@
+"""Ways of breaking a model or its tokens that the gate must notice. A gate that never fails proves
+nothing.
+
+Each mutation changes a loaded HF model in place: errors that engines have really had, and whose
+text looks right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from experiments.gate.rescoring import Mutation, Request, Rescorer
+from experiments.gate.rules import GateParams, judge
+
+CONTROL_PROMPT = 48
+
+
+def scale_rope_theta(model: Any, factor: float = 1.1) -> None:
+    """rope_theta times `factor`: the inverse frequencies theta^(-2i/d) change by factor^(-2i/d)."""
+    inv_freq = model.base_model.rotary_emb.inv_freq
+    exponents = torch.arange(len(inv_freq), device=inv_freq.device) / len(inv_freq)
+    with torch.no_grad():
+        inv_freq.mul_(factor**-exponents)
+
+
+def change_norm_epsilon(
+    model: Any, layer: int | None = None, norm: str = "input_layernorm", epsilon: float = 1e-3
+) -> None:
+    """The epsilon of one norm of one layer (by default the middle one)."""
+    layers = model.base_model.layers
+    block = layers[len(layers) // 2 if layer is None else layer]
+    getattr(
+        block if norm.endswith("layernorm") else block.self_attn, norm
+    ).variance_epsilon = epsilon
+
+
+def swap_kv_slots(model: Any, layer: int | None = None, first: int = 0, second: int = 1) -> None:
+    """In one layer (by default the middle one) the cache holds the keys and values of two positions
+    in each other's place.
+
+    Keys are exchanged before rotation, so each slot says of the other's token that it stands here.
+    (With its rotation, a slot
+    could stand anywhere: attention is a sum.)
+    """
+    layers = model.base_model.layers
+    attention = layers[len(layers) // 2 if layer is None else layer].self_attn
+
+    def swap(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        if output.shape[1] <= second:
+            return output  # the sequence is too short to hold both
+        output = output.clone()
+        output[:, [first, second]] = output[:, [second, first]]
+        return output
+
+    for name in ("k_proj", "v_proj"):
+        getattr(attention, name).register_forward_hook(swap)
+
+
+BROKEN: dict[str, Mutation] = {
+    "rope_theta 10 % off": scale_rope_theta,
+    "epsilon 1e-3 in one layer's norm": change_norm_epsilon,
+    "one KV slot of one layer swapped": partial(
+        swap_kv_slots, first=CONTROL_PROMPT - 2, second=CONTROL_PROMPT - 1
+    ),
+}
+"""Engines broken on purpose, for prompts of CONTROL_PROMPT tokens each: the last two slots of the prompt are exchanged."""
+
+
+def controls(requests: Sequence[Request]) -> dict[str, Mutation]:
+    """Mutations by name. The swapped slots are the last ones that all prompts have: far from them
+    nobody looks any more.
+    """
+    end = max(2, min(len(request["prompt_token_ids"]) for request in requests))
+    return {
+        "rope_theta 10 % off": scale_rope_theta,
+        "epsilon 1e-3 in one layer's norm": change_norm_epsilon,
+        "one KV slot of one layer swapped": partial(swap_kv_slots, first=end - 2, second=end - 1),
+    }
+
+
+def tamper(
+    rescorer: Rescorer,
+    requests: Sequence[Request],
+    outputs: Sequence[Sequence[int]],
+    params: GateParams,
+) -> tuple[str, list[list[int]]]:
+    """(what was done, outputs with one token replaced by the reference's second choice, where that
+    is out of the bound).
+
+    The last position that qualifies is taken, so that as little as possible of what follows
+    changes.
+    """
+    scores = rescorer.score(requests, outputs)
+    bound = judge(scores, rescorer.dtype, params).bound
+    for request in reversed(range(len(outputs))):
+        s = scores[request]
+        gap = (s.best_scores[:, 0] - s.best_scores[:, 1]) * (
+            requests[request]["temperature"] or 1.0
+        )
+        wide = (s.agrees & (gap > 2 * bound)).nonzero().flatten()
+        if len(wide):
+            position = int(wide[-1])
+            tampered = [list(output) for output in outputs]
+            tampered[request][position] = int(s.best[position, 1])
+            return f"second choice at request {request}, position {position}", tampered
+    raise ValueError(
+        f"no token of {len(outputs)} outputs is farther than {2 * bound:.3g} logits from the second choice"
+    )

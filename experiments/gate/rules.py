@@ -1,0 +1,373 @@
+"""The gate's rules: from scores (`experiments.gate.rescoring`) to pass or fail. docs/methodology.md
+explains them to a sceptic.
+
+Noise is calibrated on the very sample that is judged: `error` is what HF itself errs in the
+engine's dtype. With bound = factor * (largest error) + floor, and typical bound = factor * (99.9 %
+quantile of the error) + floor:
+
+1. every token's margin is within the bound;
+2. no more tokens lie beyond the typical bound than 0.1 % would bring by chance;
+3. the engine disagrees with the reference not significantly more than `factor` times as often as HF
+does;
+4. tokens of another random generator follow the reference's distribution (z-test), no stretch of a
+request is incredible (Ville).
+
+Every test of chance is made at the level `alpha`. The standard library and torch are all that this
+module needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.gate.rescoring import DTYPE, REFERENCE_DTYPE
+from experiments.gate.scoring import Scores
+from experiments.gate.significance import (
+    binomial_limit,
+    normal_limit,
+    quantile,
+    quantiles,
+    self_normalized_excess,
+)
+
+
+@dataclass(frozen=True)
+class GateParams:
+    """The gate's settings, a plan's `gate`.
+
+    factor: an engine may err this many times as much as HF. floor_ulps: of the largest logit, in
+    the engine's dtype: what rounding the logits alone can do, for samples too small to show it.
+    quantile: of the typical bound. alpha: level of each test of chance. batch_tokens, logits_bytes:
+    see Rescorer. control_tokens: least number of output tokens rescored by a negative control.
+    """
+
+    factor: float = 2.0
+    floor_ulps: float = 1.0
+    quantile: float = 0.999
+    alpha: float = 1e-6
+    batch_tokens: int = 4096
+    logits_bytes: int = 2**26
+    control_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        for name, (ok, allowed) in {
+            "factor": (self.factor >= 1, "1 or more"),
+            "floor_ulps": (self.floor_ulps >= 0, "0 or more"),
+            "quantile": (0 < self.quantile < 1, "in (0, 1)"),
+            "alpha": (0 < self.alpha < 1, "in (0, 1)"),
+            "batch_tokens": (self.batch_tokens >= 1, "1 or more"),
+            "logits_bytes": (self.logits_bytes >= 1, "1 or more"),
+            "control_tokens": (self.control_tokens >= 1, "1 or more"),
+        }.items():
+            if not ok:
+                raise ValueError(
+                    f"gate parameter {name}={getattr(self, name)!r} is not allowed; it must be {allowed}"
+                )
+
+    @classmethod
+    def from_plan(cls, gate: dict[str, Any]) -> GateParams:
+        allowed = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(gate) - set(allowed)):
+            raise ValueError(
+                f"unknown gate parameter {unknown[0]!r} in the plan; allowed: {', '.join(allowed)}"
+            )
+        return cls(**gate)
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """Of one set of outputs. Margins, errors and bounds are in logits; fields as in record v1.
+
+    mismatches: tokens that the reference would not have chosen; within_bound: those of them that
+    noise explains.
+    """
+
+    status: str  # "pass" | "fail"
+    reason: str | None
+    tokens_checked: int
+    mismatches: int
+    within_bound: int
+    max_margin: float
+    bound: float
+    calibration: dict[str, Any]
+    first_offender: dict[str, Any] | None
+    duration_s: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        return self.status == "pass"
+
+
+@dataclass(frozen=True)
+class LogprobResult:
+    """Of a comparison of log-probabilities at every position; quantiles in nats: {"q50", "q99",
+    "q999", "max"}.
+    """
+
+    status: str
+    reason: str | None
+    positions: int
+    engine_error: dict[str, float]
+    hf_error: dict[str, float]
+    bound: dict[str, float]
+
+
+def judge(scores: Sequence[Scores], dtype: str, params: GateParams) -> GateResult:
+    """scores: one entry a request. dtype: the engine's. Raises ValueError if there is no token to
+    judge.
+    """
+    everything = _all(scores)
+    margin, sampled_elsewhere = everything.margin, everything.foreign
+    differs = ~everything.agrees
+    floor, bound, typical = _bounds(everything.error, everything, dtype, params)
+
+    beyond = margin > bound
+    above_typical = int((margin > typical).sum())
+    allowed_above = binomial_limit(len(everything), 1 - params.quantile, params.alpha)
+    hf_differs = ~everything.hf_agrees & ~sampled_elsewhere
+    excess_z = self_normalized_excess(
+        [
+            int((~s.agrees & ~s.foreign).sum())
+            - params.factor * int((~s.hf_agrees & ~s.foreign).sum())
+            for s in scores
+        ]
+    )
+    z_limit = normal_limit(params.alpha)
+
+    reasons = []
+    if beyond.any():
+        reasons.append(
+            f"{int(beyond.sum())} of {len(everything)} tokens are farther from the reference's choice than the noise "
+            f"bound of {bound:.3g} logits (largest margin {float(margin.max()):.3g})"
+        )
+    if above_typical > allowed_above:
+        reasons.append(
+            f"{above_typical} tokens lie beyond the typical bound of {typical:.3g} logits; chance allows {allowed_above}"
+        )
+    if excess_z > z_limit:
+        reasons.append(
+            f"{int((differs & ~sampled_elsewhere).sum())} tokens differ from the reference's choice, {int(hf_differs.sum())} of "
+            f"HF's in {dtype}: more than {params.factor:g} times as many (z = {excess_z:.1f}, limit {z_limit:.1f})"
+        )
+    distribution = None
+    if sampled_elsewhere.any():
+        distribution, distribution_reasons = judge_distribution(scores, params)
+        reasons += distribution_reasons
+
+    return GateResult(
+        status="fail" if reasons else "pass",
+        reason="; ".join(reasons) or None,
+        tokens_checked=len(everything),
+        mismatches=int(differs.sum()),
+        within_bound=int((differs & ~beyond).sum()),
+        max_margin=float(margin.max()),
+        bound=bound,
+        calibration={
+            "reference_dtype": str(REFERENCE_DTYPE[dtype]).removeprefix("torch."),
+            "factor": params.factor,
+            "alpha": params.alpha,
+            "floor": floor,
+            "hf_error": quantiles(everything.error),
+            "hf_mismatches": int(hf_differs.sum()),
+            "typical_bound": typical,
+            "above_typical_bound": above_typical,
+            "allowed_above_typical_bound": allowed_above,
+            "excess_mismatches_z": excess_z,
+            "z_limit": z_limit,
+            "margin": quantiles(margin),
+            "by_position": by_position(scores),
+            "hf_logprob_error": quantiles((everything.hf_logprob - everything.logprob).abs()),
+            "repeated_tokens": _repeats(scores),
+            "distribution": distribution,
+        },
+        first_offender=_offender(scores, bound, int(margin.argmax())) if reasons else None,
+    )
+
+
+def by_position(scores: Sequence[Scores]) -> list[dict[str, Any]]:
+    """How errors grow along an answer: of the output positions [first, last], which double in
+    length, the tokens, how many of them differ, and quantiles of the margins and of HF's own error.
+    An engine that loses its way late shows here.
+    """
+    position = torch.cat([torch.arange(len(s)) for s in scores])
+    everything = Scores.cat(scores)
+    result = []
+    first, end = 0, int(position.max()) + 1
+    while first < end:
+        last = min(end, 2 * first + 16) - 1
+        here = everything[((position >= first) & (position <= last)).nonzero().flatten()]
+        result.append(
+            {
+                "first": first,
+                "last": last,
+                "tokens": len(here),
+                "mismatches": int((~here.agrees).sum()),
+                "hf_mismatches": int((~here.hf_agrees & ~here.foreign).sum()),
+                "margin": quantiles(here.margin),
+                "hf_error": quantiles(here.error),
+            }
+        )
+        first = last + 1
+    return result
+
+
+def judge_distribution(
+    scores: Sequence[Scores], params: GateParams
+) -> tuple[dict[str, Any], list[str]]:
+    """Do tokens of an unknown random generator follow the reference? log p(token) + entropy has
+    mean 0, given what came before.
+
+    - z = sum(log p + entropy) / sqrt(sum variance(log p)), over all tokens (martingale central
+      limit theorem), two-sided. The
+      limit is widened by `factor` times what HF's own error in the engine's dtype shifts that sum
+      by (known exactly, not drawn);
+    - for each request, from any of its tokens to any later one, prod p(token)^(-1/2) / sum_i
+      p_i^(1/2) exceeds 1 / level with a
+      probability of at most `level`: a martingale of mean 1, and so is the mean of those that begin
+      at each token, hence Ville's inequality, exact for any length; level = alpha / tokens. An
+      answer that goes wrong late is seen as one that is wrong at once.
+
+    Tokens outside what top-k and top-p keep are left out here: their margin judges them.
+    """
+    everything = _all(scores)
+    used = everything.foreign & everything.agrees
+    total = float((everything.log_p + everything.entropy)[used].sum())
+    deviation = math.sqrt(float(everything.variance[used].sum()))
+    # no variance: one token was possible everywhere
+    z = total / deviation if deviation > 0 else 0.0
+    drift_z = float(everything.drift[used].sum()) / deviation if deviation > 0 else 0.0
+    limit = normal_limit(params.alpha / 2) + params.factor * abs(drift_z)
+
+    evidence = [
+        _largest_rise(torch.where(s.foreign & s.agrees, -s.log_p / 2 - s.root_sum, 0.0))
+        for s in scores
+    ]
+    worst, evidence_limit = (
+        int(torch.stack(evidence).argmax()),
+        math.log(len(everything) / params.alpha),
+    )
+    reasons = []
+    if abs(z) > limit:
+        reasons.append(
+            f"the sampled tokens do not follow the reference's distribution: z = {z:.1f}, limit {limit:.1f} at level "
+            f"{params.alpha:g} ({'too unlikely' if z < 0 else 'too likely'} tokens: a wrong temperature?)"
+        )
+    if float(evidence[worst]) > evidence_limit:
+        reasons.append(
+            f"request {worst}: its tokens are incredible under the reference (log evidence "
+            f"{float(evidence[worst]):.1f}, limit {evidence_limit:.1f})"
+        )
+    result = {
+        "z": z,
+        "z_limit": limit,
+        "hf_drift_z": drift_z,
+        "tokens": int(used.sum()),
+        "mean_log_p_plus_entropy": total / max(1, int(used.sum())),
+        "largest_log_evidence": float(evidence[worst]),
+        "log_evidence_limit": evidence_limit,
+    }
+    return result, reasons
+
+
+def _largest_rise(steps: Tensor) -> Tensor:
+    """The largest sum of consecutive steps [n], n at least 1."""
+    total = steps.cumsum(0)
+    before = torch.cat([total.new_zeros(1), total[:-1]]).cummin(0).values
+    return (total - before).amax()
+
+
+def compare_logprobs(
+    scores: Sequence[Scores], logprobs: Sequence[Sequence[float]], dtype: str, params: GateParams
+) -> LogprobResult:
+    """Are the engine's log-probabilities as close to the reference's as HF's own, at every
+    position?
+
+    logprobs: the engine's log softmax(logits)[token] of the very tokens of `scores`, one list a
+    request, from an untimed pass. Median, 99 %, 99.9 % quantile and maximum of |engine - reference|
+    must each be within factor * HF's + floor.
+    """
+    lengths = [len(values) for values in logprobs]
+    if lengths != [len(s) for s in scores]:
+        raise ValueError(
+            f"log-probabilities of {lengths} tokens were given for outputs of {[len(s) for s in scores]}"
+        )
+    everything = _all(scores)
+    ours = torch.tensor([value for values in logprobs for value in values], dtype=torch.float64)
+    error = (ours - everything.logprob).abs()
+    hf_error = (everything.hf_logprob - everything.logprob).abs()
+    floor = params.floor_ulps * torch.finfo(DTYPE[dtype]).eps * float(everything.scale.max())
+    engine, hf = quantiles(error), quantiles(hf_error)
+    bound = {name: params.factor * value + floor for name, value in hf.items()}
+    broken = [name for name in engine if not engine[name] <= bound[name]]  # NaN is broken
+    reason = None
+    if broken:
+        worst = broken[-1]
+        reason = (
+            f"log-probabilities are off by {engine[worst]:.3g} nats ({worst}); HF in {dtype} is off by {hf[worst]:.3g}, "
+            f"the bound is {bound[worst]:.3g}"
+        )
+    return LogprobResult("fail" if broken else "pass", reason, len(everything), engine, hf, bound)
+
+
+def _bounds(
+    error: Tensor, everything: Scores, dtype: str, params: GateParams
+) -> tuple[float, float, float]:
+    floor = params.floor_ulps * torch.finfo(DTYPE[dtype]).eps * float(everything.scale.max())
+    typical = quantile(error.sort().values, params.quantile)
+    return floor, params.factor * float(error.max()) + floor, params.factor * typical + floor
+
+
+def _repeats(scores: Sequence[Scores]) -> float:
+    """Share of output tokens equal to the token before them in the output: high repeats hide
+    errors.
+    """
+    pairs = sum(max(0, len(s) - 1) for s in scores)
+    return sum(int((s.tokens[1:] == s.tokens[:-1]).sum()) for s in scores) / max(1, pairs)
+
+
+def _all(scores: Sequence[Scores]) -> Scores:
+    if not any(len(s) for s in scores):
+        raise ValueError("there is no output token to judge; an empty output proves nothing")
+    return Scores.cat(scores)
+
+
+def _offender(scores: Sequence[Scores], bound: float, worst: int) -> dict[str, Any]:
+    """The first token beyond the bound, in order of request and position; if none is, the one with
+    the largest margin.
+    """
+    offset = 0
+    found = None
+    for request, s in enumerate(scores):
+        beyond = (s.margin > bound).nonzero().flatten()
+        if len(beyond):
+            found = request, int(beyond[0])
+            break
+        if found is None and offset <= worst < offset + len(s):
+            found = request, worst - offset
+        offset += len(s)
+    assert found is not None
+    request, position = found
+    s = scores[request]
+
+    def top(ids: Tensor, values: Tensor) -> list[list[float | int | None]]:
+        return [
+            [int(i), float(v) if math.isfinite(v) else None]
+            for i, v in zip(ids[position], values[position], strict=True)
+        ]
+
+    return {
+        "request": request,
+        "position": position,
+        "token": int(s.tokens[position]),
+        "margin": float(s.margin[position]),
+        "reference_choice": int(s.best[position, 0]),
+        "reference_top5": top(s.best, s.best_scores),
+        "hf_top5": top(s.hf_best, s.hf_best_scores),
+    }

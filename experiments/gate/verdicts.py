@@ -1,0 +1,112 @@
+"""The gate's side of a folder of records: which tokens there are to judge, and how a verdict is
+written down.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments import workloads
+from experiments.gate.rules import GateResult
+from experiments.records import store
+
+NATIVE_ENGINES = {"nanovllm"}
+"""Engines that sample with our generator; sampled tokens of any other are judged by their distribution."""
+
+
+class GateError(Exception):
+    """Work that cannot be judged; the message says what is missing and what to do."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one or more launches generated for one workload, all with the same digest."""
+
+    workload: str
+    tokens_digest: str
+    launches: tuple[store.Record, ...]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.workload, self.tokens_digest
+
+    @property
+    def foreign(self) -> bool:
+        return all(launch["engine"] not in NATIVE_ENGINES for launch in self.launches)
+
+    def __str__(self) -> str:
+        engines = ", ".join(sorted({launch["engine"] for launch in self.launches}))
+        return (
+            f"{self.workload} {self.tokens_digest[:12]} ({engines}, {len(self.launches)} launches)"
+        )
+
+
+def find_work(all_records: list[store.Record], plan_hash: str) -> list[Work]:
+    """Every distinct (workload, tokens digest) of the launches that count, in order of appearance."""
+    found: dict[tuple[str, str], list[store.Record]] = {}
+    for launch in store.counted(all_records):
+        if launch["plan_hash"] == plan_hash:
+            for name, served in launch["workloads"].items():
+                found.setdefault((name, served["tokens_digest"]), []).append(launch)
+    return [Work(name, digest, tuple(launches)) for (name, digest), launches in found.items()]
+
+
+def read_tokens(folder: Path, digest: str) -> list[list[int]]:
+    """The outputs of a digest. Raises GateError if they are not there or are not what the digest
+    says.
+    """
+    path = folder / store.TOKENS
+    lines = path.read_text().splitlines() if path.exists() else []
+    encoded = next(
+        (entry["tokens"] for entry in map(json.loads, lines) if entry["digest"] == digest), None
+    )
+    if encoded is None:
+        raise GateError(
+            f"{path}: no tokens with digest {digest}; a launch writes them before its record, so the file was cut"
+        )
+    outputs: list[list[int]] = json.loads(zlib.decompress(base64.b64decode(encoded)))
+    if (actual := workloads.tokens_digest(outputs)) != digest:
+        raise GateError(
+            f"{path}: the tokens under digest {digest} have digest {actual}; the file was altered"
+        )
+    return outputs
+
+
+def gate_record(
+    plan: dict[str, Any], work: Work, result: GateResult | str, *, negative_control: bool = False
+) -> store.Record:
+    """Record v1 of a verdict; of an error if `result` is its message."""
+    record: store.Record = {
+        "kind": "gate",
+        "schema": store.SCHEMA,
+        "study": plan["study"]["name"],
+        "plan_hash": plan["plan_hash"],
+        "workload": work.workload,
+        "tokens_digest": work.tokens_digest,
+        "dtype": plan["model"]["dtype"],
+    }
+    if isinstance(result, str):
+        nothing = {
+            "tokens_checked": 0,
+            "mismatches": 0,
+            "within_bound": 0,
+            "max_margin": None,
+            "bound": None,
+        }
+        record |= {
+            "status": "error",
+            "reason": result,
+            **nothing,
+            "calibration": {},
+            "first_offender": None,
+            "duration_s": 0.0,
+        }
+    else:
+        record |= dataclasses.asdict(result)
+    return record | {"is_negative_control": negative_control}

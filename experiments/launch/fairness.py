@@ -1,0 +1,173 @@
+"""Is a comparison of engines a fair one? Checked on the plan before anything runs, and on what each
+launch resolved to.
+
+A study names its comparisons (experiments/study/spec.py): a cell of ours, cells of others, and a rule.
+
+    best           the same checkpoint, number format, work and KV-cache bytes; whatever else differs is printed
+    like-for-like  also max_num_seqs, max_num_batched_tokens, max_model_len, and the level of every switch that both have
+
+A breach stops the study with what differs: the records so far are kept. Standard library only;
+`Runner` calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from experiments.records import store
+from experiments.records.factor_levels import level_name
+from experiments.records.store import Record, RecordError
+
+LIMITS = ("max_num_seqs", "max_num_batched_tokens", "max_model_len")
+_NOT_A_DIFFERENCE = {
+    "seed",
+    "model",
+    "tokenizer",
+    "optimizations",
+    "levels",
+    "kv_cache_memory_bytes",
+}
+"""A launch's own, or shown under another name."""
+
+
+class FairnessError(RecordError):
+    """A comparison that would not be one; the message names the cells and what differs."""
+
+
+def check_plan(plan: dict[str, Any]) -> None:
+    """Raises FairnessError where the settings asked for already break a comparison's rule: found
+    before anything runs.
+    """
+    comparisons = plan["study"].get("comparisons", {})
+    if comparisons and plan["model"]["digest"] is None:
+        raise FairnessError(
+            "a comparison needs the digest of its checkpoint, and this plan has none: make the plan again"
+        )
+    for name, comparison in comparisons.items():
+        for ours, theirs in pairs(plan, comparison):
+            mine, other = (plan["cells"][cell]["config"] for cell in (ours, theirs))
+            keys = (
+                "dtype",
+                "kv_cache_memory_bytes",
+                *(LIMITS if comparison["rule"] == "like-for-like" else ()),
+            )
+            # A setting that an engine does not have is judged by what that engine reports once it
+            # runs.
+            found = [
+                _differ(key, mine[key], other[key])
+                for key in keys
+                if key in mine and key in other and mine[key] != other[key]
+            ]
+            _stop(name, comparison, ours, theirs, found)
+
+
+def check_launches(plan: dict[str, Any], all_records: Iterable[Record]) -> None:
+    """Raises FairnessError where launches that count break the rule of a comparison."""
+    comparisons = plan["study"].get("comparisons", {})
+    if not comparisons:
+        return
+    latest = {record["cell"]: record for record in store.counted(all_records)}
+    for name, comparison in comparisons.items():
+        for ours, theirs in pairs(plan, comparison):
+            if ours in latest and theirs in latest:
+                found = list(breaches(plan, comparison["rule"], latest[ours], latest[theirs]))
+                _stop(name, comparison, ours, theirs, found)
+
+
+def pairs(plan: dict[str, Any], comparison: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(our cell, their cell) of a comparison, those that this plan has: a level that cannot run
+    here has no cell.
+    """
+    for theirs in comparison["theirs"]:
+        if comparison["ours"] in plan["cells"] and theirs in plan["cells"]:
+            yield comparison["ours"], theirs
+
+
+def breaches(plan: dict[str, Any], rule: str, mine: Record, other: Record) -> Iterator[str]:
+    """What two launches do not share and have to, in words."""
+    left, right = mine["resolved"], other["resolved"]
+    if left.get("dtype") != right.get("dtype"):
+        yield _differ("dtype", left.get("dtype"), right.get("dtype"))
+    for workload, entry in plan["workloads"].items():
+        for record in (mine, other):
+            served = record["workloads"].get(workload, {}).get("fingerprint")
+            if served != entry["fingerprint"]:
+                yield f"{record['cell']} served work of fingerprint {served} as {workload}, the plan's is {entry['fingerprint']}"
+    yield from _kv_breaches(left, right, must_report=rule == "like-for-like")
+    if rule == "like-for-like":
+        for limit in LIMITS:
+            if left.get(limit) != right.get(limit):
+                yield _differ(limit, left.get(limit), right.get(limit))
+        ours, theirs = switches(left), switches(right)
+        if not theirs:
+            yield f"{other['cell']} does not report its switches"
+        for switch in sorted(ours.keys() & theirs.keys()):
+            if ours[switch] != theirs[switch]:
+                yield _differ(switch, ours[switch], theirs[switch])
+        for record in (mine, other):
+            declared = plan["cells"][record["cell"]]["levels"]
+            ran = switches(record["resolved"])
+            yield from (
+                f"{record['cell']} is declared {factor}={level} and ran {ran[factor]}"
+                for factor, level in declared.items()
+                if factor in ran and ran[factor] != level
+            )
+
+
+def switches(resolved: dict[str, Any]) -> dict[str, Any]:
+    """{switch: level} by our names: of our optimizations, or of another engine's `levels`. {} where
+    an engine has none.
+    """
+    if "optimizations" not in resolved:
+        return dict(resolved.get("levels", {}))
+    levels = {factor: level_name(value) for factor, value in resolved["optimizations"].items()}
+    return levels | {"compile": "on" if levels.get("kernels") == "compile" else "off"}
+
+
+def differences(left: dict[str, Any], right: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(setting, ours, theirs) of whatever differs between two resolved configs; None where an
+    engine has no such thing.
+    """
+    mine, other = ({**_shown(resolved), **switches(resolved)} for resolved in (left, right))
+    return [
+        (key, mine.get(key), other.get(key))
+        for key in sorted(mine.keys() | other.keys())
+        if mine.get(key) != other.get(key)
+    ]
+
+
+def _shown(resolved: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in resolved.items() if key not in _NOT_A_DIFFERENCE}
+
+
+def _kv_breaches(left: dict[str, Any], right: dict[str, Any], must_report: bool) -> Iterator[str]:
+    """KV bytes may differ by less than a block of either: engines round to whole blocks of their
+    own size.
+    """
+    mine, other = left.get("kv_cache_bytes"), right.get("kv_cache_bytes")
+    if mine is None or other is None:
+        if must_report:
+            yield _differ("kv_cache_bytes", mine, other)
+        # HF `generate` has no budget: it takes what a batch needs, and the difference is printed
+        return
+    sides = ((mine, left), (other, right))
+    blocks = [
+        size / resolved["num_kv_blocks"]
+        for size, resolved in sides
+        if resolved.get("num_kv_blocks")
+    ]
+    if abs(mine - other) > max(blocks, default=0):
+        yield _differ("kv_cache_bytes", mine, other)
+
+
+def _differ(what: str, mine: Any, other: Any) -> str:
+    return f"{what}: {mine} against {other}"
+
+
+def _stop(name: str, comparison: dict[str, Any], ours: str, theirs: str, found: list[str]) -> None:
+    if found:
+        raise FairnessError(
+            f"comparison {name!r} ({comparison['rule']}) of {ours} with {theirs} would not be fair: {'; '.join(found)}. Set them "
+            "equal in the study (settings, cells.*.config), or leave this comparison out; launches that ran are kept."
+        )

@@ -1,0 +1,153 @@
+"""What has been done of a plan and what is still to do, in one folder of records. Standard library
+only.
+
+Both executors keep their book here: `launch.Runner` on one machine, `dispatch.Dispatcher` over
+many.
+"""
+
+from __future__ import annotations
+
+import datetime
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from experiments.records import store
+from experiments.records.store import Folder, Record, RecordError
+
+Plan = dict[str, Any]
+Listener = Callable[[str, dict[str, Any]], None]
+"""Called with ("workers" | "pending" | "start" | "end" | "message", details) as a run goes on."""
+
+
+class Ledger:
+    """The records of one plan in one folder, which is locked meanwhile. Use it as a context
+    manager.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        out: Path,
+        code_digest: str,
+        *,
+        resume: bool,
+        listener: Listener | None = None,
+    ) -> None:
+        """Raises RecordError where `out` holds records of another plan or code, or holds some and
+        `resume` is not given.
+        """
+        self.plan, self.out, self.code_digest = plan, out, code_digest
+        self.listener = listener or (lambda event, details: None)
+        self.folder = Folder(out)
+        try:
+            for message in self.folder.messages:
+                self.listener("message", {"text": message})
+            self._check(resume)
+            try:
+                (out / store.LOGS).mkdir(exist_ok=True)
+                for leftover in (out / store.LOGS).glob("*.result*"):
+                    leftover.unlink()  # of a child whose runner was killed
+            except OSError as error:
+                raise RecordError(
+                    f"{out / store.LOGS}: cannot be written ({error}). {store.INTACT}"
+                ) from error
+            if not (out / store.PLAN).exists():
+                store.write_plan(plan, out / store.PLAN)
+        except BaseException:
+            self.folder.close()
+            raise
+
+    def close(self) -> None:
+        self.folder.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def head(self) -> Record:
+        """The keys that every record of this plan begins with, after its kind."""
+        return {
+            "schema": store.SCHEMA,
+            "study": self.plan["study"]["name"],
+            "plan_hash": self.plan["plan_hash"],
+        }
+
+    def pending(self, blocks: Iterable[int] | None = None) -> list[dict[str, Any]]:
+        """The launches without a finished record, in plan order."""
+        wanted = None if blocks is None else set(blocks)
+        done = {
+            r["launch"] for r in store.launches(self.folder.records) if r["status"] in store.DONE
+        }
+        return [
+            entry
+            for entry in self.plan["launches"]
+            if entry["launch"] not in done and (wanted is None or entry["block"] in wanted)
+        ]
+
+    def attempts(self, launch: str) -> int:
+        """How often a launch was tried, the superseded times included."""
+        return sum(r["kind"] == "launch" and r["launch"] == launch for r in self.folder.records)
+
+    def expected_launch_s(self, cell: str) -> float:
+        """Median of this cell's launches so far, else of all launches, else what the plan expects."""
+        finished = [
+            r
+            for r in self.folder.records
+            if r["kind"] == "launch" and r["total_s"] is not None and r["status"] in store.DONE
+        ]
+        own = [r["total_s"] for r in finished if r["cell"] == cell]
+        every = [r["total_s"] for r in finished]
+        return statistics.median(
+            own or every or [self.plan["expected_s"] / max(1, len(self.plan["launches"]))]
+        )
+
+    def supersede(
+        self, block: int, reason: str, which: Callable[[Record], bool] = lambda record: True
+    ) -> None:
+        """Marks the records of a block that count no longer: it begins again elsewhere."""
+        for record in store.launches(self.folder.records):
+            if record["block"] == block and which(record):
+                marked = {
+                    "launch": record["launch"],
+                    "attempt": record["attempt"],
+                    "reason": reason,
+                }
+                self.folder.append({"kind": "superseded", **self.head, **marked})
+
+    def note_resumed(self, boot_id: str) -> None:
+        self.folder.append({"kind": "resumed", **self.head, "boot_id": boot_id, "at": utc_now()})
+
+    def _check(self, resume: bool) -> None:
+        existing = self.folder.records
+        if not existing:
+            return
+        if not resume:
+            raise RecordError(
+                f"{self.out} already holds {len(existing)} records; add --resume to go on, or give another --out"
+            )
+        if foreign := {r["plan_hash"] for r in existing} - {self.plan["plan_hash"]}:
+            raise RecordError(
+                f"{self.out} holds records of another plan ({foreign.pop()[:12]}); give another --out"
+            )
+        made_by = {r["provenance"]["code_digest"] for r in existing if r["kind"] == "launch"}
+        if other := made_by - {self.code_digest}:
+            raise RecordError(
+                f"{self.out} holds records made by other code (digest {other.pop()[:12]}; now "
+                f"{self.code_digest[:12]}): launches of two versions must not be compared. "
+                "Start again with another --out, or check out the code that made them."
+            )
+
+
+def utc_now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

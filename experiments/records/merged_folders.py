@@ -1,0 +1,214 @@
+"""Several visits, one study: the folders of one plan, made on one host or on several, as one
+folder. Standard library only.
+
+A folder that was carried along and resumed needs none of this. Here are folders that grew apart:
+visits that each began with an empty folder, or copies that were each resumed. The result depends on
+what they hold, not on the order they are given in, and may itself be merged again or resumed.
+
+- A launch is known by its name, its boot and the moment it began; the same record in several
+  folders is taken once.
+- A block counts from one place (boot, GPUs) only: the one that finished all of it, of several the
+  first to begin, else the one
+  that finished most of it. The records of the others are kept and marked superseded.
+- Attempts are numbered anew, since each folder began at 1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from experiments.records import store
+from experiments.records.store import Record, RecordError
+
+Plan = dict[str, Any]
+Identity = tuple[str, str, str]
+Place = tuple[str, str]
+
+
+def merge(folders: Iterable[Path], out: Path) -> list[str]:
+    """Writes one folder from several of the same plan; what a reader should know. Raises
+    RecordError.
+    """
+    sources = sorted({folder.resolve() for folder in folders})
+    if out.resolve() in sources:
+        raise RecordError(f"{out} is one of the folders to be merged; give a new one")
+    if (out / store.RECORDS).exists():
+        raise RecordError(
+            f"{out} already holds records; give a new folder, or remove it: it can be made again from the others"
+        )
+    plan = _common_plan(sources)
+    found = [store.read(folder) for folder in sources]
+    _check_code(sources, found)
+    tokens = {
+        line["digest"]: line["tokens"] for folder in sources for line in store.token_lines(folder)
+    }
+    merged, notes = combine(plan, found)
+    lines = [{"digest": digest, "tokens": tokens[digest]} for digest in sorted(tokens)]
+    reports = {
+        path.name: path.read_text()
+        for folder in sources
+        for path in folder.glob(store.ENVIRONMENTS)
+    }
+    for name, report in reports.items():
+        store.write_whole(out / name, report)
+    store.write_whole(out / store.TOKENS, _text(lines))
+    store.write_plan(plan, out / store.PLAN)
+    # last: a folder with records is a whole one
+    store.write_whole(out / store.RECORDS, _text(merged))
+    return notes
+
+
+def of_one_plan(folders: Iterable[Path]) -> list[Path]:
+    """The folders that share their plan with another one. Raises RecordError."""
+    hashes = {folder: store.read_plan(folder / store.PLAN)["plan_hash"] for folder in folders}
+    return [folder for folder, plan in hashes.items() if list(hashes.values()).count(plan) > 1]
+
+
+def combine(plan: Plan, folders: list[list[Record]]) -> tuple[list[Record], list[str]]:
+    """The records of several folders as those of one, and notes for people."""
+    launches: dict[Identity, Record] = {}
+    superseded: dict[Identity, Record] = {}
+    others: dict[str, Record] = {}
+    for found in folders:
+        own = {(r["launch"], r["attempt"]): _identity(r) for r in found if r["kind"] == "launch"}
+        for record in found:
+            if record["kind"] == "launch":
+                launches.setdefault(_identity(record), record)
+            elif record["kind"] == "superseded":
+                if (record["launch"], record["attempt"]) in own:
+                    superseded.setdefault(own[record["launch"], record["attempt"]], record)
+            else:
+                others.setdefault(json.dumps(record, sort_keys=True), record)
+    ordered = sorted(launches, key=lambda identity: (launches[identity]["started_at"], identity))
+    attempts: dict[str, int] = {}
+    numbered: dict[Identity, Record] = {}
+    for identity in ordered:
+        attempts[identity[0]] = attempts.get(identity[0], 0) + 1
+        numbered[identity] = {**launches[identity], "attempt": attempts[identity[0]]}
+    marked = {
+        identity: _mark(plan, numbered[identity], superseded[identity]["reason"])
+        for identity in ordered
+        if identity in superseded
+    }
+    notes = []
+    for block in sorted({entry["block"] for entry in plan["launches"]}):
+        done = [
+            numbered[i] for i in ordered if i not in marked and numbered[i]["status"] in store.DONE
+        ]
+        # failed launches count nowhere, and know no GPU
+        alive = [record for record in done if record["block"] == block]
+        places = {_place(record) for record in alive}
+        if len(places) < 2:
+            continue
+        chosen = _choose(plan, block, alive)
+        reason = f"block {block} is counted from another visit (boot {chosen[0]}): a pair never straddles two places"
+        marked |= {_identity(r): _mark(plan, r, reason) for r in alive if _place(r) != chosen}
+        notes.append(
+            f"block {block} was begun in {len(places)} places; it counts from {_name(alive, chosen)}"
+        )
+    machines = sorted({_hardware(numbered[i]) for i in ordered if i not in marked})
+    if len(machines) > 1:
+        notes.append(
+            "different hardware: "
+            + "; ".join(machines)
+            + ". Ratios are within blocks, but an effect may depend on it."
+        )
+    tail = sorted(others.values(), key=lambda r: json.dumps(r, sort_keys=True))
+    # A later gate record replaces an earlier one: a pass that some visit reached is not undone by
+    # another's error.
+    tail.sort(key=lambda r: {"error": 0, "pass": 1, "fail": 2}.get(r.get("status", ""), 0))
+    return [
+        *numbered.values(),
+        *(marked[identity] for identity in ordered if identity in marked),
+        *tail,
+    ], notes
+
+
+def _choose(plan: Plan, block: int, alive: list[Record]) -> Place:
+    size = sum(entry["block"] == block for entry in plan["launches"])
+
+    def rank(place: Place) -> tuple[bool, int, str, Place]:
+        own = [record for record in alive if _place(record) == place]
+        done = len({record["launch"] for record in own})
+        is_whole = done == size
+        return (
+            not is_whole,
+            0 if is_whole else -done,
+            min(record["started_at"] for record in own),
+            place,
+        )
+
+    return min({_place(record) for record in alive}, key=rank)
+
+
+def _common_plan(folders: list[Path]) -> Plan:
+    plans = {folder: store.read_plan(folder / store.PLAN) for folder in folders}
+    first, *rest = plans
+    for folder in rest:
+        if plans[folder]["plan_hash"] != plans[first]["plan_hash"]:
+            raise RecordError(
+                f"{folder} holds plan {plans[folder]['plan_hash'][:12]}, {first} plan {plans[first]['plan_hash'][:12]}: "
+                "only visits of one plan can be merged. Write the plan once, and take that file to every host."
+            )
+    return plans[first]
+
+
+def _check_code(folders: list[Path], found: list[list[Record]]) -> None:
+    codes = {
+        record["provenance"]["code_digest"]: folder
+        for folder, read in zip(folders, found, strict=True)
+        for record in read
+        if record["kind"] == "launch"
+    }
+    if len(codes) > 1:
+        listed = ", ".join(f"{digest[:12]} in {folder}" for digest, folder in sorted(codes.items()))
+        raise RecordError(
+            f"the visits ran different code ({listed}): launches of two versions must not be compared"
+        )
+
+
+def _mark(plan: Plan, record: Record, reason: str) -> Record:
+    head = {
+        "schema": store.SCHEMA,
+        "study": plan["study"]["name"],
+        "plan_hash": plan["plan_hash"],
+    }
+    return {
+        "kind": "superseded",
+        **head,
+        "launch": record["launch"],
+        "attempt": record["attempt"],
+        "reason": reason,
+    }
+
+
+def _identity(record: Record) -> Identity:
+    return record["launch"], record["boot_id"], record["started_at"]
+
+
+def _place(record: Record) -> Place:
+    return record["boot_id"], record["provenance"].get("environment", {}).get(
+        "CUDA_VISIBLE_DEVICES", ""
+    )
+
+
+def _name(alive: list[Record], place: Place) -> str:
+    first = next(record for record in alive if _place(record) == place)
+    return f"{first['provenance']['hostname']}, boot {place[0]}, begun {first['started_at']}"
+
+
+def _hardware(record: Record) -> str:
+    made_on = record["provenance"]
+    gpus = sorted({gpu["name"] for gpu in made_on["gpus"]})
+    return f"{made_on['cpu']['model']}, {made_on['cpu']['cores']} cores" + "".join(
+        f" + {gpu}" for gpu in gpus
+    )
+
+
+def _text(lines: list[Record]) -> str:
+    return "".join(
+        json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n" for line in lines
+    )

@@ -1,0 +1,263 @@
+"""The only writer of MLflow. Records are the truth; this view of them can be rebuilt at any time,
+with the same result.
+
+`sqlite:///mlflow.db` at the repository's root, artifacts under `mlartifacts/` beside it by a
+*relative* path, so that a bare `mlflow ui` shows everything from the root and the repository can be
+moved. One experiment a study, a parent run an execution (a folder of records), a nested run a
+launch. Imports are serialized by a lock: six processes at once on a fresh SQLite file would kill
+each other.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from experiments.host.provenance import ROOT
+from experiments.records import store
+from experiments.run.mlflow_view import Record, View, launch_view, parent_view
+
+ARTIFACTS, DATABASE = "mlartifacts", "mlflow.db"
+EXECUTION, DIGEST = "nanovllm.execution", "nanovllm.records_digest"
+_VIEW_VERSION = 1
+"""Raise it when the shape of the runs changes: an import then replaces what an older version wrote."""
+
+
+class TrackingError(Exception):
+    """An import that cannot be done; the message says what to do."""
+
+
+def import_folder(folder: Path, report: Path | None = None, root: Path = ROOT) -> tuple[str, bool]:
+    """Brings the records of a folder into MLflow: (id of the parent run, whether runs were
+    written).
+
+    The same records again write no run; what an interrupted import or an older state of the folder
+    left is replaced.
+    report: a folder with analysis.json and the rendered report; its verdicts become the description
+    of the run. Raises TrackingError, for whatever MLflow, its database or the disk object to, and
+    RecordError.
+    """
+    plan, found = store.read_plan(folder / store.PLAN), store.read(folder)
+    if not any(record["kind"] == "launch" for record in found):
+        raise TrackingError(f"{folder}: no launch has been recorded yet; run the study first")
+    analysis = store.read_json(report / "analysis.json") if report else None
+    try:
+        return _import(folder, report, root, plan, found, analysis)
+    except TrackingError:
+        raise
+    except Exception as error:
+        raise TrackingError(_explained(error, root)) from error
+
+
+def objection(root: Path = ROOT) -> str | None:
+    """Why an import into `root` would fail, as far as can be told before there is anything to
+    import; None: nothing is known.
+    """
+    try:
+        _check_writable(root)
+        client = _client(root)
+        if (root / DATABASE).exists():  # else its tables are made with the first import
+            client.search_experiments(max_results=1)
+    except TrackingError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001  whatever MLflow or SQLAlchemy raise
+        return _explained(error, root)
+    return None
+
+
+def _explained(error: Exception, root: Path) -> str:
+    """What MLflow, SQLAlchemy or the file system said, and what to do about it."""
+    said = (str(error).strip().splitlines() or [""])[0][:300]
+    return (
+        f"{root / DATABASE}: {type(error).__name__}: {said}. If another version of MLflow wrote it, use that version, "
+        f"`mlflow db upgrade sqlite:///{DATABASE}`, or move it away"
+    )
+
+
+def _check_writable(root: Path) -> None:
+    for path in (root, root / DATABASE, root / f"{DATABASE}.lock", root / ARTIFACTS):
+        if path.exists() and not os.access(path, os.W_OK):
+            raise TrackingError(
+                f"{path} cannot be written: work in a copy of the repository that can be"
+            )
+
+
+def _import(
+    folder: Path,
+    report: Path | None,
+    root: Path,
+    plan: dict[str, Any],
+    found: list[Record],
+    analysis: dict[str, Any] | None,
+) -> tuple[str, bool]:
+    _check_writable(root)
+    execution, digest = _identity(found, analysis)
+    with _exclusive(root):
+        client = _client(root)
+        experiment = _experiment(client, root, plan["study"])
+        existing = client.search_runs(
+            [experiment], f"tags.`{EXECUTION}` = '{execution}'", max_results=50_000
+        )
+        parents = [run for run in existing if "mlflow.parentRunId" not in run.data.tags]
+        parent = next((run for run in parents if run.data.tags.get(DIGEST) == digest), None)
+        fresh = parent is None
+        if parent is None:
+            for run in existing:
+                client.delete_run(run.info.run_id)
+            parent = _write(
+                client, experiment, parent_view(plan, found, analysis), {EXECUTION: execution}
+            )
+            for record in found:
+                if record["kind"] == "launch":
+                    tags = {EXECUTION: execution, "mlflow.parentRunId": parent.info.run_id}
+                    _write(client, experiment, launch_view(plan, record, found), tags)
+        run_id = str(parent.info.run_id)
+        _copy_artifacts(root / parent.info.artifact_uri, folder, report)
+        if fresh:
+            client.set_tag(run_id, DIGEST, digest)  # last: an import without it was interrupted
+    return run_id, fresh
+
+
+def _identity(found: list[Record], analysis: dict[str, Any] | None) -> tuple[str, str]:
+    """(which execution this is, what its runs have to show): the first record never changes, the
+    rest may grow.
+    """
+    first = next(record for record in found if record["kind"] == "launch")
+    shown = json.dumps(
+        [_VIEW_VERSION, found, analysis and [analysis["answer"], analysis["effects"]]],
+        sort_keys=True,
+    )
+    return hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()[
+        :16
+    ], hashlib.sha256(shown.encode()).hexdigest()
+
+
+@contextmanager
+def _exclusive(root: Path) -> Iterator[None]:
+    with (root / f"{DATABASE}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _client(root: Path) -> Any:
+    """Raises TrackingError where a bare `mlflow ui` would look elsewhere than into mlflow.db."""
+    stray = [path.parent for path in root.glob("mlruns/*/meta.yaml") if path.parent.name.isdigit()]
+    if stray:
+        raise TrackingError(
+            f"{stray[0]} makes MLflow take {root / 'mlruns'} for its store and ignore mlflow.db: move {root / 'mlruns'} away"
+        )
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import logging
+
+    import mlflow
+
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    # or SQLAlchemy would decode a %2F of the path, and end it at a question mark
+    quoted = Path(quote(str(root)))
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{quoted / DATABASE}")
+    if quoted != root:
+        with suppress(OSError):
+            quoted.rmdir()  # MLflow makes the folder that it reads there
+    return client
+
+
+def _experiment(client: Any, root: Path, study: dict[str, Any]) -> str:
+    """The id of a study's experiment, created if need be; a deleted one is restored.
+
+    MLflow turns every local artifact location into an absolute path; a relative one, which `mlflow
+    ui` and clients resolve from the directory they run in, can only be set behind its back.
+    """
+    experiment = client.get_experiment_by_name(study["name"])
+    if experiment is None:
+        client.create_experiment(
+            study["name"], tags={"mlflow.note.content": f"{study['title']}. {study['question']}"}
+        )
+        experiment = client.get_experiment_by_name(study["name"])
+    elif experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)
+    with closing(sqlite3.connect(root / DATABASE)) as database, database:
+        location = f"{ARTIFACTS}/{experiment.experiment_id}"
+        database.execute(
+            "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?",
+            (location, experiment.experiment_id),
+        )
+    return str(experiment.experiment_id)
+
+
+def _write(client: Any, experiment: str, view: View, tags: dict[str, str]) -> Any:
+    """One finished run."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+
+    run = client.create_run(
+        experiment,
+        start_time=_milliseconds(view.started_at),
+        run_name=view.name,
+        tags={**view.tags, **tags},
+    )
+    metrics = [
+        Metric(m.key, m.value, _milliseconds(view.started_at) + int(m.time_s * 1000), m.step)
+        for m in view.metrics
+    ]
+    for first in range(0, max(1, len(metrics)), 1000):  # MLflow's limit a batch; 100 params
+        params = (
+            [Param(key, str(value)[:6000]) for key, value in view.params.items()][:100]
+            if first == 0
+            else []
+        )
+        client.log_batch(run.info.run_id, metrics=metrics[first : first + 1000], params=params)
+    inputs = [
+        DatasetInput(
+            Dataset(
+                name=name,
+                digest=entry["fingerprint"][:36],
+                source_type="code",
+                source=json.dumps({"kind": entry["kind"]}),
+                profile=json.dumps(
+                    {
+                        key: entry[key]
+                        for key in ("num_requests", "prompt_tokens", "output_tokens", "params")
+                    }
+                ),
+            ),
+            [InputTag("mlflow.data.context", "workload")],
+        )
+        for name, entry in view.workloads.items()
+    ]
+    if inputs:
+        client.log_inputs(run.info.run_id, inputs)
+    client.set_terminated(
+        run.info.run_id, view.status, _milliseconds(view.started_at) + int(view.duration_s * 1000)
+    )
+    return client.get_run(run.info.run_id)
+
+
+def _copy_artifacts(target: Path, folder: Path, report: Path | None) -> None:
+    """The records and the report beside the run. Copied by us: a client would resolve the relative
+    path from where it runs.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for name in (
+        store.PLAN,
+        store.RECORDS,
+        store.TOKENS,
+        *(path.name for path in folder.glob(store.ENVIRONMENTS)),
+    ):
+        if (folder / name).exists():
+            shutil.copyfile(folder / name, target / name)
+    if report:
+        shutil.copytree(report, target / "report", dirs_exist_ok=True)
+
+
+def _milliseconds(moment: str) -> int:
+    return int(datetime.fromisoformat(moment).timestamp() * 1000)

@@ -1,0 +1,387 @@
+"""This machine: which profile is its own, and how fast its memory and arithmetic are. Its
+measurements are kept in the cache.
+
+A machine with NVIDIA GPUs needs no profile file: its own is made from what PyTorch sees
+(`gpus_at_hand`). The files describe machines that are planned for; where one of them describes the
+machine at hand, it lends its name, and the measured values win.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from experiments.host import provenance, telemetry
+from experiments.host.environment import of_child
+from experiments.study.spec import PROFILES, Profile, load_profile
+from experiments.study.yaml_files import SpecError, names
+
+MEASURE_TIMEOUT_S = 180
+LEAST_CAPABILITY = (8, 0)
+"""Of an NVIDIA GPU: Ampere. Older ones have no bfloat16 arithmetic and none of the asynchronous copies that the kernels use."""
+_DRIVER_FILES = (Path("/dev/nvidiactl"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
+"""Signs of an NVIDIA driver: on Linux, and on Windows' Linux, where every kind of GPU has /dev/dxg."""
+KV_SHARE, KV_STEP_BYTES = 0.9, 1 << 28
+"""Share of the free device memory that a study may use, and the unit in which its KV cache is sized: 256 MiB, so that a desktop
+that takes a little more or less memory does not change the plan."""
+
+# One core at its best, times the cores: never below the truth, even when others are at work while
+# it is measured. The best of several sizes: a small model lives in the CPU's caches, and a bound
+# must hold for it as well.
+_MEASURE_CPU = """
+import json, sys, time, torch
+torch.set_num_threads(1)
+cores = int(sys.argv[1])
+def best(work, call):
+    call()
+    times = []
+    while sum(times) < 0.5:
+        begin = time.perf_counter(); call(); times.append(time.perf_counter() - begin)
+    return cores * work / min(times)
+copies = {}
+for mib in (0.25, 1, 4, 64):
+    a, b = torch.zeros(int(mib * 2**18)), torch.zeros(int(mib * 2**18))
+    copies[mib] = best(2 * mib * 2**20, lambda: a.copy_(b))
+flops = {}
+for name in ("float32", "bfloat16"):
+    dtype = getattr(torch, name)
+    flops[name] = max(best(2 * n**3, lambda: a @ b) for n in (256, 512, 1024)
+                      for a, b in [(torch.ones(n, n, dtype=dtype), torch.ones(n, n, dtype=dtype))])
+print(json.dumps({"bandwidth_bytes_per_s": max(copies.values()), "copy_bytes_per_s_by_mib": copies, "peak_flops": flops}))
+"""
+
+# Copies of working sets that no cache holds, matrix products on random data (zeros run faster than
+# real data will), the best of several times by device events; small operations by the host's clock.
+_MEASURE_GPU = """
+import json, time
+begin = time.perf_counter()
+import torch
+seen = {"import_s": time.perf_counter() - begin, "torch": torch.__version__, "cuda": torch.version.cuda, "devices": []}
+try:
+    torch.cuda.init()
+except (RuntimeError, AssertionError) as error:
+    seen["why_not"] = str(error).strip().splitlines()[0]
+for index in range(torch.cuda.device_count() if "why_not" not in seen else 0):
+    try:
+        p = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+    except RuntimeError as error:  # one that another process holds wholly; those before it can be used
+        if index == 0:
+            seen["why_not"] = str(error).strip().splitlines()[0]
+        break
+    seen["devices"].append({"name": p.name, "capability": [p.major, p.minor], "memory_bytes": total, "free_bytes": free,
+                            "multiprocessors": p.multi_processor_count, "l2_bytes": p.L2_cache_size,
+                            "uuid": str(getattr(p, "uuid", ""))})
+if seen["devices"] and seen["devices"][0]["capability"] >= [8, 0]:
+    free = seen["devices"][0]["free_bytes"]
+    def best(work, call, seconds):
+        call(); torch.cuda.synchronize()
+        times, end = [], time.perf_counter() + seconds
+        while time.perf_counter() < end or len(times) < 3:
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record(); call(); stop.record(); stop.synchronize()
+            times.append(start.elapsed_time(stop) / 1e3)
+        return work / min(times)
+    copies = {}
+    for mib in (256, 1024):
+        if 4 * mib * 2**20 <= free:
+            a = torch.empty(mib * 2**18, device="cuda").normal_()
+            b = torch.empty_like(a)
+            copies[mib] = best(2 * a.nbytes, lambda: b.copy_(a), 0.3)
+            del a, b
+    torch.backends.cuda.matmul.allow_tf32 = False
+    flops = {}
+    for name, sizes in (("bfloat16", (4096, 8192)), ("float32", (4096,))):
+        for n in sizes:
+            if 8 * n * n * 4 <= free:
+                a, b = (torch.randn(n, n, device="cuda", dtype=getattr(torch, name)) for _ in range(2))
+                flops[name] = max(flops.get(name, 0.0), best(2 * n**3, lambda: a @ b, 0.4))
+                del a, b
+    x = torch.zeros(32, 1024, device="cuda")
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize(); begin = time.perf_counter()
+        for _ in range(1000): x.add_(1.0)
+        torch.cuda.synchronize(); times.append((time.perf_counter() - begin) / 1000)
+    if copies and len(flops) == 2:
+        seen |= {"bandwidth_bytes_per_s": max(copies.values()), "copy_bytes_per_s_by_mib": copies, "peak_flops": flops,
+                 "host_op_s": min(times)}
+print(json.dumps(seen))
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpus:
+    """The GPUs that a process started here would use: those PyTorch sees first and that are of one
+    kind.
+    """
+
+    name: str
+    count: int
+    memory_bytes: int
+    measured: dict[str, Any]
+
+
+def detect_profile() -> Profile:
+    """The profile of this machine: `cpu` without a GPU, else one made from its GPUs. Raises
+    SpecError where they cannot be used.
+    """
+    found = gpus_at_hand()
+    return load_profile("cpu") if found is None else profile_of(found)
+
+
+def gpus_at_hand() -> Gpus | None:
+    """The GPUs of this machine that the environment lets a process see, with their measured speeds;
+    None without any.
+
+    Raises SpecError for GPUs that the installed PyTorch cannot use, with its reason, and for those
+    that are too old or too full.
+    """
+    listed = listed_gpus()
+    if not listed:
+        return None
+    seen = measure_gpus(listed)
+    use_cpu = "`--profile cpu` (make ablate PROFILE=cpu) measures the CPU instead."
+    if not seen["devices"]:
+        reason = seen.get("why_not") or (
+            "torch is a build without CUDA" if seen["cuda"] is None else "it sees no device"
+        )
+        if hidden := os.environ.get("CUDA_VISIBLE_DEVICES"):
+            reason += f" (CUDA_VISIBLE_DEVICES={hidden})"
+        raise SpecError(
+            f"the driver lists {listed[0]}, and PyTorch {seen['torch']} cannot use it: {reason}. Update the NVIDIA driver, or "
+            f"install a torch that was built for it. {use_cpu}"
+        )
+    first = seen["devices"][0]
+    if tuple(first["capability"]) < LEAST_CAPABILITY:
+        raise SpecError(
+            f"{first['name']} has compute capability {first['capability'][0]}.{first['capability'][1]}; allowed: "
+            f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} (Ampere) or newer. {use_cpu}"
+        )
+    if "bandwidth_bytes_per_s" not in seen:
+        raise SpecError(
+            f"{first['name']} has {first['free_bytes']:,} of {first['memory_bytes']:,} bytes free, too few to measure its speed "
+            f"(1.1 GB): end what holds its memory (nvidia-smi lists it), or hide this GPU (CUDA_VISIBLE_DEVICES). {use_cpu}"
+        )
+    alike = 0
+    for device in seen["devices"]:
+        if (device["name"], device["memory_bytes"]) != (first["name"], first["memory_bytes"]):
+            break
+        alike += 1
+    return Gpus(first["name"], alike, first["memory_bytes"], seen)
+
+
+def profile_of(gpus: Gpus) -> Profile:
+    """The profile of GPUs at hand: the name of the file that describes them, if there is one, else
+    one made from theirs.
+    """
+    known = next((p for p in map(load_profile, names(PROFILES)) if matches(p, gpus)), None)
+    short = re.sub(
+        r"[^a-z0-9]+", "-", gpus.name.lower().removeprefix("nvidia ").removeprefix("geforce ")
+    ).strip("-")
+    count = f"-x{gpus.count}" if gpus.count > 1 else ""
+    return Profile(
+        name=known.name if known else f"{short or 'gpu'}{count}",
+        title=known.title
+        if known
+        else f"{gpus.count} x {gpus.name}"
+        if gpus.count > 1
+        else gpus.name,
+        device="cuda",
+        num_devices=gpus.count,
+        match={"gpu_name": gpus.name, "num_gpus": gpus.count},  # type: ignore[arg-type]
+        memory_bytes=gpus.memory_bytes,
+        bandwidth_bytes_per_s="measure",
+        peak_flops="measure",
+        kv_cache_memory_bytes="measure",
+        preset="qwen3-0.6b",
+        dtype="bfloat16",
+    )
+
+
+def matches(profile: Profile, gpus: Gpus) -> bool:
+    """Whether a profile describes GPUs at hand."""
+    wanted = profile.match
+    return (
+        wanted is not None
+        and wanted.num_gpus == gpus.count
+        and fnmatch.fnmatchcase(gpus.name, wanted.gpu_name)
+    )
+
+
+def settle(profile: Profile, dtype: str) -> dict[str, Any]:
+    """The profile as a plan stores it: nothing open but a KV cache that is sized with the model.
+    What is measured here wins.
+    """
+    settled = profile.model_dump(exclude={"match", "preset", "dtype"})
+    settled["cpu_cores"] = profile.cpu_cores or provenance.cpu_cores()
+    settled["memory_bytes"] = profile.memory_bytes or provenance.memory_bytes()
+    measured = _measured(profile)
+    for key in ("bandwidth_bytes_per_s", "host_op_s", "import_s"):
+        if key in measured:
+            settled[key] = measured[key]
+    peaks: dict[Any, float] = measured["peak_flops"] if measured else profile.peak_flops  # type: ignore[assignment]
+    if dtype not in peaks:
+        raise SpecError(
+            f"profile {profile.name}: peak_flops has no {dtype}; it has {', '.join(peaks)}"
+        )
+    settled["peak_flops"] = peaks[dtype]
+    settled["speeds"] = "measured on this machine" if measured else "stated in the profile"
+    return settled
+
+
+def _measured(profile: Profile) -> dict[str, Any]:
+    """The speeds of this machine, where the profile is of it; {} where it states those of another
+    one.
+    """
+    if profile.device == "cpu":
+        return measure() if "measure" in (profile.bandwidth_bytes_per_s, profile.peak_flops) else {}
+    open_values = "measure" in (profile.bandwidth_bytes_per_s, profile.peak_flops)
+    try:
+        gpus = gpus_at_hand()
+    except SpecError:  # a GPU that cannot be used here is no obstacle to planning for another one
+        if open_values:
+            raise
+        return {}
+    if gpus is not None and matches(profile, gpus):
+        return gpus.measured
+    if open_values:
+        raise SpecError(
+            f"profile {profile.name} leaves its speeds to be measured, and this machine has no such GPU: state "
+            "bandwidth_bytes_per_s and peak_flops to plan for another machine"
+        )
+    return {}
+
+
+def free_gpu_bytes(num_devices: int) -> int:
+    """The memory that is free now on the fullest of the GPUs that a study will use. Raises
+    SpecError where there are none.
+    """
+    gpus = gpus_at_hand()
+    if gpus is None:
+        raise SpecError(
+            "kv_cache_memory_bytes: measure is for a machine with a GPU; give a number of bytes to plan for another"
+        )
+    used = gpus.measured["devices"][:num_devices]
+    # torch counts them in another order
+    now = telemetry.free_gpu_bytes(",".join(f"GPU-{device.get('uuid')}" for device in used))
+    if len(now) == len(used) and all(
+        abs(total - used[0]["memory_bytes"]) < 0.05 * total for _, total in now
+    ):
+        return min(free for free, _ in now)
+    # of a MIG slice nvidia-smi tells the whole GPU's: when it was measured
+    return min(device["free_bytes"] for device in used)
+
+
+def kv_budget(free_bytes: int, weight_bytes: int, step_bytes: int, most_bytes: int) -> int:
+    """Bytes of KV cache for a device with so much free memory: what weights and a step leave of it,
+    and no more than the work can fill, in whole units. Raises SpecError where nothing is left.
+    """
+    room = int(KV_SHARE * free_bytes) - weight_bytes - step_bytes
+    wanted = -(-most_bytes // KV_STEP_BYTES) * KV_STEP_BYTES
+    if room < KV_STEP_BYTES:
+        lacking = (KV_STEP_BYTES - room) / KV_SHARE
+        raise SpecError(
+            f"the device has {free_bytes / 1e9:.1f} GB free; weights take {weight_bytes / 1e9:.1f} GB and a step about "
+            f"{step_bytes / 1e9:.1f} GB, which leaves no KV cache. Free {lacking / 1e9:.1f} GB more (nvidia-smi lists what holds "
+            "it), take a smaller MODEL, or lower settings.max_num_batched_tokens"
+        )
+    return min(wanted, room // KV_STEP_BYTES * KV_STEP_BYTES)
+
+
+def listed_gpus() -> list[str]:
+    """What the driver lists, a line each (`nvidia-smi -L`, MIG slices included); empty without one,
+    and where all are hidden.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return []
+    # some containers and Windows' Linux have a driver without its tools
+    if shutil.which("nvidia-smi") is None:
+        return [str(path) for path in _DRIVER_FILES if path.exists()]
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "-L"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=30,
+            check=False,
+        )
+        said = done.stdout + done.stderr
+    except (subprocess.SubprocessError, OSError) as error:
+        said = str(error)
+    found = [line.strip() for line in said.splitlines() if re.match(r"\s*(GPU|MIG) ", line)]
+    if not found and said and any(path.exists() for path in _DRIVER_FILES):
+        # an update without a restart, for instance
+        return [f"a driver that does not answer ({said.strip().splitlines()[0]})"]
+    return found
+
+
+def measure_gpus(listed: list[str]) -> dict[str, Any]:
+    """What PyTorch sees of these GPUs and how fast the first one is, measured once (a few seconds)
+    and then kept.
+    """
+    torch_version = metadata.version("torch")
+    visible = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")}
+    return _kept(
+        [listed, visible, torch_version, sys.version_info[:2]], [sys.executable, "-c", _MEASURE_GPU]
+    )
+
+
+def measure() -> dict[str, Any]:
+    """Copy bandwidth and matrix-multiplication peak of this CPU, measured once (about 5 s) and then
+    kept.
+    """
+    hardware = [provenance.cpu_model(), provenance.cpu_cores(), provenance.memory_bytes()]
+    return _kept(hardware, [sys.executable, "-c", _MEASURE_CPU, str(provenance.cpu_cores())])
+
+
+def _kept(what: list[Any], command: list[str]) -> dict[str, Any]:
+    """The JSON that a command prints, from the cache where this hardware was measured before; what
+    could not be measured is not kept. Raises SpecError if the command fails.
+    """
+    cache = Path(os.environ.get("NANOVLLM_CACHE") or provenance.ROOT / ".cache" / "nanovllm")
+    kept = cache / f"machine-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())  # type: ignore[no-any-return]
+    print(
+        "measuring this machine's memory bandwidth and arithmetic (once, some seconds)",
+        file=sys.stderr,
+        flush=True,
+    )
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env=of_child(),
+            timeout=MEASURE_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise SpecError(
+            f"measuring this machine took over {MEASURE_TIMEOUT_S} s: does another process hold its GPU? "
+            "`--profile cpu` measures the CPU instead"
+        ) from None
+    if done.returncode != 0:
+        raise SpecError(f"measuring this machine failed: {done.stderr.strip()[-500:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    if "bandwidth_bytes_per_s" in found:
+        # a cache that cannot be written: measured again next time
+        with contextlib.suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True)
+            partial = kept.with_suffix(f".{os.getpid()}.partial")
+            partial.write_text(json.dumps(found))
+            partial.rename(kept)
+    return found

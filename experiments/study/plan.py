@@ -1,0 +1,418 @@
+"""From a study, a profile and a model to a plan: every launch there will be, in an order drawn from
+the study's seed.
+
+Randomized complete blocks: a block holds every cell once, in random order, and each launch serves
+the workloads in random order. The same study, profile, model and overrides give the same plan, byte
+for byte. `outline` is its shape, without a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import random
+import shutil
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments import workloads
+from experiments.engines import load_adapter
+from experiments.host import model_files
+from experiments.records import store
+from experiments.records.factor_levels import Level, level_value
+from experiments.study import block_count, designs, machine, work_size
+from experiments.study.spec import FACTORS, Cell, ModelChoice, Profile, Study
+from experiments.study.yaml_files import SpecError
+from nanovllm.config import BASELINE
+
+Plan = dict[str, Any]
+
+
+class NotHereError(SpecError):
+    """A sound study that cannot run on this profile; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """The shape of a plan: its cells, what cannot run, how many blocks, and how a fraction was
+    generated.
+    """
+
+    cells: dict[str, Cell]
+    not_applicable: list[dict[str, Any]]
+    blocks: int
+    generators: dict[str, list[str]]
+    launch_s: float
+
+    @property
+    def launches(self) -> int:
+        return self.blocks * len(self.cells)
+
+    @property
+    def expected_s(self) -> float:
+        return self.launches * self.launch_s
+
+
+def build_plan(
+    study: Study,
+    profile: Profile,
+    model: ModelChoice | None = None,
+    overrides: dict[str, Any] | None = None,
+) -> Plan:
+    """Expands a study. model: instead of the study's own or the profile's. Raises SpecError, or
+    ModelError for the checkpoint.
+
+    A factor's level that cannot run on the profile is listed in `not_applicable` with the reason,
+    and has no cell.
+    """
+    choice = model or study.model or ModelChoice(preset=profile.preset, dtype=profile.dtype)
+    resolved_model = resolve_model(choice)
+    settled_profile = machine.settle(profile, choice.dtype)
+    cells = _cells(study, settled_profile, resolved_model["shape"])[0]
+    study, sized = work_size.fit(study, settled_profile, resolved_model, cells)
+    work = {name: workloads.build(name, w.kind, w.params) for name, w in study.workloads.items()}
+    settings = study.settings.model_dump()
+    settings["kv_cache_memory_bytes"] = _kv_cache_bytes(
+        study, settled_profile, resolved_model, work
+    )
+    settled_profile["kv_cache_memory_bytes"] = settings["kv_cache_memory_bytes"]
+    _check_fit(study, work, resolved_model["shape"], settings)
+    _check_memory(study, settled_profile, resolved_model)
+
+    shape = outline(study, settled_profile, resolved_model["shape"])
+    shared = {**settings, "dtype": choice.dtype, "device": profile.device}
+    launches = _launches(study.design.seed, shape.blocks, list(shape.cells), list(work))
+    described = {
+        **study.model_dump(exclude={"workloads", "cells", "gate", "model"}),
+        "overrides": overrides or {},
+    }
+    # as they were settled
+    described["design"] |= {"blocks": shape.blocks, "generators": shape.generators}
+    plan: Plan = {
+        "plan_version": 1,
+        "study": described,
+        "profile": settled_profile,
+        "model": resolved_model,
+        "workloads": {name: workloads.summarize(w) for name, w in work.items()},
+        "cells": {name: _entry(study, cell, shared) for name, cell in shape.cells.items()},
+        "not_applicable": shape.not_applicable,
+        "launches": launches,
+        "gate": study.gate,
+        "expected_s": shape.expected_s,
+        **({"sized": sized} if sized else {}),
+    }
+    return {**plan, "plan_hash": store.plan_hash(plan)}
+
+
+def resolve_model(choice: ModelChoice) -> dict[str, Any]:
+    """The `model` part of a plan. A preset is built if it is not in the cache yet."""
+    found = model_files.inspect(choice.preset, choice.path)
+    path = None if choice.preset else found["path"]
+    shape = model_files.shape(Path(found["path"]))
+    return {
+        "preset": choice.preset,
+        "path": path,
+        "dtype": choice.dtype,
+        "digest": found["digest"],
+        "shape": shape,
+    }
+
+
+def outline(study: Study, profile: dict[str, Any], shape: dict[str, Any] | None = None) -> Outline:
+    """Cells and blocks of a study on a profile; `shape` is the model's, where it is known. Raises
+    SpecError, NotHereError.
+
+    A level or a combination of levels that cannot run is listed with the reason and has no cell. A
+    design that cannot lose a cell is refused instead.
+    """
+    cells, not_applicable, generators = _cells(study, profile, shape)
+    design, launch_s = study.design, study.measurement.launch_s
+    try:
+        blocks = block_count.blocks_within(
+            design.blocks, design.budget_s, design.bootstrap, len(cells), launch_s
+        )
+    except ValueError as error:
+        raise SpecError(f"{study.source}: {error}") from error
+    return Outline(cells, not_applicable, blocks, generators, launch_s)
+
+
+def inapplicable(
+    factor: str, level: Level, profile: dict[str, Any], shape: dict[str, Any] | None
+) -> str | None:
+    """Why a level of a factor cannot run on a profile with a model; None if it can."""
+    if reason := why_not({factor: level}, profile):
+        return reason
+    if factor == "tensor_parallel_size":
+        heads = shape["num_key_value_heads"] if shape else 0
+        if heads % int(level):
+            return f"{level} processes cannot share the model's {heads} KV heads evenly"
+    if factor in ("tensor_parallel_size", "data_parallel_size") and (
+        reason := _too_few_devices(int(level), profile)
+    ):
+        return reason
+    if (
+        (factor, level) == ("kernels", "compile")
+        and profile["device"] == "cpu"
+        and not _cpp_compiler()
+    ):
+        return "torch.compile needs a C++ compiler on a CPU and finds none; install g++, or set CXX"
+    return None
+
+
+def _cpp_compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+
+
+def why_not(
+    levels: Mapping[str, Level], profile: dict[str, Any], *, whole: bool = False
+) -> str | None:
+    """Why a combination of levels cannot run on a profile; None if it can. The engine itself
+    decides.
+
+    whole: these are all levels of a cell that are not at their baseline.
+    """
+    try:
+        change: dict[str, Any] = {factor: level_value(level) for factor, level in levels.items()}
+        asked = dataclasses.replace(BASELINE, **change)
+        dataclasses.replace(asked, data_parallel_size=1).resolve(profile["device"], in_engine=whole)
+    except ValueError as error:
+        return str(error)
+    return (
+        _too_few_devices(asked.tensor_parallel_size * asked.data_parallel_size, profile)
+        if whole
+        else None
+    )
+
+
+def _too_few_devices(processes: int, profile: dict[str, Any]) -> str | None:
+    have, unit = (
+        (profile["num_devices"], "GPU")
+        if profile["device"] == "cuda"
+        else (profile["cpu_cores"], "CPU core")
+    )
+    return (
+        f"needs {processes} {unit}s, one a process; profile {profile['name']} has {have}"
+        if processes > (have or 1)
+        else None
+    )
+
+
+def _cells(
+    study: Study, profile: dict[str, Any], shape: dict[str, Any] | None
+) -> tuple[dict[str, Cell], list[dict[str, Any]], dict[str, list[str]]]:
+    """The cells that can run, by name; what cannot; the generators of a fraction."""
+    kind, off, where = study.design.kind, study.baselines(), f"on profile {profile['name']}"
+
+    def impossible(point: Mapping[str, Level]) -> str | None:
+        return why_not({**study.fixed, **point}, profile, whole=True)
+
+    for factor, level in study.fixed.items():
+        if reason := inapplicable(factor, level, profile, shape):
+            raise NotHereError(
+                f"{study.source}: fixed.{factor}: {level} cannot run {where}: {reason}"
+            )
+    for factor, level in off.items():
+        if reason := inapplicable(factor, level, profile, shape):
+            raise NotHereError(
+                f"{study.source}: the baseline of {factor} cannot run {where}: {reason}"
+            )
+    absent = {
+        (factor, level): reason
+        for factor, spec in study.factors.items()
+        for level in spec.levels
+        if (reason := inapplicable(factor, level, profile, shape))
+    }
+    if absent and kind in designs.FACTORIALS:
+        (factor, level), reason = next(iter(absent.items()))
+        raise NotHereError(
+            f"{study.source}: design.kind: {kind} cannot lose a level, and factors.{factor}.levels: {level} cannot "
+            f"run {where}: {reason} Leave it out, or use another kind: {_others()}"
+        )
+    not_applicable = [
+        {"factor": factor, "level": level, "reason": reason}
+        for (factor, level), reason in absent.items()
+    ]
+    levels = {
+        f: [level for level in spec.levels if (f, level) not in absent]
+        for f, spec in study.factors.items()
+    }
+    generators = study.generators(levels)
+
+    def can_run(point: Mapping[str, Level]) -> bool:
+        return impossible(point) is None
+
+    name, point = designs.reference(kind, off, levels, study.apart())
+    if reason := impossible(point):
+        raise NotHereError(
+            f"{study.source}: the reference, {name} ({_described(point)}), cannot run {where}: {reason}"
+        )
+    cells = {
+        name: Cell.model_construct(engine=study.engine, role="baseline", levels=point, config={}),
+        "aa": Cell.model_construct(engine=study.engine, role="aa", levels=point, config={}),
+    }
+    made_cells = designs.cells(kind, off, levels, generators, apart=study.apart(), can_run=can_run)
+    for made, (role, point) in made_cells.items():
+        reason = impossible(point)
+        if reason and kind in designs.FACTORIALS:
+            raise NotHereError(
+                f"{study.source}: design.kind: {kind} cannot lose a cell, and {made} cannot run {where}: {reason} "
+                f"Leave a factor out, or use another kind: {_others()}"
+            )
+        if reason:
+            changed = {factor: level for factor, level in point.items() if level != off[factor]}
+            not_applicable.append({"factor": made, "level": _described(changed), "reason": reason})
+        else:
+            cells[made] = Cell(engine=study.engine, role=role, levels=point)
+    for given, cell in study.cells.items():
+        missing = [pair for pair in cell.levels.items() if pair in absent]
+        ranks = cell.config.get("tensor_parallel_size", 1)  # of another engine
+        if missing:
+            reason = absent[missing[0]]
+        else:
+            reason = (
+                impossible(off | cell.levels)
+                if cell.engine == study.engine
+                else _too_few_devices(ranks, profile)
+            )
+        if reason:
+            lacking = (
+                "{}={}".format(*missing[0])
+                if missing
+                else _described(cell.levels or {"tensor_parallel_size": ranks})
+            )
+            not_applicable.append({"factor": given, "level": lacking, "reason": reason})
+        else:
+            cells[given] = cell
+    if len(cells) == 2:
+        raise NotHereError(
+            f"{study.source}: nothing to compare {name} with {where}: {not_applicable[0]['reason']}"
+        )
+    return cells, not_applicable, generators
+
+
+def _described(levels: Mapping[str, Level]) -> str:
+    return ", ".join(f"{factor}={level}" for factor, level in levels.items())
+
+
+def _others() -> str:
+    return ", ".join(
+        other for other in typing.get_args(designs.Kind) if other not in designs.FACTORIALS
+    )
+
+
+def _entry(study: Study, cell: Cell, shared: dict[str, Any]) -> dict[str, Any]:
+    """A cell as a plan stores it. Every optimization is set explicitly, whatever the engine's
+    defaults are.
+    """
+    allowed = load_adapter(cell.engine).allowed
+    levels = study.baselines() | cell.levels if cell.engine == study.engine else cell.levels
+    config = {key: value for key, value in shared.items() if key in allowed}
+    if "optimizations" in allowed:
+        every = {factor: known[0] for factor, known in FACTORS.items()} | study.fixed | levels
+        config["optimizations"] = {factor: level_value(level) for factor, level in every.items()}
+    if unknown := sorted(set(cell.config) - set(allowed)):
+        raise SpecError(
+            f"{study.source}: engine {cell.engine} has no setting {unknown[0]!r}; allowed: {', '.join(allowed)}"
+        )
+    return {
+        "engine": cell.engine,
+        "config": config | cell.config,
+        "levels": levels,
+        "role": cell.role,
+    }
+
+
+def _launches(seed: int, blocks: int, cells: list[str], work: list[str]) -> list[dict[str, Any]]:
+    launches = []
+    for block in range(blocks):
+        rng = random.Random(f"{seed}/{block}")
+        order = rng.sample(cells, len(cells))
+        for position, cell in enumerate(order):
+            launches.append(
+                {
+                    "launch": f"b{block:02d}-o{position:02d}-{cell}",
+                    "block": block,
+                    "order": position,
+                    "cell": cell,
+                    "seed": _seed(f"{seed}/{block}/{cell}"),
+                    "workload_order": rng.sample(work, len(work)),
+                }
+            )
+    return launches
+
+
+def _seed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+def _kv_cache_bytes(
+    study: Study, profile: dict[str, Any], model: dict[str, Any], work: dict[str, Any]
+) -> int:
+    """The study's own, the profile's, or what the device has room for now and the work can fill."""
+    settings, shape = study.settings, model["shape"]
+    given: int | str = settings.kv_cache_memory_bytes or profile["kv_cache_memory_bytes"]
+    if isinstance(given, int):
+        return given
+    longest = [
+        len(r["prompt_token_ids"]) + r["max_tokens"]
+        for w in work.values()
+        for wave in w["waves"]
+        for r in wave
+    ]
+    pages = -(-max(longest) // settings.block_size) + 1  # the last token of a step may open a page
+    most = (
+        settings.max_num_seqs
+        * pages
+        * settings.block_size
+        * work_size.kv_bytes_per_token(shape, model["dtype"])
+    )
+    step = work_size.step_bytes(
+        shape, model["dtype"], settings.max_num_batched_tokens, settings.max_num_seqs
+    )
+    free = machine.free_gpu_bytes(profile["num_devices"])
+    return machine.kv_budget(free, work_size.weight_bytes(shape, model["dtype"]), step, most)
+
+
+def _check_memory(study: Study, profile: dict[str, Any], model: dict[str, Any]) -> None:
+    """Raises SpecError for a KV cache that is larger than the memory of a device, and for weights
+    that leave no room for it.
+    """
+    asked, there = profile["kv_cache_memory_bytes"], profile["memory_bytes"]
+    if asked and there and asked > there:
+        raise SpecError(
+            f"{study.source}: settings.kv_cache_memory_bytes is {asked:,}, and profile {profile['name']} has {there:,} bytes of "
+            "memory: lower it (SET=settings.kv_cache_memory_bytes=5368709120), or take a study made for this memory (gpu-8gb, "
+            "gpu-vllm-8gb)"
+        )
+    weights = work_size.weight_bytes(model["shape"], model["dtype"])
+    shards = int({**study.baselines(), **study.fixed}.get("tensor_parallel_size", 1))
+    if profile["device"] == "cuda" and there and weights / shards + asked > there:
+        raise SpecError(
+            f"{study.source}: the weights of {model['preset'] or model['path']} take {weights:,} bytes in {model['dtype']} and the "
+            f"KV cache {asked:,}; profile {profile['name']} has {there:,} bytes of memory. Take a smaller MODEL, or lower "
+            "settings.kv_cache_memory_bytes"
+        )
+
+
+def _check_fit(
+    study: Study, work: dict[str, Any], shape: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    """Raises SpecError for a workload that the model or the settings cannot hold: found now, not in
+    the first launch.
+    """
+    for name, workload in work.items():
+        requests = [request for wave in workload["waves"] for request in wave]
+        longest = max(len(r["prompt_token_ids"]) + r["max_tokens"] for r in requests)
+        where = f"{study.source}: workload {name}"
+        if longest > settings["max_model_len"]:
+            raise SpecError(
+                f"{where} has a request of {longest} tokens; settings.max_model_len is {settings['max_model_len']}"
+            )
+        drawn = workload["params"]["vocab_size"]
+        if drawn > shape["vocab_size"]:
+            raise SpecError(
+                f"{where} draws from {drawn} tokens; the model has {shape['vocab_size']}: lower its vocab_size"
+            )

@@ -1,0 +1,13 @@
+"""From records and their plan to the result of a study.
+
+    analyse            the whole analysis: one JSON-able dict, the same for the same input
+    study_records      reads the records of a study for its report
+    counting           which launches count, with a reason for every one left out
+    consistency        checks of a launch record against itself and its plan
+    compare            comparisons of engines: pair by pair, and whether they were fair
+    gate_and_launches  the gate, the toggles, the order of the launches, the machine
+    unjudged           launches that no reference can judge: measured, nothing concluded
+    answer             the result in one sentence, and what to know before believing it
+
+May import statistics and text.
+"""

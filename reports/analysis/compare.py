@@ -1,0 +1,253 @@
+"""What a study's comparisons found: our cell against another engine's or another of ours, pair by
+pair, and whether it was fair.
+
+The pairs and their rules are the study's (experiments/study/spec.py, `comparisons`);
+experiments/launch/fairness.py says what a rule asks.
+A pair that breaks its rule has no ratio: its numbers stand in the other tables, but nothing is
+concluded from them.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from experiments.launch import fairness
+from reports.statistics.intervals import Rule, estimate, judge
+from reports.statistics.metrics import METRICS, THROUGHPUT
+from reports.text import count_of, interval, percent, ratio
+
+Analysis = Mapping[str, Any]
+# {metric: {workload: {cell: {block: value}}}}
+Values = Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]]
+Launches = Sequence[Mapping[str, Any]]
+
+
+def compared(
+    values: Values, launches: Launches, plan: Mapping[str, Any], rule: Rule
+) -> list[dict[str, Any]]:
+    """One entry for each pair of each comparison, in the study's order; [] for a study without
+    comparisons.
+
+    effects: {metric: {workload: Effect}}, ours over theirs, paired within blocks; {} where the pair
+    is unfair. All pairs and workloads of a metric are one family.
+    twins: {workload: Effect} of the same throughput where ours is the baseline, with the A/A arm in
+    its place: the same cell run twice. They are no tests, and have no verdict.
+    """
+    twin = next((cell for cell, entry in plan["cells"].items() if entry["role"] == "aa"), None)
+    entries = []
+    for name, comparison in plan["study"].get("comparisons", {}).items():
+        for ours, theirs in fairness.pairs(dict(plan), comparison):
+            entries.append(_pair(name, comparison["rule"], ours, theirs, launches, plan))
+    for key, metric in METRICS.items():
+        family = []
+        for entry in entries:
+            if not entry["breaches"]:
+                found = entry["effects"].setdefault(key, {})
+                for workload in plan["workloads"]:
+                    found[workload] = paired(
+                        values, key, workload, entry["ours"], entry["theirs"], rule
+                    )
+                    family.append(found[workload])
+        judge(family, rule, metric.better)
+    for entry in entries:
+        if twin and not entry["breaches"] and plan["cells"][entry["ours"]]["role"] == "baseline":
+            for workload in plan["workloads"]:
+                entry["twins"][workload] = paired(
+                    values, THROUGHPUT.key, workload, twin, entry["theirs"], rule
+                )
+    return entries
+
+
+def _pair(
+    name: str, rule: str, ours: str, theirs: str, launches: Launches, plan: Mapping[str, Any]
+) -> dict[str, Any]:
+    mine, other = (
+        [record for record in launches if record["cell"] == cell] for cell in (ours, theirs)
+    )
+    breaches = [
+        breach
+        for left in mine[-1:]
+        for right in other
+        for breach in fairness.breaches(dict(plan), rule, dict(left), dict(right))
+    ]
+    differences = (
+        fairness.differences(mine[-1]["resolved"], other[-1]["resolved"]) if mine and other else []
+    )
+    return {
+        "name": name,
+        "rule": rule,
+        "ours": ours,
+        "theirs": theirs,
+        "our_engine": plan["cells"][ours]["engine"],
+        "engine": plan["cells"][theirs]["engine"],
+        "version": other[-1]["resolved"].get("version") if other else None,
+        "breaches": list(dict.fromkeys(breaches)),
+        "differences": [list(row) for row in differences],
+        "effects": {},
+        "twins": {},
+    }
+
+
+def paired(
+    values: Values, key: str, workload: str, ours: str, theirs: str, rule: Rule
+) -> dict[str, Any]:
+    """The Effect of one cell over another on a workload, over the blocks that have both; without a
+    verdict.
+    """
+    by_cell = values[key].get(workload, {})
+    above, below = by_cell.get(ours, {}), by_cell.get(theirs, {})
+    log_ratios = {
+        block: math.log(above[block] / below[block])
+        for block in sorted(above.keys() & below.keys())
+    }
+    return {
+        "metric": key,
+        "workload": workload,
+        "cell": ours,
+        "reference": theirs,
+        **estimate(log_ratios, rule, f"{key}/{workload}/{ours}/{theirs}"),
+    }
+
+
+def costs(launches: Launches, plan: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What a cell costs beside time: {"launch": one row a cell, "work": one row a cell and
+    workload}; medians over launches.
+
+    first_load_s is that of the cell's first counted launch, when nothing was compiled or cached
+    yet; load_s of the later ones.
+    """
+    rows: list[dict[str, Any]] = []
+    work: list[dict[str, Any]] = []
+    for cell in plan["cells"]:
+        own = sorted(
+            (r for r in launches if r["cell"] == cell), key=lambda record: record["started_at"]
+        )
+        if not own:
+            continue
+        # A forked launch (measurement.preload) has had its imports before it began.
+        starts = [
+            record["process_start_s"] + (record.get("preloaded_s") or 0.0) + record["load_s"]
+            for record in own
+        ]
+        device = [record["peak_memory_bytes"]["device"] for record in own]
+        rows.append(
+            {
+                "cell": cell,
+                "n": len(own),
+                "first_load_s": starts[0],
+                "load_s": statistics.median(starts[1:] or starts),
+                "warm_up_s": statistics.median(record["warm_up_s"] for record in own),
+                "host_bytes": statistics.median(
+                    record["peak_memory_bytes"]["host"] or 0 for record in own
+                ),
+                "device_bytes": None if None in device else statistics.median(device),
+            }
+        )
+        for name in plan["workloads"]:
+            parts = [record["workloads"][name] for record in own]
+            cpu = [
+                part["host_cpu_s"] / part["output_tokens"]
+                for part in parts
+                if part["host_cpu_s"] is not None
+            ]
+            work.append(
+                {
+                    "workload": name,
+                    "cell": cell,
+                    "requests_per_s": len(parts)
+                    / sum(part["duration_s"] / part["num_requests"] for part in parts),
+                    "cpu_s_per_token": statistics.median(cpu) if cpu else None,
+                    "duration_s": statistics.median(part["duration_s"] for part in parts),
+                }
+            )
+    return {
+        "launch": rows,
+        "work": sorted(work, key=lambda row: list(plan["workloads"]).index(row["workload"])),
+    }
+
+
+def against_engines(analysis: Analysis) -> list[Mapping[str, Any]]:
+    """The pairs whose other side is another engine."""
+    return [
+        entry
+        for entry in analysis.get("comparisons") or []
+        if entry["engine"] != entry["our_engine"]
+    ]
+
+
+def among_ours(analysis: Analysis) -> list[Mapping[str, Any]]:
+    """The pairs of two cells of one engine: what one change adds to another."""
+    return [
+        entry
+        for entry in analysis.get("comparisons") or []
+        if entry["engine"] == entry["our_engine"]
+    ]
+
+
+def headline(analysis: Analysis) -> Mapping[str, Any] | None:
+    """The pair that the first sentence is about: the study's first against another engine. None for
+    a study without one.
+    """
+    return next(iter(against_engines(analysis)), None)
+
+
+def sentence(analysis: Analysis) -> str:
+    """Faster, slower, equivalent or inconclusive, by how much, on what; made from verdicts by fixed
+    rules.
+    """
+    entry = headline(analysis)
+    if entry is None:
+        raise ValueError("this study names no comparison with another engine")
+    against = f"Against {entry['engine']}{' ' + entry['version'] if entry['version'] else ''}, {said(entry['name'])}"
+    if entry["breaches"]:
+        return f"{against}: no answer, the comparison was not fair ({entry['breaches'][0]})."
+    effects = [effect for effect in entry["effects"][THROUGHPUT.key].values() if effect["n"]]
+    if not effects:
+        return f"{against}: no answer, no block holds both {entry['ours']} and {entry['theirs']}."
+    blocks = count_of(min(effect["n"] for effect in effects), "block")
+    confidence = percent(analysis["rule"]["confidence"], 0)
+    found = "; ".join(_says(effect) for effect in effects)
+    return f"{against}, {entry['our_engine']} is {found} (output tokens per second, {confidence} intervals, {blocks})."
+
+
+RULE_WORDS = {
+    "best": "checkpoint, number format, work and KV-cache bytes",
+    "like-for-like": "those, the limits, and every switch that both have",
+}
+
+
+def said(comparison: str) -> str:
+    """A comparison's name as it stands in a sentence."""
+    return {
+        "best": "both at their best",
+        "like-for-like": "like for like",
+        "all-off": "everything off in both",
+    }.get(comparison, f"comparison {comparison}")
+
+
+def _says(effect: Mapping[str, Any]) -> str:
+    if effect["low"] is None:
+        return f"inconclusive on {effect['workload']} ({ratio(effect['ratio'])}, too few blocks for an interval)"
+    return f"{effect['verdict']} on {effect['workload']} ({ratio(effect['ratio'])}, {interval(effect['low'], effect['high'])})"
+
+
+def verdict(analysis: Analysis) -> str:
+    """Of the sentence: the verdict that all workloads share, `mixed` where they do not."""
+    entry = headline(analysis)
+    effects = entry["effects"].get(THROUGHPUT.key, {}).values() if entry else ()
+    found = {effect["verdict"] for effect in effects if effect["n"]}
+    return str(found.pop()) if len(found) == 1 else "mixed" if found else "inconclusive"
+
+
+def throughput_rows(
+    analysis: Analysis, entries: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """(pair, effect on throughput), workload by workload, of every fair one of these pairs."""
+    for workload in analysis["workloads"]:
+        for entry in entries:
+            effect = entry["effects"].get(THROUGHPUT.key, {}).get(workload)
+            if effect:
+                yield entry, effect

@@ -1,0 +1,160 @@
+"""Which launches count: the rules of docs/adr/0002, applied once, with a reason for every launch
+left out.
+
+A launch counts if it is in the plan, ran under this plan, has `status: ok`, was not superseded,
+contradicts neither the plan nor itself (consistency.py), and every one of its workloads produced
+tokens that passed the equivalence gate. Of several attempts the first that finished decides
+(experiments/records/store.py), whatever came of it; whether a launch counts never depends on how fast it
+was.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from experiments.records.store import DONE
+from reports.analysis.consistency import Check, check_workload
+
+Record = Mapping[str, Any]
+
+
+@dataclass
+class Counted:
+    """The outcome of counting: `launches` and `excluded` together hold every launch record once."""
+
+    launches: list[Record] = field(default_factory=list)
+    excluded: list[dict[str, Any]] = field(default_factory=list)
+    duplicates: int = 0
+    checks_made: Counter[str] = field(default_factory=Counter)
+    checks_failed: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Gate:
+    """The gate's word on each (workload, tokens digest). Judged again, the later line replaces the
+    earlier (equivalence.py).
+    """
+
+    def __init__(self, records: Sequence[Record], plan_hash: str) -> None:
+        lines = [
+            record
+            for record in records
+            if record["kind"] == "gate" and record["plan_hash"] == plan_hash
+        ]
+        self.negative_controls = [line for line in lines if line["is_negative_control"]]
+        self.lines = {
+            (line["workload"], line["tokens_digest"]): line
+            for line in lines
+            if not line["is_negative_control"]
+        }
+
+    def objection(self, workload: str, digest: str) -> str | None:
+        """Why these tokens are not accepted, or None where they passed."""
+        line = self.lines.get((workload, digest))
+        if line is None:
+            return f"the gate did not check its tokens ({workload})"
+        if line["status"] == "pass":
+            return None
+        return f"gate: {line['status']} on {workload}: {line.get('reason') or 'no reason recorded'}"
+
+
+def count(records: Sequence[Record], plan: Mapping[str, Any], gate: Gate) -> Counted:
+    """Sort every launch record of `records` into counted and excluded; a duplicated record is
+    looked at once.
+    """
+    planned = {launch["launch"]: launch for launch in plan["launches"]}
+    if len({(launch["block"], launch["cell"]) for launch in planned.values()}) < len(
+        plan["launches"]
+    ):
+        raise ValueError("the plan runs a cell twice in one block; a block holds every cell once")
+    superseded = {
+        (record["launch"], record["attempt"]): record.get("reason") or "no reason recorded"
+        for record in records
+        if record["kind"] == "superseded" and record["plan_hash"] == plan["plan_hash"]
+    }
+    counted = Counted()
+    seen: dict[tuple[str, int], Record] = {}
+    finished: set[str] = set()
+    for record in records:
+        if record["kind"] != "launch":
+            continue
+        key = (record["launch"], record["attempt"])
+        if seen.get(key) == record:
+            counted.duplicates += 1
+            continue
+        if key in seen:
+            reason: str | None = "another record of the same launch and attempt came first"
+        elif key in superseded:
+            reason = f"superseded: {superseded[key]}"
+        else:
+            reason = _foreign(record, plan, planned)
+            if reason is None and record["launch"] in finished:
+                reason = "an earlier attempt of this launch had finished"
+            elif reason is None:
+                reason = _objection(record, plan, gate, counted)
+                if record["status"] in DONE:
+                    finished.add(record["launch"])
+        seen.setdefault(key, record)
+        if reason is None:
+            counted.launches.append(record)
+        else:
+            shown = ("launch", "attempt", "block", "cell", "status")
+            counted.excluded.append({**{name: record[name] for name in shown}, "reason": reason})
+    counted.launches.sort(key=lambda record: (record["block"], record["order"], record["launch"]))
+    counted.excluded.sort(
+        key=lambda row: (row["block"], row["launch"], row["attempt"], row["reason"])
+    )
+    return counted
+
+
+def _foreign(record: Record, plan: Mapping[str, Any], planned: Mapping[str, Any]) -> str | None:
+    """Why a record does not belong to this plan, or None."""
+    if record["plan_hash"] != plan["plan_hash"]:
+        return f"ran under another plan ({record['plan_hash'][:12]})"
+    entry = planned.get(record["launch"])
+    if entry is None:
+        return "not in the plan"
+    if (entry["cell"], entry["block"]) != (record["cell"], record["block"]):
+        return f"the plan puts {entry['cell']} in block {entry['block']} under this name"
+    return None
+
+
+def _objection(record: Record, plan: Mapping[str, Any], gate: Gate, counted: Counted) -> str | None:
+    """The first rule that a launch of this plan breaks, or None."""
+    if record["status"] != "ok":
+        return f"{record['status']}: {record.get('reason') or 'no reason recorded'}"
+    missing = sorted(set(plan["workloads"]) - set(record["workloads"]))
+    if missing:
+        return f"did not serve {', '.join(missing)}"
+    failed = _failed_checks(record, plan, counted)
+    if failed:
+        return f"contradicts itself: {failed[0].name} ({failed[0].detail})"
+    for workload in sorted(plan["workloads"]):
+        objection = gate.objection(workload, record["workloads"][workload]["tokens_digest"])
+        if objection:
+            return objection
+    return None
+
+
+def _failed_checks(record: Record, plan: Mapping[str, Any], counted: Counted) -> list[Check]:
+    """Run the consistency checks, note them in `counted`, and return the hard ones that failed."""
+    hard = []
+    for name in sorted(plan["workloads"]):
+        for check in check_workload(
+            name, record["workloads"][name], plan["workloads"][name], record.get("resolved", {})
+        ):
+            counted.checks_made[check.name] += 1
+            if not check.ok:
+                counted.checks_failed.append(
+                    {
+                        "launch": record["launch"],
+                        "attempt": record["attempt"],
+                        "workload": name,
+                        "check": check.name,
+                        "hard": check.hard,
+                        "detail": check.detail,
+                    }
+                )
+                if check.hard:
+                    hard.append(check)
+    return hard

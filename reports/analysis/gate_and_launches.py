@@ -1,0 +1,164 @@
+"""What a report says besides effects: the gate, the toggles, the order of the launches, the
+machine.
+
+These are tables taken from the records as they stand; nothing here is estimated.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from reports.analysis.counting import Counted, Gate
+
+# The telemetry series drawn under the run order: the first of each group that was recorded.
+TELEMETRY_SERIES = (("gpu0_sm_mhz", "cpu_mhz"), ("gpu0_celsius", "cpu_busy"))
+
+
+def equivalence(gate: Gate, counted: Counted) -> dict[str, Any]:
+    """One row for each workload and digest that the gate looked at, with the cells that produced
+    these tokens.
+    """
+    makers: dict[tuple[str, str], set[str]] = {}
+    for record in counted.launches:
+        for workload, work in record["workloads"].items():
+            makers.setdefault((workload, work["tokens_digest"]), set()).add(record["cell"])
+    rows = [
+        {**_gate_row(line), "cells": sorted(makers.get(key, ()))}
+        for key, line in sorted(gate.lines.items())
+    ]
+    controls = [_gate_row(line) for line in gate.negative_controls]
+    return {
+        "rows": rows,
+        "negative_controls": controls,
+        "passed": sum(row["status"] == "pass" for row in rows),
+        "tokens_checked": sum(row["tokens_checked"] or 0 for row in rows),
+    }
+
+
+def _gate_row(line: Mapping[str, Any]) -> dict[str, Any]:
+    names = (
+        "workload",
+        "tokens_digest",
+        "dtype",
+        "status",
+        "reason",
+        "tokens_checked",
+        "mismatches",
+        "within_bound",
+        "max_margin",
+        "bound",
+        "calibration",
+        "first_offender",
+    )
+    return {name: line.get(name) for name in names}
+
+
+def toggles(counted: Counted, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Did each factor that was on fire, and what could it do? One row for each cell, workload and
+    factor that is on.
+
+    engaged, opportunity: the least and the most that a launch counted; opportunity is None where
+    being engaged says it all.
+    off_checked, off_engaged: how often a factor at its baseline was looked at, and how often it
+    fired all the same.
+    """
+    rows: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    off_checked = off_engaged = 0
+    for record in counted.launches:
+        for workload in plan["workloads"]:
+            for factor, toggle in record["workloads"][workload]["toggles"].items():
+                if toggle["level"] != toggle["baseline"]:
+                    rows.setdefault((record["cell"], factor, workload), []).append(toggle)
+                else:
+                    off_checked += 1
+                    off_engaged += toggle["engaged"] > 0
+    order = list(plan["cells"])
+    return {
+        "rows": [
+            {
+                "cell": cell,
+                "factor": factor,
+                "workload": workload,
+                "level": entries[0]["level"],
+                "launches": len(entries),
+                "engaged": _range([entry["engaged"] for entry in entries]),
+                "opportunity": _range(
+                    [entry["opportunity"] for entry in entries if entry["opportunity"] is not None]
+                ),
+            }
+            for (cell, factor, workload), entries in sorted(
+                rows.items(), key=lambda item: (order.index(item[0][0]), item[0])
+            )
+        ],
+        "off_checked": off_checked,
+        "off_engaged": off_engaged,
+    }
+
+
+def _range(values: list[int]) -> list[int] | None:
+    return [min(values), max(values)] if values else None
+
+
+def run_order(
+    counted: Counted, values: Mapping[str, Mapping[str, Mapping[int, float]]]
+) -> dict[str, Any]:
+    """The launches in the order in which they ran, with the mean of their telemetry; values:
+    {workload: {cell: {block: value}}}.
+    """
+    rows = []
+    for record in counted.launches:
+        own = {
+            name: by_cell.get(record["cell"], {}).get(record["block"])
+            for name, by_cell in values.items()
+        }
+        summary = record.get("telemetry", {}).get("summary", {})
+        rows.append(
+            {
+                "launch": record["launch"],
+                "block": record["block"],
+                "order": record["order"],
+                "cell": record["cell"],
+                "started_at": record["started_at"],
+                "values": own,
+                "telemetry": {name: series.get("mean") for name, series in sorted(summary.items())},
+                "throttle_reasons": record.get("telemetry", {}).get("throttle_reasons", []),
+            }
+        )
+    recorded = {
+        name for row in rows for name, value in row["telemetry"].items() if value is not None
+    }
+    series = [
+        next(name for name in group if name in recorded)
+        for group in TELEMETRY_SERIES
+        if recorded & set(group)
+    ]
+    return {"launches": rows, "telemetry_series": series}
+
+
+def hardware(counted: Counted, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Profile, model and provenance of the counted launches; a key with several values lists them
+    all as varying.
+    """
+    values: dict[str, set[str]] = {}
+    for record in counted.launches:
+        for key, value in flatten(record.get("provenance", {})):
+            values.setdefault(key, set()).add(value)
+    return {
+        "profile": dict(flatten(plan["profile"])),
+        "model": dict(flatten(plan["model"])),
+        "provenance": {
+            key: next(iter(found)) for key, found in sorted(values.items()) if len(found) == 1
+        },
+        "varying": {key: sorted(found) for key, found in sorted(values.items()) if len(found) > 1},
+        "boots": sorted({record["boot_id"] for record in counted.launches}),
+    }
+
+
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested JSON -> ("a.b", text) pairs; lists are written on one line, None as an absence."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list):
+        yield prefix, ", ".join(str(item) for item in value)
+    else:
+        yield prefix, "-" if value is None else str(value)

@@ -1,0 +1,14 @@
+"""Everything made from all published records together.
+
+    published_studies  the records under reports/published
+    publish            keeps an execution there, in as few bytes as it takes
+    claims             docs/claims.md: published claims beside what was measured here
+    measurements       the figures behind the claims
+    questions          docs/questions.md
+    prefix_work        how much arithmetic the prefix cache saved in a recorded launch
+    scaling_model      a modelled scaling curve, labelled as a model
+    line_counts        code lines of our engine and of vLLM, as published
+    code_lines         counts code lines and statements
+
+May import page, analysis and what lies below.
+"""

@@ -1,0 +1,210 @@
+"""docs/claims.md: every published claim beside what was measured here, with a verdict that a fixed
+rule gives.
+
+The rule is in ablations/claims.yaml, the measurement in measurements.py, the records in
+reports/published; this puts them side by side and judges, whichever way it falls.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from experiments.study import yaml_files
+from reports import text
+from reports.claims.measurements import MEASUREMENTS, Finding
+from reports.claims.published_studies import Library
+from reports.page.document import Column, Document, Section, Table
+
+ROOT = Path(__file__).resolve().parents[2]
+CLAIMS, PAGE = ROOT / "ablations" / "claims.yaml", ROOT / "docs" / "claims.md"
+REPRODUCED, NOT_REPRODUCED = "reproduced", "not reproduced"
+INCONCLUSIVE, NOT_TESTABLE = "inconclusive", "not testable here"
+
+
+class Claim(BaseModel):
+    """One entry of ablations/claims.yaml; its head says what each key means."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str
+    claim: str
+    published: str
+    hardware: str | None
+    value: float
+    quantity: str
+    rule: str
+    measure: dict[str, Any]
+    needs: str
+    assumed: str
+
+    @model_validator(mode="after")
+    def _known_measure(self) -> "Claim":
+        if (kind := self.measure.get("kind")) not in MEASUREMENTS:
+            raise ValueError(
+                f"measure.kind of {self.id}: {kind!r} is unknown; allowed: {', '.join(MEASUREMENTS)}"
+            )
+        return self
+
+
+class Claims(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    claims: list[Claim]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A claim with everything that was found, and the verdict; the verdict rests on `deciding`."""
+
+    claim: Claim
+    findings: Sequence[Finding]
+    deciding: Sequence[Finding]
+    verdict: str
+
+
+def read_claims(path: Path = CLAIMS) -> list[Claim]:
+    """Raises SpecError naming the file, the key and what is allowed."""
+    return yaml_files.load(Claims, path)[0].claims
+
+
+def judge(claim: Claim, library: Library) -> Judged:
+    """What the library says of a claim."""
+    parameters = {key: value for key, value in claim.measure.items() if key != "kind"}
+    findings = list(MEASUREMENTS[claim.measure["kind"]](library, **parameters))
+    candidates = [finding for finding in findings if finding.decides]
+    if not candidates:
+        return Judged(claim, findings, (), NOT_TESTABLE)
+    source = max(candidates, key=lambda finding: (finding.n, finding.when, finding.source)).source
+    deciding = [finding for finding in candidates if finding.source == source]
+    verdicts = {verdict_of(finding, claim.value) for finding in deciding}
+    verdict = next(word for word in (NOT_REPRODUCED, INCONCLUSIVE, REPRODUCED) if word in verdicts)
+    return Judged(claim, findings, deciding, verdict)
+
+
+def verdict_of(finding: Finding, value: float) -> str:
+    """One figure against the claimed one: the whole interval has to be on one side."""
+    if finding.low is None or finding.high is None:
+        return INCONCLUSIVE
+    return (
+        REPRODUCED
+        if finding.low >= value
+        else NOT_REPRODUCED
+        if finding.high < value
+        else INCONCLUSIVE
+    )
+
+
+def document(judged: Sequence[Judged]) -> Document:
+    """The page as data."""
+    tally = {
+        word: sum(one.verdict == word for one in judged)
+        for word in (REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE, NOT_TESTABLE)
+    }
+    columns = [
+        Column("claim"),
+        Column("published"),
+        Column("measured", "number"),
+        Column("interval", "number"),
+        Column("on"),
+        Column("verdict", "verdict"),
+    ]
+    return Document(
+        eyebrow="claims",
+        title="What was claimed, and what is found here",
+        question="Do the published figures of engines of this kind hold under a fair measurement?",
+        answer=f"Of {text.count_of(len(judged), 'claim')}: "
+        + ", ".join(f"{n} {word}" for word, n in tally.items())
+        + ".",
+        verdict=INCONCLUSIVE,
+        caveats=[],
+        facts=[],
+        sections=[
+            Section(
+                "verdicts",
+                "The verdicts",
+                [
+                    "Reproduced: the whole interval is at or above the claimed value. Not reproduced: all of it is below. "
+                    "Inconclusive: neither. Not testable here: no published record has the figure. Where several figures "
+                    "decide, all have to reach it. Rules and measurements: ablations/claims.yaml; "
+                    "a rule that was changed after its data had been seen says so.",
+                    "This page is made from reports/published by: python -m reports claims",
+                ],
+                tables=[Table("Claims", columns, [row for one in judged for row in _rows(one)])],
+            ),
+            *map(_section, judged),
+        ],
+    )
+
+
+def _rows(one: Judged) -> Iterator[list[str]]:
+    claim = one.claim
+    if not one.deciding:
+        yield [claim.claim, _published(claim), text.ABSENT, text.ABSENT, text.ABSENT, one.verdict]
+    for number, finding in enumerate(one.deciding):
+        head = [claim.claim, _published(claim)] if number == 0 else ["", ""]
+        tail = one.verdict if number == 0 else ""
+        yield [
+            *head,
+            _value(claim, finding.value),
+            _interval(claim, finding),
+            finding.hardware or text.ABSENT,
+            tail,
+        ]
+
+
+def _section(one: Judged) -> Section:
+    claim = one.claim
+    lead = [
+        f"Published: {_published(claim)}. Measured: {claim.quantity}.",
+        f"Rule: {claim.rule}.",
+        f"Assumed: {claim.assumed}.",
+        f"Verdict: {one.verdict}."
+        + ("" if one.deciding else f" No published record has it; it needs {claim.needs}."),
+    ]
+    columns = [
+        Column("figure"),
+        Column("measured", "number"),
+        Column("interval", "number"),
+        Column("evidence"),
+        Column("hardware"),
+        Column("records", "code"),
+        Column("decides"),
+    ]
+    rows = [
+        [
+            finding.what,
+            _value(claim, finding.value),
+            _interval(claim, finding),
+            finding.evidence,
+            finding.hardware or text.ABSENT,
+            finding.source,
+            verdict_of(finding, claim.value) if finding in one.deciding else "",
+        ]
+        for finding in one.findings
+    ]
+    return Section(
+        claim.id,
+        claim.claim[0].upper() + claim.claim[1:],
+        lead,
+        tables=[Table("Found", columns, rows)],
+    )
+
+
+def _published(claim: Claim) -> str:
+    return f"{claim.published} ({claim.hardware})" if claim.hardware else claim.published
+
+
+def _value(claim: Claim, value: float) -> str:
+    """A share as a percentage, a ratio as one; what was claimed tells which it is."""
+    return text.percent(value) if claim.value < 1 else text.ratio(value)
+
+
+def _interval(claim: Claim, finding: Finding) -> str:
+    if finding.low is None or finding.high is None:
+        return "none"
+    if finding.low == finding.high:
+        return "exact"
+    return f"{_value(claim, finding.low)} to {_value(claim, finding.high)}".replace("×", "")

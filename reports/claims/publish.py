@@ -1,0 +1,82 @@
+"""From a finished execution to a folder of reports/published: what is worth keeping, in as few
+bytes as it takes.
+
+The plan goes as it is, since its hash is in every record. In the records, paths of this clone are
+written relative to it; nothing else is changed. Generated tokens stay behind: the records hold
+their digests, and the gate has judged them.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from experiments.host import provenance
+from experiments.records.store import PLAN, RECORDS
+from reports.analysis.analyse import analyse
+from reports.analysis.study_records import RecordError, read_folder
+from reports.claims.published_studies import PUBLISHED
+
+_README = """# {title}, {when}
+
+{sentence}
+
+    {command}
+    python -m reports render {folder}     # the page, from these records
+
+Paths in the records are written relative to the clone; nothing else was changed. {tokens}
+"""
+_JUDGED = """`tokens.jsonl`, which the gate judged, is not
+kept here; `records.jsonl` holds its digests."""
+_UNJUDGED = """No gate judged the outputs: the
+generated tokens are not kept here, `records.jsonl` holds their digests."""
+
+
+def publish(folder: Path, name: str, command: str, root: Path = PUBLISHED) -> Path:
+    """Copies an execution to reports/published/`name`, with a README that says what it is and
+    `command`, which made it.
+
+    Raises RecordError where nothing counts, where other records are published under that name, and
+    for a name that is none.
+    """
+    if not re.fullmatch(r"[a-z0-9][\w.+-]*(/[a-z0-9][\w.+-]*)*", name):
+        raise RecordError(
+            f"{name!r}: give a place under {root.name}/ in small letters and slashes, e.g. cpu-two-cores/embedded"
+        )
+    plan, file = read_folder(folder)
+    analysis = analyse(file.records, plan, file.notes)
+    if not analysis["counts"]["counted_launches"] and not analysis["unjudged"]:
+        raise RecordError(
+            f"{folder}: {analysis['answer']['sentence']} Such records are not published; see its report for why"
+        )
+    text = (
+        (folder / RECORDS)
+        .read_text(encoding="utf-8")
+        .replace(json.dumps(str(provenance.ROOT))[1:-1], ".")
+    )
+    target = root / name
+    if (target / RECORDS).is_file() and not text.startswith(
+        (target / RECORDS).read_text(encoding="utf-8")
+    ):
+        raise RecordError(
+            f"{target} holds other records; give another name, or remove that folder first"
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / PLAN, target / PLAN)
+    (target / RECORDS).write_text(text, encoding="utf-8")
+    if not (target / "README.md").exists():
+        when = min(record["started_at"] for record in file.records if record["kind"] == "launch")[
+            :10
+        ]
+        title, sentence = plan["study"]["title"], analysis["answer"]["sentence"]
+        shown = (
+            target.relative_to(provenance.ROOT)
+            if target.is_relative_to(provenance.ROOT)
+            else target
+        )
+        tokens = _JUDGED if analysis["gate"]["rows"] else _UNJUDGED
+        readme = _README.format(
+            title=title, when=when, sentence=sentence, command=command, folder=shown, tokens=tokens
+        )
+        (target / "README.md").write_text(readme, encoding="utf-8")
+    return target

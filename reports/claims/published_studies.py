@@ -1,0 +1,84 @@
+"""The published records: every folder under reports/published that holds a plan and its records,
+and single results beside them.
+
+What is said in docs/claims.md and docs/questions.md is read from here and from nowhere else, so
+that a folder which is added here changes those pages by itself, and a figure without records cannot
+get into them.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from experiments.records.store import PLAN, RECORDS
+from reports.analysis.analyse import analyse
+from reports.analysis.study_records import read_folder
+
+PUBLISHED = Path(__file__).resolve().parents[1] / "published"
+
+
+@dataclass(frozen=True)
+class Study:
+    """One published execution. name: its folder, relative to the root of all, with slashes."""
+
+    name: str
+    folder: Path
+    plan: Mapping[str, Any]
+    records: list[dict[str, Any]]
+    analysis: Mapping[str, Any]
+
+    @property
+    def hardware(self) -> str:
+        """The GPU or the CPU of the counted launches, as they reported it."""
+        counted = [record["provenance"] for record in self.records if record["kind"] == "launch"]
+        gpus = [gpu["name"] for gpu in (counted[0].get("gpus") or [])] if counted else []
+        cpu = (
+            counted[0]["cpu"] if counted else {"model": self.plan["profile"]["name"], "cores": "?"}
+        )
+        return f"{len(gpus)} x {gpus[0]}" if gpus else f"{cpu['model']}, {cpu['cores']} cores"
+
+
+@dataclass(frozen=True)
+class Library:
+    """studies: by name; results: every other JSON object in a file of its own, by its path (figures
+    of pytest-benchmark, counts of code lines).
+    """
+
+    studies: Mapping[str, Study]
+    results: Mapping[str, dict[str, Any]]
+
+
+def folders(root: Path = PUBLISHED) -> list[Path]:
+    """The folders of published executions, in the order of their names."""
+    return sorted(path.parent for path in root.rglob(PLAN) if (path.parent / RECORDS).is_file())
+
+
+@lru_cache(maxsize=2)
+def library(root: Path = PUBLISHED) -> Library:
+    """Reads and analyses all of it. Raises RecordError for a folder that cannot be read, ValueError
+    for broken JSON.
+    """
+    return Library(
+        {study.name: study for study in map(_read(root), folders(root))}, dict(_results(root))
+    )
+
+
+def _read(root: Path) -> Any:
+    def read(folder: Path) -> Study:
+        plan, file = read_folder(folder)
+        analysis = analyse(file.records, plan, file.notes)
+        return Study(folder.relative_to(root).as_posix(), folder, plan, file.records, analysis)
+
+    return read
+
+
+def _results(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    studies = folders(root)
+    for path in sorted(root.rglob("*.json")):
+        if not any(path.is_relative_to(folder) for folder in studies):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(content, dict):
+                yield path.relative_to(root).as_posix(), content

@@ -1,0 +1,11 @@
+"""The pictures of a report, and the browser that they are tested in.
+
+    pictures     every picture, for a desk and for a phone
+    ratio_plots  ratios with their intervals: forest, A/A panel, factors
+    run_order    launches in their order: drift would show here
+    layout       widths, fonts and rows that all pictures share
+    svg          Matplotlib figures as SVG text, themed by CSS
+    browser      a headless Chromium, spoken to through a pipe
+
+May import text.
+"""

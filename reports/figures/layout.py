@@ -1,0 +1,48 @@
+"""What all pictures share: two widths, figures measured in CSS pixels, and the rows of an analysis
+that they draw.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from reports.figures.svg import LIGHT, PIXELS_PER_INCH
+
+WIDE, NARROW = 720, 360
+HEAD: dict[str, Any] = {"color": LIGHT["muted"], "fontsize": 11, "fontweight": "bold"}
+Analysis = Mapping[str, Any]
+Effect = Mapping[str, Any]
+
+
+def canvas(
+    width: float, height: float, left: float, right: float, bottom: float
+) -> tuple[Figure, Axes]:
+    """A figure of this many pixels with one axes inside these margins."""
+    figure = Figure(
+        figsize=(width / PIXELS_PER_INCH, height / PIXELS_PER_INCH), dpi=PIXELS_PER_INCH
+    )
+    axes = figure.add_axes(
+        (left / width, bottom / height, (width - left - right) / width, (height - bottom) / height)
+    )
+    axes.yaxis.set_major_locator(NullLocator())
+    return figure, axes
+
+
+def shorten(label: str, most: int) -> str:
+    return label if len(label) <= most else label[: most - 1] + "…"
+
+
+def primary(analysis: Analysis) -> list[Effect]:
+    return [
+        effect for effect in analysis["effects"] if effect["metric"] == analysis["metric"]["key"]
+    ]
+
+
+def by_workload(rows: Sequence[Effect]) -> Iterable[tuple[str, list[Effect]]]:
+    groups: dict[str, list[Effect]] = {}
+    for row in rows:
+        groups.setdefault(row["workload"], []).append(row)
+    return groups.items()

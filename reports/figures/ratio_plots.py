@@ -1,0 +1,237 @@
+"""Pictures of ratios with their intervals, around the band of what does not matter: forest, A/A
+panel, factors.
+"""
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from reports import text
+from reports.figures.layout import (
+    HEAD,
+    WIDE,
+    Analysis,
+    Effect,
+    by_workload,
+    canvas,
+    primary,
+    shorten,
+)
+from reports.figures.svg import LIGHT
+
+_EDGE = 1000.0
+"""The farthest ratio that is drawn, and its inverse."""
+
+
+def forest(analysis: Analysis, width: int) -> Figure | None:
+    """Effects on the study's metric, by workload: interval, verdict, and the ratio of each block as
+    a faint dot.
+    """
+    effects = [effect for effect in primary(analysis) if effect["n"]]
+    return _ratio_plot(
+        analysis,
+        width,
+        [(workload, [(e["cell"], e) for e in group]) for workload, group in by_workload(effects)],
+    )
+
+
+def aa_panel(analysis: Analysis, width: int) -> Figure | None:
+    """The A/A arm on its own scale: what this machine makes up by itself."""
+    effects = [effect for effect in primary(analysis) if effect["role"] == "aa" and effect["n"]]
+    return _ratio_plot(
+        analysis,
+        width,
+        [("", [(effect["workload"], effect) for effect in effects])] if effects else [],
+    )
+
+
+def factors(analysis: Analysis, width: int) -> Figure | None:
+    """Alone, left out, on average and Shapley's share of each factor; only where a design tells
+    more than "alone".
+    """
+    if all(effect["kind"] == "alone" for effect in analysis["factors"]):
+        return None
+    groups: dict[str, list[tuple[str, Effect]]] = {}
+    effects = sorted(
+        analysis["factors"],
+        key=lambda effect: (effect["workload"], effect["factor"], str(effect["level"])),
+    )
+    several = len({effect["workload"] for effect in effects}) > 1
+    for effect in effects:
+        title = f"{effect['factor']}={effect['level']}" + (
+            f" on {effect['workload']}" if several else ""
+        )
+        if effect["n"]:
+            groups.setdefault(title, []).append((effect["kind"], effect))
+    return _ratio_plot(analysis, width, list(groups.items()))
+
+
+def _ratio_plot(
+    analysis: Analysis, width: int, groups: Sequence[tuple[str, Sequence[tuple[str, Effect]]]]
+) -> Figure | None:
+    """Rows of ratios with intervals around the band of what does not matter, on one log axis."""
+    if not groups:
+        return None
+    wide = width == WIDE
+    row_px, head_px, axis_px = (27, 34, 44) if wide else (40, 32, 44)
+    left_px, right_px = (190, 176) if wide else (1, 1)
+    content_px = sum((head_px if title else 8) + row_px * len(rows) for title, rows in groups)
+    figure, axes = canvas(width, content_px + axis_px, left_px, right_px, axis_px)
+    axes.set_ylim(content_px, 0)
+    axes.set_xscale("log")
+    low, high = _range(analysis, [effect for _, rows in groups for _, effect in rows])
+    axes.set_xlim(low, high)
+    across = axes.get_yaxis_transform()
+    axes_px = width - left_px - right_px
+    if wide:
+        _draw_band(axes, analysis, 0, content_px)
+    y = 0.0
+    for title, rows in groups:
+        if title:
+            axes.text(-left_px / axes_px, y + head_px - 11, title, transform=across, **HEAD)
+        y += head_px if title else 8
+        for label, effect in rows:
+            color = LIGHT.get(effect["verdict"], LIGHT["ink"])
+            if wide:
+                middle = y + row_px / 2
+                axes.plot(
+                    [0, 1],
+                    [middle, middle],
+                    "-",
+                    transform=across,
+                    color=LIGHT["rule"],
+                    linewidth=0.8,
+                    zorder=0.5,
+                )
+                axes.text(
+                    -left_px / axes_px, middle, shorten(label, 28), transform=across, va="center"
+                )
+                axes.text(
+                    1 + 82 / axes_px,
+                    middle,
+                    text.ratio(effect["ratio"]),
+                    transform=across,
+                    va="center",
+                    ha="right",
+                    color=color,
+                )
+                axes.text(
+                    1 + 94 / axes_px,
+                    middle,
+                    effect["verdict"],
+                    transform=across,
+                    va="center",
+                    color=color,
+                )
+            else:  # the words stand above the interval, on plain paper
+                middle = y + row_px - 12
+                _draw_band(axes, analysis, y + row_px - 22, y + row_px - 2)
+                axes.text(0, y + 13, shorten(label, 24), transform=across)
+                axes.text(
+                    1,
+                    y + 13,
+                    f"{text.ratio(effect['ratio'])}  {effect['verdict']}",
+                    transform=across,
+                    ha="right",
+                    color=color,
+                )
+            _draw_effect(axes, middle, effect)
+            y += row_px
+    _ratio_axis(axes, low, high, most=8 if wide else 5)
+    axes.set_xlabel("ratio, log scale; shaded: too small to matter")
+    return figure
+
+
+def _draw_band(axes: Axes, analysis: Analysis, top: float, bottom: float) -> None:
+    low, high = analysis["rule"]["band"]
+    axes.add_patch(
+        Rectangle((low, top), high - low, bottom - top, color=LIGHT["band"], linewidth=0, zorder=0)
+    )
+    axes.plot(
+        [1, 1],
+        [top, bottom],
+        "-",
+        color=LIGHT["muted"],
+        linewidth=1,
+        solid_capstyle="butt",
+        zorder=1,
+    )
+
+
+def _draw_effect(axes: Axes, y: float, effect: Effect) -> None:
+    color = LIGHT.get(effect["verdict"], LIGHT["ink"])
+    blocks = list(effect["by_block"].values())
+    axes.plot(
+        blocks,
+        [y] * len(blocks),
+        "o",
+        color=color,
+        markersize=4,
+        alpha=0.28,
+        markeredgewidth=0,
+        zorder=2,
+    )
+    if effect["low"] is not None:
+        axes.plot(
+            [_drawn(effect["low"]), _drawn(effect["high"])],
+            [y, y],
+            "-",
+            color=color,
+            linewidth=2.5,
+            zorder=3,
+        )
+    hollow = effect["verdict"] == "inconclusive"
+    axes.plot(
+        [effect["ratio"]],
+        [y],
+        "o",
+        color=color,
+        markersize=6.5,
+        markeredgewidth=1.6,
+        zorder=4,
+        markerfacecolor=LIGHT["paper"] if hollow else color,
+    )
+
+
+def _range(analysis: Analysis, effects: Sequence[Effect]) -> tuple[float, float]:
+    """Limits of the ratio axis that hold every dot, interval and the band, with a margin."""
+    values = [
+        value
+        for effect in effects
+        for value in (
+            *effect["by_block"].values(),
+            *(_drawn(end) for end in (effect["low"], effect["high"]) if end is not None),
+        )
+    ]
+    low, high = min(analysis["rule"]["band"][0], *values), max(analysis["rule"]["band"][1], *values)
+    margin = (high / low) ** 0.06
+    return low / margin, high * margin
+
+
+def _drawn(end: float) -> float:
+    """An end of an interval, or the edge of the picture where it lies far outside: beyond any ratio
+    that is worth an axis.
+    """
+    return min(max(end, 1 / _EDGE), _EDGE)
+
+
+def _ratio_axis(axes: Axes, low: float, high: float, most: int) -> None:
+    """At most `most` ticks at round ratios."""
+    for steps in (
+        [1 + i / 100 for i in range(-40, 41)],
+        [1 + i / 50 for i in range(-20, 21)],
+        [1 + i / 20 for i in range(-10, 21)],
+        [1 + i / 10 for i in range(-6, 21)],
+        [0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5],
+        [0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20],
+        [10.0**i for i in range(-6, 7)],
+    ):
+        ticks = [tick for tick in steps if low <= tick <= high]
+        if len(ticks) <= most and ((high <= max(steps) and low >= min(steps)) or len(ticks) > 1):
+            break
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"×{value:.4g}"))

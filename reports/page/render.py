@@ -1,0 +1,201 @@
+"""Rendering a report: Markdown with figures beside it, and one HTML page that needs nothing but
+itself.
+
+The same records give the same bytes: nothing is dated, sampled or ordered by chance here, and the
+versions that draw are pinned by constraints.txt.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from reports import text
+from reports.figures import pictures, svg
+from reports.figures.layout import NARROW, WIDE
+from reports.page.document import VERDICT_WORDS, Document
+from reports.page.evidence import evidence
+from reports.page.model_sections import modelled
+from reports.page.sections import results
+from reports.page.table import print_table
+
+__all__ = ["document", "print_table", "render"]
+
+TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
+MARKDOWN, HTML, FIGURES = "report.md", "report.html", "figures"
+
+
+def render(
+    plan: Mapping[str, Any],
+    records: Sequence[Mapping[str, Any]],
+    analysis: Mapping[str, Any],
+    out_dir: Path,
+) -> tuple[Path, Path]:
+    """Write `report.md`, `report.html` and `figures/*.svg` into out_dir; returns the paths of the
+    first two.
+    """
+    analysis = text.printable(analysis)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / FIGURES).mkdir(exist_ok=True)
+    for stale in (out_dir / FIGURES).glob("*.svg"):
+        stale.unlink()
+    report = document(text.printable(plan), records, analysis)
+    inline, files = {}, {}
+    for picture in pictures.pictures(analysis):
+        wide, narrow = (
+            svg.to_svg(pictures.draw(picture, analysis, width)) for width in (WIDE, NARROW)
+        )
+        inline[picture.name] = Markup(
+            svg.inline(wide, f"{picture.name}-wide", picture.title, picture.description, "wide")
+            + svg.inline(
+                narrow, f"{picture.name}-narrow", picture.title, picture.description, "narrow"
+            )
+        )
+        files[picture.name] = picture
+        (out_dir / FIGURES / f"{picture.name}.svg").write_text(
+            svg.standalone(wide, picture.title, picture.description), encoding="utf-8"
+        )
+    html = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            pictures=inline,
+            palette=svg.PALETTE,
+            verdicts=VERDICT_WORDS,
+            css=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
+        )
+    )
+    (out_dir / HTML).write_text(html, encoding="utf-8")
+    write_markdown(
+        out_dir / MARKDOWN, "report.md.j2", report=report, pictures=files, folder=FIGURES
+    )
+    return out_dir / MARKDOWN, out_dir / HTML
+
+
+def write_markdown(path: Path, template: str, **values: Any) -> None:
+    """A page from a template in which everything that is printed is escaped; blank lines never pile
+    up.
+    """
+    page = _markdown_environment().get_template(template).render(**values)
+    path.write_text(re.sub(r"\n{3,}", "\n\n", page), encoding="utf-8")
+
+
+def document(
+    plan: Mapping[str, Any], records: Sequence[Mapping[str, Any]], analysis: Mapping[str, Any]
+) -> Document:
+    """The report as data."""
+    study, counts, gate = plan["study"], analysis["counts"], analysis["gate"]
+    arms = [
+        effect
+        for effect in analysis["effects"]
+        if effect["role"] == "aa" and effect["metric"] == analysis["metric"]["key"]
+    ]
+    model = plan["model"]
+    facts = [
+        ("machine", _machine(plan, analysis)),
+        ("model", f"{model['preset'] or model['path']}, {model['dtype']}"),
+        ("blocks", f"{counts['complete_blocks']} complete of {counts['planned_blocks']}"),
+        (
+            "launches",
+            f"{counts['counted_launches']} counted, {counts['excluded_launches']} excluded",
+        ),
+        (
+            "gate",
+            f"{gate['passed']} of {text.count_of(len(gate['rows']), 'output')} passed, {gate['tokens_checked']:,} "
+            "tokens",
+        ),
+        ("A/A arm", ", ".join(dict.fromkeys(arm["verdict"] for arm in arms)) or "none"),
+    ]
+    if analysis["unjudged"]:
+        finished = sum(row["status"] == "ok" for row in analysis["excluded"])
+        facts[2:] = [
+            ("blocks", f"{counts['run_blocks']} run to the end of {counts['planned_blocks']}"),
+            (
+                "launches",
+                f"{finished} run to the end of {counts['planned_launches']}, none counted",
+            ),
+            ("gate", "not judged: descriptive"),
+            ("A/A arm", "not judged: descriptive" if arms else "none"),
+        ]
+    digest = hashlib.sha256(
+        json.dumps(list(records), sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
+    return Document(
+        eyebrow=f"study {study['name']}",
+        title=study.get("title") or study["name"],
+        question=study["question"],
+        answer=analysis["answer"]["sentence"],
+        verdict=analysis["answer"]["verdict"],
+        caveats=analysis["answer"]["caveats"],
+        facts=facts,
+        sections=[
+            *(() if analysis["unjudged"] else (*results(analysis), *modelled(analysis))),
+            *evidence(plan, analysis, digest),
+        ],
+    )
+
+
+def _machine(plan: Mapping[str, Any], analysis: Mapping[str, Any]) -> str:
+    """The profile's words; a CPU is named as its launches found it, since the profile only says
+    that it is one.
+    """
+    profile, found = plan["profile"], analysis["hardware"]["provenance"]
+    if profile["device"] == "cpu" and "cpu.model" in found and "cpu.cores" in found:
+        return f"{found['cpu.model']}, {text.count_of(int(found['cpu.cores']), 'core')}"
+    return profile.get("title") or str(profile["name"])
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES, encoding="utf-8"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["breakable"] = breakable
+    return environment
+
+
+def breakable(value: object) -> Markup:
+    """Text -> HTML that may be broken after the signs that join the words of a name."""
+    return Markup(re.sub(r"([_=+/-])", r"\1<wbr />", str(escape(value))))
+
+
+def _markdown_environment() -> Environment:
+    """Every value that a template prints is escaped for Markdown, so that a pipe from outside stays
+    a pipe.
+    """
+    environment = _environment()
+    environment.finalize = escape_markdown
+    environment.filters["code"] = code
+    return environment
+
+
+def escape_markdown(value: object) -> Markup:
+    """Text -> Markdown that shows it literally, on one line."""
+    if isinstance(value, Markup):
+        return value
+    line = " ".join(str(value).split())
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    line = re.sub(r"([\\`*\[\]|~$])", r"\\\1", line)
+    return Markup(re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", line))
+
+
+def code(value: object) -> Markup:
+    """Text -> a code span; in a table even code cannot hold a pipe, and a fence is longer than any
+    backticks within.
+    """
+    line = " ".join(str(value).split()).replace("|", "¦")
+    if not line:
+        return Markup("")
+    fence = "`" * (1 + max((len(run) for run in re.findall(r"`+", line)), default=0))
+    pad = " " if "`" in line else ""
+    return Markup(f"{fence}{pad}{line}{pad}{fence}")

@@ -1,0 +1,163 @@
+"""The result of a study on the terminal: effect, interval, verdict, gate and counters, in 80
+columns.
+"""
+
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from reports import text
+from reports.analysis.compare import against_engines, throughput_rows
+
+WAYS = {"alone": "alone", "left out": "left out"}
+COLORS = {"faster": "green", "slower": "red", "equivalent": "blue", "inconclusive": "yellow"}
+
+
+def print_table(analysis: Mapping[str, Any], console: Console | None = None) -> None:
+    """Print the answer, a row for each effect on the study's metric, the references, and the
+    caveats.
+    """
+    if console is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # a terminal without UTF-8 shows "?" for "×" instead of a traceback
+            sys.stdout.reconfigure(errors="replace")
+        console = Console()
+    analysis = text.printable(analysis)
+    console.print()
+    console.print(Text(analysis["answer"]["sentence"], style="bold"))
+    effects = [
+        effect for effect in analysis["effects"] if effect["metric"] == analysis["metric"]["key"]
+    ]
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    switches = {workload: _by_switch(analysis, workload) for workload in analysis["workloads"]}
+    of_switches = {
+        effect[side] for found in switches.values() for effect, _ in found for side in ("on", "off")
+    } - {"all"}
+    title = "ratio, off to on" if any(switches.values()) else "ratio to the baseline"
+    table.add_column(title, no_wrap=True, max_width=29 if any(switches.values()) else None)
+    table.add_column("effect", justify="right", no_wrap=True)
+    table.add_column(
+        f"{text.percent(analysis['rule']['confidence'], 0)} interval", justify="right", no_wrap=True
+    )
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("gate", no_wrap=True)
+    table.add_column("engaged/chances", justify="right")
+    for workload in dict.fromkeys(effect["workload"] for effect in effects):
+        table.add_row(Text(workload, style="bold"))
+        for effect in effects:
+            if effect["workload"] == workload and effect["cell"] not in of_switches:
+                _add_row(
+                    table,
+                    analysis,
+                    effect,
+                    effect["cell"],
+                    _counters(analysis, effect["cell"], workload),
+                )
+        for effect, name in switches.get(workload, []):
+            _add_row(
+                table,
+                analysis,
+                effect,
+                name,
+                _counters(analysis, effect["cell"], workload, effect["factor"]),
+            )
+        pairs = [effect for _, effect in throughput_rows(analysis, analysis["comparisons"])]
+        for effect in pairs if against_engines(analysis) else [*pairs, *analysis["references"]]:
+            if effect["workload"] == workload:
+                _add_row(table, analysis, effect, f"{effect['cell']} / {effect['reference']}")
+    console.print(table)
+    _print_notes(console, analysis)
+
+
+def _by_switch(analysis: Mapping[str, Any], workload: str) -> list[tuple[dict[str, Any], str]]:
+    """(effect, its name) of every switch alone and left out, of a study that has both; else
+    nothing.
+
+    Such a study has a cell for each; their ratios to everything off say little of those from which
+    one switch was left out.
+    """
+    rows = [
+        row for row in analysis["factors"] if row["kind"] in WAYS and row["workload"] == workload
+    ]
+    if {row["kind"] for row in rows} != set(WAYS):
+        return []
+    order = list(analysis["study"]["factors"])
+    several = {
+        row["factor"]
+        for row in rows
+        if len({other["level"] for other in rows if other["factor"] == row["factor"]}) > 1
+    }
+    found = []
+    for row in sorted(
+        rows, key=lambda row: (order.index(row["factor"]), str(row["level"]), row["kind"])
+    ):
+        name = f"{row['factor']}={row['level']}" if row["factor"] in several else row["factor"]
+        way = "on top" if not row.get("part_of_all", True) else WAYS[row["kind"]]
+        found.append(({**row, "cell": row["on"]}, f"{name}, {way}"))
+    return found
+
+
+def _add_row(
+    table: Table,
+    analysis: Mapping[str, Any],
+    effect: Mapping[str, Any],
+    name: str,
+    counters: str = "",
+) -> None:
+    table.add_row(
+        Text(f" {name}"),
+        text.ratio(effect["ratio"]),
+        text.interval(effect["low"], effect["high"], between="–"),
+        Text(effect["verdict"], style=COLORS[effect["verdict"]]),
+        Text(_gate(analysis, effect["cell"], effect["workload"])),
+        counters,
+    )
+
+
+def _gate(analysis: Mapping[str, Any], cell: str, workload: str) -> str:
+    """The gate's word on a cell's counted launches; "all workloads" stands for each of them."""
+    every = workload not in analysis["workloads"]
+    rows = [
+        row
+        for row in analysis["gate"]["rows"]
+        if cell in row["cells"] and (every or workload == row["workload"])
+    ]
+    return ", ".join(sorted({row["status"] for row in rows})) or text.ABSENT
+
+
+def _counters(
+    analysis: Mapping[str, Any], cell: str, workload: str, factor: str | None = None
+) -> str:
+    """engaged and opportunity of a factor, or of the one that a cell has on; the report has those
+    of several.
+    """
+    rows = [
+        row
+        for row in analysis["toggles"]["rows"]
+        if row["cell"] == cell and row["workload"] == workload
+    ]
+    rows = [row for row in rows if factor in (None, row["factor"])]
+    if len(rows) != 1:
+        return ""
+    engaged, opportunity = (
+        max(bounds) if bounds else None for bounds in (rows[0]["engaged"], rows[0]["opportunity"])
+    )
+    return f"{text.number(engaged)} / {text.number(opportunity)}"
+
+
+def _print_notes(console: Console, analysis: Mapping[str, Any]) -> None:
+    notes: Sequence[str] = analysis["answer"]["caveats"]
+    for note in notes:
+        console.print(Text(f"! {note}", style="yellow"))
+    for entry in analysis["not_applicable"]:
+        what = (
+            f"{entry['factor']} ({entry['level']})"
+            if "=" in str(entry["level"])
+            else f"{entry['factor']}={entry['level']}"
+        )
+        console.print(Text(f"not applicable: {what}: {entry['reason']}"))

@@ -1,0 +1,12 @@
+"""Statistics over records: pure functions.
+
+    metrics       what is measured of one launch
+    intervals     one effect: interval, p-value, detectable effect, verdict
+    contrasts     what each factor buys beside others
+    linear_model  the linear model of a two-level factorial
+    residuals     do the data look as the intervals assume?
+    ceiling       the roofline bound of a workload
+    coverage      how often an interval holds the truth, by simulation
+
+Imports nothing of reports/.
+"""

@@ -1,0 +1,202 @@
+"""The statistics of one effect: interval, p-value, minimum detectable effect, verdict.
+
+The sample of an effect is one log-ratio a block, log(cell / baseline of the same block), so that
+whatever a block shares (the machine's temperature, its neighbours) cancels. Blocks are the level
+that varies (Kalibera and Jones, ISMM'13). Student's t over the blocks comes first: at six blocks a
+percentile bootstrap covers far less than it says. The bootstrap stands beside it.
+"""
+
+import hashlib
+import math
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+from experiments.study.block_count import MIN_BLOCKS_BOOTSTRAP, POWER, detectable
+
+BOOTSTRAP_RESAMPLES = 9_999
+_LARGEST_LOG = math.log(sys.float_info.max)
+
+Better = Literal["higher", "lower"]
+Effect = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How effects of a study are judged; fixed in the plan, before anything runs.
+
+    alpha: error rate of tests; intervals have confidence 1 - alpha.
+    smallest_effect: the smallest relative change that matters (0.05: ratios from 1/1.05 to 1.05 are
+    as good as equal).
+    power: of the test that the minimum detectable effect belongs to.
+    seed: any text; the bootstrap of each effect is seeded from it and the effect's name.
+    """
+
+    alpha: float = 0.05
+    smallest_effect: float = 0.05
+    power: float = POWER
+    seed: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < 1:
+            raise ValueError(f"alpha is {self.alpha}; it must lie between 0 and 1")
+        if not self.smallest_effect > 0:
+            raise ValueError(
+                f"smallest_effect is {self.smallest_effect}; it must be greater than 0 (0.05 for 5 %)"
+            )
+
+    @property
+    def band(self) -> tuple[float, float]:
+        """Ratios that do not matter: symmetric on the log scale."""
+        return 1 / (1 + self.smallest_effect), 1 + self.smallest_effect
+
+
+def t_interval(
+    samples: NDArray[np.float64], alpha: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Student's t interval for the mean, along the last axis: [..., n] -> low [...], high [...].
+    Needs n >= 2.
+    """
+    n = samples.shape[-1]
+    if n < 2:
+        raise ValueError(f"an interval needs at least 2 samples, got {n}")
+    mean = samples.mean(axis=-1)
+    error, quantile = samples.std(axis=-1, ddof=1) / math.sqrt(n), stats.t.ppf(1 - alpha / 2, n - 1)
+    # a tiny alpha's quantile is infinite
+    half = np.multiply(quantile, error, out=np.zeros_like(error), where=error > 0)
+    return mean - half, mean + half
+
+
+def ratio_of(log_ratio: float) -> float:
+    """exp, infinite where a float cannot hold it: the interval of a tiny alpha reaches that far."""
+    return math.exp(log_ratio) if log_ratio < _LARGEST_LOG else math.inf
+
+
+def t_test(samples: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Two-sided p-value of "the mean is 0", along the last axis. Without any spread: 1 for a mean
+    of 0, else 0.
+    """
+    n = samples.shape[-1]
+    mean = samples.mean(axis=-1)
+    error = samples.std(axis=-1, ddof=1) / math.sqrt(n)
+    spread = error > 0
+    t = np.divide(mean, error, out=np.where(mean == 0, 0.0, np.inf), where=spread)
+    return 2 * stats.t.sf(np.abs(t), n - 1)
+
+
+def bootstrap_interval(
+    samples: NDArray[np.float64], alpha: float, seed: str
+) -> tuple[float, float] | None:
+    """Bias-corrected and accelerated bootstrap (Efron 1987) for the mean of one sample [n], seeded
+    by a text; None where it has
+    no number: at an alpha far below one in as many resamples."""
+    # every resample is the sample: BCa divides by zero, the interval is a point
+    if np.ptp(samples) == 0:
+        return float(samples[0]), float(samples[0])
+    digest = hashlib.sha256(seed.encode()).digest()
+    rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
+    with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):
+        result = stats.bootstrap(
+            (samples,),
+            np.mean,
+            confidence_level=1 - alpha,
+            n_resamples=BOOTSTRAP_RESAMPLES,
+            method="BCa",
+            rng=rng,
+        )
+    low, high = float(result.confidence_interval.low), float(result.confidence_interval.high)
+    return (low, high) if math.isfinite(low) and math.isfinite(high) else None
+
+
+def holm(p_values: Sequence[float], alpha: float) -> list[float]:
+    """Holm's step-down adjustment of a family of p-values (Holm 1979)."""
+    if len(p_values) < 2:
+        return list(p_values)
+    return [float(p) for p in multipletests(p_values, alpha=alpha, method="holm")[1]]
+
+
+def estimate(log_ratios: Mapping[int, float], rule: Rule, name: str) -> Effect:
+    """Estimate one effect from {block: log-ratio}; everything in it is a ratio (1.0: no effect)
+    unless it says otherwise.
+
+    ratio: geometric mean over blocks; low, high: the t interval; boot_low, boot_high: BCa; p:
+    unadjusted;
+    detectable: the smallest relative change (0.03: 3 %) that this many blocks of this noise find
+    with the rule's power. None stands for what so few blocks cannot tell.
+    """
+    blocks = sorted(log_ratios)
+    samples = np.array([log_ratios[block] for block in blocks], dtype=np.float64)
+    n = len(blocks)
+    effect: Effect = {
+        "n": n,
+        "ratio": math.exp(samples.mean()) if n else None,
+        "low": None,
+        "high": None,
+        "boot_low": None,
+        "boot_high": None,
+        "sd_log": None,
+        "p": None,
+        "detectable": None,
+        "by_block": {
+            str(block): math.exp(value) for block, value in zip(blocks, samples, strict=True)
+        },
+    }
+    if n < 2:
+        return effect
+    low, high = t_interval(samples, rule.alpha)
+    sd = float(samples.std(ddof=1))
+    effect |= {
+        "low": ratio_of(float(low)),
+        "high": ratio_of(float(high)),
+        "sd_log": sd,
+        "p": float(t_test(samples)),
+        "detectable": detectable(sd, n, rule.alpha, rule.power),
+    }
+    if n >= MIN_BLOCKS_BOOTSTRAP:
+        if (boot := bootstrap_interval(samples, rule.alpha, f"{rule.seed}/{name}")) is None:
+            return effect
+        boot_low, boot_high = boot
+        effect |= {"boot_low": ratio_of(boot_low), "boot_high": ratio_of(boot_high)}
+    return effect
+
+
+def judge(family: Sequence[Effect], rule: Rule, better: Better = "higher") -> None:
+    """Write `p_holm` and `verdict` into every effect of one family (effects judged together)."""
+    tested = [effect for effect in family if effect["p"] is not None]
+    for effect, p in zip(tested, holm([effect["p"] for effect in tested], rule.alpha), strict=True):
+        effect["p_holm"] = p
+    for effect in family:
+        effect.setdefault("p_holm", None)
+        effect["verdict"] = verdict(effect["low"], effect["high"], effect["p_holm"], rule, better)
+
+
+def verdict(
+    low: float | None,
+    high: float | None,
+    p_holm: float | None,
+    rule: Rule,
+    better: Better = "higher",
+) -> str:
+    """equivalent | faster | slower | inconclusive, from the t interval of a ratio and its adjusted
+    p-value.
+
+    equivalent: the whole interval lies inside the band, even if it excludes 1: a real difference
+    too small to matter.
+    faster, slower: otherwise, the adjusted test rejects "no difference".
+    inconclusive: neither, or no interval at all.
+    """
+    if low is None or high is None or p_holm is None:
+        return "inconclusive"
+    band_low, band_high = rule.band
+    if band_low < low and high < band_high:
+        return "equivalent"
+    if p_holm >= rule.alpha:
+        return "inconclusive"
+    return "faster" if (low > 1) == (better == "higher") else "slower"

@@ -1,0 +1,123 @@
+"""The house: what loads what, and how much code a reader of the core has before him."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reports.claims.code_lines import count_code_lines, count_statements
+
+CORE_BUDGET = 1200  # statements
+ROOT = Path(__file__).parents[2]
+
+RUN_BASELINE = """
+import json, sys
+from nanovllm import BASELINE, LLM, SamplingParams
+with LLM(sys.argv[1], device="cpu", max_model_len=64, max_num_seqs=2, optimizations=BASELINE) as llm:
+    llm.generate(["one two three"], SamplingParams(max_tokens=4, temperature=0.5), use_tqdm=False)
+print(json.dumps({n: m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "nanovllm"}))
+"""
+
+
+@pytest.fixture(scope="module")
+def baseline_modules(tiny: Path) -> dict[str, Path]:
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_BASELINE, str(tiny)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin"},
+    )
+    return {name: Path(file) for name, file in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+def test_core_can_be_read_in_one_sitting(baseline_modules: dict[str, Path]) -> None:
+    files = sorted(baseline_modules.items())
+    counts = {name: (count_statements(file), count_code_lines(file)) for name, file in files}
+    listing = "\n".join(
+        f"{statements:6} {lines:6} {name}" for name, (statements, lines) in counts.items()
+    )
+    statements, lines = (sum(column) for column in zip(*counts.values(), strict=True))
+    print(f"\n{listing}\n{statements:6} statements in all, of {CORE_BUDGET}; {lines} lines of code")
+    assert statements <= CORE_BUDGET, listing
+
+
+def test_optimizations_are_loaded_only_when_on(baseline_modules: dict[str, Path]) -> None:
+    optional = {
+        "prefix_cache",
+        "continuous_batching",
+        "overlap",
+        "workers",
+        "rank",
+        "wire",
+        "children",
+        "collectives",
+        "symmetric_memory",
+        "data_parallel",
+        "sampling_shards",
+        "generated",
+        "cuda_graph",
+        "compile",
+        "triton",
+        "flash_attn",
+        "checkpoint",
+    }
+    assert not [
+        name
+        for name in baseline_modules
+        if name.split(".")[-1] in optional or "kernels.triton" in name
+    ]
+
+
+FIRST_TOKEN = """
+import sys, time
+begin = time.perf_counter()
+from nanovllm import LLM, SamplingParams
+with LLM(sys.argv[1], device="cpu", max_model_len=64) as llm:
+    llm.generate("one two three", SamplingParams(max_tokens=1), use_tqdm=False)
+assert "transformers" not in sys.modules
+print(time.perf_counter() - begin)
+"""
+
+
+def test_the_first_token_comes_within_five_seconds(tiny: Path) -> None:
+    command = [sys.executable, "-c", FIRST_TOKEN, str(tiny)]
+    environment = {"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin"}
+    runs = [
+        subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        for _ in range(2)
+    ]
+    durations_s = [float(run.stdout) for run in runs]
+    print(f"import and first token on tiny: {min(durations_s):.2f} s")
+    assert min(durations_s) < 5  # the better of two: another process may have held the cores
+
+
+def test_scheduler_loads_no_torch() -> None:
+    code = "import sys, nanovllm.engine.scheduler; sys.exit('torch' in sys.modules or 'tokenizers' in sys.modules)"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], env={"PYTHONPATH": str(ROOT / "src")}, check=False
+        ).returncode
+        == 0
+    )
+
+
+def test_code_lines_are_lines_with_code(tmp_path: Path) -> None:
+    file = tmp_path / "sample.py"
+    file.write_text(
+        '"""Doc\nstring."""\n\n# comment\nx = 1  # code\n\n\ndef f():\n    """Doc."""\n    return (\n        x\n    )\n'
+    )
+    assert count_code_lines(file) == 5
+
+
+def test_statements_are_counted_without_docstrings(tmp_path: Path) -> None:
+    file = tmp_path / "sample.py"
+    file.write_text(
+        '"""Doc."""\nx = 1; y = 2\n\n\ndef f():\n    """Doc."""\n    if x:\n        return (\n        y)\n'
+    )
+    assert count_statements(file) == 5  # two assignments, def, if, return

@@ -1,0 +1,115 @@
+"""The published pages in a headless Chromium: rendered, without a complaint, without a request that
+leaves the page.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from reports.claims.published_studies import PUBLISHED, folders
+from reports.figures.browser import Browser, BrowserError, find
+
+# CI sets it: there, a missing browser is a failure
+REQUIRED = bool(os.environ.get("NANOVLLM_REQUIRE_CHROMIUM"))
+pytestmark = pytest.mark.skipif(
+    find() is None and not REQUIRED, reason="no Chromium on this machine: apt-get install chromium"
+)
+PAGES = {
+    folder.relative_to(PUBLISHED).as_posix(): folder / "report" / "report.html"
+    for folder in folders()
+}
+DESK, PHONE = (1000, 800), (360, 740)
+LOOKS = [(*DESK, False), (*DESK, True), (*PHONE, False), (*PHONE, True)]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with Browser() as browser:
+        yield browser
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_a_page_renders_and_keeps_to_itself(page: str, browser: Browser) -> None:
+    for width, height, dark in LOOKS:
+        browser.open(PAGES[page], width, height, dark=dark)
+        look = f"{page}, {width} px, {'dark' if dark else 'light'}"
+        assert browser.complaints() == [], look
+        assert browser.requests() == [PAGES[page].resolve().as_uri()], look
+        assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
+            f"{look}: the page scrolls sideways"
+        )
+        shown = "[...document.querySelectorAll('figure svg')].filter(svg => svg.getBoundingClientRect().height > 40)"
+        figures, all_figures = browser.evaluate(
+            f"[{shown}.length, document.querySelectorAll('figure').length]"
+        )
+        # else tables alone
+        least = 0 if "no ratio and no verdict" in PAGES[page].read_text(encoding="utf-8") else 3
+        assert figures == all_figures >= least, (
+            f"{look}: one picture of each figure, that for this width, is shown"
+        )
+        inside = f"{shown}.every(svg => svg.getBoundingClientRect().right <= innerWidth + 1)"
+        assert browser.evaluate(inside), f"{look}: a picture is wider than the page"
+        assert browser.evaluate(
+            f"{shown}.every(svg => svg.getAttribute('role') == 'img' && svg.querySelector('desc').textContent)"
+        )
+        assert browser.evaluate(CONTRAST) >= 4.5, f"{look}: text cannot be told from its ground"
+        assert (
+            browser.evaluate("parseFloat(getComputedStyle(document.querySelector('td')).fontSize)")
+            >= 12
+        ), look
+        assert browser.picture().startswith(b"\x89PNG")
+
+
+CONTRAST = """(() => {
+  const channel = value => (value /= 255) <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+  const luminance = css => css.match(/[\\d.]+/g).slice(0, 3).map(Number).map(channel)
+    .reduce((sum, value, i) => sum + value * [0.2126, 0.7152, 0.0722][i], 0);
+  const paper = luminance(getComputedStyle(document.body).backgroundColor);
+  const ratios = [...document.querySelectorAll('p, td, th, h1, h2, li, dt, dd, .verdict')].map(element => {
+    const ink = luminance(getComputedStyle(element).color);
+    return (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
+  });
+  return Math.min(...ratios);
+})()"""
+"""The least contrast of any text with the paper (WCAG 2.2, 1.4.3 asks for 4.5)."""
+
+
+def test_the_browser_sees_what_a_page_must_not_do(browser: Browser, tmp_path: Path) -> None:
+    """The guard guarded: a page that reaches out and fails is caught, and with our policy its
+    request is never made.
+    """
+    body = '<img src="http://127.0.0.1:9/picture.png"><script>console.error("broken"); undefined.call()</script>'
+    page = tmp_path / "page.html"
+    page.write_text(f"<!DOCTYPE html><html><head><title>x</title></head><body>{body}</body></html>")
+    browser.open(page, *DESK)
+    assert "http://127.0.0.1:9/picture.png" in browser.requests()
+    assert any("broken" in complaint for complaint in browser.complaints())
+    assert any("Uncaught" in complaint for complaint in browser.complaints())
+    policy = next(
+        line
+        for line in next(iter(PAGES.values())).read_text().splitlines()
+        if "Content-Security-Policy" in line
+    )
+    page.write_text(page.read_text().replace("<head>", f"<head>{policy}"))
+    browser.open(page, *DESK)
+    assert not [
+        url for url in browser.requests() if url.startswith("http") and not blocked(browser, url)
+    ]
+    assert not any("broken" in complaint for complaint in browser.complaints())
+
+
+def test_a_page_that_is_not_there_is_an_error(browser: Browser, tmp_path: Path) -> None:
+    with pytest.raises(BrowserError, match="cannot open it"):
+        browser.open(tmp_path / "absent.html", *DESK)
+
+
+def blocked(browser: Browser, url: str) -> bool:
+    """Whether the policy stopped a request before it left the page."""
+    asked = [e["params"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
+    ids = {one["requestId"] for one in asked if one["request"]["url"] == url}
+    failed = [e["params"] for e in browser.events if e["method"] == "Network.loadingFailed"]
+    return any(one["requestId"] in ids and one.get("blockedReason") == "csp" for one in failed)

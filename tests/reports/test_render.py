@@ -1,0 +1,435 @@
+"""The rendered report: complete, self-contained, escaped, and the same bytes for the same records."""
+
+import gc
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from experiments.records.store import plan_hash
+from nanovllm.models.checkpoint import DIGESTS
+from reports.__main__ import app
+from reports.analysis.analyse import analyse
+from reports.page.evidence import reproduce_command
+from reports.page.render import escape_markdown, print_table, render
+from tests.support.synthetic import cell_of, factorial, make_plan, make_records, one_at_a_time
+
+SPEEDUPS = {"prefix_cache": 1.0, "batching": 2.5, "tensor_parallel_size": 0.7, "hf": 0.8}
+HOSTILE = "<script>alert('x')</script> | `code` [link](http://example.com) *bold*"
+Study = tuple[dict[str, Any], list[dict[str, Any]]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cheap_collections() -> Iterator[None]:
+    """statsmodels collects garbage at every Holm adjustment: what other tests left behind need not
+    be walked.
+    """
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def rendered(plan: dict[str, Any], records: list[dict[str, Any]], out: Path) -> tuple[str, str]:
+    """(Markdown, HTML) of a study."""
+    markdown, html = render(plan, records, analyse(records, plan), out)
+    return markdown.read_text(), html.read_text()
+
+
+def parse(html: str) -> ElementTree.Element:
+    """The page is written as XML, so that "well-formed" can be checked by a parser that forgives
+    nothing.
+    """
+    return ElementTree.fromstring(html.removeprefix("<!DOCTYPE html>"))
+
+
+def ragged_tables(markdown: str) -> list[str]:
+    """Rows of Markdown tables that have another number of cells than the row above."""
+    lines = markdown.split("\n")
+    cells = [line.replace("\\|", "").count("|") if line.startswith("|") else 0 for line in lines]
+    return [
+        lines[i]
+        for i in range(1, len(lines))
+        if cells[i] and cells[i - 1] and cells[i] != cells[i - 1]
+    ]
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    plan = make_plan(one_at_a_time(), 6, ("scaled", "shared"))
+    records = make_records(plan, SPEEDUPS)
+    records[3] |= {"status": "failed", "reason": "exit code 137"}
+    return plan, records
+
+
+@pytest.fixture(scope="module")
+def pages(study: Study, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, Path]:
+    out = tmp_path_factory.mktemp("report")
+    return *rendered(*study, out), out
+
+
+def test_the_page_is_well_formed_with_unique_ids_and_live_anchors(
+    pages: tuple[str, str, Path],
+) -> None:
+    page = parse(pages[1])
+    ids = [element.get("id") for element in page.iter() if element.get("id")]
+    assert len(ids) == len(set(ids))
+    targets = re.findall(r'(?:href="|url\()#([^")]+)', pages[1])
+    assert targets
+    assert set(targets) <= set(ids)
+
+
+def test_the_page_needs_nothing_but_itself(pages: tuple[str, str, Path]) -> None:
+    _, html, _ = pages
+    assert "http:" not in html
+    assert "https:" not in html
+    assert not re.search(r"<(script|img|iframe|object|embed|base|form)\b|@import|@font-face", html)
+    links = [
+        value
+        for element in parse(html).iter()
+        for name, value in element.attrib.items()
+        if name in ("href", "src")
+    ]
+    assert all(link.startswith("#") or link == "data:," for link in links)
+
+
+def test_figures_follow_the_theme_and_have_words(pages: tuple[str, str, Path]) -> None:
+    _, html, out = pages
+    page = parse(html)
+    figures = list(page.iter("svg"))
+    names = {"forest", "aa", "ceiling", "order"}
+    assert len(figures) == 2 * len(names)  # for a desk and for a phone
+    for figure in figures:
+        texts = [figure.findtext("title"), figure.findtext("desc")]
+        assert all(texts), figure.attrib
+        labels = str(figure.get("aria-labelledby")).split()
+        assert [figure.find("title").get("id"), figure.find("desc").get("id")] == labels  # type: ignore[union-attr]
+        styles = " ".join(element.get("style", "") for element in figure.iter())
+        assert "var(--ink)" in styles
+        assert not re.findall(r"#[0-9a-f]{6}", styles)
+    assert "prefers-color-scheme: dark" in html
+    assert {path.stem for path in (out / "figures").iterdir()} == names
+    for path in (out / "figures").iterdir():
+        ElementTree.parse(path)
+
+
+def test_the_answer_comes_first_and_the_evidence_follows(pages: tuple[str, str, Path]) -> None:
+    for text in pages[:2]:
+        order = [
+            "A synthetic study",
+            "Are planted effects found?",
+            "Everything on gives",
+            "What each change buys",
+            "Against other engines",
+            "How much is left to win",
+            "What a request waits for",
+            "The machine against itself",
+            "The order of the launches",
+            "Is the output still the same",
+            "Did each toggle fire",
+            "What could not run here",
+            "What was left out",
+            "How to get this again",
+        ]
+        # The page's contents list every title once more, before the sections.
+        places = [text.index(order[0]), *(text.rindex(title) for title in order[1:])]
+        assert places == sorted(places)
+        command = "make ablate STUDY=synthetic PROFILE=cpu MODEL=tiny"
+        for fact in (
+            "exit code 137",
+            "needs a CUDA GPU",
+            command,
+            "no opportunity in this workload",
+        ):
+            assert fact in text
+    assert not ragged_tables(pages[0])
+
+
+def test_every_verdict_has_an_interval(study: Study) -> None:
+    plan, records = study
+    for effect in analyse(records, plan)["effects"]:
+        if effect["verdict"] != "inconclusive":
+            assert effect["low"] <= effect["ratio"] <= effect["high"]
+
+
+OTHER_MACHINES = {
+    "hash seed": {"PYTHONHASHSEED": "7"},
+    "locale without UTF-8, another time zone": {
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "TZ": "Pacific/Auckland",
+    },
+    "processor without vector units": {
+        "NPY_DISABLE_CPU_FEATURES": "AVX512F AVX512CD AVX512_SKX AVX2 FMA3",
+        "OPENBLAS_CORETYPE": "Nehalem",
+    },
+}
+
+
+@pytest.mark.parametrize("machine", OTHER_MACHINES)
+def test_same_records_same_bytes(
+    machine: str, study: Study, pages: tuple[str, str, Path], tmp_path: Path
+) -> None:
+    """In another process on what looks like another machine, through the command, from files,
+    wherever it is typed; even where a matplotlibrc lies about.
+    """
+    plan, records = study
+    (tmp_path / "matplotlibrc").write_text(
+        "lines.linewidth: 9\nfont.size: 30\naxes.facecolor: red\nfont.family: serif\n"
+    )
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    (tmp_path / "records.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records)
+    )
+    root = Path(__file__).resolve().parents[2]
+    known = available_cpu_features()
+    wanted = OTHER_MACHINES[machine].get("NPY_DISABLE_CPU_FEATURES", "").split()
+    environment = {**os.environ, **OTHER_MACHINES[machine], "PYTHONPATH": f"{root / 'src'}:{root}"}
+    environment["NPY_DISABLE_CPU_FEATURES"] = " ".join(
+        feature for feature in wanted if feature in known
+    )
+    subprocess.run(
+        [sys.executable, "-m", "reports", "render", str(tmp_path)],
+        check=True,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+    )
+    first = {
+        path.relative_to(pages[2]): path.read_bytes()
+        for path in pages[2].rglob("*")
+        if path.is_file()
+    }
+    second = {path: (tmp_path / "report" / path).read_bytes() for path in first}
+    assert first == second
+    assert len(first) == 6
+
+
+def test_tokens_of_another_generator_are_judged_by_z_and_have_no_margin(tmp_path: Path) -> None:
+    """Greedy tokens of another engine have one."""
+    plan = make_plan(one_at_a_time(), 2)
+    records = make_records(plan, SPEEDUPS)
+    gated = [
+        record
+        for record in records
+        if record["kind"] == "gate" and not record["is_negative_control"]
+    ]
+    part = {
+        "first": 0,
+        "last": 15,
+        "tokens": 160,
+        "mismatches": 0,
+        "hf_mismatches": 0,
+        "margin": {"q999": 0.0, "max": 0.0},
+        "hf_error": {"q999": 1e-6, "max": 2e-6},
+    }
+    for record in gated:
+        record["calibration"] |= {"alpha": 1e-6, "distribution": None, "by_position": [part]}
+    assert "limit of z" not in rendered(plan, records, tmp_path)[0]
+    gated[0]["calibration"]["distribution"] = {"z": -1.234, "z_limit": 4.891, "tokens": 160}
+    markdown, _ = rendered(plan, records, tmp_path)
+    table = markdown.split("The gate, in logits:")[1].split("The gate by output position")
+    (sampled,) = [line for line in table[0].split("\n") if "-1.23" in line]
+    assert "| 160 | – | – | – | – | -1.23 | 4.89 | 6.1e-06 | 4e-06 |" in sampled
+    assert "| 160 | 0 | 0 | 0 | 3.2e-05 | – | – | 6.1e-06 | 4e-06 |" in table[0]
+    assert table[1].count("| 0 to 15 | 160 | – | – | – | – | 1e-06 | 2e-06 |") == 1
+    assert "a two-sided test at level 1e-06" in markdown
+
+
+def available_cpu_features() -> set[str]:
+    """What numpy dispatches to here: it refuses to switch off what it does not have."""
+    import numpy as np
+
+    return set(np.show_config(mode="dicts")["SIMD Extensions"].get("found", []))
+
+
+def test_text_from_outside_stays_text(tmp_path: Path) -> None:
+    cells = (
+        cell_of("baseline", "baseline")
+        | cell_of("aa", "aa")
+        | cell_of(HOSTILE, "all", ["batching"])
+    )
+    plan = make_plan(cells, 2, title=HOSTILE, question=HOSTILE)
+    plan["not_applicable"] = [{"factor": HOSTILE, "level": "on", "reason": HOSTILE}]
+    plan["profile"]["title"] = HOSTILE
+    plan["plan_hash"] = plan_hash(plan)
+    records = make_records(plan, SPEEDUPS)
+    records[0] |= {"status": "failed", "reason": HOSTILE}
+    records[1]["provenance"]["cpu"]["model"] = HOSTILE
+    markdown, html = rendered(plan, records, tmp_path)
+    page = parse(html)
+    assert not list(page.iter("script"))
+    assert page.findtext("head/title") == HOSTILE
+    assert HOSTILE in ["".join(cell.itertext()) for cell in page.iter("td")]
+    outside_code = re.sub(r"(`+).+?\1", "", markdown)
+    assert "<script>" not in outside_code
+    assert "[link](" not in outside_code
+    assert not ragged_tables(markdown)
+
+
+SIGNS = "\x1b[31mred\x07 \x00nul \u202edesrever\u202c 漢字 🙂 ]]> </svg> {{ 7*7 }} %s"
+
+
+def test_signs_that_would_be_obeyed_are_shown(tmp_path: Path) -> None:
+    """Control characters move a terminal's cursor and make an SVG unreadable; overrides turn a name
+    around.
+    """
+    cells = (
+        cell_of("baseline", "baseline") | cell_of("aa", "aa") | cell_of(SIGNS, "all", ["batching"])
+    )
+    plan = make_plan(cells, 2, title=SIGNS, question=SIGNS)
+    records = make_records(plan, SPEEDUPS)
+    records[0] |= {"status": "failed", "reason": SIGNS}
+    console = Console(file=io.StringIO(), width=200, force_terminal=False)
+    with warnings.catch_warnings():
+        # matplotlib has no glyph to measure for some of them
+        warnings.simplefilter("ignore", UserWarning)
+        markdown, html = rendered(plan, records, tmp_path)
+    print_table(analyse(records, plan), console)
+    parse(html)
+    for path in (tmp_path / "figures").iterdir():
+        ElementTree.parse(path)
+    for page in (markdown, html, console.file.getvalue()):  # type: ignore[attr-defined]
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", page)
+        assert "49" not in page.split("{{ 7")[-1][:8]
+    assert "漢字" in html
+
+
+def test_markdown_is_escaped_without_spoiling_names() -> None:
+    assert (
+        str(escape_markdown("prefix_cache=on _x_ *a* a|b <b>\nnew"))
+        == r"prefix_cache=on \_x\_ \*a\* a\|b &lt;b&gt; new"
+    )
+
+
+def test_a_cpu_is_named_by_its_launches(
+    study: Study, pages: tuple[str, str, Path], tmp_path: Path
+) -> None:
+    assert "- machine: Synthetic 2-core, 2 cores\n" in pages[0]
+    plan = study[0] | {"profile": study[0]["profile"] | {"title": "CPU of this machine"}}
+    assert "- machine: CPU of this machine\n" in rendered(plan, [], tmp_path)[0], "nothing ran"
+
+
+def test_a_preset_that_gives_other_weights_today_is_said(
+    study: Study, pages: tuple[str, str, Path], tmp_path: Path
+) -> None:
+    assert (
+        f"made for a checkpoint of digest {'d' * 16}. The preset tiny has changed since" in pages[0]
+    )
+    plan, records = study
+    for change in (
+        {"digest": DIGESTS["tiny"]},
+        {"digest": None},
+        {"preset": None, "path": "/a/folder"},
+    ):
+        same = plan | {"model": plan["model"] | change}
+        assert "made for a checkpoint of digest" not in rendered(same, records, tmp_path)[0]
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_few_blocks_are_reported_as_what_they_are(blocks: int, tmp_path: Path) -> None:
+    plan = make_plan(one_at_a_time(), blocks)
+    _, html = rendered(plan, make_records(plan, SPEEDUPS), tmp_path)
+    parse(html)
+    assert ("no interval" in html) == (blocks == 1)
+
+
+@pytest.mark.parametrize("kept", ["none", "failed", "no baseline", "baseline only"])
+def test_a_study_that_went_wrong_is_still_reported(kept: str, tmp_path: Path) -> None:
+    plan = make_plan(one_at_a_time(), 2)
+    records = make_records(plan, SPEEDUPS)
+    if kept == "none":
+        records = []
+    for record in [record for record in records if record["kind"] == "launch"]:
+        wrong = kept == "failed" or (record["cell"] == "baseline") == (kept == "no baseline")
+        if wrong:
+            record |= {"status": "failed", "reason": "out of memory"}
+    markdown, html = rendered(plan, records, tmp_path)
+    parse(html)
+    assert "No answer" in markdown
+    assert "No answer" in html
+    assert (kept == "none") == ("out of memory" not in html)
+    print_table(analyse(records, plan), Console(file=io.StringIO(), width=80))
+
+
+def test_a_factorial_shows_company_and_interactions(tmp_path: Path) -> None:
+    plan = make_plan(factorial(), 3)
+    markdown, html = rendered(
+        plan,
+        make_records(plan, SPEEDUPS, interactions={("prefix_cache", "batching"): 1.3}),
+        tmp_path,
+    )
+    assert {"factors.svg", "interactions.svg"} <= {
+        path.name for path in (tmp_path / "figures").iterdir()
+    }
+    parse(html)
+    assert "Shapley's share" in markdown
+    assert "help each other" in markdown
+    # A report rendered again into the same folder leaves no picture of the old one.
+    other = make_plan(one_at_a_time(), 3)
+    rendered(other, make_records(other, SPEEDUPS), tmp_path)
+    assert "interactions.svg" not in {path.name for path in (tmp_path / "figures").iterdir()}
+
+
+def test_the_table_fits_a_terminal(study: Study) -> None:
+    plan, records = study
+    console = Console(file=io.StringIO(), width=80, record=True)
+    print_table(analyse(records, plan), console)
+    text = console.export_text()
+    row = next(line for line in text.split("\n") if line.startswith(" batching=continuous"))
+    assert re.fullmatch(
+        r" batching=continuous +×2\.\d\d +2\.\d\d–2\.\d\d faster +pass +7 / –\s*", row
+    )
+    assert "not applicable: cuda_graphs=on: needs a CUDA GPU" in text
+    assert "baseline / hf" in text
+
+
+def test_the_command_names_what_it_left_out_and_refuses_what_it_cannot_read(
+    study: Study, tmp_path: Path
+) -> None:
+    plan, records = study
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    path = tmp_path / "records.jsonl"
+    path.write_text(
+        "".join(json.dumps(record) + "\n" for record in [*records, records[0]]) + '{"kind": "la'
+    )
+    done = CliRunner().invoke(app, ["render", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    html = (tmp_path / "out" / "report.html").read_text()
+    for note in ("truncated last line", "1 duplicated line, taken once"):
+        assert note in done.stderr
+        assert note in html
+    path.write_text(json.dumps(records[0] | {"schema": 2}) + "\n")
+    refused = CliRunner().invoke(app, ["render", str(tmp_path)])
+    assert refused.exit_code == 2
+    assert "line 1: schema 2 is unknown" in refused.stderr
+
+
+def test_the_command_to_reproduce_names_overrides_and_quotes_them() -> None:
+    plan = make_plan(one_at_a_time(), 1, overrides={"design.blocks": 2, "title": "a b"})
+    plan["model"] |= {"preset": None, "path": "/models/my qwen"}
+    command = reproduce_command(plan)
+    assert command == (  # make would take a word with a space for two
+        ".venv/bin/python -m experiments ablate --study synthetic --profile cpu --model '/models/my qwen' "
+        "--set design.blocks=2 --set 'title=a b'"
+    )
+    plan = make_plan(
+        one_at_a_time(),
+        1,
+        overrides={"workloads.scaled.prompt_tokens": [4, 8], "workloads.scaled.ignore_eos": True},
+    )
+    words = shlex.split(reproduce_command(plan))
+    assert words[:2] == ["make", "ablate"]
+    assert words[-1] == "SET=workloads.scaled.prompt_tokens=[4,8] workloads.scaled.ignore_eos=true"

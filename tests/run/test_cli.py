@@ -1,0 +1,159 @@
+"""The command line: what it says, what it resumes, and how it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+import experiments.__main__ as cli
+from experiments.cluster.executor import Options
+from experiments.host import model_files, provenance
+from experiments.launch.runner import Runner
+from experiments.records import store
+from experiments.run import execution
+from experiments.run.progress import ProgressBar
+from experiments.study import machine
+from tests.study.test_plan import SHAPE
+from tests.support.fake_engine import make_plan
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(execution, "RUNS", tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO())
+
+
+def said(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_validate_names_what_is_wrong(tmp_path: Path) -> None:
+    assert invoke("validate").exit_code == 0
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("name: wrong\nfactor: {}\n")
+    result = invoke("validate", "embedded", str(wrong))
+    assert result.exit_code == 1
+    assert "ok       embedded" in result.output
+    assert "wrong.yaml: factor: unknown key (did you mean factors?)" in result.output
+
+
+def test_an_error_is_one_message_and_status_2(runs: Path) -> None:
+    result = invoke("ablate", "--study", "embeded")
+    assert (result.exit_code, "Traceback" in result.output) == (2, False)
+    assert "embeded: no such study" in result.output
+    result = invoke("ablate", "--profile", "gpu")
+    assert (result.exit_code, "one of 8gpu, cpu, h100" in result.output) == (2, True)
+    result = invoke("report")
+    assert (result.exit_code, "`make ablate` makes one" in result.output) == (2, True)
+
+
+def test_a_dry_run_writes_a_plan_for_another_host(
+    tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    monkeypatch.setattr(
+        model_files,
+        "inspect",
+        lambda preset, path, **_: {"path": str(tmp_path), "digest": "d" * 64},
+    )
+    monkeypatch.setattr(machine, "measure", lambda: pytest.fail("an H200 is not measured here"))
+    path = tmp_path / "plan.json"
+    result = invoke(
+        "run",
+        "--study",
+        "embedded",
+        "--profile",
+        "h200",
+        "--blocks",
+        "3",
+        "--dry-run",
+        "--write-plan",
+        str(path),
+    )
+    assert result.exit_code == 0, result.output
+    plan = store.read_plan(path)
+    assert plan["study"]["overrides"] == {"design.blocks": 3}
+    assert (plan["profile"]["device"], plan["model"]["preset"], plan["model"]["dtype"]) == (
+        "cuda",
+        "qwen3-0.6b",
+        "bfloat16",
+    )
+    assert "not here tensor_parallel_size=2: needs 2 GPUs" in result.output
+    assert "python -m experiments.launch --plan plan.json" in result.output
+    assert not runs.exists()
+
+
+def test_an_interrupted_run_of_the_same_plan_and_code_is_found(
+    tmp_path: Path, runs: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(tmp_path / "model")
+    assert execution.interrupted(plan, console) is None
+    folder = execution.new_folder(plan)
+    with Runner(plan, folder, resume=True) as runner:
+        runner.run([0])
+    assert execution.interrupted(plan, console) == folder
+    assert "3 launches are recorded" in said(console)
+    assert execution.interrupted(make_plan(tmp_path / "model", blocks=3), console) is None
+    other = tmp_path / "runs" / "99999999-other"
+    other.mkdir()
+    (other / store.PLAN).write_text('{"plan_version": 0}')
+    assert execution.interrupted(plan, console) == folder, (
+        "another study's damaged folder stops none"
+    )
+    assert "99999999-other: " in said(console)
+    (other / store.RECORDS).write_text("damaged\nmore\n")
+    listed = invoke("list")
+    assert listed.exit_code == 0
+    assert f"{folder.name}  interrupted, 3 launches count" in listed.output
+    assert "99999999-other  interrupted, damaged: " in listed.output
+    with monkeypatch.context() as changed:
+        changed.setattr(provenance, "code_digest", lambda: "other")
+        assert execution.interrupted(plan, console) is None
+        assert "the code has changed since" in said(console)
+    (folder / execution.FINISHED).touch()
+    assert execution.interrupted(plan, console) is None
+
+
+def test_launches_are_run_once_and_what_went_wrong_is_listed(
+    tmp_path: Path, runs: Path, console: Console
+) -> None:
+    plan = make_plan(tmp_path / "model", blocks=1, dead="dead_toggle")
+    folder = execution.new_folder(plan)
+    assert execution.run_launches(plan, folder, Options(), console)
+    assert execution.run_launches(plan, folder, Options(), console)
+    assert len(store.read(folder)) == 4 + 1, "the second time only notes that it resumed"
+    assert not execution.all_ok(folder, console)
+    assert "invalid: b00-o03-dead: prefix_cache=on never engaged" in said(console)
+
+
+def test_the_time_left_follows_what_launches_really_take(tmp_path: Path, console: Console) -> None:
+    plan = make_plan(tmp_path / "model", blocks=2)
+    bar = ProgressBar(plan, console)
+    assert bar.remaining_s() == pytest.approx(plan["expected_s"])
+    for entry, seconds in zip(plan["launches"][:2], (10.0, 20.0), strict=True):
+        record = {
+            "cell": entry["cell"],
+            "launch": entry["launch"],
+            "total_s": seconds,
+            "status": "ok",
+        }
+        bar.listen("end", {"launch": entry, "record": {**record, "workloads": {}, "reason": None}})
+    # baseline and aa once more by their own times, prefix_cache=on twice by the median of all
+    assert bar.remaining_s() == pytest.approx(10 + 20 + 2 * 15)
+    assert not (tmp_path / "out").exists()
