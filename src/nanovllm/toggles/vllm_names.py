@@ -3,15 +3,20 @@ another name.
 """
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from nanovllm.toggles.row import toggles_of
+from nanovllm.toggles.row import Toggle, toggles_of
 from nanovllm.toggles.table import ALL
 
+
+def switches(toggles: Mapping[str, Toggle]) -> dict[str, tuple[str, Callable[[Any], Any]]]:
+    """vLLM's name -> (ours, vLLM's value -> our level)."""
+    return {row.vllm[0]: (name, row.vllm[1]) for name, row in toggles.items() if row.vllm}
+
+
 TOGGLES = toggles_of(ALL)
-# vLLM's name -> (ours, vLLM's value -> our level)
-SWITCHES = {row.vllm[0]: (name, row.vllm[1]) for name, row in TOGGLES.items() if row.vllm}
+SWITCHES = switches(TOGGLES)
 
 
 def translate(kwargs: dict[str, Any], own: Collection[str]) -> dict[str, Any]:

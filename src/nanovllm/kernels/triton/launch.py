@@ -92,12 +92,3 @@ def warps_for(block: int) -> int:
     bytes at a time.
     """
     return min(16, max(1, block // 256))
-
-
-def upload(values: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A list as a tensor on `device`, without waiting for the device: a copy from pageable memory
-    would.
-    """
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=dtype, device=device)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
