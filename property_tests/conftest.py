@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from property_tests import profiles
+from property_tests.support import profiles
 
 profiles.register()
 

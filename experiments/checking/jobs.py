@@ -14,7 +14,7 @@ from experiments.gate.negative_controls import BROKEN, CONTROL_PROMPT
 from experiments.records.factor_levels import level_name
 from experiments.study.plan import inapplicable
 from nanovllm.config import ALL, BASELINE, LEVELS, Optimizations
-from nanovllm.engine.cuda_graph import fewest_sharing
+from nanovllm.gpu.cuda_graph import fewest_sharing
 
 MAX_NUM_SEQS, MAX_MODEL_LEN, BATCHED_TOKENS = 4, 256, 48
 """So small that requests wait, prompts are cut, and requests are preempted (see `kv_cache_bytes`)."""

@@ -1,86 +1,23 @@
 """What a user asks for (`EngineConfig`) and what it becomes on this machine (`ResolvedConfig`).
 
-An optimization is a field of `Optimizations`, nothing else switches one. `auto` may be asked for;
-it is resolved once, by `EngineConfig.resolve`, and only resolved values are used and recorded.
+An optimization is a field of `Optimizations` (toggles/table.py); nothing else switches one. 'auto' is
+resolved once, by `EngineConfig.resolve`, and only resolved values are used and recorded.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Self
 
-Device = Literal["cpu", "cuda"]
-
-LEVELS: dict[str, tuple[Any, ...]] = {
-    "attention_backend": ("torch", "triton", "flash_attn"),
-    "kernels": ("torch", "compile", "triton"),
-    "prefix_cache": (False, True),
-    "cascade_attention": (False, True),
-    "batching": ("static", "continuous", "chunked"),
-    "cuda_graphs": (False, True),
-    "overlap": (False, True),
-    "tensor_parallel_size": (1, 2, 4, 8),
-    "all_reduce": ("library", "symmetric_memory"),
-    "data_parallel_size": (1, 2, 4, 8),
-}
-"""The levels of each optimization; the first is its baseline."""
+# LEVELS is for those who import it from here
+from nanovllm.toggles.table import ALL, BASELINE, LEVELS, Device, Optimizations  # noqa: F401
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
     if not condition:
         raise ValueError(f"{name}={value!r} is not allowed; it must be {allowed}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optimizations:
-    """One switch a optimization; the defaults are the baseline of each. 'auto' takes the best level
-    of this machine.
-    """
-
-    attention_backend: str = "torch"
-    kernels: str = "torch"
-    prefix_cache: bool | Literal["auto"] = False
-    cascade_attention: bool | Literal["auto"] = False
-    batching: str = "static"
-    cuda_graphs: bool | Literal["auto"] = False
-    overlap: bool | Literal["auto"] = False
-    tensor_parallel_size: int = 1
-    all_reduce: str = "library"
-    data_parallel_size: int = 1
-
-    def __post_init__(self) -> None:
-        for name, levels in LEVELS.items():
-            value, allowed = getattr(self, name), (*levels, "auto")
-            if name.endswith("parallel_size"):
-                _require(
-                    type(value) is int and 1 <= value <= 1024,
-                    name,
-                    value,
-                    "a whole number of processes, 1 to 1024",
-                )
-            else:
-                same = any(value == level and type(value) is type(level) for level in allowed)
-                _require(same, name, value, "one of " + ", ".join(map(repr, allowed)))
-
-    def resolve(self, device: Device, in_engine: bool = False) -> Optimizations:
-        """Replaces every 'auto'. Raises ValueError for a level that cannot run on `device`;
-        in_engine: in one engine, as it is.
-        """
-        if self == BASELINE:
-            return self
-        from nanovllm.availability import resolve
-
-        return resolve(self, device, in_engine)
-
-
-BASELINE = Optimizations()
-"""Every optimization off."""
-ALL = Optimizations(**{name: "auto" for name in LEVELS if not name.endswith("parallel_size")})  # type: ignore[arg-type]
-"""The best level of each optimization on the machine at hand (how many GPUs share the work is a question of its own: 1)."""
 
 
 def _whole(high: int, optional: bool = False) -> tuple[Callable[[Any], bool], str]:
@@ -91,6 +28,7 @@ def _whole(high: int, optional: bool = False) -> tuple[Callable[[Any], bool], st
     )
 
 
+# What each argument of `EngineConfig` must be, and how an error says it.
 ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model": (lambda value: isinstance(value, str) and value != "", "a folder or a hub id"),
     "tokenizer": (
@@ -115,7 +53,6 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda value: value is None or isinstance(value, Integral), "None or a whole number"),
     "optimizations": (lambda value: isinstance(value, Optimizations), "Optimizations or a dict"),
 }
-"""What each argument of `EngineConfig` must be, and how an error says it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,14 +83,15 @@ class EngineConfig:
         object.__setattr__(self, "seed", int(self.seed or 0))
 
     @classmethod
-    def from_kwargs(cls, model: str, **kwargs: Any) -> EngineConfig:
+    def from_kwargs(cls, model: str, **kwargs: Any) -> Self:
         """Accepts vLLM's constructor arguments. Raises TypeError for an unknown one, and where a
         switch is given twice.
         """
-        if set(kwargs) - {f.name for f in dataclasses.fields(cls)}:
-            from nanovllm.vllm_names import translate
+        own = {f.name for f in dataclasses.fields(cls)}
+        if set(kwargs) - own:
+            from nanovllm.toggles.vllm_names import translate
 
-            kwargs = translate(kwargs)
+            kwargs = translate(kwargs, own)
         if isinstance(kwargs.get("optimizations"), dict):
             kwargs["optimizations"] = Optimizations(**kwargs["optimizations"])
         paths = {
@@ -165,7 +103,7 @@ class EngineConfig:
 
     def resolve(
         self, *, device: Device, dtype: str, max_position_embeddings: int
-    ) -> ResolvedConfig:
+    ) -> "ResolvedConfig":
         """Fixes every open value for a model on `device`. Raises ValueError where values contradict
         each other.
         """

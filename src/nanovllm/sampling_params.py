@@ -34,6 +34,7 @@ def _plain(value: Any) -> Any:
     return value if value is None else (int if isinstance(value, Integral) else float)(value)
 
 
+# What each value must be, what becomes of it, and how an error says it.
 ALLOWED: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
     "temperature": (
         _number(1e-5, 1e30, Real, also=0),
@@ -56,7 +57,6 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
     ),
     "ignore_eos": (lambda value: isinstance(value, bool), bool, "True or False"),
 }
-"""What each value must be, what becomes of it, and how an error says it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,13 @@ import pytest
 import torch
 
 from nanovllm.config import EngineConfig, Optimizations
-from nanovllm.engine import cuda_graph, llm_engine
-from nanovllm.engine.cuda_graph import GraphRunner, Variant, buckets_for
+from nanovllm.engine import llm_engine
 from nanovllm.engine.invariants import check_invariants
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.gpu import cuda_graph
+from nanovllm.gpu.capture import Captured
+from nanovllm.gpu.cuda_graph import GraphRunner, Variant, buckets_for
 from nanovllm.sampling_params import SamplingParams
 
 ON_GPU = torch.cuda.is_available()
@@ -28,19 +31,19 @@ LEVELS = ["torch", "triton"] if ON_GPU else ["torch"]
 class FakeGraphRunner(GraphRunner):
     """Replays by computing again; keeps what the device would keep."""
 
-    def _record_all(self) -> Any:
-        return {variant: self._record(variant, None, None) for variant in self.variants}  # type: ignore[arg-type]
+    def _capture_all(self) -> Any:
+        return {variant: self._capture(variant, None, None) for variant in self.variants}  # type: ignore[arg-type]
 
     def _read_back(self, *tensors: torch.Tensor) -> Any:
         # on a GPU the copy to the host is one
         return super()._read_back(*(tensor.clone() for tensor in tensors))
 
     @torch.inference_mode()
-    def _record(self, variant: Variant, pool: Any, stream: Any) -> Any:
+    def _capture(self, variant: Variant, pool: Any, stream: Any) -> Any:
         self.inputs[: variant.bucket] = self.spare_row
         self.inputs[variant.bucket :] = 0
         self.stats.reset()
-        recorded = cuda_graph.Recorded(
+        captured = Captured(
             None,
             self._decode(variant).clone(),
             Counter(self.stats.kernel_calls),
@@ -49,15 +52,15 @@ class FakeGraphRunner(GraphRunner):
 
         def replay() -> None:
             before = Counter(self.stats.kernel_calls), Counter(self.stats.attention_calls)
-            recorded.output.copy_(self._decode(variant))
+            captured.output.copy_(self._decode(variant))
             for calls, old in zip(
                 (self.stats.kernel_calls, self.stats.attention_calls), before, strict=True
             ):
                 calls.clear()
                 calls.update(old)
 
-        recorded.graph = SimpleNamespace(replay=replay)
-        return recorded
+        captured.graph = SimpleNamespace(replay=replay)
+        return captured
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 5, 8, 16, 17, 64, 250, 256])
@@ -201,9 +204,9 @@ def test_steps_whose_rows_share_a_block_replay_the_graph_for_it(
     runner: Any = engine.runner
     replayed: list[tuple[int, bool]] = []
     runner.cascade, runner.fewest_sharing = True, 1
-    for variant in list(runner.recorded):
-        runner.recorded[replace(variant, shares=True)] = runner.recorded[variant]
-    runner.recorded = Told(runner.recorded, replayed)
+    for variant in list(runner.captured):
+        runner.captured[replace(variant, shares=True)] = runner.captured[variant]
+    runner.captured = Told(runner.captured, replayed)
     params = SamplingParams(temperature=0.7, max_tokens=6, ignore_eos=True)
     prefix = list(range(50, 50 + engine.config.block_size))
     prompts = [[*prefix, 7], [9, 8, 7], [*prefix, 6], [*prefix, 5]]
@@ -326,7 +329,7 @@ def test_a_shared_prefix_read_once_changes_no_token(
 @pytest.mark.parametrize(
     ("where", "said"),
     [
-        ("_record_all", "recording steps of up to 4 requests.*lower kv_cache_memory_bytes"),
+        ("_capture_all", "recording steps of up to 4 requests.*lower kv_cache_memory_bytes"),
         ("__init__", "the model does not fit.*tensor_parallel_size"),
     ],
 )
@@ -340,7 +343,7 @@ def test_out_of_memory_says_what_to_lower(
 
     with monkeypatch.context() as patch:
         graphs = GraphRunner if ON_GPU else FakeGraphRunner
-        patch.setattr(graphs if where == "_record_all" else cuda_graph.ModelRunner, where, full)
+        patch.setattr(graphs if where == "_capture_all" else ModelRunner, where, full)
         with pytest.raises(MemoryError, match=said + r".*\(CUDA out of memory\)"):
             make_engine(
                 tiny, monkeypatch, graphs=True, max_num_seqs=4, kv_cache_memory_bytes=1 << 24
@@ -370,14 +373,14 @@ def test_triton_gives_the_tokens_of_torch(tiny: Path, monkeypatch: pytest.Monkey
 
 
 def test_workspaces_go_with_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanovllm.engine.gpu_memory import forget_workspaces_with
+    from nanovllm.gpu.workspaces import Workspaces
 
     cleared: list[bool] = []
     monkeypatch.setattr(
         torch._C, "_cuda_clearCublasWorkspaces", lambda: cleared.append(True), raising=False
     )
     holder = {"model": torch.nn.Linear(1, 1)}
-    forget_workspaces_with(holder["model"])
+    Workspaces().keep_for(holder["model"])
     assert not cleared
     holder.clear()  # as ModelRunner.close does
     assert cleared == [True]

@@ -41,7 +41,7 @@ from nanovllm.kernels.triton import norm as triton_norm  # noqa: E402
 from nanovllm.kernels.triton import rope as triton_rope  # noqa: E402
 from nanovllm.kernels.triton import sampling as triton_sampling  # noqa: E402
 from nanovllm.kernels.triton import sampling_shards as triton_sampling_shards  # noqa: E402
-from nanovllm.kernels.triton.attention import TritonAttention, _prefill_tiles, tilings  # noqa: E402
+from nanovllm.kernels.triton.attention.backend import TritonAttention, _prefill_tiles, tilings  # noqa: E402
 from nanovllm.kernels.triton.linear import _splits as splits_of  # noqa: E402
 from nanovllm.kernels.triton.linear import linear as triton_linear  # noqa: E402
 
@@ -858,7 +858,7 @@ def all_kernels() -> set[str]:
     folder = Path(triton_norm.__file__).parent
     return {
         name
-        for file in folder.glob("*.py")
+        for file in folder.rglob("*.py")
         for name in re.findall(r"^def (\w*kernel)\(", file.read_text(), re.MULTILINE)
     }
 

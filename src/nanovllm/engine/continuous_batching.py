@@ -93,11 +93,20 @@ class ContinuousScheduler(Scheduler):
             self.forecast.finished(seq)
 
     def _fill(self, plan: StepPlan, seqs: list[Sequence]) -> None:
-        if self.policy == "chunked":
+        if self.config.optimizations.batching == "chunked":
             self._plan_decodes(plan, seqs)
             self._plan_prefills(plan, seqs)
         else:
             super()._fill(plan, seqs)
+
+    def _plan_decodes(self, plan: StepPlan, seqs: list[Sequence]) -> None:
+        for seq in list(self.decoding.values()):
+            if seq.row < 0 or not seq.wants_more:
+                continue  # preempted by an older one just now; or its last token is in flight
+            has_room = seq.num_scheduled < len(seq.block_table) * self.blocks.block_size
+            if has_room or self._grow(plan, seq):
+                self._plan_entry(plan, seqs, seq, 1, samples=True)
+        plan.num_decodes = len(seqs)
 
     def _grow(self, plan: StepPlan, seq: Sequence) -> bool:
         """Preempts the youngest requests until a block is free; False if `seq` itself was the

@@ -24,10 +24,9 @@ class KVCacheSpec:
 
     @classmethod
     def of(cls, model: ModelConfig, config: ResolvedConfig) -> Self:
-        heads = model.num_key_value_heads // config.optimizations.tensor_parallel_size
         return cls(
             model.num_hidden_layers,
-            heads,
+            model.num_key_value_heads // config.optimizations.tensor_parallel_size,
             model.head_dim,
             config.block_size,
             getattr(torch, config.dtype),
@@ -67,9 +66,8 @@ def num_blocks_for(config: ResolvedConfig, spec: KVCacheSpec) -> int:
     """
     if (budget := config.kv_cache_memory_bytes) is None:
         free, total = memory_within(*psutil.virtual_memory()[1::-1])  # what this process may use
-        budget = int(free - (1 - config.gpu_memory_utilization) * total)
         budget = min(
-            budget,
+            int(free - (1 - config.gpu_memory_utilization) * total),
             config.max_num_seqs * -(-config.max_model_len // config.block_size) * spec.block_bytes,
         )
     if budget < spec.block_bytes:

@@ -25,12 +25,14 @@ from nanovllm.engine.stats import StepStats
 from nanovllm.host_limits import cpu_cores
 from nanovllm.models.config import load_hf_config, read_if_there
 from nanovllm.models.loader import resolve_model
-from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
 Prompt = str | list[int] | dict[str, Any]
 Method = TypeVar("Method", bound=Callable[..., Any])
 Params = SamplingParams | SequenceOf[SamplingParams] | None
+# What may stand beside a tokenizer.json without changing what it does. model_max_length, which bounds
+# nothing here, may be anything.
 PLAIN_TOKENIZER = {
     "tokenizer_class": "Qwen2Tokenizer",
     "eos_token": "<|endoftext|>",
@@ -39,7 +41,6 @@ PLAIN_TOKENIZER = {
     "clean_up_tokenization_spaces": False,
     "model_max_length": None,
 }
-"""What may stand beside a tokenizer.json without changing what it does; model_max_length, which bounds nothing here, may be any."""
 
 
 class EngineDeadError(RuntimeError):
@@ -83,7 +84,7 @@ class LLMEngine:
         self._stats = StepStats()
         begin = time.perf_counter()
         device, config = (
-            ("cpu", config) if config.device == "cpu" else _load("machine", "prepare")(config)
+            ("cpu", config) if config.device == "cpu" else _load("gpu.machine", "prepare")(config)
         )
         folder = self._folder = resolve_model(config.model)
         self.model_config = load_hf_config(folder)
@@ -102,10 +103,12 @@ class LLMEngine:
             torch.set_num_threads(cores)
         on = resolved.optimizations
         make_runner = (
-            _load("workers", "TensorParallelRunner")
+            _load("distributed.workers", "TensorParallelRunner")
             if on.tensor_parallel_size > 1
-            else _load("cuda_graph", "GraphRunner")
+            else _load("gpu.cuda_graph", "GraphRunner")
             if on.cuda_graphs
+            else _load("gpu.runner", "GpuRunner")
+            if resolved.device == "cuda"
             else ModelRunner
         )
         self.runner = make_runner(resolved, self.model_config, folder, self._stats)
@@ -115,20 +118,20 @@ class LLMEngine:
             kv_cache_bytes=self.runner.kv_cache_bytes,
         )
         make_blocks = (
-            _load("prefix_cache", "CachingBlockManager") if on.prefix_cache else BlockManager
+            _load("engine.prefix_cache", "CachingBlockManager") if on.prefix_cache else BlockManager
         )
         make_scheduler = (
             Scheduler
             if on.batching == "static"
-            else _load("continuous_batching", "ContinuousScheduler")
+            else _load("engine.continuous_batching", "ContinuousScheduler")
         )
         blocks = make_blocks(self.runner.num_blocks, resolved.block_size, self._stats)
         self.scheduler = make_scheduler(self.config, blocks, self._stats)
-        self.loop = (_load("overlap", "OverlappedStepLoop") if on.overlap else StepLoop)(
+        self.loop = (_load("engine.overlap", "OverlappedStepLoop") if on.overlap else StepLoop)(
             self.scheduler, self.runner
         )
         if device == "cuda":
-            self.loop = _load("machine", "started")(self, time.perf_counter() - begin)
+            self.loop = _load("gpu.machine", "started")(self, time.perf_counter() - begin)
         self._step_times: deque[tuple[float, int, int]] = deque(maxlen=2**18)  # some 40 MB
         self._num_requests, self._dead = 0, None
         gc.collect(1)  # a whole collection would take longer than a small model's start
@@ -171,7 +174,13 @@ class LLMEngine:
             else (self.config.seed & 0x7FFFFFFF) << 32 | (number & 0xFFFFFFFF)
         )
         return Sequence(
-            request_id, list(token_ids), params, seed, time.perf_counter(), frozenset(stops), text
+            request_id,
+            list(token_ids),
+            params,
+            seed,
+            RequestMetrics(arrival_time=time.perf_counter()),
+            frozenset(stops),
+            text,
         )
 
     @one_at_a_time
@@ -220,7 +229,7 @@ class LLMEngine:
             0, text, seq.output_token_ids, None, None, seq.finish_reason, seq.stop_reason
         )
         if seq.params.logprobs is not None:
-            _load("logprobs", "attach_logprobs")(completion, seq, self.tokenizer)
+            _load("engine.logprobs", "attach_logprobs")(completion, seq, self.tokenizer)
         return RequestOutput(
             seq.request_id,
             seq.prompt,
@@ -262,7 +271,7 @@ class LLMEngine:
 
     def toggles(self) -> dict[str, dict[str, Any]]:
         """Level, engaged and opportunity of each optimization."""
-        return _load("toggles", "toggle_counters")(self.config.optimizations, self._stats)
+        return _load("toggles.counters", "toggle_counters")(self.config.optimizations, self._stats)
 
     def step_times(self) -> list[tuple[float, int, int]]:
         """(seconds, prefill tokens, decode tokens) of each step since the start or the last
@@ -311,7 +320,11 @@ class LLM(LLMEngine):
         one = (
             config := EngineConfig.from_kwargs(model, **kwargs)
         ).optimizations.data_parallel_size == 1
-        return super().__new__(cls) if one else _load("data_parallel", "ReplicatedLLM")(config)
+        return (
+            super().__new__(cls)
+            if one
+            else _load("distributed.data_parallel", "ReplicatedLLM")(config)
+        )
 
     def __init__(self, model: str, **kwargs: Any) -> None:
         super().__init__(EngineConfig.from_kwargs(model, **kwargs))
@@ -320,7 +333,7 @@ class LLM(LLMEngine):
         """What `generate` takes where it is given none: the checkpoint's recommendation, as in
         vLLM.
         """
-        return import_module("nanovllm.models.sampling_defaults").default_params(self._folder)
+        return _load("models.sampling_defaults", "default_params")(self._folder)
 
     @one_at_a_time
     def generate(
@@ -334,20 +347,15 @@ class LLM(LLMEngine):
         them is not valid.
         """
         self._check_alive()
-        one = isinstance(prompts, (str, dict)) or (
-            len(prompts) > 0 and all(isinstance(token, int) for token in prompts)
-        )
-        batch: list[Any] = [prompts] if one else list(prompts)
-        given = self.get_default_sampling_params() if sampling_params is None else sampling_params
-        params = list(given) if isinstance(given, SequenceOf) else [given] * len(batch)
-        if len(params) != len(batch):
-            raise ValueError(
-                f"{len(batch)} prompts and {len(params)} sampling_params; give one for all, or one for each"
-            )
+        batch = as_batch(prompts, sampling_params, self.get_default_sampling_params)
         seqs = [
-            self.make_sequence(str(n), p, s, n)
-            for n, (p, s) in enumerate(zip(batch, params, strict=True), self._num_requests)
+            self.make_sequence(str(number), prompt, params, number)
+            for number, (prompt, params) in enumerate(batch, self._num_requests)
         ]
+        return self._run(seqs, use_tqdm)
+
+    def _run(self, seqs: list[Sequence], use_tqdm: bool) -> list[RequestOutput]:
+        """Serves them all. Where one cannot be queued, or a step fails, none of them stays behind."""
         unfinished: set[str] = set()
         try:
             for seq in seqs:
@@ -372,9 +380,30 @@ class LLM(LLMEngine):
         return [self.output_of(seq) for seq in seqs]
 
 
+def as_batch(
+    prompts: Prompt | SequenceOf[Prompt],
+    sampling_params: Params,
+    default_params: Callable[[], SamplingParams],
+) -> list[tuple[Prompt, SamplingParams]]:
+    """One call's requests: a prompt or several, each with its parameters. Raises ValueError where there are not
+    as many parameters as prompts.
+    """
+    is_one = isinstance(prompts, (str, dict)) or (
+        len(prompts) > 0 and all(isinstance(token, int) for token in prompts)
+    )
+    batch: list[Any] = [prompts] if is_one else list(prompts)
+    given = default_params() if sampling_params is None else sampling_params
+    params = list(given) if isinstance(given, SequenceOf) else [given] * len(batch)
+    if len(params) != len(batch):
+        raise ValueError(
+            f"{len(batch)} prompts and {len(params)} sampling_params; give one for all, or one for each"
+        )
+    return list(zip(batch, params, strict=True))
+
+
 def _load(module: str, name: str) -> Any:
     """An optional part of the engine: loaded only when its optimization is on."""
-    return getattr(import_module(f"nanovllm.engine.{module}"), name)
+    return getattr(import_module(f"nanovllm.{module}"), name)
 
 
 def load_tokenizer(folder: str, eos_token_ids: tuple[int, ...] = ()) -> Tokenizer:
@@ -399,7 +428,5 @@ def load_tokenizer(folder: str, eos_token_ids: tuple[int, ...] = ()) -> Tokenize
         not {**config, **names, **added, "model_max_length": None}.items()
         <= PLAIN_TOKENIZER.items()
     ):
-        import_module("nanovllm.models.tokenizer_files").check_tokenizer(
-            file.parent, tokenizer, eos_token_ids
-        )
+        _load("models.tokenizer_files", "check_tokenizer")(file.parent, tokenizer, eos_token_ids)
     return tokenizer

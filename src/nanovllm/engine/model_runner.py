@@ -6,7 +6,6 @@ parameters, its last token. A decode takes its token from there, so the next ste
 before the host has read it.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,16 @@ from nanovllm.engine.scheduler import StepPlan
 from nanovllm.engine.sequence import TokenLogprobs
 from nanovllm.engine.stats import StepStats
 from nanovllm.kernels.batch import ForwardBatch
-from nanovllm.kernels.registry import load_attention, load_kernels
+from nanovllm.kernels.registry import load_kernels
+from nanovllm.layers.attention import Attention
 from nanovllm.layers.linear import TensorParallel
 from nanovllm.models.config import ModelConfig
+from nanovllm.models.families import model_class
 from nanovllm.models.loader import load_weights
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
-
-@dataclass(slots=True)
-class StepHandle:
-    """A launched step: what it will have sampled, on the way to the host."""
-
-    # token ids [sampling entries]; where asked for, log-probability, rank, largest ones, their ids
-    tensors: list[Tensor]
-    arrived: torch.cuda.Event | None
+# A launched step's results on the way to the host: token ids [sampling entries]; where asked for, their
+# log-probabilities and ranks, the largest log-probabilities and their token ids.
+StepHandle = list[Tensor]
 
 
 class ModelRunner:
@@ -59,7 +54,7 @@ class ModelRunner:
         )
         dtype = getattr(torch, resolved.dtype)
         self.kernels = tp.over_shards(load_kernels(resolved.optimizations, stats.kernel_calls))
-        self.attention = load_attention(
+        self.attention = Attention(
             resolved.optimizations,
             stats.attention_calls,
             num_kv_heads=model_config.num_key_value_heads // tp.size,
@@ -67,16 +62,12 @@ class ModelRunner:
             head_dim=model_config.head_dim,
             dtype=dtype,
         )
-        plan: Any = None
-        if resolved.device == "cuda":
-            from nanovllm.engine.memory_plan import before_the_weights
-
-            plan = before_the_weights(self, model_config)
+        self.before_the_weights(model_config)
         default_dtype = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
             with self.device:
-                self.model = Qwen3ForCausalLM(
+                self.model = model_class(model_config.architecture)(
                     model_config, resolved.max_model_len, self.kernels, self.attention, tp
                 )
         finally:
@@ -87,11 +78,16 @@ class ModelRunner:
         self.make_rows()
 
         spec = KVCacheSpec.of(model_config, resolved)
-        self.num_blocks = tp.agree_on_least(
-            plan.num_blocks(self, spec) if plan else num_blocks_for(resolved, spec)
-        )
+        self.num_blocks = tp.agree_on_least(self.most_blocks(spec))
         self.kv_cache_bytes = self.num_blocks * spec.block_bytes
         self.kv_caches = spec.allocate(self.num_blocks + self.spare, self.device)
+
+    def before_the_weights(self, model_config: ModelConfig) -> None:
+        """Nothing has to be done on a CPU; gpu/runner.py plans memory here."""
+
+    def most_blocks(self, spec: KVCacheSpec) -> int:
+        """KV blocks that fit beside the weights."""
+        return num_blocks_for(self.config, spec)
 
     def make_rows(self) -> None:
         """The state of every row, on the runner's device."""
@@ -133,28 +129,19 @@ class ModelRunner:
         )
 
     def _read_back(self, *tensors: Tensor) -> StepHandle:
-        """Enqueues their copies to the host; an event tells when those have arrived, however much
-        is enqueued behind.
-        """
-        copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
-        return StepHandle(
-            copies,
-            torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None,
-        )
+        """Enqueues their copies to the host."""
+        return [tensor.to("cpu", non_blocking=True) for tensor in tensors]
 
     def collect(self, handle: StepHandle) -> tuple[list[int], list[TokenLogprobs] | None]:
         """Waits for a step: its tokens, one a sampling entry, and what was asked for of their
         log-probabilities.
         """
-        if handle.arrived is not None:
-            handle.arrived.synchronize()
-        token_ids, *logprobs = (tensor.tolist() for tensor in handle.tensors)
+        token_ids, *logprobs = (tensor.tolist() for tensor in handle)
         return token_ids, list(zip(*logprobs, strict=True)) if logprobs else None
 
     def close(self) -> None:
-        """Drops model and cache; on a GPU, gives the memory back to the device."""
+        """Drops model and cache."""
         self.__dict__.clear()
-        torch.cuda.empty_cache()
 
     def _tensor(self, values: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:
         # A copy from pageable memory would wait for the device.

@@ -58,7 +58,6 @@ class Scheduler:
 
     def __init__(self, config: ResolvedConfig, blocks: BlockManager, stats: StepStats) -> None:
         self.config, self.blocks, self.stats = config, blocks, stats
-        self.policy = config.optimizations.batching
         self.waiting: OrderedDict[str, Sequence] = OrderedDict()
         self.prefilling: OrderedDict[str, Sequence] = OrderedDict()
         self.decoding: OrderedDict[str, Sequence] = OrderedDict()
@@ -77,11 +76,9 @@ class Scheduler:
             raise ValueError(
                 f"request_id {seq.request_id!r} is already in use by an unfinished request"
             )
-        if (
-            needed := self.blocks.blocks_for(
-                longest := seq.num_prompt_tokens + seq.params.max_tokens
-            )
-        ) > self.blocks.num_blocks:
+        longest = seq.num_prompt_tokens + seq.params.max_tokens
+        needed = self.blocks.blocks_for(longest)
+        if needed > self.blocks.num_blocks:
             raise ValueError(
                 f"request {seq.request_id!r} needs {needed} KV blocks for {longest} tokens, the cache has "
                 f"{self.blocks.num_blocks} of {self.blocks.block_size} tokens: shorten it, or enlarge the cache"
@@ -113,7 +110,7 @@ class Scheduler:
             return None
         self.launched.append((plan, seqs))
         self.stats.steps += 1
-        self.stats.policy_steps[self.policy] += 1
+        self.stats.policy_steps[self.config.optimizations.batching] += 1
         self.stats.prefill_tokens += len(plan.token_ids)
         self.stats.decode_tokens += plan.num_decodes
         self.stats.mixed_steps += 0 < plan.num_decodes < len(seqs)
@@ -164,20 +161,10 @@ class Scheduler:
             self.decoding[seq.request_id] = seq
 
     def _plan_decodes(self, plan: StepPlan, seqs: list[Sequence]) -> None:
-        for seq in list(self.decoding.values()):
-            if seq.row < 0 or not seq.wants_more:
-                continue  # preempted by an older one just now; or its last token is in flight
-            if seq.num_scheduled < len(seq.block_table) * self.blocks.block_size or self._grow(
-                plan, seq
-            ):
+        for seq in self.decoding.values():
+            if seq.wants_more:  # else its last token is in flight
                 self._plan_entry(plan, seqs, seq, 1, samples=True)
         plan.num_decodes = len(seqs)
-
-    def _grow(self, plan: StepPlan, seq: Sequence) -> bool:
-        """One block more for a request that has filled its own. Static batching has reserved them
-        all.
-        """
-        raise AssertionError(f"{seq.request_id} outgrew its reservation")
 
     def _plan_entry(
         self, plan: StepPlan, seqs: list[Sequence], seq: Sequence, length: int, *, samples: bool

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from nanovllm.outputs import RequestMetrics
 from nanovllm.sampling_params import SamplingParams
 
+# log-probability and rank of the chosen token; the largest log-probabilities, and their token ids
 TokenLogprobs = tuple[float, int, list[float], list[int]]
-"""Log-probability and rank of the chosen token; the largest log-probabilities and their tokens."""
 
 
 @dataclass(slots=True, eq=False)
@@ -23,7 +23,7 @@ class Sequence:
     token_ids: list[int]  # the prompt, then every committed token
     params: SamplingParams
     seed: int = 0
-    arrival_time: float = 0.0
+    metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(arrival_time=0.0))
     stop_token_ids: frozenset[int] = frozenset()
     prompt: str | None = None
     row: int = -1  # in the runner's batch; -1 while waiting
@@ -41,11 +41,9 @@ class Sequence:
     # one a committed token, where they were asked for
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_prompt_tokens: int = field(init=False)
-    metrics: RequestMetrics = field(init=False)
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
-        self.metrics = RequestMetrics(self.arrival_time)
 
     @property
     def num_output_tokens(self) -> int:

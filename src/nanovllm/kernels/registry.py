@@ -10,17 +10,6 @@ from typing import Any
 
 from nanovllm.config import Optimizations
 
-_KERNELS = {
-    "torch": "nanovllm.kernels.torch",
-    "compile": "nanovllm.kernels.compiled",
-    "triton": "nanovllm.kernels.triton",
-}
-_ATTENTION = {
-    "torch": "attention.TorchAttention",
-    "triton": "attention.TritonAttention",
-    "flash_attn": "FlashAttention",
-}
-
 Operation = Callable[..., Any]
 
 
@@ -38,38 +27,11 @@ class Kernels:
     sample: Operation
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionBackend:
-    """prepare(batch): once a step. attend(q, k, v, k_cache, v_cache, batch) -> output: once a
-    layer.
-    """
-
-    prepare: Callable[..., None]
-    attend: Operation
-
-
 def load_kernels(optimizations: Optimizations, calls: Counter[str]) -> Kernels:
-    """The implementation of `optimizations.kernels`; each call adds one to calls[level]."""
+    """The implementation of `optimizations.kernels`, which names its module; each call adds one to calls[level]."""
     level = optimizations.kernels
-    module = import_module(_KERNELS[level])
+    module = import_module(f"nanovllm.kernels.{level}")
     return Kernels(*(counted(getattr(module, f.name), level, calls) for f in fields(Kernels)))
-
-
-def load_attention(
-    optimizations: Optimizations, calls: Counter[str], **geometry: Any
-) -> AttentionBackend:
-    """The implementation of `optimizations.attention_backend`; each call of attend adds one to
-    calls[level].
-    """
-    module, _, name = (
-        f"nanovllm.kernels.{(level := optimizations.attention_backend)}.{_ATTENTION[level]}".rpartition(
-            "."
-        )
-    )
-    # it counts what it reads once
-    geometry |= {"cascade": calls} if optimizations.cascade_attention else {}
-    backend = getattr(import_module(module), name)(**geometry)
-    return AttentionBackend(backend.prepare, counted(backend.attend, level, calls))
 
 
 def counted(function: Operation, level: str, calls: Counter[str]) -> Operation:

@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 STANDS_FOR: ContextVar[torch.device | None] = ContextVar("STANDS_FOR", default=None)
-"""The device whose kernels are meant where tensors are on the meta device: engine/rehearsal.py compiles before there are others."""
+"""The device whose kernels are meant where tensors are on the meta device: gpu/rehearsal.py compiles before there are others."""
 
 
 @triton.jit
@@ -92,12 +92,3 @@ def warps_for(block: int) -> int:
     bytes at a time.
     """
     return min(16, max(1, block // 256))
-
-
-def upload(values: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A list as a tensor on `device`, without waiting for the device: a copy from pageable memory
-    would.
-    """
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=dtype, device=device)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)

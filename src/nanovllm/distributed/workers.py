@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 from nanovllm.config import ResolvedConfig
-from nanovllm.engine.children import Child, WorkerError, end
+from nanovllm.distributed.processes import Child, WorkerError, end
+from nanovllm.distributed.wire import Counts, Job, PlanCoder
 from nanovllm.engine.scheduler import StepPlan
 from nanovllm.engine.sequence import TokenLogprobs
 from nanovllm.engine.stats import StepStats
-from nanovllm.engine.wire import Counts, Job, PlanCoder
 from nanovllm.layers.linear import TensorParallel
 from nanovllm.models.config import ModelConfig
 
@@ -36,7 +36,7 @@ COLLECTIVE_TIMEOUT_S = 20.0
 COMPILE_TIMEOUT_S = 300.0
 """The same with kernels=compile: a rank stands still while it compiles, at its first steps, and long on a busy machine."""
 START_TIMEOUT_S = 600.0
-RANK_MAIN = "nanovllm.engine.rank.main"
+RANK_MAIN = "nanovllm.distributed.rank.main"
 _LOOK_EVERY_S = 0.2
 
 

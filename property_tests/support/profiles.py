@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Verbosity, given, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.strategies import SearchStrategy
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DEEP_FACTOR = 100
 """Examples of the deep profile for one of the fast one."""
 

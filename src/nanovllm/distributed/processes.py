@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable
 
 import psutil
 
-from nanovllm.engine.wire import Channel
+from nanovllm.distributed.wire import Channel
 
 CLOSE_TIMEOUT_S = 5.0
 """A child that was asked to end and is still there after this long is killed."""
@@ -49,7 +49,7 @@ class Child:
         # also where the engine is dropped without close()
         self._cut_lifeline = weakref.finalize(self, os.close, lifeline)
         module, _, function = main.rpartition(".")
-        code = f"from nanovllm.engine.children import run; from {module} import {function}; run({function})"
+        code = f"from nanovllm.distributed.processes import run; from {module} import {function}; run({function})"
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-c", code, str(theirs.fileno()), str(lifeline_theirs)],

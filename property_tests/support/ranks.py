@@ -14,7 +14,7 @@ from typing import Any
 from unittest.mock import MagicMock, patch
 
 from nanovllm.config import EngineConfig, Optimizations, ResolvedConfig
-from nanovllm.engine import collectives, workers
+from nanovllm.distributed import collectives, workers
 from nanovllm.engine.model_runner import ModelRunner, StepHandle
 from nanovllm.engine.scheduler import StepPlan
 from nanovllm.engine.sequence import TokenLogprobs

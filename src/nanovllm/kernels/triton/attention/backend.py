@@ -13,9 +13,9 @@ import triton
 from torch import Tensor
 
 from nanovllm.kernels.batch import ForwardBatch
-from nanovllm.kernels.triton.attention_decode import cut_kernel, decode_kernel
-from nanovllm.kernels.triton.attention_prefill import prefill_kernel, tiles_kernel
-from nanovllm.kernels.triton.attention_shared import groups_kernel, shared_kernel, squads_kernel
+from nanovllm.kernels.triton.attention.decode import cut_kernel, decode_kernel
+from nanovllm.kernels.triton.attention.prefill import prefill_kernel, tiles_kernel
+from nanovllm.kernels.triton.attention.shared import groups_kernel, shared_kernel, squads_kernel
 from nanovllm.kernels.triton.launch import pdl, shared_memory
 
 _LOG2_E = 1.4426950408889634

@@ -5,22 +5,15 @@ Loaded only on a GPU.
 from __future__ import annotations
 
 import re
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nanovllm.config import ResolvedConfig
 from nanovllm.engine.kv_cache import KVCacheSpec
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import StepPlan
-
-if TYPE_CHECKING:
-    from nanovllm.config import ResolvedConfig
-    from nanovllm.engine.model_runner import ModelRunner
-
-_alive: set[object] = set()
-"""A key for each engine's model in this process."""
 
 GRAPH_BYTES = 4 << 20
 """Of one recorded decode step, in the driver: a few hundred kernel nodes and their arguments."""
@@ -51,7 +44,6 @@ def bytes_for_steps(runner: ModelRunner, spec: KVCacheSpec) -> int:
     config = runner.config
     if (rehearsal := getattr(runner, "rehearsal", None)) is not None:
         rehearsal.wait()
-    forget_workspaces_with(runner.model)
     runner.kv_caches = spec.allocate(1, runner.device)
     step = f"a step of {config.max_num_batched_tokens} tokens and {config.max_num_seqs} requests, beside the weights,"
     try:
@@ -67,21 +59,6 @@ def bytes_for_steps(runner: ModelRunner, spec: KVCacheSpec) -> int:
     runner.stats.reset()
     torch.cuda.empty_cache()
     return reserved
-
-
-def forget_workspaces_with(model: Any) -> None:
-    """cuBLAS keeps a workspace for every stream it was used on, 32 MiB each on Hopper, until the
-    process ends. Here they go to PyTorch's pool as soon as the model goes, and `ModelRunner.close`
-    then empties that; with several engines, as the last goes.
-    """
-    _alive.add(key := object())
-
-    def forget() -> None:
-        _alive.discard(key)
-        if not _alive:  # the graphs of another engine hold the addresses of theirs
-            torch._C._cuda_clearCublasWorkspaces()
-
-    weakref.finalize(model, forget).atexit = False  # the driver may be gone by then
 
 
 def prefill(config: ResolvedConfig, num_tokens: int) -> StepPlan:

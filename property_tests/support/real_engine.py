@@ -24,9 +24,9 @@ from nanovllm.engine import llm_engine
 from nanovllm.engine.invariants import check_invariants
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.models.checkpoint import ensure_checkpoint
-from property_tests.model_free import expect
-from property_tests.ranks import in_place_of_processes
-from property_tests.strategies import Request, Shape, Workload
+from property_tests.support.model_free import expect
+from property_tests.support.ranks import in_place_of_processes
+from property_tests.support.strategies import Request, Shape, Workload
 from tests.gpu.test_cuda_graph import FakeGraphRunner
 
 MAX_MODEL_LEN = 128

@@ -16,17 +16,14 @@ import logging
 import math
 import os
 import re
-from typing import TYPE_CHECKING
 
 import torch
 
-from nanovllm.engine.gpu_memory import bytes_for_steps
 from nanovllm.engine.kv_cache import KVCacheSpec, num_blocks_for
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.gpu.step_memory import bytes_for_steps
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
-
-if TYPE_CHECKING:
-    from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.models.families import model_class
 
 LOG = logging.getLogger("nanovllm")
 
@@ -37,18 +34,6 @@ KEPT_FREE_BYTES = 512 << 20
 def memory(device: torch.device) -> tuple[int, int]:
     """(free, total) bytes of a GPU, over all processes."""
     return torch.cuda.mem_get_info(device)
-
-
-def before_the_weights(runner: ModelRunner, model: ModelConfig) -> MemoryPlan:
-    """What a runner on a GPU does before it loads them: sees that they fit, and has the kernels of
-    its first steps compiled.
-    """
-    plan = MemoryPlan(runner, model)
-    if runner.config.optimizations.kernels == "triton":
-        from nanovllm.engine.rehearsal import Rehearsal
-
-        runner.rehearsal = Rehearsal(runner, model)  # type: ignore[attr-defined]
-    return plan
 
 
 class MemoryPlan:
@@ -199,7 +184,9 @@ def weights_bytes(runner: ModelRunner, model: ModelConfig) -> int:
     a checkpoint must have.
     """
     with torch.device("meta"):
-        built = Qwen3ForCausalLM(model, 1, runner.kernels, runner.attention, runner.tp)
+        built = model_class(model.architecture)(
+            model, 1, runner.kernels, runner.attention, runner.tp
+        )
     itemsize: int = getattr(torch, runner.config.dtype).itemsize
     return sum(parameter.numel() for parameter in built.parameters()) * itemsize
 

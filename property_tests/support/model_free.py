@@ -22,7 +22,7 @@ from nanovllm.engine.prefix_cache import CachingBlockManager
 from nanovllm.engine.scheduler import Scheduler, StepPlan
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stats import StepStats
-from property_tests.strategies import Shape
+from property_tests.support.strategies import Shape
 
 VOCAB = 7
 

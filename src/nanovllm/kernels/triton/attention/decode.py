@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.triton.attention_tile import attend_to_tile, in_head, rows_of_tile
+from nanovllm.kernels.triton.attention.tile import attend_to_tile, in_head, rows_of_tile
 from nanovllm.kernels.triton.launch import prefetch_to_l2, wait_for_inputs
 
 # measured on an H200 (ablations/LOG.md): 1 to 3 are alike, 0 costs 6 % where lengths differ

@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm.engine.cuda_graph import Recorded, record
 from nanovllm.engine.stats import StepStats
+from nanovllm.gpu.capture import Captured, capture
 from nanovllm.kernels.batch import ForwardBatch
-from nanovllm.kernels.registry import AttentionBackend
-from nanovllm.models.qwen3 import KVCache, Qwen3ForCausalLM
+from nanovllm.layers.attention import Attention, KVCache
 
 TOKENS = (64, 128, 256, 512, 1024)
 """Numbers of tokens that get a graph. Above, the GPU needs longer than the host."""
@@ -35,8 +34,8 @@ class ShortPrefills:
 
     def __init__(
         self,
-        model: Qwen3ForCausalLM,
-        attention: AttentionBackend,
+        model: Any,
+        attention: Attention,
         stats: StepStats,
         kv_caches: list[KVCache],
         max_blocks: int,
@@ -61,8 +60,8 @@ class ShortPrefills:
             self.seq_lens = torch.zeros(ENTRIES, dtype=torch.int32)
             self.query_start_loc = torch.zeros(ENTRIES + 1, dtype=torch.int64)
         self.slots.fill_(spare_slot)
-        self.recorded = {
-            bucket: self._record(bucket, kv_caches, pool, stream) for bucket in reversed(TOKENS)
+        self.captured = {
+            bucket: self._capture(bucket, kv_caches, pool, stream) for bucket in reversed(TOKENS)
         }
 
     def __call__(self, batch: ForwardBatch, kv_caches: list[KVCache]) -> Tensor:
@@ -70,7 +69,7 @@ class ShortPrefills:
         num_tokens, num_entries = len(batch.token_ids), len(batch.host_query_lens)
         if batch.num_decodes or num_tokens > TOKENS[-1] or num_entries > ENTRIES:
             return self.model(batch, kv_caches)  # type: ignore[no-any-return]
-        recorded = self.recorded[TOKENS[bisect.bisect_left(TOKENS, num_tokens)]]
+        captured = self.captured[TOKENS[bisect.bisect_left(TOKENS, num_tokens)]]
         self.token_ids[:num_tokens] = batch.token_ids
         self.positions[:num_tokens] = batch.positions
         self.slots[:num_tokens] = batch.slot_mapping
@@ -79,16 +78,16 @@ class ShortPrefills:
         self.seq_lens[:num_entries] = batch.seq_lens
         self.query_start_loc[: num_entries + 1] = batch.query_start_loc
         self.query_start_loc[num_entries + 1 :] = num_tokens
-        return recorded.replay(self.stats)[:num_tokens]
+        return captured.replay(self.stats)[:num_tokens]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] -> [rows, vocabulary]."""
         return self.model.logits(hidden)
 
-    def _record(
+    def _capture(
         self, bucket: int, kv_caches: list[KVCache], pool: Any, stream: torch.cuda.Stream
-    ) -> Recorded:
-        return record(lambda: self._forward(bucket, kv_caches), self.stats, pool, stream)
+    ) -> Captured:
+        return capture(lambda: self._forward(bucket, kv_caches), self.stats, pool, stream)
 
     def _forward(self, bucket: int, kv_caches: list[KVCache]) -> Tensor:
         batch = ForwardBatch(

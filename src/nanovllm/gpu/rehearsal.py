@@ -32,7 +32,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -41,19 +41,18 @@ from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import JITFunction
 
-from nanovllm.engine.gpu_memory import prefill
 from nanovllm.engine.kv_cache import KVCacheSpec
-from nanovllm.engine.prefill_graph import ShortPrefills
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import StepPlan
 from nanovllm.engine.stats import StepStats
+from nanovllm.gpu.prefill_graph import ShortPrefills
+from nanovllm.gpu.step_memory import prefill
 from nanovllm.kernels.batch import ForwardBatch
-from nanovllm.kernels.registry import AttentionBackend, load_kernels
+from nanovllm.kernels.registry import load_kernels
 from nanovllm.kernels.triton.launch import STANDS_FOR
+from nanovllm.layers.attention import Attention
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
-
-if TYPE_CHECKING:
-    from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.models.families import model_class
 
 LOG = logging.getLogger("nanovllm")
 META = torch.device("meta")
@@ -132,7 +131,7 @@ def compile_launches(steps: Callable[[], None], device: torch.device) -> int:
 def key_of(runner: ModelRunner, model: ModelConfig) -> str:
     """Of everything that decides which kernels a start launches, and what they are."""
     kernels = sorted(
-        Path(import_module("nanovllm.kernels.triton").__file__ or "").parent.glob("*.py")
+        Path(import_module("nanovllm.kernels.triton").__file__ or "").parent.rglob("*.py")
     )
     gpu = torch.cuda.get_device_properties(runner.device)
     config = dataclasses.replace(runner.config, model="_", tokenizer=None, seed=0)
@@ -181,14 +180,16 @@ def shadow_of(runner: ModelRunner, model: ModelConfig) -> Any:
         shadow.tp.all_gather = lambda x: x
     shadow.kernels = shadow.tp.over_shards(load_kernels(runner.config.optimizations, Counter()))
     if runner.config.optimizations.attention_backend != "triton":
-        shadow.attention = AttentionBackend(
-            lambda batch, **_: None, lambda q, *_: torch.empty_like(q)
-        )
+        shadow.attention = object.__new__(
+            Attention
+        )  # another backend's kernels are not ours to compile
+        shadow.attention.prepare = lambda batch, **_: None
+        shadow.attention.attend = lambda q, *_: torch.empty_like(q)
     model = dataclasses.replace(model, num_hidden_layers=min(2, model.num_hidden_layers))
     with META:
-        shadow.model = Qwen3ForCausalLM(model, 1, shadow.kernels, shadow.attention, shadow.tp).to(
-            META
-        )
+        shadow.model = model_class(model.architecture)(
+            model, 1, shadow.kernels, shadow.attention, shadow.tp
+        ).to(META)
     for parameter in shadow.model.parameters():
         # the default type is the whole process's, and may be another just now
         parameter.data = parameter.data.to(dtype)
@@ -227,8 +228,6 @@ def batch_of(plan: StepPlan, block_size: int) -> ForwardBatch:
 @torch.inference_mode()
 def first_steps(shadow: Any) -> None:
     """Those in which memory is measured, those that are recorded, and a first short prefill."""
-    from nanovllm.engine.model_runner import ModelRunner
-
     config = shadow.config
     ModelRunner.launch(shadow, prefill(config, config.max_num_batched_tokens))
     if config.optimizations.cuda_graphs:
@@ -261,6 +260,6 @@ def first_steps(shadow: Any) -> None:
 class _ShortPrefills(ShortPrefills):
     """Those that are recorded, gone through instead."""
 
-    def _record(self, bucket: int, kv_caches: Any, pool: Any, stream: Any) -> Any:
+    def _capture(self, bucket: int, kv_caches: Any, pool: Any, stream: Any) -> Any:
         hidden: Tensor = self._forward(bucket, kv_caches)
         return SimpleNamespace(replay=lambda stats: hidden)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from nanovllm.config import Device, EngineConfig, Optimizations
+from nanovllm.toggles.row import toggles_of
 
 LOG = logging.getLogger("nanovllm")
 
@@ -182,22 +183,25 @@ def _without_triton_where_it_cannot_run(asked: Optimizations) -> Optimizations:
     """Raises ValueError where Triton cannot run and was asked for; takes torch's operations, with a
     warning, for 'auto'.
     """
-    by_triton = {
-        "kernels": ("triton", "compile"),
-        "attention_backend": ("triton",),
-        "cascade_attention": (True,),
-    }
+    by_triton = {name: row for name, row in toggles_of(asked).items() if row.by_triton}
     levels = {name: getattr(asked, name) for name in by_triton}
-    explicit = [f"{name}={level!r}" for name, level in levels.items() if level in by_triton[name]]
-    auto = [name for name in ("kernels", "attention_backend") if levels[name] == "auto"]
-    if not (explicit or auto) or (problem := triton_problem()) is None:
+    explicit = [
+        f"{name}={levels[name]!r}"
+        for name, row in by_triton.items()
+        if levels[name] in row.by_triton
+    ]
+    # what needs another toggle follows that one
+    auto = [name for name, row in by_triton.items() if levels[name] == "auto" and not row.needs]
+    problem = triton_problem() if explicit or auto else None
+    if problem is None:
         return asked
+    baselines = {name: row.levels[0] for name, row in by_triton.items()}
     if explicit:
         raise ValueError(
             f"{' and '.join(explicit)} cannot run here: {problem}. "
-            "Or use kernels='torch', attention_backend='torch', cascade_attention=False."
+            f"Or use {', '.join(f'{name}={level!r}' for name, level in baselines.items())}."
         )
-    changes: dict[str, Any] = dict.fromkeys(auto, "torch")
+    changes: dict[str, Any] = {name: baselines[name] for name in auto}
     # A graph serves every length, and torch's attention would gather max_model_len tokens of every
     # request in each step.
     if "attention_backend" in auto and asked.cuda_graphs == "auto":
@@ -252,21 +256,18 @@ def tell(line: str) -> None:
 
 def describe(config: Any, where: str) -> str:
     """What was chosen. config: a ResolvedConfig."""
-    on = config.optimizations
-    names = {
-        "cuda_graphs": "CUDA graphs",
-        "overlap": "overlap",
-        "prefix_cache": "prefix cache",
-        "cascade_attention": "cascade attention",
-    }
-    switched_on = [text for name, text in names.items() if getattr(on, name)]
-    switched_off = [text for name, text in names.items() if not getattr(on, name)]
-    levels = [
-        f"attention {on.attention_backend}",
-        f"kernels {on.kernels}",
-        f"batching {on.batching}",
-        *switched_on,
-    ]
+    named, switched_on, switched_off = [], [], []
+    for name, row in toggles_of(config.optimizations).items():
+        level = getattr(config.optimizations, name)
+        if not row.title:
+            continue
+        if level is True:
+            switched_on.append(row.title)
+        elif level is False:
+            switched_off.append(row.title)
+        else:
+            named.append(f"{row.title} {level}")
+    levels = named + switched_on
     off = f" (off: {', '.join(switched_off)})" if switched_off else ""
     tokens = config.num_kv_blocks * config.block_size
     cache = f"KV cache of {tokens:,} tokens, {config.kv_cache_bytes / 2**30:.2f} GiB"

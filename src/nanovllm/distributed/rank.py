@@ -12,16 +12,15 @@ import pickle
 import queue
 import sys
 import threading
-from importlib import import_module
 from typing import Any
 
 import torch
 
-from nanovllm.engine.children import report_failure
-from nanovllm.engine.collectives import DistributedTensorParallel
+from nanovllm.distributed.collectives import DistributedTensorParallel
+from nanovllm.distributed.processes import report_failure
+from nanovllm.distributed.wire import Channel, Job, PlanCoder, counts_of
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.stats import StepStats
-from nanovllm.engine.wire import Channel, Job, PlanCoder, counts_of
 
 
 def main(channel: Channel) -> None:
@@ -45,8 +44,14 @@ class Rank:
         channel.send(b"imported")
         channel.receive()  # every rank has got as far: from here on they wait for each other
         on = job.resolved.optimizations
+        make_runner: type[ModelRunner] = ModelRunner
         if job.resolved.device == "cuda":
-            import_module("nanovllm.engine.machine").check_capability(job.rank)
+            from nanovllm.gpu.cuda_graph import GraphRunner
+            from nanovllm.gpu.machine import check_capability
+            from nanovllm.gpu.runner import GpuRunner
+
+            check_capability(job.rank)
+            make_runner = GraphRunner if on.cuda_graphs else GpuRunner
         self.group = DistributedTensorParallel(
             job.rank,
             on.tensor_parallel_size,
@@ -56,11 +61,6 @@ class Rank:
             self.stats,
             self.progress,
             job.timeout_s,
-        )
-        make_runner = (
-            import_module("nanovllm.engine.cuda_graph").GraphRunner
-            if on.cuda_graphs
-            else ModelRunner
         )
         self.runner = make_runner(
             job.resolved, job.model_config, job.folder, self.stats, self.group

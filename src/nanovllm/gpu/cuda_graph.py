@@ -20,10 +20,7 @@ host, which knows, chooses.
 from __future__ import annotations
 
 import bisect
-from collections import Counter
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -32,10 +29,13 @@ import torch
 from torch import Tensor
 
 from nanovllm.config import ResolvedConfig
-from nanovllm.engine.gpu_memory import room_for
-from nanovllm.engine.model_runner import ModelRunner, StepHandle
+from nanovllm.engine.model_runner import StepHandle
 from nanovllm.engine.scheduler import StepPlan
 from nanovllm.engine.stats import StepStats
+from nanovllm.gpu.capture import Captured, capture
+from nanovllm.gpu.prefill_graph import ShortPrefills
+from nanovllm.gpu.runner import GpuRunner
+from nanovllm.gpu.step_memory import room_for
 from nanovllm.kernels.batch import ForwardBatch
 from nanovllm.layers.linear import TensorParallel
 from nanovllm.models.config import ModelConfig
@@ -70,54 +70,7 @@ class Variant:
     shares: bool  # reads shared prefixes once
 
 
-@dataclass(slots=True)
-class Recorded:
-    """A graph, where its result lies, and what one replay executes."""
-
-    graph: Any  # torch.cuda.CUDAGraph
-    output: Tensor  # overwritten by each replay
-    kernel_calls: Counter[str]
-    attention_calls: Counter[str]
-    all_reduces: Counter[str] = field(default_factory=Counter)
-
-    def replay(self, stats: StepStats) -> Tensor:
-        self.graph.replay()
-        stats.graph_replays += 1
-        stats.kernel_calls.update(self.kernel_calls)
-        stats.attention_calls.update(self.attention_calls)
-        stats.all_reduces.update(self.all_reduces)
-        return self.output
-
-
-@torch.inference_mode()
-def record(
-    forward: Callable[[], Tensor], stats: StepStats, pool: Any, stream: torch.cuda.Stream
-) -> Recorded:
-    """Runs `forward` twice: once to compile kernels and choose GEMM algorithms, once to be
-    recorded.
-    """
-    torch.cuda.synchronize(stream.device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        forward()
-        stream.synchronize()
-        stats.reset()
-        # Other threads (NCCL's watchdog) may go on asking the device how far it is.
-        graph.capture_begin(pool, capture_error_mode="thread_local")
-        try:
-            output = forward()
-        except BaseException:
-            with suppress(RuntimeError):  # it says that the recording is worth nothing
-                # else nothing in this process could be recorded, or freed, any more
-                graph.capture_end()
-            raise
-        graph.capture_end()
-    return Recorded(
-        graph, output, *map(Counter, (stats.kernel_calls, stats.attention_calls, stats.all_reduces))
-    )
-
-
-class GraphRunner(ModelRunner):
+class GraphRunner(GpuRunner):
     """The interface of ModelRunner; decode steps are replayed."""
 
     spare = 1
@@ -162,7 +115,7 @@ class GraphRunner(ModelRunner):
             f"recording steps of up to {resolved.max_num_seqs} requests, beside weights and KV cache,",
             "lower kv_cache_memory_bytes, gpu_memory_utilization or max_num_seqs",
         ):
-            self.recorded = self._record_all()
+            self.captured = self._capture_all()
         stats.reset()
 
     def make_rows(self) -> None:
@@ -189,10 +142,10 @@ class GraphRunner(ModelRunner):
                 values = plan.rows + [self.spare_row] * padding + plan.starts + [0] * padding
                 self.inputs[: 2 * bucket] = self._tensor(values)
                 self.share = self.cascade and self._many_share(plan.rows)
-            recorded = self.recorded[
+            captured = self.captured[
                 Variant(bucket, plan.greedy_only and True in self.greedy_variants, self.share)
             ]
-            token_ids = recorded.replay(self.stats)
+            token_ids = captured.replay(self.stats)
             self.on_device = (bucket, plan.rows, [start + 1 for start in plan.starts])
             return self._read_back(token_ids[:n])
 
@@ -209,12 +162,10 @@ class GraphRunner(ModelRunner):
             plan = replace(plan, new_blocks=[])
         super()._update_rows(plan)
 
-    def _record_all(self) -> dict[Variant, Recorded]:
+    def _capture_all(self) -> dict[Variant, Captured]:
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
         # the others need lengths that the host knows
         if self.config.optimizations.attention_backend == "triton":
-            from nanovllm.engine.prefill_graph import ShortPrefills
-
             spare_slot = self.num_blocks * self.config.block_size
             self.model = ShortPrefills(
                 self.model,
@@ -226,12 +177,12 @@ class GraphRunner(ModelRunner):
                 pool,
                 stream,
             )
-        return {variant: self._record(variant, pool, stream) for variant in self.variants}
+        return {variant: self._capture(variant, pool, stream) for variant in self.variants}
 
-    def _record(self, variant: Variant, pool: Any, stream: torch.cuda.Stream) -> Recorded:
+    def _capture(self, variant: Variant, pool: Any, stream: torch.cuda.Stream) -> Captured:
         self.inputs[: variant.bucket] = self.spare_row
         self.inputs[variant.bucket :] = 0
-        return record(lambda: self._decode(variant), self.stats, pool, stream)
+        return capture(lambda: self._decode(variant), self.stats, pool, stream)
 
     def _decode(self, variant: Variant) -> Tensor:
         """A decode step of the rows in `inputs`, in tensors alone. Returns the sampled tokens:

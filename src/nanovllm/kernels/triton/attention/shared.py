@@ -26,7 +26,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.triton.attention_tile import attend_to_tile, in_head
+from nanovllm.kernels.triton.attention.tile import attend_to_tile, in_head
 from nanovllm.kernels.triton.launch import wait_for_inputs
 
 

@@ -21,11 +21,18 @@ from typing import Any, Self
 import torch
 
 from nanovllm.config import EngineConfig
-from nanovllm.engine.children import Child, WorkerError, end
-from nanovllm.engine.llm_engine import LLM, EngineDeadError, Params, Prompt, one_at_a_time
-from nanovllm.engine.machine import LOG, require_gpus
+from nanovllm.distributed.processes import Child, WorkerError, end
+from nanovllm.distributed.wire import Channel
+from nanovllm.engine.llm_engine import (
+    LLM,
+    EngineDeadError,
+    Params,
+    Prompt,
+    as_batch,
+    one_at_a_time,
+)
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.wire import Channel
+from nanovllm.gpu.machine import LOG, require_gpus
 from nanovllm.models.loader import resolve_model
 from nanovllm.models.sampling_defaults import default_params
 from nanovllm.outputs import RequestOutput
@@ -36,7 +43,7 @@ STEP_TIMEOUT_S = {"cuda": 25.0, "cpu": 300.0}
 """A replica that is at work and has not ended a step for this long hangs. A step on a CPU may be a very long prompt's."""
 _LOOK_EVERY_S = 0.2
 _CHARACTERS_PER_TOKEN = 4
-REPLICA_MAIN = "nanovllm.engine.data_parallel.main"
+REPLICA_MAIN = "nanovllm.distributed.data_parallel.main"
 _Request = tuple[int, Prompt, SamplingParams]
 """Its number among all that the front end was given, its prompt, its parameters."""
 
@@ -118,31 +125,14 @@ class ReplicatedLLM:
         them is not valid.
         """
         self._check_alive()
-        one = isinstance(prompts, (str, dict)) or (
-            len(prompts) > 0 and all(isinstance(token, int) for token in prompts)
-        )
-        batch: list[Any] = [prompts] if one else list(prompts)
-        given = (
-            sampling_params if sampling_params is not None else self.get_default_sampling_params()
-        )
-        params = [given] * len(batch) if isinstance(given, SamplingParams) else list(given)
-        if len(params) != len(batch):
-            raise ValueError(
-                f"{len(batch)} prompts and {len(params)} sampling_params; give one for all, or one for each"
-            )
-        # as a single engine numbers and seeds its requests
-        first, key = self._num_requests, (self.config.seed & 0x7FFFFFFF) << 32
-        params = [
-            p
-            if p.seed is not None
-            else dataclasses.replace(p, seed=key | ((first + i) & 0xFFFFFFFF))
-            for i, p in enumerate(params)
+        batch = as_batch(prompts, sampling_params, self.get_default_sampling_params)
+        requests = [
+            (number, prompt, params)
+            for number, (prompt, params) in enumerate(batch, self._num_requests)
         ]
-        shares = share_out(
-            [expected_work(_length(b), p.max_tokens) for b, p in zip(batch, params, strict=True)],
-            self.size,
-        )
-        checks = [("check", [(first + i, batch[i], params[i]) for i in share]) for share in shares]
+        work = [expected_work(_length(prompt), params.max_tokens) for prompt, params in batch]
+        shares = share_out(work, self.size)
+        checks = [("check", [requests[i] for i in share]) for share in shares]
         if refusals := [
             refusal for refusal in self._ask(b"checked", checks) if refusal is not None
         ]:
@@ -155,10 +145,7 @@ class ReplicatedLLM:
             raise errors[0]
         outputs: dict[int, RequestOutput] = {}
         for share, answer in zip(shares, answers, strict=True):
-            outputs |= {
-                i: dataclasses.replace(o, request_id=str(first + i))
-                for i, o in zip(share, answer, strict=True)
-            }
+            outputs |= dict(zip(share, answer, strict=True))
         return [outputs[i] for i in range(len(batch))]
 
     # -- evidence: sums over replicas --------------------------------------------------------------
@@ -300,12 +287,12 @@ class _Replica(LLM):
 
     def outputs(self, requests: list[_Request]) -> list[RequestOutput] | Exception:
         """Or the error of a call that was refused. One that has ended the engine is raised."""
-        prompts, params = (
-            [prompt for _, prompt, _ in requests],
-            [params for _, _, params in requests],
-        )
         try:
-            return self.generate(prompts, params, use_tqdm=False)
+            seqs = [
+                self.make_sequence(str(number), prompt, params, number)
+                for number, prompt, params in requests
+            ]
+            return self._run(seqs, use_tqdm=False)
         except (ValueError, TypeError) as error:
             if self._dead is not None:
                 raise

@@ -13,8 +13,8 @@ from nanovllm.engine.prefix_cache import CachedBlock, CachingBlockManager
 from nanovllm.engine.scheduler import StepPlan
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
-from property_tests.model_free import VOCAB, ModelFreeEngine, extend, oracle
-from property_tests.strategies import Shape, endings, prompts, shapes
+from property_tests.support.model_free import VOCAB, ModelFreeEngine, extend, oracle
+from property_tests.support.strategies import Shape, endings, prompts, shapes
 
 LONGEST_PROMPT, LONGEST_OUTPUT = 30, 14
 

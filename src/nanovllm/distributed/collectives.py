@@ -74,7 +74,7 @@ class DistributedTensorParallel(TensorParallel):
                 device_id=self.device,
             )
             if optimizations.all_reduce == "symmetric_memory":
-                from nanovllm.engine.symmetric_memory import SymmetricAllReduce
+                from nanovllm.distributed.symmetric_memory import SymmetricAllReduce
 
                 self.symmetric = SymmetricAllReduce(self.device)
             self.group: Any = dist.group.WORLD
