@@ -55,23 +55,23 @@ class Gains:
     """Root mean squares that the weights are scaled to, and how queries and keys are arranged."""
 
     embedding: float = 0.005
-    """Of a token's embedding (its noise)."""
+    """RMS of a token's embedding (its noise)."""
     constant: float = 20.0
     """Channel 0 of every embedding, in units of `embedding`."""
     attention: float = 0.005
-    """Of what attention adds to the residual stream, before heads average over several tokens."""
+    """RMS of what attention adds to the residual stream, before heads average over several tokens."""
     mlp: float = 0.004
-    """Of what the MLP adds to it."""
+    """RMS of what the MLP adds to it."""
     query_key: float = 0.005
-    """Of the content part of queries and keys, before their norms: small, so that these norms' epsilon matters too."""
+    """RMS of the content part of queries and keys before their norms: small, so that the norms' epsilon matters too."""
     positional: float = 5.0
-    """Of the part of queries and keys that comes from channel 0, in units of the content part."""
+    """RMS of the part of queries and keys that comes from channel 0, in units of the content part."""
     scores: float = 2.5
-    """Of the attention scores that random queries and keys of the same length would have."""
+    """RMS of the attention scores that random queries and keys of the same length would have."""
     logits: float = 2.5
-    """Of the logits."""
+    """RMS of the logits."""
     norm_spread: float = 0.25
-    """Of a norm's weights around their mean, relative to it."""
+    """Spread of a norm's weights around their mean, relative to it."""
     max_distance: int = 160
     """The heads' distances are spread over [1, max_distance]."""
     distances: int = 8
@@ -83,7 +83,7 @@ class Gains:
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """What a checkpoint is built from. The shape goes by the names of config.json."""
+    """What a checkpoint is built from. The shape uses the names of config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -162,16 +162,18 @@ GENERATED = _GENERATED | {
     f"{name}-4-layers": dataclasses.replace(shape, num_hidden_layers=4)
     for name, shape in _GENERATED.items()
 }
-"""Shapes whose weights are no files: every rank makes its own (models/generated.py). Cut to 4 layers, a reference fits beside."""
+"""Shapes whose weights are not stored: every rank makes its own (models/generated.py). With 4
+layers, a reference model fits beside them.
+"""
 
 DIGESTS = {
     "tiny": "6be35bac76c4b39d14faad25342f2c4886a400894b1c1ccd841487fd68c55ecd",
     "qwen3-0.6b": "d94b9db7340e15c50eda759ceb5f99b327b843e8700d74e2faf75735bffefd18",
 }
-"""checkpoint_digest of every preset. A build that gives another one is refused."""
+"""checkpoint_digest of every preset. A build with another digest is refused."""
 
 TOKENIZER_DIGEST = "cb44929f9b08385f6c4d4ca2f351f7cdbc1184f2a5deb59702de290037c54a98"
-"""tokenizer_digest of the presets' tokenizer: the same with every Python, or a preset is not built."""
+"""tokenizer_digest of the presets' tokenizer. A preset is not built where it differs."""
 MERGES = Path(__file__).with_name("merges.txt")
 
 # byte-level BPE tokens of every preset; larger vocabularies hold ids that have no text

@@ -12,7 +12,9 @@ from torch import Tensor
 from nanovllm.kernels.triton.launch import pdl, wait_for_inputs
 
 _FEW_TOKENS = 1024
-"""Up to here a program takes one KV head of a token, so that all multiprocessors have work; above, a whole token."""
+"""Up to this many tokens a program handles one KV head of a token, so that all multiprocessors have
+work; above, a whole token.
+"""
 
 
 @triton.jit
