@@ -1,4 +1,4 @@
-"""!data_parallel_size > 1: independent replicas of the engine behind one `generate`. Loaded only
+"""data_parallel_size > 1: independent replicas of the engine behind one `generate`. Loaded only
 when on.
 
     ReplicatedLLM   prompts  --by expected work-->  replica 0 .. n-1    a process each: a whole engine, on GPUs of its own

@@ -1,4 +1,4 @@
-"""!The engine's child processes: how they are started, talk, fail and end. Loaded with more than
+"""The engine's child processes: how they are started, talk, fail and end. Loaded with more than
 one rank or replica.
 
 Each is a fresh interpreter (subprocess, so a script needs no `if __name__ == "__main__"`) with two

@@ -1,4 +1,4 @@
-"""!all_reduce=symmetric_memory: small sums over memory that every GPU of a host can read. Loaded
+"""all_reduce=symmetric_memory: small sums over memory that every GPU of a host can read. Loaded
 only when on.
 
 A library's all-reduce uses protocols and channels that pay off for large messages; a decode step

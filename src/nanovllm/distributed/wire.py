@@ -1,4 +1,4 @@
-"""!Messages between the engine's process and its ranks: plans out, tokens back, over anonymous
+"""Messages between the engine's process and its ranks: plans out, tokens back, over anonymous
 socket pairs. No torch.
 
     SAME      the rows of the last step, each one token further: only the kind is sent (some 30 bytes)

@@ -1,4 +1,4 @@
-"""!tensor_parallel_size > 1: one process per rank, fed with flat StepPlans. Loaded only when on.
+"""tensor_parallel_size > 1: one process per rank, fed with flat StepPlans. Loaded only when on.
 
     engine's process   schedules, commits; no model, no GPU
         plan  ---socketpair---> rank 0 .. n-1      each launches the same steps on its shard and samples the same tokens

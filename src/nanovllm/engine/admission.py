@@ -1,4 +1,4 @@
-"""!How many waiting requests may start so that the running ones can finish. Loaded with continuous
+"""How many waiting requests may start so that the running ones can finish. Loaded with continuous
 batching. No torch.
 
 A request holds one more token of KV after each step and frees all of it when it ends. So the total

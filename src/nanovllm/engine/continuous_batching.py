@@ -1,4 +1,4 @@
-"""!batching=continuous and chunked: requests join and leave between any two steps. Loaded only when
+"""batching=continuous and chunked: requests join and leave between any two steps. Loaded only when
 on. No torch.
 
     continuous  admit whenever there is room; a step is all prefill (first) or all decode         (Orca, OSDI'22)

@@ -1,4 +1,4 @@
-"""!overlap=True: the step loop that gives the device its next step before it waits for the last
+"""overlap=True: the step loop that gives the device its next step before it waits for the last
 one. Loaded only when on.
 
     host     plan n+1 | launch n+1 | collect n | commit n | plan n+2 | ...

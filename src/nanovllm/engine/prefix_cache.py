@@ -1,4 +1,4 @@
-"""!prefix_cache=True: blocks that hold the same prefix are shared, and found again later. Loaded
+"""prefix_cache=True: blocks that hold the same prefix are shared, and found again later. Loaded
 only when on. No torch.
 
     root <- CachedBlock(tokens 0..15) <- CachedBlock(tokens 16..31) <- ...

@@ -1,4 +1,4 @@
-"""!cuda_graphs=True: decode steps captured once and replayed, sampling included. Loaded only when
+"""cuda_graphs=True: decode steps captured once and replayed, sampling included. Loaded only when
 on.
 
 A graph holds everything between two tokens: it gathers each row's state, runs the model, samples,

@@ -1,4 +1,4 @@
-"""!How an engine divides a GPU's memory; planned before the weights are loaded. Loaded only on a
+"""How an engine divides a GPU's memory; planned before the weights are loaded. Loaded only on a
 GPU.
 
     total  | others | this engine: weights, code | a step | KV cache | kept free |

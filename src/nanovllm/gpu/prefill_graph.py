@@ -1,4 +1,4 @@
-"""!Short prefills captured once and replayed: part of cuda_graphs=True. Loaded only when on.
+"""Short prefills captured once and replayed: part of cuda_graphs=True. Loaded only when on.
 
 A prefill of up to a thousand tokens is a millisecond of work for a GPU, and ten for the host that
 launches its kernels one by one. So the model's forward pass, and only that, is captured for a few

@@ -1,4 +1,4 @@
-"""!Compiles the kernels of an engine's first steps in parallel while weights are loaded. Loaded on
+"""Compiles the kernels of an engine's first steps in parallel while weights are loaded. Loaded on
 a GPU with kernels='triton'.
 
 Triton compiles a kernel when it is first launched, one after the other: half a minute on a machine

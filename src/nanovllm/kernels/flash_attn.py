@@ -1,4 +1,4 @@
-"""!attention_backend=flash_attn: the FlashAttention library (Dao, 2023; Shah et al., 2024) behind
+"""attention_backend=flash_attn: the FlashAttention library (Dao, 2023; Shah et al., 2024) behind
 our interface.
 
 Loaded only when on. Two packages contain it; the first that is installed is used, and a run's

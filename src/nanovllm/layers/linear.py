@@ -1,4 +1,4 @@
-"""!Matmuls sharded over tensor-parallel ranks as in Megatron-LM (Shoeybi et al., 2019).
+"""Matmuls sharded over tensor-parallel ranks as in Megatron-LM (Shoeybi et al., 2019).
 
 A parameter knows which part of a checkpoint's tensor belongs to its rank, and the loader reads only
 that part:
@@ -57,7 +57,7 @@ def parameter(
 
 
 class ColumnParallelLinear(nn.Module):
-    """product(x, W, b, ...): x W^T (+ b), fused with the operation that follows it. Outputs are
+    """matmul(x, W, b, ...): x W^T (+ b), fused with the operation that follows it. Outputs are
     split over the ranks.
 
     parts: name of each projection -> its outputs over all ranks.
@@ -68,11 +68,11 @@ class ColumnParallelLinear(nn.Module):
         in_features: int,
         parts: dict[str, int],
         bias: bool,
-        product: Operation,
+        matmul: Operation,
         tp: TensorParallel,
     ) -> None:
         super().__init__()
-        self.product = product
+        self.matmul = matmul
         rows, total = {}, 0
         for name, size in parts.items():
             rows[name] = (total, total := total + tp.share(size, f"outputs of {name}_proj"))
@@ -80,7 +80,7 @@ class ColumnParallelLinear(nn.Module):
         self.bias = parameter(total, shard_dim=0, parts=rows) if bias else None
 
     def forward(self, x: Tensor, *rest: object) -> Tensor | tuple[Tensor, ...]:
-        return self.product(x, self.weight, self.bias, *rest)
+        return self.matmul(x, self.weight, self.bias, *rest)
 
 
 class RowParallelLinear(nn.Module):

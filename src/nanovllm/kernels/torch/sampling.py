@@ -1,4 +1,4 @@
-"""!Sampling with counter-based randomness in plain torch operations: the reference for every other
+"""Sampling with counter-based randomness in plain torch operations: the reference for every other
 implementation.
 
 The noise of a token is a stated function of (seed, position, token id) and of nothing else:

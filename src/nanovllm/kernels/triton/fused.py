@@ -1,4 +1,4 @@
-"""!Two matmuls fused with what follows them: gate and up with SwiGLU; q, k and v with norm, rotary
+"""Two matmuls fused with what follows them: gate and up with SwiGLU; q, k and v with norm, rotary
 embedding and KV store.
 
 For the rows of a decode step. Each saves a kernel, and the writing and reading between the two.

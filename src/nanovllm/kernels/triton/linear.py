@@ -1,4 +1,4 @@
-"""!Matmuls of a few rows, which dominate a decode step of a small batch and are bound by reading
+"""Matmuls of a few rows, which dominate a decode step of a small batch and are bound by reading
 the weights.
 
 cuBLAS reads them as fast, but a layer's four matmuls take a few microseconds each, and between two

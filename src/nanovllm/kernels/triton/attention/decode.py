@@ -1,4 +1,4 @@
-"""!Attention of one query token per entry over its paged KV: bound by memory bandwidth.
+"""Attention of one query token per entry over its paged KV: bound by memory bandwidth.
 
 Every multiprocessor should have the same work, whatever the lengths. So the KV of all sequences and
 heads is laid out as one line of units and cut into equal pieces, one per program ("stream-K", Osama

@@ -1,4 +1,4 @@
-"""!Decode attention over a prefix that several sequences share: its KV is read once for all of
+"""Decode attention over a prefix that several sequences share: its KV is read once for all of
 them.
 
 Online softmax may be split anywhere, so a sequence's attention is split where its shared blocks end
