@@ -21,7 +21,9 @@ def _require(condition: bool, name: str, value: object, allowed: str) -> None:
 
 
 def _whole(high: int, optional: bool = False) -> tuple[Callable[[Any], bool], str]:
-    """A whole number from 1 to `high`; None as well, where it is optional."""
+    """The check and the words for a whole number from 1 to `high`; None is allowed too where
+    `optional`.
+    """
     return (
         lambda value: (value is None and optional) or (type(value) is int and 1 <= value <= high),
         f"a whole number from 1 to {high}",
@@ -57,8 +59,10 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """What was asked for, by vLLM's names. `None` and 'auto' are resolved against the model and the
-    machine.
+    """What was asked for, under vLLM's names. None and 'auto' are resolved against the model and
+    the machine.
+
+    Raises ValueError for a value out of range, with what is allowed.
     """
 
     model: str
@@ -84,8 +88,8 @@ class EngineConfig:
 
     @classmethod
     def from_kwargs(cls, model: str, **kwargs: Any) -> Self:
-        """Accepts vLLM's constructor arguments. Raises TypeError for an unknown one, and where a
-        switch is given twice.
+        """Accepts vLLM's constructor arguments. Raises TypeError for an unknown argument, and where
+        an optimization is given twice.
         """
         own = {f.name for f in dataclasses.fields(cls)}
         if set(kwargs) - own:
@@ -104,8 +108,8 @@ class EngineConfig:
     def resolve(
         self, *, device: Device, dtype: str, max_position_embeddings: int
     ) -> "ResolvedConfig":
-        """Fixes every open value for a model on `device`. Raises ValueError where values contradict
-        each other.
+        """Fixes every open value for a model on `device`. max_position_embeddings: the model's own
+        limit, in tokens. Raises ValueError where values contradict each other.
         """
         _require(
             dtype in ("float32", "bfloat16"),
@@ -120,8 +124,8 @@ class EngineConfig:
             max_model_len,
             f"at most the model's max_position_embeddings, {max_position_embeddings}",
         )
-        # As vLLM on a large GPU, and a quarter of it where a step of 16 k tokens would take
-        # seconds.
+        # vLLM's value for a large GPU; a quarter of it on a CPU, where 16 k tokens would take
+        # seconds per step.
         budget = self.max_num_batched_tokens or max(
             16_384 if device == "cuda" else 4_096, self.max_num_seqs
         )
@@ -129,7 +133,7 @@ class EngineConfig:
             budget >= self.max_num_seqs,
             "max_num_batched_tokens",
             budget,
-            f"at least max_num_seqs, {self.max_num_seqs}: each running request decodes one token a step",
+            f"at least max_num_seqs, {self.max_num_seqs}: each running request decodes one token per step",
         )
         return ResolvedConfig(
             **{
@@ -145,8 +149,8 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedConfig(EngineConfig):
-    """What runs and what is recorded: no 'auto' is left. The KV cache is sized once the weights are
-    loaded.
+    """What runs and what is recorded: no 'auto' is left. num_kv_blocks and kv_cache_bytes are known
+    once the weights are loaded.
     """
 
     max_model_len: int

@@ -329,7 +329,7 @@ def test_a_shared_prefix_read_once_changes_no_token(
 @pytest.mark.parametrize(
     ("where", "said"),
     [
-        ("_capture_all", "recording steps of up to 4 requests.*lower kv_cache_memory_bytes"),
+        ("_capture_all", "capturing steps of up to 4 requests.*lower kv_cache_memory_bytes"),
         ("__init__", "the model does not fit.*tensor_parallel_size"),
     ],
 )

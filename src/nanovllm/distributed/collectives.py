@@ -1,13 +1,14 @@
 """The group of tensor-parallel ranks: gloo on a CPU, NCCL on GPUs, loopback only. Loaded in ranks,
 never in the engine's process.
 
-Ranks meet through a file in the engine's private temporary folder: no port to choose, no name to
-guess, any number of engines a host. On GPUs every operation is enqueued on the current stream, so a
-CUDA graph records it like any kernel.
+Ranks meet through a file in the engine's private temporary folder, so there is no port or name to
+choose and any number of engines can run on a host. On GPUs every operation is enqueued on the
+current stream, so a CUDA graph captures it like any kernel.
 
-Sampling needs no logits of other ranks: each finds the best token of its part of the vocabulary
-(the noise is a function of the token), and 8 bytes a row and slice go around. Where top-k or top-p
-need the whole distribution, or log-probabilities are asked for, logits are gathered.
+Sampling does not need the logits of other ranks: each finds the best token of its part of the
+vocabulary (the noise is a function of the token), and the ranks exchange 8 bytes per row and slice.
+Logits are gathered only where top-k or top-p need the whole distribution, or log-probabilities are
+asked for.
 """
 
 import dataclasses
@@ -26,22 +27,21 @@ from nanovllm.kernels.registry import Kernels, counted
 from nanovllm.layers.linear import TensorParallel
 
 GPU_ENVIRONMENT = {
-    # Multicast over NVLink can leave a host's GPUs unusable for others, and nothing here needs it.
+    # NVLink multicast can leave a host's GPUs unusable for other processes, and nothing here needs it.
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "NVSHMEM_DISABLE_NVLS": "1",
     "NCCL_SOCKET_IFNAME": "lo",
-    # A rank that hangs is noticed and ended by the engine; a monitor of its own would only hold up
-    # the exit.
+    # The engine notices and ends a rank that hangs; NCCL's own monitor would only delay the exit.
     "TORCH_NCCL_ENABLE_MONITORING": "0",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
 }
-"""Of every rank, set before NCCL is loaded."""
+"""Environment of every rank, set before NCCL is loaded."""
 
 
 class DistributedTensorParallel(TensorParallel):
-    """One rank's view of the group. `progress` counts the operations it has entered, where the
-    engine can see it.
+    """One rank's view of the group. `progress` counts the operations that it has entered, in memory
+    that the engine reads.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class DistributedTensorParallel(TensorParallel):
         if device == "cuda":
             os.environ.update(GPU_ENVIRONMENT)
             torch.cuda.set_device(self.device)
-            # While it runs, the engine watches over time; NCCL's own limit is for the start, where
-            # weights are loaded in between.
+            # The engine limits the time of a step; NCCL's own limit is for the start, which includes
+            # loading weights.
             dist.init_process_group(
                 "nccl",
                 store=store,
@@ -122,7 +122,7 @@ class DistributedTensorParallel(TensorParallel):
             all_greedy: bool,
             any_top_k_top_p: bool,
         ) -> Tensor:
-            if any_top_k_top_p or logits.shape[1] % 4:  # random numbers come in fours
+            if any_top_k_top_p or logits.shape[1] % 4:  # random numbers are drawn in fours
                 return kernels.sample(
                     self.all_gather(logits),
                     temperatures,
@@ -160,7 +160,7 @@ class DistributedTensorParallel(TensorParallel):
         return torch.stack(gathered)
 
     def close(self) -> None:
-        """Leaves the group. Whatever recorded its operations must be gone before."""
+        """Leaves the group. Graphs that captured its operations must have been freed before."""
         self.symmetric = self.group = None
         if dist.is_initialized():
             dist.destroy_process_group()

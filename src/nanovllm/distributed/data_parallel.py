@@ -4,9 +4,8 @@ when on.
     ReplicatedLLM   prompts  --by expected work-->  replica 0 .. n-1    a process each: a whole engine, on GPUs of its own
                     outputs, in the order of the prompts  <--
 
-Replicas exchange nothing, so they scale as far as the work can be shared out evenly; each holds all
-weights, and what one has in its prefix cache the others do not know. A request's random numbers are
-those it has in a single engine.
+Replicas exchange nothing, so they scale as far as the work can be balanced. Each holds all weights
+and has a prefix cache of its own. A request's random numbers are the same as in a single engine.
 """
 
 import dataclasses
@@ -40,18 +39,20 @@ from nanovllm.sampling_params import SamplingParams
 
 START_TIMEOUT_S = 600.0
 STEP_TIMEOUT_S = {"cuda": 25.0, "cpu": 300.0}
-"""A replica that is at work and has not ended a step for this long hangs. A step on a CPU may be a very long prompt's."""
+"""A replica hangs if it works and ends no step for this long. On a CPU a step may be that of a very
+long prompt.
+"""
 _LOOK_EVERY_S = 0.2
 _CHARACTERS_PER_TOKEN = 4
 REPLICA_MAIN = "nanovllm.distributed.data_parallel.main"
 _Request = tuple[int, Prompt, SamplingParams]
-"""Its number among all that the front end was given, its prompt, its parameters."""
+"""Its number among all requests of the front end, its prompt, its parameters."""
 
 
 def expected_work(prompt_tokens: int, max_tokens: int) -> float:
-    """Of a request, in tokens: each output token costs one, and one more for every 1,000 tokens of
-    context that it reads; a token of the prompt a twentieth. Only ratios matter; a request that
-    stops early was overestimated.
+    """Expected work of a request, in tokens: each output token costs one, plus one per 1,000 tokens
+    of context that it reads; a prompt token costs a twentieth. Only ratios matter; a request that
+    stops early is overestimated.
     """
     return prompt_tokens / 20 + max_tokens * (1 + (prompt_tokens + max_tokens / 2) / 1000)
 
@@ -108,8 +109,8 @@ class ReplicatedLLM:
         self._read_counters("stats")
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What `generate` takes where it is given none: the checkpoint's recommendation, as in
-        vLLM.
+        """The checkpoint's recommended parameters, which `generate` uses where none are given, as
+        in vLLM.
         """
         return default_params(resolve_model(self.config.model))
 
@@ -121,8 +122,8 @@ class ReplicatedLLM:
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Runs every prompt to its end; outputs in the order of the prompts. Nothing runs if one of
-        them is not valid.
+        """Runs every prompt to its end; outputs are in the order of the prompts. Raises ValueError
+        or TypeError before anything runs if one of them is not valid.
         """
         self._check_alive()
         batch = as_batch(prompts, sampling_params, self.get_default_sampling_params)
@@ -151,7 +152,7 @@ class ReplicatedLLM:
     # -- evidence: sums over replicas --------------------------------------------------------------
 
     def resolved_config(self) -> dict[str, Any]:
-        """Of one replica (its KV cache, its ranks), and how many of them there are."""
+        """The configuration of one replica (its KV cache, its ranks), and the number of replicas."""
         switches = {**self._resolved["optimizations"], "data_parallel_size": self.size}
         return {**self._resolved, "optimizations": switches}
 
@@ -163,7 +164,7 @@ class ReplicatedLLM:
         }
 
     def toggles(self) -> dict[str, dict[str, Any]]:
-        """As in one engine. data_parallel_size engages with every request that another replica than
+        """As in one engine. data_parallel_size engages with each request that another replica than
         the first serves.
         """
         result = {}
@@ -178,7 +179,7 @@ class ReplicatedLLM:
         return result
 
     def step_times(self) -> list[tuple[float, int, int]]:
-        """None: the steps of replicas overlap, and no sum of them is a duration."""
+        """Empty: steps of different replicas overlap, so no sum of them is a duration."""
         return []
 
     @one_at_a_time
@@ -220,9 +221,9 @@ class ReplicatedLLM:
         )
 
     def _ask(self, word: bytes, commands: SequenceOf[tuple[Any, ...]]) -> list[Any]:
-        """Every replica's answer to its command. Whatever comes between ends the engine: an answer
-        that is left unread would be taken for the next command's. So what cannot be sent is found
-        out before anything is.
+        """Every replica's answer to its command. Any exception ends the engine, because an unread
+        answer would be taken for that of the next command. Commands are therefore serialized before
+        anything is sent.
         """
         messages = [pickle.dumps(command) for command in commands]
         try:
@@ -256,8 +257,8 @@ class ReplicatedLLM:
 
 
 class _Replica(LLM):
-    """An engine that lets its front end know, once a second, that it is getting on, and answers it
-    with what would be raised.
+    """An engine that tells its front end once a second that it is working, and returns refusals as
+    values.
     """
 
     channel: Channel
@@ -270,8 +271,9 @@ class _Replica(LLM):
         return super().advance()
 
     def refusal(self, requests: list[_Request]) -> tuple[int, int, Exception] | None:
-        """Of the request that a single engine would refuse first, as it makes all requests before
-        it queues one: 0 where it is not valid, 1 where it could never run; its number; the error.
+        """The request that a single engine would refuse first, as (0 if it is not valid, 1 if it
+        can never run; its number; the error). A single engine makes all sequences before it queues
+        one.
         """
         seqs: list[Sequence] = []
         try:
@@ -286,7 +288,9 @@ class _Replica(LLM):
         return None
 
     def outputs(self, requests: list[_Request]) -> list[RequestOutput] | Exception:
-        """Or the error of a call that was refused. One that has ended the engine is raised."""
+        """The outputs, or the error of a call that was refused. Raises an error that ended the
+        engine.
+        """
         try:
             seqs = [
                 self.make_sequence(str(number), prompt, params, number)
@@ -300,11 +304,11 @@ class _Replica(LLM):
 
 
 def main(channel: Channel) -> None:
-    """Of a replica's process: until the channel closes."""
+    """Entry point of a replica's process; returns when the channel closes."""
     # from our own front end, over an anonymous socket
     config, num_threads, replica = pickle.loads(channel.receive())
     if replica > 0:
-        LOG.setLevel(logging.ERROR)  # the first says for all what was chosen
+        LOG.setLevel(logging.ERROR)  # the first replica prints what was chosen
     torch.set_num_threads(num_threads)
     arguments = {
         f.name: getattr(config, f.name)
@@ -329,7 +333,7 @@ def main(channel: Channel) -> None:
 
 
 def _length(prompt: Any) -> int:
-    """Of a prompt, about, in tokens."""
+    """The approximate length of a prompt in tokens."""
     if isinstance(prompt, dict):
         prompt = next(iter(prompt.values()), [])
     return (
@@ -342,7 +346,9 @@ def _length(prompt: Any) -> int:
 
 
 def _visible_gpus(first: int, count: int) -> dict[str, str]:
-    """The environment of a replica that sees these of our GPUs and no others."""
+    """Environment of a replica that sees `count` of our GPUs, from number `first` on, and no
+    others.
+    """
     ours = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = ours.split(",") if ours else [str(i) for i in range(torch.cuda.device_count())]
     return {"CUDA_VISIBLE_DEVICES": ",".join(names[first : first + count])}

@@ -1,12 +1,11 @@
-"""Processes of the engine's own: how they start, talk, fail and end. Loaded with more than one rank
-or replica.
+"""The engine's child processes: how they are started, talk, fail and end. Loaded with more than
+one rank or replica.
 
 Each is a fresh interpreter (subprocess, so a script needs no `if __name__ == "__main__"`) with two
 inherited descriptors:
 
-    channel    messages both ways (wire.py); an end of it closed is the order to leave
-    lifeline   a pipe that nobody writes to: it closes when the parent ends, however it ends, and
-    takes the child with it
+    channel    messages both ways (wire.py); closing it asks the child to end
+    lifeline   a pipe that nobody writes to: it closes when the parent ends, however it ends, and the child ends too
 """
 
 import contextlib
@@ -27,7 +26,7 @@ import psutil
 from nanovllm.distributed.wire import Channel
 
 CLOSE_TIMEOUT_S = 5.0
-"""A child that was asked to end and is still there after this long is killed."""
+"""A child that was asked to end is killed after this long."""
 
 
 class WorkerError(RuntimeError):
@@ -37,16 +36,16 @@ class WorkerError(RuntimeError):
 
 
 class Child:
-    """The parent's end. `title` is what errors call it; `main` the dotted path of the function that
-    it runs with its channel.
+    """The parent's side. title: its name in errors. main: dotted path of the function that it runs
+    with its channel. environment: variables beside those of this process.
     """
 
     def __init__(self, title: str, main: str, environment: dict[str, str] | None = None) -> None:
         self.title = title
-        self.said = ""  # of its failure
+        self.said = ""  # its own report of a failure
         ours, theirs = socket.socketpair()
         lifeline_theirs, lifeline = os.pipe()
-        # also where the engine is dropped without close()
+        # also if the engine is dropped without close()
         self._cut_lifeline = weakref.finalize(self, os.close, lifeline)
         module, _, function = main.rpartition(".")
         code = f"from nanovllm.distributed.processes import run; from {module} import {function}; run({function})"
@@ -55,8 +54,8 @@ class Child:
                 [sys.executable, "-P", "-c", code, str(theirs.fileno()), str(lifeline_theirs)],
                 pass_fds=[theirs.fileno(), lifeline_theirs],
                 stdin=subprocess.DEVNULL,
-                # Our sys.path and nothing before it: -c alone would find a statistics.py of the
-                # working directory first.
+                # Exactly our sys.path: with -c alone, a statistics.py in the working directory would
+                # shadow the standard library's.
                 env={
                     **os.environ,
                     **(environment or {}),
@@ -69,7 +68,9 @@ class Child:
         self.channel = Channel(ours)
 
     def tell(self, message: bytes, timeout_s: float) -> None:
-        """Raises WorkerError where it has ended or failed, or does not read."""
+        """Sends a message. Raises WorkerError where the child has ended or failed, or does not
+        read.
+        """
         try:
             self.channel.send(message, timeout_s)
         except TimeoutError:
@@ -77,12 +78,12 @@ class Child:
                 f"{self.title} hangs: it took no message within {timeout_s:.0f} s"
             ) from None
         except OSError:
-            while True:  # what it said before it went, until hear raises
+            while True:  # read its last messages, until hear raises
                 self.hear(b"", 1.0)
 
     def hear(self, word: bytes, timeout_s: float) -> bytes | None:
-        """What it says after `word`, None while it is silent. Raises WorkerError where it has ended
-        or failed.
+        """The rest of its message after `word`; None if it sends nothing within timeout_s. Raises
+        WorkerError where it has ended or failed.
         """
         try:
             message = self.channel.receive(timeout_s)
@@ -92,23 +93,23 @@ class Child:
             raise WorkerError(self.failure()) from None
         except (EOFError, OSError):
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(1)  # its end of the channel closes a moment before it is gone
+                self.process.wait(1)  # its end of the channel closes a moment before it exits
             raise WorkerError(self.failure()) from None
         if message.startswith(b"failed:"):
             self.said = message[7:].decode()
             raise WorkerError(self.failure())
         if not message.startswith(word):
-            raise WorkerError(f"{self.title} said {message[:40]!r} where {word!r} was due")
+            raise WorkerError(f"{self.title} sent {message[:40]!r} where {word!r} was expected")
         return message[len(word) :]
 
     def failure(self) -> str:
-        """What is known of its failure."""
+        """What is known about its failure."""
         if self.said:
             return f"{self.title} failed:\n{self.said}"
         status = self.process.poll()
         if status is not None and status < 0:
             return f"{self.title} was killed ({signal.Signals(-status).name})"
-        return f"{self.title} ended without a word, status {status}"
+        return f"{self.title} ended without reporting an error, status {status}"
 
     @property
     def was_killed(self) -> bool:
@@ -120,14 +121,14 @@ class Child:
 
     @property
     def is_stopped(self) -> bool:
-        """Alive, and not running (SIGSTOP)."""
+        """Whether it is alive but stopped (SIGSTOP)."""
         try:
             return psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
         except psutil.Error:
             return False
 
     def show_where(self) -> None:
-        """Has it print where it is, on standard error: for what hangs, before it is killed."""
+        """Makes it print its stack traces to standard error, before a hung process is killed."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGUSR1)
 
@@ -136,7 +137,7 @@ class Child:
 
 
 def end(children: Iterable[Child], force: bool) -> None:
-    """Ends every child: asked to first (unless force), killed after CLOSE_TIMEOUT_S. Returns when
+    """Ends every child: asked first unless `force`, and killed after CLOSE_TIMEOUT_S. Returns when
     all are gone.
     """
     children = list(children)
@@ -155,10 +156,10 @@ def end(children: Iterable[Child], force: bool) -> None:
 
 
 def run(main: Callable[[Channel], None]) -> None:
-    """The child's end: runs `main` until the channel closes, and tells the parent of any other
-    failure.
+    """The child's side: runs `main` until the channel closes, and reports any other failure to the
+    parent.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     faulthandler.register(signal.SIGUSR1)  # Child.show_where
     channel = Channel(socket.socket(fileno=int(sys.argv[1])))
     threading.Thread(target=_end_with_parent, args=(int(sys.argv[2]),), daemon=True).start()
@@ -171,8 +172,8 @@ def run(main: Callable[[Channel], None]) -> None:
 
 
 def report_failure(channel: Channel) -> None:
-    """Tells the parent what went wrong, and ends this process at once: its peers may never answer a
-    polite goodbye.
+    """Reports the current exception to the parent and ends this process at once, as its peers may
+    never answer a clean shutdown.
     """
     text = traceback.format_exc()
     try:

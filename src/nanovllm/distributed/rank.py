@@ -1,8 +1,8 @@
-"""One tensor-parallel rank: a process that holds a shard, runs the plans it is sent and, if it is
+"""One tensor-parallel rank: a process that holds a shard, runs the plans that it is sent and, on
 rank 0, sends the tokens back.
 
-Launching a step and waiting for its tokens are two threads: plan n + 1 is launched while step n is
-on the device.
+Two threads launch steps and wait for their tokens: plan n + 1 is launched while step n is on the
+device.
 """
 
 import gc
@@ -24,14 +24,14 @@ from nanovllm.engine.stats import StepStats
 
 
 def main(channel: Channel) -> None:
-    """Of a rank's process: until the channel closes."""
-    # the thread that sends tokens back must not wait long for the one that launches
+    """Entry point of a rank's process; returns when the channel closes."""
+    # the thread that sends tokens back must not wait long for the one that launches steps
     sys.setswitchinterval(0.0005)
     Rank(channel).run()
 
 
 class Rank:
-    """Loads on construction, serves in `run`."""
+    """Loads its shard on construction, runs steps in `run`."""
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
@@ -42,7 +42,7 @@ class Rank:
             self.progress: Any = memoryview(mmap.mmap(file.fileno(), 0)).cast("Q")
         self.rank, self.stats = job.rank, StepStats()
         channel.send(b"imported")
-        channel.receive()  # every rank has got as far: from here on they wait for each other
+        channel.receive()  # every rank has reached this point; from here on they wait for each other
         on = job.resolved.optimizations
         make_runner: type[ModelRunner] = ModelRunner
         if job.resolved.device == "cuda":
@@ -67,13 +67,12 @@ class Rank:
         )
         self.stats.reset()
         gc.collect()
-        # as the engine does in its own process; a rank that collects garbage keeps the others
-        # waiting
+        # as in the engine's own process: a rank that collects garbage delays the others
         gc.freeze()
         channel.send(b"ready" + marshal.dumps((self.runner.num_blocks, self.runner.kv_cache_bytes)))
 
     def run(self) -> None:
-        """Until the channel closes. Raises what a step raises."""
+        """Runs plans until the channel closes. Raises what a step raises."""
         coder, handles = PlanCoder(), queue.SimpleQueue[Any]()
         if self.rank == 0:
             threading.Thread(target=self._send_back, args=(handles,), daemon=True).start()
@@ -84,7 +83,7 @@ class Rank:
                 if self.rank == 0:
                     handles.put((handle, counts_of(self.stats)))
         except EOFError:
-            self.runner.close()  # recorded steps hold the group's operations
+            self.runner.close()  # captured steps hold the group's operations
             self.group.close()
             raise
 

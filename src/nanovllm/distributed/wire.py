@@ -1,7 +1,7 @@
-"""What the engine's process and its ranks say to each other: plans out, tokens back, over anonymous
+"""Messages between the engine's process and its ranks: plans out, tokens back, over anonymous
 socket pairs. No torch.
 
-    SAME      the rows of the last step, each one token further: what does not change is not sent (some 30 bytes)
+    SAME      the rows of the last step, each one token further: only the kind is sent (some 30 bytes)
     DECODES   other rows, one token each
     FULL      prompts as well
 """
@@ -27,7 +27,7 @@ class Job:
 
     rank: int
     rendezvous: str  # a file that does not exist yet
-    progress: str  # a file of 2 uint64 a rank: plans launched, collective operations entered
+    progress: str  # a file with 2 uint64 per rank: plans launched, collective operations entered
     num_threads: int
     timeout_s: float
     resolved: ResolvedConfig
@@ -36,7 +36,7 @@ class Job:
 
 
 def counts_of(stats: StepStats) -> Counts:
-    """What a rank counts; everything else is counted where steps are planned."""
+    """The counters of a rank; all others are counted where steps are planned."""
     return (
         stats.graph_replays,
         dict(stats.all_reduces),
@@ -47,7 +47,7 @@ def counts_of(stats: StepStats) -> Counts:
 
 class PlanCoder:
     """StepPlan <-> bytes. Writer and reader each remember the last step, so every plan must pass,
-    and in order.
+    in order.
     """
 
     def __init__(self) -> None:
@@ -133,7 +133,7 @@ class Channel:
         self._socket.sendall(len(message).to_bytes(4, "little") + message)
 
     def receive(self, timeout_s: float | None = None) -> bytes:
-        """The next message. Raises TimeoutError where there is none yet (call again), EOFError
+        """The next message. Raises TimeoutError where there is none yet (call it again), EOFError
         where the other end is gone.
         """
         self._socket.settimeout(timeout_s)

@@ -1,13 +1,13 @@
-"""tensor_parallel_size > 1: one process a rank, fed with flat StepPlans. Loaded only when on.
+"""tensor_parallel_size > 1: one process per rank, fed with flat StepPlans. Loaded only when on.
 
     engine's process   schedules, commits; no model, no GPU
         plan  ---socketpair---> rank 0 .. n-1      each launches the same steps on its shard and samples the same tokens
         tokens <--socketpair--- rank 0
 
 Ranks sum over gloo (CPU), NCCL or symmetric memory (GPU): collectives.py. A rank ends when its
-lifeline closes, however the engine's process died. A rank that dies or hangs ends the engine with
-an error that names it; as the engine's process holds no GPU memory and waits for no device, ending
-all ranks gives everything back, whatever a kernel is still waiting for.
+lifeline closes, however the engine's process ended. A rank that dies or hangs ends the engine with
+an error that names it. The engine's process holds no GPU memory and waits for no device, so ending
+all ranks frees everything, whatever a kernel is still waiting for.
 """
 
 import contextlib
@@ -32,9 +32,11 @@ from nanovllm.layers.linear import TensorParallel
 from nanovllm.models.config import ModelConfig
 
 COLLECTIVE_TIMEOUT_S = 20.0
-"""Ranks of which none has moved for this long, while a step is being computed, hang."""
+"""Ranks hang if none of them has made progress for this long while a step is computed."""
 COMPILE_TIMEOUT_S = 300.0
-"""The same with kernels=compile: a rank stands still while it compiles, at its first steps, and long on a busy machine."""
+"""The same limit with kernels=compile: a rank makes no progress while it compiles, which its first
+steps do, and which takes long on a busy machine.
+"""
 START_TIMEOUT_S = 600.0
 RANK_MAIN = "nanovllm.distributed.rank.main"
 _LOOK_EVERY_S = 0.2
@@ -51,7 +53,7 @@ class TensorParallelRunner:
         self.size = resolved.optimizations.tensor_parallel_size
         ranks = TensorParallel()
         ranks.size = self.size
-        # said before any process is started
+        # raises before any process is started
         ranks.share(model_config.num_attention_heads, "query heads")
         ranks.share(model_config.num_key_value_heads, "KV heads")
         self.stats = stats
@@ -94,7 +96,7 @@ class TensorParallelRunner:
             raise failure from error
 
     def launch(self, plan: StepPlan) -> int:
-        """Sends the plan to every rank; the handle is the step's number."""
+        """Sends the plan to every rank; the handle is the number of the step."""
         try:
             message = self._coder.encode(plan)
             for child in self._children:
@@ -105,7 +107,7 @@ class TensorParallelRunner:
         return plan.step
 
     def collect(self, handle: int) -> tuple[list[int], list[TokenLogprobs] | None]:
-        """Waits for a step's tokens, looking after the ranks meanwhile."""
+        """Waits for a step's tokens, and watches the ranks meanwhile."""
         try:
             while (message := self._children[0].hear(b"tokens", _LOOK_EVERY_S)) is None:
                 self._look_after_ranks()
@@ -116,7 +118,7 @@ class TensorParallelRunner:
         return tokens, logprobs
 
     def close(self, force: bool = False) -> None:
-        """Ends every rank: killed, where one has failed (or force); else asked to first, and killed
+        """Ends every rank: killed if one has failed or `force` is set, else asked to end and killed
         soon after.
         """
         end(self._children, force or self._broken)
@@ -124,8 +126,8 @@ class TensorParallelRunner:
         self._folder.cleanup()
 
     def _await_all(self, word: bytes) -> bytes:
-        """Waits until every rank has said `word`; what rank 0 said after it. Raises WorkerError
-        where one does not.
+        """Waits until every rank has sent `word`; returns what rank 0 sent after it. Raises
+        WorkerError if one does not answer.
         """
         deadline, answers = time.monotonic() + START_TIMEOUT_S, dict[int, bytes]()
         while waiting := [rank for rank in range(self.size) if rank not in answers]:
@@ -139,13 +141,13 @@ class TensorParallelRunner:
         return answers[0]
 
     def _look_after_ranks(self) -> None:
-        """Raises WorkerError where a rank has ended or failed, or all stand still."""
+        """Raises WorkerError where a rank has ended or failed, or none makes progress."""
         for child in self._children[1:]:
             child.hear(b"nothing", 0.0)
         moved_at, seen = self._moved
         if seen != (now := list(self._progress)):
             self._moved = time.monotonic(), now
-        # gloo's own limit comes first, and says more
+        # gloo's own limit is shorter, and its error says more
         elif time.monotonic() - moved_at > self._timeout_s + 2:
             raise WorkerError(
                 f"the tensor-parallel ranks 0 to {self.size - 1} hang: all have launched the same step, and none has "
@@ -153,11 +155,11 @@ class TensorParallelRunner:
             )
 
     def _failure(self, error: BaseException) -> BaseException:
-        """The error to raise: the dead, failed or hung rank by name where there is one, else what
-        was caught.
+        """The error to raise: it names the dead, failed or hung rank if there is one; else it is
+        the error that was caught.
 
-        When one rank goes, the others fail or wait as well, in an operation that it has not
-        entered: it is the one behind.
+        When one rank stops, the others fail or wait too, in an operation that it has not entered:
+        it is the one behind.
         """
         if not isinstance(error, (WorkerError, OSError)):
             return error
@@ -199,7 +201,7 @@ class TensorParallelRunner:
 
 
 def _shared_counters(path: str, count: int) -> Any:
-    """[count] uint64 that the ranks write and the engine reads."""
+    """[count] uint64 counters that the ranks write and the engine reads."""
     with open(path, "w+b") as file:
         file.truncate(8 * count)
         return memoryview(mmap.mmap(file.fileno(), 0)).cast("Q")

@@ -1,4 +1,4 @@
-"""The engine: requests in, tokens out. `LLM` is its offline face, with vLLM's interface."""
+"""The engine: requests in, tokens out. `LLM` is its offline interface, the same as vLLM's."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ class EngineDeadError(RuntimeError):
 
 
 def one_at_a_time(method: Method) -> Method:
-    """Calls of an engine from several threads wait for each other: a step belongs to one of them."""
+    """Serializes calls from several threads: a step belongs to one of them."""
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -74,7 +74,7 @@ class StepLoop:
 class LLMEngine:
     """add_request / step / abort, as in vLLM. Use it as a context manager, or call close().
 
-    Until then Python's garbage collector passes over what was alive in this process when the engine
+    Until it is closed, Python's garbage collector skips the objects that were alive when the engine
     had started (`gc.freeze`).
     """
 
@@ -99,7 +99,7 @@ class LLMEngine:
             else load_tokenizer(config.tokenizer or str(folder), self.model_config.eos_token_ids)
         )
         if resolved.device == "cpu" and torch.get_num_threads() > (cores := cpu_cores()):
-            # of a container's quota; torch counts the cores that there are
+            # a container may use fewer cores than torch counts
             torch.set_num_threads(cores)
         on = resolved.optimizations
         make_runner = (
@@ -134,8 +134,8 @@ class LLMEngine:
             self.loop = _load("gpu.machine", "started")(self, time.perf_counter() - begin)
         self._step_times: deque[tuple[float, int, int]] = deque(maxlen=2**18)  # some 40 MB
         self._num_requests, self._dead = 0, None
-        gc.collect(1)  # a whole collection would take longer than a small model's start
-        # a collection that looks at all of torch's objects takes longer than many steps
+        gc.collect(1)  # a full collection would take longer than a small model's start
+        # a collection over all of torch's objects takes longer than many steps
         gc.freeze()
         self._unfreeze = weakref.finalize(self, gc.unfreeze)
 
@@ -147,8 +147,8 @@ class LLMEngine:
         """Validates a request. Raises ValueError or TypeError that says what was given and what is
         allowed.
 
-        `number` says how many the engine took before it, and seeds one that has no seed: those
-        refused are not counted.
+        number: how many requests the engine took before this one, refused ones not counted. It
+        seeds a request that has no seed.
         """
         text, token_ids = self._tokenize(prompt)
         vocab_size, limit = self.model_config.vocab_size, self.config.max_model_len
@@ -167,7 +167,7 @@ class LLMEngine:
             *params.stop_token_ids,
             *(() if params.ignore_eos else self.model_config.eos_token_ids),
         }
-        # Without a seed of its own: one that is the same in every run.
+        # The default seed is the same in every run.
         seed = (
             params.seed
             if params.seed is not None
@@ -192,20 +192,20 @@ class LLMEngine:
 
     @one_at_a_time
     def abort(self, request_id: str) -> bool:
-        """Ends an unfinished request; False if there is none of that id."""
+        """Ends an unfinished request; False if no such request is unfinished."""
         return self.scheduler.abort(request_id) is not None
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.scheduler.num_unfinished or self.scheduler.launched)
 
     def step(self) -> list[RequestOutput]:
-        """Runs one step; returns the state of every request that got a token in it."""
+        """Runs one step; returns the state of every request that got a token."""
         return [self.output_of(seq) for seq in self.advance()]
 
     @one_at_a_time
     def advance(self) -> list[Sequence]:
-        """Runs one step; returns the sequences that got a token. A failure ends the engine and
-        gives everything back.
+        """Runs one step; returns the sequences that got a token. A step that fails closes the
+        engine and frees its memory.
         """
         self._check_alive()
         begin = time.perf_counter()
@@ -251,7 +251,7 @@ class LLMEngine:
             return None, prompt
         if not isinstance(prompt, str):
             raise TypeError(
-                f"a prompt is a {type(prompt).__name__}; give a string, a list of token ids or a dict of one"
+                f"a prompt is a {type(prompt).__name__}; give a string, a list of token ids, or a dict that holds one of them"
             )
         if self.tokenizer is None:
             raise ValueError(
@@ -262,20 +262,20 @@ class LLMEngine:
     # -- evidence ----------------------------------------------------------------------------------
 
     def resolved_config(self) -> dict[str, Any]:
-        """JSON-able, for records."""
+        """What runs, JSON-able, for records."""
         return dataclasses.asdict(self.config)
 
     def stats(self) -> dict[str, int]:
-        """Counters since the start or the last reset_stats, by name."""
+        """Counters by name, since the start or the last reset_stats."""
         return self._stats.flat()
 
     def toggles(self) -> dict[str, dict[str, Any]]:
-        """Level, engaged and opportunity of each optimization."""
+        """Level, baseline, engaged and opportunity of each optimization."""
         return _load("toggles.counters", "toggle_counters")(self.config.optimizations, self._stats)
 
     def step_times(self) -> list[tuple[float, int, int]]:
         """(seconds, prefill tokens, decode tokens) of each step since the start or the last
-        reset_stats; of the last 262,144.
+        reset_stats; the last 262,144 steps are kept.
         """
         return list(self._step_times)
 
@@ -286,14 +286,14 @@ class LLMEngine:
 
     @one_at_a_time
     def reset_prefix_cache(self) -> None:
-        """Forgets every prefix that no running request holds."""
+        """Forgets every prefix that no running request uses."""
         self.scheduler.blocks.forget_prefixes()
 
     # -- life --------------------------------------------------------------------------------------
 
     @one_at_a_time
     def close(self, reason: str = "it was closed") -> None:
-        """Ends the processes and gives all memory back. May be called twice."""
+        """Ends the engine's processes and frees all its memory. May be called twice."""
         if self._dead is None:
             self._dead, self.loop = reason, None
             self._unfreeze()
@@ -316,7 +316,7 @@ class LLM(LLMEngine):
     """
 
     def __new__(cls, model: str, **kwargs: Any) -> Any:
-        """Replicas of an engine, of the same interface, where data_parallel_size says so."""
+        """With data_parallel_size above 1, a ReplicatedLLM, which has the same interface."""
         one = (
             config := EngineConfig.from_kwargs(model, **kwargs)
         ).optimizations.data_parallel_size == 1
@@ -330,8 +330,8 @@ class LLM(LLMEngine):
         super().__init__(EngineConfig.from_kwargs(model, **kwargs))
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What `generate` takes where it is given none: the checkpoint's recommendation, as in
-        vLLM.
+        """The checkpoint's recommended parameters, which `generate` uses where none are given, as
+        in vLLM.
         """
         return _load("models.sampling_defaults", "default_params")(self._folder)
 
@@ -343,8 +343,8 @@ class LLM(LLMEngine):
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Runs every prompt to its end; outputs in the order of the prompts. Nothing runs if one of
-        them is not valid.
+        """Runs every prompt to its end; outputs are in the order of the prompts. Raises ValueError
+        or TypeError before anything runs if one of them is not valid.
         """
         self._check_alive()
         batch = as_batch(prompts, sampling_params, self.get_default_sampling_params)
@@ -355,7 +355,9 @@ class LLM(LLMEngine):
         return self._run(seqs, use_tqdm)
 
     def _run(self, seqs: list[Sequence], use_tqdm: bool) -> list[RequestOutput]:
-        """Serves them all. Where one cannot be queued, or a step fails, none of them stays behind."""
+        """Serves the sequences. If one cannot be queued, or a step fails, none of them is left in
+        the engine.
+        """
         unfinished: set[str] = set()
         try:
             for seq in seqs:
@@ -385,8 +387,8 @@ def as_batch(
     sampling_params: Params,
     default_params: Callable[[], SamplingParams],
 ) -> list[tuple[Prompt, SamplingParams]]:
-    """One call's requests: a prompt or several, each with its parameters. Raises ValueError where there are not
-    as many parameters as prompts.
+    """The requests of one call: one prompt or several, each with its parameters. Raises ValueError
+    where the numbers of prompts and parameters differ.
     """
     is_one = isinstance(prompts, (str, dict)) or (
         len(prompts) > 0 and all(isinstance(token, int) for token in prompts)
@@ -402,13 +404,13 @@ def as_batch(
 
 
 def _load(module: str, name: str) -> Any:
-    """An optional part of the engine: loaded only when its optimization is on."""
+    """Loads an optional part of the engine by name, only when it is used."""
     return getattr(import_module(f"nanovllm.{module}"), name)
 
 
 def load_tokenizer(folder: str, eos_token_ids: tuple[int, ...] = ()) -> Tokenizer:
-    """tokenizer.json of a folder or hub id. Raises FileNotFoundError with what to do where there is
-    none, ValueError for one that is damaged or that files beside it contradict.
+    """tokenizer.json of a folder or hub id. Raises FileNotFoundError, saying what to do, where
+    there is none; ValueError for one that is damaged or that files beside it contradict.
     """
     if not (file := resolve_model(folder) / "tokenizer.json").is_file():
         raise FileNotFoundError(
@@ -418,7 +420,7 @@ def load_tokenizer(folder: str, eos_token_ids: tuple[int, ...] = ()) -> Tokenize
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing more special
         raise ValueError(f"{file} is not a tokenizer: {error}") from error
-    tokenizer.no_truncation()  # both are how it was last used, not what the model is
+    tokenizer.no_truncation()  # both are settings of its last use, not of the model
     tokenizer.no_padding()
     config, names, added = (
         read_if_there(file.with_name(name))

@@ -1,9 +1,9 @@
-"""Plans in, tokens out: one rank's model, KV cache and batch rows, executed eagerly.
+"""StepPlans in, tokens out: one rank's model, KV cache and batch rows, executed eagerly.
 
 `launch` enqueues a step and never waits for the device; `collect` waits for the tokens of that
-step. What outlives a step lies in rows, one for each running request: its block table, its sampling
-parameters, its last token. A decode takes its token from there, so the next step can be launched
-before the host has read it.
+step. State that outlives a step is kept in rows, one per running request: its block table, its
+sampling parameters, its last token. A decode reads its token from its row, so the next step can be
+launched before the host has read the tokens of this one.
 """
 
 from pathlib import Path
@@ -25,17 +25,17 @@ from nanovllm.models.config import ModelConfig
 from nanovllm.models.families import model_class
 from nanovllm.models.loader import load_weights
 
-# A launched step's results on the way to the host: token ids [sampling entries]; where asked for, their
-# log-probabilities and ranks, the largest log-probabilities and their token ids.
+# A step's results on their way to the host: token ids [sampling entries]; where asked for, their log-probabilities
+# and ranks, the largest log-probabilities and their token ids.
 StepHandle = list[Tensor]
 
 
 class ModelRunner:
-    """One rank. Raises MemoryError where weights, a step or the cache do not fit, saying what to
-    lower.
+    """One rank on the CPU; gpu/runner.py adds what a GPU needs. Raises MemoryError where weights or
+    KV cache do not fit, with what to lower.
     """
 
-    spare = 0  # rows and blocks that no request gets
+    spare = 0  # extra rows and blocks, which no request gets
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class ModelRunner:
         tp: TensorParallel | None = None,
     ) -> None:
         self.config, self.stats, self.tp = resolved, stats, (tp := tp or TensorParallel())
-        # The caller's current GPU; a tensor-parallel rank has made that of its number current.
+        # The caller's current GPU; a tensor-parallel rank has made the GPU of its number current.
         self.device = (
             torch.device("cuda", torch.cuda.current_device())
             if resolved.device == "cuda"
@@ -83,14 +83,16 @@ class ModelRunner:
         self.kv_caches = spec.allocate(self.num_blocks + self.spare, self.device)
 
     def before_the_weights(self, model_config: ModelConfig) -> None:
-        """Nothing has to be done on a CPU; gpu/runner.py plans memory here."""
+        """Called before the model is built. Nothing has to be done on a CPU; gpu/runner.py plans
+        memory here.
+        """
 
     def most_blocks(self, spec: KVCacheSpec) -> int:
         """KV blocks that fit beside the weights."""
         return num_blocks_for(self.config, spec)
 
     def make_rows(self) -> None:
-        """The state of every row, on the runner's device."""
+        """Allocates the state of every row, on the runner's device."""
         rows = self.config.max_num_seqs + self.spare
         with self.device:
             self.block_tables = torch.zeros(
@@ -101,7 +103,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepHandle:
-        """Enqueues forward and sampling of a step."""
+        """Enqueues forward pass and sampling of a step."""
         self._update_rows(plan)
         rows = self._tensor(plan.rows)
         batch = self._batch(plan, rows)
@@ -129,18 +131,18 @@ class ModelRunner:
         )
 
     def _read_back(self, *tensors: Tensor) -> StepHandle:
-        """Enqueues their copies to the host."""
+        """Enqueues copies of the results to the host."""
         return [tensor.to("cpu", non_blocking=True) for tensor in tensors]
 
     def collect(self, handle: StepHandle) -> tuple[list[int], list[TokenLogprobs] | None]:
-        """Waits for a step: its tokens, one a sampling entry, and what was asked for of their
-        log-probabilities.
+        """Waits for a step. Returns a token for each entry that samples, and their
+        log-probabilities where asked for.
         """
         token_ids, *logprobs = (tensor.tolist() for tensor in handle)
         return token_ids, list(zip(*logprobs, strict=True)) if logprobs else None
 
     def close(self) -> None:
-        """Drops model and cache."""
+        """Frees the model and the KV cache."""
         self.__dict__.clear()
 
     def _tensor(self, values: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:

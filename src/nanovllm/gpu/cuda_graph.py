@@ -1,20 +1,18 @@
-"""cuda_graphs=True: decode steps recorded once and replayed, sampling included. Loaded only when
+"""cuda_graphs=True: decode steps captured once and replayed, sampling included. Loaded only when
 on.
 
-A graph holds everything between two tokens: the gathering of each row's state, the model, the
-sampler, and the advance of positions, so a step whose rows are those of the last one needs no input
-at all:
+A graph holds everything between two tokens: it gathers each row's state, runs the model, samples,
+and advances the positions. A step with the same rows as the last one needs no input at all:
 
     inputs     [ rows: b | positions: b ]         uploaded only where the set of rows has changed
     row state  block_tables, last_tokens, temperatures, seeds      as the eager runner keeps it
     graph      state[rows] -> model -> logits -> sample -> last_tokens[rows], positions + 1
 
 There is a graph for each bucket b of batch sizes. A batch between two buckets is padded with the
-spare row: it owns the spare block, where its K and V go, stands at position 0 for ever, and has
-length 0, so attention passes over it. What a graph cannot do (prefill, top-k, top-p,
-log-probabilities) runs eagerly, on the same state. With cascade_attention=True there is a second
-graph of larger batches, for steps in which many rows share their first block with another; the
-host, which knows, chooses.
+spare row. Its K and V go to the spare block, its position stays 0 and its length is 0, so attention
+skips it. What a graph cannot do (prefill, top-k, top-p, log-probabilities) runs eagerly on the same
+state. With cascade_attention=True, larger batches have a second graph for steps in which many rows
+share their first block with another row; the host, which knows the block tables, chooses.
 """
 
 from __future__ import annotations
@@ -41,20 +39,22 @@ from nanovllm.layers.linear import TensorParallel
 from nanovllm.models.config import ModelConfig
 
 SHARING_KV_HEADS = 208
-"""Reading prefixes once pays off from so many pairs of a sequence that shares one and a KV head on, over all prefixes: a tile costs
-1.6 us then, however many share it, and 7.6 ns for each pair otherwise. Computed from a step of an H200 with 1,984 pairs."""
+"""Reading prefixes once pays off from this many (sharing sequences x KV heads), summed over all
+prefixes: it costs 1.6 us per tile, however many share it, instead of 7.6 ns per pair. Computed from
+a step of an H200 with 1,984 pairs.
+"""
 
 
 def fewest_sharing(num_kv_heads: int, num_ranks: int = 1) -> int:
-    """Requests that must share prefixes before those are read once; the model's KV heads are shared
-    out over the ranks.
+    """The least number of requests that must share prefixes before those are read once. A rank
+    holds num_kv_heads / num_ranks of the model's KV heads.
     """
     return -(-SHARING_KV_HEADS * num_ranks // num_kv_heads)
 
 
 def buckets_for(max_num_seqs: int) -> list[int]:
-    """Batch sizes that get a graph, ascending: 1, 2, 4, 8, then steps of 16, and always
-    max_num_seqs itself.
+    """Batch sizes that get a graph, ascending: 1, 2, 4, 8, multiples of 16, and max_num_seqs
+    itself.
     """
     return [b for b in (1, 2, 4, 8, *range(16, max_num_seqs, 16)) if b < max_num_seqs] + [
         max_num_seqs
@@ -71,7 +71,9 @@ class Variant:
 
 
 class GraphRunner(GpuRunner):
-    """The interface of ModelRunner; decode steps are replayed."""
+    """The interface of ModelRunner; decode steps are replayed. Raises MemoryError where the model
+    or the captured steps do not fit, saying what to lower.
+    """
 
     spare = 1
 
@@ -84,8 +86,8 @@ class GraphRunner(GpuRunner):
         tp: TensorParallel | None = None,
     ) -> None:
         self.buckets = buckets_for(resolved.max_num_seqs)
-        # Only our sampler draws no noise for greedy rows by itself; the others get a graph that
-        # never does.
+        # Our Triton sampler skips the noise of greedy rows by itself; the others need a second graph
+        # without noise.
         self.greedy_variants = (
             (False,) if resolved.optimizations.kernels == "triton" else (False, True)
         )
@@ -98,7 +100,7 @@ class GraphRunner(GpuRunner):
         )
         self.variants = [
             Variant(bucket, greedy, shares)
-            # the largest first: the others fit into its memory
+            # the largest first: the others reuse its memory
             for bucket in reversed(self.buckets)
             for greedy in self.greedy_variants
             for shares in (
@@ -112,7 +114,7 @@ class GraphRunner(GpuRunner):
             super().__init__(resolved, model_config, folder, stats, tp)
         self.block_tables[self.spare_row] = self.num_blocks  # the spare block
         with room_for(
-            f"recording steps of up to {resolved.max_num_seqs} requests, beside weights and KV cache,",
+            f"capturing steps of up to {resolved.max_num_seqs} requests, beside weights and KV cache,",
             "lower kv_cache_memory_bytes, gpu_memory_utilization or max_num_seqs",
         ):
             self.captured = self._capture_all()
@@ -123,13 +125,13 @@ class GraphRunner(GpuRunner):
         with self.device:
             self.inputs = torch.zeros(2 * self.config.max_num_seqs, dtype=torch.int64)
             self.query_start_loc = torch.arange(self.config.max_num_seqs + 1, dtype=torch.int64)
-        # bucket, rows, positions that `inputs` holds now
+        # the bucket, rows and positions that `inputs` holds
         self.on_device: tuple[int, list[int], list[int]] | None = None
-        self.first_blocks = [-1] * (self.config.max_num_seqs + 1)  # of each row
-        self.share = False  # whether rows on the device share a prefix
+        self.first_blocks = [-1] * (self.config.max_num_seqs + 1)  # each row's first block
+        self.share = False  # whether many of the rows in `inputs` share a prefix
 
     def launch(self, plan: StepPlan) -> StepHandle:
-        """Replays a decode step; runs any other eagerly."""
+        """Replays a decode step; runs any other step eagerly."""
         n = len(plan.rows)
         if plan.num_decodes < n or plan.filtered or plan.num_logprobs is not None:
             self.on_device = None
@@ -150,21 +152,21 @@ class GraphRunner(GpuRunner):
             return self._read_back(token_ids[:n])
 
     def _many_share(self, rows: list[int]) -> bool:
-        self.stats.attention_calls["cascade"] += 1  # it was looked for
+        self.stats.attention_calls["cascade"] += 1  # counts the steps that looked
         return len(rows) - len({self.first_blocks[row] for row in rows}) >= self.fewest_sharing
 
     def _update_rows(self, plan: StepPlan) -> None:
         for row, column, block in plan.new_blocks:
             if column == 0:
                 self.first_blocks[row] = block
-        if plan.new_blocks:  # in one launch: nearly every step of a large batch has some
+        if plan.new_blocks:  # one kernel: nearly every step of a large batch has new blocks
             self.ends.write_blocks(self.block_tables, self._tensor(plan.new_blocks))
             plan = replace(plan, new_blocks=[])
         super()._update_rows(plan)
 
     def _capture_all(self) -> dict[Variant, Captured]:
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
-        # the others need lengths that the host knows
+        # other backends need lengths on the host
         if self.config.optimizations.attention_backend == "triton":
             spare_slot = self.num_blocks * self.config.block_size
             self.model = ShortPrefills(
@@ -185,7 +187,7 @@ class GraphRunner(GpuRunner):
         return capture(lambda: self._decode(variant), self.stats, pool, stream)
 
     def _decode(self, variant: Variant) -> Tensor:
-        """A decode step of the rows in `inputs`, in tensors alone. Returns the sampled tokens:
+        """A decode step of the rows in `inputs`, using tensors only. Returns the sampled tokens:
         [bucket].
         """
         bucket = variant.bucket
@@ -208,12 +210,12 @@ class GraphRunner(GpuRunner):
             query_start_loc=self.query_start_loc[: bucket + 1],
             num_decodes=bucket,
             host_query_lens=[1] * bucket,
-            host_seq_lens=[self.config.max_model_len] * bucket,  # the graph serves every length
+            host_seq_lens=[self.config.max_model_len] * bucket,  # the graph must serve every length
         )
         self.attention.prepare(batch, **({"share": True} if variant.shares else {}))
         logits = self.model.logits(self.model(batch, self.kv_caches))
         token_ids = self.kernels.sample(
-            # not read: no row has a filter
+            # top-k and top-p are not read: no row has a filter
             logits,
             inputs.temperatures,
             self.top_ks[:bucket],

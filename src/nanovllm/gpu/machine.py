@@ -1,7 +1,8 @@
-"""Which device an engine runs on, and whether what it needs is there. Loaded unless device='cpu'.
+"""Which device an engine runs on, and whether everything it needs is there. Loaded unless
+device='cpu'.
 
-`prepare` is asked before anything is loaded: what cannot work is an error in a second, not a
-traceback from inside a library.
+`prepare` runs before anything is loaded, so that what cannot work is an error within a second, not
+a traceback from inside a library.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from nanovllm.toggles.row import toggles_of
 LOG = logging.getLogger("nanovllm")
 
 LEAST_CAPABILITY = (8, 0)
-"""bfloat16 in tensor cores, and asynchronous copies into shared memory, which every kernel here rests on."""
+"""The first GPUs with bfloat16 in tensor cores and asynchronous copies to shared memory, which
+every kernel here needs.
+"""
 
 _SIGNS_OF_A_GPU = ("/proc/driver/nvidia/gpus", "/dev/nvidia0", "/usr/lib/wsl/lib/nvidia-smi")
 _PROBE = """
@@ -37,13 +40,13 @@ PyMODINIT_FUNC PyInit_nanovllm_probe(void) { return PyModule_Create(&module); }
 
 
 def prepare(config: EngineConfig) -> tuple[Device, EngineConfig]:
-    """The device of an engine, and its configuration with every 'auto' that cannot be the best
-    level here replaced.
+    """The device of an engine, and its configuration, in which an 'auto' that cannot be the best
+    level here is replaced.
 
-    Raises ValueError where device='cuda' has no GPU, a GPU is too old, there are too few, or an
+    Raises ValueError where device='cuda' finds no GPU, a GPU is too old, there are too few, or an
     explicit level cannot run.
     """
-    # torch says here why it cannot use a GPU; we say it once, with the remedy
+    # torch warns why it cannot use a GPU; we report that once, with the remedy
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
@@ -59,7 +62,7 @@ def prepare(config: EngineConfig) -> tuple[Device, EngineConfig]:
     ranks = config.optimizations.tensor_parallel_size
     if ranks == 1:
         check_capability(torch.cuda.current_device())
-    else:  # each rank looks at its own GPU: this process stays off them
+    else:  # each rank checks its own GPU: this process does not use them
         require_gpus(ranks, f"tensor_parallel_size={ranks}")
     return "cuda", dataclasses.replace(
         config, optimizations=_without_triton_where_it_cannot_run(config.optimizations)
@@ -78,7 +81,7 @@ def check_capability(index: int) -> None:
 
 
 def require_gpus(count: int, wanted_by: str) -> None:
-    """Raises ValueError where this process sees fewer GPUs than that."""
+    """Raises ValueError where this process sees fewer than `count` GPUs."""
     if (visible := torch.cuda.device_count()) < count:
         shown = os.environ.get("CUDA_VISIBLE_DEVICES")
         seen = "" if shown is None else f" (CUDA_VISIBLE_DEVICES={shown!r})"
@@ -97,7 +100,7 @@ def gpu_is_present() -> bool:
 
 
 def why_no_gpu(said: list[str]) -> str:
-    """Why torch uses none, and the remedy. said: the warnings of torch.cuda.is_available()."""
+    """Why torch uses no GPU, and the remedy. said: the warnings of torch.cuda.is_available()."""
     if torch.version.cuda is None:
         return (
             f"torch {torch.__version__} is built without CUDA; install the build for NVIDIA GPUs "
@@ -126,10 +129,10 @@ def _hidden_by_caller() -> bool:
 
 
 def triton_problem() -> str | None:
-    """What keeps Triton from launching a kernel here, and the remedy; None where nothing does.
+    """What keeps Triton from running here, and the remedy; None if nothing does.
 
-    Triton compiles a small C module at its first launch and keeps it in its cache. So does this, by
-    the same road: where that works once, it works without a compiler from then on.
+    Before its first kernel Triton compiles a small C module and keeps it in its cache. This does
+    the same in the same way: once it has worked, no compiler is needed any more.
     """
     if find_spec("triton") is None:
         return "Triton is not installed; `pip install triton`"
@@ -160,7 +163,7 @@ def _what_is_missing(error: Exception) -> str:
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if compiler is None:
         return (
-            "Triton needs a C compiler and there is none; install gcc (Debian, Ubuntu: apt-get install gcc), or name one in "
+            "Triton needs a C compiler and none was found; install gcc (Debian, Ubuntu: apt-get install gcc), or name one in "
             "the environment variable CC"
         )
     if shutil.which(compiler) is None:
@@ -173,15 +176,15 @@ def _what_is_missing(error: Exception) -> str:
         )
     if "libcuda" in str(error) or "ldconfig" in str(error):
         return (
-            "Triton finds no libcuda.so.1 through /sbin/ldconfig; run ldconfig, or name its folder in the environment variable "
+            "Triton cannot find libcuda.so.1 through /sbin/ldconfig; run ldconfig, or name its folder in the environment variable "
             "TRITON_LIBCUDA_PATH"
         )
     return f"the C compiler {compiler} could not build Triton's launcher ({type(error).__name__}: {error}); its output is above"
 
 
 def _without_triton_where_it_cannot_run(asked: Optimizations) -> Optimizations:
-    """Raises ValueError where Triton cannot run and was asked for; takes torch's operations, with a
-    warning, for 'auto'.
+    """Where Triton cannot run: raises ValueError if it was asked for; replaces 'auto' by torch's
+    operations, with a warning.
     """
     by_triton = {name: row for name, row in toggles_of(asked).items() if row.by_triton}
     levels = {name: getattr(asked, name) for name in by_triton}
@@ -202,12 +205,12 @@ def _without_triton_where_it_cannot_run(asked: Optimizations) -> Optimizations:
             f"Or use {', '.join(f'{name}={level!r}' for name, level in baselines.items())}."
         )
     changes: dict[str, Any] = {name: baselines[name] for name in auto}
-    # A graph serves every length, and torch's attention would gather max_model_len tokens of every
-    # request in each step.
+    # A graph serves every length, so torch's attention would gather max_model_len tokens per request
+    # in each step.
     if "attention_backend" in auto and asked.cuda_graphs == "auto":
         changes["cuda_graphs"] = False
     LOG.warning(
-        "much slower than it could be, with %s: %s",
+        "running much slower than possible, with %s: %s",
         ", ".join(f"{k}={v!r}" for k, v in changes.items()),
         problem,
     )
@@ -218,7 +221,7 @@ def _without_triton_where_it_cannot_run(asked: Optimizations) -> Optimizations:
 
 
 class OnDevice:
-    """The step protocol, on the engine's GPU whichever one is the caller's at the time: Triton
+    """The step protocol on the engine's GPU, whichever GPU is current in the caller: Triton
     launches on the current device.
     """
 
@@ -231,7 +234,7 @@ class OnDevice:
 
 
 def started(engine: Any, duration_s: float) -> Any:
-    """Says in one line what an engine on a GPU has become; its step loop, bound to its device."""
+    """Prints one line about an engine on a GPU; returns its step loop, bound to its device."""
     compiled = getattr(engine.runner, "rehearsal", None)
     how = (
         f" ({compiled.num_kernels} kernels compiled in {compiled.duration_s:.1f} s)"
@@ -239,14 +242,14 @@ def started(engine: Any, duration_s: float) -> Any:
         else ""
     )
     tell(f"{describe(engine.config, _where(engine.runner))}; started in {duration_s:.1f} s{how}")
-    # the engine of several ranks has none: each rank is a process of its own
+    # a tensor-parallel engine has none: each rank is a process of its own
     device = getattr(engine.runner, "device", None)
     return engine.loop if device is None else OnDevice(engine.loop, device)
 
 
 def tell(line: str) -> None:
-    """On standard error; through the logger `nanovllm` at INFO, and so as the application says,
-    where it has set up logging.
+    """Writes a line to standard error, or to the logger `nanovllm` at level INFO if the application
+    has set up logging.
     """
     if LOG.hasHandlers() or LOG.level != logging.NOTSET:
         LOG.info(line)
@@ -255,7 +258,7 @@ def tell(line: str) -> None:
 
 
 def describe(config: Any, where: str) -> str:
-    """What was chosen. config: a ResolvedConfig."""
+    """What was chosen, in one line. config: a ResolvedConfig."""
     named, switched_on, switched_off = [], [], []
     for name, row in toggles_of(config.optimizations).items():
         level = getattr(config.optimizations, name)

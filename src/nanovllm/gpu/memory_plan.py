@@ -1,12 +1,12 @@
-"""What an engine may take of a GPU's memory, and what does not fit, before the weights are loaded.
-Loaded only on a GPU.
+"""How an engine divides a GPU's memory; planned before the weights are loaded. Loaded only on a
+GPU.
 
     total  | others | this engine: weights, code | a step | KV cache | kept free |
                     |<------- at most gpu_memory_utilization of total ->|
 
-gpu_memory_utilization is the share of the whole memory that this engine may take, as in vLLM, so
-two engines of 0.45 go together. Where others hold so much that less than that is free, the engine
-takes what is free but for `kept_free_bytes`.
+gpu_memory_utilization is the share of the whole memory that this engine may use, as in vLLM, so two
+engines with 0.45 fit together. If other processes leave less than that, the engine uses what is
+free minus `kept_free_bytes`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from nanovllm.models.families import model_class
 LOG = logging.getLogger("nanovllm")
 
 KEPT_FREE_BYTES = 512 << 20
-"""Of a GPU that others use too: a desktop's windows come and go. Less where gpu_memory_utilization leaves less."""
+"""Left free on a GPU that others use too, such as a desktop. Less where gpu_memory_utilization
+leaves less.
+"""
 
 
 def memory(device: torch.device) -> tuple[int, int]:
@@ -37,7 +39,9 @@ def memory(device: torch.device) -> tuple[int, int]:
 
 
 class MemoryPlan:
-    """Made before the weights are loaded. Raises MemoryError where they do not fit."""
+    """Made before the weights are loaded. Raises MemoryError where they do not fit, with what
+    helps.
+    """
 
     def __init__(self, runner: ModelRunner, model: ModelConfig) -> None:
         self.config, self.device = runner.config, runner.device
@@ -50,8 +54,8 @@ class MemoryPlan:
 
     @property
     def allowed_bytes(self) -> int:
-        """An explicit kv_cache_memory_bytes says more than a share of the memory does, and takes
-        its place.
+        """Bytes that this engine may use. An explicit kv_cache_memory_bytes replaces the limit of
+        gpu_memory_utilization.
         """
         share = (
             1.0
@@ -65,13 +69,13 @@ class MemoryPlan:
         return min(KEPT_FREE_BYTES, self.total_bytes - self.allowed_bytes)
 
     def num_blocks(self, runner: ModelRunner, spec: KVCacheSpec) -> int:
-        """KV blocks of an engine whose weights are loaded: of an explicit kv_cache_memory_bytes;
-        else of what is left of the plan when a step has its room, but no more than max_num_seqs
-        requests of max_model_len tokens can fill.
+        """KV blocks of an engine whose weights are loaded: as many as kv_cache_memory_bytes holds
+        where it is given; otherwise what the plan leaves when a step has its memory, at most what
+        max_num_seqs requests of max_model_len tokens can fill.
 
-        Raises ValueError where what is left does not hold one request of max_model_len tokens.
-        Where that is only the model's own limit, which few requests reach, this is a warning: the
-        engine refuses those that do.
+        Raises ValueError where that cannot hold one request of max_model_len tokens. It is only a
+        warning where max_model_len is the model's own limit, which few requests reach: the engine
+        then refuses those that do.
         """
         step_bytes = bytes_for_steps(runner, spec)
         if self.config.kv_cache_memory_bytes is not None:
@@ -110,7 +114,7 @@ class MemoryPlan:
             ways.append(
                 f"raise gpu_memory_utilization to more than {_up(self.weights_bytes / self.total_bytes)}"
             )
-        fits = 0.9 * min(self.free_bytes, self.allowed_bytes)  # something must be left for a cache
+        fits = 0.9 * min(self.free_bytes, self.allowed_bytes)  # leave something for the KV cache
         if self.config.dtype == "float32" and self.weights_bytes / 2 <= fits:
             ways.append(f"dtype='bfloat16' ({_gib(self.weights_bytes // 2)})")
         whole = self.weights_bytes * self.num_ranks
@@ -127,8 +131,8 @@ class MemoryPlan:
         return "; ".join(lines) + ". What helps: " + "; ".join(ways)
 
     def _others(self) -> list[str]:
-        """Who else holds memory of this GPU, as far as it can be told: another container's
-        processes are not listed.
+        """Who else holds memory of this GPU, as far as it is known: processes of other containers
+        are not listed.
         """
         ours = torch.cuda.memory_reserved(self.device)
         held = [
@@ -137,7 +141,7 @@ class MemoryPlan:
         if ours:
             held.append(f"{_gib(ours)} by PyTorch in this process (another engine? close it)")
         processes = ""
-        # NVML is missing, or keeps this to itself: an error about memory must not become one
+        # NVML may be missing or refuse: that must not hide the error about memory
         with contextlib.suppress(Exception):
             processes = torch.cuda.list_gpu_processes(self.device)
         named = [
@@ -180,8 +184,8 @@ class MemoryPlan:
 
 
 def weights_bytes(runner: ModelRunner, model: ModelConfig) -> int:
-    """Of this rank's share. From the model itself, built without memory: its shapes are those that
-    a checkpoint must have.
+    """Bytes of this rank's share of the weights, from the model built on the meta device, without
+    memory.
     """
     with torch.device("meta"):
         built = model_class(model.architecture)(
@@ -196,5 +200,5 @@ def _gib(num_bytes: int) -> str:
 
 
 def _up(share: float) -> float:
-    """To two decimals, never less."""
+    """Rounded up to two decimals."""
     return math.ceil(share * 100 - 1e-9) / 100

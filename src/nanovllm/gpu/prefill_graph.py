@@ -1,14 +1,14 @@
-"""Short prefills recorded once and replayed: part of cuda_graphs=True. Loaded only when on.
+"""Short prefills captured once and replayed: part of cuda_graphs=True. Loaded only when on.
 
-A prefill of up to a thousand tokens is a millisecond of work for a GPU and ten for the host that
-launches its kernels one by one. So the model's forward pass, and only that, is recorded for a few
+A prefill of up to a thousand tokens is a millisecond of work for a GPU, and ten for the host that
+launches its kernels one by one. So the model's forward pass, and only that, is captured for a few
 numbers of tokens; a step between two of them is padded:
 
-    tokens     0 .. n - 1 are the step's; those up to the bucket go to the spare block, and nobody reads what becomes of them
-    entries    those past the step's have no query tokens
+    tokens     0 .. n - 1 are the step's; the K and V of the others go to the spare block, and their results are not read
+    entries    those after the step's have no query tokens
 
-What stands before and behind it (the batch, logits, sampling) runs eagerly, and any other step runs
-eagerly as a whole.
+Everything around the forward pass (the batch, logits, sampling) runs eagerly, and any other step is
+eager as a whole.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from nanovllm.kernels.batch import ForwardBatch
 from nanovllm.layers.attention import Attention, KVCache
 
 TOKENS = (64, 128, 256, 512, 1024)
-"""Numbers of tokens that get a graph. Above, the GPU needs longer than the host."""
+"""Numbers of tokens that get a graph. With more tokens the GPU takes longer than the host."""
 ENTRIES = 16
 
 
 class ShortPrefills:
-    """Stands where the model stands: the same calls; those of short prefills are replayed."""
+    """Takes the place of the model and has its interface; short prefills are replayed."""
 
     def __init__(
         self,
@@ -43,8 +43,8 @@ class ShortPrefills:
         pool: Any,
         stream: torch.cuda.Stream,
     ) -> None:
-        """max_blocks: columns of a block table. spare_slot: where K and V of padding go. pool: of
-        the graphs' memory.
+        """max_blocks: columns of a block table. spare_slot: where K and V of padding go. pool:
+        memory shared by graphs.
         """
         self.model, self.attention, self.stats, self.spare_slot = (
             model,
@@ -98,7 +98,7 @@ class ShortPrefills:
             seq_lens=self.seq_lens,
             query_start_loc=self.query_start_loc,
             num_decodes=0,
-            # no step of a bucket has more query tiles than this one
+            # the most query tiles that a step of this bucket can have
             host_query_lens=[bucket] + [1] * (ENTRIES - 1),
             host_seq_lens=[0] * ENTRIES,  # not read
         )

@@ -1,19 +1,19 @@
-"""The kernels of an engine's first steps, compiled side by side while weights are loaded. Loaded on
+"""Compiles the kernels of an engine's first steps in parallel while weights are loaded. Loaded on
 a GPU with kernels='triton'.
 
 Triton compiles a kernel when it is first launched, one after the other: half a minute on a machine
-that has never run this engine. So the steps that a start consists of, and a first prefill, are gone
-through beforehand on the meta device, where tensors have shapes and addresses but no memory:
+that has never run this engine. So the steps of a start, and a first prefill, run beforehand on the
+meta device, where tensors have shapes and addresses but no memory:
 
-    main thread   | the model is built, weights are read from disk ............ | wait | first
-    steps: every kernel is there rehearsal     | steps on meta tensors: which kernels | ... finished
-    kernels | pool          |   kernel | kernel | kernel | ...                            |
+    main thread   | the model is built, weights are read from disk ............ | wait | first steps: all kernels are ready
+    rehearsal     | steps on meta tensors: which kernels | ... finished kernels |
+    pool          |   kernel | kernel | kernel | ...                            |
 
-Launches that are rehearsed are the launches of the same code with the same shapes, so Triton itself
-says which kernels they need, and keeps them where a launch looks for them: in this process and in
-its cache on disk. What a rehearsal misses is compiled when it is launched, as ever. Most of the
-work is done by LLVM and ptxas outside of Python's lock, so threads are enough. A start that was
-rehearsed before leaves a mark in that cache, and is not rehearsed again: its kernels are there.
+A rehearsed step launches the same code with the same shapes, so Triton itself determines the
+kernels it needs and stores them where a launch looks for them: in this process and in its cache on
+disk. Whatever a rehearsal misses is compiled at its launch as usual. Most of the work is done by
+LLVM and ptxas without Python's lock, so threads suffice. A rehearsed start leaves a mark in that
+cache and is not rehearsed again, as its kernels are there.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 class Rehearsal:
-    """Begins on construction; `wait` ends it. A failure costs nothing but time, and is a warning."""
+    """Begins on construction; `wait` waits for its end. A failure only costs time, and is logged as
+    a warning.
+    """
 
     def __init__(self, runner: ModelRunner, model: ModelConfig) -> None:
         self.num_kernels, self.duration_s = 0, 0.0
@@ -83,10 +85,10 @@ class Rehearsal:
                     lambda: first_steps(shadow_of(runner, model)), runner.device
                 )
                 mark.put("", _MARK, binary=False)
-        # whatever it was, a launch will compile what is missing, or say what is wrong
+        # whatever failed, a later launch compiles what is missing or reports the error
         except Exception as error:  # noqa: BLE001
             LOG.warning(
-                "kernels will be compiled one after the other, as compiling them side by side failed (%s: %s)",
+                "kernels will be compiled one after the other, as compiling them in parallel failed (%s: %s)",
                 type(error).__name__,
                 error,
             )
@@ -94,7 +96,7 @@ class Rehearsal:
 
 
 class _Pool(ThreadPoolExecutor):
-    """Compiles kernels; with Triton before 3.9 a kernel's launcher is a C module of its own, which
+    """Compiles kernels. With Triton before 3.9 a kernel's launcher is a C module of its own, which
     is built here as well.
     """
 
@@ -111,11 +113,10 @@ class _Pool(ThreadPoolExecutor):
 
 
 def compile_launches(steps: Callable[[], None], device: torch.device) -> int:
-    """Compiles side by side what `steps`, which work on meta tensors, would launch on `device`.
-    Returns how many kernels.
+    """Compiles in parallel what `steps`, which work on meta tensors, would launch on `device`.
+    Returns the number of kernels.
     """
-    # Not part of Triton's public interface (3.5 to 3.9 have it): where it is gone, the start is
-    # slower, and no more.
+    # Not part of Triton's public interface (3.5 to 3.9 have it): without it the start is only slower.
     from triton.runtime._async_compile import AsyncCompileMode
 
     with _Pool(len(os.sched_getaffinity(0))) as pool:
@@ -129,7 +130,7 @@ def compile_launches(steps: Callable[[], None], device: torch.device) -> int:
 
 
 def key_of(runner: ModelRunner, model: ModelConfig) -> str:
-    """Of everything that decides which kernels a start launches, and what they are."""
+    """Hash of everything that decides which kernels a start launches, and what they contain."""
     kernels = sorted(
         Path(import_module("nanovllm.kernels.triton").__file__ or "").parent.rglob("*.py")
     )
@@ -150,7 +151,9 @@ def key_of(runner: ModelRunner, model: ModelConfig) -> str:
 
 @contextmanager
 def launches_that_are_rehearsed_only_compile() -> Iterator[None]:
-    """Those of this thread, by STANDS_FOR: what other threads launch meanwhile runs."""
+    """Kernels launched by this thread are only compiled, as STANDS_FOR says; those of other threads
+    run.
+    """
     with _ONE_AT_A_TIME:
         launch = JITFunction.run
 
@@ -167,8 +170,8 @@ def launches_that_are_rehearsed_only_compile() -> Iterator[None]:
 
 
 def shadow_of(runner: ModelRunner, model: ModelConfig) -> Any:
-    """A runner of the same class and configuration on the meta device, with two layers: the others
-    launch the same kernels.
+    """A runner of the same class and configuration on the meta device, with two layers, as all
+    layers launch the same kernels.
     """
     shadow: Any = copy.copy(runner)
     dtype = getattr(torch, runner.config.dtype)
@@ -191,7 +194,7 @@ def shadow_of(runner: ModelRunner, model: ModelConfig) -> Any:
             model, 1, shadow.kernels, shadow.attention, shadow.tp
         ).to(META)
     for parameter in shadow.model.parameters():
-        # the default type is the whole process's, and may be another just now
+        # the default dtype belongs to the whole process and may differ at this moment
         parameter.data = parameter.data.to(dtype)
     shadow.model.requires_grad_(False)
     shadow.make_rows()
@@ -202,8 +205,8 @@ def shadow_of(runner: ModelRunner, model: ModelConfig) -> Any:
 
 
 def batch_of(plan: StepPlan, block_size: int) -> ForwardBatch:
-    """Of the shapes that ModelRunner._batch gives it, but without operations for which torch loads
-    its compiler on this device.
+    """A batch with the shapes of ModelRunner._batch, without operations for which torch would load
+    its compiler on the meta device.
     """
 
     def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -227,7 +230,7 @@ def batch_of(plan: StepPlan, block_size: int) -> ForwardBatch:
 
 @torch.inference_mode()
 def first_steps(shadow: Any) -> None:
-    """Those in which memory is measured, those that are recorded, and a first short prefill."""
+    """The steps in which memory is measured, those that are captured, and a first short prefill."""
     config = shadow.config
     ModelRunner.launch(shadow, prefill(config, config.max_num_batched_tokens))
     if config.optimizations.cuda_graphs:
@@ -258,7 +261,7 @@ def first_steps(shadow: Any) -> None:
 
 
 class _ShortPrefills(ShortPrefills):
-    """Those that are recorded, gone through instead."""
+    """Runs the prefills that would be captured."""
 
     def _capture(self, bucket: int, kv_caches: Any, pool: Any, stream: Any) -> Any:
         hidden: Tensor = self._forward(bucket, kv_caches)

@@ -1,6 +1,4 @@
-"""What a step needs of a GPU's memory beside weights and cache, measured before the cache is sized.
-Loaded only on a GPU.
-"""
+"""GPU memory that a step needs beside weights and KV cache, measured before the cache is sized."""
 
 from __future__ import annotations
 
@@ -16,15 +14,17 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import StepPlan
 
 GRAPH_BYTES = 4 << 20
-"""Of one recorded decode step, in the driver: a few hundred kernel nodes and their arguments."""
+"""Driver memory of one captured decode step: a few hundred kernel nodes and their arguments."""
 
 
 @contextmanager
 def room_for(what: str, instead: str) -> Iterator[None]:
-    """Out of memory in here is a MemoryError: what does not fit, and what to do instead."""
+    """Turns running out of memory in this context into a MemoryError that says what does not fit
+    and what to do instead.
+    """
     try:
         yield
-    # torch.OutOfMemoryError is one; CUDA's graphs, cuBLAS and Triton have others
+    # torch.OutOfMemoryError is one; CUDA graphs, cuBLAS and Triton raise others
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not re.search(
             "out of memory|ALLOC_FAILED", str(error)
@@ -36,8 +36,8 @@ def room_for(what: str, instead: str) -> Iterator[None]:
 
 
 def bytes_for_steps(runner: ModelRunner, spec: KVCacheSpec) -> int:
-    """The most that activations take, by running the largest step; with graphs, theirs as well,
-    which stay allocated.
+    """Bytes that activations take at most, measured by running the largest step; with CUDA graphs,
+    also those of the graphs, which stay allocated.
 
     Raises MemoryError, saying what to lower, where that step does not fit.
     """
@@ -62,8 +62,8 @@ def bytes_for_steps(runner: ModelRunner, spec: KVCacheSpec) -> int:
 
 
 def prefill(config: ResolvedConfig, num_tokens: int) -> StepPlan:
-    """Of `num_tokens` tokens, or the most that can be, by as many requests as may run, all of them
-    sampling.
+    """A plan of `num_tokens` prefill tokens, or as many as are possible, spread over as many
+    requests as may run; all of them sample.
     """
     num_tokens = min(num_tokens, config.max_num_seqs * config.max_model_len)
     entries = min(config.max_num_seqs, num_tokens)

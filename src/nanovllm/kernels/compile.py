@@ -1,8 +1,8 @@
 """kernels=compile: torch.compile applied to each operation, here and nowhere else.
 
-Batch sizes are symbolic: one compilation serves every step. The sampler stays as it is: its random
-numbers are defined operation by operation in IEEE arithmetic, and a compiler that contracts a
-multiplication and an addition changes their bits.
+Batch sizes are symbolic, so one compilation serves every step. The sampler is not compiled: its
+random numbers are defined operation by operation in IEEE arithmetic, and a compiler that contracts
+a multiplication and an addition changes their bits.
 """
 
 from typing import Any as _Any
@@ -23,12 +23,12 @@ sample = _oracle.sample
 
 
 def linear_silu_and_mul(x: _Tensor, weight: _Tensor, bias: _Tensor | None = None) -> _Tensor:
-    """The product is the library's; what follows it is compiled."""
+    """The matmul is the library's; what follows it is compiled."""
     return silu_and_mul(linear(x, weight, bias))
 
 
 def linear_qk_norm_rope_store_kv(
     x: _Tensor, weight: _Tensor, bias: _Tensor | None, *rest: _Any
 ) -> tuple[_Tensor, _Tensor, _Tensor]:
-    """The product is the library's; what follows it is compiled."""
+    """The matmul is the library's; what follows it is compiled."""
     return qk_norm_rope_store_kv(linear(x, weight, bias), *rest)

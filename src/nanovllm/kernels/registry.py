@@ -1,5 +1,5 @@
-"""The one place where implementations are chosen. Every call through it is counted: that is how a
-toggle proves it fired.
+"""The one place where implementations of operations are chosen. Every call through it is counted,
+which proves that a toggle did something.
 """
 
 from collections import Counter
@@ -15,8 +15,8 @@ Operation = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """The operations of a model beside attention; signatures as in kernels/torch/. A product may
-    take what follows it along.
+    """The operations of a model except attention; signatures as in kernels/torch/. A matmul may
+    fuse the operation that follows.
     """
 
     linear: Operation

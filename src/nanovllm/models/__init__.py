@@ -1,6 +1,7 @@
-"""Model families and what is read from a checkpoint's folder.
+"""Model families, and what is read from a checkpoint's folder.
 
-qwen3               Qwen3ForCausalLM
+families            the registry: architecture -> file of its family
+qwen3               Qwen3ForCausalLM                         (loaded when a checkpoint names it)
 config              config.json -> ModelConfig
 loader              safetensors -> this rank's shards
 hub                 fetches a checkpoint                     (loaded when the name is no folder)
@@ -10,5 +11,6 @@ tokenizer_files     files beside tokenizer.json              (loaded when they s
 sampling_defaults   generation_config.json -> SamplingParams (loaded when none are given)
 checkpoint          builds small seeded checkpoints; for tests and studies
 
-Imports point down: loader -> layers; qwen3 -> layers, config. Nothing here imports the engine.
+Imports point down: loader -> weight_files, generated -> layers; qwen3 -> layers; config ->
+families. Nothing here imports the engine.
 """

@@ -39,7 +39,7 @@ KINDS: dict[Any, tuple[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """By the names of config.json; architecture is a key of families.FAMILIES."""
+    """Named as in config.json; architecture is a key of families.FAMILIES."""
 
     architecture: str
     vocab_size: int
@@ -62,8 +62,8 @@ def load_hf_config(folder: Path) -> ModelConfig:
     """Reads config.json, and the end-of-sequence ids of generation_config.json, as transformers 4
     and 5 write them.
 
-    Raises FileNotFoundError where there is none, ValueError for what this engine does not compute,
-    what is missing, and values of another type.
+    Raises FileNotFoundError where config.json is missing; ValueError for settings that this engine
+    does not compute, missing settings, and values of another type.
     """
     raw = read_json(folder / "config.json")
     # transformers 5, transformers 4
@@ -113,8 +113,8 @@ def load_hf_config(folder: Path) -> ModelConfig:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The keys and values of a file. Raises FileNotFoundError, and ValueError for what is no such
-    file.
+    """The keys and values of a JSON file. Raises FileNotFoundError, or ValueError for a file of
+    another kind.
     """
     if not file.is_file():
         raise FileNotFoundError(
@@ -132,5 +132,5 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_if_there(file: Path) -> dict[str, Any]:
-    """The same, of a file that may be missing: then there are none."""
+    """Like read_json; {} where the file is missing."""
     return read_json(file) if file.is_file() else {}

@@ -1,7 +1,7 @@
 """Qwen3 for causal language modelling (Qwen Team, 2025): pre-norm decoder, grouped-query attention
 with normed heads, SwiGLU.
 
-Parameter names are those of the checkpoint, but for the fused projections of
+Parameter names are those of the checkpoint, except for the fused projections of
 `packed_modules_mapping`.
 """
 

@@ -19,7 +19,7 @@ GROUP = 16
 
 
 class TorchAttention:
-    """The baseline backend; `prepare` once a step, then `attend` once a layer."""
+    """The baseline backend: `prepare` once per step, then `attend` once per layer."""
 
     def __init__(
         self, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
@@ -117,8 +117,8 @@ class TorchAttention:
         return output
 
     def _pages(self, block_tables: Tensor) -> Tensor:
-        """[entries, blocks] -> [entries * kv_heads * blocks]: the page of each block and head, head
-        by head.
+        """[entries, blocks] -> [entries * kv_heads * blocks]: the row of each block and head in the
+        cache, head by head.
         """
         heads = torch.arange(self.num_kv_heads, device=block_tables.device)
         return (

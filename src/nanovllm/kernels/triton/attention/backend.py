@@ -1,5 +1,5 @@
-"""Attention over the paged KV cache: the backend that launches attention_decode.py,
-attention_prefill.py and, where shared prefixes are read once, attention_shared.py.
+"""Attention over the paged KV cache: launches the kernels of decode.py, prefill.py and, where
+shared prefixes are read once, shared.py.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from nanovllm.kernels.triton.attention.shared import groups_kernel, shared_kerne
 from nanovllm.kernels.triton.launch import pdl, shared_memory
 
 _LOG2_E = 1.4426950408889634
-PROGRAMS_PER_SM = 3  # of the decode kernel, resident together
+PROGRAMS_PER_SM = 3  # programs of the decode kernel that are resident together
 
 
 class Tiling(NamedTuple):
-    """How a kernel is cut: KV tokens a tile, warps and pipeline stages a program, rows of the query
-    tile.
+    """The tile sizes of a kernel: KV tokens per tile, warps and pipeline stages per program, rows
+    of the query tile.
     """
 
     kv_tile: int
@@ -34,15 +34,15 @@ class Tiling(NamedTuple):
 
 
 def tilings(dtype: torch.dtype, head_dim: int, shared_bytes: int) -> tuple[Tiling, Tiling]:
-    """For decode and prefill. With heads of up to 128: what was fastest on an H200, which fits into
-    the 99 KiB of an RTX 4070 too. With larger ones the largest tiles that fit into the shared
-    memory of a program.
+    """Tilings for decode and prefill. For heads of up to 128: the fastest on an H200, which also
+    fit into the 99 KiB of an RTX 4070. For larger heads: the largest tiles that fit into a
+    program's shared memory.
     """
     dims, most = triton.next_power_of_2(head_dim), 32 if dtype == torch.float32 else 64
 
     def bytes_of(kv_tile: int, rows: int) -> int:
-        """Keys and values of two tiles in flight, queries, weights on their way to the second
-        product, and some for reductions.
+        """Bytes of keys and values of two tiles in flight, queries, weights for the second matmul,
+        and reductions.
         """
         return (2 * 2 * kv_tile * dims + rows * dims + rows * kv_tile) * dtype.itemsize + 2048
 
@@ -54,7 +54,7 @@ def tilings(dtype: torch.dtype, head_dim: int, shared_bytes: int) -> tuple[Tilin
             if kv_tile <= most and rows <= most_rows
         ]
         kv_tile, rows = next((size for size in sizes if bytes_of(*size) <= shared_bytes), sizes[-1])
-        # Looking up a tile's page takes stages as well: five are two tiles in flight.
+        # Looking up a tile's block takes stages as well: five stages keep two tiles in flight.
         return Tiling(kv_tile, warps=4, stages=5, rows=rows)
 
     return largest(16), largest(most)
@@ -62,9 +62,11 @@ def tilings(dtype: torch.dtype, head_dim: int, shared_bytes: int) -> tuple[Tilin
 
 @dataclass(slots=True)
 class Shared:
-    """Which prefixes are shared, and what attention over them left behind; all int32 but the state."""
+    """Which prefixes are shared, and the state after attention over them; all int32 except the
+    state.
+    """
 
-    tokens: Tensor  # [decodes]: of each one's shared prefix
+    tokens: Tensor  # [decodes]: tokens of its shared prefix
     order: Tensor  # [decodes]: group after group
     squad_starts: Tensor  # [squads]: in `order`
     squad_sizes: Tensor  # [squads]: entries, 0 where there is no squad
@@ -74,7 +76,7 @@ class Shared:
 
 @dataclass(slots=True)
 class _Prepared:
-    """What is the same in all layers."""
+    """Values shared by all layers of a step."""
 
     shared: Shared | None = None
     unit_starts: Tensor | None = None  # [decodes] int32: units of the entries before each
@@ -87,7 +89,7 @@ class _Prepared:
 
 
 class TritonAttention:
-    """The same interface as TorchAttention. Pages are a power of two of tokens, 16 or more;
+    """The same interface as TorchAttention. Blocks hold a power of two of tokens, 16 or more;
     head_dim is 16 to 256.
     """
 
@@ -99,7 +101,9 @@ class TritonAttention:
         dtype: torch.dtype,
         cascade: Counter[str] | None = None,
     ) -> None:
-        """cascade: reads shared prefixes once where `prepare` is told so, and counts that there."""
+        """cascade: if given, shared prefixes are read once where `prepare` is told so, and counted
+        there.
+        """
         if not 16 <= head_dim <= 256:
             raise ValueError(
                 f"head_dim={head_dim} cannot be used with attention_backend='triton': allowed is 16 to 256; "
@@ -113,7 +117,7 @@ class TritonAttention:
         self.num_kv_heads, self.cascade = num_kv_heads, cascade
         self.block_size = block_size
         self.scale_log2 = head_dim**-0.5 * _LOG2_E
-        # tf32 says nothing of bfloat16
+        # tf32 does not affect bfloat16
         self.precision = "ieee" if dtype == torch.float32 else "tf32"
         on_gpu = torch.cuda.is_available()
         device = (
@@ -125,8 +129,8 @@ class TritonAttention:
         self.num_programs = num_sms * PROGRAMS_PER_SM
 
     def prepare(self, batch: ForwardBatch, share: bool = False) -> None:
-        """Cuts the decodes' work, on the device, so that a graph may hold this. share: pages of
-        several decodes are read once.
+        """Divides the decodes' work on the device, so that a graph can capture this. share: blocks
+        of several decodes are read once.
         """
         prepared = batch.attention = _Prepared()
         n, device = batch.num_decodes, batch.seq_lens.device
@@ -154,9 +158,11 @@ class TritonAttention:
         )
 
     def _find_shared(self, batch: ForwardBatch) -> Shared:
-        """On the device, from the block tables: a graph may hold this."""
+        """Finds shared prefixes on the device, from the block tables, so that a graph can capture
+        this.
+        """
         n, tables = batch.num_decodes, batch.block_tables
-        # Each begins at a multiple of 16 bytes, or Triton would compile the kernels again.
+        # Each begins at a multiple of 16 bytes; otherwise Triton would compile the kernels again.
         leaders, ranks, sizes, pages, tokens, order = torch.empty(
             6, -(-n // 4) * 4, dtype=torch.int32, device=tables.device
         )[:, :n]
@@ -325,7 +331,7 @@ class TritonAttention:
 
 def _prefill_tiles(batch: ForwardBatch, tokens_per_tile: int) -> Tensor:
     """[2, tiles] int32: entry and first query token of every query tile, found on the device, so
-    that a graph may hold this. The host's lengths only bound their number.
+    that a graph can capture this. The host's lengths only bound their number.
     """
     first, lengths = batch.num_decodes, batch.host_query_lens[batch.num_decodes :]
     num_tiles = sum(-(-length // tokens_per_tile) for length in lengths)

@@ -1,20 +1,19 @@
-"""Attention of one query token an entry over its paged KV: bound by memory.
+"""Attention of one query token per entry over its paged KV: bound by memory bandwidth.
 
-What counts is that every multiprocessor has the same work, whatever the lengths. So the KV of all
-sequences and heads is laid out as one line of units, and cut into equal pieces, one a program
-("stream-K", Osama et al., 2023; "lean attention", Sanovar et al., 2024). An item (a sequence and a
-head) is as many units as it has tiles of KV, after SETUP units that stand for the time its
-beginning takes:
+Every multiprocessor should have the same work, whatever the lengths. So the KV of all sequences and
+heads is laid out as one line of units and cut into equal pieces, one per program ("stream-K", Osama
+et al., 2023; "lean attention", Sanovar et al., 2024). An item (a sequence and a head) has as many
+units as tiles of KV, after SETUP units that stand for the time its beginning takes:
 
     units      | . sequence 0, head 0 | . sequence 0, head 1 | . sequence 1, head 0 | ...
     programs   |      0      |      1      |      2      |      3      | ...
 
 An item whose tiles lie in several pieces is computed by several programs. Each writes its partial
-result, and the one that comes last (an atomic counter tells) combines them. So there is no second
-kernel, and nobody waits.
+result, and the last one to finish (an atomic counter tells) combines them, so there is no second
+kernel and no program waits.
 
-With SHARED, the first `shared` tokens of an entry are done (attention_shared.py), and an item is
-what is left: it begins with the state that those left behind.
+With SHARED, the first `shared` tokens of an entry are already done (shared.py), and an item is the
+rest: it begins with the state that they left.
 """
 
 from __future__ import annotations
@@ -31,13 +30,15 @@ SETUP = tl.constexpr(2)
 
 @triton.jit
 def _units(seq_len, TILE: tl.constexpr):
-    """Of one item. An entry of length 0 (it pads a batch) has none; such entries come last."""
+    """The units of one item. An entry of length 0, which pads a batch, has none; such entries come
+    last.
+    """
     return tl.where(seq_len > 0, tl.cdiv(seq_len, TILE) + SETUP, 0)
 
 
 @triton.jit
 def _shared_by(shared_ptr, entry, SHARED: tl.constexpr):
-    """Tokens of an entry that attention_shared.py has done."""
+    """Tokens of an entry that shared.py has done."""
     return tl.load(shared_ptr + entry) if SHARED else 0
 
 
@@ -82,8 +83,8 @@ def cut_kernel(
     SHARED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Where each program's piece begins. One program a program of the decode kernel; number 0 also
-    writes what all share.
+    """Where each program's piece begins, one program per program of the decode kernel; number 0
+    also writes the totals.
     """
     program = tl.program_id(0)
     entries = tl.arange(0, BLOCK)
@@ -115,10 +116,9 @@ def _combine(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """The result of an item from the partial ones of programs [first_program, last_program].
+    """Combines the partial results of programs [first_program, last_program] for one item.
 
-    Eight at a time: their loads are in flight together, and this is what a short decode step waits
-    for.
+    Eight at a time, so that their loads are in flight together: a short decode step waits for them.
     """
     members = tl.arange(0, triton.next_power_of_2(GROUP))
     dims = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
@@ -129,7 +129,7 @@ def _combine(
     for first in range(first_program, last_program + 1, 8):
         for i in tl.static_range(8):
             other = first + i
-            # One comparison of a block: the interpreter of Triton 3.9 takes no mask of a block `&`
+            # One comparison of a block: the interpreter of Triton 3.9 accepts no mask of a block `&`
             # a scalar.
             exists = members < tl.where(other <= last_program, GROUP, 0)
             theirs = (other * 2 + (other == first_program).to(tl.int32)) * GROUP + members
@@ -238,7 +238,7 @@ def _decode_tiles(
             acc,
             mask=in_head(real, dims, HEAD_DIM),
         )
-        tl.debug_barrier()  # all threads have written before one of them says so
+        tl.debug_barrier()  # all threads have written before one of them counts the arrival
         if (
             tl.atomic_add(arrival_ptr, 1, sem="acq_rel", scope="gpu")
             == last_program - first_program
@@ -254,10 +254,10 @@ def _decode_tiles(
                 GROUP,
                 HEAD_DIM,
             )
-            tl.store(arrival_ptr, 0)  # as the next layer wants it
+            tl.store(arrival_ptr, 0)  # reset for the next layer
 
 
-@triton.jit(do_not_specialize=["table_stride"])  # it is another in every eager step
+@triton.jit(do_not_specialize=["table_stride"])  # it differs between eager steps
 def decode_kernel(
     q_ptr,
     k_cache_ptr,
@@ -289,7 +289,7 @@ def decode_kernel(
     SHARED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One piece of the line of tiles. Partial results lie in two places for each program: 0 for an
+    """One piece of the line of tiles. Each program has two places for partial results: 0 for an
     item that began in an earlier program, 1 for one that begins here.
     """
     program = tl.program_id(0)

@@ -1,7 +1,7 @@
-"""Attention of many query tokens an entry: bound by arithmetic.
+"""Attention of many query tokens per entry: bound by arithmetic.
 
-One program a tile of query tokens and KV head. Keys and values come from the pages, so that a chunk
-and a cached prefix are nothing special.
+One program per tile of query tokens and KV head. Keys and values are read from the cache's blocks,
+so a chunk or a cached prefix needs no special case.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def tiles_kernel(
     PDL: tl.constexpr,
 ):
     """Entry and first query token of each tile of TOKENS query tokens, the last tiles (the longest
-    contexts) first. One program a tile; where there are more programs than tiles, theirs belong to
-    no entry: -1.
+    contexts) first. One program per tile; programs beyond the number of tiles write -1 as their
+    entry.
     """
     entries = num_decodes + tl.arange(0, BLOCK)
     inside = entries < num_entries
@@ -46,7 +46,7 @@ def tiles_kernel(
     tl.store(tile_tokens_ptr + tl.program_id(0), ((tile - before) * TOKENS).to(tl.int32))
 
 
-# they vary step by step
+# these differ between steps
 @triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["tile_tokens_ptr"])
 def prefill_kernel(
     q_ptr,

@@ -1,17 +1,18 @@
-"""Decode attention over a prefix that several sequences share: its KV is read once for all of them.
+"""Decode attention over a prefix that several sequences share: its KV is read once for all of
+them.
 
-Online softmax may be cut anywhere, so what a sequence attends to is cut where its shared pages end
+Online softmax may be split anywhere, so a sequence's attention is split where its shared blocks end
 ("cascade inference", Ye et al., 2024; Juravsky et al., "Hydragen", 2024):
 
-    sequence 0   [ shared pages          ][ own tokens     ]
-    sequence 1   [ the same pages        ][ own tokens  ]        one program a KV head reads the shared pages, with the queries of
-    sequence 2   [ the same pages        ][ own tokens        ]  all members as rows of one matrix; attention_decode.py goes on
+    sequence 0   [ shared blocks         ][ own tokens     ]
+    sequence 1   [ the same blocks       ][ own tokens  ]        one program per KV head reads the shared blocks, with the queries
+    sequence 2   [ the same blocks       ][ own tokens        ]  of all members as rows of one matrix; decode.py continues
 
-Who shares what is found on the device, from the block tables: the prefix cache gives equal prefixes
-the same pages. A *group* is the sequences with the same first page; it shares as many pages as all
-its members have in common, and at least one, since a page that somebody else owns as well is full,
-and the query's own token lies behind it. A *squad* is up to `MEMBERS` of a group, whose queries are
-attended to together. Of five entries whose first pages are 7, 4, 7, 7, 4, with squads of two:
+Which sequences share is found on the device, from the block tables: the prefix cache gives equal
+prefixes the same blocks. A *group* is the sequences with the same first block. It shares the blocks
+that all its members have in common: at least one, since a block with several owners is full, and
+the query's own token lies after it. A *squad* is up to `MEMBERS` of a group, whose queries are
+processed together. For five entries whose first blocks are 7, 4, 7, 7, 4, with squads of two:
 
     entry          0  1  2  3  4
     leader         0  1  0  0  1       the group's first entry
@@ -45,15 +46,14 @@ def groups_kernel(
     PAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program an entry: leaders, ranks, sizes as above; pages: how many it has in common with
-    its leader. [entries] int32.
+    """One program per entry: leaders, ranks, sizes as above; pages: how many blocks it has in
+    common with its leader. All are [entries] int32.
     """
     entry = tl.program_id(0)
     others = tl.arange(0, BLOCK)
     wait_for_inputs(PDL)
     inside = others < num_entries
-    # An entry within its first page shares none, and padding has length 0: each is a group of its
-    # own.
+    # An entry within its first block shares none, and padding has length 0: each is its own group.
     has_page = tl.load(seq_lens_ptr + others, mask=inside, other=0) > PAGE
     firsts = tl.load(tables_ptr + others.to(tl.int64) * table_stride, mask=has_page, other=0)
     firsts = tl.where(has_page, firsts, -1 - others)
@@ -94,10 +94,9 @@ def squads_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program an entry. shared: tokens of its group's prefix, 0 where it is alone; order as
-    above: [entries] int32.
-    squad_starts: in `order`; squad_sizes: 0 past the last squad: [squads] int32, room for half as
-    many as entries.
+    """One program per entry. shared: tokens of its group's prefix, 0 where it is alone; order as
+    above: [entries] int32. squad_starts: index into `order`; squad_sizes: 0 after the last squad:
+    [squads] int32, with room for half as many squads as entries.
     """
     entry = tl.program_id(0)
     others = tl.arange(0, BLOCK)
@@ -151,7 +150,7 @@ def _attend(
     PRECISION: tl.constexpr,
 ):
     """Members first_member, first_member + 1, ... of a squad of `size`, as many as ROWS hold;
-    order_ptr: of the squad.
+    order_ptr points to the squad.
     """
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
@@ -219,15 +218,15 @@ def shared_kernel(
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A KV head (axis 0), as many members as ROWS hold (axis 1), of every so many-th squad (axis
-    2). Leaves the state of online softmax after the shared tokens, for attention_decode.py to begin
-    with: acc [entries, q_heads, head_dim], top, mass [entries, q_heads], float32.
+    """Axis 0: a KV head; axis 1: as many members as ROWS hold; axis 2: every so many-th squad.
+    Writes the state of online softmax after the shared tokens, from which decode.py continues: acc
+    [entries, q_heads, head_dim], top, mass [entries, q_heads], float32.
     """
     kv_head = tl.program_id(0)
     first_member = tl.program_id(1) * (ROWS // GROUP)
     squad = tl.program_id(2)
     size = tl.load(squad_sizes_ptr + squad)  # found long before the previous kernel
-    # also where there is nothing to do: the next kernel may start when all of these have ended
+    # also where there is nothing to do: the next kernel may start when all programs have ended
     wait_for_inputs(PDL)
     while size > 0:
         if first_member < size:

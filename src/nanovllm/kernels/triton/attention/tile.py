@@ -1,9 +1,9 @@
 """One step of online softmax over a tile of the paged KV cache (Milakov and Gimelshein, 2018; Dao
 et al., FlashAttention, 2022).
 
-The query heads that share a KV head, and in a prefill several tokens of them, are the rows of one
+The query heads that share a KV head, and in a prefill several of their tokens, are the rows of one
 small matrix, so that K and V are read once. Where head_dim is no power of two, tiles have columns
-up to the next one: `in_head` leaves them out.
+up to the next one: `in_head` masks them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def in_head(rows, dims, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _load_tile(pointers, exists, dims, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr):
-    """Keys or values: [tokens, dims]. exists: [tokens], looked at where MASKED."""
+    """Keys or values: [tokens, dims]. exists: [tokens], used only where MASKED."""
     if MASKED:
         tile = tl.load(pointers, mask=in_head(exists, dims, HEAD_DIM), other=0.0)
     elif dims.shape[0] != HEAD_DIM:
@@ -81,7 +81,7 @@ def attend_to_tile(
     kv_len; MASKED=False says that every row sees the whole tile.
 
     State of each row: top, its largest score (times log2 e); mass, the sum of exp2(score - top);
-    acc, the sum weighted by it.
+    acc, the sum of values weighted by it.
     """
     tokens = first_token + tl.arange(0, TILE)
     dims = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
