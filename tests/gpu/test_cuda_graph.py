@@ -5,6 +5,7 @@ replay real graphs.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +20,10 @@ from nanovllm.engine import llm_engine
 from nanovllm.engine.invariants import check_invariants
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.scheduler import StepPlan
 from nanovllm.gpu import cuda_graph
 from nanovllm.gpu.capture import Captured
-from nanovllm.gpu.cuda_graph import GraphRunner, Variant, buckets_for
+from nanovllm.gpu.cuda_graph import GraphRunner, Variant, buckets_for, halves, read_s
 from nanovllm.sampling_params import SamplingParams
 
 ON_GPU = torch.cuda.is_available()
@@ -156,8 +158,8 @@ def test_tokens_are_those_of_the_eager_runner(
     count: int,
     params: dict[str, Any],
 ) -> None:
-    results = []
-    for graphs in (False, True):
+    results, replays = [], []
+    for graphs, splits in ((False, False), (True, False), (True, True)):
         switches = {"overlap": overlap, "attention_backend": level, "kernels": level}
         engine = make_engine(
             tiny,
@@ -170,15 +172,54 @@ def test_tokens_are_those_of_the_eager_runner(
         assert engine.config.num_kv_blocks == num_blocks
         # it expects every request to end at once: memory runs out
         engine.scheduler.forecast.asked = 1 << 40
+        if graphs:
+            engine.runner.splits = splits  # whatever its device would gain
         results.append(serve(engine, requests_of(count, **params), abort=1))
         stats = engine.stats()
+        replays.append(stats["graph_replays"])
         eager_decodes = {"top_k", "logprobs"} & set(params)
         # its prefills are replayed
         assert (stats["graph_replays"] > 0) == (graphs and (not eager_decodes or level == "triton"))
         if num_blocks < 10:
             assert stats["preemptions"] > 0
         engine.close()
-    assert results[0] == results[1]
+    assert results[0] == results[1] == results[2]
+    if count > max_num_seqs:  # requests join while others decode
+        assert (replays[2] > replays[1]) == (not eager_decodes)
+
+
+def test_halves_of_a_mixed_step_hold_all_of_it() -> None:
+    plan = StepPlan(
+        7,
+        num_decodes=2,
+        rows=[4, 1, 3, 0],
+        starts=[9, 5, 0, 16],
+        query_lens=[1, 1, 3, 2],
+        samples=[True, True, True, False],
+        token_ids=[11, 12, 13, 21, 22],
+        new_blocks=[(4, 1, 8), (3, 0, 2)],
+        new_rows=[(3, 0.5, 0, 1.0, 6)],
+        greedy_only=False,
+    )
+    decodes, prefills = halves(plan)
+    for name in ("rows", "starts", "query_lens", "samples", "token_ids", "new_blocks", "new_rows"):
+        assert getattr(decodes, name) + getattr(prefills, name) == getattr(plan, name)
+    assert (decodes.num_decodes, len(decodes.rows)) == (2, 2)
+    assert (prefills.num_decodes, prefills.query_lens) == (0, [3, 2])
+    assert decodes.new_blocks == plan.new_blocks, "both halves run on the tables of the whole step"
+
+
+@pytest.mark.parametrize(
+    ("clock_khz", "bus_bits", "seconds"),
+    [(2_619_000, 5120, 1.2e9 / 3.352e12), (10_501_000, 192, 1.2e9 / 0.504e12), (0, 0, math.inf)],
+)
+def test_the_time_to_read_the_weights_is_that_of_the_data_sheet(
+    monkeypatch: pytest.MonkeyPatch, clock_khz: int, bus_bits: int, seconds: float
+) -> None:
+    """An H100, a desktop RTX 4070, and a driver that does not tell."""
+    gpu = SimpleNamespace(memory_clock_rate=clock_khz, memory_bus_width=bus_bits)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    assert read_s(1_200_000_000, torch.device("cuda", 0)) == pytest.approx(seconds, rel=1e-3)
 
 
 def test_a_replay_counts_what_it_executes(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,11 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepHandle:
-        """Enqueues forward pass and sampling of a step."""
+        """Enqueues a step, and the copies of its results to the host."""
+        return self._read_back(*self._run(plan))
+
+    def _run(self, plan: StepPlan) -> tuple[Tensor, ...]:
+        """Enqueues forward pass and sampling of a step; its results, on the device."""
         self._update_rows(plan)
         rows = self._tensor(plan.rows)
         batch = self._batch(plan, rows)
@@ -123,12 +127,10 @@ class ModelRunner:
         token_ids = self.kernels.sample(logits, *params, positions, **flags)
         self.last_tokens[rows] = token_ids
         if plan.num_logprobs is None:
-            return self._read_back(token_ids)
+            return (token_ids,)
         from nanovllm.kernels.torch.logprobs import logprobs
 
-        return self._read_back(
-            token_ids, *logprobs(self.tp.all_gather(logits), token_ids, plan.num_logprobs)
-        )
+        return token_ids, *logprobs(self.tp.all_gather(logits), token_ids, plan.num_logprobs)
 
     def _read_back(self, *tensors: Tensor) -> StepHandle:
         """Enqueues copies of the results to the host."""

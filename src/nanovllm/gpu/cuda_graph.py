@@ -11,13 +11,16 @@ and advances the positions. A step with the same rows as the last one needs no i
 There is a graph for each bucket b of batch sizes. A batch between two buckets is padded with the
 spare row. Its K and V go to the spare block, its position stays 0 and its length is 0, so attention
 skips it. What a graph cannot do (prefill, top-k, top-p, log-probabilities) runs eagerly on the same
-state. With cascade_attention=True, larger batches have a second graph for steps in which many rows
-share their first block with another row; the host, which knows the block tables, chooses.
+state; the decodes of a step that has a short prefill as well (prefill_graph.py) are replayed where
+reading the weights twice takes less than launching the kernels of the step one by one. With
+cascade_attention=True, larger batches have a second graph for steps in which many rows share their
+first block with another row; the host, which knows the block tables, chooses.
 """
 
 from __future__ import annotations
 
 import bisect
+import math
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -31,7 +34,7 @@ from nanovllm.engine.model_runner import StepHandle
 from nanovllm.engine.scheduler import StepPlan
 from nanovllm.engine.stats import StepStats
 from nanovllm.gpu.capture import Captured, capture
-from nanovllm.gpu.prefill_graph import ShortPrefills
+from nanovllm.gpu.prefill_graph import ShortPrefills, is_short
 from nanovllm.gpu.runner import GpuRunner
 from nanovllm.gpu.step_memory import room_for
 from nanovllm.kernels.batch import ForwardBatch
@@ -42,6 +45,13 @@ SHARING_KV_HEADS = 208
 """Reading prefixes once pays off from this many (sharing sequences x KV heads), summed over all
 prefixes: it costs 1.6 us per tile, however many share it, instead of 7.6 ns per pair. Computed from
 a step of an H200 with 1,984 pairs.
+"""
+
+
+SECOND_READ_S = 1e-3
+"""A mixed step of few prefill tokens is run as two captured parts, decodes and prefills, where the
+weights, which are then read twice, are read within this time: launching the kernels of an eager
+step one by one takes a host several times as long.
 """
 
 
@@ -61,6 +71,42 @@ def buckets_for(max_num_seqs: int) -> list[int]:
     ]
 
 
+def halves(plan: StepPlan) -> tuple[StepPlan, StepPlan]:
+    """The decodes and the prefills of a mixed step, each as a step of its own, in this order. The
+    first brings all changes of rows and blocks.
+    """
+    n = plan.num_decodes
+    decodes = replace(
+        plan,
+        rows=plan.rows[:n],
+        starts=plan.starts[:n],
+        query_lens=plan.query_lens[:n],
+        samples=plan.samples[:n],
+        token_ids=[],
+    )
+    prefills = replace(
+        plan,
+        num_decodes=0,
+        rows=plan.rows[n:],
+        starts=plan.starts[n:],
+        query_lens=plan.query_lens[n:],
+        samples=plan.samples[n:],
+        new_rows=[],
+        new_blocks=[],
+    )
+    return decodes, prefills
+
+
+def read_s(num_bytes: int, device: torch.device) -> float:
+    """Seconds that a GPU needs to read as many bytes of its memory, by its data sheet; infinite
+    where the driver does not tell.
+    """
+    gpu: Any = torch.cuda.get_device_properties(device)
+    # kHz, bits; two transfers per clock
+    rate = getattr(gpu, "memory_clock_rate", 0) * 1e3 * getattr(gpu, "memory_bus_width", 0) / 8 * 2
+    return num_bytes / rate if rate > 0 else math.inf
+
+
 @dataclass(frozen=True, slots=True)
 class Variant:
     """Which decode step a graph holds."""
@@ -76,6 +122,7 @@ class GraphRunner(GpuRunner):
     """
 
     spare = 1
+    splits = False  # whether a mixed step of few prefill tokens is run as two captured parts
 
     def __init__(
         self,
@@ -130,26 +177,38 @@ class GraphRunner(GpuRunner):
         self.first_blocks = [-1] * (self.config.max_num_seqs + 1)  # each row's first block
         self.share = False  # whether many of the rows in `inputs` share a prefix
 
+    @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepHandle:
-        """Replays a decode step; runs any other step eagerly."""
+        """Replays a decode step, and both halves of a mixed step where that pays; runs any other
+        step eagerly.
+        """
+        if plan.num_decodes and not plan.filtered and plan.num_logprobs is None:
+            if plan.num_decodes == len(plan.rows):
+                return self._read_back(self._replay(plan))
+            if self.splits and is_short(plan):
+                decodes, prefills = halves(plan)
+                # a copy, as the other graph may use the memory that this one leaves its tokens in
+                token_ids = self._replay(decodes).clone()
+                return self._read_back(torch.cat((token_ids, *self._run(prefills))))
+        self.on_device = None
+        return super().launch(plan)
+
+    def _replay(self, plan: StepPlan) -> Tensor:
+        """The tokens of a plan of decodes: [entries], overwritten by the next replay."""
         n = len(plan.rows)
-        if plan.num_decodes < n or plan.filtered or plan.num_logprobs is not None:
-            self.on_device = None
-            return super().launch(plan)
         bucket = self.buckets[bisect.bisect_left(self.buckets, n)]
-        with torch.inference_mode():
-            self._update_rows(plan)
-            if self.on_device != (bucket, plan.rows, plan.starts):
-                padding = bucket - n
-                values = plan.rows + [self.spare_row] * padding + plan.starts + [0] * padding
-                self.inputs[: 2 * bucket] = self._tensor(values)
-                self.share = self.cascade and self._many_share(plan.rows)
-            captured = self.captured[
-                Variant(bucket, plan.greedy_only and True in self.greedy_variants, self.share)
-            ]
-            token_ids = captured.replay(self.stats)
-            self.on_device = (bucket, plan.rows, [start + 1 for start in plan.starts])
-            return self._read_back(token_ids[:n])
+        self._update_rows(plan)
+        if self.on_device != (bucket, plan.rows, plan.starts):
+            padding = bucket - n
+            values = plan.rows + [self.spare_row] * padding + plan.starts + [0] * padding
+            self.inputs[: 2 * bucket] = self._tensor(values)
+            self.share = self.cascade and self._many_share(plan.rows)
+        captured = self.captured[
+            Variant(bucket, plan.greedy_only and True in self.greedy_variants, self.share)
+        ]
+        token_ids = captured.replay(self.stats)
+        self.on_device = (bucket, plan.rows, [start + 1 for start in plan.starts])
+        return token_ids[:n]
 
     def _many_share(self, rows: list[int]) -> bool:
         self.stats.attention_calls["cascade"] += 1  # counts the steps that looked

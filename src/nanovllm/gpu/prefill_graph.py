@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanovllm.engine.scheduler import StepPlan
 from nanovllm.engine.stats import StepStats
 from nanovllm.gpu.capture import Captured, capture
 from nanovllm.kernels.batch import ForwardBatch
@@ -27,6 +28,11 @@ from nanovllm.layers.attention import Attention, KVCache
 TOKENS = (64, 128, 256, 512, 1024)
 """Numbers of tokens that get a graph. With more tokens the GPU takes longer than the host."""
 ENTRIES = 16
+
+
+def is_short(plan: StepPlan) -> bool:
+    """Whether there is a graph for the prefills of a step."""
+    return len(plan.token_ids) <= TOKENS[-1] and len(plan.rows) - plan.num_decodes <= ENTRIES
 
 
 class ShortPrefills:
