@@ -1,7 +1,7 @@
 # The commands people type. `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check-lock test test-slow test-strangers property lint format bench ablate check compare-vllm compare-hf report ui clean FORCE
+.PHONY: help setup lock check-lock test test-slow test-strangers property lint format bench ablate check compare-vllm compare-hf report docs ui clean FORCE
 
 # make PYTHON=python3.12 setup: the Python of the environment. Without it: the one that .venv has, else the first that fits.
 PYTHON ?=
@@ -11,6 +11,8 @@ EXTRAS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS_VENV := .venv-docs
+DOCS_READY := $(DOCS_VENV)/.ready
 
 # Before `-m MODULE`: the Python that the set-up runs with, which is the one that an environment is made of.
 define WITH_PYTHON
@@ -35,49 +37,49 @@ SET ?=
 DRY_RUN ?=
 OPTIONS = $(if $(DRY_RUN),--dry-run) $(if $(STUDY),--study $(STUDY)) $(if $(PROFILE),--profile $(PROFILE)) $(if $(MODEL),--model $(MODEL)) $(foreach s,$(SET),--set $(s))
 
-help:  ## this list
+help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(READY)  ## build .venv with the exact versions of constraints.txt (TORCH=cpu: a smaller torch, without CUDA)
+setup: $(READY)  ## build .venv with the exact versions of constraints.txt (TORCH=cpu: a smaller PyTorch, without CUDA)
 
 $(READY): pyproject.toml constraints.txt $(if $(PYTHON)$(TORCH)$(EXTRAS),FORCE)
 	@$(WITH_PYTHON) -m requirements.environment main $(if $(TORCH),--torch '$(TORCH)') $(if $(EXTRAS),--extras '$(EXTRAS)')
 
-lock:  ## make constraints.txt again, with the newest versions
+lock:  ## update constraints.txt to the newest versions
 	@$(WITH_PYTHON) -m requirements.lock make
 
-check-lock:  ## does constraints.txt resolve on every supported Python and machine? (metadata only)
+check-lock:  ## check that constraints.txt resolves on every supported Python and system (metadata only)
 	@$(WITH_PYTHON) -m requirements.lock check
 
-ablate: $(READY)  ## what does each optimization buy on this machine: table, report, MLflow (resumes where it was stopped; DRY_RUN=1: the plan)
+ablate: $(READY)  ## measure what each optimization buys on this machine: table, report, MLflow (resumes after an interruption; DRY_RUN=1: only the plan)
 	@$(BIN)/python -m experiments ablate $(OPTIONS)
 
-compare-vllm: $(READY) $(if $(VLLM_PYTHON),,$(VLLM_READY))  ## the engine against vLLM: same work, interleaved, outputs checked (VLLM_PYTHON=existing interpreter)
+compare-vllm: $(READY) $(if $(VLLM_PYTHON),,$(VLLM_READY))  ## compare the engine with vLLM: same work, interleaved, outputs checked (VLLM_PYTHON=existing interpreter)
 	@$(BIN)/python -m experiments compare --with vllm --python vllm=$(or $(VLLM_PYTHON),$(VLLM_VENV)/bin/python) $(OPTIONS)
 
-compare-hf: $(READY)  ## the engine against HF transformers, the same way
+compare-hf: $(READY)  ## compare the engine with HF transformers, in the same way
 	@$(BIN)/python -m experiments compare --with hf $(OPTIONS)
 
 $(VLLM_READY): requirements/vllm-$(VLLM_BUILD).txt | $(READY)
 	@$(BIN)/python -m requirements.environment vllm --build $(VLLM_BUILD)
 
-check: $(READY) $(if $(VLLM_PYTHON),,$(VLLM_READY))  ## is the output right: all pairs of switches, HF and vLLM through the gate; broken engines must fail
+check: $(READY) $(if $(VLLM_PYTHON),,$(VLLM_READY))  ## check the output: all pairs of switches, HF and vLLM go through the gate; broken engines must fail it
 	@$(BIN)/python -m experiments check --python vllm=$(or $(VLLM_PYTHON),$(VLLM_VENV)/bin/python) $(if $(PROFILE),--profile $(PROFILE)) $(if $(MODEL),--model $(MODEL))
 
-test: $(READY)  ## the test suite, under ten minutes on two cores
+test: $(READY)  ## run the test suite (under ten minutes on two cores)
 	@$(BIN)/python -m pytest -m "not slow and not bench"
 
-test-slow: $(READY)  ## what takes longer
+test-slow: $(READY)  ## run the tests that take longer
 	@$(BIN)/python -m pytest -m slow
 
-test-strangers:  ## the test suite in whole environments of the other Pythons here (PYTHONS="3.12 3.13", TESTS="tests/engine/test_engine.py")
+test-strangers:  ## run the test suite in fresh environments of the other Pythons on this machine (PYTHONS="3.12 3.13", TESTS="tests/engine/test_engine.py")
 	@$(WITH_PYTHON) -m requirements.strangers $(if $(PYTHONS),--pythons "$(PYTHONS)") -- $(TESTS)
 
 # `make property`: the fast profile, as in `make test`; DEEP=1: thousands of examples, over an hour; REPEAT=50: fast with 50 seeds;
 # MATRIX=1: which property kills which bad implementation, written to docs/bad-implementations.md.
-property: $(READY)  ## property tests alone (DEEP=1: over an hour; REPEAT=50: as many seeds; MATRIX=1: the page of bad implementations)
+property: $(READY)  ## run the property tests alone (DEEP=1: over an hour; REPEAT=50 JOBS=4: with 50 seeds, four side by side; MATRIX=1: update the page of bad implementations)
 ifdef REPEAT
-	@$(BIN)/python -m property_tests.repeat $(REPEAT)
+	@$(BIN)/python -m property_tests.repeat $(REPEAT) $(if $(JOBS),--jobs $(JOBS))
 else ifdef MATRIX
 	@PYTHONPATH=src:. $(BIN)/python -m property_tests.kill_matrix --write
 else ifdef DEEP
@@ -86,25 +88,33 @@ else
 	@$(BIN)/python -m pytest property_tests -m "not slow"
 endif
 
-lint: $(READY)  ## ruff (rules and format), mypy, import-linter
+lint: $(READY)  ## run ruff (rules and format), mypy and import-linter
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@PYTHONPATH=src:. $(BIN)/lint-imports
 
-format: $(READY)  ## ruff format over everything
+format: $(READY)  ## format all code with ruff
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
 
-bench: $(READY)  ## pytest-benchmark: scheduler, block manager, kernels
+bench: $(READY)  ## run the micro-benchmarks: scheduler, block manager, kernels
 	@$(BIN)/python -m pytest -m bench --benchmark-only --benchmark-columns=median,iqr,ops,rounds
 
-report: $(READY)  ## render every published report, the claims and the questions from their records (RUN=folder: that execution's)
+report: $(READY)  ## render all published reports, claims, questions and the index of results from their records (RUN=folder: only that execution)
 	@$(if $(RUN),$(BIN)/python -m experiments report $(RUN),PYTHONPATH=src:. $(BIN)/python -m reports published)
 
-ui: $(READY)  ## MLflow on 127.0.0.1:5000
+$(DOCS_READY): pyproject.toml constraints.txt
+	@$(WITH_PYTHON) -m requirements.environment docs
+
+# An unknown link, anchor or page is an error (`strict` in mkdocs.yml). The variable silences the theme's advertisement of its successor.
+docs: $(DOCS_READY)  ## build the documentation in site/, strictly (in an environment of its own, without torch)
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	@echo "site/index.html; with search: python -m http.server -d site"
+
+ui: $(READY)  ## start the MLflow UI on 127.0.0.1:5000
 	@$(BIN)/mlflow ui --host 127.0.0.1
 
-clean:  ## remove caches and built checkpoints; records in runs/ and mlflow.db stay
-	rm -rf .cache .strangers .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks build dist
+clean:  ## remove caches, built checkpoints and the site; records in runs/ and mlflow.db are kept
+	rm -rf .cache .strangers .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks build dist site
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

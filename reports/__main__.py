@@ -17,6 +17,7 @@ from reports.analysis.analyse import analyse, ratios
 from reports.analysis.study_records import RecordError, read_folder
 from reports.claims import claims as claims_page
 from reports.claims import questions as questions_page
+from reports.claims import results_index
 from reports.claims.line_counts import CountError, count_lines
 from reports.claims.publish import publish as publish_records
 from reports.claims.published_studies import PUBLISHED, library
@@ -111,7 +112,7 @@ def show_ratio(
 @app.command()
 def published(check: CheckOption = False) -> None:
     """Render every page that is made from reports/published: each study's report, the claims, the
-    questions.
+    questions, and the index of results.
     """
     guarded(lambda: settle(write_all, check))
 
@@ -169,6 +170,7 @@ def write_all(out: Path) -> None:
         render(study.plan, study.records, study.analysis, out / relative(study.folder / REPORT))
     write_claims(out)
     write_questions(out)
+    results_index.write(out, library())
 
 
 def write_claims(out: Path) -> None:

@@ -53,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--extras", default=None, help="more extras of pyproject.toml, with commas: ray"
     )
     own.add_argument("--venv", type=Path, default=ROOT / ".venv")
+    docs = kinds.add_parser("docs", help="what builds the site, and nothing else")
+    docs.add_argument("--venv", type=Path, default=ROOT / ".venv-docs")
     vllm = kinds.add_parser("vllm", help="vLLM's interpreter")
     vllm.add_argument("--build", choices=("cpu", "cuda"), required=True)
     vllm.add_argument("--venv", type=Path, default=ROOT / ".venv-vllm")
@@ -65,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         if given.kind == "main":
             make_main(given.venv, given.torch, given.extras)
+        elif given.kind == "docs":
+            make_docs(given.venv)
         else:
             make_vllm(given.venv, given.build)
     except SetupError as error:
@@ -128,6 +132,21 @@ def make_main(venv: Path, torch: str | None, extras: str | None) -> None:
     write_stamp(venv, wanted)
     for line in absent():
         say(line)
+
+
+def make_docs(venv: Path) -> None:
+    """MkDocs and its theme, in the versions of constraints.txt."""
+    wanted = {
+        "inputs": digest(ROOT / "pyproject.toml", LOCK),
+        "python": platform.python_version(),
+    }
+    if read_stamp(venv) == wanted and is_this_python(venv):
+        (venv / ".ready").touch()
+        return
+    installer = find_installer(make_venv(venv))
+    say(f"installing what builds the site into {shown(venv)}")
+    installer.run("MkDocs", ["-c", str(LOCK), "--group", f"{ROOT / 'pyproject.toml'}:docs"])
+    write_stamp(venv, wanted)
 
 
 def make_vllm(venv: Path, build: str) -> None:

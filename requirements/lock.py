@@ -47,6 +47,8 @@ _CONTENT = (
     "--group",
     "dev",
     "--group",
+    "docs",
+    "--group",
     "setup",
 )
 _HEADER = """\

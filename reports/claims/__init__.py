@@ -7,6 +7,7 @@
     questions          docs/questions.md
     prefix_work        how much arithmetic the prefix cache saved in a recorded launch
     scaling_model      a modelled scaling curve, labelled as a model
+    results_index      docs/results.md: every published study, with its answer in one line
     line_counts        code lines of our engine and of vLLM, as published
     code_lines         counts code lines and statements
 

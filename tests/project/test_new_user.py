@@ -1,10 +1,11 @@
-"""Tried as a new user would: the study of the README, copied from its page, runs and is reported."""
+"""Tried as a new user would: the study of "Your own question", copied from its page, runs and is
+reported.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,21 +15,19 @@ import pytest
 import yaml
 
 from experiments.study import spec
+from tests.docs.pages import blocks
 
 ROOT = Path(__file__).parents[2]
 
 
-def study_of_the_readme() -> str:
-    """The YAML of the section on own questions, as it is indented there."""
-    section = (ROOT / "README.md").read_text().partition("## Ask your own question")[2]
-    block = re.search(r"(?m)^    name: .*\n(?:    .*\n)+", section)
-    assert block, "the README shows no study"
-    return "".join(line[4:] for line in block.group().splitlines(keepends=True))
+def study_of_the_page() -> str:
+    """The YAML of docs/your-own-question.md."""
+    return next(iter(blocks("docs/your-own-question.md", "yaml")))
 
 
-def test_the_study_of_the_readme_is_short_and_valid(tmp_path: Path) -> None:
+def test_the_study_of_the_page_is_short_and_valid(tmp_path: Path) -> None:
     path = tmp_path / "my-question.yaml"
-    path.write_text(study_of_the_readme())
+    path.write_text(study_of_the_page())
     assert len(path.read_text().splitlines()) <= 5
     study, _ = spec.load_study(path)
     assert set(study.factors) == {"batching"}
@@ -46,17 +45,17 @@ def test_three_lines_are_enough(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_study_of_the_readme_runs_and_is_reported(tmp_path: Path) -> None:
+def test_the_study_of_the_page_runs_and_is_reported(tmp_path: Path) -> None:
     """In a copy of the tree, so that its runs and its MLflow are its own; fewer blocks and requests
-    than the README has.
+    than the page has.
     """
     tree = tmp_path / "tree"
     left_out = shutil.ignore_patterns(
         ".*", "runs", "mlflow*", "mlartifacts", "published", "__pycache__", "shared"
     )
     shutil.copytree(ROOT, tree, ignore=left_out)
-    (tree / "my-question.yaml").write_text(study_of_the_readme())
-    name = yaml.safe_load(study_of_the_readme())["name"]
+    (tree / "my-question.yaml").write_text(study_of_the_page())
+    name = yaml.safe_load(study_of_the_page())["name"]
     environment = {
         **os.environ,
         "PYTHONPATH": "src:.",

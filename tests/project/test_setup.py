@@ -268,6 +268,27 @@ def test_a_ready_environment_is_not_touched_and_remembers_its_torch(
     assert any(argument.endswith("[ray,research]") for argument in ran[1][1]), "extras stay"
 
 
+def test_the_site_has_a_small_environment_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[list[str]] = []
+
+    class Recorded:
+        def run(self, what: str, arguments: list[str], hint: str = "") -> None:
+            ran.append(arguments)
+
+    monkeypatch.setattr(environment, "make_venv", lambda venv: venv / "bin" / "python")
+    monkeypatch.setattr(environment, "find_installer", lambda python: Recorded())
+    monkeypatch.setattr(environment, "is_this_python", lambda venv: True)
+    environment.make_docs(tmp_path)
+    environment.make_docs(tmp_path)
+    (arguments,) = ran
+    assert arguments[-1].endswith("pyproject.toml:docs"), "the group alone, without the project"
+    assert str(environment.LOCK) in arguments
+    for package in ("mkdocs", "mkdocs-material"):
+        assert environment.locked(package)
+
+
 def test_vllm_says_which_pythons_it_runs_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
