@@ -29,7 +29,7 @@ from nanovllm.gpu.machine import (
     triton_problem,
 )
 
-COMPILER_IS_MISSING = "Triton needs a C compiler and there is none"
+COMPILER_IS_MISSING = "Triton needs a C compiler and none was found"
 
 
 @pytest.fixture

@@ -134,9 +134,9 @@ class ReplicatedLLM:
         work = [expected_work(_length(prompt), params.max_tokens) for prompt, params in batch]
         shares = share_out(work, self.size)
         checks = [("check", [requests[i] for i in share]) for share in shares]
-        if refusals := [
-            refusal for refusal in self._ask(b"checked", checks) if refusal is not None
-        ]:
+        answers = self._ask(b"checked", checks)
+        refusals = [refusal for refusal in answers if refusal is not None]
+        if refusals:
             raise min(refusals, key=lambda refusal: refusal[:2])[2]
         self._num_requests += len(batch)
         self._dispatched += sum(map(len, shares[1:]))
@@ -265,7 +265,8 @@ class _Replica(LLM):
     told = 0.0
 
     def advance(self) -> Any:
-        if (now := time.monotonic()) - self.told > 1.0:
+        now = time.monotonic()
+        if now - self.told > 1.0:
             self.told = now
             self.channel.send(b"working")
         return super().advance()

@@ -145,7 +145,8 @@ class TensorParallelRunner:
         for child in self._children[1:]:
             child.hear(b"nothing", 0.0)
         moved_at, seen = self._moved
-        if seen != (now := list(self._progress)):
+        now = list(self._progress)
+        if seen != now:
             self._moved = time.monotonic(), now
         # gloo's own limit is shorter, and its error says more
         elif time.monotonic() - moved_at > self._timeout_s + 2:
@@ -173,9 +174,9 @@ class TensorParallelRunner:
         at = [(self._progress[2 * rank], self._progress[2 * rank + 1]) for rank in range(self.size)]
         silent = [rank for rank, child in enumerate(self._children) if child.is_stopped]
         silent = silent or [rank for rank in range(self.size) if at[rank] < max(at)]
-        if suspects := silent or [
-            rank for rank, child in enumerate(self._children) if child.has_failed
-        ]:
+        failed = [rank for rank, child in enumerate(self._children) if child.has_failed]
+        suspects = silent or failed
+        if suspects:
             first = self._children[min(suspects, key=at.__getitem__)]
             if first.has_failed:
                 return WorkerError(first.failure())

@@ -183,9 +183,8 @@ def shadow_of(runner: ModelRunner, model: ModelConfig) -> Any:
         shadow.tp.all_gather = lambda x: x
     shadow.kernels = shadow.tp.over_shards(load_kernels(runner.config.optimizations, Counter()))
     if runner.config.optimizations.attention_backend != "triton":
-        shadow.attention = object.__new__(
-            Attention
-        )  # another backend's kernels are not ours to compile
+        # another backend's kernels are not ours to compile
+        shadow.attention = object.__new__(Attention)
         shadow.attention.prepare = lambda batch, **_: None
         shadow.attention.attend = lambda q, *_: torch.empty_like(q)
     model = dataclasses.replace(model, num_hidden_layers=min(2, model.num_hidden_layers))
