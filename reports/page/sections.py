@@ -75,6 +75,7 @@ def _effects(analysis: Analysis) -> Section:
         CELL,
         *_ratio_columns(analysis),
         *numbers("bootstrap", "p (Holm)", "detectable", "blocks"),
+        *(numbers("degrees of freedom") if moderated(analysis) else ()),
     ]
     table = Table(
         "Effects",
@@ -90,6 +91,7 @@ def _effects(analysis: Analysis) -> Section:
                 text.probability(effect["p_holm"]),
                 text.percent(effect["detectable"]),
                 str(effect["n"]),
+                *([_freedom(effect)] if moderated(analysis) else ()),
             ]
             for effect in rows
         ],
@@ -100,11 +102,74 @@ def _effects(analysis: Analysis) -> Section:
         f"interval, and the BCa bootstrap beside it from {MIN_BLOCKS_BOOTSTRAP} blocks on. "
         f"{'Above' if metric['better'] == 'higher' else 'Below'} ×1 is better.",
         f"Equivalent: the whole interval lies between {text.interval(low, high, ' and ')}. Faster or slower: "
-        f"Holm's test over all treatments rejects equality at {text.percent(rule['alpha'], 0)}. Inconclusive: neither. "
+        f"Holm's test over {_family(analysis)} rejects equality at {text.percent(rule['alpha'], 0)}. Inconclusive: neither. "
         f"Detectable: the change that this noise and this many blocks would find in {text.percent(rule['power'], 0)} "
         "of studies.",
+        *_variance_words(analysis),
     ]
-    return Section("effects", "What each change buys", lead, "forest", [table])
+    tables = [table, *([_variances(analysis)] if moderated(analysis) else ())]
+    return Section("effects", "What each change buys", lead, "forest", tables)
+
+
+def moderated(analysis: Analysis) -> bool:
+    """Whether the study asks for moderated variances."""
+    return bool(analysis["statistics"]["variance"] == "moderated")
+
+
+def _freedom(effect: Mapping[str, Any]) -> str:
+    """Degrees of freedom of an effect's interval: those of the moderated variance, or its own."""
+    return f"{effect.get('df', effect['n'] - 1):.3g}" if effect["n"] > 1 else text.ABSENT
+
+
+def _family(analysis: Analysis) -> str:
+    if analysis["statistics"]["families"] == "joint":
+        return "all treatments"
+    return "the treatments of the same question (one switch alone; everything on; the cells between them)"
+
+
+def _variance_words(analysis: Analysis) -> list[str]:
+    if not moderated(analysis):
+        return []
+    words = (
+        "The variance is moderated (Smyth 2004): what all ratios of a workload tell of this machine's noise counts like d0 "
+        "more degrees of freedom of each effect, at most as many as the effect has by itself, and no effect is taken to be "
+        "less noisy than it looks. The method and its simulated coverage: docs/methodology.md."
+    )
+    if not analysis["statistics"]["priors"]:
+        words = (
+            f"The study asks for moderated variances, which need {analysis['statistics']['least_effects']} effects with two "
+            "blocks or more; there are fewer, so each effect is judged by its own variance."
+        )
+    return [words]
+
+
+def _variances(analysis: Analysis) -> Table:
+    """The priors of the study's metric: noise that all effects share, and what it counts for."""
+    freedom: dict[str, list[float]] = {}
+    for effect in analysis["effects"]:
+        if effect["metric"] == analysis["metric"]["key"] and "df" in effect:
+            freedom.setdefault(effect["workload"], []).append(effect["df"])
+    rows = [
+        [
+            prior["workload"],
+            str(prior["effects"]),
+            text.percent(prior["sd"]),
+            "∞" if prior["d0"] is None else f"{prior['d0']:.3g}",
+            _between(freedom[prior["workload"]]),
+        ]
+        for prior in analysis["statistics"]["priors"]
+        if prior["metric"] == analysis["metric"]["key"]
+    ]
+    columns = [
+        WORKLOAD,
+        *numbers("effects", "noise of a ratio", "d0 as estimated", "degrees of freedom, with d0"),
+    ]
+    return Table("The moderated variance", columns, rows)
+
+
+def _between(values: list[float]) -> str:
+    low, high = (f"{bound(values):.3g}" for bound in (min, max))
+    return low if low == high else f"{low} to {high}"
 
 
 def _factors(analysis: Analysis) -> Iterator[Section]:
