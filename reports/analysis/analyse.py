@@ -25,6 +25,7 @@ from reports.statistics.contrasts import Contrast, Lattice, Toggle, evaluate
 from reports.statistics.intervals import Effect, Rule, estimate, judge
 from reports.statistics.linear_model import fit
 from reports.statistics.metrics import METRICS, THROUGHPUT, Metric, harmonic_mean, of_launch
+from reports.statistics.moderation import Prior
 from reports.statistics.residuals import diagnose
 
 ANALYSIS_SCHEMA = 1
@@ -66,7 +67,7 @@ def analyse(
     gate = Gate(records, plan["plan_hash"])
     counted = count(records, plan, gate)
     values = _values(counted, drawn)
-    noise = priors(values, plan, lattice.baseline)
+    noise = priors(values, plan)
 
     result: dict[str, Any] = {
         "schema": ANALYSIS_SCHEMA,
@@ -143,8 +144,7 @@ def ratios(
     )
     drawn = {name: workloads.rebuild(name, entry) for name, entry in plan["workloads"].items()}
     values = _values(count(records, plan, Gate(records, plan["plan_hash"])), drawn)
-    lattice = Lattice(plan["cells"], _off(study), study.get("design", {}).get("generators"))
-    noise = priors(values, plan, lattice.baseline)
+    noise = priors(values, plan)
     return [
         paired(values, THROUGHPUT.key, workload, ours, theirs, rule, noise)
         for workload in values[THROUGHPUT.key]
@@ -284,7 +284,10 @@ def _effects(
                     "cell": cell,
                     "role": entry["role"],
                     **estimate(
-                        log_ratios, rule, f"{key}/{workload}/{cell}", noise.get((key, workload))
+                        log_ratios,
+                        rule,
+                        f"{key}/{workload}/{cell}",
+                        noise.get((key, workload, lattice.baseline)),
                     ),
                 }
                 group = "aa" if entry["role"] == "aa" else "treatment"
@@ -331,7 +334,7 @@ def _references(
                             log_ratios,
                             rule,
                             f"{metric.key}/{workload}/{cell}/{reference}",
-                            noise.get((metric.key, workload)),
+                            noise.get((metric.key, workload, reference)),
                         ),
                     }
                 )
@@ -346,7 +349,7 @@ def _contrast_effect(
     rule: Rule,
     metric: Metric,
     name: str,
-    noise: Priors,
+    prior: Prior | None,
 ) -> Effect:
     by_cell = values[metric.key].get(workload, {})
     log_values = {
@@ -360,7 +363,7 @@ def _contrast_effect(
             evaluate(contrast, log_values),
             rule,
             f"{metric.key}/{workload}/{name}",
-            noise.get((metric.key, workload)),
+            prior,
             scale_of(contrast),
         ),
     }
@@ -373,12 +376,20 @@ def _factors(
     design can tell.
     """
     effects = []
+    everything = lattice.cell.get(lattice.everything or frozenset(), lattice.baseline)
     for kind, contrasts in lattice.factor_contrasts().items():
         family = []
+        shared = everything if kind == "left out" else lattice.baseline
         for workload in sorted(set(values[metric.key]) - {ALL_WORKLOADS}):
             for (factor, level), contrast in contrasts.items():
                 effect = _contrast_effect(
-                    values, contrast, workload, rule, metric, f"{kind}/{factor}={level}", noise
+                    values,
+                    contrast,
+                    workload,
+                    rule,
+                    metric,
+                    f"{kind}/{factor}={level}",
+                    noise.get((metric.key, workload, shared)),
                 )
                 family.append({"kind": kind, "factor": factor, "level": level, **effect})
                 if kind in ("alone", "left out"):  # one cell over another
@@ -422,7 +433,13 @@ def _interactions(
     for workload in sorted(set(values[metric.key]) - {ALL_WORKLOADS}):
         for (first, second), contrast in lattice.interactions().items():
             effect = _contrast_effect(
-                values, contrast, workload, rule, metric, f"{_label(first)}*{_label(second)}", noise
+                values,
+                contrast,
+                workload,
+                rule,
+                metric,
+                f"{_label(first)}*{_label(second)}",
+                noise.get((metric.key, workload, lattice.baseline)),
             )
             family.append({"first": _label(first), "second": _label(second), **effect})
     judge(family, rule, metric.better)

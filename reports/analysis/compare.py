@@ -110,7 +110,10 @@ def paired(
         "cell": ours,
         "reference": theirs,
         **estimate(
-            log_ratios, rule, f"{key}/{workload}/{ours}/{theirs}", noise.get((key, workload))
+            log_ratios,
+            rule,
+            f"{key}/{workload}/{ours}/{theirs}",
+            noise.get((key, workload, theirs)),
         ),
     }
 

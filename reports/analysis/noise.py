@@ -13,8 +13,11 @@ import numpy as np
 from reports.statistics.contrasts import Contrast, Lattice
 from reports.statistics.moderation import MIN_EFFECTS, Prior, prior_of
 
-# {(metric, workload): its prior}; empty where every effect keeps its own variance
-Priors = Mapping[tuple[str, str], Prior]
+# {(metric, workload, the cell that the comparisons share): prior}; empty where every effect keeps its
+# own variance
+Priors = Mapping[tuple[str, str, str], Prior]
+SHARED = ("baseline", "all", "reference")
+"""Roles of the cells to which a report's tables compare others."""
 # {metric: {workload: {cell: {block: value}}}}
 Values = Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]]
 
@@ -22,33 +25,33 @@ ALONE, TOGETHER, BETWEEN = "one alone", "everything on", "all but one"
 """The questions to which a ratio to the baseline belongs."""
 
 
-def priors(values: Values, plan: Mapping[str, Any], baseline: str) -> Priors:
-    """From the ratios of all other cells to the baseline of the same block, the A/A arm and other
-    engines among them; {} for a study that does not ask for it.
+def priors(values: Values, plan: Mapping[str, Any]) -> Priors:
+    """From the ratios of all other cells to one of the same block, for each cell that comparisons
+    may share. {} for a study that does not ask for it.
     """
     if _asked(plan).get("variance") != "moderated":
         return {}
     found = {}
     for key, by_workload in values.items():
         for workload, by_cell in by_workload.items():
-            samples = [
-                [
-                    math.log(by_cell[cell][block] / below)
-                    for block, below in base.items()
-                    if block in by_cell[cell]
-                ]
-                for base in [by_cell.get(baseline, {})]
-                for cell in by_cell
-                if cell != baseline
-            ]
-            usable = [sample for sample in samples if len(sample) > 1]
-            prior = prior_of(
-                [float(np.var(sample, ddof=1)) for sample in usable],
-                [len(sample) - 1 for sample in usable],
-            )
-            if prior is not None:
-                found[key, workload] = prior
+            for cell in by_cell:
+                if (prior := _prior(by_cell, cell)) is not None:
+                    found[key, workload, cell] = prior
     return found
+
+
+def _prior(by_cell: Mapping[str, Mapping[int, float]], shared: str) -> Prior | None:
+    below = by_cell[shared]
+    samples = [
+        [math.log(value / below[block]) for block, value in above.items() if block in below]
+        for cell, above in by_cell.items()
+        if cell != shared
+    ]
+    usable = [sample for sample in samples if len(sample) > 1]
+    return prior_of(
+        [float(np.var(sample, ddof=1)) for sample in usable],
+        [len(sample) - 1 for sample in usable],
+    )
 
 
 def scale_of(contrast: Contrast) -> float:
@@ -80,11 +83,13 @@ def described(plan: Mapping[str, Any], found: Priors) -> dict[str, Any]:
             {
                 "metric": key,
                 "workload": workload,
+                "shared": shared,
                 "effects": prior.effects,
                 "d0": prior.df if math.isfinite(prior.df) else None,
                 "sd": math.sqrt(prior.variance),
             }
-            for (key, workload), prior in found.items()
+            for (key, workload, shared), prior in found.items()
+            if plan["cells"][shared]["role"] in SHARED
         ],
     }
 

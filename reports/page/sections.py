@@ -4,6 +4,7 @@ believed.
 results() holds effects, factors, references, ceiling and latency; evidence.py holds the other half.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from reports.page.compare_sections import compare_sections, pairs_of_ours
 from reports.page.document import Column, Section, Table
 from reports.statistics.intervals import MIN_BLOCKS_BOOTSTRAP
 from reports.statistics.metrics import LATENCIES, METRICS, PERCENTILES
+from reports.statistics.moderation import MOST_PRIOR
 
 Analysis = Mapping[str, Any]
 CELL, WORKLOAD, VERDICT = (
@@ -131,9 +133,9 @@ def _variance_words(analysis: Analysis) -> list[str]:
     if not moderated(analysis):
         return []
     words = (
-        "The variance is moderated (Smyth 2004): what all ratios of a workload tell of this machine's noise counts like d0 "
-        "more degrees of freedom of each effect, at most as many as the effect has by itself, and no effect is taken to be "
-        "less noisy than it looks. The method and its simulated coverage: docs/methodology.md."
+        "The variance is moderated (Smyth 2004): what the ratios of all cells to the same one tell of this machine's noise "
+        "counts like d0 more degrees of freedom of each effect, at most half as many as the effect has by itself, and no "
+        "effect is taken to be less noisy than it looks. The method and its simulated coverage: docs/methodology.md."
     )
     if not analysis["statistics"]["priors"]:
         words = (
@@ -145,26 +147,35 @@ def _variance_words(analysis: Analysis) -> list[str]:
 
 def _variances(analysis: Analysis) -> Table:
     """The priors of the study's metric: noise that all effects share, and what it counts for."""
-    freedom: dict[str, list[float]] = {}
-    for effect in analysis["effects"]:
-        if effect["metric"] == analysis["metric"]["key"] and "df" in effect:
-            freedom.setdefault(effect["workload"], []).append(effect["df"])
-    rows = [
-        [
-            prior["workload"],
-            str(prior["effects"]),
-            text.percent(prior["sd"]),
-            "∞" if prior["d0"] is None else f"{prior['d0']:.3g}",
-            _between(freedom[prior["workload"]]),
-        ]
-        for prior in analysis["statistics"]["priors"]
-        if prior["metric"] == analysis["metric"]["key"]
-    ]
+    blocks = {
+        effect["n"]
+        for effect in analysis["effects"]
+        if effect["metric"] == analysis["metric"]["key"] and effect["n"] > 1
+    }
+    rows = []
+    for prior in analysis["statistics"]["priors"]:
+        if prior["metric"] == analysis["metric"]["key"]:
+            used = [
+                min(math.inf if prior["d0"] is None else prior["d0"], MOST_PRIOR * (n - 1))
+                for n in blocks
+            ]
+            rows.append(
+                [
+                    prior["workload"],
+                    prior["shared"],
+                    str(prior["effects"]),
+                    text.percent(math.expm1(prior["sd"])),
+                    "∞" if prior["d0"] is None else f"{prior['d0']:.3g}",
+                    _between(used),
+                    _between([d0 + n - 1 for d0, n in zip(used, blocks, strict=True)]),
+                ]
+            )
     columns = [
         WORKLOAD,
-        *numbers("effects", "noise of a ratio", "d0 as estimated", "degrees of freedom, with d0"),
+        Column("ratios to", "code"),
+        *numbers("ratios", "noise of one", "d0, estimated", "d0, used", "degrees of freedom"),
     ]
-    return Table("The moderated variance", columns, rows)
+    return Table("The moderated variance", columns, rows, grouped=True)
 
 
 def _between(values: list[float]) -> str:

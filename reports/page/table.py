@@ -164,7 +164,7 @@ def _variance(analysis: Mapping[str, Any]) -> str:
     estimated = {
         prior["workload"]: "∞" if prior["d0"] is None else f"{prior['d0']:.3g}"
         for prior in analysis["statistics"]["priors"]
-        if prior["metric"] == analysis["metric"]["key"]
+        if prior["metric"] == analysis["metric"]["key"] and prior["shared"] == analysis["baseline"]
     }
     if not estimated:
         return f"variance: each effect's own, {freedom}"

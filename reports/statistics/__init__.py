@@ -7,6 +7,7 @@
     linear_model  the linear model of a two-level factorial
     residuals     do the data look as the intervals assume?
     ceiling       the roofline bound of a workload
+    moderated_coverage  the same of moderated variances, and false alarms of a family
     coverage      how often an interval holds the truth, by simulation
 
 Imports nothing of reports/.

@@ -17,12 +17,12 @@ their variances are correlated, look alike for that reason too, and d0 comes out
 may differ in noise. `settle` is therefore more cautious in three places. Simulation decided which
 (coverage.py; docs/adr/0010):
 
-    - the prior counts for no more than the effect's own data, d0 <= d;
+    - the prior counts for at most half as much as the effect's own data, d0 <= d / 2;
     - s0^2 is the mean of the variances, which is larger than Smyth's estimate;
     - no variance is taken to be smaller than the effect itself shows it to be, s~^2 >= s^2.
 
 The first and the third together mean that whatever the noise of the other cells is, an interval is
-never narrower than the effect's own standard error times Student's quantile for 2 d degrees of
+never narrower than the effect's own standard error times Student's quantile for 1.5 d degrees of
 freedom.
 """
 
@@ -35,6 +35,8 @@ from scipy import special
 MIN_EFFECTS = 9
 """Of a study with ten cells, the smallest for which coverage is simulated; with fewer, every effect
 keeps its own variance."""
+MOST_PRIOR = 0.5
+"""Most degrees of freedom of the prior, as a share of the effect's own."""
 _LEAST_VARIANCE = 1e-5
 """Of the median: a variance of 0 has no logarithm."""
 
@@ -43,7 +45,8 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Prior:
-    """What the effects of one workload and metric say of the variance of a log-ratio of two cells.
+    """What the ratios of all cells to one of them say of the variance of such a log-ratio, on one
+    workload and metric.
 
     df: d0 as estimated, infinite where the variances differ no more than chance explains.
     variance: s0^2, their mean. effects: how many there were.
@@ -99,10 +102,11 @@ def moderate(
 def settle(
     variance: ArrayLike, df: ArrayLike, prior_df: ArrayLike, prior_variance: ArrayLike
 ) -> tuple[Floats, Floats]:
-    """The variance and degrees of freedom that a report uses: `moderate` with d0 at most d, and
+    """The variance and degrees of freedom that a report uses: `moderate` with d0 at most d / 2, and
     never less than the effect's own variance.
     """
-    found, freedom = moderate(variance, df, np.minimum(prior_df, df), prior_variance)
+    most = MOST_PRIOR * np.asarray(df, dtype=np.float64)
+    found, freedom = moderate(variance, df, np.minimum(prior_df, most), prior_variance)
     return np.maximum(found, variance), freedom
 
 
