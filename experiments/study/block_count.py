@@ -55,9 +55,9 @@ def blocks_within(
 
 
 @lru_cache(maxsize=256)
-def detectable_in_sd(n: int, alpha: float, power: float) -> float:
+def detectable_in_sd(n: int, alpha: float, power: float, df: float | None = None) -> float:
     """The mean, in standard deviations, that a two-sided paired t test of n samples finds with the
-    given power, above alpha.
+    given power, above alpha. df: degrees of freedom of the deviation; n - 1 if not given.
 
     The other tail is left out: at the powers that anybody asks for it is nothing, and scipy has no
     number for it far out.
@@ -65,12 +65,13 @@ def detectable_in_sd(n: int, alpha: float, power: float) -> float:
     from scipy.optimize import brentq
     from scipy.stats import nct, t  # a second to load, and seldom needed
 
-    limit = t.ppf(1 - alpha / 2, n - 1)
+    freedom = n - 1 if df is None else df
+    limit = t.ppf(1 - alpha / 2, freedom)
     if limit > _LARGEST_QUANTILE:
         return math.inf
 
     def lacking(mean: float) -> float:
-        return float(nct.sf(limit, n - 1, mean * math.sqrt(n))) - power
+        return float(nct.sf(limit, freedom, mean * math.sqrt(n))) - power
 
     most = 1.0
     while lacking(most) < 0:
@@ -78,11 +79,13 @@ def detectable_in_sd(n: int, alpha: float, power: float) -> float:
     return float(brentq(lacking, 0.0, most))
 
 
-def detectable(sd_log: float, n: int, alpha: float, power: float = POWER) -> float:
+def detectable(
+    sd_log: float, n: int, alpha: float, power: float = POWER, df: float | None = None
+) -> float:
     """The smallest relative change (0.03: 3 %) that n blocks of this noise find with this power,
     alone in its family; infinite where so few blocks find none at such an alpha.
     """
-    log_ratio = detectable_in_sd(n, alpha, power) * sd_log if sd_log > 0 else 0.0
+    log_ratio = detectable_in_sd(n, alpha, power, df) * sd_log if sd_log > 0 else 0.0
     return math.expm1(log_ratio) if log_ratio < 700 else math.inf
 
 

@@ -24,6 +24,7 @@ from experiments.host import model_files
 from experiments.records import store
 from experiments.records.factor_levels import Level, level_value
 from experiments.study import block_count, designs, machine, work_size
+from experiments.study.protocol import Statistics
 from experiments.study.spec import FACTORS, Cell, ModelChoice, Profile, Study
 from experiments.study.yaml_files import SpecError
 from nanovllm.config import BASELINE
@@ -89,6 +90,8 @@ def build_plan(
         **study.model_dump(exclude={"workloads", "cells", "gate", "model"}),
         "overrides": overrides or {},
     }
+    if study.statistics == Statistics():
+        del described["statistics"]  # plans of studies that say nothing of it stay as they were
     # as they were settled
     described["design"] |= {"blocks": shape.blocks, "generators": shape.generators}
     plan: Plan = {

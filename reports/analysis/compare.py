@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.launch import fairness
+from reports.analysis.noise import Priors
 from reports.statistics.intervals import Rule, estimate, judge
 from reports.statistics.metrics import METRICS, THROUGHPUT
 from reports.text import count_of, interval, percent, ratio
@@ -26,7 +27,7 @@ Launches = Sequence[Mapping[str, Any]]
 
 
 def compared(
-    values: Values, launches: Launches, plan: Mapping[str, Any], rule: Rule
+    values: Values, launches: Launches, plan: Mapping[str, Any], rule: Rule, noise: Priors
 ) -> list[dict[str, Any]]:
     """One entry for each pair of each comparison, in the study's order; [] for a study without
     comparisons.
@@ -48,7 +49,7 @@ def compared(
                 found = entry["effects"].setdefault(key, {})
                 for workload in plan["workloads"]:
                     found[workload] = paired(
-                        values, key, workload, entry["ours"], entry["theirs"], rule
+                        values, key, workload, entry["ours"], entry["theirs"], rule, noise
                     )
                     family.append(found[workload])
         judge(family, rule, metric.better)
@@ -56,7 +57,7 @@ def compared(
         if twin and not entry["breaches"] and plan["cells"][entry["ours"]]["role"] == "baseline":
             for workload in plan["workloads"]:
                 entry["twins"][workload] = paired(
-                    values, THROUGHPUT.key, workload, twin, entry["theirs"], rule
+                    values, THROUGHPUT.key, workload, twin, entry["theirs"], rule, noise
                 )
     return entries
 
@@ -92,7 +93,7 @@ def _pair(
 
 
 def paired(
-    values: Values, key: str, workload: str, ours: str, theirs: str, rule: Rule
+    values: Values, key: str, workload: str, ours: str, theirs: str, rule: Rule, noise: Priors
 ) -> dict[str, Any]:
     """The Effect of one cell over another on a workload, over the blocks that have both; without a
     verdict.
@@ -108,7 +109,12 @@ def paired(
         "workload": workload,
         "cell": ours,
         "reference": theirs,
-        **estimate(log_ratios, rule, f"{key}/{workload}/{ours}/{theirs}"),
+        **estimate(
+            log_ratios,
+            rule,
+            f"{key}/{workload}/{ours}/{theirs}",
+            noise.get((key, workload, theirs)),
+        ),
     }
 
 

@@ -4,6 +4,7 @@ believed.
 results() holds effects, factors, references, ceiling and latency; evidence.py holds the other half.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from reports.page.compare_sections import compare_sections, pairs_of_ours
 from reports.page.document import Column, Section, Table
 from reports.statistics.intervals import MIN_BLOCKS_BOOTSTRAP
 from reports.statistics.metrics import LATENCIES, METRICS, PERCENTILES
+from reports.statistics.moderation import MOST_PRIOR
 
 Analysis = Mapping[str, Any]
 CELL, WORKLOAD, VERDICT = (
@@ -75,6 +77,7 @@ def _effects(analysis: Analysis) -> Section:
         CELL,
         *_ratio_columns(analysis),
         *numbers("bootstrap", "p (Holm)", "detectable", "blocks"),
+        *(numbers("degrees of freedom") if moderated(analysis) else ()),
     ]
     table = Table(
         "Effects",
@@ -90,6 +93,7 @@ def _effects(analysis: Analysis) -> Section:
                 text.probability(effect["p_holm"]),
                 text.percent(effect["detectable"]),
                 str(effect["n"]),
+                *([_freedom(effect)] if moderated(analysis) else ()),
             ]
             for effect in rows
         ],
@@ -100,11 +104,83 @@ def _effects(analysis: Analysis) -> Section:
         f"interval, and the BCa bootstrap beside it from {MIN_BLOCKS_BOOTSTRAP} blocks on. "
         f"{'Above' if metric['better'] == 'higher' else 'Below'} ×1 is better.",
         f"Equivalent: the whole interval lies between {text.interval(low, high, ' and ')}. Faster or slower: "
-        f"Holm's test over all treatments rejects equality at {text.percent(rule['alpha'], 0)}. Inconclusive: neither. "
+        f"Holm's test over {_family(analysis)} rejects equality at {text.percent(rule['alpha'], 0)}. Inconclusive: neither. "
         f"Detectable: the change that this noise and this many blocks would find in {text.percent(rule['power'], 0)} "
         "of studies.",
+        *_variance_words(analysis),
     ]
-    return Section("effects", "What each change buys", lead, "forest", [table])
+    tables = [table, *([_variances(analysis)] if moderated(analysis) else ())]
+    return Section("effects", "What each change buys", lead, "forest", tables)
+
+
+def moderated(analysis: Analysis) -> bool:
+    """Whether the study asks for moderated variances."""
+    return bool(analysis["statistics"]["variance"] == "moderated")
+
+
+def _freedom(effect: Mapping[str, Any]) -> str:
+    """Degrees of freedom of an effect's interval: those of the moderated variance, or its own."""
+    return f"{effect.get('df', effect['n'] - 1):.3g}" if effect["n"] > 1 else text.ABSENT
+
+
+def _family(analysis: Analysis) -> str:
+    if analysis["statistics"]["families"] == "joint":
+        return "all treatments"
+    return "the treatments of the same question (one switch alone; everything on; the cells between them)"
+
+
+def _variance_words(analysis: Analysis) -> list[str]:
+    if not moderated(analysis):
+        return []
+    words = (
+        "The variance is moderated (Smyth 2004): what the ratios of all cells to the same one tell of this machine's noise "
+        "counts like d0 more degrees of freedom of each effect, at most half as many as the effect has by itself, and no "
+        "effect is taken to be less noisy than it looks. The method and its simulated coverage: docs/methodology.md."
+    )
+    if not analysis["statistics"]["priors"]:
+        words = (
+            f"The study asks for moderated variances, which need {analysis['statistics']['least_effects']} effects with two "
+            "blocks or more; there are fewer, so each effect is judged by its own variance."
+        )
+    return [words]
+
+
+def _variances(analysis: Analysis) -> Table:
+    """The priors of the study's metric: noise that all effects share, and what it counts for."""
+    blocks = {
+        effect["n"]
+        for effect in analysis["effects"]
+        if effect["metric"] == analysis["metric"]["key"] and effect["n"] > 1
+    }
+    rows = []
+    for prior in analysis["statistics"]["priors"]:
+        if prior["metric"] == analysis["metric"]["key"]:
+            used = [
+                min(math.inf if prior["d0"] is None else prior["d0"], MOST_PRIOR * (n - 1))
+                for n in blocks
+            ]
+            rows.append(
+                [
+                    prior["workload"],
+                    prior["shared"],
+                    str(prior["effects"]),
+                    text.percent(math.expm1(prior["sd"])),
+                    "∞" if prior["d0"] is None else f"{prior['d0']:.3g}",
+                    _between(used),
+                    _between([d0 + n - 1 for d0, n in zip(used, blocks, strict=True)]),
+                ]
+            )
+    columns = [
+        WORKLOAD,
+        Column("ratios to", "code"),
+        *numbers("ratios", "noise of one", "d0, estimated", "d0, used", "degrees of freedom"),
+    ]
+    return Table("The moderated variance", columns, rows, grouped=True)
+
+
+def _between(values: list[float]) -> str:
+    low, high = (f"{bound(values):.3g}" for bound in (min, max))
+    return low if low == high else f"{low} to {high}"
 
 
 def _factors(analysis: Analysis) -> Iterator[Section]:
