@@ -1,8 +1,8 @@
-"""What the engines are asked to do: seeded, fingerprinted lists of requests. Standard library only.
+"""Workloads: seeded, fingerprinted lists of requests. Standard library only.
 
-A plan stores `kind`, `params` and `fingerprint`, never tokens: whoever runs it draws them again and
-compares the fingerprint. Everything is drawn before an engine is imported, from a generator of its
-own, so no engine can disturb it.
+A plan stores `kind`, `params` and `fingerprint`, but no tokens: they are drawn again for each launch
+and the fingerprint is compared. Everything is drawn before an engine is imported, from a separate
+random generator, so that no engine can affect it.
 
 A range is written `[low, high]`, both ends included; a single number n means `[n, n]`.
 """
@@ -19,7 +19,7 @@ Request = dict[str, Any]
 Waves = list[list[Request]]
 
 CANONICAL_FINGERPRINT = "ba5158017eff74f36be1d0f9bfaee7bf39eb88f70fa50fa8aea820ce1e2bd513"
-"""Of the canonical workload with its default parameters, as published."""
+"""The fingerprint of the canonical workload with default parameters, as published."""
 
 _SAMPLING: dict[str, Any] = {"temperature": 0.6, "top_k": 0, "top_p": 1.0, "ignore_eos": True}
 
@@ -57,7 +57,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "seed": 0,
     },
 }
-"""Every parameter of every kind, with its default. The sampling parameters (`_SAMPLING`) belong to each kind as well."""
+"""All parameters of each kind, with defaults. Every kind also has the sampling parameters, `_SAMPLING`."""
 for _defaults in DEFAULTS.values():
     _defaults.update(_SAMPLING)
 
@@ -72,13 +72,13 @@ _RANGES = {
 }
 _MAY_BE_ZERO = {"system_tokens"}
 MOST_OF = 1_000_000
-"""Requests, prefixes, turns, and tokens of each: what is drawn is held in memory, and counted before anything runs."""
+"""The largest number of requests, prefixes, turns, and tokens of each, because workloads are held in memory."""
 MOST = {"seed": 2**63 - 1, "top_k": 2**31 - 1, "vocab_size": 2**31 - 1}
 
 
 def check_params(kind: str, params: dict[str, Any]) -> dict[str, Any]:
-    """`params` completed by the defaults of `kind`. Raises ValueError naming what was given and
-    what is allowed.
+    """`params` completed with the defaults of `kind`. Raises ValueError that names what was given
+    and what is allowed.
     """
     if not isinstance(kind, str) or kind not in DEFAULTS:
         raise ValueError(f"kind: {kind!r} is unknown; allowed: {', '.join(DEFAULTS)}")
@@ -121,9 +121,7 @@ def check_params(kind: str, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(name: str, kind: str, params: dict[str, Any]) -> dict[str, Any]:
-    """The workload as the contract has it: name, kind, complete params, fingerprint and waves of
-    requests.
-    """
+    """Draws a workload. Raises ValueError for invalid parameters."""
     full = check_params(kind, params)
     waves = _GENERATORS[kind](full)
     return {
@@ -136,20 +134,18 @@ def build(name: str, kind: str, params: dict[str, Any]) -> dict[str, Any]:
 
 
 def rebuild(name: str, entry: dict[str, Any]) -> dict[str, Any]:
-    """Draws the workload of a plan's entry again. Raises ValueError if its fingerprint is not the
-    plan's.
-    """
+    """Draws a workload of a plan again. Raises ValueError if its fingerprint is not the plan's."""
     workload = build(name, entry["kind"], entry["params"])
     if workload["fingerprint"] != entry["fingerprint"]:
         raise ValueError(
-            f"workload {name!r}: the tokens drawn here have fingerprint {workload['fingerprint']}, the plan asks for "
-            f"{entry['fingerprint']}. The plan was made by another version of experiments/workloads.py: make it again."
+            f"workload {name!r}: the tokens drawn here have fingerprint {workload['fingerprint']}, but the plan's is "
+            f"{entry['fingerprint']}. The plan was made with another version of experiments/workloads.py: make it again."
         )
     return workload
 
 
 def summarize(workload: dict[str, Any]) -> dict[str, Any]:
-    """What a plan stores of a workload: no tokens."""
+    """A workload as stored in a plan, without tokens."""
     requests = [request for wave in workload["waves"] for request in wave]
     return {
         "kind": workload["kind"],
@@ -162,9 +158,7 @@ def summarize(workload: dict[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(waves: Waves) -> str:
-    """SHA-256 of all prompts and output lengths, waves in order; sampling parameters are not part
-    of it.
-    """
+    """SHA-256 of all prompts and output lengths, waves in order, without sampling parameters."""
     requests = [request for wave in waves for request in wave]
     content = {
         "output_lengths": [r["max_tokens"] for r in requests],
@@ -181,8 +175,8 @@ def tokens_digest(outputs: list[list[int]]) -> str:
 
 
 def _canonical(p: dict[str, Any]) -> Waves:
-    """Published by nano-vllm's bench.py: prompt by prompt (length, then tokens), then all output
-    lengths.
+    """The workload of nano-vllm's bench.py: draws prompt by prompt (length, then tokens), then all
+    output lengths.
     """
     rng = random.Random(p["seed"])
     prompts = [_tokens(rng, rng.randint(*p["prompt_tokens"]), p) for _ in range(p["num_requests"])]
@@ -191,9 +185,7 @@ def _canonical(p: dict[str, Any]) -> Waves:
 
 
 def _shared_prefix(p: dict[str, Any]) -> Waves:
-    """Request i begins with one of the prefixes, drawn at random, and goes on with tokens of its
-    own.
-    """
+    """Each request consists of one of the prefixes, chosen at random, and its own tokens."""
     rng = random.Random(p["seed"])
     prefixes = [_tokens(rng, rng.randint(*p["prefix_tokens"]), p) for _ in range(p["num_prefixes"])]
     prompts = [
@@ -205,10 +197,8 @@ def _shared_prefix(p: dict[str, Any]) -> Waves:
 
 
 def _conversation(p: dict[str, Any]) -> Waves:
-    """One wave a turn. A prompt holds the system prompt and all earlier turns; the earlier answers
-    are *recorded* ones,
-    drawn here: what the engine answered itself is not fed back, so every engine serves the same
-    work.
+    """One wave per turn. A prompt holds the system prompt and all earlier turns. Earlier answers are
+    drawn here instead of taken from the engine, so that every engine serves the same work.
     """
     rng = random.Random(p["seed"])
     system = _tokens(rng, rng.randint(*p["system_tokens"]), p)
@@ -256,8 +246,8 @@ def _requests(
 
 
 def _request_seed(seed: int, index: int) -> int:
-    """A seed of 31 bits for each request, drawn apart from the tokens so that it leaves the
-    fingerprint alone.
+    """A 31-bit seed for each request, independent of the tokens, so that the fingerprint does not
+    depend on it.
     """
     return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:4], "big") >> 1
 

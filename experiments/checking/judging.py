@@ -1,10 +1,10 @@
-"""The gate over everything a check has served, in a process of its own: torch and transformers.
+"""Runs the gate over all outputs of a check, in a separate process with torch and transformers.
 
     python -m experiments.checking.judging --folder DIR --model DIR
 
-reads DIR/jobs.json, work.json and served/, prints a line "progress DONE ALL" after each verdict,
+reads DIR/jobs.json, work.json and served/, prints a line "progress DONE TOTAL" after each verdict,
 and writes DIR/verdicts.json: a list of {"name", "group", "dtype", "expected", "status", "good",
-"reason", ...}. `good`: the verdict is the one expected.
+"reason", ...}. `good`: the verdict is the expected one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HOTTER = 1.25
 
 
 class Judge:
-    """Holds a rescorer for each dtype, the work, and what was served of it by job."""
+    """Holds a rescorer for each dtype, the workloads, and the outputs of each job."""
 
     def __init__(
         self, model: Path, work: Workloads, jobs: Sequence[Job], served: dict[str, Any]
@@ -50,8 +50,8 @@ class Judge:
         return self._rescorers[dtype]
 
     def verdict(self, job: Job) -> Verdict:
-        """On one job: same work, tokens, log-probabilities, switches; and what it has in common
-        with the job it is `like`.
+        """The verdict on one job: work, tokens, log-probabilities and toggles; and how many outputs
+        equal those of the job it is `like`.
         """
         begin = time.perf_counter()
         served = self.served[job.name]
@@ -80,7 +80,7 @@ class Judge:
         }
         if logprobs and logprobs["status"] == "fail":
             line["status"] = "fail"
-        # the tokens alone, and the log-probabilities alone, must give a broken engine away
+        # both the tokens and the log-probabilities must reveal a broken engine
         if job.expected == "fail":
             line["status"] = (
                 result.status if not logprobs or logprobs["status"] == "fail" else "pass"
@@ -90,7 +90,7 @@ class Judge:
         return line | {"good": line["status"] == job.expected}
 
     def controls(self, dtype: str) -> list[Verdict]:
-        """Tokens and settings that were tampered with after the fact; each has to fail."""
+        """Verdicts on outputs or settings that were tampered with; all have to fail."""
         native = self._of(f"nanovllm {dtype}: baseline", (CONTROL, SAMPLED, TRUNCATED))
         foreign = self._of(f"hf {dtype}: batches of 48", (SAMPLED,))
         rescorer = self.rescorer(dtype)
@@ -109,7 +109,7 @@ class Judge:
             [request | {"seed": request["seed"] + 1} for request in native[0]],
             native[1],
         )
-        add("two answers exchanged", native[0], [native[1][1], native[1][0], *native[1][2:]])
+        add("two outputs swapped", native[0], [native[1][1], native[1][0], *native[1][2:]])
         colder = [
             request | {"temperature": request["temperature"] / HOTTER} for request in foreign[0]
         ]
@@ -117,10 +117,10 @@ class Judge:
         return lines
 
     def lower_precision(self) -> Verdict:
-        """bfloat16 passed off as float32."""
+        """The verdict on bfloat16 outputs judged as float32; it has to fail."""
         requests, outputs = self._of("hf bfloat16: batches of 48", (CONTROL,))
         result = judge_outputs(self.rescorer("float32"), requests, outputs, self.params)
-        return self._control("HF in bfloat16, passed off as float32", "float32", result)
+        return self._control("HF in bfloat16, judged as float32", "float32", result)
 
     def _of(self, job: str, names: Sequence[str]) -> tuple[list[Request], list[list[int]]]:
         served = self.served[job]["workloads"]
@@ -147,9 +147,9 @@ class Judge:
         return dataclasses.asdict(compare_logprobs(scores, values, job.dtype, self.params))
 
     def _likeness(self, job: Job) -> dict[str, int]:
-        """How many answers are the other job's to the token. Where they differ, the first
-        difference of both stands after the same tokens, and the gate has judged it for both: a
-        near-tie, or a failure.
+        """The number of outputs that are identical to the other job's. Where two outputs differ,
+        the first difference follows the same tokens, so the gate has judged it in both: it is a
+        near-tie or a failure.
         """
         assert job.like is not None
         names = [name for name in job.workloads if name in self.jobs[job.like].workloads]
@@ -175,7 +175,7 @@ class Judge:
     def _control(self, name: str, dtype: str, result: GateResult) -> Verdict:
         return {
             "name": f"tampered {dtype}: {name}",
-            "group": "right tokens, changed afterwards",
+            "group": "correct outputs, changed afterwards",
             "dtype": dtype,
             "expected": "fail",
             "status": result.status,
@@ -186,8 +186,8 @@ class Judge:
 
 
 def noise(judge_of: Judge, dtype: str) -> dict[str, Any]:
-    """HF's own error in `dtype` over the control workloads, as served by the baseline: the noise
-    that bounds come from.
+    """HF's own error in `dtype` on the baseline's outputs of the control workloads: the noise from
+    which bounds are calculated.
     """
     requests, outputs = judge_of._of(f"nanovllm {dtype}: baseline", (CONTROL, SAMPLED, TRUNCATED))
     result = judge(judge_of.rescorer(dtype).score(requests, outputs), dtype, judge_of.params)
@@ -196,7 +196,7 @@ def noise(judge_of: Judge, dtype: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.checking.judging", description="Judge what a check has served."
+        prog="python -m experiments.checking.judging", description="Judge the outputs of a check."
     )
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)

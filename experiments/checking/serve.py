@@ -1,12 +1,11 @@
-"""One engine of a check, in a process and an interpreter of its own: serves the drawn workloads one
-after the other.
+"""Serves the workloads of a check with one engine, in a process and an interpreter of its own.
 
     PYTHON -m experiments.checking.serve --job job.json --work work.json --model DIR --out
     served.json
 
-Standard library and that engine only. Works with every adapter of `experiments.engines`;
-log-probabilities are asked for, in a second pass, of adapters that have `logprobs`. An engine that
-is to be broken (`broken`) is HF's.
+Needs only the standard library and that engine. Works with every adapter of `experiments.engines`;
+those that have `logprobs` are asked for log-probabilities in a second pass. Only HF can be broken
+on purpose (`broken`).
 """
 
 from __future__ import annotations
@@ -56,9 +55,9 @@ def serve(job: dict[str, Any], work: dict[str, list[Request]], model: str) -> di
 
 
 def answer(adapter: Adapter, requests: list[Request]) -> dict[str, Any]:
-    """Outputs and finish reasons in the order of the requests. HF's `generate` has one sampling
-    setting a batch, so it gets the requests of each setting apart. The prefix cache lives on from
-    one workload to the next: later ones find it warm.
+    """Outputs and finish reasons in the order of the requests. HF's `generate` needs the same
+    sampling parameters for all requests of a batch, so requests are grouped by them. The prefix
+    cache is kept between workloads, so that later ones hit it.
     """
     if adapter.name != "hf":
         served = adapter.serve(requests)

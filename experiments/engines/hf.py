@@ -1,9 +1,9 @@
-"""HF transformers behind the adapter interface: `generate` over static batches with left padding.
+"""The adapter of HF transformers: `generate` on static batches with left padding.
 
-This is what serving a list of requests with `generate` costs: requests are taken in order of
-arrival, `max_num_seqs` at a time; a batch runs until its longest member has ended, and what the
-others were given beyond their own `max_tokens` is cut off. As fast as that can be: inference mode,
-SDPA, a KV cache, no EOS processing where EOS is ignored, no streaming.
+Requests are taken in order of arrival, `max_num_seqs` at a time. A batch runs until its longest
+member has ended, and tokens of the others beyond their own `max_tokens` are cut off. The settings
+are the fastest for this: inference mode, SDPA, a KV cache, no EOS processing if EOS is ignored, no
+streaming.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Adapter:
         self._model.to(self._config["device"]).eval()
         eos = self._model.generation_config.eos_token_id
         self._eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        # `generate` fills what a request leaves open from the checkpoint's own settings, an EOS
-        # that is to be ignored among them.
+        # otherwise `generate` would use the checkpoint's defaults, such as an EOS that a request
+        # ignores
         self._model.generation_config = transformers.GenerationConfig()
         return {
             **self._config,
@@ -64,8 +64,7 @@ class Adapter:
             batch = requests[first : first + size]
             batch_begin = time.perf_counter()
             rows, moments = self._generate(batch)
-            # `generate` hands its rows over when the last one has ended; no request of the batch is
-            # finished before.
+            # `generate` returns when the last row has ended; no request finishes earlier
             end = time.perf_counter() - begin
             outputs += rows
             request_times += [[0.0, moments[0] - begin, end]] * len(batch)
@@ -85,7 +84,7 @@ class Adapter:
         }
 
     def logprobs(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
-        """Serves requests and keeps the logits of every step: never timed. See WithLogprobs."""
+        """Serves requests and keeps the logits of every step (see WithLogprobs). Not timed."""
         size = self._config["max_num_seqs"]
         outputs: list[list[int]] = []
         logprobs: list[list[float]] = []
@@ -103,7 +102,7 @@ class Adapter:
         return {"outputs": outputs, "logprobs": logprobs}
 
     def reset(self) -> None:
-        """Nothing is kept from one batch to the next."""
+        """Does nothing: no state is kept between batches."""
 
     def counters(self) -> dict[str, int]:
         return {}
@@ -117,8 +116,8 @@ class Adapter:
     def _generate(
         self, batch: list[dict[str, Any]], logits: list[Any] | None = None
     ) -> tuple[list[list[int]], list[float]]:
-        """The answers, cut to what each request asked for, and the moment of each step. logits:
-        gets those of each step.
+        """The outputs, cut to what each request asked for, and the time of each step. logits: a list
+        to which those of each step are added.
         """
         torch = self._torch
         width = max(len(request["prompt_token_ids"]) for request in batch)
@@ -139,7 +138,7 @@ class Adapter:
             torch.inference_mode(),
             torch.random.fork_rng(devices=range(torch.cuda.device_count())),
         ):
-            # `generate` has one generator a batch: the same work gives the same tokens
+            # `generate` uses one random generator per batch; the same work gives the same tokens
             torch.manual_seed(batch[0]["seed"])
             config = self._generation_config(batch)
             if logits is not None:
@@ -157,13 +156,14 @@ class Adapter:
         return [self._cut(request, row) for request, row in zip(batch, rows, strict=True)], moments
 
     def _generation_config(self, batch: list[dict[str, Any]]) -> Any:
-        """Raises ValueError where the requests of a batch ask for different sampling: `generate`
-        has one setting a batch.
+        """Raises ValueError if the requests of a batch have different sampling parameters, which
+        `generate` does not support.
         """
         settings = {(r["temperature"], r["top_k"], r["top_p"], r["ignore_eos"]) for r in batch}
         if len(settings) > 1:
             raise ValueError(
-                f"hf: one batch cannot mix sampling parameters; given (temperature, top_k, top_p, ignore_eos) {sorted(settings)}"
+                "hf: all requests of a batch must have the same (temperature, top_k, top_p, ignore_eos); given "
+                f"{sorted(settings)}"
             )
         temperature, top_k, top_p, ignore_eos = settings.pop()
         sampling = (

@@ -1,4 +1,4 @@
-"""nanovllm behind the adapter interface."""
+"""The adapter of nanovllm."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from experiments.engines import check_config
 
 
 class Adapter:
-    """config: the constructor arguments of `nanovllm.LLM`, `optimizations` a dict that names every
-    switch.
+    """config: the constructor arguments of `nanovllm.LLM`, with `optimizations` as a dict that names
+    every optimization.
     """
 
     name = "nanovllm"
@@ -43,19 +43,18 @@ class Adapter:
         if resolved["optimizations"]["attention_backend"] == "flash_attn":
             from nanovllm.kernels.flash_attn import find_library
 
-            # two packages carry it, in two versions
+            # two packages provide it, in two versions
             resolved["attention_library"] = find_library().describe()
         return resolved
 
     def _watch_the_wait(self) -> None:
-        """Adds up how long the host waits for the device: what is left of a step is the host's own
-        time. CPU seconds cannot tell them apart, because a host that waits for a GPU does so by
-        spinning.
+        """Sums up how long the host waits for the device. CPU time cannot show that, because the
+        host spins while it waits for a GPU.
         """
-        # unknown where no step has an event: on a CPU, and with tensor parallelism
+        # None if steps have no event: on a CPU, and with tensor parallelism
         self._wait_s: float | None = None
         runner = getattr(self._llm, "runner", None)
-        if runner is None:  # replicas: each waits in a process of its own
+        if runner is None:  # replicas wait in their own processes
             return
         collect = runner.collect
 
@@ -69,8 +68,8 @@ class Adapter:
         runner.collect = timed
 
     def kernels_loaded(self) -> int | None:
-        """How many Triton kernels this process has loaded so far, compiled or from Triton's cache;
-        None where others compute.
+        """The number of Triton kernels that this process has loaded so far, compiled or from
+        Triton's cache. None if the engine computes in other processes.
         """
         runner = getattr(self._llm, "runner", None)
         return self._kernels_loaded[0] if hasattr(runner, "model") else None
@@ -95,8 +94,8 @@ class Adapter:
         }
 
     def logprobs(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
-        """Serves requests with log-probabilities asked for, which changes the work: never timed.
-        See WithLogprobs.
+        """Serves requests with log-probabilities (see WithLogprobs). Not timed, because this changes
+        the work.
         """
         prompts, params = self._inputs(requests, logprobs=0)
         completions = [
@@ -134,13 +133,13 @@ class Adapter:
 
 
 def count_kernel_loads() -> list[int]:
-    """[number], which grows as Triton loads kernels in this process; whoever listened to Triton
-    before goes on doing so.
+    """A one-element list that counts the kernels Triton loads in this process. An earlier listener
+    is kept.
     """
     count = [0]
     try:
         from triton import knobs
-    except ImportError:  # then no kernel of Triton's is ever loaded
+    except ImportError:  # without Triton there are none to load
         return count
     before = knobs.compilation.listener
 

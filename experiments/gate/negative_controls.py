@@ -1,8 +1,7 @@
-"""Ways of breaking a model or its tokens that the gate must notice. A gate that never fails proves
-nothing.
+"""Ways of breaking a model or its tokens that the gate must detect.
 
-Each mutation changes a loaded HF model in place: errors that engines have really had, and whose
-text looks right.
+Each mutation changes a loaded HF model in place. They are errors that real engines have had, and
+that leave the generated text plausible.
 """
 
 from __future__ import annotations
@@ -20,7 +19,9 @@ CONTROL_PROMPT = 48
 
 
 def scale_rope_theta(model: Any, factor: float = 1.1) -> None:
-    """rope_theta times `factor`: the inverse frequencies theta^(-2i/d) change by factor^(-2i/d)."""
+    """Multiplies rope_theta by `factor`: the inverse frequencies theta^(-2i/d) change by
+    factor^(-2i/d).
+    """
     inv_freq = model.base_model.rotary_emb.inv_freq
     exponents = torch.arange(len(inv_freq), device=inv_freq.device) / len(inv_freq)
     with torch.no_grad():
@@ -30,7 +31,7 @@ def scale_rope_theta(model: Any, factor: float = 1.1) -> None:
 def change_norm_epsilon(
     model: Any, layer: int | None = None, norm: str = "input_layernorm", epsilon: float = 1e-3
 ) -> None:
-    """The epsilon of one norm of one layer (by default the middle one)."""
+    """Changes the epsilon of one norm in one layer (by default the middle one)."""
     layers = model.base_model.layers
     block = layers[len(layers) // 2 if layer is None else layer]
     getattr(
@@ -39,12 +40,11 @@ def change_norm_epsilon(
 
 
 def swap_kv_slots(model: Any, layer: int | None = None, first: int = 0, second: int = 1) -> None:
-    """In one layer (by default the middle one) the cache holds the keys and values of two positions
-    in each other's place.
+    """Swaps the keys and values of two positions in the KV cache of one layer (by default the middle
+    one).
 
-    Keys are exchanged before rotation, so each slot says of the other's token that it stands here.
-    (With its rotation, a slot
-    could stand anywhere: attention is a sum.)
+    Keys are swapped before the rotary embedding, so that each token gets the position of the other.
+    (Afterwards a swap would have no effect: attention is a sum over positions.)
     """
     layers = model.base_model.layers
     attention = layers[len(layers) // 2 if layer is None else layer].self_attn

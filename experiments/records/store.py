@@ -1,13 +1,13 @@
-"""Records: JSON lines that are only ever appended to, one `write` and one `fsync` each. Standard
+"""Reads and writes records: append-only JSON lines, each with one `write` and one `fsync`. Standard
 library only.
 
-A folder of one execution of a plan:
+The folder of an execution holds:
 
-    plan.json        the plan that is being executed
-    records.jsonl    record v1, one object a line; the truth
-    tokens.jsonl     {"digest", "tokens"}: what was generated, once per digest, before the record that names it
-    environment-*    torch's report on an interpreter and its machine, by its digest (provenance.collect_env)
-    logs/            the output of launches that failed
+    plan.json        the plan
+    records.jsonl    the records, one JSON object per line
+    tokens.jsonl     {"digest", "tokens"}: each distinct output once, written before the record that refers to it
+    environment-*    torch's report on an interpreter and its machine, named by its digest (provenance.collect_env)
+    logs/            the output of failed launches
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ RECORDS, TOKENS, PLAN, LOGS, ENVIRONMENTS = (
     "environment-*.txt",
 )
 DONE = ("ok", "invalid")
-"""A launch with a record of this status is not run again: whether it is must not depend on how fast it was."""
+"""A launch with a record of this status is not repeated."""
 INTACT = (
-    "What was recorded before is intact. Make room on the disk, then run the same command again (--resume for "
-    "experiments.launch): it goes on from here."
+    "Earlier records are intact. Free some disk space, then run the same command again (with --resume for "
+    "experiments.launch) to continue."
 )
 
 Record = dict[str, Any]
@@ -45,13 +45,11 @@ class RecordError(Exception):
 
 
 class JsonLines:
-    """Appends whole lines to one file; a line is there completely or not at all."""
+    """Appends lines to a file, each completely or not at all."""
 
     def __init__(self, path: Path) -> None:
-        """Opens or creates the file. A last line cut by a power cut or a full disk is removed;
-        `healed` then says so.
-
-        Raises RecordError where it cannot be opened.
+        """Opens or creates the file. Removes a truncated last line and reports it in `healed`.
+        Raises RecordError if the file cannot be opened.
         """
         self.path = path
         self.healed: str | None = None
@@ -70,7 +68,7 @@ class JsonLines:
             data = json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
         except ValueError as error:
             raise RecordError(
-                f"{self.path}: {_not_finite(record)}; nothing was written, what was before is intact"
+                f"{self.path}: {_not_finite(record)}. Nothing was written; earlier records are intact"
             ) from error
         size = os.fstat(self._fd).st_size
         try:
@@ -99,15 +97,15 @@ class JsonLines:
             return
         os.ftruncate(self._fd, end)
         os.fsync(self._fd)
-        self.healed = f"{self.path}: the last line was cut short (a power cut, a kill or a full disk); {len(tail)} bytes removed"
+        self.healed = f"{self.path}: removed a truncated last line of {len(tail)} bytes (after a power cut, a kill or a full disk)"
 
 
 class Folder:
-    """The folder of one execution, held by one runner at a time."""
+    """The folder of an execution, locked by one runner at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Raises RecordError where another runner holds the folder, or it cannot be written, or its
-        records cannot be read.
+        """Raises RecordError if another runner has locked the folder, if it cannot be written, or if
+        its records cannot be read.
         """
         self.path = path
         try:
@@ -120,10 +118,10 @@ class Folder:
         except OSError as error:
             os.close(self._lock)
             raise RecordError(
-                f"{path}: another runner is at work here; wait for it or give another folder"
+                f"{path}: another runner is using this folder; wait for it, or give another folder"
             ) from error
         try:
-            # before anything is repaired: a file of a newer program is left as it is
+            # before any repair, so that a file of a newer version is not changed
             self.records = read(path)
             self._records, self._tokens = JsonLines(path / RECORDS), JsonLines(path / TOKENS)
             self.messages = [
@@ -135,7 +133,7 @@ class Folder:
             raise
 
     def append(self, record: Record, tokens: dict[str, str] | None = None) -> None:
-        """Writes the tokens that are not there yet, then the record that names them. Raises
+        """Writes tokens that are not stored yet, then the record that refers to them. Raises
         RecordError.
         """
         for digest, encoded in (tokens or {}).items():
@@ -195,9 +193,7 @@ def read(folder: Path) -> list[Record]:
 
 
 def token_lines(folder: Path) -> list[Record]:
-    """{"digest", "tokens"} of everything that was generated, in the order of writing. Raises
-    RecordError.
-    """
+    """The lines of tokens.jsonl. Raises RecordError."""
     return _lines(folder / TOKENS)
 
 
@@ -212,8 +208,8 @@ def launches(records: Iterable[Record]) -> list[Record]:
 
 
 def counted(records: Iterable[Record]) -> list[Record]:
-    """What analysis may use: the first finished, not superseded attempt of each launch, if its
-    status is `ok`.
+    """The launches that count: of each launch the first finished attempt that was not superseded,
+    if its status is `ok`.
     """
     finished: dict[str, Record] = {}
     for record in launches(records):
@@ -223,14 +219,14 @@ def counted(records: Iterable[Record]) -> list[Record]:
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """Raises RecordError for a plan that is absent, damaged, changed by hand or of a newer version."""
+    """Raises RecordError for a plan that is missing, damaged, edited or of another version."""
     try:
         plan = json.loads(path.read_text())
         if not isinstance(plan, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise RecordError(
-            f"{path}: not a readable plan ({error}); make one with `run --dry-run --write-plan {path}`"
+            f"{path}: cannot read the plan ({error}); write one with `python -m experiments run --dry-run --write-plan {path}`"
         ) from error
     if plan.get("plan_version") != 1:
         raise RecordError(
@@ -238,19 +234,19 @@ def read_plan(path: Path) -> dict[str, Any]:
         )
     if plan.get("plan_hash") != plan_hash(plan):
         raise RecordError(
-            f"{path}: plan_hash does not match the content: the plan was edited; make it again from its study"
+            f"{path}: plan_hash does not match the content, so the plan was edited; make it again from its study"
         )
     return plan
 
 
 def write_plan(plan: dict[str, Any], path: Path) -> None:
-    """Written aside and renamed: a plan is there whole or not at all."""
+    """Writes a plan, completely or not at all."""
     write_whole(path, json.dumps(plan, indent=1) + "\n")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Written aside, synced and renamed: the file is there whole or not at all, after a power cut
-    too. Raises RecordError.
+    """Writes a file completely or not at all, even in a power cut: to a temporary file that is
+    synced and renamed. Raises RecordError.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -266,7 +262,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """A new name in a folder outlives a power cut only once the folder itself was synced."""
+    """Syncs a folder, so that new names in it survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -301,16 +297,14 @@ def _lines(path: Path) -> list[Record]:
                 raise ValueError("not a JSON object")
         except ValueError as error:
             raise RecordError(
-                f"{path}, line {number}: damaged ({error}); restore the file, or remove that one line"
+                f"{path}, line {number}: damaged ({error}); restore the file, or remove this line"
             ) from error
         lines.append(record)
     return lines
 
 
 def _is_whole(line: bytes) -> bool:
-    """Whether a line without its end is a record all the same: the cut, or a copy by hand, took the
-    newline only.
-    """
+    """Whether a last line without a newline is a complete record."""
     try:
         return isinstance(json.loads(line), dict)
     except ValueError:
@@ -318,9 +312,9 @@ def _is_whole(line: bytes) -> bool:
 
 
 def _not_finite(value: Any, name: str = "record") -> str | None:
-    """Which number in a record JSON cannot hold, and what may be there; None if all are finite."""
+    """Names a number in a record that JSON cannot represent; None if all are finite."""
     if isinstance(value, float) and not math.isfinite(value):
-        return f"{name} is {value}; allowed: finite numbers, null for what is not known"
+        return f"{name} is {value}; allowed: finite numbers, or null for an unknown value"
     items: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, dict):
         items = value.items()

@@ -1,8 +1,7 @@
-"""What MLflow shows of a study and of a launch: params, metrics, tags. Pure functions of records;
-no MLflow here.
+"""The params, metrics and tags of MLflow runs, as pure functions of records, without MLflow.
 
-Metric names hold the workload and, in the parent run, the cell; its metrics by block have the block
-as their step.
+A metric's name holds the workload and, in the parent run, the cell. The parent run has a value per
+block, with the block as the step.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class Point:
 
 @dataclass(frozen=True)
 class View:
-    """One run as MLflow will show it."""
+    """The content of one MLflow run."""
 
     name: str
     started_at: str
@@ -54,9 +53,7 @@ class View:
 
 
 def parent_view(plan: dict[str, Any], found: list[Record], analysis: dict[str, Any] | None) -> View:
-    """An execution of a study: its design, every counted figure by block, the effects, the verdicts
-    in words.
-    """
+    """The run of an execution: its design, every counted figure by block, effects and verdicts."""
     study, model, profile = plan["study"], plan["model"], plan["profile"]
     all_launches = [record for record in found if record["kind"] == "launch"]
     # From a cluster, or of several visits, records stand in the order they came home.
@@ -99,7 +96,7 @@ def parent_view(plan: dict[str, Any], found: list[Record], analysis: dict[str, A
 
 
 def launch_view(plan: dict[str, Any], record: Record, found: list[Record]) -> View:
-    """One launch: the levels of its factors, what was measured, and what the machine did meanwhile."""
+    """The run of one launch: levels of its factors, measurements and telemetry."""
     cell = plan["cells"][record["cell"]]
     config = {key: value for key, value in record["requested"].items() if key != "optimizations"}
     is_counted = any(
@@ -137,7 +134,7 @@ def launch_view(plan: dict[str, Any], record: Record, found: list[Record]) -> Vi
 
 
 def figures(work: dict[str, Any]) -> dict[str, float]:
-    """The figures of one workload of a launch that are shown here; the report computes more."""
+    """The figures of one workload of a launch that MLflow shows; the report computes more."""
     to_first = [first - arrival for arrival, first, _ in work["request_times_s"]]
     return {
         "output_tokens_per_s": work["output_tokens"] / work["duration_s"],
@@ -150,7 +147,7 @@ def describe(plan: dict[str, Any], analysis: dict[str, Any] | None) -> str:
     """The verdicts as a Markdown table: the description of the parent run."""
     head = f"**{plan['study']['question'].strip()}**\n\n"
     if analysis is None:
-        return head + "Not analysed yet: `python -m experiments report`, then `import`."
+        return head + "Not analysed yet: run `python -m experiments report`, then `import`."
     effects = [e for e in analysis["effects"] if e["metric"] == analysis["metric"]["key"]]
     rows = [
         "| workload | cell | ratio to baseline | interval | blocks | verdict |",
@@ -166,7 +163,7 @@ def describe(plan: dict[str, Any], analysis: dict[str, Any] | None) -> str:
     return (
         text
         if len(text) < _NOTE_LIMIT
-        else text[: text.rindex("\n", 0, _NOTE_LIMIT)] + "\n\nThe rest is in the report."
+        else text[: text.rindex("\n", 0, _NOTE_LIMIT)] + "\n\nSee the report for the rest."
     )
 
 

@@ -1,9 +1,7 @@
-"""What can refuse at the end of a study is asked before its first launch: nobody measures for an
-hour to lose the report.
+"""Checks before the first launch what could fail after the last one.
 
-Refused is what records and report need: a folder that can be written, room on its disk, the
-packages of the gate and the report, a picture that can be drawn. MLflow is a view that can be made
-later, so what it objects to is only told.
+Required are a writable output folder with enough disk space and the packages of the gate and the
+report. MLflow is a view that can be made later, so its problems are only reported.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from experiments.host.environment import ROOT, of_child
+from experiments.host.environment import ROOT, for_subprocess
 from experiments.records.store import RecordError
 
 TIMEOUT_S = 180.0
@@ -37,15 +35,15 @@ print("OBJECTION" + json.dumps(tracking.objection(Path(sys.argv[1]))))
 
 
 def bytes_needed(plan: dict[str, Any]) -> int:
-    """Room for a plan's records, tokens, logs and report, generously: a published record of a
-    launch takes 5 to 60 kB.
+    """A generous estimate of the disk space of a plan's records, tokens, logs and report: published
+    records of a launch take 5 to 60 kB.
     """
     tokens = sum(work["num_requests"] for work in plan["workloads"].values())
     return (32 << 20) + len(plan["launches"]) * ((128 << 10) + 256 * tokens)
 
 
 def check_folder(plan: dict[str, Any], folder: Path) -> None:
-    """Raises RecordError where the folder of an execution cannot be made or written, or its disk is
+    """Raises RecordError if the folder of an execution cannot be created or written, or its disk is
     too full.
     """
     try:
@@ -55,13 +53,12 @@ def check_folder(plan: dict[str, Any], folder: Path) -> None:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise RecordError(
-            f"{folder}: records cannot be written there ({error.strerror or error}): give --out with a folder that "
-            "can be written"
+            f"{folder}: cannot write records there ({error.strerror or error}); give another --out"
         ) from error
     if free < (need := bytes_needed(plan)):
         raise RecordError(
-            f"{folder}: its disk has {free / 1e6:.0f} MB left, records and report may take {need / 1e6:.0f} MB: make "
-            "room, or give --out with a folder on another disk"
+            f"{folder}: the disk has {free / 1e6:.0f} MB free, but records and report may take {need / 1e6:.0f} MB: free "
+            "some space, or give --out on another disk"
         )
 
 
@@ -72,7 +69,12 @@ def check_end(root: Path = ROOT) -> str | None:
     command = [sys.executable, "-c", _ASK, str(root)]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, env=of_child(), timeout=TIMEOUT_S, check=False
+            command,
+            capture_output=True,
+            text=True,
+            env=for_subprocess(),
+            timeout=TIMEOUT_S,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return f"MLflow did not answer within {TIMEOUT_S:.0f} s"

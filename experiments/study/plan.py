@@ -1,9 +1,9 @@
-"""From a study, a profile and a model to a plan: every launch there will be, in an order drawn from
-the study's seed.
+"""Expands a study, a profile and a model into a plan: the list of all launches, in an order drawn
+from the study's seed.
 
-Randomized complete blocks: a block holds every cell once, in random order, and each launch serves
-the workloads in random order. The same study, profile, model and overrides give the same plan, byte
-for byte. `outline` is its shape, without a model.
+The design is a randomized complete block design: each block runs every cell once, in random order,
+and each launch serves the workloads in random order. The same study, profile, model and overrides
+give the same plan, byte for byte. `outline` computes its shape without a model.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ Plan = dict[str, Any]
 
 
 class NotHereError(SpecError):
-    """A sound study that cannot run on this profile; the message says why."""
+    """A valid study that cannot run on this profile; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-    """The shape of a plan: its cells, what cannot run, how many blocks, and how a fraction was
-    generated.
+    """The shape of a plan: its cells, what cannot run, the number of blocks, and the generators of a
+    fractional factorial.
     """
 
     cells: dict[str, Cell]
@@ -63,11 +63,10 @@ def build_plan(
     model: ModelChoice | None = None,
     overrides: dict[str, Any] | None = None,
 ) -> Plan:
-    """Expands a study. model: instead of the study's own or the profile's. Raises SpecError, or
+    """Expands a study. `model` overrides the study's and the profile's. Raises SpecError, or
     ModelError for the checkpoint.
 
-    A factor's level that cannot run on the profile is listed in `not_applicable` with the reason,
-    and has no cell.
+    A level that cannot run on the profile gets no cell; `not_applicable` lists it with the reason.
     """
     choice = model or study.model or ModelChoice(preset=profile.preset, dtype=profile.dtype)
     resolved_model = resolve_model(choice)
@@ -92,7 +91,7 @@ def build_plan(
     }
     if study.statistics == Statistics():
         del described["statistics"]  # plans of studies that say nothing of it stay as they were
-    # as they were settled
+    # as resolved
     described["design"] |= {"blocks": shape.blocks, "generators": shape.generators}
     plan: Plan = {
         "plan_version": 1,
@@ -111,7 +110,7 @@ def build_plan(
 
 
 def resolve_model(choice: ModelChoice) -> dict[str, Any]:
-    """The `model` part of a plan. A preset is built if it is not in the cache yet."""
+    """The `model` part of a plan. Builds a preset that is not in the cache yet."""
     found = model_files.inspect(choice.preset, choice.path)
     path = None if choice.preset else found["path"]
     shape = model_files.shape(Path(found["path"]))
@@ -125,11 +124,11 @@ def resolve_model(choice: ModelChoice) -> dict[str, Any]:
 
 
 def outline(study: Study, profile: dict[str, Any], shape: dict[str, Any] | None = None) -> Outline:
-    """Cells and blocks of a study on a profile; `shape` is the model's, where it is known. Raises
+    """The cells and blocks of a study on a profile. `shape` is the model's, if known. Raises
     SpecError, NotHereError.
 
-    A level or a combination of levels that cannot run is listed with the reason and has no cell. A
-    design that cannot lose a cell is refused instead.
+    A level or combination of levels that cannot run gets no cell and is listed with the reason. A
+    factorial design, which needs all of its cells, raises instead.
     """
     cells, not_applicable, generators = _cells(study, profile, shape)
     design, launch_s = study.design, study.measurement.launch_s
@@ -145,13 +144,13 @@ def outline(study: Study, profile: dict[str, Any], shape: dict[str, Any] | None 
 def inapplicable(
     factor: str, level: Level, profile: dict[str, Any], shape: dict[str, Any] | None
 ) -> str | None:
-    """Why a level of a factor cannot run on a profile with a model; None if it can."""
+    """Why a level of a factor cannot run on a profile with this model; None if it can."""
     if reason := why_not({factor: level}, profile):
         return reason
     if factor == "tensor_parallel_size":
         heads = shape["num_key_value_heads"] if shape else 0
         if heads % int(level):
-            return f"{level} processes cannot share the model's {heads} KV heads evenly"
+            return f"the model's {heads} KV heads cannot be split evenly over {level} processes"
     if factor in ("tensor_parallel_size", "data_parallel_size") and (
         reason := _too_few_devices(int(level), profile)
     ):
@@ -161,7 +160,7 @@ def inapplicable(
         and profile["device"] == "cpu"
         and not _cpp_compiler()
     ):
-        return "torch.compile needs a C++ compiler on a CPU and finds none; install g++, or set CXX"
+        return "torch.compile needs a C++ compiler on a CPU, and none was found; install g++ or set CXX"
     return None
 
 
@@ -172,10 +171,10 @@ def _cpp_compiler() -> str | None:
 def why_not(
     levels: Mapping[str, Level], profile: dict[str, Any], *, whole: bool = False
 ) -> str | None:
-    """Why a combination of levels cannot run on a profile; None if it can. The engine itself
-    decides.
+    """Why a combination of levels cannot run on a profile; None if it can. The check is the
+    engine's own.
 
-    whole: these are all levels of a cell that are not at their baseline.
+    whole: `levels` holds every level of a cell that differs from its baseline.
     """
     try:
         change: dict[str, Any] = {factor: level_value(level) for factor, level in levels.items()}
@@ -197,7 +196,7 @@ def _too_few_devices(processes: int, profile: dict[str, Any]) -> str | None:
         else (profile["cpu_cores"], "CPU core")
     )
     return (
-        f"needs {processes} {unit}s, one a process; profile {profile['name']} has {have}"
+        f"needs {processes} {unit}s; profile {profile['name']} has {have}"
         if processes > (have or 1)
         else None
     )
@@ -206,7 +205,7 @@ def _too_few_devices(processes: int, profile: dict[str, Any]) -> str | None:
 def _cells(
     study: Study, profile: dict[str, Any], shape: dict[str, Any] | None
 ) -> tuple[dict[str, Cell], list[dict[str, Any]], dict[str, list[str]]]:
-    """The cells that can run, by name; what cannot; the generators of a fraction."""
+    """The cells that can run, by name; what cannot run; the generators of a fractional factorial."""
     kind, off, where = study.design.kind, study.baselines(), f"on profile {profile['name']}"
 
     def impossible(point: Mapping[str, Level]) -> str | None:
@@ -231,8 +230,8 @@ def _cells(
     if absent and kind in designs.FACTORIALS:
         (factor, level), reason = next(iter(absent.items()))
         raise NotHereError(
-            f"{study.source}: design.kind: {kind} cannot lose a level, and factors.{factor}.levels: {level} cannot "
-            f"run {where}: {reason} Leave it out, or use another kind: {_others()}"
+            f"{study.source}: factors.{factor}.levels: {level} cannot run {where}: {reason.rstrip('.')}. design.kind: {kind} needs "
+            f"every level: remove this one, or use another kind: {_others()}"
         )
     not_applicable = [
         {"factor": factor, "level": level, "reason": reason}
@@ -261,8 +260,8 @@ def _cells(
         reason = impossible(point)
         if reason and kind in designs.FACTORIALS:
             raise NotHereError(
-                f"{study.source}: design.kind: {kind} cannot lose a cell, and {made} cannot run {where}: {reason} "
-                f"Leave a factor out, or use another kind: {_others()}"
+                f"{study.source}: cell {made} cannot run {where}: {reason.rstrip('.')}. design.kind: {kind} needs every cell: "
+                f"remove a factor, or use another kind: {_others()}"
             )
         if reason:
             changed = {factor: level for factor, level in point.items() if level != off[factor]}
@@ -307,8 +306,8 @@ def _others() -> str:
 
 
 def _entry(study: Study, cell: Cell, shared: dict[str, Any]) -> dict[str, Any]:
-    """A cell as a plan stores it. Every optimization is set explicitly, whatever the engine's
-    defaults are.
+    """A cell as stored in a plan. Every optimization is set explicitly, so that the engine's
+    defaults do not matter.
     """
     allowed = load_adapter(cell.engine).allowed
     levels = study.baselines() | cell.levels if cell.engine == study.engine else cell.levels
@@ -318,7 +317,7 @@ def _entry(study: Study, cell: Cell, shared: dict[str, Any]) -> dict[str, Any]:
         config["optimizations"] = {factor: level_value(level) for factor, level in every.items()}
     if unknown := sorted(set(cell.config) - set(allowed)):
         raise SpecError(
-            f"{study.source}: engine {cell.engine} has no setting {unknown[0]!r}; allowed: {', '.join(allowed)}"
+            f"{study.source}: engine {cell.engine} has no setting {unknown[0]!r}; it has {', '.join(allowed)}"
         )
     return {
         "engine": cell.engine,
@@ -354,7 +353,9 @@ def _seed(text: str) -> int:
 def _kv_cache_bytes(
     study: Study, profile: dict[str, Any], model: dict[str, Any], work: dict[str, Any]
 ) -> int:
-    """The study's own, the profile's, or what the device has room for now and the work can fill."""
+    """The size of the KV cache: the study's, else the profile's, else what is free on the device
+    now, but no more than the workloads can fill.
+    """
     settings, shape = study.settings, model["shape"]
     given: int | str = settings.kv_cache_memory_bytes or profile["kv_cache_memory_bytes"]
     if isinstance(given, int):
@@ -380,14 +381,14 @@ def _kv_cache_bytes(
 
 
 def _check_memory(study: Study, profile: dict[str, Any], model: dict[str, Any]) -> None:
-    """Raises SpecError for a KV cache that is larger than the memory of a device, and for weights
-    that leave no room for it.
+    """Raises SpecError if the KV cache, or weights and KV cache together, exceed a device's
+    memory.
     """
     asked, there = profile["kv_cache_memory_bytes"], profile["memory_bytes"]
     if asked and there and asked > there:
         raise SpecError(
             f"{study.source}: settings.kv_cache_memory_bytes is {asked:,}, and profile {profile['name']} has {there:,} bytes of "
-            "memory: lower it (SET=settings.kv_cache_memory_bytes=5368709120), or take a study made for this memory (gpu-8gb, "
+            "memory: lower it (SET=settings.kv_cache_memory_bytes=5368709120), or use a study for small GPUs (gpu-8gb, "
             "gpu-vllm-8gb)"
         )
     weights = work_size.weight_bytes(model["shape"], model["dtype"])
@@ -395,7 +396,7 @@ def _check_memory(study: Study, profile: dict[str, Any], model: dict[str, Any]) 
     if profile["device"] == "cuda" and there and weights / shards + asked > there:
         raise SpecError(
             f"{study.source}: the weights of {model['preset'] or model['path']} take {weights:,} bytes in {model['dtype']} and the "
-            f"KV cache {asked:,}; profile {profile['name']} has {there:,} bytes of memory. Take a smaller MODEL, or lower "
+            f"KV cache {asked:,}; profile {profile['name']} has {there:,} bytes of memory. Use a smaller MODEL, or lower "
             "settings.kv_cache_memory_bytes"
         )
 
@@ -403,8 +404,8 @@ def _check_memory(study: Study, profile: dict[str, Any], model: dict[str, Any]) 
 def _check_fit(
     study: Study, work: dict[str, Any], shape: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    """Raises SpecError for a workload that the model or the settings cannot hold: found now, not in
-    the first launch.
+    """Raises SpecError for a workload that does not fit the model or the settings, before anything
+    is launched.
     """
     for name, workload in work.items():
         requests = [request for wave in workload["waves"] for request in wave]
@@ -412,10 +413,12 @@ def _check_fit(
         where = f"{study.source}: workload {name}"
         if longest > settings["max_model_len"]:
             raise SpecError(
-                f"{where} has a request of {longest} tokens; settings.max_model_len is {settings['max_model_len']}"
+                f"{where} has a request of {longest} tokens, more than settings.max_model_len, {settings['max_model_len']}; "
+                "shorten its prompts or outputs, or raise the setting"
             )
         drawn = workload["params"]["vocab_size"]
         if drawn > shape["vocab_size"]:
             raise SpecError(
-                f"{where} draws from {drawn} tokens; the model has {shape['vocab_size']}: lower its vocab_size"
+                f"{where} draws from {drawn} token ids, but the model's vocabulary has {shape['vocab_size']}: lower the "
+                "workload's vocab_size"
             )

@@ -204,6 +204,6 @@ def test_weights_and_kv_are_counted_as_the_loader_and_the_cache_count_them() -> 
 def test_weights_that_leave_no_room_are_refused_in_the_plan() -> None:
     with pytest.raises(
         planning.SpecError,
-        match=r"the weights of qwen3-0\.6b take 1,19[0-9,]+ bytes .* Take a smaller MODEL",
+        match=r"the weights of qwen3-0\.6b take 1,19[0-9,]+ bytes .* Use a smaller MODEL",
     ):
         planned(load_profile("rtx4070").model_copy(update={"memory_bytes": 2**33}))
