@@ -165,6 +165,7 @@ class GraphRunner(GpuRunner):
             "lower kv_cache_memory_bytes, gpu_memory_utilization or max_num_seqs",
         ):
             self.captured = self._capture_all()
+        self.splits = self._second_read_is_cheap()
         stats.reset()
 
     def make_rows(self) -> None:
@@ -239,6 +240,16 @@ class GraphRunner(GpuRunner):
                 stream,
             )
         return {variant: self._capture(variant, pool, stream) for variant in self.variants}
+
+    def _second_read_is_cheap(self) -> bool:
+        """Whether a mixed step of few prefill tokens is faster as two replays: the same for all
+        ranks, as each half has sums of its own over them.
+        """
+        # with other backends no prefill is captured
+        if self.device.type != "cuda" or self.config.optimizations.attention_backend != "triton":
+            return False
+        weights = sum(weight.nbytes for weight in self.model.parameters())
+        return bool(self.tp.agree_on_least(read_s(weights, self.device) <= SECOND_READ_S))
 
     def _capture(self, variant: Variant, pool: Any, stream: torch.cuda.Stream) -> Captured:
         self.inputs[: variant.bucket] = self.spare_row

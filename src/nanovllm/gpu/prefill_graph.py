@@ -14,6 +14,7 @@ eager as a whole.
 from __future__ import annotations
 
 import bisect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -85,6 +86,10 @@ class ShortPrefills:
         self.query_start_loc[: num_entries + 1] = batch.query_start_loc
         self.query_start_loc[num_entries + 1 :] = num_tokens
         return captured.replay(self.stats)[:num_tokens]
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Those of the model."""
+        return self.model.parameters()  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] -> [rows, vocabulary]."""
