@@ -98,6 +98,13 @@ class PlannedModel(TypedDict):
     shape: ModelShape
 
 
+class ModelFiles(TypedDict):
+    """The folder of a checkpoint and its digest."""
+
+    path: str
+    digest: str
+
+
 class PlannedProfile(TypedDict):
     """The hardware, every value settled. Bandwidth, FLOP/s and memory are per device."""
 
@@ -279,6 +286,13 @@ class Answer(TypedDict):
     device_wait_s: NotRequired[float | None]
 
 
+class LogprobAnswer(TypedDict):
+    """log softmax(logits)[token] of every output token, with the outputs."""
+
+    outputs: list[list[int]]
+    logprobs: list[list[float]]
+
+
 class ServedWorkload(TypedDict):
     """A workload in the record of a launch."""
 
@@ -396,7 +410,7 @@ class LaunchRecord(Head):
     process_start_s: float | None
     load_s: float | None
     warm_up_s: float | None
-    total_s: float | None
+    total_s: float
     workloads: dict[str, ServedWorkload]
     toggles: Toggles
     preloaded_s: NotRequired[float]
