@@ -1,7 +1,7 @@
 """The shapes of plans and records as they lie in JSON files, for mypy. Standard library only.
 
-A plan says what is to be run and never changes (`Plan`). What happened is a list of records, told
-apart by their `kind` (`Record`): a `launch`, a verdict of the `gate`, an attempt that was
+A plan (`Plan`) says what is to be run, and never changes. What happened is a list of records
+(`Record`), distinguished by their `kind`: a `launch`, a verdict of the `gate`, an attempt that was
 `superseded`, a run that was `resumed`. docs/adr/0002-plans-records-adapters.md describes the format.
 
 A key that plans or records of older versions lack is `NotRequired`. mypy lets it be read with
@@ -391,7 +391,7 @@ class Head(TypedDict):
 
 
 class LaunchRecord(Head):
-    """One attempt at a launch. Times are None where a failed launch did not come that far."""
+    """One attempt at a launch. Times are None if the launch failed before."""
 
     kind: Literal["launch"]
     launch: str
@@ -569,7 +569,7 @@ class TokenLine(TypedDict):
 
 
 class Event(TypedDict, total=False):
-    """What a listener of a run is told: the keys depend on the event (`ledger.Listener`)."""
+    """The details of an event of a run; the keys depend on the event (see `ledger.Listener`)."""
 
     text: str
     count: int

@@ -63,7 +63,7 @@ def parent_view(plan: Plan, found: list[Record], analysis: JsonObject | None) ->
     """The run of an execution: its design, every counted figure by block, effects and verdicts."""
     study, model, profile = plan["study"], plan["model"], plan["profile"]
     all_launches = [record for record in found if record["kind"] == "launch"]
-    # From a cluster, or of several visits, records stand in the order they came home.
+    # Records of a cluster, or of merged folders, are not in chronological order.
     first = min(all_launches, key=lambda record: str(record["started_at"]))
     last = max(all_launches, key=lambda record: str(record["started_at"]))
     counted = store.counted(found)

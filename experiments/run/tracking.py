@@ -207,7 +207,9 @@ def _write(client: Any, experiment: str, view: View, tags: dict[str, str]) -> An
         Metric(m.key, m.value, _milliseconds(view.started_at) + int(m.time_s * 1000), m.step)
         for m in view.metrics
     ]
-    for first in range(0, max(1, len(metrics)), 1000):  # MLflow's limit a batch; 100 params
+    for first in range(
+        0, max(1, len(metrics)), 1000
+    ):  # MLflow's limits per batch: 1,000 metrics, 100 params
         params = (
             [Param(key, str(value)[:6000]) for key, value in view.params.items()][:100]
             if first == 0

@@ -279,7 +279,7 @@ def free_gpu_bytes(num_devices: int) -> int:
         abs(total - used[0]["memory_bytes"]) < 0.05 * total for _, total in now
     ):
         return min(free for free, _ in now)
-    # of a MIG slice nvidia-smi tells the whole GPU's: when it was measured
+    # for a MIG instance nvidia-smi reports the whole GPU, so use the value of the measurement
     return min(device["free_bytes"] for device in used)
 
 

@@ -284,7 +284,7 @@ class Study(Strict):
             return {}
         if wide := [name for name, found in levels.items() if len(found) != 1]:
             raise ValueError(
-                f"factors.{wide[0]}.levels: a fractional factorial has one level beside the baseline, "
+                f"factors.{wide[0]}.levels: a fractional factorial has one level besides the baseline, "
                 f"not {len(levels[wide[0]])}; keep one, or use kind: full_factorial"
             )
         stated, least = self.design.generators, self.design.resolution

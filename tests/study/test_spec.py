@@ -130,7 +130,7 @@ def test_overrides_are_applied_and_returned(study: Path) -> None:
         ),
         (
             "design.kind=fractional_factorial",
-            "factors.batching.levels: a fractional factorial has one level beside the baseline, not 2",
+            "factors.batching.levels: a fractional factorial has one level besides the baseline, not 2",
         ),
         ("factors.prefix_cache.baseline=", "factors.prefix_cache.baseline: must not be empty"),
         (
