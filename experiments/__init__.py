@@ -12,9 +12,9 @@ it (checked by import-linter):
     launch/      runs launches: an engine process each, measured while it serves
     gate/        checks outputs: tokens are rescored by HF transformers and judged
     engines/     one adapter per engine
-    records/     plans and records: their types, and append-only JSON lines
     host/        the machine: telemetry, provenance, locks, environment of subprocesses
     workloads    the requests that every engine serves
+    records/     plans and records: their types, and append-only JSON lines
     equivalence  the former name of `python -m experiments.gate`
 """
 

@@ -26,6 +26,7 @@ from experiments.host import model_files, provenance
 from experiments.host.model_files import ModelError, download
 from experiments.records import merged_folders, store
 from experiments.records.store import RecordError
+from experiments.records.types import Plan, PlannedProfile
 from experiments.run import execution
 from experiments.run.execution import ExecutionError, say
 from experiments.run.tracking import TrackingError, import_folder
@@ -49,7 +50,7 @@ app = typer.Typer(
     help="Measure what each optimization buys.",
 )
 console = Console()
-Act = Callable[[dict[str, Any], Path, Options, Console], bool]
+Act = Callable[[Plan, Path, Options, Console], bool]
 OWN_VLLM = provenance.ROOT / ".venv-vllm" / "bin" / "python"
 KNOWN_ERRORS = (
     SpecError,
@@ -355,16 +356,16 @@ def make_plan(
     model: str | None,
     overrides: list[str] | None,
     blocks: int | None,
-) -> dict[str, Any]:
+) -> Plan:
     """Plans a study and prints a summary of the plan. Exits with a message on an error."""
 
-    def work() -> dict[str, Any]:
+    def work() -> Plan:
         given = [*(overrides or []), *([f"design.blocks={blocks}"] if blocks else [])]
         chosen, applied = load_study(study, given)
         hardware = choose_profile(profile)
         return build_plan(chosen, hardware, choose_model(model, chosen, hardware), applied)
 
-    plan: dict[str, Any] = guarded(work)
+    plan: Plan = guarded(work)
     published = sorted(
         plan_file.parent
         for plan_file in (provenance.ROOT / "reports" / "published").rglob(store.PLAN)
@@ -381,18 +382,22 @@ def choose_profile(given: str | None) -> Profile:
 
 
 def choose_model(given: str | None, study: Study, profile: Profile) -> ModelChoice | None:
-    """--model as a folder, a preset or a hub id; the dtype is the study's or the profile's."""
+    """The model of --model, in the study's or the profile's dtype; None without --model."""
     if given is None:
         return None
+    preset, path = find_checkpoint(given)
     dtype = study.model.dtype if study.model else profile.dtype
+    return ModelChoice(preset=preset, path=path, dtype=dtype)
+
+
+def find_checkpoint(given: str) -> tuple[str | None, str | None]:
+    """(preset, None) or (None, folder) of --model, which is a folder, a Hugging Face id or a preset."""
     if (Path(given) / "config.json").is_file():
-        return ModelChoice(path=str(Path(given).resolve()), dtype=dtype)
-    if "/" in given:
-        return ModelChoice(path=str(download(given)), dtype=dtype)
-    return ModelChoice(preset=given, dtype=dtype)
+        return None, str(Path(given).resolve())
+    return (None, str(download(given))) if "/" in given else (given, None)
 
 
-def go(plan: dict[str, Any], out: Path | None, options: Options) -> NoReturn:
+def go(plan: Plan, out: Path | None, options: Options) -> NoReturn:
     """Executes a plan in `out`, else in the folder of its interrupted execution, else in a new one."""
     check_interpreters(plan, options.pythons)
     conclude(
@@ -402,9 +407,7 @@ def go(plan: dict[str, Any], out: Path | None, options: Options) -> NoReturn:
     )
 
 
-def conclude(
-    plan: dict[str, Any], folder: Path, options: Options, act: Act = execution.execute
-) -> NoReturn:
+def conclude(plan: Plan, folder: Path, options: Options, act: Act = execution.execute) -> NoReturn:
     """Executes the plan and exits: 0 if every launch is ok and every output passed, 1 if not, 2 on
     an error, 130 on Ctrl-C.
     """
@@ -428,11 +431,10 @@ def conclude_check(
 
     def work() -> bool:
         hardware = choose_profile(profile)
-        given = choose_folder(model or "tiny")
+        given = find_checkpoint(model or "tiny")
         found = checking.find_model(*given)
-        settled = hardware.model_dump() | {
-            "cpu_cores": hardware.cpu_cores or provenance.cpu_cores()
-        }
+        settled: PlannedProfile = hardware.model_dump()  # type: ignore[assignment]
+        settled["cpu_cores"] = hardware.cpu_cores or provenance.cpu_cores()
         dtypes = tuple(dict.fromkeys((hardware.dtype, "float32", "bfloat16")))
         peers = tuple(name for name in pythons if name not in ("nanovllm", "hf"))
         scope = Scope(
@@ -459,13 +461,6 @@ def conclude_check(
     raise typer.Exit(0 if good else 1)
 
 
-def choose_folder(given: str) -> tuple[str | None, str | None]:
-    """(preset, folder) of --model."""
-    if (Path(given) / "config.json").is_file():
-        return None, str(Path(given).resolve())
-    return (None, str(download(given))) if "/" in given else (given, None)
-
-
 def make_options(
     python: list[str] | None, deadline_s: float | None, executor: str, ray_address: str | None
 ) -> Options:
@@ -484,7 +479,7 @@ def parse_pythons(given: list[str] | None) -> dict[str, str]:
     return built | dict(item.split("=", 1) for item in given or [])
 
 
-def check_interpreters(plan: dict[str, Any], pythons: dict[str, str]) -> None:
+def check_interpreters(plan: Plan, pythons: dict[str, str]) -> None:
     """Exits if an engine is not installed in its interpreter, instead of failing in every launch."""
     for engine in {cell["engine"] for cell in plan["cells"].values()} & {"vllm", *pythons}:
         python = pythons.get(engine, sys.executable)

@@ -15,15 +15,16 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-Request = dict[str, Any]
-Waves = list[list[Request]]
+from experiments.records.types import Params, PlannedWorkload, Request, Wave, Workload
+
+Waves = list[Wave]
 
 CANONICAL_FINGERPRINT = "ba5158017eff74f36be1d0f9bfaee7bf39eb88f70fa50fa8aea820ce1e2bd513"
 """The fingerprint of the canonical workload with default parameters, as published."""
 
-_SAMPLING: dict[str, Any] = {"temperature": 0.6, "top_k": 0, "top_p": 1.0, "ignore_eos": True}
+_SAMPLING: Params = {"temperature": 0.6, "top_k": 0, "top_p": 1.0, "ignore_eos": True}
 
-DEFAULTS: dict[str, dict[str, Any]] = {
+DEFAULTS: dict[str, Params] = {
     "canonical": {
         "num_requests": 256,
         "prompt_tokens": [100, 1024],
@@ -76,7 +77,7 @@ MOST_OF = 1_000_000
 MOST = {"seed": 2**63 - 1, "top_k": 2**31 - 1, "vocab_size": 2**31 - 1}
 
 
-def check_params(kind: str, params: dict[str, Any]) -> dict[str, Any]:
+def check_params(kind: str, params: Params) -> Params:
     """`params` completed with the defaults of `kind`. Raises ValueError that names what was given
     and what is allowed.
     """
@@ -120,7 +121,7 @@ def check_params(kind: str, params: dict[str, Any]) -> dict[str, Any]:
     return full
 
 
-def build(name: str, kind: str, params: dict[str, Any]) -> dict[str, Any]:
+def build(name: str, kind: str, params: Params) -> Workload:
     """Draws a workload. Raises ValueError for invalid parameters."""
     full = check_params(kind, params)
     waves = _GENERATORS[kind](full)
@@ -133,7 +134,7 @@ def build(name: str, kind: str, params: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def rebuild(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+def rebuild(name: str, entry: PlannedWorkload) -> Workload:
     """Draws a workload of a plan again. Raises ValueError if its fingerprint is not the plan's."""
     workload = build(name, entry["kind"], entry["params"])
     if workload["fingerprint"] != entry["fingerprint"]:
@@ -144,7 +145,7 @@ def rebuild(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     return workload
 
 
-def summarize(workload: dict[str, Any]) -> dict[str, Any]:
+def summarize(workload: Workload) -> PlannedWorkload:
     """A workload as stored in a plan, without tokens."""
     requests = [request for wave in workload["waves"] for request in wave]
     return {
@@ -174,7 +175,7 @@ def tokens_digest(outputs: list[list[int]]) -> str:
     return hashlib.sha256(json.dumps(outputs, separators=(",", ":")).encode()).hexdigest()
 
 
-def _canonical(p: dict[str, Any]) -> Waves:
+def _canonical(p: Params) -> Waves:
     """The workload of nano-vllm's bench.py: draws prompt by prompt (length, then tokens), then all
     output lengths.
     """
@@ -184,7 +185,7 @@ def _canonical(p: dict[str, Any]) -> Waves:
     return [_requests(prompts, lengths, p)]
 
 
-def _shared_prefix(p: dict[str, Any]) -> Waves:
+def _shared_prefix(p: Params) -> Waves:
     """Each request consists of one of the prefixes, chosen at random, and its own tokens."""
     rng = random.Random(p["seed"])
     prefixes = [_tokens(rng, rng.randint(*p["prefix_tokens"]), p) for _ in range(p["num_prefixes"])]
@@ -196,7 +197,7 @@ def _shared_prefix(p: dict[str, Any]) -> Waves:
     return [_requests(prompts, lengths, p)]
 
 
-def _conversation(p: dict[str, Any]) -> Waves:
+def _conversation(p: Params) -> Waves:
     """One wave per turn. A prompt holds the system prompt and all earlier turns. Earlier answers are
     drawn here instead of taken from the engine, so that every engine serves the same work.
     """
@@ -218,7 +219,7 @@ def _conversation(p: dict[str, Any]) -> Waves:
     return waves
 
 
-_GENERATORS: dict[str, Callable[[dict[str, Any]], Waves]] = {
+_GENERATORS: dict[str, Callable[[Params], Waves]] = {
     "canonical": _canonical,
     "random": _canonical,  # the same draws at another scale
     "shared_prefix": _shared_prefix,
@@ -226,19 +227,21 @@ _GENERATORS: dict[str, Callable[[dict[str, Any]], Waves]] = {
 }
 
 
-def _tokens(rng: random.Random, count: int, p: dict[str, Any]) -> list[int]:
+def _tokens(rng: random.Random, count: int, p: Params) -> list[int]:
     return [rng.randint(0, p["vocab_size"] - 1) for _ in range(count)]
 
 
 def _requests(
-    prompts: list[list[int]], lengths: list[int], p: dict[str, Any], first_index: int = 0
+    prompts: list[list[int]], lengths: list[int], p: Params, first_index: int = 0
 ) -> list[Request]:
-    sampling = {name: p[name] for name in _SAMPLING}
     return [
         {
             "prompt_token_ids": prompt,
             "max_tokens": length,
-            **sampling,
+            "temperature": p["temperature"],
+            "top_k": p["top_k"],
+            "top_p": p["top_p"],
+            "ignore_eos": p["ignore_eos"],
             "seed": _request_seed(p["seed"], first_index + i),
         }
         for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))

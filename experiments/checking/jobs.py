@@ -8,8 +8,9 @@ from typing import Any
 
 from experiments.checking import work
 from experiments.checking.pairs import Choice, pairwise
-from experiments.gate.negative_controls import BROKEN, CONTROL_PROMPT
+from experiments.gate.negative_controls import CONTROL_PROMPT, controls
 from experiments.records.factor_levels import level_name
+from experiments.records.types import Config, Device, JsonObject, ModelShape, PlannedProfile
 from experiments.study.plan import inapplicable
 from nanovllm.config import ALL, BASELINE, LEVELS, Optimizations
 from nanovllm.gpu.cuda_graph import fewest_sharing
@@ -29,7 +30,7 @@ class Job:
     name: str
     group: str
     engine: str
-    config: dict[str, Any]
+    config: Config
     dtype: str
     workloads: tuple[str, ...]
     logprobs: tuple[str, ...]
@@ -37,7 +38,7 @@ class Job:
     broken: str | None = None
     like: str | None = None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         return dataclasses.asdict(self)
 
 
@@ -45,9 +46,9 @@ class Job:
 class Scope:
     """What is checked, and on which machine. `shape` and `profile` are as in a plan."""
 
-    profile: dict[str, Any]
-    shape: dict[str, Any]
-    device: str
+    profile: PlannedProfile
+    shape: ModelShape
+    device: Device
     dtypes: tuple[str, ...]
     """All configurations run in the first dtype, some also in the others."""
     peers: tuple[str, ...]
@@ -58,8 +59,8 @@ def control_workloads(vocab_size: int) -> work.Workloads:
     """Fixed workloads in addition to the drawn ones, for broken engines and for engines with another
     random generator.
     """
-    hot = {"temperature": 0.8, "top_k": 0, "top_p": 1.0}
-    cut = {"temperature": 1.0, "top_k": 40, "top_p": 0.9}
+    hot: work.Sampling = {"temperature": 0.8, "top_k": 0, "top_p": 1.0}
+    cut: work.Sampling = {"temperature": 1.0, "top_k": 40, "top_p": 0.9}
     return {
         CONTROL: work.uniform(48, vocab_size, CONTROL_PROMPT, 24, work.GREEDY, seed=1),
         SAMPLED: work.uniform(48, vocab_size, CONTROL_PROMPT, 24, hot, seed=2),
@@ -67,7 +68,7 @@ def control_workloads(vocab_size: int) -> work.Workloads:
     }
 
 
-def never_shared(factor: str, level: Any, shape: dict[str, Any]) -> str | None:
+def never_shared(factor: str, level: Any, shape: ModelShape) -> str | None:
     """Why cascade attention would never engage in a check, if so: it needs more concurrent requests
     with a shared prefix than a check has.
     """
@@ -172,7 +173,7 @@ def all_jobs(scope: Scope, drawn: list[str]) -> tuple[list[Job], list[str]]:
             )
         )
     for dtype in scope.dtypes:
-        for broken in BROKEN:
+        for broken in controls(CONTROL_PROMPT):
             config = {"dtype": dtype, "device": scope.device, "max_num_seqs": 48}
             jobs.append(
                 Job(
@@ -190,7 +191,7 @@ def all_jobs(scope: Scope, drawn: list[str]) -> tuple[list[Job], list[str]]:
     return jobs, absent
 
 
-def engine_config(scope: Scope, dtype: str) -> dict[str, Any]:
+def engine_config(scope: Scope, dtype: str) -> Config:
     return {
         "dtype": dtype,
         "device": scope.device,
@@ -201,7 +202,7 @@ def engine_config(scope: Scope, dtype: str) -> dict[str, Any]:
     }
 
 
-def kv_cache_bytes(shape: dict[str, Any], dtype: str) -> int:
+def kv_cache_bytes(shape: ModelShape, dtype: str) -> int:
     """The size of a KV cache for two of the longest requests: MAX_NUM_SEQS of them do not fit, so
     some are preempted.
     """

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from experiments.checking.results import CheckResult, Line
+
 COLUMNS = (
     "",
     "job",
@@ -34,12 +36,12 @@ def number(value: Any) -> str:
     return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
-def row(line: dict[str, Any]) -> list[str]:
+def row(line: Line) -> list[str]:
     """The table row of one verdict, in the order of COLUMNS."""
-    gate, logprobs = line["gate"] or {}, line.get("logprobs")
+    gate, logprobs = line["gate"], line.get("logprobs")
     verdict = {"pass": "passes", "fail": "fails", "error": "error"}[line["status"]]
     same = f"{line['identical']} of {line['answers']}" if "identical" in line else ""
-    distribution = (gate.get("calibration") or {}).get("distribution")
+    distribution = gate["calibration"].get("distribution") if gate else None
     remark = line["reason"] or (
         f"z = {distribution['z']:.1f}, limit {distribution['z_limit']:.1f}" if distribution else ""
     )
@@ -49,9 +51,11 @@ def row(line: dict[str, Any]) -> list[str]:
         "ok" if line["good"] else "NOT OK",
         line["name"],
         verdict,
-        *(
-            number(gate.get(name))
-            for name in ("tokens_checked", "mismatches", "max_margin", "bound")
+        *map(
+            number,
+            (gate["tokens_checked"], gate["mismatches"], gate["max_margin"], gate["bound"])
+            if gate
+            else (None,) * 4,
         ),
         f"{number(logprobs['engine_error']['max'])} / {number(logprobs['bound']['max'])}"
         if logprobs
@@ -61,7 +65,7 @@ def row(line: dict[str, Any]) -> list[str]:
     ]
 
 
-def headline(result: dict[str, Any]) -> str:
+def headline(result: CheckResult) -> str:
     lines = result["lines"]
     bad = [line for line in lines if not line["good"]]
     right, broken = (
@@ -74,7 +78,7 @@ def headline(result: dict[str, Any]) -> str:
     )
 
 
-def facts(result: dict[str, Any]) -> list[str]:
+def facts(result: CheckResult) -> list[str]:
     """Model, hardware, workloads, noise and skipped configurations; one sentence each."""
     model, work = result["model"], result["workloads"]
     known = [
@@ -92,7 +96,7 @@ def facts(result: dict[str, Any]) -> list[str]:
     return known + [f"Skipped on this machine: {reason}" for reason in result["absent"]]
 
 
-def markdown(result: dict[str, Any]) -> str:
+def markdown(result: CheckResult) -> str:
     def cells(values: list[str]) -> str:
         return (
             "| "
@@ -127,7 +131,7 @@ def markdown(result: dict[str, Any]) -> str:
     )
 
 
-def page(result: dict[str, Any]) -> str:
+def page(result: CheckResult) -> str:
     def cell(column: int, value: str) -> str:
         return f"<td{' class=n' if 3 <= column <= 8 else ''}>{html.escape(value)}</td>"
 
@@ -151,12 +155,12 @@ def page(result: dict[str, Any]) -> str:
     )
 
 
-def write(result: dict[str, Any], folder: Path) -> None:
+def write(result: CheckResult, folder: Path) -> None:
     (folder / "check.md").write_text(markdown(result))
     (folder / "check.html").write_text(page(result))
 
 
-def show(result: dict[str, Any], console: Console) -> None:
+def show(result: CheckResult, console: Console) -> None:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     for index, name in enumerate(COLUMNS[:7]):
         table.add_column(

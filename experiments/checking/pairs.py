@@ -12,7 +12,9 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-Choice = dict[str, Any]
+from experiments.records.types import Config
+
+Choice = Config
 Pair = tuple[tuple[str, Any], tuple[str, Any]]
 
 

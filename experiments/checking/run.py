@@ -10,15 +10,16 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.checking import page, work
 from experiments.checking.jobs import Job, Scope, all_jobs, control_workloads
+from experiments.checking.results import CheckResult, NamedModel
 from experiments.host import model_files, provenance
 from experiments.host.environment import for_subprocess
+from experiments.host.telemetry import gpu_inventory
 from experiments.launch.runner import kill_group, tail
 
 TIMEOUT_S = 900
@@ -30,7 +31,7 @@ class CheckError(Exception):
 
 def run(
     folder: Path,
-    model: dict[str, Any],
+    model: NamedModel,
     scope: Scope,
     drawn: int,
     pythons: dict[str, str],
@@ -63,14 +64,16 @@ def run(
         serve_all(jobs, folder, model["path"], scope, pythons, console, progress)
         judge_all(folder, model["path"], progress)
     verdicts = json.loads((folder / "verdicts.json").read_text())
-    result = {
+    result: CheckResult = {
         "model": model,
         "device": scope.device,
-        "hardware": provenance.of_machine().get("cpu_model") or provenance.cpu_model(),
+        "hardware": hardware_of(scope.device),
         "workloads": {"drawn": len(names), "requests": sum(map(len, workloads.values()))},
         "absent": absent,
         "duration_s": time.monotonic() - begin,
-        **verdicts,
+        "lines": verdicts["lines"],
+        "noise": verdicts["noise"],
+        "good": False,
     }
     result["good"] = all(line["good"] for line in result["lines"])
     (folder / "check.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -189,6 +192,16 @@ def environment() -> dict[str, str]:
     return for_subprocess({"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
 
 
-def find_model(preset: str | None, path: str | None) -> dict[str, Any]:
-    """Raises ModelError."""
-    return {"name": preset or path, **model_files.inspect(preset, path)}
+def find_model(preset: str | None, path: str | None) -> NamedModel:
+    """The model of a check, by preset or folder. Raises ModelError."""
+    found = model_files.inspect(preset, path)
+    return {"name": preset or path or "", "path": found["path"], "digest": found["digest"]}
+
+
+def hardware_of(device: str) -> str:
+    """The hardware that a check ran on: the GPUs of this process, or the CPU."""
+    if device != "cuda":
+        return provenance.cpu_model()
+    names = [gpu["name"] for gpu in gpu_inventory()]
+    counts = {name: names.count(name) for name in names}
+    return ", ".join(f"{n} x {name}" if n > 1 else name for name, n in counts.items()) or "GPU"

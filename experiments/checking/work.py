@@ -10,19 +10,28 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+
+from experiments.records.types import Request
 
 BLOCK_SIZE = 16
 LONGEST_PROMPT, LONGEST_ANSWER = 80, 24
-GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
-SAMPLINGS = (
+
+
+class Sampling(TypedDict):
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+GREEDY: Sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
+SAMPLINGS: tuple[Sampling, ...] = (
     GREEDY,
     {"temperature": 0.6, "top_k": 0, "top_p": 1.0},
     {"temperature": 1.0, "top_k": 20, "top_p": 1.0},
     {"temperature": 0.8, "top_k": 0, "top_p": 0.9},
     {"temperature": 1.3, "top_k": 100, "top_p": 0.8},
 )
-Request = dict[str, Any]
 Workloads = dict[str, list[Request]]
 
 
@@ -86,7 +95,9 @@ def make(members: list[Any], rng: random.Random, vocab_size: int) -> list[Reques
             {
                 "prompt_token_ids": prompt,
                 "max_tokens": answer,
-                **sampling,
+                "temperature": sampling["temperature"],
+                "top_k": sampling["top_k"],
+                "top_p": sampling["top_p"],
                 "seed": seed,
                 "ignore_eos": ignore_eos,
             }
@@ -95,17 +106,20 @@ def make(members: list[Any], rng: random.Random, vocab_size: int) -> list[Reques
 
 
 def uniform(
-    number: int, vocab_size: int, prompt: int, answer: int, sampling: dict[str, float], seed: int
+    number: int, vocab_size: int, prompt: int, answer: int, sampling: Sampling, seed: int
 ) -> list[Request]:
     """Requests of the same length and sampling parameters, which HF's `generate` serves without
     padding.
     """
     rng = random.Random(seed)
-    common = {"max_tokens": answer, **sampling, "ignore_eos": True}
     return [
         {
             "prompt_token_ids": [rng.randrange(vocab_size) for _ in range(prompt)],
-            **common,
+            "max_tokens": answer,
+            "temperature": sampling["temperature"],
+            "top_k": sampling["top_k"],
+            "top_p": sampling["top_p"],
+            "ignore_eos": True,
             "seed": rng.getrandbits(31),
         }
         for _ in range(number)

@@ -17,21 +17,40 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Literal, Protocol, Required, TypedDict
 
 from experiments.host import provenance
 from experiments.host.machine_lock import gpus_needed
 from experiments.records import store
 from experiments.records.ledger import Ledger
+from experiments.records.types import LaunchEntry, LaunchRecord, Plan, Tokens
 
 LOSSES = 3
 """The run ends after a block has lost this many workers: either the block kills them, or the cluster is unstable."""
 PATIENCE_S = 60.0
 """How long to wait for a machine to appear, or to come back."""
 
-Job = dict[str, Any]
-"""{"plan", "block", "earlier": {launch: attempts}, "code_digest"}"""
-Event = dict[str, Any]
+
+class Job(TypedDict):
+    """A block for a worker. earlier: attempts recorded so far, by launch."""
+
+    plan: Plan
+    block: int
+    earlier: dict[str, int]
+    code_digest: str
+
+
+class WorkerEvent(TypedDict, total=False):
+    """An event on a worker; `event` says which of the other keys are there."""
+
+    event: Required[Literal["start", "end", "message", "done", "refused", "lost"]]
+    text: str
+    reason: str
+    launch: LaunchEntry
+    record: LaunchRecord
+    tokens: Tokens
+    logs: dict[str, str]
+    environments: dict[str, str]
 
 
 class WorkerError(Exception):
@@ -49,7 +68,7 @@ class Workers(Protocol):
     def start(self, slot: str, job: Job) -> None:
         """Starts a block on an idle slot."""
 
-    def poll(self, timeout_s: float) -> list[tuple[str, Event]]:
+    def poll(self, timeout_s: float) -> list[tuple[str, WorkerEvent]]:
         """Events since the last call, in order for each slot."""
 
 
@@ -144,10 +163,10 @@ class Dispatcher:
             )
             self.listener("workers", {"count": len(self.running)})
 
-    def _take(self, slot: str, event: Event) -> None:
+    def _take(self, slot: str, event: WorkerEvent) -> None:
         block, kind = self.running[slot], event["event"]
         if kind == "start":
-            self.listener("start", event)
+            self.listener("start", {"launch": event["launch"]})
         elif kind == "end":
             self._record(event)
         elif kind == "message":
@@ -162,7 +181,7 @@ class Dispatcher:
                     block, f"{self.names[slot]} cannot run block {block}: {event['reason']}"
                 )
 
-    def _record(self, event: Event) -> None:
+    def _record(self, event: WorkerEvent) -> None:
         record = event["record"]
         # The worker's copy of the code is not a git repository. Its digest equals ours, so our git
         # state applies.
@@ -206,7 +225,7 @@ class Dispatcher:
         return f"no worker can run block {self.queue[0]}: {why}. Finished blocks are recorded; run the same command to resume."
 
 
-def needs_of(plan: dict[str, Any]) -> str:
+def needs_of(plan: Plan) -> str:
     """The resources that a slot must have, as text."""
     number = gpus_needed(plan)
     return f"{number} GPU{'s' if number > 1 else ''}" if number else "a CPU"

@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from experiments.cluster.dispatch import Dispatcher
 from experiments.cluster.ray_workers import RayWorkers
 from experiments.host import provenance
 from experiments.launch.runner import Runner
 from experiments.records.ledger import Ledger, Listener
+from experiments.records.types import Plan
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Options:
     ray_address: str | None = None
 
 
-Execute = Callable[[dict[str, Any], Path, Options, Listener], bool]
+Execute = Callable[[Plan, Path, Options, Listener], bool]
 
 
-def run_local(plan: dict[str, Any], out: Path, options: Options, listener: Listener) -> bool:
+def run_local(plan: Plan, out: Path, options: Options, listener: Listener) -> bool:
     """Runs pending blocks on this machine, resuming the run in `out`. False if the deadline stopped
     it. Raises RecordError, ModelError.
     """
@@ -47,7 +47,7 @@ def run_local(plan: dict[str, Any], out: Path, options: Options, listener: Liste
         return all(runner.run([block], deadline) for block in blocks)
 
 
-def run_ray(plan: dict[str, Any], out: Path, options: Options, listener: Listener) -> bool:
+def run_ray(plan: Plan, out: Path, options: Options, listener: Listener) -> bool:
     """Runs unfinished blocks on a Ray cluster, each from its beginning. False if the deadline stopped
     it. Raises RecordError, WorkerError.
     """

@@ -16,15 +16,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
-from experiments.cluster.dispatch import Event, Job, WorkerError
+from experiments.cluster.dispatch import Job, WorkerError, WorkerEvent
 from experiments.host import provenance
 from experiments.host.machine_lock import gpus_needed
 from experiments.host.model_files import ModelError
 from experiments.launch.runner import Runner
 from experiments.records import store
 from experiments.records.store import RecordError
+from experiments.records.types import Plan, Tokens
 
 _NOT_SENT = [
     "/.git",
@@ -48,12 +49,21 @@ _NOT_SENT = [
 _OBJECT_STORE_BYTES = 256 << 20
 
 
+class Context(TypedDict):
+    """What a worker must know of the machine that runs the command."""
+
+    pythons: dict[str, str]
+    boot_id: str
+    threads: str | None
+    cache: str
+
+
 class RayWorkers:
     """Ray's nodes as slots. A context manager; a Ray that was started here is shut down with it."""
 
     def __init__(
         self,
-        plan: dict[str, Any],
+        plan: Plan,
         address: str | None = None,
         pythons: dict[str, str] | None = None,
     ) -> None:
@@ -146,7 +156,7 @@ class RayWorkers:
         task = self._run_block.options(
             scheduling_strategy=self._affinity(node_id=node, soft=False), **resources
         )
-        context = {
+        context: Context = {
             "pythons": self._pythons,
             "boot_id": provenance.boot_id(),
             "threads": os.environ.get("OMP_NUM_THREADS"),
@@ -155,7 +165,7 @@ class RayWorkers:
         }
         self._streams[task.remote(job, context)] = slot
 
-    def poll(self, timeout_s: float) -> list[tuple[str, Event]]:
+    def poll(self, timeout_s: float) -> list[tuple[str, WorkerEvent]]:
         if not self._streams:
             time.sleep(timeout_s)
             return []
@@ -173,10 +183,10 @@ class RayWorkers:
                     self._ray.cancel(stream, force=True)
         return events
 
-    def _next(self, stream: Any) -> Event:
+    def _next(self, stream: Any) -> WorkerEvent:
         exceptions = self._ray.exceptions
         try:
-            event: Event = self._ray.get(next(stream))
+            event: WorkerEvent = self._ray.get(next(stream))
         except StopIteration:
             event = {"event": "lost", "reason": "its task ended without a result"}
         except exceptions.RayTaskError as error:
@@ -188,7 +198,7 @@ class RayWorkers:
         return event
 
 
-def run_block(job: Job, context: dict[str, Any]) -> Iterator[Event]:
+def run_block(job: Job, context: Context) -> Iterator[WorkerEvent]:
     """Runs one block in a worker. Each record is yielded before the next launch starts."""
     _be_as_local(context)
     try:
@@ -208,7 +218,7 @@ def run_block(job: Job, context: dict[str, Any]) -> Iterator[Event]:
                 if nice := os.nice(0):
                     text = f"launches run with niceness {nice}, so other processes slow them; start Ray with RAY_worker_niceness=0"
                     yield {"event": "message", "text": text}
-                tokens: dict[str, dict[str, str]] = {}
+                tokens: dict[str, Tokens] = {}
                 runner.listener = lambda event, details: tokens.update(
                     {event: details.get("tokens", {})}
                 )
@@ -223,15 +233,21 @@ def run_block(job: Job, context: dict[str, Any]) -> Iterator[Event]:
                         report.name: report.read_text()
                         for report in folder.glob(store.ENVIRONMENTS)
                     }
-                    written = {"tokens": tokens["end"], "logs": logs, "environments": reports}
-                    yield {"event": "end", "launch": entry, "record": record, **written}
+                    yield {
+                        "event": "end",
+                        "launch": entry,
+                        "record": record,
+                        "tokens": tokens["end"],
+                        "logs": logs,
+                        "environments": reports,
+                    }
     except (RecordError, ModelError) as error:
         yield {"event": "refused", "reason": str(error)}
         return
     yield {"event": "done"}
 
 
-def _be_as_local(context: dict[str, Any]) -> None:
+def _be_as_local(context: Context) -> None:
     """Reverts what Ray sets in a worker's environment, so that launches run as they do without Ray."""
     if context["threads"] is None:
         os.environ.pop("OMP_NUM_THREADS", None)  # Ray sets it to the CPUs of the task

@@ -8,7 +8,9 @@ or, outside this package, by its dotted module path (`tests.support.fake_engine`
 from __future__ import annotations
 
 import importlib
-from typing import Any, Protocol
+from typing import Protocol
+
+from experiments.records.types import Answer, Config, LogprobAnswer, Request, Toggles
 
 ENGINES = ("nanovllm", "hf", "vllm")
 """The adapters in this package."""
@@ -21,16 +23,16 @@ class Adapter(Protocol):
     allowed: tuple[str, ...]
     """The keys of its config. A plan fills in those that all engines share; the launch sets `seed`."""
 
-    def __init__(self, model: str, config: dict[str, Any]) -> None:
+    def __init__(self, model: str, config: Config) -> None:
         """model: the folder of a checkpoint. config: the requested settings; raises ValueError for
         an unknown key.
         """
 
-    def load(self) -> dict[str, Any]:
+    def load(self) -> Config:
         """Imports and starts the engine. Returns the resolved config."""
         ...
 
-    def serve(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
+    def serve(self, requests: list[Request]) -> Answer:
         """Serves requests that arrive together."""
         ...
 
@@ -41,7 +43,7 @@ class Adapter(Protocol):
         """Cumulative counts of what the engine did."""
         ...
 
-    def toggles(self) -> dict[str, dict[str, Any]]:
+    def toggles(self) -> Toggles:
         """The toggles by factor, with cumulative counts; {} for an engine without toggles."""
         ...
 
@@ -54,7 +56,7 @@ class WithLogprobs(Protocol):
     that is not timed.
     """
 
-    def logprobs(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
+    def logprobs(self, requests: list[Request]) -> LogprobAnswer:
         """Serves requests: {"outputs": [[int]], "logprobs": [[float]]}, log softmax(logits)[token]
         of every output token.
         """
@@ -71,7 +73,7 @@ def load_adapter(engine: str) -> type[Adapter]:
     return importlib.import_module(module).Adapter  # type: ignore[no-any-return]
 
 
-def check_config(engine: str, config: dict[str, Any], allowed: tuple[str, ...]) -> None:
+def check_config(engine: str, config: Config, allowed: tuple[str, ...]) -> None:
     """Raises ValueError for a key that an engine does not know."""
     if unknown := sorted(set(config) - set(allowed)):
         raise ValueError(

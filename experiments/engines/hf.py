@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 from experiments.engines import check_config
+from experiments.records.types import Answer, Config, LogprobAnswer, Request, Toggles
 
 
 class Adapter:
@@ -23,12 +24,12 @@ class Adapter:
     name = "hf"
     allowed = ("max_num_seqs", "dtype", "device", "seed")
 
-    def __init__(self, model: str, config: dict[str, Any]) -> None:
+    def __init__(self, model: str, config: Config) -> None:
         check_config(self.name, config, self.allowed)
         self._model_path = model
         self._config = {"device": "cpu", "seed": 0, **config}
 
-    def load(self) -> dict[str, Any]:
+    def load(self) -> Config:
         import torch
         import transformers
 
@@ -54,7 +55,7 @@ class Adapter:
             "torch_threads": torch.get_num_threads(),
         }
 
-    def serve(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
+    def serve(self, requests: list[Request]) -> Answer:
         size = self._config["max_num_seqs"]
         outputs: list[list[int]] = []
         request_times: list[list[float]] = []
@@ -83,7 +84,7 @@ class Adapter:
             "step_times_s": step_times,
         }
 
-    def logprobs(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
+    def logprobs(self, requests: list[Request]) -> LogprobAnswer:
         """Serves requests and keeps the logits of every step (see WithLogprobs). Not timed."""
         size = self._config["max_num_seqs"]
         outputs: list[list[int]] = []
@@ -107,14 +108,14 @@ class Adapter:
     def counters(self) -> dict[str, int]:
         return {}
 
-    def toggles(self) -> dict[str, dict[str, Any]]:
+    def toggles(self) -> Toggles:
         return {}
 
     def close(self) -> None:
         del self._model
 
     def _generate(
-        self, batch: list[dict[str, Any]], logits: list[Any] | None = None
+        self, batch: list[Request], logits: list[Any] | None = None
     ) -> tuple[list[list[int]], list[float]]:
         """The outputs, cut to what each request asked for, and the time of each step. logits: a list
         to which those of each step are added.
@@ -155,7 +156,7 @@ class Adapter:
             rows = generated[:, width:].tolist()
         return [self._cut(request, row) for request, row in zip(batch, rows, strict=True)], moments
 
-    def _generation_config(self, batch: list[dict[str, Any]]) -> Any:
+    def _generation_config(self, batch: list[Request]) -> Any:
         """Raises ValueError if the requests of a batch have different sampling parameters, which
         `generate` does not support.
         """
@@ -181,7 +182,7 @@ class Adapter:
             **sampling,
         )
 
-    def _cut(self, request: dict[str, Any], row: list[int]) -> list[int]:
+    def _cut(self, request: Request, row: list[int]) -> list[int]:
         row = row[: request["max_tokens"]]
         if not request["ignore_eos"]:
             for index, token in enumerate(row):
@@ -189,6 +190,6 @@ class Adapter:
                     return row[: index + 1]
         return row
 
-    def _reason(self, request: dict[str, Any], output: list[int]) -> str:
+    def _reason(self, request: Request, output: list[int]) -> str:
         ended = not request["ignore_eos"] and bool(output) and output[-1] in self._eos_ids
         return "stop" if ended else "length"

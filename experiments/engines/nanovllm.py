@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from experiments.engines import check_config
+from experiments.records.types import Answer, Config, LogprobAnswer, Request, Toggles
 
 
 class Adapter:
@@ -27,11 +28,11 @@ class Adapter:
         "optimizations",
     )
 
-    def __init__(self, model: str, config: dict[str, Any]) -> None:
+    def __init__(self, model: str, config: Config) -> None:
         check_config(self.name, config, self.allowed)
         self._model, self._config = model, config
 
-    def load(self) -> dict[str, Any]:
+    def load(self) -> Config:
         from nanovllm import SamplingParams
         from nanovllm.engine.llm_engine import LLM
 
@@ -39,7 +40,7 @@ class Adapter:
         self._kernels_loaded = count_kernel_loads()
         self._llm: Any = LLM(model=self._model, skip_tokenizer_init=True, **self._config)
         self._watch_the_wait()
-        resolved: dict[str, Any] = self._llm.resolved_config()
+        resolved: Config = self._llm.resolved_config()
         if resolved["optimizations"]["attention_backend"] == "flash_attn":
             from nanovllm.kernels.flash_attn import find_library
 
@@ -74,7 +75,7 @@ class Adapter:
         runner = getattr(self._llm, "runner", None)
         return self._kernels_loaded[0] if hasattr(runner, "model") else None
 
-    def serve(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
+    def serve(self, requests: list[Request]) -> Answer:
         prompts, params = self._inputs(requests)
         steps_before, wait_before = len(self._llm.step_times()), self._wait_s
         begin = time.perf_counter()
@@ -93,7 +94,7 @@ class Adapter:
             "device_wait_s": None if self._wait_s is None else self._wait_s - (wait_before or 0.0),
         }
 
-    def logprobs(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
+    def logprobs(self, requests: list[Request]) -> LogprobAnswer:
         """Serves requests with log-probabilities (see WithLogprobs). Not timed, because this changes
         the work.
         """
@@ -110,12 +111,19 @@ class Adapter:
         }
 
     def _inputs(
-        self, requests: list[dict[str, Any]], **more: Any
-    ) -> tuple[list[dict[str, Any]], list[Any]]:
-        names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
+        self, requests: list[Request], **more: Any
+    ) -> tuple[list[dict[str, list[int]]], list[Any]]:
         prompts = [{"prompt_token_ids": request["prompt_token_ids"]} for request in requests]
         return prompts, [
-            self._sampling_params(**{name: request[name] for name in names}, **more)
+            self._sampling_params(
+                max_tokens=request["max_tokens"],
+                temperature=request["temperature"],
+                top_k=request["top_k"],
+                top_p=request["top_p"],
+                seed=request["seed"],
+                ignore_eos=request["ignore_eos"],
+                **more,
+            )
             for request in requests
         ]
 
@@ -125,7 +133,7 @@ class Adapter:
     def counters(self) -> dict[str, int]:
         return self._llm.stats()  # type: ignore[no-any-return]
 
-    def toggles(self) -> dict[str, dict[str, Any]]:
+    def toggles(self) -> Toggles:
         return self._llm.toggles()  # type: ignore[no-any-return]
 
     def close(self) -> None:

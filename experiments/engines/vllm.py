@@ -30,9 +30,10 @@ from typing import Any
 
 from experiments.engines import check_config
 from experiments.gate.same_work import read_vocabulary
+from experiments.records.types import Answer, Config, LogprobAnswer, Request, Toggles
 
 CACHE = Path(__file__).resolve().parent.parent.parent / ".cache" / "vllm"
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: Config = {
     "device": "cpu",
     "seed": 0,
     "tensor_parallel_size": 1,
@@ -69,13 +70,13 @@ class Adapter:
         *DEFAULTS,
     )
 
-    def __init__(self, model: str, config: dict[str, Any]) -> None:
+    def __init__(self, model: str, config: Config) -> None:
         check_config(self.name, config, self.allowed)
         self._model, self._config = model, {**DEFAULTS, **config}
         self._eos_ids = sorted(read_vocabulary(Path(model))[0])
         self._tally = Tally()
 
-    def load(self) -> dict[str, Any]:
+    def load(self) -> Config:
         """Raises RuntimeError if vLLM was built for another device."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(self._config["multiprocessing"]))
         # vLLM does not delete the sockets of its processes, seven per launch
@@ -102,7 +103,7 @@ class Adapter:
             self._llm.llm_engine.logger_manager = self._tally
         return self._resolved(vllm.__version__)
 
-    def serve(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
+    def serve(self, requests: list[Request]) -> Answer:
         prompts = [{"prompt_token_ids": request["prompt_token_ids"]} for request in requests]
         params = [self._params(request) for request in requests]
         self._tally.begin()
@@ -130,7 +131,7 @@ class Adapter:
             "step_times_s": self._tally.steps,
         }
 
-    def logprobs(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
+    def logprobs(self, requests: list[Request]) -> LogprobAnswer:
         """Serves requests with log-probabilities (see WithLogprobs). Not timed, because this changes
         the work.
         """
@@ -165,7 +166,7 @@ class Adapter:
         """Counters named as in nanovllm.engine.stats.StepStats; {} without request statistics."""
         return self._tally.counters() if self._config["request_statistics"] else {}
 
-    def toggles(self) -> dict[str, dict[str, Any]]:
+    def toggles(self) -> Toggles:
         """The prefix cache, the only optimization whose effect vLLM counts. The resolved config
         shows the levels of the others.
         """
@@ -191,7 +192,7 @@ class Adapter:
             # it differs between launches and does not belong in a record
             del os.environ["VLLM_RPC_BASE_PATH"]
 
-    def _arguments(self) -> dict[str, Any]:
+    def _arguments(self) -> Config:
         config = self._config
         named = (
             "dtype",
@@ -224,19 +225,22 @@ class Adapter:
             "worker_extension_cls": f"{__name__}.Inspector",
         }
 
-    def _params(self, request: dict[str, Any], **more: Any) -> Any:
-        names = ("max_tokens", "temperature", "top_k", "top_p", "ignore_eos")
+    def _params(self, request: Request, **more: Any) -> Any:
         return self._sampling_params(
-            **{name: request[name] for name in names},
+            max_tokens=request["max_tokens"],
+            temperature=request["temperature"],
+            top_k=request["top_k"],
+            top_p=request["top_p"],
+            ignore_eos=request["ignore_eos"],
             seed=request["seed"] if self._config["per_request_seeds"] else None,
             stop_token_ids=None if request["ignore_eos"] else self._eos_ids,
             detokenize=False,
             **more,
         )
 
-    def _resolved(self, version: str) -> dict[str, Any]:
+    def _resolved(self, version: str) -> Config:
         # KV-cache bytes are per worker, as in nanovllm
-        workers: list[dict[str, Any]] = self._llm.collective_rpc("inspect_for_record")
+        workers: list[Config] = self._llm.collective_rpc("inspect_for_record")
         core = self._llm.llm_engine.vllm_config
         resolved = {
             **workers[0],
@@ -260,7 +264,7 @@ class Inspector:
     vllm_config: Any
     model_runner: Any
 
-    def inspect_for_record(self) -> dict[str, Any]:
+    def inspect_for_record(self) -> Config:
         import torch
 
         config, compilation = self.vllm_config, self.vllm_config.compilation_config

@@ -22,17 +22,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
 from experiments import workloads
-from experiments.gate.rescoring import Mutation, Request, Rescorer
+from experiments.gate.rescoring import Mutation, Rescorer
 from experiments.gate.rules import GateParams, GateResult, judge
 from experiments.gate.same_work import read_vocabulary, same_work
 from experiments.gate.verdicts import GateError, Work, find_work, gate_record, read_tokens
 from experiments.host.model_files import ModelError, locate
 from experiments.records import store
+from experiments.records.types import GateRecord, Plan, PlannedModel, Request
 
 
 def rescore(
@@ -86,7 +86,7 @@ def judge_outputs(
 
 
 def check_same_work(
-    plan: dict[str, Any],
+    plan: Plan,
     work: Work,
     requests: list[Request],
     outputs: list[list[int]],
@@ -109,13 +109,15 @@ def check_same_work(
     return problems
 
 
-def find_model(model: dict[str, Any], folder: Path | None = None) -> Path:
+def find_model(model: PlannedModel, folder: Path | None = None) -> Path:
     """The checkpoint's folder, from a plan's `model` or given by `folder`. Builds a preset that is
     not in the cache yet.
 
     The digest of the files that will be loaded is compared with the plan's. Raises GateError.
     """
-    chosen = {"digest": None, **model} | ({"preset": None, "path": str(folder)} if folder else {})
+    chosen = model
+    if folder:
+        chosen = {**model, "preset": None, "path": str(folder)}
     try:
         path = locate(chosen, here=True)
     except ModelError as error:
@@ -136,9 +138,7 @@ def failed_same_work(problems: list[str]) -> GateResult:
 class Gate:
     """The gate over one folder of records. Models are loaded when first needed."""
 
-    def __init__(
-        self, plan: dict[str, Any], folder: store.Folder, model: Path | None = None
-    ) -> None:
+    def __init__(self, plan: Plan, folder: store.Folder, model: Path | None = None) -> None:
         """model: the folder of the plan's checkpoint, if it is elsewhere on this machine. Raises
         GateError.
         """
@@ -195,7 +195,7 @@ class Gate:
     def all_work(self) -> list[Work]:
         return find_work(self.folder.records, self.plan["plan_hash"])
 
-    def judge(self, work: Work) -> store.Record:
+    def judge(self, work: Work) -> GateRecord:
         try:
             outputs = read_tokens(self.folder.path, work.tokens_digest)
         except GateError as error:
@@ -213,7 +213,7 @@ class Gate:
         )
         return gate_record(self.plan, work, result)
 
-    def negative_controls(self) -> Iterator[store.Record]:
+    def negative_controls(self) -> Iterator[GateRecord]:
         """A gate record for each way of breaking the reference or the tokens; all have to fail."""
         from experiments.gate.negative_controls import controls, tamper
 
@@ -226,7 +226,8 @@ class Gate:
         outputs = read_tokens(self.folder.path, work.tokens_digest)
         requests, outputs = some_of(self.requests_of(work.workload), outputs, self.params)
         results = {}
-        for name, mutate in controls(requests).items():
+        shortest = min(len(request["prompt_token_ids"]) for request in requests)
+        for name, mutate in controls(shortest).items():
             say(f"negative control: {name}")
             results[name] = rescore(
                 self.model_dir,
@@ -336,12 +337,12 @@ def run_controls(gate: Gate) -> int:
     return 0 if all(caught) else 1
 
 
-def describe(record: store.Record) -> str:
+def describe(record: GateRecord) -> str:
     if record["status"] == "error" or not record["tokens_checked"]:
         return str(record["reason"])
-    drawn = (record["calibration"] or {}).get("distribution") or {}
+    drawn = record["calibration"].get("distribution")
     # by another generator: nothing has a margin
-    if drawn.get("tokens") == record["tokens_checked"]:
+    if drawn and drawn["tokens"] == record["tokens_checked"]:
         judged = (
             f"sampled by its own generator, z = {drawn['z']:.2f} (limit {drawn['z_limit']:.2f})"
         )

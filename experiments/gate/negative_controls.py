@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from experiments.gate.rescoring import Mutation, Request, Rescorer
+from experiments.gate.rescoring import Mutation, Rescorer
 from experiments.gate.rules import GateParams, judge
+from experiments.records.types import Request
 
 CONTROL_PROMPT = 48
 
@@ -60,21 +61,11 @@ def swap_kv_slots(model: Any, layer: int | None = None, first: int = 0, second: 
         getattr(attention, name).register_forward_hook(swap)
 
 
-BROKEN: dict[str, Mutation] = {
-    "rope_theta 10 % off": scale_rope_theta,
-    "epsilon 1e-3 in one layer's norm": change_norm_epsilon,
-    "one KV slot of one layer swapped": partial(
-        swap_kv_slots, first=CONTROL_PROMPT - 2, second=CONTROL_PROMPT - 1
-    ),
-}
-"""Engines broken on purpose, for prompts of CONTROL_PROMPT tokens each: the last two slots of the prompt are exchanged."""
-
-
-def controls(requests: Sequence[Request]) -> dict[str, Mutation]:
-    """Mutations by name. The swapped slots are the last ones that all prompts have: far from them
-    nobody looks any more.
+def controls(prompt_tokens: int) -> dict[str, Mutation]:
+    """All mutations by name, for prompts of at least this length. The swapped KV slots are the last
+    ones that all prompts have, because positions far back get little attention.
     """
-    end = max(2, min(len(request["prompt_token_ids"]) for request in requests))
+    end = max(2, prompt_tokens)
     return {
         "rope_theta 10 % off": scale_rope_theta,
         "epsilon 1e-3 in one layer's norm": change_norm_epsilon,

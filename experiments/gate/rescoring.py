@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from experiments.gate.logit_margins import Rows
 from experiments.gate.reference_model import check_decomposition, last_hidden_states, make_exact
 from experiments.gate.scoring import Scores, score_rows
+from experiments.records.types import Request
 from nanovllm.models import generated
 from nanovllm.models.config import load_hf_config
 from nanovllm.models.families import model_class
@@ -35,8 +36,6 @@ DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SMALL_ROW_BYTES = 2**19
 """Rows of logits up to this size are scored on one thread."""
 
-# as in a workload: prompt_token_ids, max_tokens, temperature, top_k, top_p, seed, ignore_eos
-Request = dict[str, Any]
 Mutation = Callable[[nn.Module], None]
 
 
@@ -221,7 +220,7 @@ def rows_of(
 
     def column(name: str, dtype: torch.dtype) -> Tensor:
         return (
-            torch.tensor([request[name] for request in requests], dtype=dtype)
+            torch.tensor([request[name] for request in requests], dtype=dtype)  # type: ignore[literal-required]
             .repeat_interleave(counts)
             .to(device)
         )

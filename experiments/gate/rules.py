@@ -21,7 +21,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +33,15 @@ from experiments.gate.significance import (
     quantile,
     quantiles,
     self_normalized_excess,
+)
+from experiments.records.types import (
+    Calibration,
+    Distribution,
+    GateStatus,
+    JsonObject,
+    Offender,
+    PositionErrors,
+    Verdict,
 )
 
 
@@ -72,7 +80,7 @@ class GateParams:
                 )
 
     @classmethod
-    def from_plan(cls, gate: dict[str, Any]) -> GateParams:
+    def from_plan(cls, gate: JsonObject) -> GateParams:
         allowed = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(gate) - set(allowed)):
             raise ValueError(
@@ -90,16 +98,30 @@ class GateResult:
     noise explains.
     """
 
-    status: str  # "pass" | "fail"
+    status: GateStatus
     reason: str | None
     tokens_checked: int
     mismatches: int
     within_bound: int
     max_margin: float
     bound: float
-    calibration: dict[str, Any]
-    first_offender: dict[str, Any] | None
+    calibration: Calibration
+    first_offender: Offender | None
     duration_s: float = 0.0
+
+    def as_verdict(self) -> Verdict:
+        return {
+            "status": self.status,
+            "reason": self.reason,
+            "tokens_checked": self.tokens_checked,
+            "mismatches": self.mismatches,
+            "within_bound": self.within_bound,
+            "max_margin": self.max_margin,
+            "bound": self.bound,
+            "calibration": self.calibration,
+            "first_offender": self.first_offender,
+            "duration_s": self.duration_s,
+        }
 
     @property
     def passed(self) -> bool:
@@ -112,7 +134,7 @@ class LogprobResult:
     "q999", "max"}, in nats.
     """
 
-    status: str
+    status: GateStatus
     reason: str | None
     positions: int
     engine_error: dict[str, float]
@@ -192,13 +214,13 @@ def judge(scores: Sequence[Scores], dtype: str, params: GateParams) -> GateResul
     )
 
 
-def by_position(scores: Sequence[Scores]) -> list[dict[str, Any]]:
+def by_position(scores: Sequence[Scores]) -> list[PositionErrors]:
     """Errors by output position: for ranges [first, last] of doubling length, the number of tokens,
     of mismatches, and quantiles of the margin and of HF's error. Shows engines that go wrong late.
     """
     position = torch.cat([torch.arange(len(s)) for s in scores])
     everything = Scores.cat(scores)
-    result = []
+    result: list[PositionErrors] = []
     first, end = 0, int(position.max()) + 1
     while first < end:
         last = min(end, 2 * first + 16) - 1
@@ -220,7 +242,7 @@ def by_position(scores: Sequence[Scores]) -> list[dict[str, Any]]:
 
 def judge_distribution(
     scores: Sequence[Scores], params: GateParams
-) -> tuple[dict[str, Any], list[str]]:
+) -> tuple[Distribution, list[str]]:
     """Tests whether tokens of an unknown random generator follow the reference's distribution.
     Given the tokens before it, log p(token) + entropy has mean 0.
 
@@ -263,7 +285,7 @@ def judge_distribution(
             f"request {worst}: its tokens are too unlikely under the reference (log evidence "
             f"{float(evidence[worst]):.1f}, limit {evidence_limit:.1f})"
         )
-    result = {
+    result: Distribution = {
         "z": z,
         "z_limit": limit,
         "hf_drift_z": drift_z,
@@ -334,7 +356,7 @@ def _all(scores: Sequence[Scores]) -> Scores:
     return Scores.cat(scores)
 
 
-def _offender(scores: Sequence[Scores], bound: float, worst: int) -> dict[str, Any]:
+def _offender(scores: Sequence[Scores], bound: float, worst: int) -> Offender:
     """The first token beyond the bound, by request and position, else the one with the largest
     margin.
     """

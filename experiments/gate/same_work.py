@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from experiments.records.types import Request
 
 
 def same_work(
-    requests: Sequence[dict[str, Any]],
+    requests: Sequence[Request],
     outputs: Sequence[Sequence[int]],
     finish_reasons: dict[str, int],
     eos_token_ids: set[int],

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import json
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from experiments import workloads
 from experiments.gate.rules import GateResult
 from experiments.records import store
+from experiments.records.types import GateRecord, LaunchRecord, Plan, Verdict
 
 NATIVE_ENGINES = {"nanovllm"}
 """Engines that sample with our random generator. Sampled tokens of others are judged by their distribution."""
@@ -28,7 +27,7 @@ class Work:
 
     workload: str
     tokens_digest: str
-    launches: tuple[store.Record, ...]
+    launches: tuple[LaunchRecord, ...]
 
     @property
     def key(self) -> tuple[str, str]:
@@ -47,7 +46,7 @@ class Work:
 
 def find_work(all_records: list[store.Record], plan_hash: str) -> list[Work]:
     """The distinct outputs of the launches that count, in order of appearance."""
-    found: dict[tuple[str, str], list[store.Record]] = {}
+    found: dict[tuple[str, str], list[LaunchRecord]] = {}
     for launch in store.counted(all_records):
         if launch["plan_hash"] == plan_hash:
             for name, served in launch["workloads"].items():
@@ -75,10 +74,26 @@ def read_tokens(folder: Path, digest: str) -> list[list[int]]:
 
 
 def gate_record(
-    plan: dict[str, Any], work: Work, result: GateResult | str, *, negative_control: bool = False
-) -> store.Record:
+    plan: Plan, work: Work, result: GateResult | str, *, negative_control: bool = False
+) -> GateRecord:
     """The gate record of a verdict, or of an error if `result` is an error message."""
-    record: store.Record = {
+    verdict: Verdict = (
+        result.as_verdict()
+        if isinstance(result, GateResult)
+        else {
+            "status": "error",
+            "reason": result,
+            "tokens_checked": 0,
+            "mismatches": 0,
+            "within_bound": 0,
+            "max_margin": None,
+            "bound": None,
+            "calibration": {},
+            "first_offender": None,
+            "duration_s": 0.0,
+        }
+    )
+    return {
         "kind": "gate",
         "schema": store.SCHEMA,
         "study": plan["study"]["name"],
@@ -86,23 +101,6 @@ def gate_record(
         "workload": work.workload,
         "tokens_digest": work.tokens_digest,
         "dtype": plan["model"]["dtype"],
+        **verdict,
+        "is_negative_control": negative_control,
     }
-    if isinstance(result, str):
-        nothing = {
-            "tokens_checked": 0,
-            "mismatches": 0,
-            "within_bound": 0,
-            "max_margin": None,
-            "bound": None,
-        }
-        record |= {
-            "status": "error",
-            "reason": result,
-            **nothing,
-            "calibration": {},
-            "first_offender": None,
-            "duration_s": 0.0,
-        }
-    else:
-        record |= dataclasses.asdict(result)
-    return record | {"is_negative_control": negative_control}

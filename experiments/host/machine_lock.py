@@ -14,13 +14,13 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from experiments.records.store import RecordError
+from experiments.records.types import Config, Plan
 
 
 @contextlib.contextmanager
-def held(plan: dict[str, Any], out: Path) -> Iterator[None]:
+def held(plan: Plan, out: Path) -> Iterator[None]:
     """Locks what the plan's launches use, while the context is open. Raises RecordError if another
     runner has locked it.
     """
@@ -34,7 +34,7 @@ def held(plan: dict[str, Any], out: Path) -> Iterator[None]:
         yield
 
 
-def gpus(plan: dict[str, Any]) -> list[str]:
+def gpus(plan: Plan) -> list[str]:
     """The GPUs that the launches of a plan use on this machine, named as in CUDA_VISIBLE_DEVICES."""
     number = gpus_needed(plan)
     variables = os.environ | plan["study"]["measurement"]["environment"]
@@ -46,7 +46,7 @@ def gpus(plan: dict[str, Any]) -> list[str]:
     return (visible or [str(index) for index in range(number)])[:number]
 
 
-def gpus_needed(plan: dict[str, Any]) -> int:
+def gpus_needed(plan: Plan) -> int:
     """The largest number of GPUs that a cell of the plan needs; 0 for a study on the CPU."""
     if plan["profile"]["device"] == "cpu":
         return 0
@@ -56,7 +56,7 @@ def gpus_needed(plan: dict[str, Any]) -> int:
     )
 
 
-def _parallel(config: dict[str, Any], kind: str) -> int:
+def _parallel(config: Config, kind: str) -> int:
     """The tensor or data parallel size of a cell: one of our engine's optimizations, a plain setting
     of vLLM, and 1 for engines without it.
     """

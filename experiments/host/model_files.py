@@ -11,9 +11,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from experiments.host.environment import for_subprocess
+from experiments.records.types import ModelFiles, ModelShape, PlannedModel
 
 _PREPARE = (
     "import json, sys; from experiments.host.model_files import prepare; "
@@ -36,7 +36,7 @@ class ModelError(Exception):
     """A checkpoint that is missing or not the requested one; the message says what to do."""
 
 
-def locate(model: dict[str, Any], *, here: bool = False) -> Path:
+def locate(model: PlannedModel, *, here: bool = False) -> Path:
     """The folder of a plan's model; builds a preset that is not in the cache yet. Raises ModelError
     if its digest is not the plan's. A plan without a digest accepts any folder. here: see `inspect`.
     """
@@ -52,22 +52,24 @@ def locate(model: dict[str, Any], *, here: bool = False) -> Path:
     return Path(found["path"])
 
 
-def inspect(preset: str | None, path: str | None, *, here: bool = False) -> dict[str, Any]:
+def inspect(preset: str | None, path: str | None, *, here: bool = False) -> ModelFiles:
     """The path and digest of a preset (built if necessary) or a folder. Raises ModelError.
 
     The digest is cached until a file changes. here: compute it in this process, which has imported
     torch anyway. A runner must not do that: torch might open the GPU that its launches use.
     """
-    found = _inspect(preset, path, here)
-    if state_of(Path(found["path"])) != found["state"]:
+    found, state = _inspect(preset, path, here)
+    if state_of(Path(found["path"])) != state:
         _inspect.cache_clear()
-        found = _inspect(preset, path, here)
-    return {"path": found["path"], "digest": found["digest"]}
+        found, _ = _inspect(preset, path, here)
+    return found
 
 
 @functools.lru_cache(maxsize=16)
-def _inspect(preset: str | None, path: str | None, here: bool) -> dict[str, Any]:
-    """The same, with the `state` of the files that were digested."""
+def _inspect(
+    preset: str | None, path: str | None, here: bool
+) -> tuple[ModelFiles, list[tuple[str, int, int]]]:
+    """The same, with the state of the files that were digested."""
     if path is not None:
         _check_folder(path)
     before = state_of(Path(path)) if path is not None else None
@@ -94,10 +96,10 @@ def _inspect(preset: str | None, path: str | None, here: bool) -> dict[str, Any]
             last = done.stderr.strip().splitlines()[-1:] or ["no message"]
             raise ModelError(f"model {preset or path}: cannot be prepared: {last[0]}")
         found = json.loads(done.stdout.strip().splitlines()[-1])
-    return {**found, "state": before or state_of(Path(found["path"]))}
+    return found, before or state_of(Path(found["path"]))
 
 
-def prepare(preset: str | None, path: str | None) -> dict[str, Any]:
+def prepare(preset: str | None, path: str | None) -> ModelFiles:
     """Builds a preset and computes the digest, with the engine's code, which imports torch."""
     from nanovllm.models.checkpoint import checkpoint_digest, ensure_checkpoint
 
@@ -142,9 +144,9 @@ def download(hub_id: str) -> Path:
     return Path(done.stdout.strip().splitlines()[-1])
 
 
-def shape(folder: Path) -> dict[str, Any]:
+def shape(folder: Path) -> ModelShape:
     """The sizes of a checkpoint, from its config.json."""
     config = json.loads((folder / "config.json").read_text())
-    found = {name: config[name] for name in _SHAPE if name in config}
+    found: ModelShape = {name: config[name] for name in _SHAPE if name in config}  # type: ignore[assignment]
     found.setdefault("head_dim", found["hidden_size"] // found["num_attention_heads"])
     return found

@@ -10,11 +10,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from experiments.host.environment import ROOT, for_subprocess
 from experiments.host.telemetry import gpu_inventory
 from experiments.records import store
+from experiments.records.types import GitState, InterpreterProvenance, MachineProvenance
 from nanovllm import host_limits
 
 _PACKAGES = (
@@ -83,7 +83,7 @@ _MEASURED_CODE = (
 )
 
 
-def of_machine() -> dict[str, Any]:
+def of_machine() -> MachineProvenance:
     """The part that is the same for all launches of a run: code and machine. Takes some ten
     milliseconds.
     """
@@ -98,7 +98,7 @@ def of_machine() -> dict[str, Any]:
     }
 
 
-def of_interpreter() -> dict[str, Any]:
+def of_interpreter() -> InterpreterProvenance:
     """The part that depends on the engine process: interpreter, packages, relevant environment
     variables.
     """
@@ -143,7 +143,7 @@ def collect_env(python: str, folder: Path) -> str | None:
     return path.name
 
 
-def git_state(root: Path = ROOT) -> dict[str, Any] | None:
+def git_state(root: Path = ROOT) -> GitState | None:
     """Commit (None before the first one), branch, and a digest of all uncommitted changes. None
     without git, and if `root` only lies inside another repository.
     """
@@ -151,7 +151,7 @@ def git_state(root: Path = ROOT) -> dict[str, Any] | None:
     if top is None or Path(top).resolve() != root.resolve():
         return None
     status = _git(root, "status", "--porcelain", "--untracked-files=all") or ""
-    state: dict[str, Any] = {
+    state: GitState = {
         "commit": _git(root, "rev-parse", "--verify", "--quiet", "HEAD"),
         "branch": _git(root, "symbolic-ref", "--short", "--quiet", "HEAD"),
         "dirty": bool(status),

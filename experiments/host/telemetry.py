@@ -18,11 +18,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from experiments.records.types import Gpu, JsonObject, Telemetry
+
 _PROC = Path("/proc")
 _MAX_SAMPLES = 120
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
-Sample = dict[str, Any]
+Sample = JsonObject
 
 
 class Sampler:
@@ -50,7 +52,7 @@ class Sampler:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> dict[str, Any]:
+    def stop(self) -> Telemetry:
         """Stops sampling and returns the telemetry for the record."""
         self._stop.set()
         self._thread.join()
@@ -283,7 +285,7 @@ class _Nvml:
             else nvml.nvmlDeviceGetHandleByUUID(name)
         )
 
-    def sample(self) -> tuple[list[dict[str, Any]], int, set[int]]:
+    def sample(self) -> tuple[list[JsonObject], int, set[int]]:
         """(state of each GPU, memory in use on all of them in bytes, the processes that compute on
         them).
         """
@@ -337,10 +339,10 @@ class _NvidiaSmi:
 
     def __init__(self, visible: str | None) -> None:
         self._visible = visible
-        self._last: tuple[list[dict[str, Any]], int, set[int]] = ([], 0, set())
+        self._last: tuple[list[JsonObject], int, set[int]] = ([], 0, set())
         self._last_s = float("-inf")
 
-    def sample(self) -> tuple[list[dict[str, Any]], int, set[int]]:
+    def sample(self) -> tuple[list[JsonObject], int, set[int]]:
         if time.monotonic() - self._last_s < 2:
             return self._last
         gpus, used = [], 0
@@ -413,14 +415,14 @@ def visible_gpus(uuids: Sequence[str]) -> list[str]:
     return found
 
 
-def gpu_inventory() -> list[dict[str, Any]]:
+def gpu_inventory() -> list[Gpu]:
     """Name, memory and driver of each GPU that this process may use; empty without an NVIDIA driver.
 
     A MIG instance is listed with the name and memory of the first GPU, because nvidia-smi does not
     report which GPU it belongs to.
     """
     rows = nvidia_smi("--query-gpu=uuid,name,memory.total,driver_version")
-    found = []
+    found: list[Gpu] = []
     for shown in visible_gpus([row[0] for row in rows]) if rows else []:
         named = (
             row for index, row in enumerate(rows) if shown == str(index) or row[0].startswith(shown)

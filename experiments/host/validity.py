@@ -7,7 +7,7 @@ repeated (docs/adr/0002).
 
 from __future__ import annotations
 
-from typing import Any
+from experiments.records.types import Telemetry, ValidityRules
 
 HARMFUL = ("hw_slowdown", "sw_thermal", "hw_thermal", "hw_power_brake")
 THROTTLE_REASONS = (*HARMFUL, "power_cap")
@@ -16,7 +16,7 @@ its power cap, so that is allowed unless a study forbids it.
 """
 
 
-def objections(telemetry: dict[str, Any], rules: dict[str, Any] | None) -> list[str]:
+def objections(telemetry: Telemetry, rules: ValidityRules | None) -> list[str]:
     """The rules that a launch violated, each with what was observed and what is allowed. Empty for a
     valid launch, and for plans of an older version, which had no rules.
     """

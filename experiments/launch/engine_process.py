@@ -16,14 +16,24 @@ import threading
 import time
 import zlib
 from pathlib import Path
-from typing import Any
 
 from experiments import workloads
 from experiments.engines import Adapter, load_adapter
 from experiments.host import provenance, telemetry
 from experiments.records.factor_levels import level_name
+from experiments.records.types import (
+    Config,
+    LaunchResult,
+    Measured,
+    Plan,
+    PlannedMeasurement,
+    Request,
+    ServedWorkload,
+    Toggles,
+    Tokens,
+    Workload,
+)
 
-Plan = dict[str, Any]
 MOST_SERVINGS, MOST_DISCARDED = 15, 3
 """Limits for a workload that is served repeatedly (`measurement.least_timed_s`)."""
 
@@ -57,7 +67,7 @@ def die_with_runner() -> None:
     threading.Thread(target=watch, name="die-with-runner", daemon=True).start()
 
 
-def serve_launch(plan: Plan, launch_id: str, model: str) -> dict[str, Any]:
+def serve_launch(plan: Plan, launch_id: str, model: str) -> LaunchResult:
     """The measured part of a record (times, counters, toggles, digests) and the tokens by digest."""
     launch = next(entry for entry in plan["launches"] if entry["launch"] == launch_id)
     cell = plan["cells"][launch["cell"]]
@@ -73,8 +83,8 @@ def serve_launch(plan: Plan, launch_id: str, model: str) -> dict[str, Any]:
     warm = time.perf_counter()
 
     toggles_before = named(adapter.toggles())
-    served: dict[str, Any] = {}
-    tokens: dict[str, str] = {}
+    served: dict[str, ServedWorkload] = {}
+    tokens: Tokens = {}
     problems: list[str] = []
     for name in launch["workload_order"]:
         served[name], outputs = serve_steadily(
@@ -84,9 +94,9 @@ def serve_launch(plan: Plan, launch_id: str, model: str) -> dict[str, Any]:
         packed = zlib.compress(json.dumps(outputs, separators=(",", ":")).encode(), 6)
         tokens[served[name]["tokens_digest"]] = base64.b64encode(packed).decode()
     toggles = increase(toggles_before, named(adapter.toggles()))
-    problems += wrong_toggles(toggles, cell)
+    problems += wrong_toggles(toggles, cell["config"])
     adapter.close()
-    record = {
+    record: Measured = {
         "status": "invalid" if problems else "ok",
         "reason": "; ".join(problems) or None,
         "resolved": resolved,
@@ -99,25 +109,24 @@ def serve_launch(plan: Plan, launch_id: str, model: str) -> dict[str, Any]:
     return {"record": record, "tokens": tokens}
 
 
-def warm_up(adapter: Adapter, work: dict[str, Any], measurement: dict[str, Any]) -> None:
+def warm_up(adapter: Adapter, work: dict[str, Workload], measurement: PlannedMeasurement) -> None:
     """Serves the first requests of every wave with short outputs, for everything that happens on
     first use: compilation, page faults, memory allocation.
     """
     for workload in work.values():
         for wave in workload["waves"]:
             head = wave[: measurement["warm_up_requests"]]
-            adapter.serve(
-                [
-                    {**r, "max_tokens": min(r["max_tokens"], measurement["warm_up_tokens"])}
-                    for r in head
-                ]
-            )
+            short: list[Request] = [
+                {**r, "max_tokens": min(r["max_tokens"], measurement["warm_up_tokens"])}
+                for r in head
+            ]
+            adapter.serve(short)
     adapter.reset()
 
 
 def serve_steadily(
-    adapter: Adapter, workload: dict[str, Any], least_timed_s: float
-) -> tuple[dict[str, Any], list[list[int]]]:
+    adapter: Adapter, workload: Workload, least_timed_s: float
+) -> tuple[ServedWorkload, list[list[int]]]:
     """Serves a workload once or, with `least_timed_s`, repeatedly until the counted repetitions took
     that long in total. Returns the record and the outputs of the repetition of median duration (the
     shorter of the middle two for an even number).
@@ -130,7 +139,7 @@ def serve_steadily(
         return serve_workload(adapter, workload)
     first_uses = getattr(adapter, "kernels_loaded", lambda: 0)
     before = first_uses()
-    servings: list[tuple[dict[str, Any], list[list[int]]]] = []
+    servings: list[tuple[ServedWorkload, list[list[int]]]] = []
     discarded: list[float] = []
     while not servings or (
         sum(s["duration_s"] for s, _ in servings) < least_timed_s and len(servings) < MOST_SERVINGS
@@ -151,15 +160,12 @@ def serve_steadily(
     order = sorted(range(len(servings)), key=lambda n: servings[n][0]["duration_s"])
     record, outputs = servings[order[(len(order) - 1) // 2]]
     counted = [round(s["duration_s"], 6) for s, _ in servings]
-    return record | {
-        "servings_s": counted,
-        "rehearsals_s": [round(seconds, 6) for seconds in discarded],
-    }, outputs
+    record["servings_s"] = counted
+    record["rehearsals_s"] = [round(seconds, 6) for seconds in discarded]
+    return record, outputs
 
 
-def serve_workload(
-    adapter: Adapter, workload: dict[str, Any]
-) -> tuple[dict[str, Any], list[list[int]]]:
+def serve_workload(adapter: Adapter, workload: Workload) -> tuple[ServedWorkload, list[list[int]]]:
     """Serves all waves. Returns the record and the outputs. Request times of later waves are offset
     by the duration of the waves before.
     """
@@ -199,7 +205,7 @@ def serve_workload(
     }, outputs
 
 
-def wrong_work(workload: dict[str, Any], outputs: list[list[int]]) -> list[str]:
+def wrong_work(workload: Workload, outputs: list[list[int]]) -> list[str]:
     """How the outputs differ in number and length from what was requested; empty if they do not."""
     requests = [request for wave in workload["waves"] for request in wave]
     if len(outputs) != len(requests):
@@ -217,14 +223,12 @@ def wrong_work(workload: dict[str, Any], outputs: list[list[int]]) -> list[str]:
     return []
 
 
-def wrong_toggles(toggles: dict[str, Any], cell: dict[str, Any]) -> list[str]:
+def wrong_toggles(toggles: Toggles, config: Config) -> list[str]:
     """Toggles that are not at the requested level, that are on but had no effect, or that are off
     but had one.
     """
     problems = []
-    requested = {
-        name: level_name(value) for name, value in cell["config"].get("optimizations", {}).items()
-    }
+    requested = {name: level_name(value) for name, value in config.get("optimizations", {}).items()}
     for factor, toggle in toggles.items():
         if factor in requested and toggle["level"] != requested[factor]:
             problems.append(
@@ -240,7 +244,7 @@ def wrong_toggles(toggles: dict[str, Any], cell: dict[str, Any]) -> list[str]:
     return problems
 
 
-def named(toggles: dict[str, Any]) -> dict[str, Any]:
+def named(toggles: Toggles) -> Toggles:
     """An adapter's toggles, with levels written as in plans (on, off)."""
     return {
         factor: {
@@ -252,9 +256,9 @@ def named(toggles: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def increase(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+def increase(before: Toggles, after: Toggles) -> Toggles:
     """`after` with cumulative counters replaced by their increase since `before`."""
-    result = {}
+    result: Toggles = {}
     for factor, toggle in after.items():
         old = before[factor]
         opportunity = (

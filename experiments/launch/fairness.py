@@ -19,6 +19,7 @@ from typing import Any
 from experiments.records import store
 from experiments.records.factor_levels import level_name
 from experiments.records.store import Record, RecordError
+from experiments.records.types import Config, LaunchRecord, Levels, Plan, PlannedComparison
 
 LIMITS = ("max_num_seqs", "max_num_batched_tokens", "max_model_len")
 _NOT_A_DIFFERENCE = {
@@ -36,7 +37,7 @@ class FairnessError(RecordError):
     """An unfair comparison; the message names the cells and what differs."""
 
 
-def check_plan(plan: dict[str, Any]) -> None:
+def check_plan(plan: Plan) -> None:
     """Raises FairnessError if the requested settings violate the rule of a comparison."""
     comparisons = plan["study"].get("comparisons", {})
     if comparisons and plan["model"]["digest"] is None:
@@ -61,7 +62,7 @@ def check_plan(plan: dict[str, Any]) -> None:
             _stop(name, comparison, ours, theirs, found)
 
 
-def check_launches(plan: dict[str, Any], all_records: Iterable[Record]) -> None:
+def check_launches(plan: Plan, all_records: Iterable[Record]) -> None:
     """Raises FairnessError if launches that count violate the rule of a comparison."""
     comparisons = plan["study"].get("comparisons", {})
     if not comparisons:
@@ -74,21 +75,22 @@ def check_launches(plan: dict[str, Any], all_records: Iterable[Record]) -> None:
                 _stop(name, comparison, ours, theirs, found)
 
 
-def pairs(plan: dict[str, Any], comparison: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def pairs(plan: Plan, comparison: PlannedComparison) -> Iterator[tuple[str, str]]:
     """The (our cell, their cell) pairs of a comparison, without cells that cannot run here."""
     for theirs in comparison["theirs"]:
         if comparison["ours"] in plan["cells"] and theirs in plan["cells"]:
             yield comparison["ours"], theirs
 
 
-def breaches(plan: dict[str, Any], rule: str, mine: Record, other: Record) -> Iterator[str]:
+def breaches(plan: Plan, rule: str, mine: LaunchRecord, other: LaunchRecord) -> Iterator[str]:
     """What two launches must share but do not, as text."""
     left, right = mine["resolved"], other["resolved"]
     if left.get("dtype") != right.get("dtype"):
         yield _differ("dtype", left.get("dtype"), right.get("dtype"))
     for workload, entry in plan["workloads"].items():
         for record in (mine, other):
-            served = record["workloads"].get(workload, {}).get("fingerprint")
+            found = record["workloads"].get(workload)
+            served = found["fingerprint"] if found else None
             if served != entry["fingerprint"]:
                 yield f"{record['cell']} served {workload} with fingerprint {served}, the plan's is {entry['fingerprint']}"
     yield from _kv_breaches(left, right, must_report=rule == "like-for-like")
@@ -112,7 +114,7 @@ def breaches(plan: dict[str, Any], rule: str, mine: Record, other: Record) -> It
             )
 
 
-def switches(resolved: dict[str, Any]) -> dict[str, Any]:
+def switches(resolved: Config) -> Levels:
     """{optimization: level} by our names, from our `optimizations` or another engine's `levels`; {}
     if the engine reports none.
     """
@@ -122,7 +124,7 @@ def switches(resolved: dict[str, Any]) -> dict[str, Any]:
     return levels | {"compile": "on" if levels.get("kernels") == "compile" else "off"}
 
 
-def differences(left: dict[str, Any], right: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+def differences(left: Config, right: Config) -> list[tuple[str, Any, Any]]:
     """(setting, ours, theirs) of all differences between two resolved configs; None if an engine has
     no such setting.
     """
@@ -134,11 +136,11 @@ def differences(left: dict[str, Any], right: dict[str, Any]) -> list[tuple[str, 
     ]
 
 
-def _shown(resolved: dict[str, Any]) -> dict[str, Any]:
+def _shown(resolved: Config) -> Config:
     return {key: value for key, value in resolved.items() if key not in _NOT_A_DIFFERENCE}
 
 
-def _kv_breaches(left: dict[str, Any], right: dict[str, Any], must_report: bool) -> Iterator[str]:
+def _kv_breaches(left: Config, right: Config, must_report: bool) -> Iterator[str]:
     """KV-cache sizes may differ by up to one block, because engines round to blocks of their own
     size.
     """
@@ -162,7 +164,9 @@ def _differ(what: str, mine: Any, other: Any) -> str:
     return f"{what}: {mine} against {other}"
 
 
-def _stop(name: str, comparison: dict[str, Any], ours: str, theirs: str, found: list[str]) -> None:
+def _stop(
+    name: str, comparison: PlannedComparison, ours: str, theirs: str, found: list[str]
+) -> None:
     if found:
         raise FairnessError(
             f"comparison {name!r} ({comparison['rule']}) of {ours} with {theirs} would not be fair: {'; '.join(found)}. Make them "

@@ -19,7 +19,14 @@ import os
 import sys
 import time
 import traceback
-from typing import Any
+from typing import Any, TypedDict
+
+
+class Request(TypedDict):
+    """Arguments of `python -m experiments.launch`, and the file for its output."""
+
+    arguments: list[str]
+    log: str
 
 
 def main(modules: list[str]) -> int:
@@ -57,7 +64,7 @@ def main(modules: list[str]) -> int:
     return 0
 
 
-def serve(run: Any, request: dict[str, Any]) -> None:
+def serve(run: Any, request: Request) -> None:
     """The engine process: a process group of its own, with its output in a log. Never returns."""
     status = 1
     try:
@@ -80,7 +87,7 @@ def serve(run: Any, request: dict[str, Any]) -> None:
         os._exit(status)  # without the exit handlers of the fork server
 
 
-def say(answers: int, message: dict[str, Any]) -> None:
+def say(answers: int, message: dict[str, float]) -> None:
     os.write(answers, json.dumps(message).encode() + b"\n")
 
 

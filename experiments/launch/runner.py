@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -27,7 +28,6 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from experiments.engines import ENGINES
 from experiments.host import environment, machine_lock, provenance, telemetry, validity
@@ -36,9 +36,17 @@ from experiments.launch import fairness
 from experiments.launch.fork_server import Forked, ForkServer, ForkServerError
 from experiments.records import store
 from experiments.records.ledger import Ledger, Listener, utc_now
-from experiments.records.store import Record, RecordError
+from experiments.records.store import RecordError
+from experiments.records.types import (
+    Event,
+    LaunchEntry,
+    LaunchOutcome,
+    LaunchRecord,
+    LaunchResult,
+    Measured,
+    Plan,
+)
 
-Plan = dict[str, Any]
 EngineProcess = subprocess.Popen[bytes] | Forked
 FORK_SERVER_MODULES: dict[str, tuple[str, ...]] = {
     "nanovllm": ("torch", "nanovllm.engine.llm_engine"),
@@ -92,9 +100,10 @@ class Runner:
             self._machine.enter_context(machine_lock.held(plan, out))
             fairness.check_plan(plan)
             fairness.check_launches(plan, self.ledger.folder.records)
-            self.model = locate(
-                {**plan["model"], "preset": None, "path": model} if model else plan["model"]
-            )
+            planned = plan["model"]
+            if model:
+                planned = {**planned, "preset": None, "path": model}
+            self.model = locate(planned)
             self._model_state = state_of(self.model)
             self.machine["model_files"] = digests_of(self.model)
             self._check_model_files()
@@ -131,7 +140,7 @@ class Runner:
         self._machine.close()
         self.ledger.close()
 
-    def pending(self, blocks: Iterable[int] | None = None) -> list[dict[str, Any]]:
+    def pending(self, blocks: Iterable[int] | None = None) -> list[LaunchEntry]:
         """The launches without a finished record, in plan order."""
         return self.ledger.pending(blocks)
 
@@ -154,7 +163,7 @@ class Runner:
             self.run_launch(entry)
         return True
 
-    def run_launch(self, entry: dict[str, Any]) -> Record:
+    def run_launch(self, entry: LaunchEntry) -> LaunchRecord:
         """Runs one launch and appends its record. Ctrl-C ends the engine process and leaves no
         record, so the launch will run again.
 
@@ -173,7 +182,29 @@ class Runner:
             )
         attempt = 1 + self.earlier.get(entry["launch"], 0) + self.ledger.attempts(entry["launch"])
         cell = self.plan["cells"][entry["cell"]]
-        record: Record = {
+        started_at = utc_now()
+        fork_server = self._fork_server_for(entry["block"], cell["engine"])
+        report = self._environment_report(cell["engine"])
+        expected_s = self.ledger.expected_launch_s(entry["cell"])
+        self.listener("start", {"launch": entry, "attempt": attempt, "expected_s": expected_s})
+        measurement = self.plan["study"]["measurement"]
+        scratch = self.out / store.LOGS / f"{entry['launch']}.a{attempt}"
+        try:
+            import_s = None if fork_server is None else fork_server.import_s
+            begin = time.monotonic()
+            command = self._command(entry, attempt)
+            outcome = run_engine_process(
+                command, scratch, measurement["timeout_s"], measurement["environment"], fork_server
+            )
+        except (OSError, ForkServerError, subprocess.TimeoutExpired) as error:
+            raise RecordError(f"{entry['launch']}: {error}. {store.INTACT}") from error
+        total_s = time.monotonic() - begin
+        measured = outcome["record"]
+        status, reason = measured["status"], measured["reason"]
+        broken = validity.objections(outcome["telemetry"], self.plan["study"].get("validity"))
+        if broken and status in store.DONE:
+            status, reason = "invalid", "; ".join(filter(None, [reason, *broken]))
+        record: LaunchRecord = {
             "kind": "launch",
             **self.ledger.head,
             "launch": entry["launch"],
@@ -183,49 +214,26 @@ class Runner:
             "attempt": attempt,
             "seed": entry["seed"],
             "boot_id": self.boot_id,
-            "started_at": utc_now(),
-            "status": "failed",
-            "reason": None,
+            "started_at": started_at,
+            "status": status,
+            "reason": reason,
             "engine": cell["engine"],
             "requested": cell["config"],
-            "resolved": {},
-            "process_start_s": None,
-            "load_s": None,
-            "warm_up_s": None,
-            "total_s": None,
-            "workloads": {},
-            "toggles": {},
-        }
-        fork_server = self._fork_server_for(entry["block"], cell["engine"])
-        report = self._environment_report(cell["engine"])
-        expected_s = self.ledger.expected_launch_s(entry["cell"])
-        self.listener("start", {"launch": entry, "attempt": attempt, "expected_s": expected_s})
-        measurement = self.plan["study"]["measurement"]
-        scratch = self.out / store.LOGS / f"{entry['launch']}.a{attempt}"
-        try:
-            if fork_server is not None:
-                record["preloaded_s"] = fork_server.import_s
-            begin = time.monotonic()
-            command = self._command(entry, attempt)
-            outcome = run_engine_process(
-                command, scratch, measurement["timeout_s"], measurement["environment"], fork_server
-            )
-        except (OSError, ForkServerError, subprocess.TimeoutExpired) as error:
-            raise RecordError(f"{entry['launch']}: {error}. {store.INTACT}") from error
-        interpreter = outcome["record"].pop("provenance", {})
-        record |= outcome["record"]
-        broken = validity.objections(outcome["telemetry"], self.plan["study"].get("validity"))
-        if broken and record["status"] in store.DONE:
-            record |= {
-                "status": "invalid",
-                "reason": "; ".join(filter(None, [record["reason"], *broken])),
-            }
-        record |= {
-            "total_s": time.monotonic() - begin,
+            "resolved": measured.get("resolved", {}),
+            "process_start_s": measured.get("process_start_s"),
+            "load_s": measured.get("load_s"),
+            "warm_up_s": measured.get("warm_up_s"),
+            "total_s": total_s,
+            "workloads": measured.get("workloads", {}),
+            "toggles": measured.get("toggles", {}),
             "peak_memory_bytes": outcome["peak_memory_bytes"],
             "telemetry": outcome["telemetry"],
-            "provenance": self.machine | interpreter | {"collect_env": report},
+            "provenance": {**self.machine, "collect_env": report},
         }
+        if "provenance" in measured:
+            record["provenance"].update(measured["provenance"])
+        if import_s is not None:
+            record["preloaded_s"] = import_s
         self.ledger.folder.append(record, outcome["tokens"])
         self.listener("end", {"launch": entry, "record": record, "tokens": outcome["tokens"]})
         fairness.check_launches(self.plan, self.ledger.folder.records)
@@ -267,7 +275,7 @@ class Runner:
             )
         return self._environments[python]
 
-    def _command(self, entry: dict[str, Any], attempt: int) -> list[str]:
+    def _command(self, entry: LaunchEntry, attempt: int) -> list[str]:
         engine = self.plan["cells"][entry["cell"]]["engine"]
         return [
             self.pythons.get(engine, sys.executable),
@@ -289,7 +297,7 @@ class Runner:
         """
         variables = os.environ | self.plan["study"]["measurement"]["environment"]
 
-        def elsewhere(record: Record) -> bool:
+        def elsewhere(record: LaunchRecord) -> bool:
             # absent where the launch failed before it could tell
             then = record["provenance"].get("environment")
             other_gpu = then is not None and then.get(_GPUS) != variables.get(_GPUS)
@@ -330,7 +338,7 @@ def run_engine_process(
     timeout_s: float,
     variables: dict[str, str],
     fork_server: ForkServer | None = None,
-) -> dict[str, Any]:
+) -> LaunchOutcome:
     """Runs an engine process to its end and collects its result and telemetry. If it fails or hangs,
     the record has status `failed` and the end of its output, which is kept in `scratch`.log.
 
@@ -377,8 +385,8 @@ def run_engine_process(
     finally:
         kill_group(process)
         seen = sampler.stop()
-    failure: Record = {"status": "failed", "reason": None}
-    outcome: dict[str, Any] = {
+    failure: Measured = {"status": "failed", "reason": None}
+    outcome: LaunchOutcome = {
         "record": failure,
         "tokens": {},
         "peak_memory_bytes": {"host": sampler.peak_host_bytes, "device": sampler.peak_device_bytes},
@@ -387,7 +395,8 @@ def run_engine_process(
     if problem is None and not result.exists():
         problem = "ended without a result"
     if problem is None:
-        outcome |= store.read_json(result)
+        answer: LaunchResult = json.loads(result.read_text())
+        outcome["record"], outcome["tokens"] = answer["record"], answer["tokens"]
         log.unlink()
     else:
         failure["reason"] = (
@@ -534,7 +543,7 @@ def say_what_to_carry(out: Path) -> None:
     )
 
 
-def print_event(event: str, details: dict[str, Any]) -> None:
+def print_event(event: str, details: Event) -> None:
     """Prints the progress of a run, without a terminal library."""
     if event == "message":
         print(details["text"], file=sys.stderr, flush=True)

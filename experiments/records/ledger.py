@@ -10,13 +10,13 @@ import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from experiments.records import store
-from experiments.records.store import Folder, Record, RecordError
+from experiments.records.store import Folder, RecordError
+from experiments.records.types import Event, Head, LaunchEntry, LaunchRecord, Plan
 
-Plan = dict[str, Any]
-Listener = Callable[[str, dict[str, Any]], None]
+Listener = Callable[[str, Event], None]
 """Called with ("workers" | "pending" | "start" | "end" | "message", details) during a run."""
 
 
@@ -71,7 +71,7 @@ class Ledger:
         self.close()
 
     @property
-    def head(self) -> Record:
+    def head(self) -> Head:
         """The keys that every record of this plan starts with, after its kind."""
         return {
             "schema": store.SCHEMA,
@@ -79,7 +79,7 @@ class Ledger:
             "plan_hash": self.plan["plan_hash"],
         }
 
-    def pending(self, blocks: Iterable[int] | None = None) -> list[dict[str, Any]]:
+    def pending(self, blocks: Iterable[int] | None = None) -> list[LaunchEntry]:
         """The launches without a finished record, in plan order."""
         wanted = None if blocks is None else set(blocks)
         done = {
@@ -111,17 +111,20 @@ class Ledger:
         )
 
     def supersede(
-        self, block: int, reason: str, which: Callable[[Record], bool] = lambda record: True
+        self, block: int, reason: str, which: Callable[[LaunchRecord], bool] = lambda record: True
     ) -> None:
         """Marks the launches of a block as superseded, because the block is restarted."""
         for record in store.launches(self.folder.records):
             if record["block"] == block and which(record):
-                marked = {
-                    "launch": record["launch"],
-                    "attempt": record["attempt"],
-                    "reason": reason,
-                }
-                self.folder.append({"kind": "superseded", **self.head, **marked})
+                self.folder.append(
+                    {
+                        "kind": "superseded",
+                        **self.head,
+                        "launch": record["launch"],
+                        "attempt": record["attempt"],
+                        "reason": reason,
+                    }
+                )
 
     def note_resumed(self, boot_id: str) -> None:
         self.folder.append({"kind": "resumed", **self.head, "boot_id": boot_id, "at": utc_now()})

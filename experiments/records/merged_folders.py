@@ -14,14 +14,14 @@ the folders, and can be merged again or resumed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from experiments.records import store
 from experiments.records.store import Record, RecordError
+from experiments.records.types import LaunchRecord, Plan, SupersededRecord, TokenLine
 
-Plan = dict[str, Any]
+_RANK = {"error": 0, "pass": 1, "fail": 2}
 Identity = tuple[str, str, str]
 Place = tuple[str, str]
 
@@ -44,7 +44,9 @@ def merge(folders: Iterable[Path], out: Path) -> list[str]:
         line["digest"]: line["tokens"] for folder in sources for line in store.token_lines(folder)
     }
     merged, notes = combine(plan, found)
-    lines = [{"digest": digest, "tokens": tokens[digest]} for digest in sorted(tokens)]
+    lines: list[TokenLine] = [
+        {"digest": digest, "tokens": tokens[digest]} for digest in sorted(tokens)
+    ]
     reports = {
         path.name: path.read_text()
         for folder in sources
@@ -67,8 +69,8 @@ def of_one_plan(folders: Iterable[Path]) -> list[Path]:
 
 def combine(plan: Plan, folders: list[list[Record]]) -> tuple[list[Record], list[str]]:
     """The merged records of several folders, and notes for the user."""
-    launches: dict[Identity, Record] = {}
-    superseded: dict[Identity, Record] = {}
+    launches: dict[Identity, LaunchRecord] = {}
+    superseded: dict[Identity, SupersededRecord] = {}
     others: dict[str, Record] = {}
     for found in folders:
         own = {(r["launch"], r["attempt"]): _identity(r) for r in found if r["kind"] == "launch"}
@@ -82,7 +84,7 @@ def combine(plan: Plan, folders: list[list[Record]]) -> tuple[list[Record], list
                 others.setdefault(json.dumps(record, sort_keys=True), record)
     ordered = sorted(launches, key=lambda identity: (launches[identity]["started_at"], identity))
     attempts: dict[str, int] = {}
-    numbered: dict[Identity, Record] = {}
+    numbered: dict[Identity, LaunchRecord] = {}
     for identity in ordered:
         attempts[identity[0]] = attempts.get(identity[0], 0) + 1
         numbered[identity] = {**launches[identity], "attempt": attempts[identity[0]]}
@@ -116,7 +118,7 @@ def combine(plan: Plan, folders: list[list[Record]]) -> tuple[list[Record], list
         )
     tail = sorted(others.values(), key=lambda r: json.dumps(r, sort_keys=True))
     # A later gate record replaces an earlier one, so that an error does not replace a verdict.
-    tail.sort(key=lambda r: {"error": 0, "pass": 1, "fail": 2}.get(r.get("status", ""), 0))
+    tail.sort(key=lambda r: _RANK[r["status"]] if r["kind"] == "gate" else 0)
     return [
         *numbered.values(),
         *(marked[identity] for identity in ordered if identity in marked),
@@ -124,7 +126,7 @@ def combine(plan: Plan, folders: list[list[Record]]) -> tuple[list[Record], list
     ], notes
 
 
-def _choose(plan: Plan, block: int, alive: list[Record]) -> Place:
+def _choose(plan: Plan, block: int, alive: list[LaunchRecord]) -> Place:
     size = sum(entry["block"] == block for entry in plan["launches"])
 
     def rank(place: Place) -> tuple[bool, int, str, Place]:
@@ -167,37 +169,34 @@ def _check_code(folders: list[Path], found: list[list[Record]]) -> None:
         )
 
 
-def _mark(plan: Plan, record: Record, reason: str) -> Record:
-    head = {
+def _mark(plan: Plan, record: LaunchRecord, reason: str) -> SupersededRecord:
+    return {
+        "kind": "superseded",
         "schema": store.SCHEMA,
         "study": plan["study"]["name"],
         "plan_hash": plan["plan_hash"],
-    }
-    return {
-        "kind": "superseded",
-        **head,
         "launch": record["launch"],
         "attempt": record["attempt"],
         "reason": reason,
     }
 
 
-def _identity(record: Record) -> Identity:
+def _identity(record: LaunchRecord) -> Identity:
     return record["launch"], record["boot_id"], record["started_at"]
 
 
-def _place(record: Record) -> Place:
+def _place(record: LaunchRecord) -> Place:
     return record["boot_id"], record["provenance"].get("environment", {}).get(
         "CUDA_VISIBLE_DEVICES", ""
     )
 
 
-def _name(alive: list[Record], place: Place) -> str:
+def _name(alive: list[LaunchRecord], place: Place) -> str:
     first = next(record for record in alive if _place(record) == place)
     return f"{first['provenance']['hostname']}, boot {place[0]}, started {first['started_at']}"
 
 
-def _hardware(record: Record) -> str:
+def _hardware(record: LaunchRecord) -> str:
     made_on = record["provenance"]
     gpus = sorted({gpu["name"] for gpu in made_on["gpus"]})
     return f"{made_on['cpu']['model']}, {made_on['cpu']['cores']} cores" + "".join(
@@ -205,7 +204,7 @@ def _hardware(record: Record) -> str:
     )
 
 
-def _text(lines: list[Record]) -> str:
+def _text(lines: Sequence[Record | TokenLine]) -> str:
     return "".join(
         json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n" for line in lines
     )

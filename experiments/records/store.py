@@ -17,31 +17,57 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-SCHEMA = 1
-RECORDS, TOKENS, PLAN, LOGS, ENVIRONMENTS = (
-    "records.jsonl",
-    "tokens.jsonl",
-    "plan.json",
-    "logs",
-    "environment-*.txt",
+from experiments.records.reading import (
+    RECORDS,
+    SCHEMA,
+    TOKENS,
+    RecordError,
+    json_object,
+    read,
+    token_lines,
 )
+from experiments.records.types import JsonObject, LaunchRecord, Plan, Record, TokenLine, Tokens
+
+__all__ = [
+    "DONE",
+    "ENVIRONMENTS",
+    "INTACT",
+    "LOGS",
+    "PLAN",
+    "RECORDS",
+    "SCHEMA",
+    "TOKENS",
+    "Folder",
+    "JsonLines",
+    "Record",
+    "RecordError",
+    "counted",
+    "decided",
+    "launches",
+    "plan_hash",
+    "read",
+    "read_json",
+    "read_plan",
+    "superseded",
+    "sync_folder",
+    "token_lines",
+    "write_plan",
+    "write_whole",
+]
+
+PLAN, LOGS, ENVIRONMENTS = "plan.json", "logs", "environment-*.txt"
+Attempt = tuple[str, int]
 DONE = ("ok", "invalid")
 """A launch with a record of this status is not repeated."""
 INTACT = (
     "Earlier records are intact. Free some disk space, then run the same command again (with --resume for "
     "experiments.launch) to continue."
 )
-
-Record = dict[str, Any]
-
-
-class RecordError(Exception):
-    """A folder of records that cannot be read or written; the message says what to do."""
 
 
 class JsonLines:
@@ -62,7 +88,7 @@ class JsonLines:
         except OSError as error:
             raise RecordError(f"{path}: cannot be written ({error}). {INTACT}") from error
 
-    def append(self, record: Record) -> None:
+    def append(self, record: Record | TokenLine) -> None:
         """Raises RecordError if the line cannot be written; the file is then as it was before."""
         try:
             data = json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
@@ -91,7 +117,7 @@ class JsonLines:
         tail = content[end:]
         if not tail:
             return
-        if _is_whole(tail):  # only its end of line is missing
+        if json_object(tail) is not None:  # only its end of line is missing
             os.write(self._fd, b"\n")
             os.fsync(self._fd)
             return
@@ -132,7 +158,7 @@ class Folder:
             os.close(self._lock)
             raise
 
-    def append(self, record: Record, tokens: dict[str, str] | None = None) -> None:
+    def append(self, record: Record, tokens: Tokens | None = None) -> None:
         """Writes tokens that are not stored yet, then the record that refers to them. Raises
         RecordError.
         """
@@ -160,68 +186,54 @@ class Folder:
         self.close()
 
 
-def read(folder: Path) -> list[Record]:
-    """All records of a folder in the order of writing, duplicated lines once: a verdict of the gate
-    where it was given last, as the last one counts, anything else where it came first. Raises
-    RecordError for a damaged line, for a schema newer than this program, and for two different
-    records of one attempt (two folders copied together).
-    """
-    records: dict[str, Record] = {}
-    attempts: dict[tuple[str, int], str] = {}
-    for number, record in enumerate(_lines(folder / RECORDS), start=1):
-        where = f"{folder / RECORDS}, line {number}"
-        schema = record.get("schema", SCHEMA)
-        if not isinstance(schema, int) or schema > SCHEMA:
-            raise RecordError(
-                f"{where}: schema {schema} is newer than this program's {SCHEMA}; "
-                "read it with the version of nanovllm that wrote it, or a newer one"
-            )
-        text = json.dumps(record, sort_keys=True)
-        if (
-            record.get("kind") == "launch"
-            and attempts.setdefault((record["launch"], record["attempt"]), text) != text
-        ):
-            raise RecordError(
-                f"{where}: another record of {record['launch']}, attempt {record['attempt']}: this file was copied together from "
-                "two visits. Keep their folders apart, and count them as one with "
-                "`python -m experiments import FOLDER FOLDER --merge NEW_FOLDER`."
-            )
-        if record.get("kind") == "gate":
-            records.pop(text, None)
-        records.setdefault(text, record)
-    return list(records.values())
+def superseded(records: Iterable[Record]) -> dict[Attempt, str]:
+    """{(launch, attempt): reason} of the attempts that no longer count."""
+    return {
+        (record["launch"], record["attempt"]): record.get("reason") or "no reason recorded"
+        for record in records
+        if record["kind"] == "superseded"
+    }
 
 
-def token_lines(folder: Path) -> list[Record]:
-    """The lines of tokens.jsonl. Raises RecordError."""
-    return _lines(folder / TOKENS)
-
-
-def launches(records: Iterable[Record]) -> list[Record]:
-    """The launch records that no later `superseded` record has marked."""
-    superseded = {(r["launch"], r["attempt"]) for r in records if r["kind"] == "superseded"}
+def launches(records: Iterable[Record]) -> list[LaunchRecord]:
+    """The launch records that are not superseded."""
+    records = list(records)
+    marked = superseded(records)
     return [
-        r
-        for r in records
-        if r["kind"] == "launch" and (r["launch"], r["attempt"]) not in superseded
+        record
+        for record in records
+        if record["kind"] == "launch" and (record["launch"], record["attempt"]) not in marked
     ]
 
 
-def counted(records: Iterable[Record]) -> list[Record]:
-    """The launches that count: of each launch the first finished attempt that was not superseded,
-    if its status is `ok`.
+def decided(attempts: Iterable[LaunchRecord]) -> Iterator[tuple[LaunchRecord, str | None]]:
+    """Each attempt and why it does not count, None if it does: of each launch the first finished
+    attempt counts, if its status is `ok`. attempts: without superseded ones.
     """
-    finished: dict[str, Record] = {}
-    for record in launches(records):
+    finished: set[str] = set()
+    for record in attempts:
+        if record["launch"] in finished:
+            yield record, "an earlier attempt of this launch had finished"
+            continue
         if record["status"] in DONE:
-            finished.setdefault(record["launch"], record)
-    return [record for record in finished.values() if record["status"] == "ok"]
+            finished.add(record["launch"])
+        if record["status"] == "ok":
+            yield record, None
+        else:
+            yield record, f"{record['status']}: {record.get('reason') or 'no reason recorded'}"
 
 
-def read_plan(path: Path) -> dict[str, Any]:
+def counted(records: Iterable[Record]) -> list[LaunchRecord]:
+    """The launches that count, as far as records alone tell; reports/analysis/counting.py also
+    applies the plan and the gate.
+    """
+    return [record for record, reason in decided(launches(records)) if reason is None]
+
+
+def read_plan(path: Path) -> Plan:
     """Raises RecordError for a plan that is missing, damaged, edited or of another version."""
     try:
-        plan = json.loads(path.read_text())
+        plan: Plan = json.loads(path.read_text())
         if not isinstance(plan, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
@@ -239,7 +251,7 @@ def read_plan(path: Path) -> dict[str, Any]:
     return plan
 
 
-def write_plan(plan: dict[str, Any], path: Path) -> None:
+def write_plan(plan: Plan, path: Path) -> None:
     """Writes a plan, completely or not at all."""
     write_whole(path, json.dumps(plan, indent=1) + "\n")
 
@@ -270,45 +282,17 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """The JSON object in a file."""
     return json.loads(path.read_text())  # type: ignore[no-any-return]
 
 
-def plan_hash(plan: dict[str, Any]) -> str:
+def plan_hash(plan: Mapping[str, object]) -> str:
     """SHA-256 of the plan without its `plan_hash`."""
     content = {key: value for key, value in plan.items() if key != "plan_hash"}
     return hashlib.sha256(
         json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
     ).hexdigest()
-
-
-def _lines(path: Path) -> list[Record]:
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    whole = content if _is_whole(content[end:]) else content[:end]
-    lines = []
-    for number, line in enumerate(whole.splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError("not a JSON object")
-        except ValueError as error:
-            raise RecordError(
-                f"{path}, line {number}: damaged ({error}); restore the file, or remove this line"
-            ) from error
-        lines.append(record)
-    return lines
-
-
-def _is_whole(line: bytes) -> bool:
-    """Whether a last line without a newline is a complete record."""
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
 
 
 def _not_finite(value: Any, name: str = "record") -> str | None:

@@ -1,7 +1,7 @@
 """The shapes of plans and records as they lie in JSON files, for mypy. Standard library only.
 
-A plan says what is to be run and never changes (`Plan`). What happened is a list of records, told
-apart by their `kind` (`Record`): a `launch`, a verdict of the `gate`, an attempt that was
+A plan (`Plan`) says what is to be run, and never changes. What happened is a list of records
+(`Record`), distinguished by their `kind`: a `launch`, a verdict of the `gate`, an attempt that was
 `superseded`, a run that was `resumed`. docs/adr/0002-plans-records-adapters.md describes the format.
 
 A key that plans or records of older versions lack is `NotRequired`. mypy lets it be read with
@@ -96,6 +96,13 @@ class PlannedModel(TypedDict):
     dtype: str
     digest: str | None
     shape: ModelShape
+
+
+class ModelFiles(TypedDict):
+    """The folder of a checkpoint and its digest."""
+
+    path: str
+    digest: str
 
 
 class PlannedProfile(TypedDict):
@@ -279,6 +286,13 @@ class Answer(TypedDict):
     device_wait_s: NotRequired[float | None]
 
 
+class LogprobAnswer(TypedDict):
+    """log softmax(logits)[token] of every output token, with the outputs."""
+
+    outputs: list[list[int]]
+    logprobs: list[list[float]]
+
+
 class ServedWorkload(TypedDict):
     """A workload in the record of a launch."""
 
@@ -377,7 +391,7 @@ class Head(TypedDict):
 
 
 class LaunchRecord(Head):
-    """One attempt at a launch. Times are None where a failed launch did not come that far."""
+    """One attempt at a launch. Times are None if the launch failed before."""
 
     kind: Literal["launch"]
     launch: str
@@ -396,7 +410,7 @@ class LaunchRecord(Head):
     process_start_s: float | None
     load_s: float | None
     warm_up_s: float | None
-    total_s: float | None
+    total_s: float
     workloads: dict[str, ServedWorkload]
     toggles: Toggles
     preloaded_s: NotRequired[float]
@@ -555,7 +569,7 @@ class TokenLine(TypedDict):
 
 
 class Event(TypedDict, total=False):
-    """What a listener of a run is told: the keys depend on the event (`ledger.Listener`)."""
+    """The details of an event of a run; the keys depend on the event (see `ledger.Listener`)."""
 
     text: str
     count: int

@@ -13,39 +13,26 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from experiments.cluster.executor import EXECUTORS, Options
 from experiments.host import environment, provenance
 from experiments.records import store
+from experiments.records.types import Plan
 from experiments.run import preflight, tracking
 from experiments.run.progress import ProgressBar
 
 RUNS = provenance.ROOT / "runs"
 REPORT, FINISHED = "report", "finished"
 _FOREIGN_SHARE = 0.1
-_RENDER = """
-import json, sys
-from pathlib import Path
-from reports.analysis.analyse import analyse
-from reports.analysis.study_records import read_folder
-from reports.page.render import print_table, render
-folder, out = Path(sys.argv[1]), Path(sys.argv[2])
-plan, file = read_folder(folder)
-analysis = analyse(file.records, plan, file.notes)
-render(plan, file.records, analysis, out)
-(out / "analysis.json").write_text(json.dumps(analysis, indent=1) + "\\n")
-print_table(analysis)
-"""
 
 
 class ExecutionError(Exception):
     """A step that failed; the message says what to do."""
 
 
-def interrupted(plan: dict[str, Any], console: Console) -> Path | None:
+def interrupted(plan: Plan, console: Console) -> Path | None:
     """The latest unfinished execution of this plan by this code, if any."""
     code = provenance.code_digest()
     for folder in reversed(executions()):
@@ -54,7 +41,8 @@ def interrupted(plan: dict[str, Any], console: Console) -> Path | None:
         try:
             begun = store.read_plan(folder / store.PLAN)
             if begun["plan_hash"] != plan["plan_hash"]:
-                if all(begun[part]["name"] == plan[part]["name"] for part in ("study", "profile")):
+                same_study = begun["study"]["name"] == plan["study"]["name"]
+                if same_study and begun["profile"]["name"] == plan["profile"]["name"]:
                     say(
                         console,
                         f"not resuming {shown(folder)}: its plan differs (settings, or the speed or free memory measured on "
@@ -80,7 +68,7 @@ def interrupted(plan: dict[str, Any], console: Console) -> Path | None:
     return None
 
 
-def new_folder(plan: dict[str, Any]) -> Path:
+def new_folder(plan: Plan) -> Path:
     """The folder of a new execution; it is not created yet."""
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     return RUNS / f"{stamp}-{plan['study']['name']}-{plan['plan_hash'][:8]}"
@@ -96,7 +84,7 @@ def executions() -> list[Path]:
     return sorted(path.parent for path in RUNS.glob(f"*/{store.PLAN}"))
 
 
-def execute(plan: dict[str, Any], folder: Path, options: Options, console: Console) -> bool:
+def execute(plan: Plan, folder: Path, options: Options, console: Console) -> bool:
     """Runs everything from the launches to MLflow. True if every launch is ok and every output
     passed the gate.
 
@@ -122,7 +110,7 @@ def execute(plan: dict[str, Any], folder: Path, options: Options, console: Conso
     return all_ok(folder, console) and all_pass
 
 
-def run_launches(plan: dict[str, Any], folder: Path, options: Options, console: Console) -> bool:
+def run_launches(plan: Plan, folder: Path, options: Options, console: Console) -> bool:
     """Runs pending launches, with a progress bar. False if the deadline stopped them."""
     with ProgressBar(plan, console) as progress:
         return EXECUTORS[options.executor](plan, folder, options, progress.listen)
@@ -186,7 +174,16 @@ def publish(folder: Path, console: Console) -> None:
 
 def render(folder: Path) -> None:
     """Writes folder/report and prints its table. Raises ExecutionError."""
-    if _run([sys.executable, "-c", _RENDER, str(folder), str(folder / REPORT)]) != 0:
+    command = [
+        sys.executable,
+        "-m",
+        "reports",
+        "render",
+        str(folder),
+        "--out",
+        str(folder / REPORT),
+    ]
+    if _run(command) != 0:
         raise ExecutionError(
             f"the report could not be rendered; see the message above. The records are in {shown(folder)}; "
             f"to retry: python -m experiments report {shown(folder)}"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from experiments.launch.runner import print_event
+from experiments.records.types import Event, Plan
 
 
 class ProgressBar:
@@ -17,7 +18,7 @@ class ProgressBar:
     measured.
     """
 
-    def __init__(self, plan: dict[str, Any], console: Console) -> None:
+    def __init__(self, plan: Plan, console: Console) -> None:
         self._console = console
         self._remaining = Counter(entry["cell"] for entry in plan["launches"])
         self._total = len(plan["launches"])
@@ -43,7 +44,7 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def listen(self, event: str, details: dict[str, Any]) -> None:
+    def listen(self, event: str, details: Event) -> None:
         if event == "pending":
             self._remaining = Counter(entry["cell"] for entry in details["launches"])
             self._progress.update(self._task, completed=self._total - self._remaining.total())

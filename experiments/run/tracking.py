@@ -25,7 +25,8 @@ from urllib.parse import quote
 
 from experiments.host.provenance import ROOT
 from experiments.records import store
-from experiments.run.mlflow_view import Record, View, launch_view, parent_view
+from experiments.records.types import JsonObject, Plan, PlannedStudy, Record
+from experiments.run.mlflow_view import View, launch_view, parent_view
 
 ARTIFACTS, DATABASE = "mlartifacts", "mlflow.db"
 EXECUTION, DIGEST = "nanovllm.execution", "nanovllm.records_digest"
@@ -93,9 +94,9 @@ def _import(
     folder: Path,
     report: Path | None,
     root: Path,
-    plan: dict[str, Any],
+    plan: Plan,
     found: list[Record],
-    analysis: dict[str, Any] | None,
+    analysis: JsonObject | None,
 ) -> tuple[str, bool]:
     _check_writable(root)
     execution, digest = _identity(found, analysis)
@@ -125,7 +126,7 @@ def _import(
     return run_id, fresh
 
 
-def _identity(found: list[Record], analysis: dict[str, Any] | None) -> tuple[str, str]:
+def _identity(found: list[Record], analysis: JsonObject | None) -> tuple[str, str]:
     """(id of the execution, digest of what its runs show). The id is of the first launch, which
     never changes; other records may be added.
     """
@@ -169,7 +170,7 @@ def _client(root: Path) -> Any:
     return client
 
 
-def _experiment(client: Any, root: Path, study: dict[str, Any]) -> str:
+def _experiment(client: Any, root: Path, study: PlannedStudy) -> str:
     """The id of a study's experiment, which is created or restored if necessary.
 
     MLflow makes every local artifact location absolute. A relative one, which `mlflow ui` and
@@ -206,7 +207,9 @@ def _write(client: Any, experiment: str, view: View, tags: dict[str, str]) -> An
         Metric(m.key, m.value, _milliseconds(view.started_at) + int(m.time_s * 1000), m.step)
         for m in view.metrics
     ]
-    for first in range(0, max(1, len(metrics)), 1000):  # MLflow's limit a batch; 100 params
+    for first in range(
+        0, max(1, len(metrics)), 1000
+    ):  # MLflow's limits per batch: 1,000 metrics, 100 params
         params = (
             [Param(key, str(value)[:6000]) for key, value in view.params.items()][:100]
             if first == 0

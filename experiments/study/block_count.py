@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from statistics import median, stdev
-from typing import Any
 
 from experiments.records import store
+from experiments.records.types import LaunchRecord, Plan
 
 MIN_BLOCKS, MAX_BLOCKS = 2, 40
 MIN_BLOCKS_BOOTSTRAP = 6
@@ -87,7 +87,7 @@ def detectable(
     return math.expm1(log_ratio) if log_ratio < 700 else math.inf
 
 
-def previous_noise(plan: dict[str, Any], folders: Iterable[Path]) -> tuple[float, Path] | None:
+def previous_noise(plan: Plan, folders: Iterable[Path]) -> tuple[float, Path] | None:
     """The noise of the latest execution of this study on this profile, and its folder: the median
     over cells and workloads of the standard deviation, over blocks, of log(throughput of the cell /
     throughput of the baseline). `folders`: latest first.
@@ -95,7 +95,7 @@ def previous_noise(plan: dict[str, Any], folders: Iterable[Path]) -> tuple[float
     for folder in folders:
         try:
             earlier = store.read_plan(folder / store.PLAN)
-            if any(earlier[key]["name"] != plan[key]["name"] for key in ("study", "profile")):
+            if _names(earlier) != _names(plan):
                 continue
             spreads = _spreads(earlier, store.counted(store.read(folder)))
         except store.RecordError:
@@ -106,7 +106,11 @@ def previous_noise(plan: dict[str, Any], folders: Iterable[Path]) -> tuple[float
     return None
 
 
-def _spreads(plan: dict[str, Any], launches: list[dict[str, Any]]) -> list[float]:
+def _names(plan: Plan) -> tuple[str, str]:
+    return plan["study"]["name"], plan["profile"]["name"]
+
+
+def _spreads(plan: Plan, launches: list[LaunchRecord]) -> list[float]:
     log_rates: dict[tuple[str, str], dict[int, float]] = {}
     for record in launches:
         for name, work in record["workloads"].items():

@@ -53,7 +53,7 @@ Effect = frozenset[str]
 """A main effect ({a}) or an interaction ({a, b}), by its factors."""
 
 FACTORIALS = ("full_factorial", "fractional_factorial")
-"""Designs that cannot lose a cell: every estimate uses all of them."""
+"""Designs that need all of their cells, because every estimate uses all of them."""
 ALL = "all"
 
 

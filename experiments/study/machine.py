@@ -24,6 +24,7 @@ from typing import Any
 
 from experiments.host import provenance, telemetry
 from experiments.host.environment import for_subprocess
+from experiments.records.types import JsonObject, PlannedProfile
 from experiments.study.spec import PROFILES, Profile, load_profile
 from experiments.study.yaml_files import SpecError, names
 
@@ -129,7 +130,7 @@ class Gpus:
     name: str
     count: int
     memory_bytes: int
-    measured: dict[str, Any]
+    measured: JsonObject
 
 
 def detect_profile() -> Profile:
@@ -218,17 +219,19 @@ def matches(profile: Profile, gpus: Gpus) -> bool:
     )
 
 
-def settle(profile: Profile, dtype: str) -> dict[str, Any]:
+def settle(profile: Profile, dtype: str) -> PlannedProfile:
     """The profile as stored in a plan, with all values resolved except a KV cache that is sized
     later. Measured values take precedence over the file's.
     """
-    settled = profile.model_dump(exclude={"match", "preset", "dtype"})
+    settled: PlannedProfile = profile.model_dump(exclude={"match", "preset", "dtype"})  # type: ignore[assignment]
     settled["cpu_cores"] = profile.cpu_cores or provenance.cpu_cores()
     settled["memory_bytes"] = profile.memory_bytes or provenance.memory_bytes()
     measured = _measured(profile)
-    for key in ("bandwidth_bytes_per_s", "host_op_s", "import_s"):
-        if key in measured:
-            settled[key] = measured[key]
+    settled["bandwidth_bytes_per_s"] = measured.get(
+        "bandwidth_bytes_per_s", settled["bandwidth_bytes_per_s"]
+    )
+    settled["host_op_s"] = measured.get("host_op_s", profile.host_op_s)
+    settled["import_s"] = measured.get("import_s", profile.import_s)
     peaks: dict[Any, float] = measured["peak_flops"] if measured else profile.peak_flops  # type: ignore[assignment]
     if dtype not in peaks:
         raise SpecError(
@@ -239,7 +242,7 @@ def settle(profile: Profile, dtype: str) -> dict[str, Any]:
     return settled
 
 
-def _measured(profile: Profile) -> dict[str, Any]:
+def _measured(profile: Profile) -> JsonObject:
     """The measured speeds, if the profile is this machine's; {} if it describes another one."""
     if profile.device == "cpu":
         return measure() if "measure" in (profile.bandwidth_bytes_per_s, profile.peak_flops) else {}
@@ -276,7 +279,7 @@ def free_gpu_bytes(num_devices: int) -> int:
         abs(total - used[0]["memory_bytes"]) < 0.05 * total for _, total in now
     ):
         return min(free for free, _ in now)
-    # of a MIG slice nvidia-smi tells the whole GPU's: when it was measured
+    # for a MIG instance nvidia-smi reports the whole GPU, so use the value of the measurement
     return min(device["free_bytes"] for device in used)
 
 
@@ -325,7 +328,7 @@ def listed_gpus() -> list[str]:
     return found
 
 
-def measure_gpus(listed: list[str]) -> dict[str, Any]:
+def measure_gpus(listed: list[str]) -> JsonObject:
     """What PyTorch reports about these GPUs and the speed of the first one, measured once (a few
     seconds) and then cached.
     """
@@ -336,13 +339,13 @@ def measure_gpus(listed: list[str]) -> dict[str, Any]:
     )
 
 
-def measure() -> dict[str, Any]:
+def measure() -> JsonObject:
     """The copy bandwidth and matmul peak of this CPU, measured once (about 5 s) and then cached."""
     hardware = [provenance.cpu_model(), provenance.cpu_cores(), provenance.memory_bytes()]
     return _kept(hardware, [sys.executable, "-c", _MEASURE_CPU, str(provenance.cpu_cores())])
 
 
-def _kept(what: list[Any], command: list[str]) -> dict[str, Any]:
+def _kept(what: list[Any], command: list[str]) -> JsonObject:
     """The JSON that a command prints, cached per hardware if it holds a measurement. Raises
     SpecError if the command fails.
     """
@@ -371,7 +374,7 @@ def _kept(what: list[Any], command: list[str]) -> dict[str, Any]:
         ) from None
     if done.returncode != 0:
         raise SpecError(f"measuring this machine failed: {done.stderr.strip()[-500:]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    found: JsonObject = json.loads(done.stdout.strip().splitlines()[-1])
     if "bandwidth_bytes_per_s" in found:
         # if the cache cannot be written, measure again next time
         with contextlib.suppress(OSError):

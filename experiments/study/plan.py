@@ -16,20 +16,29 @@ import shutil
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from experiments import workloads
 from experiments.engines import load_adapter
 from experiments.host import model_files
-from experiments.records import store
+from experiments.records import store, types
 from experiments.records.factor_levels import Level, level_value
+from experiments.records.types import (
+    Config,
+    JsonObject,
+    LaunchEntry,
+    ModelShape,
+    NotApplicable,
+    Plan,
+    PlannedModel,
+    PlannedProfile,
+    PlannedSettings,
+    Workload,
+)
 from experiments.study import block_count, designs, machine, work_size
 from experiments.study.protocol import Statistics
 from experiments.study.spec import FACTORS, Cell, ModelChoice, Profile, Study
 from experiments.study.yaml_files import SpecError
 from nanovllm.config import BASELINE
-
-Plan = dict[str, Any]
 
 
 class NotHereError(SpecError):
@@ -43,7 +52,7 @@ class Outline:
     """
 
     cells: dict[str, Cell]
-    not_applicable: list[dict[str, Any]]
+    not_applicable: list[NotApplicable]
     blocks: int
     generators: dict[str, list[str]]
     launch_s: float
@@ -61,7 +70,7 @@ def build_plan(
     study: Study,
     profile: Profile,
     model: ModelChoice | None = None,
-    overrides: dict[str, Any] | None = None,
+    overrides: JsonObject | None = None,
 ) -> Plan:
     """Expands a study. `model` overrides the study's and the profile's. Raises SpecError, or
     ModelError for the checkpoint.
@@ -74,16 +83,14 @@ def build_plan(
     cells = _cells(study, settled_profile, resolved_model["shape"])[0]
     study, sized = work_size.fit(study, settled_profile, resolved_model, cells)
     work = {name: workloads.build(name, w.kind, w.params) for name, w in study.workloads.items()}
-    settings = study.settings.model_dump()
-    settings["kv_cache_memory_bytes"] = _kv_cache_bytes(
-        study, settled_profile, resolved_model, work
-    )
-    settled_profile["kv_cache_memory_bytes"] = settings["kv_cache_memory_bytes"]
+    settings: PlannedSettings = study.settings.model_dump()  # type: ignore[assignment]
+    kv_cache_bytes = _kv_cache_bytes(study, settled_profile, resolved_model, work)
+    settings["kv_cache_memory_bytes"] = settled_profile["kv_cache_memory_bytes"] = kv_cache_bytes
     _check_fit(study, work, resolved_model["shape"], settings)
     _check_memory(study, settled_profile, resolved_model)
 
     shape = outline(study, settled_profile, resolved_model["shape"])
-    shared = {**settings, "dtype": choice.dtype, "device": profile.device}
+    shared: Config = {**settings, "dtype": choice.dtype, "device": profile.device}
     launches = _launches(study.design.seed, shape.blocks, list(shape.cells), list(work))
     described = {
         **study.model_dump(exclude={"workloads", "cells", "gate", "model"}),
@@ -95,7 +102,7 @@ def build_plan(
     described["design"] |= {"blocks": shape.blocks, "generators": shape.generators}
     plan: Plan = {
         "plan_version": 1,
-        "study": described,
+        "study": described,  # type: ignore[typeddict-item]
         "profile": settled_profile,
         "model": resolved_model,
         "workloads": {name: workloads.summarize(w) for name, w in work.items()},
@@ -104,12 +111,14 @@ def build_plan(
         "launches": launches,
         "gate": study.gate,
         "expected_s": shape.expected_s,
-        **({"sized": sized} if sized else {}),
+        "plan_hash": "",
     }
+    if sized:
+        plan["sized"] = sized
     return {**plan, "plan_hash": store.plan_hash(plan)}
 
 
-def resolve_model(choice: ModelChoice) -> dict[str, Any]:
+def resolve_model(choice: ModelChoice) -> PlannedModel:
     """The `model` part of a plan. Builds a preset that is not in the cache yet."""
     found = model_files.inspect(choice.preset, choice.path)
     path = None if choice.preset else found["path"]
@@ -123,7 +132,7 @@ def resolve_model(choice: ModelChoice) -> dict[str, Any]:
     }
 
 
-def outline(study: Study, profile: dict[str, Any], shape: dict[str, Any] | None = None) -> Outline:
+def outline(study: Study, profile: PlannedProfile, shape: ModelShape | None = None) -> Outline:
     """The cells and blocks of a study on a profile. `shape` is the model's, if known. Raises
     SpecError, NotHereError.
 
@@ -142,7 +151,7 @@ def outline(study: Study, profile: dict[str, Any], shape: dict[str, Any] | None 
 
 
 def inapplicable(
-    factor: str, level: Level, profile: dict[str, Any], shape: dict[str, Any] | None
+    factor: str, level: Level, profile: PlannedProfile, shape: ModelShape | None
 ) -> str | None:
     """Why a level of a factor cannot run on a profile with this model; None if it can."""
     if reason := why_not({factor: level}, profile):
@@ -169,7 +178,7 @@ def _cpp_compiler() -> str | None:
 
 
 def why_not(
-    levels: Mapping[str, Level], profile: dict[str, Any], *, whole: bool = False
+    levels: Mapping[str, Level], profile: PlannedProfile, *, whole: bool = False
 ) -> str | None:
     """Why a combination of levels cannot run on a profile; None if it can. The check is the
     engine's own.
@@ -177,7 +186,7 @@ def why_not(
     whole: `levels` holds every level of a cell that differs from its baseline.
     """
     try:
-        change: dict[str, Any] = {factor: level_value(level) for factor, level in levels.items()}
+        change: Config = {factor: level_value(level) for factor, level in levels.items()}
         asked = dataclasses.replace(BASELINE, **change)
         dataclasses.replace(asked, data_parallel_size=1).resolve(profile["device"], in_engine=whole)
     except ValueError as error:
@@ -189,7 +198,7 @@ def why_not(
     )
 
 
-def _too_few_devices(processes: int, profile: dict[str, Any]) -> str | None:
+def _too_few_devices(processes: int, profile: PlannedProfile) -> str | None:
     have, unit = (
         (profile["num_devices"], "GPU")
         if profile["device"] == "cuda"
@@ -203,8 +212,8 @@ def _too_few_devices(processes: int, profile: dict[str, Any]) -> str | None:
 
 
 def _cells(
-    study: Study, profile: dict[str, Any], shape: dict[str, Any] | None
-) -> tuple[dict[str, Cell], list[dict[str, Any]], dict[str, list[str]]]:
+    study: Study, profile: PlannedProfile, shape: ModelShape | None
+) -> tuple[dict[str, Cell], list[NotApplicable], dict[str, list[str]]]:
     """The cells that can run, by name; what cannot run; the generators of a fractional factorial."""
     kind, off, where = study.design.kind, study.baselines(), f"on profile {profile['name']}"
 
@@ -233,7 +242,7 @@ def _cells(
             f"{study.source}: factors.{factor}.levels: {level} cannot run {where}: {reason.rstrip('.')}. design.kind: {kind} needs "
             f"every level: remove this one, or use another kind: {_others()}"
         )
-    not_applicable = [
+    not_applicable: list[NotApplicable] = [
         {"factor": factor, "level": level, "reason": reason}
         for (factor, level), reason in absent.items()
     ]
@@ -305,7 +314,7 @@ def _others() -> str:
     )
 
 
-def _entry(study: Study, cell: Cell, shared: dict[str, Any]) -> dict[str, Any]:
+def _entry(study: Study, cell: Cell, shared: Config) -> types.Cell:
     """A cell as stored in a plan. Every optimization is set explicitly, so that the engine's
     defaults do not matter.
     """
@@ -327,8 +336,8 @@ def _entry(study: Study, cell: Cell, shared: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _launches(seed: int, blocks: int, cells: list[str], work: list[str]) -> list[dict[str, Any]]:
-    launches = []
+def _launches(seed: int, blocks: int, cells: list[str], work: list[str]) -> list[LaunchEntry]:
+    launches: list[LaunchEntry] = []
     for block in range(blocks):
         rng = random.Random(f"{seed}/{block}")
         order = rng.sample(cells, len(cells))
@@ -351,7 +360,7 @@ def _seed(text: str) -> int:
 
 
 def _kv_cache_bytes(
-    study: Study, profile: dict[str, Any], model: dict[str, Any], work: dict[str, Any]
+    study: Study, profile: PlannedProfile, model: PlannedModel, work: dict[str, Workload]
 ) -> int:
     """The size of the KV cache: the study's, else the profile's, else what is free on the device
     now, but no more than the workloads can fill.
@@ -380,7 +389,7 @@ def _kv_cache_bytes(
     return machine.kv_budget(free, work_size.weight_bytes(shape, model["dtype"]), step, most)
 
 
-def _check_memory(study: Study, profile: dict[str, Any], model: dict[str, Any]) -> None:
+def _check_memory(study: Study, profile: PlannedProfile, model: PlannedModel) -> None:
     """Raises SpecError if the KV cache, or weights and KV cache together, exceed a device's
     memory.
     """
@@ -402,7 +411,7 @@ def _check_memory(study: Study, profile: dict[str, Any], model: dict[str, Any]) 
 
 
 def _check_fit(
-    study: Study, work: dict[str, Any], shape: dict[str, Any], settings: dict[str, Any]
+    study: Study, work: dict[str, Workload], shape: ModelShape, settings: PlannedSettings
 ) -> None:
     """Raises SpecError for a workload that does not fit the model or the settings, before anything
     is launched.

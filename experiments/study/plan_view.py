@@ -8,15 +8,15 @@ import math
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from experiments.host.provenance import cpu_cores
+from experiments.records.types import NotApplicable, Plan, PlannedProfile, PlannedStudy
 from experiments.study import block_count, designs
 from experiments.study.plan import NotHereError, outline
 from experiments.study.spec import Profile, Study
 
 
-def lines(plan: dict[str, Any], earlier: Iterable[Path]) -> list[tuple[str, str | None]]:
+def lines(plan: Plan, earlier: Iterable[Path]) -> list[tuple[str, str | None]]:
     """(line, style) of everything a user should know before a plan runs. earlier: folders of earlier
     executions, latest first.
     """
@@ -60,7 +60,7 @@ def lines(plan: dict[str, Any], earlier: Iterable[Path]) -> list[tuple[str, str 
     return said + [(line, "yellow") for line in skipped(plan["not_applicable"])]
 
 
-def skipped(not_applicable: list[dict[str, Any]]) -> list[str]:
+def skipped(not_applicable: list[NotApplicable]) -> list[str]:
     """What cannot run, grouped by reason, in lines of at most 80 columns."""
     by_reason: dict[str, list[str]] = {}
     for entry in not_applicable:  # a level of a factor, or a cell with its levels
@@ -79,7 +79,7 @@ def skipped(not_applicable: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _machine(profile: dict[str, Any]) -> str:
+def _machine(profile: PlannedProfile) -> str:
     """Name and speeds of the hardware, and where the speeds come from."""
     speeds = f"{profile['bandwidth_bytes_per_s'] / 1e9:,.0f} GB/s, {profile['peak_flops'] / 1e12:,.3g} TFLOP/s"
     memory = f"{profile['kv_cache_memory_bytes'] / 2**30:.3g} GiB of KV cache"
@@ -92,10 +92,8 @@ def in_short(study: Study, profile: Profile) -> str:
     """The launches and the time of a study on a profile, or why it cannot run there, in one line.
     Raises SpecError.
     """
-    hardware = {
-        **profile.model_dump(exclude={"match"}),
-        "cpu_cores": profile.cpu_cores or cpu_cores(),
-    }
+    hardware: PlannedProfile = profile.model_dump(exclude={"match"})  # type: ignore[assignment]
+    hardware["cpu_cores"] = profile.cpu_cores or cpu_cores()
     try:
         shape = outline(study, hardware)
     except NotHereError as error:
@@ -114,7 +112,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _power(study: dict[str, Any], noise: float, folder: Path) -> str:
+def _power(study: PlannedStudy, noise: float, folder: Path) -> str:
     """The smallest effect that the study can detect if it is as noisy as the last one."""
     least = block_count.detectable(noise, study["design"]["blocks"], study["alpha"])
     if math.isinf(least):

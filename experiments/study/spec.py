@@ -15,6 +15,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from experiments import workloads
 from experiments.engines import ENGINES
 from experiments.records.factor_levels import Level, level_name
+from experiments.records.types import Config, JsonObject, Params
 from experiments.study import designs, yaml_files
 from experiments.study.protocol import (
     Design,
@@ -53,7 +54,7 @@ class Workload(Strict):
     """
 
     kind: str
-    params: dict[str, Any]
+    params: Params
 
     @model_validator(mode="before")
     @classmethod
@@ -104,7 +105,7 @@ class Cell(Strict):
     engine: str = "nanovllm"
     role: Literal["treatment", "all", "reference"]
     levels: dict[str, Level] = {}
-    config: dict[str, Any] = {}
+    config: Config = {}
 
     @field_validator("levels", mode="before")
     @classmethod
@@ -188,7 +189,7 @@ class Study(Strict):
     cells: dict[Name, Cell] = {}
     comparisons: dict[Name, Comparison] = {}
     validity: Validity = Validity()
-    gate: dict[str, Any] = {}
+    gate: JsonObject = {}
     _source: str = PrivateAttr(default="")
 
     @property
@@ -291,7 +292,7 @@ class Study(Strict):
             return {}
         if wide := [name for name, found in levels.items() if len(found) != 1]:
             raise ValueError(
-                f"factors.{wide[0]}.levels: a fractional factorial has one level beside the baseline, "
+                f"factors.{wide[0]}.levels: a fractional factorial has one level besides the baseline, "
                 f"not {len(levels[wide[0]])}; keep one, or use kind: full_factorial"
             )
         stated, least = self.design.generators, self.design.resolution
@@ -364,7 +365,7 @@ class Profile(Strict):
     note: str = ""
 
 
-def load_study(source: str | Path, overrides: Iterable[str] = ()) -> tuple[Study, dict[str, Any]]:
+def load_study(source: str | Path, overrides: Iterable[str] = ()) -> tuple[Study, JsonObject]:
     """A study, given by path or by name (a file in ablations/studies), with overrides such as
     "design.blocks=2" applied; also returns the overrides as a mapping.
     """

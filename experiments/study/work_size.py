@@ -19,6 +19,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments import workloads
+from experiments.records.types import (
+    ModelShape,
+    Params,
+    PlannedModel,
+    PlannedProfile,
+    Request,
+    Sized,
+)
 from experiments.study.block_count import least_blocks
 from experiments.study.spec import Cell, Study
 
@@ -42,8 +50,8 @@ USUAL_OP_S = 1e-5
 
 
 def fit(
-    study: Study, profile: Mapping[str, Any], model: Mapping[str, Any], cells: Mapping[str, Cell]
-) -> tuple[Study, dict[str, Any] | None]:
+    study: Study, profile: PlannedProfile, model: PlannedModel, cells: Mapping[str, Cell]
+) -> tuple[Study, Sized | None]:
     """The study with its outputs cut for this machine, and what was chosen. Returns the study
     unchanged, and None, on a CPU and for a study without `sizing`.
 
@@ -71,7 +79,7 @@ def fit(
         sizing.least_blocks, least_blocks(study.design.bootstrap), fitting
     )
     design = cut.design.model_copy(update={"blocks": blocks, "budget_s": None})
-    chosen = {
+    chosen: Sized = {
         "share_of_answers": share,
         "blocks": blocks,
         "budget_s": study.design.budget_s,
@@ -83,7 +91,7 @@ def fit(
 def shortened(study: Study, share: float) -> Study:
     """The study with all outputs cut to a share of their length, but to no less than two tokens."""
 
-    def cut(params: dict[str, Any]) -> dict[str, Any]:
+    def cut(params: Params) -> Params:
         return params | {
             "output_tokens": [
                 max(2, math.ceil(share * length)) for length in params["output_tokens"]
@@ -99,9 +107,7 @@ def shortened(study: Study, share: float) -> Study:
     return changed
 
 
-def launch_seconds(
-    study: Study, cell: Cell, profile: Mapping[str, Any], model: Mapping[str, Any]
-) -> float:
+def launch_seconds(study: Study, cell: Cell, profile: PlannedProfile, model: PlannedModel) -> float:
     """The estimated total duration of a launch of a cell."""
     levels = {**study.baselines(), **study.fixed, **cell.levels}
     shape, slow = model["shape"], profile["host_op_s"] / USUAL_OP_S
@@ -118,7 +124,7 @@ def launch_seconds(
         for wave in workloads.build(name, w.kind, w.params)["waves"]
     ]
     first, few = study.measurement.warm_up_requests, study.measurement.warm_up_tokens
-    heads = [
+    heads: list[list[Request]] = [
         [{**r, "max_tokens": min(r["max_tokens"], few)} for r in wave[:first]] for wave in waves
     ]
     warm_up = sum(
@@ -131,11 +137,11 @@ def launch_seconds(
 
 
 def _wave_seconds(
-    wave: list[dict[str, Any]],
+    wave: list[Request],
     levels: Mapping[str, Any] | None,
     study: Study,
-    profile: Mapping[str, Any],
-    model: Mapping[str, Any],
+    profile: PlannedProfile,
+    model: PlannedModel,
 ) -> float:
     """The estimated duration of one wave. levels: None for HF, which has no optimizations."""
     shape, op_s = model["shape"], profile["host_op_s"]
@@ -182,7 +188,7 @@ def _steps(lengths: list[int], rows: int, static: bool) -> int:
     return max(ends)
 
 
-def parameters(shape: Mapping[str, Any]) -> int:
+def parameters(shape: ModelShape) -> int:
     """The number of weights of a Qwen3 model that a token is multiplied with: layers and LM head."""
     hidden, head = shape["hidden_size"], shape["head_dim"]
     attention = (
@@ -192,7 +198,7 @@ def parameters(shape: Mapping[str, Any]) -> int:
     return int(shape["num_hidden_layers"] * layer + hidden * shape["vocab_size"])
 
 
-def weight_bytes(shape: Mapping[str, Any], dtype: str) -> int:
+def weight_bytes(shape: ModelShape, dtype: str) -> int:
     """The size of the weights in memory, without norms, which are a few thousand elements per layer."""
     embedding = (
         0 if shape.get("tie_word_embeddings", True) else shape["hidden_size"] * shape["vocab_size"]
@@ -200,14 +206,14 @@ def weight_bytes(shape: Mapping[str, Any], dtype: str) -> int:
     return (parameters(shape) + embedding) * {"float32": 4, "bfloat16": 2}[dtype]
 
 
-def kv_bytes_per_token(shape: Mapping[str, Any], dtype: str) -> int:
+def kv_bytes_per_token(shape: ModelShape, dtype: str) -> int:
     """The size of the keys and values of one token in all layers."""
     values = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
     return int(values * {"float32": 4, "bfloat16": 2}[dtype])
 
 
 def step_bytes(
-    shape: Mapping[str, Any], dtype: str, max_num_batched_tokens: int, max_num_seqs: int
+    shape: ModelShape, dtype: str, max_num_batched_tokens: int, max_num_seqs: int
 ) -> int:
     """The approximate memory of the largest step besides weights and KV cache: activations of a
     prefill, logits, CUDA graphs and libraries.

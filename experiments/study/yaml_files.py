@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from experiments.records.types import JsonObject
+
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -71,7 +73,7 @@ def find(source: str | Path, folder: Path, what: str) -> Path:
     return path
 
 
-def load(model: type[M], path: Path, overrides: Iterable[str] = ()) -> tuple[M, dict[str, Any]]:
+def load(model: type[M], path: Path, overrides: Iterable[str] = ()) -> tuple[M, JsonObject]:
     """The validated content of a file with `overrides` ("a.b=value") applied, and the overrides as a
     mapping. Raises SpecError.
     """
@@ -106,11 +108,11 @@ def suggest(name: str, allowed: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def _override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+def _override(raw: JsonObject, overrides: Iterable[str]) -> JsonObject:
     """Sets `a.b.c=value` (value is YAML) in place and returns what was set. Unknown keys are left to
     the validation.
     """
-    applied: dict[str, Any] = {}
+    applied: JsonObject = {}
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator or not re.fullmatch(r"[\w+-]+(\.[\w+-]+)*", key):

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments import workloads
+from experiments.records.types import Record
 from reports.analysis.answer import answer
 from reports.analysis.compare import compared, costs, paired
 from reports.analysis.counting import Counted, Gate, count
@@ -47,7 +48,7 @@ Values = dict[str, dict[str, dict[str, dict[int, float]]]]
 
 
 def analyse(
-    records: Sequence[Mapping[str, Any]], plan: Mapping[str, Any], notes: Sequence[str] = ()
+    records: Sequence[Record], plan: Mapping[str, Any], notes: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Everything a report shows. `notes`: what was noticed while reading the records
     (reports/analysis/study_records.py).
@@ -123,7 +124,7 @@ def analyse(
 
 
 def ratios(
-    records: Sequence[Mapping[str, Any]], plan: Mapping[str, Any], ours: str, theirs: str
+    records: Sequence[Record], plan: Mapping[str, Any], ours: str, theirs: str
 ) -> list[Effect]:
     """Throughput of one cell over that of another, workload by workload, paired within blocks as
     `effects` are.

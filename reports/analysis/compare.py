@@ -40,7 +40,7 @@ def compared(
     twin = next((cell for cell, entry in plan["cells"].items() if entry["role"] == "aa"), None)
     entries = []
     for name, comparison in plan["study"].get("comparisons", {}).items():
-        for ours, theirs in fairness.pairs(dict(plan), comparison):
+        for ours, theirs in fairness.pairs(dict(plan), comparison):  # type: ignore[arg-type]
             entries.append(_pair(name, comparison["rule"], ours, theirs, launches, plan))
     for key, metric in METRICS.items():
         family = []
@@ -72,7 +72,7 @@ def _pair(
         breach
         for left in mine[-1:]
         for right in other
-        for breach in fairness.breaches(dict(plan), rule, dict(left), dict(right))
+        for breach in fairness.breaches(dict(plan), rule, dict(left), dict(right))  # type: ignore[arg-type]
     ]
     differences = (
         fairness.differences(mine[-1]["resolved"], other[-1]["resolved"]) if mine and other else []

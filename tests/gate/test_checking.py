@@ -19,7 +19,7 @@ from experiments.checking import jobs, judging, page, run, work
 from experiments.checking.jobs import CONTROL, SAMPLED, TRUNCATED, Job, Scope
 from experiments.checking.pairs import combinations, pairs_of, pairwise
 from experiments.checking.serve import serve
-from experiments.gate.negative_controls import BROKEN
+from experiments.gate.negative_controls import CONTROL_PROMPT, controls
 from experiments.host import provenance
 from experiments.host.model_files import shape
 from nanovllm.config import LEVELS
@@ -136,7 +136,7 @@ def everything(tiny: Path) -> tuple[judging.Judge, list[Job]]:
     drawn = small_work()
     planned, _ = jobs.all_jobs(scope(tiny, dtypes=("float32",)), ["drawn-000"])
     good = ("nanovllm float32: baseline", "nanovllm float32: all on", "hf float32: batches of 48")
-    wanted = (*good, f"broken float32: {next(iter(BROKEN))}")
+    wanted = (*good, f"broken float32: {next(iter(controls(CONTROL_PROMPT)))}")
     chosen = [job for job in planned if job.name in wanted]
     assert len(chosen) == len(wanted)
     served = {
@@ -306,6 +306,15 @@ def test_a_check_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
         cli.app, ["check", "--profile", "cpu", "--model", "huge", "--out", str(tmp_path)]
     )
     assert (result.exit_code, "'huge' is unknown; known are tiny" in result.output) == (2, True)
+
+
+def test_a_check_names_the_hardware_it_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 2**36, "driver": "580"}
+    monkeypatch.setattr(run, "gpu_inventory", lambda: [gpu])
+    assert run.hardware_of("cuda") == "NVIDIA H100 80GB HBM3"
+    monkeypatch.setattr(run, "gpu_inventory", lambda: [gpu, gpu])
+    assert run.hardware_of("cuda") == "2 x NVIDIA H100 80GB HBM3"
+    assert run.hardware_of("cpu") == run.provenance.cpu_model()
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ def test_bad_launches_are_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert "the fake engine hangs as told" in found["hang"]["reason"]
     assert "request 0 asked for" in found["wrong"]["reason"]
     assert found["dead"]["reason"] == "prefix_cache=on never engaged"
-    assert "at its baseline, off, and yet engaged" in found["stuck"]["reason"]
+    assert "at its baseline, off, but engaged" in found["stuck"]["reason"]
     with Runner(plan, tmp_path / "out", resume=True) as runner:
         pending = [entry["cell"] for entry in runner.pending()]
     assert pending == ["crash", "hang"], "failed launches run again, invalid ones do not"
@@ -188,7 +188,7 @@ def test_a_folder_of_other_records_is_refused(
         ),
         (
             ["--model", "/nonexistent"],
-            "model /nonexistent: no folder with a config.json; give the folder of a checkpoint",
+            "model /nonexistent: not a folder with a config.json; give the folder of a checkpoint",
         ),
     ],
 )
@@ -225,7 +225,7 @@ def test_records_of_other_code_are_not_mixed(
         monkeypatch.setattr(provenance, "code_digest", lambda: "other")
         with pytest.raises(
             store.RecordError,
-            match="code has changed since this run began: b01-o00-baseline would measure",
+            match="code has changed since this run began, so b01-o00-baseline would measure",
         ):
             runner.run()
     with pytest.raises(store.RecordError, match="another version of the code"):

@@ -16,7 +16,7 @@ import pytest
 import typer
 
 import experiments.__main__ as cli
-from experiments.cluster.dispatch import Dispatcher, Event, Job, WorkerError
+from experiments.cluster.dispatch import Dispatcher, Job, WorkerError, WorkerEvent
 from experiments.cluster.executor import EXECUTORS, Options
 from experiments.cluster.ray_workers import run_block
 from experiments.host import provenance
@@ -35,7 +35,7 @@ class ScriptedWorkers:
 
     def __init__(self, plan: dict[str, Any], slots: list[str], script: Script) -> None:
         self.plan, self.names, self.script = plan, slots, script
-        self.events: list[tuple[str, Event]] = []
+        self.events: list[tuple[str, WorkerEvent]] = []
         self.given: list[tuple[str, int]] = []
 
     def slots(self) -> dict[str, str]:
@@ -46,7 +46,7 @@ class ScriptedWorkers:
         self.given.append((slot, job["block"]))
         launches = [entry for entry in self.plan["launches"] if entry["block"] == job["block"]]
         for kind in self.script(slot, job["block"]) or ["end"] * len(launches) + ["done"]:
-            event: Event = {"event": kind, "reason": "as told"}
+            event: WorkerEvent = {"event": kind, "reason": "as told"}
             if kind == "end":
                 entry = launches.pop(0)
                 written = {
@@ -72,7 +72,7 @@ class ScriptedWorkers:
             "provenance": {"git": None, "code_digest": job["code_digest"]},
         }
 
-    def poll(self, timeout_s: float) -> list[tuple[str, Event]]:
+    def poll(self, timeout_s: float) -> list[tuple[str, WorkerEvent]]:
         return [self.events.pop(0)] if self.events else []
 
 

@@ -199,7 +199,7 @@ def test_a_report_that_could_not_be_drawn_is_refused_before_anything_runs(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(
         store.RecordError,
-        match=r"nothing was measured, as gate or report could not be made.*half installed",
+        match=r"nothing was measured, because the report could not be rendered.*half installed",
     ):
         preflight.check_end(tmp_path)
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from experiments.records import store
+from experiments.records.reading import read_records
 from experiments.records.store import Folder, RecordError
-from reports.analysis.study_records import read_records
 from tests.support.fake_engine import ENVIRONMENT, make_plan
 
 
@@ -142,14 +142,16 @@ def test_a_folder_has_one_runner(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     path = tmp_path / store.RECORDS
     path.write_text(json.dumps({**launch("a"), "schema": 2}) + "\n")
-    with pytest.raises(RecordError, match="line 1: schema 2 is newer than this program's 1"):
+    with pytest.raises(
+        RecordError, match="line 1: schema 2 is not supported, this program reads 1"
+    ):
         store.read(tmp_path)
     before = path.read_bytes()
-    with pytest.raises(RecordError, match="schema 2 is newer"):
+    with pytest.raises(RecordError, match="schema 2 is not supported"):
         Folder(tmp_path)
     assert path.read_bytes() == before, "left as it is"
     path.write_text(json.dumps(launch("a")) + "\nnull\n")
-    with pytest.raises(RecordError, match=r"line 2: damaged \(not a JSON object\)"):
+    with pytest.raises(RecordError, match=r"line 2: damaged \(not a JSON object"):
         store.read(tmp_path)
     path.write_text("{nonsense\n" + json.dumps(launch("a")) + "\n")
     with pytest.raises(RecordError, match="line 1: damaged"):
@@ -201,7 +203,7 @@ def test_two_visits_copied_into_one_file_are_not_mixed_up(tmp_path: Path) -> Non
     (tmp_path / store.RECORDS).write_text("".join(json.dumps(record) + "\n" for record in visits))
     with pytest.raises(
         RecordError,
-        match=r"line 2: another record of a, attempt 1: .*two visits.*import FOLDER FOLDER --merge",
+        match=r"line 2: another record of a, attempt 1: .*two folders.*import FOLDER FOLDER --merge",
     ):
         store.read(tmp_path)
 

@@ -250,7 +250,7 @@ def test_a_workload_that_cannot_run_is_refused_before_anything_runs(
     ):
         plan_of(cpu, model, f"settings.kv_cache_memory_bytes={2**34 + 1}")
     with pytest.raises(
-        SpecError, match="engine hf has no setting 'block_size'; allowed: max_num_seqs"
+        SpecError, match="engine hf has no setting 'block_size'; it has max_num_seqs"
     ):
         plan_of(cpu, model, "cells.hf.config={block_size: 16}")
 

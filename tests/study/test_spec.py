@@ -130,7 +130,7 @@ def test_overrides_are_applied_and_returned(study: Path) -> None:
         ),
         (
             "design.kind=fractional_factorial",
-            "factors.batching.levels: a fractional factorial has one level beside the baseline, not 2",
+            "factors.batching.levels: a fractional factorial has one level besides the baseline, not 2",
         ),
         ("factors.prefix_cache.baseline=", "factors.prefix_cache.baseline: must not be empty"),
         (
@@ -213,7 +213,7 @@ def test_stated_generators_are_taken(study: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         SpecError,
-        match=r"embeded: no such study; give the path of a YAML file, or one of .*embedded",
+        match=r"embeded: no such study; give the path of a YAML file, or a name from .*embedded",
     ):
         spec.load_study("embeded")
     broken = tmp_path / "broken.yaml"
@@ -221,7 +221,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"broken.yaml: not valid YAML"):
         spec.load_study(broken)
     broken.write_text("name: x")
-    with pytest.raises(SpecError, match=r"broken.yaml: factors: is missing"):
+    with pytest.raises(SpecError, match=r"broken.yaml: factors: missing"):
         spec.load_study(broken)
     with pytest.raises(SpecError, match="write key=value"):
         spec.load_study("embedded", ["blocks"])
