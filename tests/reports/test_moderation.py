@@ -27,7 +27,7 @@ from reports.page.table import print_table
 from reports.statistics.intervals import Rule, estimate
 from reports.statistics.moderated_coverage import SPREADS, Spread, simulate
 from reports.statistics.moderation import MIN_EFFECTS, Prior, fit_prior, moderate, prior_of, settle
-from tests.support.synthetic import designed, make_plan, make_records
+from tests.support.synthetic import BASE_LEVELS, designed, make_plan, make_records
 
 RULE = Rule(alpha=0.05, smallest_effect=0.05, seed="test")
 VARIANCES = st.lists(st.floats(1e-6, 1e3), min_size=MIN_EFFECTS, max_size=25)
@@ -160,7 +160,10 @@ TRUTH = {"batching": 6.0, "tensor_parallel_size": 0.8, "kernels": 1.5}
 def study(
     blocks: int, workloads: tuple[str, ...] = ("scaled",), seed: int = 0, **asked: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    plan = make_plan(designed("both", ON), blocks, workloads, seed, statistics=asked)
+    factors = {factor: {"baseline": BASE_LEVELS.get(factor, "off")} for factor in ON}
+    plan = make_plan(
+        designed("both", ON), blocks, workloads, seed, statistics=asked, factors=factors
+    )
     return plan, make_records(plan, TRUTH, seed, 0.1)
 
 
