@@ -26,7 +26,7 @@ def ratio(value: float | None) -> str:
 
 
 def interval(low: float | None, high: float | None, between: str = " to ") -> str:
-    """Of ratios: "2.07 to 2.11"."""
+    """An interval of ratios: "2.07 to 2.11"."""
     if low is None or high is None:
         return "no interval"
     return ratio(low)[1:] + between + ratio(high)[1:]
@@ -87,6 +87,15 @@ def printable(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {printable(key): printable(inner) for key, inner in value.items()}
     return [printable(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def verdict(effect: Mapping[str, Any]) -> str:
+    """The verdict on an effect in the words of a page. Where the interval leaves out 1 and the test,
+    corrected for all that are made together, does not reject equality: "suggestive".
+    """
+    low, high, found = effect["low"], effect["high"], str(effect["verdict"])
+    suggests = low is not None and high is not None and (low > 1 or high < 1)
+    return "suggestive" if found == "inconclusive" and suggests else found
 
 
 def level_range(bounds: list[int] | None) -> str:

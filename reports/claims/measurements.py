@@ -27,7 +27,7 @@ class Finding:
     does not vary).
 
     decides: whether the claim's verdict rests on it. n, when: how many blocks and when they began,
-    by which one source is chosen.
+    by which one source is chosen. modelled: from a model, not a measurement; never decides.
     """
 
     what: str
@@ -40,6 +40,7 @@ class Finding:
     decides: bool
     n: int = 1
     when: str = ""
+    modelled: bool = False
 
 
 def reference_ratio(
@@ -196,7 +197,17 @@ def _modelled_scaling(
             what = f"MODEL, not measured: a decode step of {batch} requests on {devices} GPUs, {_model(study)}, {level} on two"
             efficiency = step.efficiency(devices, sums["symmetric_memory"])
             says += ", outputs not judged" if unjudged else ""
-            yield Finding(what, efficiency, None, None, says, study.name, study.hardware, False)
+            yield Finding(
+                what,
+                efficiency,
+                None,
+                None,
+                says,
+                study.name,
+                study.hardware,
+                decides=False,
+                modelled=True,
+            )
 
 
 def host_time(library: Library, factor: str, fingerprint: str) -> Iterator[Finding]:

@@ -21,6 +21,7 @@ from reports.figures.layout import NARROW, WIDE
 from reports.page.document import VERDICT_WORDS, Document
 from reports.page.evidence import evidence
 from reports.page.model_sections import modelled
+from reports.page.overview import overview
 from reports.page.sections import results
 from reports.page.table import print_table
 
@@ -97,31 +98,36 @@ def document(
         if effect["role"] == "aa" and effect["metric"] == analysis["metric"]["key"]
     ]
     model = plan["model"]
+    noise = [
+        f"{text.ratio(arm['ratio'])} ({text.interval(arm['low'], arm['high'])}) on {arm['workload']}"
+        for arm in arms
+        if arm["n"] and arm["workload"] in analysis["workloads"]
+    ]
     facts = [
         ("machine", _machine(plan, analysis)),
+        ("date", _dates(analysis)),
         ("model", f"{model['preset'] or model['path']}, {model['dtype']}"),
-        ("blocks", f"{counts['complete_blocks']} complete of {counts['planned_blocks']}"),
         (
             "launches",
-            f"{counts['counted_launches']} counted, {counts['excluded_launches']} excluded",
+            f"{counts['counted_launches']} counted, {counts['excluded_launches']} excluded; "
+            f"{counts['complete_blocks']} of {text.count_of(counts['planned_blocks'], 'block')} complete",
         ),
         (
             "gate",
             f"{gate['passed']} of {text.count_of(len(gate['rows']), 'output')} passed, {gate['tokens_checked']:,} "
-            "tokens",
+            "tokens checked",
         ),
-        ("A/A arm", ", ".join(dict.fromkeys(arm["verdict"] for arm in arms)) or "none"),
+        ("A/A twin (noise)", "; ".join(noise) or "none"),
     ]
     if analysis["unjudged"]:
         finished = sum(row["status"] == "ok" for row in analysis["excluded"])
-        facts[2:] = [
-            ("blocks", f"{counts['run_blocks']} run to the end of {counts['planned_blocks']}"),
+        facts[3:] = [
             (
                 "launches",
-                f"{finished} run to the end of {counts['planned_launches']}, none counted",
+                f"{finished} run to the end of {counts['planned_launches']}, none counted; "
+                f"{counts['run_blocks']} of {text.count_of(counts['planned_blocks'], 'block')} run to the end",
             ),
             ("gate", "not judged: descriptive"),
-            ("A/A arm", "not judged: descriptive" if arms else "none"),
         ]
     digest = hashlib.sha256(
         json.dumps(list(records), sort_keys=True, separators=(",", ":")).encode()
@@ -130,15 +136,22 @@ def document(
         eyebrow=f"study {study['name']}",
         title=study.get("title") or study["name"],
         question=study["question"],
-        answer=analysis["answer"]["sentence"],
-        verdict=analysis["answer"]["verdict"],
+        answers=[(part["sentence"], part["verdict"]) for part in analysis["answer"]["by_workload"]],
         caveats=analysis["answer"]["caveats"],
         facts=facts,
-        sections=[
+        head=list(overview(plan, analysis)),
+        evidence="Statistics, the evidence that the results hold, and how to reproduce them.",
+        folded=[
             *(() if analysis["unjudged"] else (*results(analysis), *modelled(analysis))),
             *evidence(plan, analysis, digest),
         ],
     )
+
+
+def _dates(analysis: Mapping[str, Any]) -> str:
+    """The day on which the launches ran, or the first and the last."""
+    days = analysis["days"]
+    return text.ABSENT if not days else days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
 
 
 def _machine(plan: Mapping[str, Any], analysis: Mapping[str, Any]) -> str:
