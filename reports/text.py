@@ -1,5 +1,4 @@
-"""How numbers are written for people; one place, so that the page, the Markdown, the table and the
-figures agree.
+"""How numbers are formatted for people, in one place, so that page, Markdown, table and figures agree.
 
 A value that could not be had is None and written as an en dash.
 """
@@ -78,9 +77,8 @@ def count_of(number_: int, noun: str) -> str:
 
 
 def printable(value: Any) -> Any:
-    """The same JSON with every sign in its text that would not be shown but obeyed replaced by
-    U+FFFD: control characters move a terminal's cursor and break an SVG, overrides of the writing
-    direction make a name read as another one.
+    """The same JSON with control characters and overrides of the writing direction replaced by
+    U+FFFD: they would move a terminal's cursor, break an SVG, or make a name read as another.
     """
     if isinstance(value, str):
         return _OBEYED.sub("\ufffd", value)

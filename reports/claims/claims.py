@@ -1,5 +1,5 @@
-"""docs/claims.md: every published claim beside what was measured here, with a verdict that a fixed
-rule gives.
+"""docs/claims.md: every published claim beside what was measured here, with a verdict by a fixed
+rule.
 
 The rule is in ablations/claims.yaml, the measurement in measurements.py, the records in
 reports/published; this puts them side by side and judges, whichever way it falls.
@@ -85,7 +85,7 @@ def judge(claim: Claim, library: Library) -> Judged:
 
 
 def verdict_of(finding: Finding, value: float) -> str:
-    """One figure against the claimed one: the whole interval has to be on one side."""
+    """The verdict of one figure: the whole interval has to be on one side of the claimed value."""
     if finding.low is None or finding.high is None:
         return INCONCLUSIVE
     return (

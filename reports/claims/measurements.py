@@ -77,10 +77,12 @@ def reference_ratio(
         devices = _devices(found)
         for row in rows:
             memory = found.plan["profile"]["kv_cache_memory_bytes"] / 2**30
-            what = f"{row['cell']} over {row['reference']} on {row['workload']}, {_model(found)}, {memory:.3g} GiB of KV cache"
+            ours, theirs = (found.analysis["shown"][row[side]] for side in ("cell", "reference"))
+            what = f"{ours} over {theirs.removeprefix('reference: ')} on {row['workload']}, {_model(found)}, "
+            what += f"{memory:.3g} GiB of KV cache"
             if found.plan["profile"]["device"] != "cpu":
                 what += (
-                    f" a rank, {text.count_of(devices[row['cell']], 'GPU')} each"
+                    f" per rank, {text.count_of(devices[row['cell']], 'GPU')} each"
                     if devices[row["cell"]] > 1
                     else ""
                 )

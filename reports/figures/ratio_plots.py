@@ -40,7 +40,7 @@ def forest(analysis: Analysis, width: int) -> Figure | None:
 
 
 def comparisons(analysis: Analysis) -> list[tuple[str, Effect]]:
-    """("all on / vLLM 0.33.0", effect) of every pair with another engine, on the study's metric."""
+    """("vs vLLM 0.33.0, best", effect) of every pair with another engine, on the study's metric."""
     return [
         (_pair(analysis, entry), effect)
         for entry in analysis["comparisons"]
@@ -51,8 +51,8 @@ def comparisons(analysis: Analysis) -> list[tuple[str, Effect]]:
 
 
 def _pair(analysis: Analysis, entry: Effect) -> str:
-    ours, theirs = (analysis["shown"][entry[side]] for side in ("ours", "theirs"))
-    return f"{ours} / {theirs.removeprefix('reference: ')}"
+    theirs = analysis["shown"][entry["theirs"]].removeprefix("reference: ").split(" (")[0]
+    return f"vs {theirs}, {entry['name']}"
 
 
 def aa_panel(analysis: Analysis, width: int) -> Figure | None:
@@ -124,7 +124,7 @@ def _ratio_plot(
                     zorder=0.5,
                 )
                 axes.text(
-                    -left_px / axes_px, middle, shorten(label, 28), transform=across, va="center"
+                    -left_px / axes_px, middle, shorten(label, 30), transform=across, va="center"
                 )
                 axes.text(
                     1 + 82 / axes_px,

@@ -31,7 +31,7 @@ _GIB = 2**30
 
 
 def compare_sections(analysis: Analysis) -> Iterator[Section]:
-    """Nothing for a study that compares with no other engine."""
+    """The sections of a comparison; none if the study has no other engine."""
     entries = against_engines(analysis)
     if entries:
         lead = [
@@ -67,7 +67,7 @@ def _latencies(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def pairs_of_ours(analysis: Analysis) -> Iterator[Section]:
-    """What one change adds to another, both ours; nothing for a study that names no such pair."""
+    """What one of our configurations adds to another; none if the study names no such pair."""
     entries = among_ours(analysis)
     if entries:
         unfair = [entry for entry in entries if entry["breaches"]]

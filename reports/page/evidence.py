@@ -348,9 +348,7 @@ def _excluded(analysis: Analysis) -> Section:
 
 
 def reproduce_command(plan: Mapping[str, Any]) -> str:
-    """The one command that asks the same question again; a model from outside is named by its
-    folder.
-    """
+    """The command that runs the same study again; a model without a preset is named by its folder."""
     study, model = plan["study"], plan["model"]
     words = [
         f"STUDY={study['name']}",
@@ -451,9 +449,7 @@ def _configurations(analysis: Analysis) -> Table:
 
 
 def _other_weights(plan: Mapping[str, Any]) -> Iterator[str]:
-    """What a reader has to know where the plan's preset gives another checkpoint today than it was
-    made for.
-    """
+    """A note where the plan's preset gives another checkpoint today than the plan was made for."""
     preset, digest = plan["model"].get("preset"), plan["model"].get("digest")
     today = DIGESTS.get(preset)
     if digest and today and digest != today:

@@ -13,7 +13,9 @@ Analysis = Mapping[str, Any]
 
 
 def modelled(analysis: Analysis) -> Iterator[Section]:
-    """Absent where the design is no two-level factorial, or too few blocks are complete."""
+    """The sections on the linear model and its residuals. Omitted unless the design is a two-level
+    factorial with enough complete blocks.
+    """
     yield from _linear_model(analysis)
     yield from _residuals(analysis)
 

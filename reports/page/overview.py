@@ -9,7 +9,7 @@ from typing import Any
 from reports import text
 from reports.analysis import names
 from reports.analysis.answer import tests_beside
-from reports.analysis.compare import against_engines, throughput_rows
+from reports.analysis.compare import against_engines, said, throughput_rows
 from reports.page.document import Column, Section, Table
 from reports.statistics.metrics import THROUGHPUT
 
@@ -200,9 +200,9 @@ def _compared(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Secti
 
 
 def pair_name(analysis: Analysis, entry: Mapping[str, Any]) -> str:
-    """A pair of a comparison: "all on / vLLM 0.32.0, best"."""
-    theirs = name(analysis, entry["theirs"]).removeprefix("reference: ")
-    return f"{name(analysis, entry['ours'])} / {theirs}, {entry['name']}"
+    """A pair of a comparison: "all on / vLLM 0.32.0, both at their best"."""
+    theirs = names.engine(entry["engine"], entry["version"])
+    return f"{name(analysis, entry['ours'])} / {theirs}, {said(entry['name'])}"
 
 
 def _unjudged(analysis: Analysis) -> Section:

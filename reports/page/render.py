@@ -1,5 +1,4 @@
-"""Rendering a report: Markdown with figures beside it, and one HTML page that needs nothing but
-itself.
+"""Rendering a report: Markdown with figures beside it, and one self-contained HTML page.
 
 The same records give the same bytes: nothing is dated, sampled or ordered by chance here, and the
 versions that draw are pinned by constraints.txt.
@@ -80,9 +79,7 @@ def render(
 
 
 def write_markdown(path: Path, template: str, **values: Any) -> None:
-    """A page from a template in which everything that is printed is escaped; blank lines never pile
-    up.
-    """
+    """Write a page from a template; printed values are escaped, runs of blank lines collapsed."""
     page = _markdown_environment().get_template(template).render(**values)
     path.write_text(re.sub(r"\n{3,}", "\n\n", page), encoding="utf-8")
 
@@ -155,8 +152,8 @@ def _dates(analysis: Mapping[str, Any]) -> str:
 
 
 def _machine(plan: Mapping[str, Any], analysis: Mapping[str, Any]) -> str:
-    """The profile's words; a CPU is named as its launches found it, since the profile only says
-    that it is one.
+    """The machine by name: the title of its profile, or for a CPU the model that the launches
+    found.
     """
     profile, found = plan["profile"], analysis["hardware"]["provenance"]
     if profile["device"] == "cpu" and "cpu.model" in found and "cpu.cores" in found:
@@ -178,13 +175,13 @@ def _environment() -> Environment:
 
 
 def breakable(value: object) -> Markup:
-    """Text -> HTML that may be broken after the signs that join the words of a name."""
+    """Text as HTML in which a line may break after the characters that join the words of a name."""
     return Markup(re.sub(r"([_=+/-])", r"\1<wbr />", str(escape(value))))
 
 
 def _markdown_environment() -> Environment:
-    """Every value that a template prints is escaped for Markdown, so that a pipe from outside stays
-    a pipe.
+    """An environment that escapes every printed value for Markdown, so that a pipe in a name
+    cannot end a table cell.
     """
     environment = _environment()
     environment.finalize = escape_markdown
@@ -193,7 +190,7 @@ def _markdown_environment() -> Environment:
 
 
 def escape_markdown(value: object) -> Markup:
-    """Text -> Markdown that shows it literally, on one line."""
+    """Text as Markdown that shows it literally, on one line."""
     if isinstance(value, Markup):
         return value
     line = " ".join(str(value).split())
@@ -203,8 +200,8 @@ def escape_markdown(value: object) -> Markup:
 
 
 def code(value: object) -> Markup:
-    """Text -> a code span; in a table even code cannot hold a pipe, and a fence is longer than any
-    backticks within.
+    """Text as a code span. Pipes are replaced, since they end a table cell even in code; the fence
+    is longer than any run of backticks within.
     """
     line = " ".join(str(value).split()).replace("|", "¦")
     if not line:

@@ -26,7 +26,7 @@ KINDS = {
 
 
 def results(analysis: Analysis) -> Iterator[Section]:
-    """The sections that answer the question, those that the design has numbers for."""
+    """Every section that this study has numbers for."""
     yield from compare_sections(analysis)
     yield _effects(analysis)
     yield from _factors(analysis)
@@ -224,8 +224,9 @@ def _references(analysis: Analysis) -> Iterator[Section]:
     for cell, reference in dict.fromkeys((row["cell"], row["reference"]) for row in rows):
         if devices[cell] != devices[reference]:
             here, there = text.count_of(devices[cell], "device"), devices[reference]
+            theirs = name(analysis, reference).removeprefix("reference: ")
             lead.append(
-                f"Not on equal devices: {name(analysis, cell)} ran on {here}, {name(analysis, reference).removeprefix('reference: ')} on {there}, so "
+                f"Not on equal devices: {name(analysis, cell)} ran on {here}, {theirs} on {there}, so "
                 "their ratio does not compare the engines alone."
             )
     yield Section("references", "Against other engines", lead, None, [table])

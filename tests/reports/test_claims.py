@@ -114,7 +114,9 @@ def test_vllm_is_judged_by_the_configuration_against_which_we_do_worst(
     )
     judged = judge(one, shelf(found))
     assert len(judged.findings) == 2
-    assert [finding.what.split(" on ")[0] for finding in judged.deciding] == ["baseline over fast"]
+    assert [finding.what.split(" on ")[0] for finding in judged.deciding] == [
+        "all off over vLLM (fast)"
+    ]
     assert judged.verdict == verdict
     # not the canonical workload
     assert judge(claim("throughput-vs-vllm"), shelf(found)).verdict == "not testable here"
@@ -127,7 +129,7 @@ def test_vllm_is_judged_by_the_configuration_against_which_we_do_worst(
         {**found.analysis, "comparisons": [breach]},
     )
     assert [finding.what.split(" on ")[0] for finding in judge(one, shelf(unfair)).deciding] == [
-        "baseline over slow"
+        "all off over vLLM (slow)"
     ]
 
 
@@ -160,10 +162,10 @@ def test_engines_are_compared_on_equal_numbers_of_gpus(tmp_path: Path) -> None:
         ]
 
     (alone,) = judged()
-    assert alone.startswith("baseline over vllm on scaled")
+    assert alone.startswith("all off over vLLM on scaled")
     _, both = judged(tp2=cell("treatment", tensor_parallel_size=2))
-    assert both.startswith("tp2 over vllm-tp2 on scaled")
-    assert both.endswith("a rank, 2 GPUs each")
+    assert both.startswith("tp2 over vLLM (tp2) on scaled")
+    assert both.endswith("per rank, 2 GPUs each")
 
 
 def slower(work: dict[str, Any], times: float) -> dict[str, Any]:

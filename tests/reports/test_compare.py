@@ -464,7 +464,7 @@ def test_the_report_answers_first(speed: float, sd: float, verdict: str, tmp_pat
     assert page.index(verdict) < page.index("## "), "before every section"
     assert "TTFT, time to first token" in page
     head = page.split("## Evidence")[0]
-    assert "| `scaled` | all on / vLLM, best |" in head
+    assert "| `scaled` | all on / vLLM, both at their best |" in head
     assert f"| {text.verdict(effect)} | pass |" in head
 
 
