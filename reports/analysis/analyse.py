@@ -19,6 +19,7 @@ from reports.analysis.answer import answer
 from reports.analysis.compare import compared, costs, paired
 from reports.analysis.counting import Counted, Gate, count
 from reports.analysis.gate_and_launches import equivalence, hardware, run_order, toggles
+from reports.analysis.names import shown_names
 from reports.analysis.noise import Priors, described, priors, question, scale_of
 from reports.analysis.unjudged import measured
 from reports.statistics import ceiling
@@ -90,6 +91,7 @@ def analyse(
         "statistics": described(plan, noise),
         "baseline": lattice.baseline,
         "cells": {name: dict(cell) for name, cell in plan["cells"].items()},
+        "shown": shown_names(plan, counted.launches),
         "workloads": {name: dict(entry) for name, entry in plan["workloads"].items()},
         "counts": _counts(plan, counted),
         "rates": _rates(values, plan),
@@ -118,6 +120,9 @@ def analyse(
         "order": run_order(counted, values[metric.key]),
         "hardware": hardware(counted, plan),
         "notes": list(notes),
+        "days": sorted(
+            {record["started_at"][:10] for record in records if record["kind"] == "launch"}
+        ),
     }
     result["answer"] = answer(result)
     return result

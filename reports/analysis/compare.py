@@ -15,10 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.launch import fairness
+from reports.analysis import names
 from reports.analysis.noise import Priors
 from reports.statistics.intervals import Rule, estimate, judge
 from reports.statistics.metrics import METRICS, THROUGHPUT
-from reports.text import count_of, interval, percent, ratio
+from reports.text import count_of, interval, percent, ratio, verdict
 
 Analysis = Mapping[str, Any]
 # {metric: {workload: {cell: {block: value}}}}
@@ -200,23 +201,44 @@ def headline(analysis: Analysis) -> Mapping[str, Any] | None:
     return next(iter(against_engines(analysis)), None)
 
 
-def sentence(analysis: Analysis) -> str:
-    """Faster, slower, equivalent or inconclusive, by how much, on what; made from verdicts by fixed
-    rules.
+def by_workload(analysis: Analysis) -> list[dict[str, Any]]:
+    """The answer of a study that compares engines, workload by workload: faster, slower, equivalent or
+    inconclusive, and by how much; made from verdicts by fixed rules.
     """
     entry = headline(analysis)
     if entry is None:
         raise ValueError("this study names no comparison with another engine")
-    against = f"Against {entry['engine']}{' ' + entry['version'] if entry['version'] else ''}, {said(entry['name'])}"
+    against = f"Against {names.engine(entry['engine'], entry['version'])}, {said(entry['name'])}"
     if entry["breaches"]:
-        return f"{against}: no answer, the comparison was not fair ({entry['breaches'][0]})."
+        return _no_answer(
+            f"{against}: no answer, the comparison was not fair ({entry['breaches'][0]})."
+        )
     effects = [effect for effect in entry["effects"][THROUGHPUT.key].values() if effect["n"]]
     if not effects:
-        return f"{against}: no answer, no block holds both {entry['ours']} and {entry['theirs']}."
-    blocks = count_of(min(effect["n"] for effect in effects), "block")
+        pair = " and ".join(str(analysis["shown"][entry[side]]) for side in ("ours", "theirs"))
+        return _no_answer(f"{against}: no answer, no block holds both {pair}.")
     confidence = percent(analysis["rule"]["confidence"], 0)
-    found = "; ".join(_says(effect) for effect in effects)
-    return f"{against}, {entry['our_engine']} is {found} (output tokens per second, {confidence} intervals, {blocks})."
+    parts = []
+    for effect in effects:
+        where = f"{against}, {entry['our_engine']} is {verdict(effect)} on {effect['workload']}"
+        blocks = count_of(effect["n"], "block")
+        if effect["low"] is None:
+            found = f"{ratio(effect['ratio'])} in {blocks}, too few for an interval"
+        else:
+            found = f"{ratio(effect['ratio'])}, {confidence} interval {interval(effect['low'], effect['high'])}, {blocks}"
+        parts.append(
+            {
+                "workload": effect["workload"],
+                "sentence": f"{where} ({found}).",
+                "verdict": effect["verdict"],
+            }
+        )
+        against = f"Against {names.engine(entry['engine'], entry['version'])}"
+    return parts
+
+
+def _no_answer(sentence: str) -> list[dict[str, Any]]:
+    return [{"workload": "", "sentence": sentence, "verdict": "inconclusive"}]
 
 
 RULE_WORDS = {
@@ -232,20 +254,6 @@ def said(comparison: str) -> str:
         "like-for-like": "like for like",
         "all-off": "everything off in both",
     }.get(comparison, f"comparison {comparison}")
-
-
-def _says(effect: Mapping[str, Any]) -> str:
-    if effect["low"] is None:
-        return f"inconclusive on {effect['workload']} ({ratio(effect['ratio'])}, too few blocks for an interval)"
-    return f"{effect['verdict']} on {effect['workload']} ({ratio(effect['ratio'])}, {interval(effect['low'], effect['high'])})"
-
-
-def verdict(analysis: Analysis) -> str:
-    """Of the sentence: the verdict that all workloads share, `mixed` where they do not."""
-    entry = headline(analysis)
-    effects = entry["effects"].get(THROUGHPUT.key, {}).values() if entry else ()
-    found = {effect["verdict"] for effect in effects if effect["n"]}
-    return str(found.pop()) if len(found) == 1 else "mixed" if found else "inconclusive"
 
 
 def throughput_rows(
