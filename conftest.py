@@ -12,9 +12,9 @@ from collections.abc import Iterator
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
-import psutil
-import pytest
-import torch
+import psutil  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 MOST_PROCESSES = 8
 """More would wait for the longest tests."""
