@@ -33,6 +33,7 @@ STUDY ?=
 PROFILE ?=
 MODEL ?=
 SET ?=
+JOBS ?= auto
 # DRY_RUN=1: show the plan of `make ablate`, `compare-vllm` or `compare-hf` and run nothing.
 DRY_RUN ?=
 OPTIONS = $(if $(DRY_RUN),--dry-run) $(if $(STUDY),--study $(STUDY)) $(if $(PROFILE),--profile $(PROFILE)) $(if $(MODEL),--model $(MODEL)) $(foreach s,$(SET),--set $(s))
@@ -66,8 +67,9 @@ $(VLLM_READY): requirements/vllm-$(VLLM_BUILD).txt | $(READY)
 check: $(READY) $(if $(VLLM_PYTHON),,$(VLLM_READY))  ## check the output: all pairs of switches, HF and vLLM go through the gate; broken engines must fail it
 	@$(BIN)/python -m experiments check --python vllm=$(or $(VLLM_PYTHON),$(VLLM_VENV)/bin/python) $(if $(PROFILE),--profile $(PROFILE)) $(if $(MODEL),--model $(MODEL))
 
-test: $(READY)  ## run the test suite (under ten minutes on two cores)
-	@$(BIN)/python -m pytest -m "not slow and not bench"
+# JOBS: how many processes; auto: one a core, eight at most. JOBS=0: in this process, as for a debugger.
+test: $(READY)  ## run the test suite, on all cores (under ten minutes on two; JOBS=4: so many processes)
+	@$(BIN)/python -m pytest -m "not slow and not bench" -n $(JOBS) --dist worksteal
 
 test-slow: $(READY)  ## run the tests that take longer
 	@$(BIN)/python -m pytest -m slow
