@@ -7,7 +7,7 @@ speed more than on the GPU's. So the duration of every launch is estimated from 
 of this machine, and all outputs are cut to the same share. The plan holds what was chosen.
 
 The estimate decides how much is measured, never what is reported. Its constants were fitted on an
-H100 and an H200 (ablations/LOG.md, 2026-11-28), in units that carry over to other machines:
+H100 and H200s (ablations/LOG.md, 2026-11-28), in units that carry over to other machines:
 operations issued by the host, and bytes and FLOPs of the GPU.
 """
 
@@ -42,8 +42,14 @@ GRAPH_STEP_OPS = 80
 """Host time of replaying a CUDA graph for one step, in operations."""
 BANDWIDTH_SHARE, PEAK_SHARE = 0.7, 0.35
 """The share of the measured copy bandwidth and of the measured matmul peak that a step reaches."""
-START_S, GRAPHS_START_S, PARALLEL_START_S = 2.5, 2.0, 3.0
-"""Start-up times: device and weights of a process with imported libraries; graph capture; ranks or replicas, without imports."""
+START_S, GRAPHS_START_S, PARALLEL_START_S, SYMMETRIC_START_S = 2.5, 2.0, 5.0, 3.0
+"""Start-up times: device and weights of a process with imported libraries; graph capture; ranks or
+replicas, without imports; symmetric memory.
+"""
+HF_IMPORTS, COMPILE_IMPORTS = 3.0, 1.8
+"""In times of PyTorch's import: HF transformers imported and its model built; the kernels of a cell
+compiled on a machine that has none of them yet.
+"""
 READ_BYTES_PER_S = 4e9
 USUAL_OP_S = 1e-5
 """`host_op_s` of the host on which the start-up times were measured."""
@@ -66,18 +72,19 @@ def fit(
         cut = shortened(study, share)
         launch_s = {name: launch_seconds(cut, cell, profile, model) for name, cell in cells.items()}
         block_s = sum(launch_s.values())
-        if (study.design.blocks or sizing.blocks) * block_s <= budget_s:
+        once_s = sum(first_seconds(cut, cell, profile) for cell in cells.values())
+        if once_s + (study.design.blocks or sizing.blocks) * block_s <= budget_s:
             break
-    mean_s = round(block_s / len(cells), 2)
-    measurement = cut.measurement.model_copy(update={"launch_s": mean_s})
     fitting = (
         sizing.most_blocks
         if math.isinf(budget_s)
-        else min(sizing.most_blocks, int(budget_s / block_s))
+        else min(sizing.most_blocks, int((budget_s - once_s) / block_s))
     )
     blocks = study.design.blocks or max(
         sizing.least_blocks, least_blocks(study.design.bootstrap), fitting
     )
+    mean_s = round((once_s / blocks + block_s) / len(cells), 2)
+    measurement = cut.measurement.model_copy(update={"launch_s": mean_s})
     design = cut.design.model_copy(update={"blocks": blocks, "budget_s": None})
     chosen: Sized = {
         "share_of_answers": share,
@@ -115,9 +122,11 @@ def launch_seconds(study: Study, cell: Cell, profile: PlannedProfile, model: Pla
     graphs = ours and levels.get("cuda_graphs") == "on"
     ranks = int(levels.get("tensor_parallel_size", 1)) * int(levels.get("data_parallel_size", 1))
     imports = 0.0 if ours and ranks == 1 and study.measurement.preload else profile["import_s"]
+    imports *= 1.0 if ours else HF_IMPORTS
     start = START_S * slow + weight_bytes(shape, model["dtype"]) / READ_BYTES_PER_S + imports
     start += GRAPHS_START_S * slow if graphs else 0.0
     start += PARALLEL_START_S * slow if ranks > 1 else 0.0
+    start += SYMMETRIC_START_S * slow if levels.get("all_reduce") == "symmetric_memory" else 0.0
     waves = [
         wave
         for name, w in study.workloads.items()
@@ -134,6 +143,15 @@ def launch_seconds(study: Study, cell: Cell, profile: PlannedProfile, model: Pla
     # a short workload is served once untimed, then repeatedly
     again = study.measurement.least_timed_s
     return float(start + warm_up + sum(2 * s + again if s < again else s for s in timed))
+
+
+def first_seconds(study: Study, cell: Cell, profile: PlannedProfile) -> float:
+    """What the first launch of a cell takes beyond `launch_seconds`: its Triton kernels are
+    compiled, and HF transformers is read from the disk for the first time.
+    """
+    levels = {**study.baselines(), **study.fixed, **cell.levels}
+    compiles = cell.engine != study.engine or levels.get("kernels") == "triton"
+    return float(COMPILE_IMPORTS * profile["import_s"]) if compiles else 0.0
 
 
 def _wave_seconds(
