@@ -12,8 +12,8 @@ Its rooms, from the top down; each imports only from those below it (import-lint
     templates/   of HTML and Markdown
     published/   records worth keeping, and the pages made from them
 
-Pictures are files: whatever backend a shell or a notebook has chosen, and this interpreter may not
-have, is none of ours.
+Pictures are written to files, so the backend that a shell or a notebook has chosen, and that may be
+missing here, is not used.
 """
 
 import os

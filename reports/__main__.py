@@ -1,5 +1,5 @@
 """python -m reports render | check | ratio | publish | published | claims | questions | lines | screenshot:
-pages, rebuilt from records.
+pages, rendered from records.
 """
 
 import io
@@ -27,10 +27,13 @@ from reports.figures.browser import BrowserError, screenshot
 from reports.page.evidence import reproduce_command
 from reports.page.render import print_table, render, write_markdown
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Reports, rebuilt from records.")
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Reports, rendered from records."
+)
 KNOWN_ERRORS = (RecordError, CountError, BrowserError)
 REPORT = "report"
 LINES = PUBLISHED / "code-lines" / "lines.json"
+SHOWN = PUBLISHED / "cpu-two-cores" / "embedded"
 PICTURE = claims_page.ROOT / "docs" / "report.png"
 
 CheckOption = Annotated[
@@ -166,15 +169,26 @@ def lines(
 
 @app.command("screenshot")
 def make_screenshot(
-    page: Annotated[Path, typer.Argument(help="an HTML page")] = PUBLISHED
-    / "cpu-two-cores"
-    / "embedded"
-    / REPORT
-    / "report.html",
+    page: Annotated[
+        Path | None,
+        typer.Argument(help="an HTML page; the report of cpu-two-cores/embedded if not given"),
+    ] = None,
     out: Annotated[Path, typer.Option(help="the PNG file")] = PICTURE,
 ) -> None:
     """Take the README's picture: the head of a report, in a headless Chromium."""
-    guarded(lambda: out.write_bytes(screenshot(page, width=1000, height=1500)))
+
+    def work() -> None:
+        with tempfile.TemporaryDirectory() as aside:
+            shown = page or _rendered(SHOWN, Path(aside))
+            out.write_bytes(screenshot(shown, width=1000, height=1500))
+
+    guarded(work)
+
+
+def _rendered(folder: Path, out: Path) -> Path:
+    """The HTML page of published records, which is not committed."""
+    plan, file = read_folder(folder)
+    return render(plan, file.records, analyse(file.records, plan, file.notes), out)[1]
 
 
 def write_all(out: Path) -> None:
@@ -214,7 +228,9 @@ def relative(path: Path) -> Path:
 
 
 def settle(write: Callable[[Path], None], check: bool) -> None:
-    """Writes pages into the repository; or, for --check, aside, and compares."""
+    """Writes pages into the repository; or, for --check, aside, and compares those that are committed
+    (docs/adr/0011-what-is-published.md).
+    """
     if not check:
         write(claims_page.ROOT)
         return
@@ -223,7 +239,7 @@ def settle(write: Callable[[Path], None], check: bool) -> None:
         fresh = {
             path.relative_to(aside): path.read_bytes()
             for path in Path(aside).rglob("*")
-            if path.is_file()
+            if path.is_file() and path.suffix != ".html"
         }
     there = {path: claims_page.ROOT / path for path in fresh}
     stale = [

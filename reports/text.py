@@ -1,5 +1,4 @@
-"""How numbers are written for people; one place, so that the page, the Markdown, the table and the
-figures agree.
+"""How numbers are formatted for people, in one place, so that page, Markdown, table and figures agree.
 
 A value that could not be had is None and written as an en dash.
 """
@@ -26,7 +25,7 @@ def ratio(value: float | None) -> str:
 
 
 def interval(low: float | None, high: float | None, between: str = " to ") -> str:
-    """Of ratios: "2.07 to 2.11"."""
+    """An interval of ratios: "2.07 to 2.11"."""
     if low is None or high is None:
         return "no interval"
     return ratio(low)[1:] + between + ratio(high)[1:]
@@ -78,15 +77,23 @@ def count_of(number_: int, noun: str) -> str:
 
 
 def printable(value: Any) -> Any:
-    """The same JSON with every sign in its text that would not be shown but obeyed replaced by
-    U+FFFD: control characters move a terminal's cursor and break an SVG, overrides of the writing
-    direction make a name read as another one.
+    """The same JSON with control characters and overrides of the writing direction replaced by
+    U+FFFD: they would move a terminal's cursor, break an SVG, or make a name read as another.
     """
     if isinstance(value, str):
         return _OBEYED.sub("\ufffd", value)
     if isinstance(value, Mapping):
         return {printable(key): printable(inner) for key, inner in value.items()}
     return [printable(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def verdict(effect: Mapping[str, Any]) -> str:
+    """The verdict on an effect in the words of a page. Where the interval leaves out 1 and the test,
+    corrected for all that are made together, does not reject equality: "suggestive".
+    """
+    low, high, found = effect["low"], effect["high"], str(effect["verdict"])
+    suggests = low is not None and high is not None and (low > 1 or high < 1)
+    return "suggestive" if found == "inconclusive" and suggests else found
 
 
 def level_range(bounds: list[int] | None) -> str:

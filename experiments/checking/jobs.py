@@ -13,7 +13,7 @@ from experiments.records.factor_levels import level_name
 from experiments.records.types import Config, Device, JsonObject, ModelShape, PlannedProfile
 from experiments.study.plan import inapplicable
 from nanovllm.config import ALL, BASELINE, LEVELS, Optimizations
-from nanovllm.engine.cuda_graph import fewest_sharing
+from nanovllm.gpu.cuda_graph import fewest_sharing
 
 MAX_NUM_SEQS, MAX_MODEL_LEN, BATCHED_TOKENS = 4, 256, 48
 """Small, so that requests wait, prompts are chunked, and requests are preempted (see `kv_cache_bytes`)."""

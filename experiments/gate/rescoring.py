@@ -28,7 +28,8 @@ from experiments.gate.reference_model import check_decomposition, last_hidden_st
 from experiments.gate.scoring import Scores, score_rows
 from experiments.records.types import Request
 from nanovllm.models import generated
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.models.config import load_hf_config
+from nanovllm.models.families import model_class
 
 REFERENCE_DTYPE = {"float32": torch.float64, "bfloat16": torch.float32}
 DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -94,9 +95,8 @@ class Rescorer:
                 model = AutoModelForCausalLM.from_config(
                     AutoConfig.from_pretrained(folder, local_files_only=True), **how
                 )
-            generated.fill_whole(
-                model.named_parameters(), folder, Qwen3ForCausalLM.packed_modules_mapping
-            )
+            family = model_class(load_hf_config(folder).architecture)
+            generated.fill_whole(model.named_parameters(), folder, family.packed_modules_mapping)
             return model.eval()
         return (
             AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **how)

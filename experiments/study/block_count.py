@@ -53,9 +53,9 @@ def blocks_within(
 
 
 @lru_cache(maxsize=256)
-def detectable_in_sd(n: int, alpha: float, power: float) -> float:
+def detectable_in_sd(n: int, alpha: float, power: float, df: float | None = None) -> float:
     """The smallest mean, in standard deviations, that a two-sided paired t test of n samples
-    detects with the given power.
+    detects with the given power. df: degrees of freedom of the deviation; n - 1 if not given.
 
     The other tail is neglected: at usual powers it is negligible, and scipy cannot evaluate it far
     out.
@@ -63,12 +63,13 @@ def detectable_in_sd(n: int, alpha: float, power: float) -> float:
     from scipy.optimize import brentq
     from scipy.stats import nct, t  # takes a second to import and is rarely needed
 
-    limit = t.ppf(1 - alpha / 2, n - 1)
+    freedom = n - 1 if df is None else df
+    limit = t.ppf(1 - alpha / 2, freedom)
     if limit > _LARGEST_QUANTILE:
         return math.inf
 
     def lacking(mean: float) -> float:
-        return float(nct.sf(limit, n - 1, mean * math.sqrt(n))) - power
+        return float(nct.sf(limit, freedom, mean * math.sqrt(n))) - power
 
     most = 1.0
     while lacking(most) < 0:
@@ -76,11 +77,13 @@ def detectable_in_sd(n: int, alpha: float, power: float) -> float:
     return float(brentq(lacking, 0.0, most))
 
 
-def detectable(sd_log: float, n: int, alpha: float, power: float = POWER) -> float:
+def detectable(
+    sd_log: float, n: int, alpha: float, power: float = POWER, df: float | None = None
+) -> float:
     """The smallest relative change (0.03: 3 %) that n blocks with this noise detect with this power,
     without a correction for multiple tests. Infinite if n is too small for any at this alpha.
     """
-    log_ratio = detectable_in_sd(n, alpha, power) * sd_log if sd_log > 0 else 0.0
+    log_ratio = detectable_in_sd(n, alpha, power, df) * sd_log if sd_log > 0 else 0.0
     return math.expm1(log_ratio) if log_ratio < 700 else math.inf
 
 

@@ -35,6 +35,7 @@ from experiments.records.types import (
     Workload,
 )
 from experiments.study import block_count, designs, machine, work_size
+from experiments.study.protocol import Statistics
 from experiments.study.spec import FACTORS, Cell, ModelChoice, Profile, Study
 from experiments.study.yaml_files import SpecError
 from nanovllm.config import BASELINE
@@ -95,6 +96,8 @@ def build_plan(
         **study.model_dump(exclude={"workloads", "cells", "gate", "model"}),
         "overrides": overrides or {},
     }
+    if study.statistics == Statistics():
+        del described["statistics"]  # plans of studies that say nothing of it stay as they were
     # as resolved
     described["design"] |= {"blocks": shape.blocks, "generators": shape.generators}
     plan: Plan = {

@@ -123,3 +123,18 @@ class Validity(Strict):
     foreign_gpu_processes: int = Field(default=0, ge=0)
     throttle: list[Literal[THROTTLE_REASONS]] = list(HARMFUL)  # type: ignore[valid-type]
     max_foreign_cpu: float = Field(default=0.9, gt=0, le=1)
+
+
+class Statistics(Strict):
+    """How the effects of a study are judged, fixed before anything runs (docs/methodology.md).
+
+    variance: `per_effect` estimates the variance of each effect from its own blocks. `moderated` lets
+    all effects of a workload and metric tell of the noise of each (reports/statistics/moderation.py):
+    for studies of ten cells or more with few blocks.
+    families: what Holm's method adjusts together. `joint`: all ratios to the baseline on one metric.
+    `by_question`: what each factor buys alone, what everything on buys, and the cells between are
+    families of their own. Each question has the error rate alpha then.
+    """
+
+    variance: Literal["per_effect", "moderated"] = "per_effect"
+    families: Literal["joint", "by_question"] = "joint"

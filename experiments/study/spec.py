@@ -17,7 +17,14 @@ from experiments.engines import ENGINES
 from experiments.records.factor_levels import Level, level_name
 from experiments.records.types import Config, JsonObject, Params
 from experiments.study import designs, yaml_files
-from experiments.study.protocol import Design, Measurement, Sizing, Strict, Validity
+from experiments.study.protocol import (
+    Design,
+    Measurement,
+    Sizing,
+    Statistics,
+    Strict,
+    Validity,
+)
 from experiments.study.yaml_files import suggest
 from nanovllm.config import LEVELS
 
@@ -174,6 +181,7 @@ class Study(Strict):
     design: Design = Design()
     measurement: Measurement = Measurement()
     sizing: Sizing | None = None
+    statistics: Statistics = Statistics()
     settings: EngineSettings = EngineSettings()
     factors: dict[str, Factor] = Field(min_length=1)
     fixed: dict[str, Level] = {}

@@ -1,51 +1,66 @@
-"""The result of a study in one sentence, and what a reader must know before believing it.
+"""The result of a study in a sentence for each workload, and what to know before believing it.
 
-The sentence is made from verdicts by fixed rules; nobody chooses what it says after seeing the
+The sentences are made from verdicts by fixed rules; nobody chooses what they say after seeing the
 numbers.
 """
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from reports.analysis import compare
+from reports import text
+from reports.analysis import compare, names
 from reports.statistics.metrics import METRICS
 from reports.text import count_of, interval, percent, ratio
 
 Analysis = Mapping[str, Any]
+Effect = Mapping[str, Any]
+NOTICED_FOREIGN_CPU = 0.2
+"""The mean share of the CPU that other processes took during a launch, from which on it is said."""
 
 
 def answer(analysis: Analysis) -> dict[str, Any]:
-    """{"sentence", "verdict", "caveats"} from a finished analysis."""
-    compares = bool(compare.headline(analysis) and analysis["counts"]["counted_launches"])
+    """From a finished analysis:
+
+    sentence: the whole answer. by_workload: {"workload", "sentence", "verdict"}, the same answer
+    apart for each workload; one entry without a workload where there is no answer.
+    verdict: the one that all workloads share, `mixed` where they do not.
+    caveats: what a reader must know before believing it.
+    """
+    if reason := _no_answer(analysis):
+        parts = [{"workload": "", "sentence": reason, "verdict": "inconclusive"}]
+    elif compare.headline(analysis):
+        parts = compare.by_workload(analysis)
+    else:
+        parts = [_of_workload(analysis, workload) for workload in analysis["workloads"]]
+    found = {part["verdict"] for part in parts}
     return {
-        "sentence": compare.sentence(analysis) if compares else _sentence(analysis),
-        "verdict": compare.verdict(analysis) if compares else _headline_verdict(analysis),
+        "sentence": " ".join(part["sentence"] for part in parts),
+        "by_workload": parts,
+        "verdict": found.pop() if len(found) == 1 else "mixed",
         "caveats": list(_caveats(analysis)),
     }
 
 
-def _headline(analysis: Analysis) -> Mapping[str, Any] | None:
-    """The effect of everything on, over all workloads together where there are several."""
-    effects = [effect for effect in _primary(analysis) if effect["role"] == "all" and effect["n"]]
-    return effects[-1] if effects else None  # all workloads together comes last
-
-
-def _primary(analysis: Analysis) -> list[Mapping[str, Any]]:
+def _primary(analysis: Analysis) -> list[Effect]:
     return [
         effect for effect in analysis["effects"] if effect["metric"] == analysis["metric"]["key"]
     ]
 
 
-def _headline_verdict(analysis: Analysis) -> str:
-    headline = _headline(analysis)
-    if headline is not None:
-        return str(headline["verdict"])
-    found = {effect["verdict"] for effect in _primary(analysis) if effect["role"] == "treatment"}
-    return found.pop() if len(found) == 1 else "mixed" if found else "inconclusive"
+def _tested(analysis: Analysis) -> list[Effect]:
+    return [
+        effect
+        for effect in _primary(analysis)
+        if effect["role"] in ("treatment", "all")
+        and effect["n"]
+        and effect["workload"] in analysis["workloads"]
+    ]
 
 
-def _sentence(analysis: Analysis) -> str:
+def _no_answer(analysis: Analysis) -> str | None:
+    """Why the whole study has no answer; None if it has one."""
     counts = analysis["counts"]
     if not counts["counted_launches"] and analysis["unjudged"]:
         launches = count_of(counts["excluded_launches"], "launch")
@@ -59,74 +74,159 @@ def _sentence(analysis: Analysis) -> str:
         return (
             f"No answer: not one launch was counted ({made}, {counts['planned_launches']} planned)."
         )
-    headline, tested = (
-        _headline(analysis),
-        [effect for effect in _primary(analysis) if effect["role"] == "treatment" and effect["n"]],
-    )
-    if headline is None and not tested:
-        return "No answer: no block holds both the baseline and another cell."
-    better = max if analysis["metric"]["better"] == "higher" else min
-    gains = [effect for effect in tested if effect["verdict"] == "faster"]
-    best = better(gains, key=lambda effect: effect["ratio"]) if gains else None
-    if headline is not None:
-        single = [effect for effect in gains if _factors_changed(effect["cell"], analysis) == 1]
-        best = better(single, key=lambda effect: effect["ratio"]) if single else None
-        found = (
-            f"the largest single gain that is told from chance: {_place(best, analysis)}"
-            if best
-            else ""
-        )
-        tail = f"; {found} ({ratio(best['ratio'])})" if best else ""
-        return f"Everything on {_says(headline, analysis)}{tail}."
-    if best is not None:
-        rank = f"the largest of {count_of(len(gains), 'gain')} among {len(tested)} effects"
-        return f"{_place(best, analysis)} {_says(best, analysis)}, {rank}."
-    losses = [effect for effect in tested if effect["verdict"] == "slower"]
-    worst = (
-        (min if better is max else max)(losses, key=lambda effect: effect["ratio"])
-        if losses
-        else None
-    )
-    if analysis["study"].get("design", {}).get("kind") == "leave_one_out" and worst:
-        rank = f"the largest of {count_of(len(losses), 'loss')} among {len(tested)} effects"
-        return f"From everything on, the baseline of this study: {_place(worst, analysis)} {_says(worst, analysis)}, {rank}."
+    if compare.headline(analysis):
+        return None
+    tested = _tested(analysis)
+    if not tested:
+        return "No answer: no block holds both the baseline and another configuration."
     if all(effect["low"] is None for effect in tested):
         blocks = count_of(max(effect["n"] for effect in tested), "block")
         return f"Undecided: {blocks}, too few for an interval, and so for a verdict on any of {count_of(len(tested), 'effect')}."
-    tally = Counter(effect["verdict"] for effect in tested)
-    found = ", ".join(f"{n} {verdict}" for verdict, n in sorted(tally.items()))
-    tail = (
-        f"; the largest loss: {_place(worst, analysis)} {_says(worst, analysis)}" if worst else ""
-    )
-    return f"Nothing tested is faster than the baseline: of {count_of(len(tested), 'effect')}, {found}{tail}."
+    return None
 
 
-def _factors_changed(cell: str, analysis: Analysis) -> int:
-    levels, start = (analysis["cells"][name]["levels"] for name in (cell, analysis["baseline"]))
-    return sum(start.get(factor) != level for factor, level in levels.items())
+def _of_workload(analysis: Analysis, workload: str) -> dict[str, Any]:
+    """The answer for one workload: everything on, what helps most by itself, the strongest
+    interaction; or, in a study without everything on, the largest gain or loss.
+    """
+    tested = [effect for effect in _tested(analysis) if effect["workload"] == workload]
+    everything = next((effect for effect in tested if effect["role"] == "all"), None)
+    others = [effect for effect in tested if effect["role"] == "treatment"]
+    if everything is not None:
+        said, verdict = _together(analysis, everything, others, workload), everything["verdict"]
+    elif others:
+        said, verdict = _apart(analysis, others)
+    else:
+        said, verdict = "no block holds both the baseline and another configuration", "inconclusive"
+    return {"workload": workload, "sentence": f"On {workload}, {said}.", "verdict": verdict}
 
 
-def _place(effect: Mapping[str, Any], analysis: Analysis) -> str:
+def _together(
+    analysis: Analysis, everything: Effect, others: Sequence[Effect], workload: str
+) -> str:
+    said = f"everything on {_says(everything, analysis)}"
+    if workload == next(iter(analysis["workloads"])):  # what it holds is said once
+        held = ", ".join(names.changes(analysis, everything["cell"]))
+        said = f"everything on ({held}) {_says(everything, analysis)}"
+    single = [effect for effect in others if len(names.changes(analysis, effect["cell"])) == 1]
+    best = _largest(analysis, [e for e in single if e["verdict"] == "faster"])
+    if best is not None:
+        said += f"; on its own, {_name(best, analysis)} helps most ({_short(best)})"
+    elif leads := [e for e in single if text.verdict(e) == "suggestive" and _gains(analysis, e)]:
+        best = _largest(analysis, leads)
+        assert best is not None
+        said += f"; on its own, {_name(best, analysis)} comes first ({_short(best)}, suggestive)"
+    elif single:
+        said += "; none of them is significantly faster on its own"
+    pairs = [
+        row
+        for row in analysis["interactions"]
+        if row["workload"] == workload and row["verdict"] in _INTERACTS
+    ]
+    if pairs:
+        pair = max(pairs, key=lambda row: abs(math.log(row["ratio"])))
+        said += f"; strongest interaction: {pair['first']} and {pair['second']} {pair['verdict']} ({_short(pair)})"
+    return said
+
+
+_INTERACTS = ("help each other", "stand in each other's way")
+
+
+def _apart(analysis: Analysis, others: Sequence[Effect]) -> tuple[str, str]:
+    start = _start(analysis)
+    gains = [effect for effect in others if effect["verdict"] == "faster"]
+    losses = [effect for effect in others if effect["verdict"] == "slower"]
+    if (best := _largest(analysis, gains)) is not None:
+        rank = f", {_rank(gains, 'gain')} among {count_of(len(others), 'change')}"
+        return (
+            f"{_name(best, analysis)} {_says(best, analysis)}{rank * (len(others) > 1)}",
+            "faster",
+        )
+    worst = _largest(analysis, losses, turned=True)
+    lost = f"{_name(worst, analysis)} {_says(worst, analysis)}" if worst else ""
+    if len(others) == 1:
+        return f"{_name(others[0], analysis)} {_says(others[0], analysis)}", others[0]["verdict"]
+    found = {effect["verdict"] for effect in others}
+    verdict = found.pop() if len(found) == 1 else "mixed"
+    if start == names.ALL_ON and worst:
+        rank = f"{_rank(losses, 'loss')} among {count_of(len(others), 'change')}"
+        return f"{lost}, {rank}", verdict
+    tally = Counter(text.verdict(effect) for effect in others)
+    said = f"nothing tested is significantly faster than {start}: of {count_of(len(others), 'change')}, "
+    said += ", ".join(f"{n} {word}" for word, n in sorted(tally.items()))
+    return said + (f"; the largest loss: {lost}" if lost else ""), verdict
+
+
+def _gains(analysis: Analysis, effect: Effect) -> bool:
+    return bool((effect["ratio"] > 1) == (analysis["metric"]["better"] == "higher"))
+
+
+def _largest(analysis: Analysis, effects: Sequence[Effect], turned: bool = False) -> Effect | None:
+    """The effect with the best ratio; turned: with the worst."""
+    best = max if (analysis["metric"]["better"] == "higher") != turned else min
+    return best(effects, key=lambda effect: effect["ratio"]) if effects else None
+
+
+def _name(effect: Effect, analysis: Analysis) -> str:
+    return str(analysis["shown"][effect["cell"]])
+
+
+def _spelled(label: str) -> str:
+    """A metric's label with its abbreviation explained."""
+    for short, full in (("TTFT", "time to first token"), ("TPOT", "time per output token")):
+        label = label.replace(short, f"{full} ({short})")
+    return label
+
+
+def _start(analysis: Analysis) -> str:
+    """What everything is compared with, as it stands in a sentence."""
+    shown = str(analysis["shown"][analysis["baseline"]])
+    return f"the {shown}" if shown == "baseline" else shown
+
+
+def _rank(effects: Sequence[Effect], noun: str) -> str:
     return (
-        f"{effect['cell']} on {effect['workload']}"
-        if len(analysis["workloads"]) > 1
-        else str(effect["cell"])
+        f"the only {noun}"
+        if len(effects) == 1
+        else f"the largest of {count_of(len(effects), noun)}"
     )
 
 
-def _says(effect: Mapping[str, Any], analysis: Analysis) -> str:
-    metric = analysis["metric"]
+def _short(effect: Effect) -> str:
+    return f"{ratio(effect['ratio'])}, {interval(effect['low'], effect['high'])}"
+
+
+def _says(effect: Effect, analysis: Analysis) -> str:
+    metric, start = _spelled(analysis["metric"]["label"]), _start(analysis)
     blocks = count_of(effect["n"], "block")
+    times = f"{ratio(effect['ratio'])[1:]} times the {metric} of {start}"
     if effect["low"] is None:
-        found = f"measured {ratio(effect['ratio'])[1:]} times the baseline's {metric['label']} in {blocks}"
-        return f"{found}: too few for an interval, so inconclusive"
-    evidence = f"{percent(analysis['rule']['confidence'], 0)} interval {interval(effect['low'], effect['high'])}, {blocks}"
-    if effect["verdict"] == "inconclusive":
-        return f"could not be told from the baseline in {metric['label']} ({evidence})"
-    if effect["verdict"] == "equivalent":
+        return f"measures {times} in {blocks}: too few for an interval, so inconclusive"
+    found = f"{percent(analysis['rule']['confidence'], 0)} interval {interval(effect['low'], effect['high'])}, {blocks}"
+    shown = text.verdict(effect)
+    if shown == "suggestive":
+        tests = count_of(tests_beside(analysis, effect), "test")
+        return (
+            f"measures {times} ({found}): suggestive, not significant after correction for {tests}"
+        )
+    if shown == "inconclusive":
+        return f"cannot be told from {start} in {metric} ({found})"
+    if shown == "equivalent":
         margin = percent(analysis["rule"]["smallest_effect"], 0)
-        return f"is as good as the baseline in {metric['label']}, within {margin} ({evidence})"
-    return f"gives {ratio(effect['ratio'])[1:]} times the baseline's {metric['label']} ({evidence})"
+        return f"is as good as {start} in {metric}, within {margin} ({found})"
+    return f"gives {times} ({found})"
+
+
+def tests_beside(analysis: Analysis, effect: Effect) -> int:
+    """How many tests the p-value of an effect on the baseline is corrected for, itself included."""
+    together = effect["workload"] not in analysis["workloads"]
+    return sum(
+        other["metric"] == effect["metric"]
+        and (other["role"] == "aa") == (effect["role"] == "aa")
+        and (effect["role"] == "aa" or (other["workload"] not in analysis["workloads"]) == together)
+        and other["p"] is not None
+        for other in analysis["effects"]
+    )
 
 
 def _caveats(analysis: Analysis) -> Iterator[str]:
@@ -135,12 +235,13 @@ def _caveats(analysis: Analysis) -> Iterator[str]:
         if entry["breaches"]:
             pair = f"{entry['ours']} / {entry['theirs']} ({entry['name']})"
             yield f"Not a fair comparison, so without a ratio: {pair}: {'; '.join(entry['breaches'])}."
+    start = _start(analysis)
     for effect in _primary(analysis):
         if effect["role"] == "aa" and effect["verdict"] in ("faster", "slower"):
             yield (
-                f"The A/A arm is called {effect['verdict']} on {effect['workload']} "
-                f"({interval(effect['low'], effect['high'])}): the baseline differs from itself, so something besides "
-                "the factors varies; distrust effects of that size."
+                f"The A/A twin is called {effect['verdict']} on {effect['workload']} "
+                f"({_short(effect)}): {start} differs from itself, so something besides the factors varies. Distrust "
+                "effects of that size."
             )
     own = [
         effect
@@ -148,14 +249,15 @@ def _caveats(analysis: Analysis) -> Iterator[str]:
         if effect["role"] == "aa" and effect["verdict"] in ("faster", "slower")
     ]
     labels = dict.fromkeys(
-        METRICS[effect["metric"]].label
+        _spelled(METRICS[effect["metric"]].label)
         for effect in own
         if effect["metric"] != analysis["metric"]["key"]
     )
     if labels:
-        yield f"The A/A arm differs from the baseline in {'; '.join(labels)}: distrust differences of that size there."
+        yield f"The A/A twin differs from {start} in {'; '.join(labels)}: distrust differences of that size there."
     if not any(cell["role"] == "aa" for cell in analysis["cells"].values()):
-        yield "There is no A/A arm: nothing shows how large an effect this machine makes up by itself."
+        yield "There is no A/A twin: nothing shows how large an effect the noise of this machine can look like."
+    yield from _noise(analysis)
     failed = [row for row in analysis["gate"]["rows"] if row["status"] != "pass"]
     if failed:
         yield f"The gate did not pass {count_of(len(failed), 'output')}; the launches that produced them are excluded."
@@ -168,7 +270,7 @@ def _caveats(analysis: Analysis) -> Iterator[str]:
     )
     if incomplete:
         blocks = count_of(counts["planned_blocks"], "block")
-        unfinished = f"Incomplete: {incomplete} of {blocks} not run to the end."
+        unfinished = f"Incomplete: {incomplete} of {blocks} did not run to the end."
         paired = (
             ""
             if analysis["unjudged"]
@@ -186,3 +288,31 @@ def _caveats(analysis: Analysis) -> Iterator[str]:
         )
         why = ", ".join(f"{reason} in {n}" for reason, n in sorted(reasons.items()))
         yield f"The GPU lowered its clock during {len(throttled)} of {count_of(len(launches), 'counted launch')}: {why}."
+
+
+def _noise(analysis: Analysis) -> Iterator[str]:
+    """What a noisy machine has done to the numbers: a wide A/A interval, other programs' load."""
+    twins = [
+        effect
+        for effect in _primary(analysis)
+        if effect["role"] == "aa" and effect["verdict"] == "inconclusive" and effect["low"]
+    ]
+    if twins:
+        widest = max(twins, key=lambda effect: effect["high"] / effect["low"])
+        yield (
+            f"Noise: the A/A twin, which is {_start(analysis)} run a second time, reads "
+            f"{ratio(widest['ratio'])} ({interval(widest['low'], widest['high'])}) on {widest['workload']}. "
+            "Differences of that size can be noise here."
+        )
+    shares = [
+        share
+        for row in analysis["order"]["launches"]
+        if (share := row["telemetry"].get("cpu_foreign")) is not None
+    ]
+    busy = sum(share > NOTICED_FOREIGN_CPU for share in shares)
+    if busy:
+        yield (
+            f"Other processes used more than {percent(NOTICED_FOREIGN_CPU, 0)} of the CPU during {busy} of "
+            f"{count_of(len(shares), 'counted launch')} ({percent(sum(shares) / len(shares), 0)} on average): "
+            "intervals are wider than on an idle machine."
+        )

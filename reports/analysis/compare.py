@@ -15,9 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.launch import fairness
+from reports.analysis import names
+from reports.analysis.noise import Priors
 from reports.statistics.intervals import Rule, estimate, judge
 from reports.statistics.metrics import METRICS, THROUGHPUT
-from reports.text import count_of, interval, percent, ratio
+from reports.text import count_of, interval, percent, ratio, verdict
 
 Analysis = Mapping[str, Any]
 # {metric: {workload: {cell: {block: value}}}}
@@ -26,7 +28,7 @@ Launches = Sequence[Mapping[str, Any]]
 
 
 def compared(
-    values: Values, launches: Launches, plan: Mapping[str, Any], rule: Rule
+    values: Values, launches: Launches, plan: Mapping[str, Any], rule: Rule, noise: Priors
 ) -> list[dict[str, Any]]:
     """One entry for each pair of each comparison, in the study's order; [] for a study without
     comparisons.
@@ -48,7 +50,7 @@ def compared(
                 found = entry["effects"].setdefault(key, {})
                 for workload in plan["workloads"]:
                     found[workload] = paired(
-                        values, key, workload, entry["ours"], entry["theirs"], rule
+                        values, key, workload, entry["ours"], entry["theirs"], rule, noise
                     )
                     family.append(found[workload])
         judge(family, rule, metric.better)
@@ -56,7 +58,7 @@ def compared(
         if twin and not entry["breaches"] and plan["cells"][entry["ours"]]["role"] == "baseline":
             for workload in plan["workloads"]:
                 entry["twins"][workload] = paired(
-                    values, THROUGHPUT.key, workload, twin, entry["theirs"], rule
+                    values, THROUGHPUT.key, workload, twin, entry["theirs"], rule, noise
                 )
     return entries
 
@@ -92,7 +94,7 @@ def _pair(
 
 
 def paired(
-    values: Values, key: str, workload: str, ours: str, theirs: str, rule: Rule
+    values: Values, key: str, workload: str, ours: str, theirs: str, rule: Rule, noise: Priors
 ) -> dict[str, Any]:
     """The Effect of one cell over another on a workload, over the blocks that have both; without a
     verdict.
@@ -108,7 +110,12 @@ def paired(
         "workload": workload,
         "cell": ours,
         "reference": theirs,
-        **estimate(log_ratios, rule, f"{key}/{workload}/{ours}/{theirs}"),
+        **estimate(
+            log_ratios,
+            rule,
+            f"{key}/{workload}/{ours}/{theirs}",
+            noise.get((key, workload, theirs)),
+        ),
     }
 
 
@@ -194,23 +201,44 @@ def headline(analysis: Analysis) -> Mapping[str, Any] | None:
     return next(iter(against_engines(analysis)), None)
 
 
-def sentence(analysis: Analysis) -> str:
-    """Faster, slower, equivalent or inconclusive, by how much, on what; made from verdicts by fixed
-    rules.
+def by_workload(analysis: Analysis) -> list[dict[str, Any]]:
+    """The answer of a study that compares engines, workload by workload: faster, slower, equivalent or
+    inconclusive, and by how much; made from verdicts by fixed rules.
     """
     entry = headline(analysis)
     if entry is None:
         raise ValueError("this study names no comparison with another engine")
-    against = f"Against {entry['engine']}{' ' + entry['version'] if entry['version'] else ''}, {said(entry['name'])}"
+    against = f"Against {names.engine(entry['engine'], entry['version'])}, {said(entry['name'])}"
     if entry["breaches"]:
-        return f"{against}: no answer, the comparison was not fair ({entry['breaches'][0]})."
+        return _no_answer(
+            f"{against}: no answer, the comparison was not fair ({entry['breaches'][0]})."
+        )
     effects = [effect for effect in entry["effects"][THROUGHPUT.key].values() if effect["n"]]
     if not effects:
-        return f"{against}: no answer, no block holds both {entry['ours']} and {entry['theirs']}."
-    blocks = count_of(min(effect["n"] for effect in effects), "block")
+        pair = " and ".join(str(analysis["shown"][entry[side]]) for side in ("ours", "theirs"))
+        return _no_answer(f"{against}: no answer, no block holds both {pair}.")
     confidence = percent(analysis["rule"]["confidence"], 0)
-    found = "; ".join(_says(effect) for effect in effects)
-    return f"{against}, {entry['our_engine']} is {found} (output tokens per second, {confidence} intervals, {blocks})."
+    parts = []
+    for effect in effects:
+        where = f"{against}, {entry['our_engine']} is {verdict(effect)} on {effect['workload']}"
+        blocks = count_of(effect["n"], "block")
+        if effect["low"] is None:
+            found = f"{ratio(effect['ratio'])} in {blocks}, too few for an interval"
+        else:
+            found = f"{ratio(effect['ratio'])}, {confidence} interval {interval(effect['low'], effect['high'])}, {blocks}"
+        parts.append(
+            {
+                "workload": effect["workload"],
+                "sentence": f"{where} ({found}).",
+                "verdict": effect["verdict"],
+            }
+        )
+        against = f"Against {names.engine(entry['engine'], entry['version'])}"
+    return parts
+
+
+def _no_answer(sentence: str) -> list[dict[str, Any]]:
+    return [{"workload": "", "sentence": sentence, "verdict": "inconclusive"}]
 
 
 RULE_WORDS = {
@@ -226,20 +254,6 @@ def said(comparison: str) -> str:
         "like-for-like": "like for like",
         "all-off": "everything off in both",
     }.get(comparison, f"comparison {comparison}")
-
-
-def _says(effect: Mapping[str, Any]) -> str:
-    if effect["low"] is None:
-        return f"inconclusive on {effect['workload']} ({ratio(effect['ratio'])}, too few blocks for an interval)"
-    return f"{effect['verdict']} on {effect['workload']} ({ratio(effect['ratio'])}, {interval(effect['low'], effect['high'])})"
-
-
-def verdict(analysis: Analysis) -> str:
-    """Of the sentence: the verdict that all workloads share, `mixed` where they do not."""
-    entry = headline(analysis)
-    effects = entry["effects"].get(THROUGHPUT.key, {}).values() if entry else ()
-    found = {effect["verdict"] for effect in effects if effect["n"]}
-    return str(found.pop()) if len(found) == 1 else "mixed" if found else "inconclusive"
 
 
 def throughput_rows(

@@ -1,5 +1,5 @@
-"""docs/claims.md: every published claim beside what was measured here, with a verdict that a fixed
-rule gives.
+"""docs/claims.md: every published claim beside what was measured here, with a verdict by a fixed
+rule.
 
 The rule is in ablations/claims.yaml, the measurement in measurements.py, the records in
 reports/published; this puts them side by side and judges, whichever way it falls.
@@ -71,7 +71,7 @@ def read_claims(path: Path = CLAIMS) -> list[Claim]:
 
 
 def judge(claim: Claim, library: Library) -> Judged:
-    """What the library says of a claim."""
+    """A claim with what the published records say about it."""
     parameters = {key: value for key, value in claim.measure.items() if key != "kind"}
     findings = list(MEASUREMENTS[claim.measure["kind"]](library, **parameters))
     candidates = [finding for finding in findings if finding.decides]
@@ -85,7 +85,7 @@ def judge(claim: Claim, library: Library) -> Judged:
 
 
 def verdict_of(finding: Finding, value: float) -> str:
-    """One figure against the claimed one: the whole interval has to be on one side."""
+    """The verdict of one figure: the whole interval has to be on one side of the claimed value."""
     if finding.low is None or finding.high is None:
         return INCONCLUSIVE
     return (
@@ -111,31 +111,34 @@ def document(judged: Sequence[Judged]) -> Document:
         Column("on"),
         Column("verdict", "verdict"),
     ]
+    answer = f"Of {text.count_of(len(judged), 'claim')}: "
+    answer += ", ".join(f"{n} {word}" for word, n in tally.items()) + "."
     return Document(
         eyebrow="claims",
-        title="What was claimed, and what is found here",
+        title="Published claims, and what is measured here",
         question="Do the published figures of engines of this kind hold under a fair measurement?",
-        answer=f"Of {text.count_of(len(judged), 'claim')}: "
-        + ", ".join(f"{n} {word}" for word, n in tally.items())
-        + ".",
-        verdict=INCONCLUSIVE,
+        answers=[(answer, INCONCLUSIVE)],
         caveats=[],
         facts=[],
-        sections=[
+        head=[
             Section(
                 "verdicts",
                 "The verdicts",
-                [
-                    "Reproduced: the whole interval is at or above the claimed value. Not reproduced: all of it is below. "
-                    "Inconclusive: neither. Not testable here: no published record has the figure. Where several figures "
-                    "decide, all have to reach it. Rules and measurements: ablations/claims.yaml; "
-                    "a rule that was changed after its data had been seen says so.",
-                    "This page is made from reports/published by: python -m reports claims",
-                ],
+                [],
                 tables=[Table("Claims", columns, [row for one in judged for row in _rows(one)])],
+                notes=[
+                    "reproduced: the whole interval is at or above the claimed value; not reproduced: all of it is below; "
+                    "inconclusive: neither; not testable here: no published record has the figure. Where several figures "
+                    "decide, all of them have to reach the claimed value.",
+                    "The claims, with their rules and measurements, are in ablations/claims.yaml; a rule that was changed "
+                    "after its data had been seen says so there. This page is made from reports/published by: python -m "
+                    "reports claims",
+                ],
             ),
-            *map(_section, judged),
         ],
+        evidence="For each claim: its rule, the figures that decide it, other measurements of the same quantity, and "
+        "models. A model is no measurement and decides nothing.",
+        folded=[_section(one) for one in judged],
     )
 
 
@@ -156,6 +159,7 @@ def _rows(one: Judged) -> Iterator[list[str]]:
 
 
 def _section(one: Judged) -> Section:
+    """A claim in detail: what decides first, then other measurements, then models."""
     claim = one.claim
     lead = [
         f"Published: {_published(claim)}. Measured: {claim.quantity}.",
@@ -164,14 +168,42 @@ def _section(one: Judged) -> Section:
         f"Verdict: {one.verdict}."
         + ("" if one.deciding else f" No published record has it; it needs {claim.needs}."),
     ]
+    measured = [finding for finding in one.findings if not finding.modelled]
+    others = [finding for finding in measured if finding not in one.deciding]
+    tables = [
+        _found(claim, "What decides", one.deciding, decides=True),
+        _found(claim, "Other measurements, which do not decide", others),
+        _found(
+            claim,
+            "Modelled, not measured",
+            [finding for finding in one.findings if finding.modelled],
+            value="modelled",
+        ),
+    ]
+    return Section(
+        claim.id,
+        claim.claim[0].upper() + claim.claim[1:],
+        lead,
+        tables=tables,
+        gist=one.verdict,
+    )
+
+
+def _found(
+    claim: Claim,
+    caption: str,
+    findings: Sequence[Finding],
+    decides: bool = False,
+    value: str = "measured",
+) -> Table:
     columns = [
         Column("figure"),
-        Column("measured", "number"),
+        Column(value, "number"),
         Column("interval", "number"),
         Column("evidence"),
         Column("hardware"),
         Column("records", "code"),
-        Column("decides"),
+        *([Column("verdict", "verdict")] if decides else []),
     ]
     rows = [
         [
@@ -181,16 +213,11 @@ def _section(one: Judged) -> Section:
             finding.evidence,
             finding.hardware or text.ABSENT,
             finding.source,
-            verdict_of(finding, claim.value) if finding in one.deciding else "",
+            *([verdict_of(finding, claim.value)] if decides else []),
         ]
-        for finding in one.findings
+        for finding in findings
     ]
-    return Section(
-        claim.id,
-        claim.claim[0].upper() + claim.claim[1:],
-        lead,
-        tables=[Table("Found", columns, rows)],
-    )
+    return Table(caption, columns, rows)
 
 
 def _published(claim: Claim) -> str:

@@ -1,4 +1,4 @@
-"""Counts code lines one way for every project: lines that hold code, without blanks, comments and
+"""Counts code lines in the same way for every project: lines that hold code, without blanks, comments and
 docstrings.
 """
 

@@ -1,4 +1,4 @@
-"""Code lines of our engine and of vLLM, counted one way: what a run loads, and the whole package.
+"""Code lines of our engine and of vLLM, counted in the same way: what a run loads, and the whole package.
 
 A run of the same job (one prompt, four tokens, CPU) in an interpreter of its own prints the modules
 that it loaded. Beside them stands the whole package, tests left out. A run on a CPU loads no Triton
@@ -42,7 +42,7 @@ llm.generate(["one two three"], SamplingParams(max_tokens=4, temperature=0.5), u
 
 
 class CountError(Exception):
-    """A run whose modules could not be counted; the message holds its last words."""
+    """A run whose modules could not be counted; the message holds the end of its output."""
 
 
 def count_lines(

@@ -27,7 +27,7 @@ class Finding:
     does not vary).
 
     decides: whether the claim's verdict rests on it. n, when: how many blocks and when they began,
-    by which one source is chosen.
+    by which one source is chosen. modelled: from a model, not a measurement; never decides.
     """
 
     what: str
@@ -40,6 +40,7 @@ class Finding:
     decides: bool
     n: int = 1
     when: str = ""
+    modelled: bool = False
 
 
 def reference_ratio(
@@ -76,10 +77,12 @@ def reference_ratio(
         devices = _devices(found)
         for row in rows:
             memory = found.plan["profile"]["kv_cache_memory_bytes"] / 2**30
-            what = f"{row['cell']} over {row['reference']} on {row['workload']}, {_model(found)}, {memory:.3g} GiB of KV cache"
+            ours, theirs = (found.analysis["shown"][row[side]] for side in ("cell", "reference"))
+            what = f"{ours} over {theirs.removeprefix('reference: ')} on {row['workload']}, {_model(found)}, "
+            what += f"{memory:.3g} GiB of KV cache"
             if found.plan["profile"]["device"] != "cpu":
                 what += (
-                    f" a rank, {text.count_of(devices[row['cell']], 'GPU')} each"
+                    f" per rank, {text.count_of(devices[row['cell']], 'GPU')} each"
                     if devices[row["cell"]] > 1
                     else ""
                 )
@@ -196,7 +199,17 @@ def _modelled_scaling(
             what = f"MODEL, not measured: a decode step of {batch} requests on {devices} GPUs, {_model(study)}, {level} on two"
             efficiency = step.efficiency(devices, sums["symmetric_memory"])
             says += ", outputs not judged" if unjudged else ""
-            yield Finding(what, efficiency, None, None, says, study.name, study.hardware, False)
+            yield Finding(
+                what,
+                efficiency,
+                None,
+                None,
+                says,
+                study.name,
+                study.hardware,
+                decides=False,
+                modelled=True,
+            )
 
 
 def host_time(library: Library, factor: str, fingerprint: str) -> Iterator[Finding]:

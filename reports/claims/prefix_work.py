@@ -32,7 +32,7 @@ _NO_TOKEN = -1
 
 @dataclass(frozen=True)
 class Saved:
-    """Of one launch and workload: prompt tokens and the FLOPs of computing them, all of them and
+    """One launch and workload: prompt tokens and the FLOPs of computing them, all of them and
     those the cache spared;
     decode_flops: of everything after each request's first token, which no prefix cache can spare.
     """
@@ -60,7 +60,7 @@ class Saved:
 
 
 def saved(record: Mapping[str, Any], plan: Mapping[str, Any], name: str) -> Saved:
-    """What the cache spared a launch on workload `name`."""
+    """What the cache saved a launch on workload `name`."""
     waves = workloads.rebuild(name, plan["workloads"][name])["waves"]
     counters = record["workloads"][name]["counters"]
     hits = counters["prefix_hit_tokens"]

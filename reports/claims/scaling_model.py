@@ -1,5 +1,5 @@
-"""A modelled scaling curve, where fewer GPUs are at hand than a claim speaks of. Not a measurement,
-and labelled as a model.
+"""A modelled scaling curve, for claims about more GPUs than there are. Labelled as a model, because it
+is not a measurement.
 
     step(d)         = fixed + sharded / d + 2 * layers * all_reduce(d)
     one-shot(d)     = latency + (d - 1) * bytes / bandwidth             what a rank reads of its peers' memory
@@ -52,7 +52,7 @@ class AllReduce:
         return cls(max(0.0, mean_y - slope * mean_x), 1.0 / slope)
 
     def seconds(self, degree: int, nbytes: int) -> float:
-        """Of a sum over `degree` ranks."""
+        """How long a sum over `degree` ranks takes."""
         if degree == 1:
             return 0.0
         one_shot = self.latency_s + (degree - 1) * nbytes / self.bandwidth_bytes_per_s

@@ -2,10 +2,10 @@
 
     pictures     every picture, for a desk and for a phone
     ratio_plots  ratios with their intervals: forest, A/A panel, factors
-    run_order    launches in their order: drift would show here
+    run_order    launches in the order in which they ran: drift would show here
     layout       widths, fonts and rows that all pictures share
     svg          Matplotlib figures as SVG text, themed by CSS
-    browser      a headless Chromium, spoken to through a pipe
+    browser      a headless Chromium, driven through a pipe
 
 May import text.
 """

@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to through a pipe: what a reader's browser makes of a page. Standard
+"""A headless Chromium, driven through a pipe: how a reader's browser shows a page. Standard
 library only.
 
 The DevTools protocol is JSON with a NUL after each message; Chromium reads it from descriptor 3 and
@@ -38,7 +38,7 @@ FLAGS = (
 
 
 class BrowserError(Exception):
-    """Chromium is absent, or did not do what it was told; the message says which."""
+    """Chromium is absent or failed; the message says which."""
 
 
 def find() -> str | None:
@@ -139,7 +139,7 @@ class Browser:
         return result["result"].get("value")
 
     def picture(self) -> bytes:
-        """What is to be seen, as PNG."""
+        """The visible part of the page, as PNG."""
         return base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
 
     def complaints(self) -> list[str]:

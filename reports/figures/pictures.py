@@ -24,7 +24,7 @@ from reports.figures.layout import (
     primary,
     shorten,
 )
-from reports.figures.ratio_plots import aa_panel, factors, forest
+from reports.figures.ratio_plots import aa_panel, comparisons, factors, forest
 from reports.figures.run_order import run_order
 from reports.figures.svg import LIGHT, style
 
@@ -44,25 +44,30 @@ class Picture:
 def pictures(analysis: Analysis) -> list[Picture]:
     """Every picture that this analysis has the numbers for."""
     band = text.interval(*analysis["rule"]["band"])
-    effects = [effect for effect in primary(analysis) if effect["n"]]
+    shown = analysis["shown"]
+    start = shown[analysis["baseline"]]
+    effects = [(shown[effect["cell"]], effect) for effect in primary(analysis) if effect["n"]]
     found = [
         Picture(
             "forest",
-            "Effects against the baseline of the same block",
-            f"Ratios with intervals on a log axis; the band {band} is too small to matter. {_in_words(effects)}",
+            f"Speedup of each configuration relative to {start}"
+            if analysis["metric"]["better"] == "higher"
+            else f"{analysis['metric']['label']} of each configuration relative to {start}",
+            f"Ratios with intervals on a log axis; the band {band} is too small to matter. "
+            f"{_in_words([*comparisons(analysis), *effects])}",
             forest,
         ),
         Picture(
             "aa",
-            "The baseline against itself",
-            f"The A/A arm's ratio in each block. {_in_words([e for e in effects if e['role'] == 'aa'])}",
+            f"{start} against itself",
+            "The ratio of the A/A twin in each block. "
+            f"{_in_words([(label, e) for label, e in effects if e['role'] == 'aa'])}",
             aa_panel,
         ),
         Picture(
             "factors",
-            "Each factor alone and in company",
-            "Ratios with intervals: added to the baseline, left out of everything on, on average, and Shapley's "
-            "share; see the table.",
+            "Each optimization alone and together",
+            f"Ratios with intervals: added to {start}, left out of all on, on average, and Shapley's share; see the table.",
             factors,
         ),
         Picture(
@@ -78,7 +83,7 @@ def pictures(analysis: Analysis) -> list[Picture]:
             "ceiling",
             "Throughput against its roofline bound",
             " ".join(
-                f"{row['cell']} on {row['workload']} reaches {text.percent(row['share'])} of the bound."
+                f"{shown[row['cell']]} on {row['workload']} reaches {text.percent(row['share'])} of the bound."
                 for row in analysis["ceiling"]
                 if row["share"] is not None
             ),
@@ -87,7 +92,8 @@ def pictures(analysis: Analysis) -> list[Picture]:
         Picture(
             "order",
             "Run order",
-            "Each launch against its own cell's mean, in the order in which the launches ran, with telemetry below.",
+            "Each launch relative to the mean of its own configuration, in the order in which the launches ran, with "
+            "telemetry below.",
             run_order,
         ),
     ]
@@ -195,7 +201,7 @@ def ceiling(analysis: Analysis, width: int) -> Figure | None:
     for workload, group in groups:
         one = min(group, key=lambda row: row["devices"])
         title = f"{workload}: at most {text.number(one['bound']['tokens_per_s'])} tok/s" + (
-            " a device" if one is not group[-1] and group[-1]["devices"] > 1 else ""
+            " per device" if one is not group[-1] and group[-1]["devices"] > 1 else ""
         )
         axes.text(-left_px / axes_px, y + head_px - 11, title, transform=across, **HEAD)
         y += head_px
@@ -213,7 +219,7 @@ def ceiling(analysis: Analysis, width: int) -> Figure | None:
             axes.text(
                 -left_px / axes_px if wide else 0,
                 middle if wide else y + 14,
-                shorten(row["cell"], 28 if wide else 24),
+                shorten(analysis["shown"][row["cell"]], 28 if wide else 24),
                 transform=across,
                 va="center" if wide else "baseline",
             )
@@ -244,9 +250,8 @@ def ceiling(analysis: Analysis, width: int) -> Figure | None:
     return figure
 
 
-def _in_words(effects: Sequence[Effect]) -> str:
+def _in_words(effects: Sequence[tuple[str, Effect]]) -> str:
     return " ".join(
-        f"{e['cell']} on {e['workload']}: {text.ratio(e['ratio'])}, {text.interval(e['low'], e['high'])}, "
-        f"{e['verdict']}."
-        for e in effects
+        f"{label} on {e['workload']}: {text.ratio(e['ratio'])}, {text.interval(e['low'], e['high'])}, {text.verdict(e)}."
+        for label, e in effects
     )

@@ -1,5 +1,5 @@
-"""Pictures of ratios with their intervals, around the band of what does not matter: forest, A/A
-panel, factors.
+"""Pictures of ratios with their intervals, around the band of what is too small to matter: forest,
+A/A panel, factors.
 """
 
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from reports import text
 from reports.figures.layout import (
@@ -15,7 +15,6 @@ from reports.figures.layout import (
     WIDE,
     Analysis,
     Effect,
-    by_workload,
     canvas,
     primary,
     shorten,
@@ -30,16 +29,34 @@ def forest(analysis: Analysis, width: int) -> Figure | None:
     """Effects on the study's metric, by workload: interval, verdict, and the ratio of each block as
     a faint dot.
     """
-    effects = [effect for effect in primary(analysis) if effect["n"]]
-    return _ratio_plot(
-        analysis,
-        width,
-        [(workload, [(e["cell"], e) for e in group]) for workload, group in by_workload(effects)],
-    )
+    groups: dict[str, list[tuple[str, Effect]]] = {name: [] for name in analysis["workloads"]}
+    for label, effect in comparisons(analysis):
+        groups[effect["workload"]].append((label, effect))
+    for effect in primary(analysis):
+        # all workloads together is a row of the table of effects
+        if effect["n"] and effect["workload"] in groups:
+            groups[effect["workload"]].append((analysis["shown"][effect["cell"]], effect))
+    return _ratio_plot(analysis, width, [(name, rows) for name, rows in groups.items() if rows])
+
+
+def comparisons(analysis: Analysis) -> list[tuple[str, Effect]]:
+    """("vs vLLM 0.33.0, best", effect) of every pair with another engine, on the study's metric."""
+    return [
+        (_pair(analysis, entry), effect)
+        for entry in analysis["comparisons"]
+        if entry["engine"] != entry["our_engine"]
+        for effect in entry["effects"].get(analysis["metric"]["key"], {}).values()
+        if effect["n"]
+    ]
+
+
+def _pair(analysis: Analysis, entry: Effect) -> str:
+    theirs = analysis["shown"][entry["theirs"]].removeprefix("reference: ").split(" (")[0]
+    return f"vs {theirs}, {entry['name']}"
 
 
 def aa_panel(analysis: Analysis, width: int) -> Figure | None:
-    """The A/A arm on its own scale: what this machine makes up by itself."""
+    """The A/A twin on its own scale: the noise of this machine."""
     effects = [effect for effect in primary(analysis) if effect["role"] == "aa" and effect["n"]]
     return _ratio_plot(
         analysis,
@@ -77,7 +94,7 @@ def _ratio_plot(
         return None
     wide = width == WIDE
     row_px, head_px, axis_px = (27, 34, 44) if wide else (40, 32, 44)
-    left_px, right_px = (190, 176) if wide else (1, 1)
+    left_px, right_px = (190, 176) if wide else (14, 14)
     content_px = sum((head_px if title else 8) + row_px * len(rows) for title, rows in groups)
     figure, axes = canvas(width, content_px + axis_px, left_px, right_px, axis_px)
     axes.set_ylim(content_px, 0)
@@ -107,7 +124,7 @@ def _ratio_plot(
                     zorder=0.5,
                 )
                 axes.text(
-                    -left_px / axes_px, middle, shorten(label, 28), transform=across, va="center"
+                    -left_px / axes_px, middle, shorten(label, 30), transform=across, va="center"
                 )
                 axes.text(
                     1 + 82 / axes_px,
@@ -121,7 +138,7 @@ def _ratio_plot(
                 axes.text(
                     1 + 94 / axes_px,
                     middle,
-                    effect["verdict"],
+                    text.verdict(effect),
                     transform=across,
                     va="center",
                     color=color,
@@ -129,18 +146,18 @@ def _ratio_plot(
             else:  # the words stand above the interval, on plain paper
                 middle = y + row_px - 12
                 _draw_band(axes, analysis, y + row_px - 22, y + row_px - 2)
-                axes.text(0, y + 13, shorten(label, 24), transform=across)
+                axes.text(-left_px / axes_px, y + 13, shorten(label, 24), transform=across)
                 axes.text(
-                    1,
+                    1 + right_px / axes_px,
                     y + 13,
-                    f"{text.ratio(effect['ratio'])}  {effect['verdict']}",
+                    f"{text.ratio(effect['ratio'])}  {text.verdict(effect)}",
                     transform=across,
                     ha="right",
                     color=color,
                 )
             _draw_effect(axes, middle, effect)
             y += row_px
-    _ratio_axis(axes, low, high, most=8 if wide else 5)
+    _ratio_axis(axes)
     axes.set_xlabel("ratio, log scale; shaded: too small to matter")
     return figure
 
@@ -218,20 +235,10 @@ def _drawn(end: float) -> float:
     return min(max(end, 1 / _EDGE), _EDGE)
 
 
-def _ratio_axis(axes: Axes, low: float, high: float, most: int) -> None:
-    """At most `most` ticks at round ratios."""
-    for steps in (
-        [1 + i / 100 for i in range(-40, 41)],
-        [1 + i / 50 for i in range(-20, 21)],
-        [1 + i / 20 for i in range(-10, 21)],
-        [1 + i / 10 for i in range(-6, 21)],
-        [0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 2.5, 3, 4, 5],
-        [0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20],
-        [10.0**i for i in range(-6, 7)],
-    ):
-        ticks = [tick for tick in steps if low <= tick <= high]
-        if len(ticks) <= most and ((high <= max(steps) and low >= min(steps)) or len(ticks) > 1):
-            break
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
+def _ratio_axis(axes: Axes) -> None:
+    """Ticks at 1, 2 and 5 of each power of ten; where the axis holds fewer than two of them, the
+    locator itself takes round ratios between.
+    """
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"×{value:.4g}"))

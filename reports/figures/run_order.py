@@ -17,13 +17,7 @@ TELEMETRY_LABELS = {
     "cpu_busy": "CPU busy, share",
 }
 COLORS = {"baseline": "ink", "aa": "inconclusive", "reference": "slower"}
-NAMES = {
-    "baseline": "baseline",
-    "aa": "baseline again (A/A)",
-    "other": "other cells",
-    "reference": "reference",
-}
-SHORT_NAMES = {"baseline": "baseline", "aa": "A/A", "other": "others", "reference": "reference"}
+NAMES = {"aa": "A/A twin", "other": "others", "reference": "reference"}
 
 
 def run_order(analysis: Mapping[str, Any], width: int) -> Figure | None:
@@ -113,9 +107,9 @@ def run_order(analysis: Mapping[str, Any], width: int) -> Figure | None:
             fontsize=10.5,
         )
     axes.set_xlabel("block, launches in the order in which they ran", labelpad=18)
-    _legend(
-        figure, [role for role in NAMES if any(point[2] == role for point in points)], width, height
-    )
+    drawn = {point[2] for point in points}
+    roles = [role for role in ("baseline", *NAMES) if role in drawn]
+    _legend(figure, roles, analysis["shown"][analysis["baseline"]], width, height)
     return figure
 
 
@@ -154,9 +148,10 @@ def _blocks(launches: list[Mapping[str, Any]]) -> list[tuple[int, int, int]]:
     return runs
 
 
-def _legend(figure: Figure, roles: list[str], width: int, height: int) -> None:
-    x, names = 52.0, NAMES if width > 400 else SHORT_NAMES
+def _legend(figure: Figure, roles: list[str], start: str, width: int, height: int) -> None:
+    x = 52.0
     for role in roles:
+        label = NAMES.get(role, start)
         figure.text(
             x / width,
             1 - 13 / height,
@@ -168,9 +163,9 @@ def _legend(figure: Figure, roles: list[str], width: int, height: int) -> None:
         figure.text(
             (x + 13) / width,
             1 - 13 / height,
-            names[role],
+            label,
             color=LIGHT["muted"],
             fontsize=11,
             va="center",
         )
-        x += 13 + len(names[role]) * 6.6 + 16
+        x += 13 + len(label) * 6.6 + 16

@@ -120,5 +120,5 @@ def standalone(svg: str, title: str, description: str) -> str:
 
 
 def _in_styles(svg: str, pattern: str, replacement: str) -> str:
-    """Replace within style attributes only: the same characters in a label are the label's."""
+    """Replace within style attributes only, so that labels with the same characters stay."""
     return re.sub(r'style="[^"]*"', lambda match: re.sub(pattern, replacement, match[0]), svg)

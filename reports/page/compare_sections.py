@@ -1,5 +1,5 @@
-"""The part of a report that only a comparison has: who was faster, was it fair, what else did it
-cost; and pairs of our cells.
+"""The sections that only a comparison of engines has: statistics, fairness, costs; and pairs of our
+own configurations.
 """
 
 from __future__ import annotations
@@ -12,43 +12,45 @@ from typing import Any
 from reports import text
 from reports.analysis.compare import RULE_WORDS, against_engines, among_ours, throughput_rows
 from reports.page.document import Column, Section, Table
+from reports.page.overview import name
 from reports.statistics.metrics import LATENCIES
 
 Analysis = Mapping[str, Any]
 LINES = Path(__file__).resolve().parents[1] / "published" / "code-lines" / "lines.json"
 NOT_COMPARED = (
-    "Not compared, and nothing here speaks of it: serving over a network and streaming, text in and out (token ids only), "
-    "multi-modal models, quantization, speculative decoding, LoRA, structured output, other models than this one, several "
-    "machines, requests that arrive over time, and every version but those named."
+    "Not compared: serving over a network and streaming, text input and output (both engines get and return token ids), "
+    "multi-modal models, quantization, speculative decoding, LoRA, structured output, other models, several "
+    "machines, requests that arrive over time, and any version other than those named here."
 )
-WORK_TIME = "Timed work: how long a launch took for the workload, medians over launches; the shorter, the easier to disturb."
+WORK_TIME = "Timed work: how long a launch took for the workload, median over launches; the shorter, the easier to disturb."
 TWIN = (
-    " A/A twin: the ratio of the baseline's second arm, the same cell run once more; where it or its interval lies far from the "
-    "first, that much is chance."
+    " A/A twin: the ratio with our configuration's second run in its place; where it or its interval lies far from the "
+    "first, that much is noise."
 )
 _GIB = 2**30
 
 
 def compare_sections(analysis: Analysis) -> Iterator[Section]:
-    """Nothing for a study that compares with no other engine."""
+    """The sections of a comparison; none if the study has no other engine."""
     entries = against_engines(analysis)
     if entries:
         lead = [
-            "Output tokens per second of our cell over those of the other engine's, in the same block, steady state: each launch "
-            "is a fresh process, started and warmed up before anything is timed. Each throughput stands beside its bound below. "
+            "Output tokens per second of our configuration over those of the other engine, in the same block, steady state: "
+            "each launch is a fresh process, loaded and warmed up before anything is timed. "
             f"{_latencies(analysis, entries)}",
             WORK_TIME + TWIN * any(entry["twins"] for entry in entries),
             NOT_COMPARED,
         ]
         tables = [_verdicts(analysis, entries), _durations(analysis, entries)]
-        yield Section("compared", "Who is faster, on what", lead, None, tables)
+        gist = "intervals, p-values, what was not compared"
+        yield Section("compared", "Comparison: statistics", lead, None, tables, gist=gist)
         yield _fairness(analysis, entries)
         yield _costs(analysis)
 
 
 def _latencies(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> str:
-    """Which cells of the comparisons have their latencies in the report, and of the others, why
-    not.
+    """Which configurations of the comparisons have latencies in the report, and why the others have
+    none.
     """
     latencies = {metric.key for metric in LATENCIES}
     recorded = {row["cell"] for row in analysis["rates"] if row["metric"] in latencies and row["n"]}
@@ -58,26 +60,23 @@ def _latencies(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> str:
             analysis["cells"][cell]["config"].get("request_statistics") is False for cell in missing
         )
         why = " (request statistics were off)" if off else ""
-        where = (
-            "; those of the others stand under their own heading"
-            if len(missing) < len(compared)
-            else ""
-        )
-        return f"Latencies were not recorded of {', '.join(missing)}{why}{where}."
-    return "The latencies of both engines stand under their own heading."
+        where = "; those of the others are in the section on latency"
+        listed = ", ".join(name(analysis, cell) for cell in missing)
+        return f"Latencies were not recorded for {listed}{why}{where * (len(missing) < len(compared))}."
+    return "The latencies of both engines are in the section on latency."
 
 
 def pairs_of_ours(analysis: Analysis) -> Iterator[Section]:
-    """What one of our cells adds to another; nothing for a study that names no such pair."""
+    """What one of our configurations adds to another; none if the study names no such pair."""
     entries = among_ours(analysis)
     if entries:
         unfair = [entry for entry in entries if entry["breaches"]]
         lead = [
-            "Output tokens per second of one cell over those of another, in the same block: what lies between the two, with an "
-            "interval that their ratios to the baseline do not give.",
+            "Output tokens per second of one configuration over those of another, in the same block, with an interval of its "
+            "own, which their ratios to the baseline do not give.",
             WORK_TIME,
             *(
-                f"No ratio of {entry['ours']} to {entry['theirs']}: {'; '.join(entry['breaches'])}."
+                f"No ratio of {name(analysis, entry['ours'])} to {name(analysis, entry['theirs'])}: {'; '.join(entry['breaches'])}."
                 for entry in unfair
             ),
         ]
@@ -105,11 +104,11 @@ def _verdicts(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Table
         [
             effect["workload"],
             entry["name"],
-            entry["ours"],
-            entry["theirs"],
+            name(analysis, entry["ours"]),
+            _against(analysis, entry["theirs"]),
             text.ratio(effect["ratio"]),
             text.interval(effect["low"], effect["high"]),
-            effect["verdict"],
+            text.verdict(effect),
             text.probability(effect["p_holm"]),
             str(effect["n"]),
             *([_twin(entry["twins"].get(effect["workload"]))] if twins else []),
@@ -133,10 +132,20 @@ def _durations(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Tabl
         Column("the other took", "number"),
     ]
     rows = [
-        [name, *cells, *(text.seconds(took.get((name, cell))) for cell in cells)]
-        for name, *cells in pairs
+        [
+            workload,
+            name(analysis, ours),
+            _against(analysis, theirs),
+            *(text.seconds(took.get((workload, cell))) for cell in (ours, theirs)),
+        ]
+        for workload, ours, theirs in pairs
     ]
     return Table("Timed work of a launch", columns, rows)
+
+
+def _against(analysis: Analysis, cell: str) -> str:
+    """The other side of a pair; the heading says already that it is a reference."""
+    return name(analysis, cell).removeprefix("reference: ")
 
 
 def _twin(effect: Mapping[str, Any] | None) -> str:
@@ -149,9 +158,9 @@ def _fairness(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Secti
     rules = [
         [
             entry["name"],
-            f"{entry['ours']} / {entry['theirs']}",
+            f"{name(analysis, entry['ours'])} / {_against(analysis, entry['theirs'])}",
             RULE_WORDS[entry["rule"]],
-            "; ".join(entry["breaches"]) or "they do",
+            "; ".join(entry["breaches"]) or "shared",
             "fail" if entry["breaches"] else "pass",
         ]
         for entry in entries
@@ -171,24 +180,26 @@ def _fairness(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Secti
     ]
     seen = set()
     for entry in entries:
-        pair = f"{entry['ours']} against {entry['theirs']}"
+        sides = name(analysis, entry["ours"]), _against(analysis, entry["theirs"])
+        pair = " against ".join(sides)
         if pair not in seen:
             seen.add(pair)
             columns = [
                 Column("setting", "code"),
-                Column(entry["ours"], "long"),
-                Column(entry["theirs"], "long"),
+                Column(sides[0], "long"),
+                Column(sides[1], "long"),
             ]
             rows = [[key, _value(mine), _value(other)] for key, mine, other in entry["differences"]]
-            tables.append(Table(f"Whatever else differs: {pair}", columns, rows, folded=True))
+            tables.append(Table(f"All other differences: {pair}", columns, rows, folded=True))
     digest = analysis["hardware"]["model"].get("digest", text.ABSENT)
     lead = [
-        f"One checkpoint (digest {digest[:16]}), verified before the first launch and watched until the last; one workload "
-        "fingerprint, checked in every launch. Number format and KV-cache bytes are read from what each engine resolved, not "
-        "from what it was asked for. Like for like shares the limits and every switch that both have, too. A breach stops the "
-        "study.",
+        f"Both engines load one checkpoint (digest {digest[:16]}), verified before the first launch and watched until the last, "
+        "and serve the same requests (fingerprint checked in every launch). Number format and KV-cache size are read from what "
+        "each engine resolved, not from what it was asked for. Like-for-like comparisons also share the limits and every switch "
+        "that both engines have. A breach stops the study.",
     ]
-    return Section("fairness", "Was it a fair comparison", lead, None, tables)
+    gist = "no" if any(entry["breaches"] for entry in entries) else "yes"
+    return Section("fairness", "Was the comparison fair?", lead, None, tables, gist=gist)
 
 
 def _value(value: Any) -> str:
@@ -209,7 +220,7 @@ def _costs(analysis: Analysis) -> Section:
 
     launch = [
         [
-            row["cell"],
+            name(analysis, row["cell"]),
             text.seconds(row["first_load_s"]),
             text.seconds(row["load_s"]),
             text.seconds(row["warm_up_s"]),
@@ -222,7 +233,7 @@ def _costs(analysis: Analysis) -> Section:
     work = [
         [
             row["workload"],
-            row["cell"],
+            name(analysis, row["cell"]),
             text.number(row["requests_per_s"]),
             text.seconds(row["cpu_s_per_token"]),
         ]
@@ -230,16 +241,16 @@ def _costs(analysis: Analysis) -> Section:
     ]
     lines, said = _code_lines()
     lead = [
-        "Starting: from the start of the process until it takes requests, engine and model loaded; the first launch compiles "
-        "what later ones may find compiled. Warm-up: the head of every workload, before the timed work. Memory: the highest of "
+        "Start: from the start of the process until it takes requests, with engine and model loaded; the first launch compiles "
+        "what later ones find compiled. Warm-up: the beginning of every workload, before the timed work. Memory: the peak of "
         "the whole process tree, shared pages counted in each process. CPU time: user and system, all processes of the engine.",
         said,
     ]
     tables = [
         Table(
-            "Starting and memory, medians over launches",
+            "Start and memory, medians over launches",
             [
-                Column("cell", "code"),
+                Column("configuration", "code"),
                 *numbers(
                     "first start", "later starts", "warm-up", "host, GiB", "GPU, GiB", "launches"
                 ),
@@ -250,8 +261,8 @@ def _costs(analysis: Analysis) -> Section:
             "Requests and CPU time, by workload",
             [
                 Column("workload", "code"),
-                Column("cell", "code"),
-                *numbers("requests/s", "CPU time a token"),
+                Column("configuration", "code"),
+                *numbers("requests/s", "CPU time per token"),
             ],
             work,
             grouped=True,
@@ -262,17 +273,17 @@ def _costs(analysis: Analysis) -> Section:
             lines,
         ),
     ]
-    return Section("costs", "What else it costs", lead, None, tables)
+    return Section("costs", "Start, memory, CPU time, lines of code", lead, None, tables)
 
 
 def _code_lines() -> tuple[list[list[str]], str]:
-    """Rows of the table, and a sentence; the count is a record of its own (`python -m reports
-    lines`).
+    """Rows of the table, and what to know about them. The count is a record of its own, made by
+    `python -m reports lines`.
     """
     if not LINES.is_file():
         return (
             [],
-            "Lines of code have not been counted here: python -m reports lines --model FOLDER --vllm PYTHON does.",
+            "Lines of code have not been counted; python -m reports lines --model FOLDER --vllm PYTHON counts them.",
         )
     counts = json.loads(LINES.read_text(encoding="utf-8"))
     words = {
@@ -296,8 +307,8 @@ def _code_lines() -> tuple[list[list[str]], str]:
     ]
     made_at = counts.get("made_at", "no date")
     said = (
-        f"Lines of code were counted one way for both engines, in runs on a CPU ({made_at}): what needs a GPU (Triton kernels, "
-        "CUDA graphs, cascade attention) is in our whole package alone."
+        f"Lines of code were counted in the same way for both engines, in runs on a CPU ({made_at}): what needs a GPU (Triton "
+        "kernels, CUDA graphs, cascade attention) is only in the count of our whole package."
     )
     if theirs := counts.get("vllm"):
         counted = f"{theirs['version']} on a CPU, eager ({theirs.get('made_at', made_at)})"

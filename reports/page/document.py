@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+# Each verdict that a table may show, and the colour that it is shown in.
 VERDICT_WORDS = {
     "faster": "faster",
     "slower": "slower",
     "equivalent": "equivalent",
     "inconclusive": "inconclusive",
+    "suggestive": "inconclusive",
     "help each other": "faster",
     "stand in each other's way": "slower",
     "independent": "equivalent",
@@ -55,7 +57,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """One question that a reader has, in the order in which readers have them."""
+    """One question that a reader has, in the order in which readers have them.
+
+    lead: before picture and tables; notes: after them. gist: the answer in a few words, beside the
+    title of a folded section.
+    """
 
     key: str
     title: str
@@ -63,17 +69,24 @@ class Section:
     picture: str | None = None  # name of the figure (figures.pictures)
     tables: Sequence[Table] = ()
     commands: Sequence[tuple[str, str]] = ()  # (what it does, command)
+    notes: Sequence[str] = ()
+    gist: str = ""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A whole report."""
+    """A whole report.
+
+    answers: (sentence, verdict), one for each workload. head: what everybody reads. folded: the
+    evidence, each section behind its title; `evidence` says what that is.
+    """
 
     eyebrow: str
     title: str
     question: str
-    answer: str
-    verdict: str
+    answers: Sequence[tuple[str, str]]
     caveats: Sequence[str]
     facts: Sequence[tuple[str, str]]
-    sections: Sequence[Section] = field(default_factory=list)
+    head: Sequence[Section] = ()
+    evidence: str = ""
+    folded: Sequence[Section] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Why the results may be believed, and how to get them again: the second half of a report."""
+"""Why the results may be believed, and how to reproduce them: the last part of a report."""
 
 import json
 import shlex
@@ -7,17 +7,16 @@ from typing import Any
 
 from nanovllm.models.checkpoint import DIGESTS
 from reports import text
+from reports.analysis import names
 from reports.page.document import Column, Section, Table
-from reports.page.sections import CELL, VERDICT, WORKLOAD, numbers
+from reports.page.overview import CONFIGURATION, VERDICT, WORKLOAD, name, numbers
 
 Analysis = Mapping[str, Any]
 
 
 def evidence(plan: Mapping[str, Any], analysis: Analysis, digest: str) -> Iterator[Section]:
     """The sections on validity; digest: of the records that the report was made from."""
-    if analysis["unjudged"]:
-        yield _unjudged(analysis)
-    else:
+    if not analysis["unjudged"]:
         yield _against_itself(analysis)
         yield _order(analysis)
         yield _equivalence(analysis)
@@ -27,61 +26,33 @@ def evidence(plan: Mapping[str, Any], analysis: Analysis, digest: str) -> Iterat
     yield _reproduce(plan, analysis, digest)
 
 
-def _unjudged(analysis: Analysis) -> Section:
-    lead = [
-        "The weights of this model were made on the GPUs, and no reference judged the outputs: none of these launches counts, "
-        "and nothing is concluded from them here. This is what they measured; no interval, no ratio, no verdict.",
-        "A decode step is the median of a launch's steps without prefill, and of those the median; replicas record none.",
-    ]
-    columns = [
-        WORKLOAD,
-        CELL,
-        *numbers("launches", "least tok/s", "median tok/s", "most tok/s", "decode step"),
-    ]
-    rows = [
-        [
-            row["workload"],
-            row["cell"],
-            str(row["n"]),
-            *(text.number(row[key]) for key in ("least", "median", "most")),
-            text.seconds(row["step_s"]),
-        ]
-        for row in analysis["unjudged"]
-    ]
-    return Section(
-        "unjudged",
-        "Descriptive: measured, not judged",
-        lead,
-        None,
-        [Table("As measured", columns, rows, grouped=True)],
-    )
-
-
 def _against_itself(analysis: Analysis) -> Section:
     arms = [
         e
         for e in analysis["effects"]
         if e["role"] == "aa" and e["metric"] == analysis["metric"]["key"]
     ]
+    start = name(analysis, analysis["baseline"])
     lead = [
-        "The baseline runs twice in every block. Whatever differs between the two is what this machine makes up by "
-        "itself: the arm should be called equivalent, or at worst inconclusive."
+        f"{start} runs twice in every block; the second one is called the A/A twin. Both are the same configuration, so "
+        "whatever differs between them is noise of this machine: the twin should be equivalent, or at worst inconclusive."
     ]
     lead += [
-        f"{arm['workload']}: {text.ratio(arm['ratio'])}, {text.interval(arm['low'], arm['high'])}, {arm['verdict']}; a "
-        f"change of {text.percent(arm['detectable'])} would be found."
+        f"{arm['workload']}: {text.ratio(arm['ratio'])}, {text.interval(arm['low'], arm['high'])}, {text.verdict(arm)}; a "
+        f"change of {text.percent(arm['detectable'])} would be detected."
         for arm in arms
         if arm["n"]
     ]
     if not arms:
-        lead = ["This study has no A/A arm."]
-    return Section("aa", "The machine against itself", lead, "aa")
+        lead = ["This study has no A/A twin."]
+    gist = ", ".join(dict.fromkeys(text.verdict(arm) for arm in arms)) or "none"
+    return Section("aa", "A/A twin: the noise of this machine", lead, "aa", gist=gist)
 
 
 def _order(analysis: Analysis) -> Section:
     lead = [
-        "Each dot is a launch, as its distance from the mean of its own cell, in the order in which launches ran. A "
-        "trend within the blocks would be an effect of order; one across the blocks cancels in the ratios."
+        "Each dot is a launch: its distance from the mean of its own configuration, in the order in which the launches "
+        "ran. A trend within the blocks would be an effect of the order; a trend across the blocks cancels in the ratios."
     ]
     made, failed = analysis["checks"]["made"], analysis["checks"]["failed"]
     lead.append(
@@ -108,30 +79,31 @@ def _order(analysis: Analysis) -> Section:
             for row in failed
         ],
     )
-    return Section("order", "The order of the launches", lead, "order", [table])
+    gist = f"{sum(made.values()):,} consistency checks, {len(failed)} failed"
+    return Section("order", "Order of the launches", lead, "order", [table], gist=gist)
 
 
 def _equivalence(analysis: Analysis) -> Section:
     gate = analysis["gate"]
     lead = [
-        "The very tokens of the timed work are rescored by HF transformers, position by position, in a higher "
-        "precision. A token passes if the reference picks it too, or if its margin is within the bound, which is "
-        "calibrated on HF's own error in the engine's dtype. Identical outputs are judged once."
+        "HF transformers rescores the very tokens of the timed runs, position by position, in a higher precision. A token "
+        "passes if the reference picks it too, or if its margin (how far it is from being picked, in logits) is within the "
+        "bound, which is calibrated on HF's own rounding error in the engine's number format. Identical outputs are judged once."
     ]
     if not gate["rows"]:
-        lead.append("The gate has not judged any tokens: no launch counts.")
+        lead.append("The gate has not judged any tokens, so no launch counts.")
     foreign = [row for row in gate["rows"] if _distribution(row)]
     if foreign:
         level = foreign[0]["calibration"]["alpha"]
         lead.append(
-            "Sampled tokens of an engine with its own random generator cannot be replayed and have no margin (a dash). Given "
-            "the tokens before it, log p(token) + entropy has mean 0 under the reference: z is the sum over its standard "
-            f"deviation, a two-sided test at level {level:g}, and its limit is widened by what HF's own error shifts the sum. No "
-            "single request may be incredible either."
+            "Tokens that another engine sampled with its own random generator cannot be replayed and have no margin (shown as "
+            "a dash). Given the tokens before it, log p(token) + entropy has mean 0 under the reference; z is the sum of these "
+            f"over its standard deviation, a two-sided test at level {level:g}, whose limit is widened by the shift that HF's own "
+            "error causes. No single request may be incredible either."
         )
     columns = [
         WORKLOAD,
-        Column("cells"),
+        Column("configurations"),
         VERDICT,
         *numbers("tokens", "differ", "within bound", "largest margin", "bound"),
         *(numbers("z", "limit of z") if foreign else ()),
@@ -144,7 +116,7 @@ def _equivalence(analysis: Analysis) -> Section:
         rows.append(
             [
                 row["workload"],
-                ", ".join(row["cells"]) or "none counted",
+                _makers(analysis, row["cells"]),
                 row["status"],
                 text.number(row["tokens_checked"]),
                 *(
@@ -166,9 +138,9 @@ def _equivalence(analysis: Analysis) -> Section:
         for row in gate["negative_controls"]
     ]
     lead.append(
-        "Deliberately broken engines went through the same gate."
+        "Negative controls: deliberately broken engines went through the same gate and must fail."
         if controls
-        else "No deliberately broken engine was sent through the gate with these records; make check does so."
+        else "No negative controls (deliberately broken engines) are in these records; make check runs them."
     )
     reasons = [
         [row["workload"], row["tokens_digest"][:12], row["status"], row["reason"] or text.ABSENT]
@@ -190,7 +162,13 @@ def _equivalence(analysis: Analysis) -> Section:
             controls,
         ),
     ]
-    return Section("gate", "Is the output still the same", lead, None, tables)
+    gist = f"{gate['passed']} of {text.count_of(len(gate['rows']), 'output')} passed"
+    return Section("gate", "Gate: is the output still right?", lead, None, tables, gist=gist)
+
+
+def _makers(analysis: Analysis, cells: Sequence[str]) -> str:
+    """The configurations that produced these tokens."""
+    return ", ".join(name(analysis, cell) for cell in cells) or "none counted"
 
 
 def _distribution(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -285,7 +263,7 @@ def _toggles(analysis: Analysis) -> Section:
     toggles = analysis["toggles"]
     columns = [
         WORKLOAD,
-        CELL,
+        CONFIGURATION,
         Column("factor", "code"),
         *numbers("engaged", "opportunity"),
         Column("note"),
@@ -299,7 +277,7 @@ def _toggles(analysis: Analysis) -> Section:
         rows.append(
             [
                 row["workload"],
-                row["cell"],
+                name(analysis, row["cell"]),
                 f"{row['factor']}={row['level']}",
                 text.level_range(row["engaged"]),
                 text.level_range(row["opportunity"]),
@@ -307,38 +285,32 @@ def _toggles(analysis: Analysis) -> Section:
                 str(row["launches"]),
             ]
         )
+    silent = toggles["off_checked"] - toggles["off_engaged"]
     lead = [
-        "Engaged counts how often a toggle ran in a launch (least to most): more than 0 when on, 0 when off, or the "
-        "launch is invalid. Opportunity counts what there was for it to do.",
-        f"Off and silent: {toggles['off_checked'] - toggles['off_engaged']:,} of {toggles['off_checked']:,} counters "
-        "of toggles at their baseline read 0.",
+        "Engaged counts how often an optimization ran in a launch (minimum to maximum over launches): above 0 when it is on, "
+        "0 when it is off, or the launch is invalid. Opportunity counts what there was for it to do.",
+        f"{silent:,} of {toggles['off_checked']:,} counters of optimizations that were not switched on read 0.",
     ]
     return Section(
         "toggles",
-        "Did each toggle fire",
+        "Did each optimization run?",
         lead,
         None,
-        [Table("Toggles that were on", columns, rows, grouped=True)],
+        [Table("Optimizations that were on", columns, rows, grouped=True)],
+        gist="proof that switches do what they say",
     )
 
 
 def _not_applicable(analysis: Analysis) -> Section:
-    rows = [
-        [str(row["factor"]), str(row["level"]), row["reason"]] for row in analysis["not_applicable"]
-    ]
-    lead = [] if rows else ["Every factor of the study could run on this machine."]
+    rows = [[", ".join(what), reason] for reason, what in names.not_applicable(analysis)]
+    lead = [] if rows else ["Everything in the study could run on this machine."]
     return Section(
         "not-applicable",
         "What could not run here",
         lead,
         None,
-        [
-            Table(
-                "Not applicable",
-                [Column("factor", "code"), Column("level", "code"), Column("reason")],
-                rows,
-            )
-        ],
+        [Table("Not applicable", [Column("configurations", "long"), Column("reason")], rows)],
+        gist=text.count_of(len(rows), "reason") if rows else "nothing",
     )
 
 
@@ -349,6 +321,7 @@ def _excluded(analysis: Analysis) -> Section:
         f"{text.count_of(counts['excluded_launches'], 'record')} excluded; "
         f"{text.count_of(counts['duplicates'], 'duplicated record')} counted once."
     ]
+    gist = f"{counts['counted_launches']} of {counts['planned_launches']} counted"
     rows = [
         [row["launch"], str(row["attempt"]), str(row["block"]), row["status"], row["reason"]]
         for row in analysis["excluded"]
@@ -360,23 +333,22 @@ def _excluded(analysis: Analysis) -> Section:
         Column("reason"),
     ]
     notes = Table(
-        "Noticed while reading the records",
+        "Noted while reading the records",
         [Column("note")],
         [[note] for note in analysis["notes"]],
     )
     return Section(
         "excluded",
-        "What was left out",
+        "Excluded launches",
         lead,
         None,
-        [Table("Excluded launches", columns, rows), notes],
+        [Table("Excluded", columns, rows), notes],
+        gist=gist,
     )
 
 
 def reproduce_command(plan: Mapping[str, Any]) -> str:
-    """The one command that asks the same question again; a model from outside is named by its
-    folder.
-    """
+    """The command that runs the same study again; a model without a preset is named by its folder."""
     study, model = plan["study"], plan["model"]
     words = [
         f"STUDY={study['name']}",
@@ -412,12 +384,12 @@ def _yaml(value: Any) -> str:
 def _reproduce(plan: Mapping[str, Any], analysis: Analysis, digest: str) -> Section:
     found = analysis["hardware"]
     commands = [
-        ("Ask the same question again", reproduce_command(plan)),
+        ("Run the same study again", reproduce_command(plan)),
         (
-            "Run this very plan, on this or another host",
+            "Run exactly this plan, on this or another host",
             "python -m experiments.launch --plan plan.json --out DIR --resume",
         ),
-        ("Rebuild this report from its records", "python -m reports render FOLDER"),
+        ("Render this report from its records", "python -m reports render FOLDER"),
     ]
     records = [
         ["plan", analysis["plan_hash"]],
@@ -433,27 +405,57 @@ def _reproduce(plan: Mapping[str, Any], analysis: Analysis, digest: str) -> Sect
         ),
         _pairs("Hardware profile", found["profile"]),
         _pairs("Model", found["model"]),
-        _pairs("Provenance, the same for all counted launches", found["provenance"]),
+        _pairs("Software and machine, the same for all counted launches", found["provenance"]),
         _pairs(
-            "Provenance that differs between launches",
+            "Software and machine where launches differ",
             {key: "; ".join(values) for key, values in found["varying"].items()},
         ),
     ]
     return Section(
-        "reproduce", "How to get this again", list(_other_weights(plan)), None, tables, commands
+        "reproduce",
+        "Reproduce",
+        list(_other_weights(plan)),
+        None,
+        [_configurations(analysis), *tables],
+        commands,
+        gist="commands, configurations, fingerprints, versions",
+    )
+
+
+def _configurations(analysis: Analysis) -> Table:
+    """What each name of the page stands for."""
+    rows = [
+        [
+            name(analysis, cell),
+            cell,
+            entry["engine"],
+            ("nothing" if cell == analysis["baseline"] else "")
+            or ", ".join(names.changes(analysis, cell))
+            or ("nothing" if entry["levels"] else text.ABSENT),
+        ]
+        for cell, entry in analysis["cells"].items()
+    ]
+    start = name(analysis, analysis["baseline"])
+    return Table(
+        "Configurations",
+        [
+            CONFIGURATION,
+            Column("cell in the records", "code"),
+            Column("engine"),
+            Column(f"changes against {start}", "long"),
+        ],
+        rows,
     )
 
 
 def _other_weights(plan: Mapping[str, Any]) -> Iterator[str]:
-    """What a reader has to know where the plan's preset gives another checkpoint today than it was
-    made for.
-    """
+    """A note where the plan's preset gives another checkpoint today than the plan was made for."""
     preset, digest = plan["model"].get("preset"), plan["model"].get("digest")
     today = DIGESTS.get(preset)
     if digest and today and digest != today:
         yield (
             f"This plan was made for a checkpoint of digest {digest[:16]}. The preset {preset} has changed since and gives "
-            f"{today[:16]} today: the same question is then asked of other weights, and this very plan is refused unless --model "
+            f"{today[:16]} today: running the study again uses other weights, and exactly this plan is refused unless --model "
             "names a folder with the old ones."
         )
 

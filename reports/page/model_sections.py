@@ -7,13 +7,15 @@ from typing import Any
 
 from reports import text
 from reports.page.document import Column, Section, Table
-from reports.page.sections import WORKLOAD, confidence, numbers
+from reports.page.overview import WORKLOAD, confidence, name, numbers
 
 Analysis = Mapping[str, Any]
 
 
 def modelled(analysis: Analysis) -> Iterator[Section]:
-    """Absent where the design is no two-level factorial, or too few blocks are complete."""
+    """The sections on the linear model and its residuals. Omitted unless the design is a two-level
+    factorial with enough complete blocks.
+    """
     yield from _linear_model(analysis)
     yield from _residuals(analysis)
 
@@ -41,7 +43,7 @@ def _linear_model(analysis: Analysis) -> Iterator[Section]:
                 ),
                 text.ratio(row["ratio"]),
                 text.interval(row["low"], row["high"]),
-                row["verdict"],
+                text.verdict(row),
                 text.probability(row["p_holm"]),
                 str(row["df"]),
             ]
@@ -54,7 +56,7 @@ def _linear_model(analysis: Analysis) -> Iterator[Section]:
         "settings of the others; a pair is how many times more it buys than the product. A sum is what this design cannot tell "
         "apart: one of its terms, or several, have this effect.",
     ]
-    yield Section("linear-model", "The factorial as a linear model", lead, None, [table])
+    yield Section("linear-model", "Linear model of the factorial", lead, None, [table])
 
 
 def _residuals(analysis: Analysis) -> Iterator[Section]:
@@ -74,7 +76,7 @@ def _residuals(analysis: Analysis) -> Iterator[Section]:
             f"{row['skewness']:.2f}",
             text.probability(row["p_normal"]),
             f"{row['largest']:+.1f} sd",
-            f"{row['cell']}, block {row['block']}",
+            f"{name(analysis, row['cell'])}, block {row['block']}",
         ]
         for workload, row in found.items()
     ]
@@ -85,7 +87,7 @@ def _residuals(analysis: Analysis) -> Iterator[Section]:
     ]
     yield Section(
         "residuals",
-        "Does the noise look as assumed",
+        "Does the noise look as the intervals assume?",
         lead,
         None,
         [Table("Residuals", columns, rows)],

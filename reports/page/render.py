@@ -1,5 +1,4 @@
-"""Rendering a report: Markdown with figures beside it, and one HTML page that needs nothing but
-itself.
+"""Rendering a report: Markdown with figures beside it, and one self-contained HTML page.
 
 The same records give the same bytes: nothing is dated, sampled or ordered by chance here, and the
 versions that draw are pinned by constraints.txt.
@@ -21,6 +20,7 @@ from reports.figures.layout import NARROW, WIDE
 from reports.page.document import VERDICT_WORDS, Document
 from reports.page.evidence import evidence
 from reports.page.model_sections import modelled
+from reports.page.overview import overview
 from reports.page.sections import results
 from reports.page.table import print_table
 
@@ -79,9 +79,7 @@ def render(
 
 
 def write_markdown(path: Path, template: str, **values: Any) -> None:
-    """A page from a template in which everything that is printed is escaped; blank lines never pile
-    up.
-    """
+    """Write a page from a template; printed values are escaped, runs of blank lines collapsed."""
     page = _markdown_environment().get_template(template).render(**values)
     path.write_text(re.sub(r"\n{3,}", "\n\n", page), encoding="utf-8")
 
@@ -97,31 +95,36 @@ def document(
         if effect["role"] == "aa" and effect["metric"] == analysis["metric"]["key"]
     ]
     model = plan["model"]
+    noise = [
+        f"{text.ratio(arm['ratio'])} ({text.interval(arm['low'], arm['high'])}) on {arm['workload']}"
+        for arm in arms
+        if arm["n"] and arm["workload"] in analysis["workloads"]
+    ]
     facts = [
         ("machine", _machine(plan, analysis)),
+        ("date", _dates(analysis)),
         ("model", f"{model['preset'] or model['path']}, {model['dtype']}"),
-        ("blocks", f"{counts['complete_blocks']} complete of {counts['planned_blocks']}"),
         (
             "launches",
-            f"{counts['counted_launches']} counted, {counts['excluded_launches']} excluded",
+            f"{counts['counted_launches']} counted, {counts['excluded_launches']} excluded; "
+            f"{counts['complete_blocks']} of {text.count_of(counts['planned_blocks'], 'block')} complete",
         ),
         (
             "gate",
             f"{gate['passed']} of {text.count_of(len(gate['rows']), 'output')} passed, {gate['tokens_checked']:,} "
-            "tokens",
+            "tokens checked",
         ),
-        ("A/A arm", ", ".join(dict.fromkeys(arm["verdict"] for arm in arms)) or "none"),
+        ("A/A twin (noise)", "; ".join(noise) or "none"),
     ]
     if analysis["unjudged"]:
         finished = sum(row["status"] == "ok" for row in analysis["excluded"])
-        facts[2:] = [
-            ("blocks", f"{counts['run_blocks']} run to the end of {counts['planned_blocks']}"),
+        facts[3:] = [
             (
                 "launches",
-                f"{finished} run to the end of {counts['planned_launches']}, none counted",
+                f"{finished} run to the end of {counts['planned_launches']}, none counted; "
+                f"{counts['run_blocks']} of {text.count_of(counts['planned_blocks'], 'block')} run to the end",
             ),
             ("gate", "not judged: descriptive"),
-            ("A/A arm", "not judged: descriptive" if arms else "none"),
         ]
     digest = hashlib.sha256(
         json.dumps(list(records), sort_keys=True, separators=(",", ":")).encode()
@@ -130,20 +133,27 @@ def document(
         eyebrow=f"study {study['name']}",
         title=study.get("title") or study["name"],
         question=study["question"],
-        answer=analysis["answer"]["sentence"],
-        verdict=analysis["answer"]["verdict"],
+        answers=[(part["sentence"], part["verdict"]) for part in analysis["answer"]["by_workload"]],
         caveats=analysis["answer"]["caveats"],
         facts=facts,
-        sections=[
+        head=list(overview(plan, analysis)),
+        evidence="Statistics, the evidence that the results hold, and how to reproduce them.",
+        folded=[
             *(() if analysis["unjudged"] else (*results(analysis), *modelled(analysis))),
             *evidence(plan, analysis, digest),
         ],
     )
 
 
+def _dates(analysis: Mapping[str, Any]) -> str:
+    """The day on which the launches ran, or the first and the last."""
+    days = analysis["days"]
+    return text.ABSENT if not days else days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+
+
 def _machine(plan: Mapping[str, Any], analysis: Mapping[str, Any]) -> str:
-    """The profile's words; a CPU is named as its launches found it, since the profile only says
-    that it is one.
+    """The machine by name: the title of its profile, or for a CPU the model that the launches
+    found.
     """
     profile, found = plan["profile"], analysis["hardware"]["provenance"]
     if profile["device"] == "cpu" and "cpu.model" in found and "cpu.cores" in found:
@@ -165,13 +175,13 @@ def _environment() -> Environment:
 
 
 def breakable(value: object) -> Markup:
-    """Text -> HTML that may be broken after the signs that join the words of a name."""
+    """Text as HTML in which a line may break after the characters that join the words of a name."""
     return Markup(re.sub(r"([_=+/-])", r"\1<wbr />", str(escape(value))))
 
 
 def _markdown_environment() -> Environment:
-    """Every value that a template prints is escaped for Markdown, so that a pipe from outside stays
-    a pipe.
+    """An environment that escapes every printed value for Markdown, so that a pipe in a name
+    cannot end a table cell.
     """
     environment = _environment()
     environment.finalize = escape_markdown
@@ -180,7 +190,7 @@ def _markdown_environment() -> Environment:
 
 
 def escape_markdown(value: object) -> Markup:
-    """Text -> Markdown that shows it literally, on one line."""
+    """Text as Markdown that shows it literally, on one line."""
     if isinstance(value, Markup):
         return value
     line = " ".join(str(value).split())
@@ -190,8 +200,8 @@ def escape_markdown(value: object) -> Markup:
 
 
 def code(value: object) -> Markup:
-    """Text -> a code span; in a table even code cannot hold a pipe, and a fence is longer than any
-    backticks within.
+    """Text as a code span. Pipes are replaced, since they end a table cell even in code; the fence
+    is longer than any run of backticks within.
     """
     line = " ".join(str(value).split()).replace("|", "¦")
     if not line:

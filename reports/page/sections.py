@@ -1,9 +1,11 @@
-"""What a report says, section by section, from an analysis: the results first, then why they may be
-believed.
+"""The statistics behind the results, section by section: effects, factors, references, the roofline
+bound, latencies.
 
-results() holds effects, factors, references, ceiling and latency; evidence.py holds the other half.
+overview.py holds what comes before them, evidence.py what comes after.
 """
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,15 +13,12 @@ from reports import text
 from reports.analysis.compare import against_engines
 from reports.page.compare_sections import compare_sections, pairs_of_ours
 from reports.page.document import Column, Section, Table
+from reports.page.overview import CONFIGURATION, VERDICT, WORKLOAD, confidence, name, numbers
 from reports.statistics.intervals import MIN_BLOCKS_BOOTSTRAP
 from reports.statistics.metrics import LATENCIES, METRICS, PERCENTILES
+from reports.statistics.moderation import MOST_PRIOR
 
 Analysis = Mapping[str, Any]
-CELL, WORKLOAD, VERDICT = (
-    Column("cell", "code"),
-    Column("workload", "code"),
-    Column("verdict", "verdict"),
-)
 KINDS = {
     "alone": "alone",
     "left out": "left out of all",
@@ -29,7 +28,7 @@ KINDS = {
 
 
 def results(analysis: Analysis) -> Iterator[Section]:
-    """The sections that answer the question, those that the design has numbers for."""
+    """Every section that this study has numbers for."""
     yield from compare_sections(analysis)
     yield _effects(analysis)
     yield from _factors(analysis)
@@ -40,14 +39,6 @@ def results(analysis: Analysis) -> Iterator[Section]:
         yield from _references(analysis)
     yield _ceiling(analysis)
     yield from _latency(analysis)
-
-
-def confidence(analysis: Analysis) -> str:
-    return text.percent(analysis["rule"]["confidence"], 0)
-
-
-def numbers(*titles: str) -> list[Column]:
-    return [Column(title, "number") for title in titles]
 
 
 def _ratio_columns(analysis: Analysis) -> list[Column]:
@@ -62,7 +53,7 @@ def _ratio_cells(effect: Mapping[str, Any]) -> list[str]:
     return [
         text.ratio(effect["ratio"]),
         text.interval(effect["low"], effect["high"]),
-        effect["verdict"],
+        text.verdict(effect),
     ]
 
 
@@ -72,9 +63,10 @@ def _effects(analysis: Analysis) -> Section:
     rows = [effect for effect in analysis["effects"] if effect["metric"] == metric["key"]]
     columns = [
         WORKLOAD,
-        CELL,
+        CONFIGURATION,
         *_ratio_columns(analysis),
         *numbers("bootstrap", "p (Holm)", "detectable", "blocks"),
+        *(numbers("degrees of freedom") if moderated(analysis) else ()),
     ]
     table = Table(
         "Effects",
@@ -82,7 +74,7 @@ def _effects(analysis: Analysis) -> Section:
         [
             [
                 effect["workload"],
-                effect["cell"],
+                name(analysis, effect["cell"]),
                 *_ratio_cells(effect),
                 text.interval(effect["boot_low"], effect["boot_high"])
                 if effect["boot_low"] is not None
@@ -90,21 +82,97 @@ def _effects(analysis: Analysis) -> Section:
                 text.probability(effect["p_holm"]),
                 text.percent(effect["detectable"]),
                 str(effect["n"]),
+                *([_freedom(effect)] if moderated(analysis) else ()),
             ]
             for effect in rows
         ],
         grouped=True,
     )
+    start = name(analysis, analysis["baseline"])
     lead = [
-        f"Ratio of {metric['label']} to the baseline of the same block: geometric mean over blocks, Student's t "
-        f"interval, and the BCa bootstrap beside it from {MIN_BLOCKS_BOOTSTRAP} blocks on. "
+        f"Ratio of {metric['label']} to {start} in the same block: geometric mean over blocks, with Student's t "
+        f"interval and, from {MIN_BLOCKS_BOOTSTRAP} blocks on, the BCa bootstrap beside it. "
         f"{'Above' if metric['better'] == 'higher' else 'Below'} ×1 is better.",
         f"Equivalent: the whole interval lies between {text.interval(low, high, ' and ')}. Faster or slower: "
-        f"Holm's test over all treatments rejects equality at {text.percent(rule['alpha'], 0)}. Inconclusive: neither. "
-        f"Detectable: the change that this noise and this many blocks would find in {text.percent(rule['power'], 0)} "
-        "of studies.",
+        f"Holm's test over {_family(analysis)} rejects equality at {text.percent(rule['alpha'], 0)}. Suggestive: the interval "
+        "excludes 1, but that test does not reject equality. Inconclusive: none of these. Detectable: the change that a "
+        f"study with this noise and this many blocks finds in {text.percent(rule['power'], 0)} of cases.",
+        *_variance_words(analysis),
     ]
-    return Section("effects", "What each change buys", lead, "forest", [table])
+    tables = [table, *([_variances(analysis)] if moderated(analysis) else ())]
+    tally = Counter(text.verdict(row) for row in rows if row["role"] in ("treatment", "all"))
+    gist = ", ".join(f"{n} {word}" for word, n in sorted(tally.items()))
+    return Section("effects", "Effects and tests", lead, None, tables, gist=gist)
+
+
+def moderated(analysis: Analysis) -> bool:
+    """Whether the study asks for moderated variances."""
+    return bool(analysis["statistics"]["variance"] == "moderated")
+
+
+def _freedom(effect: Mapping[str, Any]) -> str:
+    """Degrees of freedom of an effect's interval: those of the moderated variance, or its own."""
+    return f"{effect.get('df', effect['n'] - 1):.3g}" if effect["n"] > 1 else text.ABSENT
+
+
+def _family(analysis: Analysis) -> str:
+    if analysis["statistics"]["families"] == "joint":
+        return "all treatments"
+    return "the treatments of the same question (one switch alone; everything on; the cells between them)"
+
+
+def _variance_words(analysis: Analysis) -> list[str]:
+    if not moderated(analysis):
+        return []
+    words = (
+        "The variance is moderated (Smyth 2004): what the ratios of all cells to the same one tell of this machine's noise "
+        "counts like d0 more degrees of freedom of each effect, at most half as many as the effect has by itself, and no "
+        "effect is taken to be less noisy than it looks. The method and its simulated coverage: docs/methodology.md."
+    )
+    if not analysis["statistics"]["priors"]:
+        words = (
+            f"The study asks for moderated variances, which need {analysis['statistics']['least_effects']} effects with two "
+            "blocks or more; there are fewer, so each effect is judged by its own variance."
+        )
+    return [words]
+
+
+def _variances(analysis: Analysis) -> Table:
+    """The priors of the study's metric: noise that all effects share, and what it counts for."""
+    blocks = {
+        effect["n"]
+        for effect in analysis["effects"]
+        if effect["metric"] == analysis["metric"]["key"] and effect["n"] > 1
+    }
+    rows = []
+    for prior in analysis["statistics"]["priors"]:
+        if prior["metric"] == analysis["metric"]["key"]:
+            used = [
+                min(math.inf if prior["d0"] is None else prior["d0"], MOST_PRIOR * (n - 1))
+                for n in blocks
+            ]
+            rows.append(
+                [
+                    prior["workload"],
+                    prior["shared"],
+                    str(prior["effects"]),
+                    text.percent(math.expm1(prior["sd"])),
+                    "∞" if prior["d0"] is None else f"{prior['d0']:.3g}",
+                    _between(used),
+                    _between([d0 + n - 1 for d0, n in zip(used, blocks, strict=True)]),
+                ]
+            )
+    columns = [
+        WORKLOAD,
+        Column("ratios to", "code"),
+        *numbers("ratios", "noise of one", "d0, estimated", "d0, used", "degrees of freedom"),
+    ]
+    return Table("The moderated variance", columns, rows, grouped=True)
+
+
+def _between(values: list[float]) -> str:
+    low, high = (f"{bound(values):.3g}" for bound in (min, max))
+    return low if low == high else f"{low} to {high}"
 
 
 def _factors(analysis: Analysis) -> Iterator[Section]:
@@ -136,20 +204,20 @@ def _factors(analysis: Analysis) -> Iterator[Section]:
         grouped=True,
     )
     lead = [
-        "Alone: switched on over the baseline. Left out: what everything on loses without it. On average: over all "
-        "settings of the other factors. Shapley's share: the mean over all orders of switching on; the shares "
-        "multiply to the whole effect.",
+        f"Alone: switched on, compared with {name(analysis, analysis['baseline'])}. Left out: what all on loses without it. "
+        "On average: over all settings of the other factors. Shapley's share: the mean over all orders in which the factors "
+        "can be switched on; the shares multiply to the whole effect.",
     ]
     if any(row.get("without") for row in rows):
         lead.append(
-            "Left out, without another: the other needs this one, so it is off on both sides of the comparison."
+            "Left out, without another: the other one needs this one, so it is off on both sides of the comparison."
         )
     if any(row.get("beside") or not row.get("part_of_all", True) for row in rows):
         lead.append(
-            "On top of all: no part of everything on, and compared with it; beside another: it needs the other, which "
-            "is on on both sides."
+            "On top of all: not part of all on, and compared with it. Beside another: it needs the other one, which is on "
+            "on both sides."
         )
-    yield Section("factors", "Each factor alone and in company", lead, "factors", [table])
+    yield Section("factors", "Each optimization alone and together", lead, "factors", [table])
 
 
 def _measured(row: Mapping[str, Any]) -> str:
@@ -189,9 +257,12 @@ def _interactions(analysis: Analysis) -> Iterator[Section]:
         grouped=True,
     )
     lead = [
-        "How many times more a pair buys together than the product of what each buys; ×1 is no interaction."
+        "How many times more two optimizations bring together than the product of what each brings alone; ×1 means that "
+        "they are independent."
     ]
-    yield Section("interactions", "Which factors interact", lead, "interactions", [table])
+    tally = Counter(row["verdict"] for row in rows)
+    gist = ", ".join(f"{n} {word}" for word, n in sorted(tally.items()))
+    yield Section("interactions", "Interactions", lead, "interactions", [table], gist=gist)
 
 
 def _references(analysis: Analysis) -> Iterator[Section]:
@@ -200,7 +271,7 @@ def _references(analysis: Analysis) -> Iterator[Section]:
         return
     columns = [
         WORKLOAD,
-        CELL,
+        CONFIGURATION,
         Column("against", "code"),
         *_ratio_columns(analysis),
         *numbers("p (Holm)", "blocks"),
@@ -211,8 +282,8 @@ def _references(analysis: Analysis) -> Iterator[Section]:
         [
             [
                 row["workload"],
-                row["cell"],
-                row["reference"],
+                name(analysis, row["cell"]),
+                name(analysis, row["reference"]).removeprefix("reference: "),
                 *_ratio_cells(row),
                 text.probability(row["p_holm"]),
                 str(row["n"]),
@@ -222,15 +293,17 @@ def _references(analysis: Analysis) -> Iterator[Section]:
         grouped=True,
     )
     lead = [
-        "The same work on another engine, in the same blocks: is the baseline a fair one, and how far does everything "
-        "on go beyond?"
+        "The same work on another engine, in the same blocks: is the starting point a fair one, and how far does all on go "
+        "beyond it?"
     ]
     devices = {row["cell"]: row["devices"] for row in analysis["ceiling"]}
     for cell, reference in dict.fromkeys((row["cell"], row["reference"]) for row in rows):
         if devices[cell] != devices[reference]:
             here, there = text.count_of(devices[cell], "device"), devices[reference]
+            theirs = name(analysis, reference).removeprefix("reference: ")
             lead.append(
-                f"Not on equal devices: {cell} ran on {here}, {reference} on {there}; their ratio is not of engines alone."
+                f"Not on equal devices: {name(analysis, cell)} ran on {here}, {theirs} on {there}, so "
+                "their ratio does not compare the engines alone."
             )
     yield Section("references", "Against other engines", lead, None, [table])
 
@@ -241,14 +314,18 @@ def _ceiling(analysis: Analysis) -> Section:
         for row in analysis["rates"]
         if row["metric"] == "output_tokens_per_s"
     }
-    columns = [WORKLOAD, CELL, *numbers("tok/s", "least", "most", "bound", "reached", "blocks")]
+    columns = [
+        WORKLOAD,
+        CONFIGURATION,
+        *numbers("tok/s", "least", "most", "bound", "reached", "blocks"),
+    ]
     rows = []
     for row in analysis["ceiling"]:
         rate = rates[row["workload"], row["cell"]]
         rows.append(
             [
                 row["workload"],
-                row["cell"],
+                name(analysis, row["cell"]),
                 *(text.number(rate[key]) for key in ("mean", "min", "max")),
                 text.number(row["bound"]["tokens_per_s"]),
                 text.percent(row["share"]),
@@ -291,15 +368,35 @@ def _ceiling(analysis: Analysis) -> Section:
     ]
     profile = analysis["hardware"]["profile"]
     lead = [
-        "The bound is a roofline: no engine in which prefill and decode take turns can pass it with "
+        "The bound is a roofline: no engine in which prefill and decode take turns can exceed it with "
         f"{float(profile['bandwidth_bytes_per_s']) / 1e9:,.4g} GB/s and {float(profile['peak_flops']) / 1e12:,.4g} "
-        "TFLOP/s a device. A decode step reads all weights once, and the context of its requests, what they share of it "
-        "once for all; prefill computes each distinct prompt token once; the two do not overlap (reports/statistics/ceiling.py has "
-        "the formula).",
+        "TFLOP/s per device. A decode step reads all weights once and the KV cache of its requests, a shared prefix only "
+        "once; prefill computes each distinct prompt token once; the two do not overlap. The formula is in "
+        "reports/statistics/ceiling.py.",
     ]
     if profile.get("note", text.ABSENT) not in ("", "-", text.ABSENT):
         lead.append(str(profile["note"]))
-    return Section("ceiling", "How much is left to win", lead, "ceiling", tables)
+    return Section(
+        "ceiling",
+        "Throughput against the roofline bound",
+        lead,
+        "ceiling",
+        tables,
+        gist=_reached(analysis),
+    )
+
+
+def _reached(analysis: Analysis) -> str:
+    """The largest share of the bound, and which configuration reaches it."""
+    rows = [
+        row
+        for row in analysis["ceiling"]
+        if row["share"] is not None and analysis["cells"][row["cell"]]["role"] != "aa"
+    ]
+    if not rows:
+        return ""
+    best = max(rows, key=lambda row: row["share"])
+    return f"at most {text.percent(best['share'])}, {name(analysis, best['cell'])} on {best['workload']}"
 
 
 def _latency(analysis: Analysis) -> Iterator[Section]:
@@ -309,14 +406,14 @@ def _latency(analysis: Analysis) -> Iterator[Section]:
         for cell in analysis["cells"]:
             values = [means[workload, cell, metric.key]["mean"] for metric in LATENCIES]
             if any(value is not None for value in values):
-                rows.append([workload, cell, *map(text.seconds, values)])
+                rows.append([workload, name(analysis, cell), *map(text.seconds, values)])
     for effect in analysis["effects"]:
         if METRICS[effect["metric"]] in LATENCIES and effect["n"]:
             verdicts.append(
                 [
                     METRICS[effect["metric"]].label,
                     effect["workload"],
-                    effect["cell"],
+                    name(analysis, effect["cell"]),
                     *_ratio_cells(effect),
                     text.probability(effect["p_holm"]),
                     str(effect["n"]),
@@ -326,22 +423,22 @@ def _latency(analysis: Analysis) -> Iterator[Section]:
         return
     columns = [
         WORKLOAD,
-        CELL,
-        *numbers(*(f"{kind} p{p}" for kind in ("first", "each") for p in PERCENTILES)),
+        CONFIGURATION,
+        *numbers(*(f"{kind} p{p}" for kind in ("TTFT", "TPOT") for p in PERCENTILES)),
     ]
     tables = [
         Table(
-            "Latency: time to the first token, and time per output token after it",
+            "TTFT and TPOT",
             columns,
             rows,
             grouped=True,
         ),
         Table(
-            "Latency against the baseline",
+            f"Latency relative to {name(analysis, analysis['baseline'])}",
             [
                 Column("metric"),
                 WORKLOAD,
-                CELL,
+                CONFIGURATION,
                 *_ratio_columns(analysis),
                 *numbers("p (Holm)", "blocks"),
             ],
@@ -351,7 +448,9 @@ def _latency(analysis: Analysis) -> Iterator[Section]:
         ),
     ]
     lead = [
-        "All requests of a wave arrive together, so a first token waits for its turn. A percentile is taken over the "
-        "requests of a launch, and the mean over the blocks is shown."
+        "TTFT, time to first token: from the arrival of a request to its first output token, waiting included. TPOT, time "
+        "per output token: the mean time between the later tokens of a request, also called inter-token latency.",
+        "All requests of a wave arrive together, so the first token of most of them waits in the queue. p50, p90 and p99 "
+        "are percentiles over the requests of a launch; the mean over the blocks is shown.",
     ]
-    yield Section("latency", "What a request waits for", lead, None, tables)
+    yield Section("latency", "Latency: TTFT and TPOT", lead, None, tables)

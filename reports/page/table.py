@@ -1,5 +1,5 @@
-"""The result of a study on the terminal: effect, interval, verdict, gate and counters, in 80
-columns.
+"""The result of a study on the terminal, in 80 columns: speedup, interval, verdict, gate, counters,
+and what each of these stands for.
 """
 
 import io
@@ -12,10 +12,19 @@ from rich.table import Table
 from rich.text import Text
 
 from reports import text
+from reports.analysis import names
 from reports.analysis.compare import against_engines, throughput_rows
+from reports.page.overview import gate, name
+from reports.statistics.metrics import THROUGHPUT
 
 WAYS = {"alone": "alone", "left out": "left out"}
-COLORS = {"faster": "green", "slower": "red", "equivalent": "blue", "inconclusive": "yellow"}
+COLORS = {
+    "faster": "green",
+    "slower": "red",
+    "equivalent": "blue",
+    "suggestive": "yellow",
+    "inconclusive": "yellow",
+}
 
 
 def print_table(analysis: Mapping[str, Any], console: Console | None = None) -> None:
@@ -29,7 +38,8 @@ def print_table(analysis: Mapping[str, Any], console: Console | None = None) -> 
         console = Console()
     analysis = text.printable(analysis)
     console.print()
-    console.print(Text(analysis["answer"]["sentence"], style="bold"))
+    for part in analysis["answer"]["by_workload"]:
+        console.print(Text(part["sentence"], style="bold"))
     effects = [
         effect for effect in analysis["effects"] if effect["metric"] == analysis["metric"]["key"]
     ]
@@ -38,15 +48,17 @@ def print_table(analysis: Mapping[str, Any], console: Console | None = None) -> 
     of_switches = {
         effect[side] for found in switches.values() for effect, _ in found for side in ("on", "off")
     } - {"all"}
-    title = "ratio, off to on" if any(switches.values()) else "ratio to the baseline"
+    start = name(analysis, analysis["baseline"])
+    title = "off -> on" if any(switches.values()) else f"relative to {start}"
     table.add_column(title, no_wrap=True, max_width=29 if any(switches.values()) else None)
-    table.add_column("effect", justify="right", no_wrap=True)
+    gain = "speedup" if analysis["metric"]["key"] == THROUGHPUT.key else "ratio"
+    table.add_column(gain, justify="right", no_wrap=True)
     table.add_column(
         f"{text.percent(analysis['rule']['confidence'], 0)} interval", justify="right", no_wrap=True
     )
     table.add_column("verdict", no_wrap=True)
     table.add_column("gate", no_wrap=True)
-    table.add_column("engaged/chances", justify="right")
+    table.add_column("ran / chances", justify="right")
     for workload in dict.fromkeys(effect["workload"] for effect in effects):
         table.add_row(Text(workload, style="bold"))
         for effect in effects:
@@ -55,22 +67,25 @@ def print_table(analysis: Mapping[str, Any], console: Console | None = None) -> 
                     table,
                     analysis,
                     effect,
-                    effect["cell"],
+                    name(analysis, effect["cell"]),
                     _counters(analysis, effect["cell"], workload),
                 )
-        for effect, name in switches.get(workload, []):
+        for effect, switch in switches.get(workload, []):
             _add_row(
                 table,
                 analysis,
                 effect,
-                name,
+                switch,
                 _counters(analysis, effect["cell"], workload, effect["factor"]),
             )
         pairs = [effect for _, effect in throughput_rows(analysis, analysis["comparisons"])]
         for effect in pairs if against_engines(analysis) else [*pairs, *analysis["references"]]:
             if effect["workload"] == workload:
-                _add_row(table, analysis, effect, f"{effect['cell']} / {effect['reference']}")
+                theirs = name(analysis, effect["reference"]).removeprefix("reference: ")
+                _add_row(table, analysis, effect, f"{name(analysis, effect['cell'])} / {theirs}")
     console.print(table)
+    _print_legend(console, analysis, effects, bool(of_switches))
+    console.print(Text(_variance(analysis), style="dim"))
     _print_notes(console, analysis)
 
 
@@ -113,28 +128,17 @@ def _add_row(
         Text(f" {name}"),
         text.ratio(effect["ratio"]),
         text.interval(effect["low"], effect["high"], between="–"),
-        Text(effect["verdict"], style=COLORS[effect["verdict"]]),
-        Text(_gate(analysis, effect["cell"], effect["workload"])),
+        Text(text.verdict(effect), style=COLORS[text.verdict(effect)]),
+        Text(gate(analysis, [effect["cell"]], effect["workload"])),
         counters,
     )
-
-
-def _gate(analysis: Mapping[str, Any], cell: str, workload: str) -> str:
-    """The gate's word on a cell's counted launches; "all workloads" stands for each of them."""
-    every = workload not in analysis["workloads"]
-    rows = [
-        row
-        for row in analysis["gate"]["rows"]
-        if cell in row["cells"] and (every or workload == row["workload"])
-    ]
-    return ", ".join(sorted({row["status"] for row in rows})) or text.ABSENT
 
 
 def _counters(
     analysis: Mapping[str, Any], cell: str, workload: str, factor: str | None = None
 ) -> str:
-    """engaged and opportunity of a factor, or of the one that a cell has on; the report has those
-    of several.
+    """How often a factor ran and could have run, or the one factor that a cell has on; the report
+    lists those of cells with several.
     """
     rows = [
         row
@@ -150,14 +154,59 @@ def _counters(
     return f"{text.number(engaged)} / {text.number(opportunity)}"
 
 
+def _variance(analysis: Mapping[str, Any]) -> str:
+    """Which variance the intervals rest on, with its degrees of freedom."""
+    effects = [
+        effect for effect in analysis["effects"] if effect["metric"] == analysis["metric"]["key"]
+    ]
+    found = sorted({effect.get("df", effect["n"] - 1.0) for effect in effects if effect["n"] > 1})
+    if not found:
+        return "no intervals: fewer than two blocks"
+    freedom = " to ".join(dict.fromkeys(f"{df:.3g}" for df in (found[0], found[-1])))
+    freedom += " degree of freedom" if freedom == "1" else " degrees of freedom"
+    estimated = {
+        prior["workload"]: "∞" if prior["d0"] is None else f"{prior['d0']:.3g}"
+        for prior in analysis["statistics"]["priors"]
+        if prior["metric"] == analysis["metric"]["key"] and prior["shared"] == analysis["baseline"]
+    }
+    if not estimated:
+        return f"variance: each effect's own, {freedom}"
+    d0 = ", ".join(f"{workload} {value}" for workload, value in estimated.items())
+    return f"variance: moderated by all effects, {freedom}; d0 as estimated: {d0}"
+
+
+def _print_legend(
+    console: Console,
+    analysis: Mapping[str, Any],
+    effects: Sequence[Mapping[str, Any]],
+    switches: bool,
+) -> None:
+    """What the names, the verdicts and the counters of the table stand for."""
+    start = analysis["baseline"]
+    lines = [f"{name(analysis, start)}: {names.settings(analysis, start)}"]
+    for cell, entry in analysis["cells"].items():
+        if entry["role"] == "all" and cell != start:
+            lines.append(f"{name(analysis, cell)}: {', '.join(names.changes(analysis, cell))}")
+        if entry["role"] == "aa":
+            lines.append(
+                f"{name(analysis, cell)}: {name(analysis, start)} run a second time; what it shows is noise"
+            )
+    if switches:
+        lines.append("alone: switched on over all off; left out: all on over all on without it")
+    if any(text.verdict(effect) == "suggestive" for effect in effects):
+        lines.append(
+            "suggestive: the interval excludes 1, but not significant after correction for several tests"
+        )
+    lines.append(
+        "gate: were the timed outputs right?  ran / chances: how often it ran / could have (most)"
+    )
+    for line in lines:
+        console.print(Text(line, style="dim"))
+
+
 def _print_notes(console: Console, analysis: Mapping[str, Any]) -> None:
     notes: Sequence[str] = analysis["answer"]["caveats"]
     for note in notes:
         console.print(Text(f"! {note}", style="yellow"))
-    for entry in analysis["not_applicable"]:
-        what = (
-            f"{entry['factor']} ({entry['level']})"
-            if "=" in str(entry["level"])
-            else f"{entry['factor']}={entry['level']}"
-        )
-        console.print(Text(f"not applicable: {what}: {entry['reason']}"))
+    for reason, what in names.not_applicable(analysis):
+        console.print(Text(f"not applicable: {', '.join(what)}: {reason}"))

@@ -28,10 +28,10 @@ class Metric:
 
 THROUGHPUT = Metric("output_tokens_per_s", "output tokens per second", "tok/s", "higher")
 LATENCIES = tuple(
-    Metric(f"{key}_p{percentile}_s", f"{label}, p{percentile}", "s", "lower")
+    Metric(f"{key}_p{percentile}_s", f"{label} p{percentile}", "s", "lower")
     for key, label in (
-        ("time_to_first_token", "time to first token"),
-        ("time_per_output_token", "time per output token"),
+        ("time_to_first_token", "TTFT"),
+        ("time_per_output_token", "TPOT"),
     )
     for percentile in PERCENTILES
 )

@@ -83,12 +83,13 @@ def test_a_report_is_the_same_to_the_byte(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from experiments.run import execution as e; "
         "e.REPORT = sys.argv[2]; e.render(Path(sys.argv[1]))"
     )
-    done = run("-c", script, str(PUBLISHED), str(tmp_path / "report"))
-    assert done.returncode == 0, done.stderr
-    for name in ("report.md", "report.html"):
-        assert (tmp_path / "report" / name).read_bytes() == (
-            PUBLISHED / "report" / name
-        ).read_bytes()
+    for hostile in (True, False):
+        done = run("-c", script, str(PUBLISHED), str(tmp_path / str(hostile)), hostile=hostile)
+        assert done.returncode == 0, done.stderr
+    html, plain = (tmp_path / str(hostile) / "report.html" for hostile in (True, False))
+    assert html.read_bytes() == plain.read_bytes()
+    committed = (PUBLISHED / "report" / "report.md").read_bytes()
+    assert (tmp_path / "True" / "report.md").read_bytes() == committed
 
 
 def test_children_are_told_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:

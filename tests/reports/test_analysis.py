@@ -103,8 +103,14 @@ def test_planted_effects_are_found_with_their_sizes_and_verdicts() -> None:
     references = {(row["cell"], row["workload"]): row for row in analysis["references"]}
     assert references["baseline", "scaled"]["ratio"] == pytest.approx(1 / 0.8, rel=0.02)
     assert references["all", "scaled"]["ratio"] == pytest.approx(1.75 / 0.8, rel=0.02)
-    assert "Everything on gives 1.7" in analysis["answer"]["sentence"]
-    assert "batching=continuous" in analysis["answer"]["sentence"]
+    on_scaled, on_shared = (part["sentence"] for part in analysis["answer"]["by_workload"])
+    held = "prefix_cache=on, batching=continuous, tensor_parallel_size=2"
+    assert on_scaled.startswith(f"On scaled, everything on ({held}) gives 1.7")
+    assert on_shared.startswith("On shared, everything on gives 1.7")
+    for sentence in (on_scaled, on_shared):
+        assert "times the output tokens per second of all off (95 % interval 1." in sentence
+        assert "on its own, batching=continuous helps most (×2." in sentence
+    assert analysis["answer"]["sentence"] == f"{on_scaled} {on_shared}"
     json.dumps(analysis, allow_nan=False)
 
 
@@ -344,10 +350,9 @@ def test_leave_one_out_starts_from_everything_on() -> None:
     assert found["tensor_parallel_size"]["verdict"] == "faster"
     assert effects_of(analysis, role="aa")[0]["verdict"] == "equivalent"
     sentence = analysis["answer"]["sentence"]
-    assert sentence.startswith(
-        "From everything on, the baseline of this study: all-but-batching gives 0.4"
-    )
-    assert "the largest of 2 losses among 3 effects" in sentence
+    assert sentence.startswith("On scaled, all-but-batching gives 0.4")
+    assert "of all on (95 % interval" in sentence, "a baseline with everything on is called so"
+    assert "the largest of 2 losses among 3 changes" in sentence
 
 
 @pytest.mark.parametrize(
@@ -360,7 +365,7 @@ def test_where_nothing_gains_the_largest_loss_is_told(metric: str, found: str) -
     sentence = analyse(make_records(plan, {"prefix_cache": 0.8, "batching": 0.5}, sd=0.004), plan)[
         "answer"
     ]["sentence"]
-    start = "Nothing tested is faster than the baseline: of 2 effects, 2 slower; the largest loss: both gives "
+    start = "On scaled, nothing tested is significantly faster than all off: of 2 changes, 2 slower; the largest loss: both gives "
     assert sentence.startswith(start + found)
 
 
@@ -373,14 +378,14 @@ def test_an_aa_arm_that_differs_in_another_metric_is_said() -> None:
     )
     records = make_records(plan, {"prefix_cache": 2.0}, sd=0.004)
     clean = analyse(copy.deepcopy(records), plan)["answer"]["caveats"]
-    assert not any("A/A arm differs" in caveat for caveat in clean)
+    assert not any("A/A twin differs" in caveat for caveat in clean)
     for record in records:
         if record["kind"] == "launch" and record["cell"] == "again":
             for request in record["workloads"]["scaled"]["request_times_s"]:
                 request[1] = request[0] + 2 * (request[1] - request[0])
     caveats = analyse(records, plan)["answer"]["caveats"]
     assert any(
-        caveat.startswith("The A/A arm differs from the baseline in time to first token")
+        caveat.startswith("The A/A twin differs from all off in time to first token")
         for caveat in caveats
     )
 
@@ -771,7 +776,7 @@ def test_a_biased_aa_arm_raises_the_alarm(study: Any) -> None:
             for part in record["workloads"].values():
                 part["duration_s"] *= 1.3
     assert any(
-        "A/A arm is called slower" in caveat
+        "A/A twin is called slower" in caveat
         for caveat in analyse(records, plan)["answer"]["caveats"]
     )
 

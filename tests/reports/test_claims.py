@@ -114,7 +114,9 @@ def test_vllm_is_judged_by_the_configuration_against_which_we_do_worst(
     )
     judged = judge(one, shelf(found))
     assert len(judged.findings) == 2
-    assert [finding.what.split(" on ")[0] for finding in judged.deciding] == ["baseline over fast"]
+    assert [finding.what.split(" on ")[0] for finding in judged.deciding] == [
+        "all off over vLLM (fast)"
+    ]
     assert judged.verdict == verdict
     # not the canonical workload
     assert judge(claim("throughput-vs-vllm"), shelf(found)).verdict == "not testable here"
@@ -127,7 +129,7 @@ def test_vllm_is_judged_by_the_configuration_against_which_we_do_worst(
         {**found.analysis, "comparisons": [breach]},
     )
     assert [finding.what.split(" on ")[0] for finding in judge(one, shelf(unfair)).deciding] == [
-        "baseline over slow"
+        "all off over vLLM (slow)"
     ]
 
 
@@ -152,18 +154,18 @@ def test_engines_are_compared_on_equal_numbers_of_gpus(tmp_path: Path) -> None:
         )
         measure = one.measure | {"fingerprint": found.plan["workloads"]["scaled"]["fingerprint"]}
         page = render(found.plan, found.records, found.analysis, tmp_path)[0].read_text()
-        assert "Not on equal devices: baseline ran on 1 device, vllm-tp2 on 2" in page
-        assert "vllm on 1" not in page
+        assert "Not on equal devices: all off ran on 1 device, vLLM (tp2) on 2" in page
+        assert "vLLM on 1" not in page
         return [
             each.what
             for each in judge(one.model_copy(update={"measure": measure}), shelf(found)).findings
         ]
 
     (alone,) = judged()
-    assert alone.startswith("baseline over vllm on scaled")
+    assert alone.startswith("all off over vLLM on scaled")
     _, both = judged(tp2=cell("treatment", tensor_parallel_size=2))
-    assert both.startswith("tp2 over vllm-tp2 on scaled")
-    assert both.endswith("a rank, 2 GPUs each")
+    assert both.startswith("tp2 over vLLM (tp2) on scaled")
+    assert both.endswith("per rank, 2 GPUs each")
 
 
 def slower(work: dict[str, Any], times: float) -> dict[str, Any]:
@@ -396,14 +398,12 @@ def test_the_page_says_what_is_missing_and_escapes_what_is_not_ours(tmp_path: Pa
     judged.append(Judged(claim("scaling-8-gpus"), [found], [found], "reproduced"))
     page = claims.document(judged)
     assert (
-        page.answer
+        page.answers[0][0]
         == "Of 8 claims: 1 reproduced, 0 not reproduced, 0 inconclusive, 7 not testable here."
     )
     assert (
         sum(
-            "No published record has it" in line
-            for section in page.sections
-            for line in section.lead
+            "No published record has it" in line for section in page.folded for line in section.lead
         )
         == 7
     )
@@ -411,6 +411,25 @@ def test_the_page_says_what_is_missing_and_escapes_what_is_not_ours(tmp_path: Pa
     written = (tmp_path / "claims.md").read_text()
     assert r"&lt;script&gt;x&lt;/script&gt; \| \`a\`" in written
     assert "<script>" not in re.sub(r"(`+).+?\1", "", written)
+
+
+def test_a_model_never_stands_in_a_table_of_measurements() -> None:
+    """Beside a measured figure of the same quantity it would be read as one."""
+    decisive = Finding("two GPUs", 0.9, 0.88, 0.92, "3 blocks", "here/it", "2 x GPU", True)
+    other = Finding("one block", 0.8, None, None, "1 block", "here/old", "2 x GPU", False)
+    model = Finding(
+        "eight GPUs", 0.7, None, None, "modelled", "here/it", "2 x GPU", False, modelled=True
+    )
+    one = Judged(claim("scaling-8-gpus"), [model, other, decisive], [decisive], "reproduced")
+    (section,) = claims.document([one]).folded
+    assert section.gist == "reproduced"
+    tables = {table.caption: [row[0] for row in table.rows] for table in section.tables}
+    assert tables == {
+        "What decides": ["two GPUs"],
+        "Other measurements, which do not decide": ["one block"],
+        "Modelled, not measured": ["eight GPUs"],
+    }
+    assert section.tables[2].columns[1].title == "modelled"
 
 
 def test_an_unknown_measurement_names_what_is_allowed(tmp_path: Path) -> None:

@@ -166,7 +166,10 @@ def test_a_tampered_output_fails_the_gate(tiny: Path, tmp_path: Path) -> None:
     verdicts = {r["tokens_digest"]: r["status"] for r in found if r["kind"] == "gate"}
     assert (verdicts[digest["baseline"]], verdicts[digest["other"]]) == ("pass", "fail")
     analysis = analyse(found, plan)
-    assert "no answer, no block holds both baseline and other" in analysis["answer"]["sentence"]
+    assert (
+        "no answer, no block holds both all off and reference: vLLM"
+        in analysis["answer"]["sentence"]
+    )
     assert any("gate: fail" in row["reason"] for row in analysis["excluded"])
 
 
@@ -455,12 +458,15 @@ def test_the_report_answers_first(speed: float, sd: float, verdict: str, tmp_pat
     assert (answer["verdict"], effect["verdict"]) == (verdict, verdict)
     assert effect["low"] < 1 / speed < effect["high"]
     assert answer["sentence"].startswith(
-        f"Against vllm, both at their best, nanovllm is {verdict} on scaled (×"
+        f"Against vLLM, both at their best, nanovllm is {verdict} on scaled (×"
     )
-    assert "95 % intervals, 6 blocks" in answer["sentence"]
+    assert re.search(r"95 % interval [\d.]+ to [\d.]+, 6 blocks\)", answer["sentence"])
     page = render(plan, lines, analysis, tmp_path)[0].read_text()
     assert page.index(verdict) < page.index("## "), "before every section"
-    assert "time to first token" in page
+    assert "TTFT, time to first token" in page
+    head = page.split("## Evidence")[0]
+    assert "| `scaled` | all on / vLLM, both at their best |" in head
+    assert f"| {text.verdict(effect)} | pass |" in head
 
 
 def test_a_pair_of_our_own_cells_is_no_comparison_of_engines(tmp_path: Path) -> None:
@@ -474,12 +480,12 @@ def test_a_pair_of_our_own_cells_is_no_comparison_of_engines(tmp_path: Path) -> 
     lines = make_records(plan, {"prefix_cache": 2.0, "batching": 1.25}, sd=0.004)
     analysis = analyse(lines, plan)
     sentence = analysis["answer"]["sentence"]
-    assert sentence.startswith("both gives 2."), "about the largest gain"
+    assert sentence.startswith("On scaled, both gives 2."), "about the largest gain"
     assert "Against" not in sentence
     page = render(plan, lines, analysis, tmp_path)[0].read_text()
-    assert "Who is faster" not in page
-    assert "Was it a fair comparison" not in page
-    pairs = page.split("## What one change adds to another")[1].split("## ")[0]
+    assert "nanovllm against other engines" not in page
+    assert "Was the comparison fair?" not in page
+    pairs = page.split("<b>What one change adds to another</b>")[1].split("</details>")[0]
     (effect,) = [
         entry["effects"]["output_tokens_per_s"]["scaled"] for entry in analysis["comparisons"]
     ]
@@ -490,7 +496,7 @@ def test_a_pair_of_our_own_cells_is_no_comparison_of_engines(tmp_path: Path) -> 
         if record["kind"] == "launch":
             record["resolved"]["kv_cache_bytes"] = 2**28 if record["cell"] == "both" else 2**29
     page = render(plan, lines, analyse(lines, plan), tmp_path)[0].read_text()
-    pairs = page.split("## What one change adds to another")[1].split("## ")[0]
+    pairs = page.split("<b>What one change adds to another</b>")[1].split("</details>")[0]
     assert "No ratio of both to alone: kv_cache_bytes: 268435456 against 536870912." in pairs
     assert "×1.2" not in pairs
 
@@ -508,7 +514,7 @@ def test_an_unfair_pair_has_no_ratio(tmp_path: Path) -> None:
     )
     assert any("Not a fair comparison" in caveat for caveat in analysis["answer"]["caveats"])
     page = render(plan, lines, analysis, tmp_path)[0].read_text()
-    assert "×2.0" not in page.split("## Was it a fair comparison")[0]
+    assert "×2.0" not in page.split("<b>Was the comparison fair?</b>")[0]
 
 
 def test_costs_are_told_apart() -> None:

@@ -1,5 +1,5 @@
 """What is committed under reports/published and in docs is what its records say, byte for byte:
-`make report` changes nothing.
+`make report` changes nothing. HTML pages are not committed (docs/adr/0011).
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import json
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,8 +54,10 @@ def test_a_published_report_is_what_its_records_give(study: Study, tmp_path: Pat
         for path in committed.rglob("*")
         if path.is_file()
     }
-    # what `experiments import` leaves for MLflow; git does not keep it
-    there.pop(Path("analysis.json"), None)
+    # what `experiments import` and `make report` leave there; git does not keep them
+    for name in ("analysis.json", "report.html"):
+        there.pop(Path(name), None)
+    assert fresh.pop(Path("report.html")).startswith(b"<!DOCTYPE html>")
     assert fresh.keys() == there.keys()
     stale = [str(path) for path in fresh if fresh[path] != there[path]]
     assert not stale, "render again with: make report"
@@ -78,6 +81,21 @@ def test_records_are_published_with_nothing_of_the_machine_they_were_made_on(stu
     assert bool(study.analysis["unjudged"]) == descriptive
     assert bool(study.analysis["gate"]["rows"]) != descriptive
     assert bool(study.analysis["counts"]["counted_launches"]) != descriptive
+
+
+def test_no_page_is_kept_that_one_renamed_word_rewrites() -> None:
+    tracked = subprocess.run(
+        ["git", "ls-files", str(PUBLISHED)],
+        cwd=claims.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if tracked.returncode or not tracked.stdout:
+        pytest.skip("no git repository")
+    kept = tracked.stdout.split()
+    assert not [path for path in kept if path.endswith(".html")]
+    assert sum(path.endswith("/report/report.md") for path in kept) == len(STUDIES)
 
 
 def test_what_the_questions_point_to_exists() -> None:

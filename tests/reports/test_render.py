@@ -129,21 +129,25 @@ def test_the_answer_comes_first_and_the_evidence_follows(pages: tuple[str, str, 
         order = [
             "A synthetic study",
             "Are planted effects found?",
-            "Everything on gives",
-            "What each change buys",
+            "On scaled, everything on (",
+            "On shared, everything on gives",
+            "Throughput and speedup",
+            "Workloads",
+            "Machine and date",
+            "Evidence",
+            "Effects and tests",
             "Against other engines",
-            "How much is left to win",
-            "What a request waits for",
-            "The machine against itself",
-            "The order of the launches",
-            "Is the output still the same",
-            "Did each toggle fire",
+            "Throughput against the roofline bound",
+            "Latency: TTFT and TPOT",
+            "A/A twin: the noise of this machine",
+            "Order of the launches",
+            "Gate: is the output still right?",
+            "Did each optimization run?",
             "What could not run here",
-            "What was left out",
-            "How to get this again",
+            "Excluded launches",
+            "Reproduce",
         ]
-        # The page's contents list every title once more, before the sections.
-        places = [text.index(order[0]), *(text.rindex(title) for title in order[1:])]
+        places = [text.index(title) for title in order]
         assert places == sorted(places)
         command = "make ablate STUDY=synthetic PROFILE=cpu MODEL=tiny"
         for fact in (
@@ -154,6 +158,64 @@ def test_the_answer_comes_first_and_the_evidence_follows(pages: tuple[str, str, 
         ):
             assert fact in text
     assert not ragged_tables(pages[0])
+
+
+def test_what_is_not_folded_can_be_read_in_a_minute(pages: tuple[str, str, Path]) -> None:
+    """Question, answers, one chart, one table, the workloads, the machine; everything else is behind a
+    title that says what it holds.
+    """
+    page = parse(pages[1])
+    main = page.find("body/main")
+    assert main is not None
+    open_sections = [section for section in main if section.get("id") != "evidence"]
+    assert [section.get("id") for section in open_sections] == ["results", "workloads", "machine"]
+    assert sum(len(list(section.iter("figure"))) for section in open_sections) == 1
+    assert sum(len(list(section.iter("table"))) for section in open_sections) == 2
+    (evidence,) = [section for section in main if section.get("id") == "evidence"]
+    assert {child.tag for child in evidence} == {"h2", "p", "details"}
+    assert not any("open" in fold.attrib for fold in evidence.iter("details"))
+    head = pages[0].split("## Evidence")[0]
+    assert len(head.replace("](figures/forest.svg)", "").split()) < 1200
+    for row in (
+        r"\| `scaled` \| `all off` \| [\d,.]+ \| ×1 \|  \|  \| pass \|",
+        r"\| `scaled` \| `A/A twin` \| [\d,.]+ \| ×[\d.]+ \| [\d.]+ to [\d.]+ \| equivalent \| pass \|",
+        r"\| `scaled` \| `batching=continuous` \| [\d,.]+ \| ×2.\d+ \| 2.\d+ to 2.\d+ \| faster \| pass \|",
+        r"\| `scaled` \| `reference: HF` \| [\d,.]+ \| – \| – \|  \| pass \|",
+        r"\| `scaled` \| 8 \| 12 to 32 \| 12 to 32 \| all at once \| 0.6 \|",
+        r"\| `shared` \| 8 \| 64 of 2 shared prefixes, then 16 to 32 of its own \| 4 to 16 \|",
+        r"- machine: Synthetic 2-core, 2 cores",
+        r"- date: 20\d\d-\d\d-\d\d",
+    ):
+        assert re.search(row, head), row
+    assert "`baseline" not in head, "it would mean another thing in every study"
+
+
+def test_terms_are_explained_where_they_first_stand(pages: tuple[str, str, Path]) -> None:
+    markdown = pages[0]
+    for first, explanation in (
+        ("tok/s", "tok/s: output tokens per second"),
+        ("A/A twin", "The A/A twin is all off run a second time"),
+        ("gate", "gate: pass means that HF transformers"),
+        ("TTFT p50", "TTFT, time to first token: from the arrival"),
+        ("TPOT p50", "TPOT, time per output token: "),
+    ):
+        assert first in markdown
+        assert explanation in markdown
+    assert "all off | `baseline`" in markdown.replace("`all off`", "all off"), "how records call it"
+
+
+def test_ticks_are_those_of_the_data(pages: tuple[str, str, Path], tmp_path: Path) -> None:
+    """1, 2 and 5 of each power of ten, from end to end of what is drawn."""
+    plan = make_plan(one_at_a_time(), 3)
+    records = make_records(plan, {"batching": 30.0, "tensor_parallel_size": 0.02})
+    rendered(plan, records, tmp_path)
+    labels = re.findall(r">×([\d.]+)</text>", (tmp_path / "figures" / "forest.svg").read_text())
+    ticks = [
+        float(label)
+        for label in labels
+        if label in ("0.05", "0.1", "0.2", "0.5", "1", "2", "5", "10", "20")
+    ]
+    assert {0.05, 1, 20} <= set(ticks)
 
 
 def test_every_verdict_has_an_interval(study: Study) -> None:
@@ -393,7 +455,11 @@ def test_the_table_fits_a_terminal(study: Study) -> None:
         r" batching=continuous +×2\.\d\d +2\.\d\d–2\.\d\d faster +pass +7 / –\s*", row
     )
     assert "not applicable: cuda_graphs=on: needs a CUDA GPU" in text
-    assert "baseline / hf" in text
+    assert " all off / HF" in text
+    assert "all off: prefix_cache=off, batching=static, tensor_parallel_size=1" in text
+    assert "A/A twin: all off run a second time; what it shows is noise" in text
+    assert "gate: were the timed outputs right?" in text
+    assert max(map(len, text.split("\n"))) <= 80
 
 
 def test_the_command_names_what_it_left_out_and_refuses_what_it_cannot_read(

@@ -50,19 +50,19 @@ def test_every_launch_is_shown_and_none_counts() -> None:
 def test_its_head_says_what_ran_and_that_nothing_was_judged(tmp_path: Path) -> None:
     plan, file = read_folder(FOLDER)
     analysis = analyse(file.records, plan)
-    head = render(plan, file.records, analysis, tmp_path)[0].read_text().split("## ")[0]
+    head = render(plan, file.records, analysis, tmp_path)[0].read_text().split("## Evidence")[0]
     for line in (
-        "blocks: 3 run to the end of 3",
-        "launches: 15 run to the end of 15, none counted",
+        "launches: 15 run to the end of 15, none counted; 3 of 3 blocks run to the end",
         "gate: not judged: descriptive",
-        "A/A arm: not judged: descriptive",
     ):
         assert f"- {line}\n" in head
+    assert "## Descriptive: measured, not judged" in head
     assert "Incomplete" not in head
     lost = plan["launches"][0]["launch"]
     left = [record for record in file.records if record.get("launch") != lost]
     assert (
-        "Incomplete: 1 of 3 blocks not run to the end." in analyse(left, plan)["answer"]["caveats"]
+        "Incomplete: 1 of 3 blocks did not run to the end."
+        in analyse(left, plan)["answer"]["caveats"]
     )
 
 
@@ -153,6 +153,7 @@ def test_what_is_modelled_says_so_and_decides_nothing() -> None:
     for finding in found:
         assert finding.what.startswith("MODEL, not measured")
         assert (finding.low, finding.high, finding.decides) == (None, None, False)
+        assert finding.modelled
         assert 0 < finding.value < 1
         assert ("outputs not judged" in finding.evidence) == (finding.source != "h200-x2/scaling")
     assert list(scaling(shelf, 8)) == []

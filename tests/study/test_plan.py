@@ -70,6 +70,15 @@ def test_the_same_study_gives_the_same_plan(cpu: Profile, model: ModelChoice) ->
         assert list(other["study"]["overrides"]) == [override.split("=")[0]]
 
 
+def test_a_plan_names_the_statistics_of_a_study_that_asks_for_them(
+    cpu: Profile, model: ModelChoice
+) -> None:
+    """The plans of all other studies stay as they were, and with them what may be resumed."""
+    assert "statistics" not in plan_of(cpu, model)["study"]
+    asked = plan_of(cpu, model, "statistics.variance=moderated")
+    assert asked["study"]["statistics"] == {"variance": "moderated", "families": "joint"}
+
+
 def test_a_plan_is_written_and_read_whole(cpu: Profile, model: ModelChoice, tmp_path: Path) -> None:
     plan = plan_of(cpu, model)
     path = tmp_path / "plan.json"
