@@ -225,6 +225,7 @@ def test_an_earlier_run_tells_what_will_be_found(tmp_path: Path) -> None:
             work = {"a": {"output_tokens": 10, "duration_s": math.exp(log_s + entry["block"])}}
             record = {
                 "kind": "launch",
+                "schema": store.SCHEMA,
                 "launch": entry["launch"],
                 "attempt": 1,
                 "status": "ok",
