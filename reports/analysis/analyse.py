@@ -9,8 +9,10 @@ because it is a control: it should raise the alarm as easily as a single test do
 for moderated variances, and for a family of treatments for each of its questions (noise.py).
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from experiments import workloads
@@ -65,7 +67,7 @@ def analyse(
         seed=plan["plan_hash"],
     )
     lattice = Lattice(plan["cells"], _off(study), study.get("design", {}).get("generators"))
-    drawn = {name: workloads.rebuild(name, entry) for name, entry in plan["workloads"].items()}
+    drawn = _drawn(plan)
     gate = Gate(records, plan["plan_hash"])
     counted = count(records, plan, gate)
     values = _values(counted, drawn)
@@ -148,13 +150,24 @@ def ratios(
         smallest_effect=study["smallest_effect"],
         seed=plan["plan_hash"],
     )
-    drawn = {name: workloads.rebuild(name, entry) for name, entry in plan["workloads"].items()}
+    drawn = _drawn(plan)
     values = _values(count(records, plan, Gate(records, plan["plan_hash"])), drawn)
     noise = priors(values, plan)
     return [
         paired(values, THROUGHPUT.key, workload, ours, theirs, rule, noise)
         for workload in values[THROUGHPUT.key]
     ]
+
+
+def _drawn(plan: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The workloads of a plan. Raises ValueError for one that this version draws differently."""
+    return {name: _rebuild(name, json.dumps(entry)) for name, entry in plan["workloads"].items()}
+
+
+@lru_cache(maxsize=16)
+def _rebuild(name: str, entry: str) -> Mapping[str, Any]:
+    """Studies share workloads, and a library of them would draw the same one again and again."""
+    return workloads.rebuild(name, json.loads(entry))
 
 
 def _metric(study: Mapping[str, Any]) -> Metric:

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 from experiments.study.block_count import MIN_BLOCKS_BOOTSTRAP, POWER, detectable
 from reports.statistics.moderation import Prior, settle
@@ -116,11 +115,17 @@ def bootstrap_interval(
     return (low, high) if math.isfinite(low) and math.isfinite(high) else None
 
 
-def holm(p_values: Sequence[float], alpha: float) -> list[float]:
-    """Holm's step-down adjustment of a family of p-values (Holm 1979)."""
-    if len(p_values) < 2:
-        return list(p_values)
-    return [float(p) for p in multipletests(p_values, alpha=alpha, method="holm")[1]]
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment of a family of p-values (Holm 1979).
+
+    Not statsmodels' `multipletests`, which collects garbage at every call: four fifths of the time
+    of a report.
+    """
+    p = np.array(p_values, dtype=np.float64)
+    order = np.argsort(p)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
+    return adjusted.tolist()
 
 
 def estimate(
@@ -201,7 +206,7 @@ def _moderated(
 def judge(family: Sequence[Effect], rule: Rule, better: Better = "higher") -> None:
     """Write `p_holm` and `verdict` into every effect of one family (effects judged together)."""
     tested = [effect for effect in family if effect["p"] is not None]
-    for effect, p in zip(tested, holm([effect["p"] for effect in tested], rule.alpha), strict=True):
+    for effect, p in zip(tested, holm([effect["p"] for effect in tested]), strict=True):
         effect["p_holm"] = p
     for effect in family:
         effect.setdefault("p_holm", None)

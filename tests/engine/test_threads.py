@@ -87,7 +87,7 @@ def test_the_working_directory_shadows_no_module_of_ranks_and_replicas(
             capture_output=True,
             text=True,
             check=False,
-            env={"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin"},
+            env={"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
         )
         assert done.returncode == 0, done.stderr
         answers.add(done.stdout)
@@ -105,6 +105,6 @@ def test_an_engine_that_is_found_in_the_working_directory_has_its_ranks_there_to
         capture_output=True,
         text=True,
         check=False,
-        env={"PATH": "/usr/bin:/bin"},
+        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr

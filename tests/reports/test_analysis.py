@@ -3,10 +3,8 @@ says.
 """
 
 import copy
-import gc
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +39,6 @@ from tests.support.synthetic import (
 
 RULE = Rule(alpha=0.05, smallest_effect=0.05, seed="test")
 SPEEDUPS = {"prefix_cache": 1.0, "batching": 2.5, "tensor_parallel_size": 0.7, "hf": 0.8}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _cheap_collections() -> Iterator[None]:
-    """statsmodels collects garbage at every Holm adjustment: what other tests left behind need not
-    be walked.
-    """
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def effects_of(analysis: dict[str, Any], **wanted: Any) -> list[dict[str, Any]]:

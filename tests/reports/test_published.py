@@ -4,11 +4,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,16 +22,6 @@ from reports.page.render import render
 from tests.support.synthetic import make_plan, make_records, one_at_a_time
 
 STUDIES = {folder.relative_to(PUBLISHED).as_posix(): folder for folder in folders()}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _cheap_collections() -> Iterator[None]:
-    """statsmodels collects garbage at every Holm adjustment: what other tests left behind need not
-    be walked.
-    """
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module", params=sorted(STUDIES))

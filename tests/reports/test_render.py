@@ -1,6 +1,5 @@
 """The rendered report: complete, self-contained, escaped, and the same bytes for the same records."""
 
-import gc
 import io
 import json
 import os
@@ -9,7 +8,6 @@ import shlex
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -29,16 +27,6 @@ from tests.support.synthetic import cell_of, factorial, make_plan, make_records,
 SPEEDUPS = {"prefix_cache": 1.0, "batching": 2.5, "tensor_parallel_size": 0.7, "hf": 0.8}
 HOSTILE = "<script>alert('x')</script> | `code` [link](http://example.com) *bold*"
 Study = tuple[dict[str, Any], list[dict[str, Any]]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _cheap_collections() -> Iterator[None]:
-    """statsmodels collects garbage at every Holm adjustment: what other tests left behind need not
-    be walked.
-    """
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def rendered(plan: dict[str, Any], records: list[dict[str, Any]], out: Path) -> tuple[str, str]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from experiments.study import designs
 from experiments.study.block_count import MAX_BLOCKS, MIN_BLOCKS
@@ -97,8 +98,16 @@ def test_holm_bounds_the_error_of_a_whole_family() -> None:
     # without it, a false alarm in every fourth study
     assert (p_values.min(axis=1) < 0.05).mean() > 0.2
     for row in p_values[:10]:
-        assert min(holm(list(row), 0.05)) == pytest.approx(min(1, 6 * row.min()))
+        assert min(holm(list(row))) == pytest.approx(min(1, 6 * row.min()))
     assert (6 * p_values.min(axis=1) < 0.05).mean() <= 0.06
+
+
+@pytest.mark.parametrize("effects", [0, 1, 2, 7, 40])
+def test_holm_is_that_of_statsmodels(effects: int) -> None:
+    rng = np.random.default_rng(effects)
+    p_values = rng.choice([0.0, 1e-300, 0.004, 0.02, 1.0, *rng.random(5)], effects)  # with ties
+    expected = multipletests(p_values, method="holm")[1].tolist() if effects > 1 else list(p_values)
+    assert holm(list(p_values)) == expected
 
 
 @pytest.mark.parametrize("blocks", [2, 3, 6, 12, 40])
