@@ -121,7 +121,7 @@ def test_a_wrong_checkpoint_is_refused(tiny: Path, tmp_path: Path) -> None:
         shutil.copy(weights, right / weights.name)  # exchanged in mid-run
         with pytest.raises(
             store.RecordError,
-            match=r"the checkpoint in .* has changed since this run began: b00-o0.-other",
+            match=r"the checkpoint in .* has changed since this run began. Restore it and resume",
         ):
             runner.run()
         shutil.rmtree(right)
@@ -247,7 +247,7 @@ PLAN = {
             ["batching: chunked against continuous"],
         ),
         ({"levels": {"prefix_cache": "on", "compile": "on"}}, [], ["compile: off against on"]),
-        ({"levels": {}}, [], ["b does not report its switches"]),
+        ({"levels": {}}, [], ["b does not report its optimizations"]),
         ({"block_size": 7, "seed": 3}, [], []),
     ],
 )
@@ -264,13 +264,13 @@ def test_what_each_rule_asks_for(
 def test_other_work_and_a_level_that_did_not_run_are_breaches() -> None:
     other_work = served("b") | {"workloads": {"w": {"fingerprint": "g"}}}
     assert list(fairness.breaches(PLAN, "best", served("a"), other_work)) == [
-        "b served work of fingerprint g as w, the plan's is f"
+        "b served w with fingerprint g, the plan's is f"
     ]
     off = {"prefix_cache": "off"}
     found = list(
         fairness.breaches(PLAN, "like-for-like", served("a", levels=off), served("b", levels=off))
     )
-    assert found == ["b is declared prefix_cache=on and ran off"]
+    assert found == ["b was planned with prefix_cache=on, but ran with off"]
 
 
 def test_our_switches_are_read_from_our_optimizations() -> None:
@@ -539,7 +539,7 @@ def test_costs_are_told_apart() -> None:
     ("python", "message"),
     [
         ("vllm=/no/such/python", "no such program"),
-        (f"vllm={sys.executable}", "has no vllm: `make compare-vllm` builds"),
+        (f"vllm={sys.executable}", "has no vllm: run `make compare-vllm`, which installs"),
     ],
 )
 def test_an_interpreter_without_vllm_is_said_at_once(
