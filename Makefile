@@ -81,7 +81,7 @@ test-strangers:  ## run the test suite in fresh environments of the other Python
 # MATRIX=1: which property kills which bad implementation, written to docs/bad-implementations.md.
 property: $(READY)  ## run the property tests alone (DEEP=1: over an hour; REPEAT=50 JOBS=4: with 50 seeds, four side by side; MATRIX=1: update the page of bad implementations)
 ifdef REPEAT
-	@$(BIN)/python -m property_tests.repeat $(REPEAT) $(if $(JOBS),--jobs $(JOBS))
+	@$(BIN)/python -m property_tests.repeat $(REPEAT) $(if $(filter-out auto,$(JOBS)),--jobs $(JOBS))
 else ifdef MATRIX
 	@PYTHONPATH=src:. $(BIN)/python -m property_tests.kill_matrix --write
 else ifdef DEEP
