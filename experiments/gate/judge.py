@@ -115,9 +115,9 @@ def find_model(model: PlannedModel, folder: Path | None = None) -> Path:
 
     The digest of the files that will be loaded is compared with the plan's. Raises GateError.
     """
-    chosen = model
+    chosen: PlannedModel = {**model, "digest": model.get("digest")}  # not in older plans
     if folder:
-        chosen = {**model, "preset": None, "path": str(folder)}
+        chosen = {**chosen, "preset": None, "path": str(folder)}
     try:
         path = locate(chosen, here=True)
     except ModelError as error:

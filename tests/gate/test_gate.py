@@ -925,7 +925,7 @@ def test_other_weights_than_the_plans_are_refused(
     (study.folder / "plan.json").write_text(json.dumps(study.plan))
     study.add("b00-o00-a", outputs)
     assert study.gate() == 2
-    assert "has no config.json" in capsys.readouterr().err
+    assert "not a folder with a config.json" in capsys.readouterr().err
     assert study.gate("--model", str(tiny)) == 0
     other = ensure_checkpoint("tiny", cache_dir=tmp_path, num_hidden_layers=1)
     assert study.gate("--model", str(other)) == 2
@@ -974,5 +974,5 @@ def test_no_margin_is_told_of_tokens_that_another_generator_drew() -> None:
     drawn = {"distribution": {"tokens": 9, "z": -1.25, "z_limit": 4.0}}
     assert (
         describe({**judged, "calibration": drawn})
-        == "9 tokens, drawn by its own generator, z = -1.25 of at most 4.00, 1.0 s"
+        == "9 tokens, sampled by its own generator, z = -1.25 (limit 4.00), 1.0 s"
     )
