@@ -33,6 +33,7 @@ STUDY ?=
 PROFILE ?=
 MODEL ?=
 SET ?=
+JOBS ?= auto
 # DRY_RUN=1: show the plan of `make ablate`, `compare-vllm` or `compare-hf` and run nothing.
 DRY_RUN ?=
 OPTIONS = $(if $(DRY_RUN),--dry-run) $(if $(STUDY),--study $(STUDY)) $(if $(PROFILE),--profile $(PROFILE)) $(if $(MODEL),--model $(MODEL)) $(foreach s,$(SET),--set $(s))
@@ -66,8 +67,9 @@ $(VLLM_READY): requirements/vllm-$(VLLM_BUILD).txt | $(READY)
 check: $(READY) $(if $(VLLM_PYTHON),,$(VLLM_READY))  ## check the output: all pairs of switches, HF and vLLM go through the gate; broken engines must fail it
 	@$(BIN)/python -m experiments check --python vllm=$(or $(VLLM_PYTHON),$(VLLM_VENV)/bin/python) $(if $(PROFILE),--profile $(PROFILE)) $(if $(MODEL),--model $(MODEL))
 
-test: $(READY)  ## run the test suite (under ten minutes on two cores)
-	@$(BIN)/python -m pytest -m "not slow and not bench"
+# JOBS: how many processes; auto: one a core, eight at most. JOBS=0: in this process, as for a debugger.
+test: $(READY)  ## run the test suite, on all cores (under ten minutes on two; JOBS=4: so many processes)
+	@$(BIN)/python -m pytest -m "not slow and not bench" -n $(JOBS) --dist worksteal
 
 test-slow: $(READY)  ## run the tests that take longer
 	@$(BIN)/python -m pytest -m slow
@@ -77,9 +79,9 @@ test-strangers:  ## run the test suite in fresh environments of the other Python
 
 # `make property`: the fast profile, as in `make test`; DEEP=1: thousands of examples, over an hour; REPEAT=50: fast with 50 seeds;
 # MATRIX=1: which property kills which bad implementation, written to docs/bad-implementations.md.
-property: $(READY)  ## run the property tests alone (DEEP=1: over an hour; REPEAT=50: with 50 seeds; MATRIX=1: update the page of bad implementations)
+property: $(READY)  ## run the property tests alone (DEEP=1: over an hour; REPEAT=50 JOBS=4: with 50 seeds, four side by side; MATRIX=1: update the page of bad implementations)
 ifdef REPEAT
-	@$(BIN)/python -m property_tests.repeat $(REPEAT)
+	@$(BIN)/python -m property_tests.repeat $(REPEAT) $(if $(JOBS),--jobs $(JOBS))
 else ifdef MATRIX
 	@PYTHONPATH=src:. $(BIN)/python -m property_tests.kill_matrix --write
 else ifdef DEEP

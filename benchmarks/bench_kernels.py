@@ -33,7 +33,7 @@ from benchmarks import gpu_kernels as shapes
 from nanovllm.kernels import triton as ours
 from nanovllm.kernels.torch import activation, kv_store, linear, norm, rope, sampling
 from nanovllm.kernels.torch.attention import TorchAttention
-from nanovllm.kernels.triton.attention import TritonAttention
+from nanovllm.kernels.triton.attention.backend import TritonAttention
 
 ROUNDS, T_95 = 30, 2.045  # Student's t for 29 degrees of freedom
 REQUESTS = {

@@ -47,14 +47,8 @@ def child(model: str, rehearsed: bool, began: float) -> None:
     import torch
 
     from nanovllm import LLM, SamplingParams
-    from nanovllm.engine import (
-        cuda_graph,
-        gpu_memory,
-        machine,
-        memory_plan,
-        model_runner,
-        rehearsal,
-    )
+    from nanovllm.engine import model_runner
+    from nanovllm.gpu import cuda_graph, machine, memory_plan, rehearsal, step_memory
     from nanovllm.models.checkpoint import ensure_checkpoint
 
     phases["import"] = time.perf_counter() - begin
@@ -91,8 +85,8 @@ def child(model: str, rehearsed: bool, began: float) -> None:
     memory_plan.weights_bytes = timed("weights' size", memory_plan.weights_bytes)
     model_runner.load_weights = timed("weights", model_runner.load_weights)
     rehearsal.Rehearsal.wait = timed("wait for kernels", rehearsal.Rehearsal.wait)
-    gpu_memory._peak_bytes = timed("largest steps", gpu_memory._peak_bytes)
-    cuda_graph.GraphRunner._record_all = timed("recording", cuda_graph.GraphRunner._record_all)
+    step_memory._peak_bytes = timed("largest steps", step_memory._peak_bytes)
+    cuda_graph.GraphRunner._capture_all = timed("recording", cuda_graph.GraphRunner._capture_all)
     folder = str(ensure_checkpoint(model))
     begin = time.perf_counter()
     llm = LLM(folder, max_model_len=4096, skip_tokenizer_init=True)

@@ -26,7 +26,7 @@ from torch import Tensor
 from nanovllm.kernels import triton as ours
 from nanovllm.kernels.batch import ForwardBatch
 from nanovllm.kernels.torch import activation, kv_store, norm, rope, sampling
-from nanovllm.kernels.triton.attention import Tiling, TritonAttention
+from nanovllm.kernels.triton.attention.backend import Tiling, TritonAttention
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 28, 1024, 16, 8, 128, 3072, 151_936
 DTYPE = torch.bfloat16

@@ -66,10 +66,10 @@ def serve_main(job: dict[str, Any], out: Path) -> None:
     from nanovllm.models.checkpoint import ensure_checkpoint
 
     if "profile" in job:
-        from nanovllm.engine import children, workers
+        from nanovllm.distributed import processes, workers
 
         os.environ["GPU_TP_PROFILE"] = job["profile"]
-        workers.RANK_MAIN, children.CLOSE_TIMEOUT_S = "benchmarks.gpu_tp.profiled_rank", 90.0
+        workers.RANK_MAIN, processes.CLOSE_TIMEOUT_S = "benchmarks.gpu_tp.profiled_rank", 90.0
     folder = ensure_checkpoint(job["preset"], **job["changes"])
     begin = time.perf_counter()
     switches = {f.name: getattr(ALL, f.name) for f in dataclasses.fields(ALL)} | job[
@@ -132,7 +132,7 @@ def all_reduce_main(rank: int, size: int, rendezvous: str, out: Path) -> None:
     """One rank: microseconds of an all-reduce, called eagerly and replayed from a graph, by size
     and kind.
     """
-    from nanovllm.engine.collectives import GPU_ENVIRONMENT
+    from nanovllm.distributed.collectives import GPU_ENVIRONMENT
 
     os.environ.update(GPU_ENVIRONMENT)
     import torch
@@ -421,12 +421,12 @@ def part_split(degree: int, out: Path, device: str) -> None:
 
 
 def profiled_rank(channel: Any) -> None:
-    """Of a rank's process: as nanovllm.engine.rank.main; rank 0 records its kernels and writes a
+    """Of a rank's process: as nanovllm.distributed.rank.main; rank 0 records its kernels and writes a
     summary when it ends.
     """
     import torch
 
-    from nanovllm.engine.rank import Rank
+    from nanovllm.distributed.rank import Rank
 
     rank = Rank(channel)
     if rank.rank > 0:

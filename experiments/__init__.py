@@ -1,19 +1,20 @@
-"""The laboratory: from a study in YAML to records that anybody can judge again.
+"""The laboratory: runs studies described in YAML and records what they measure.
 
-It is never installed: it measures the engine in src/ beside it, whatever nanovllm the interpreter
-has. Its rooms, from the top down; each imports only from those below it (import-linter checks it):
+It is not installed. It measures the engine in the src/ folder next to it, even if the interpreter
+has another nanovllm installed. Its packages from top to bottom; each imports only from those below
+it (checked by import-linter):
 
     __main__     the command line: ablate, compare, check, report, import, list, validate
-    checking/    `make check`: every pair of switches, HF and vLLM through the gate
-    run/         carries a plan out from preflight to report, and shows it in MLflow
-    cluster/     where blocks run: on this machine, or on the workers of a Ray cluster
-    study/       what is to be run: studies, profiles and models in YAML, expanded to a plan
-    launch/      one launch: an engine in a process of its own, measured while it serves
-    gate/        is the output right? Tokens are rescored by HF transformers and judged
+    checking/    `make check`: every pair of optimization levels, HF and vLLM through the gate
+    run/         executes a plan, from preflight checks to report and MLflow
+    cluster/     runs blocks on this machine or on the workers of a Ray cluster
+    study/       expands studies, profiles and models into plans
+    launch/      runs launches: an engine process each, measured while it serves
+    gate/        checks outputs: tokens are rescored by HF transformers and judged
     engines/     one adapter per engine
-    records/     what was measured, as JSON lines that are only appended to
-    host/        the machine: telemetry, provenance, locks, environment of child processes
-    workloads    the requests that every engine is given
+    host/        the machine: telemetry, provenance, locks, environment of subprocesses
+    workloads    the requests that every engine serves
+    records/     plans and records: their types, and append-only JSON lines
     equivalence  the former name of `python -m experiments.gate`
 """
 

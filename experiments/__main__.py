@@ -26,6 +26,7 @@ from experiments.host import model_files, provenance
 from experiments.host.model_files import ModelError, download
 from experiments.records import merged_folders, store
 from experiments.records.store import RecordError
+from experiments.records.types import Plan, PlannedProfile
 from experiments.run import execution
 from experiments.run.execution import ExecutionError, say
 from experiments.run.tracking import TrackingError, import_folder
@@ -49,7 +50,7 @@ app = typer.Typer(
     help="Measure what each optimization buys.",
 )
 console = Console()
-Act = Callable[[dict[str, Any], Path, Options, Console], bool]
+Act = Callable[[Plan, Path, Options, Console], bool]
 OWN_VLLM = provenance.ROOT / ".venv-vllm" / "bin" / "python"
 KNOWN_ERRORS = (
     SpecError,
@@ -65,47 +66,54 @@ StudyOption = Annotated[
     str, typer.Option("--study", help="name of a file in ablations/studies, or a path")
 ]
 ProfileOption = Annotated[
-    str | None, typer.Option("--profile", help="hardware; recognized if not given")
+    str | None,
+    typer.Option("--profile", help="hardware profile, by name or path (default: this machine)"),
 ]
 ModelOption = Annotated[
     str | None,
     typer.Option(
-        "--model", help="folder, hub id or preset, instead of the study's or the profile's"
+        "--model", help="checkpoint folder, Hugging Face id or preset (default: the study's)"
     ),
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="override of the study, e.g. design.blocks=2"),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="override a key of the study, e.g. design.blocks=2"
+    ),
 ]
 OutOption = Annotated[
     Path | None,
-    typer.Option("--out", help="folder of the records; a new one under runs/ if not given"),
+    typer.Option("--out", help="output folder (default: a new folder under runs/)"),
 ]
 BlocksOption = Annotated[
-    int | None, typer.Option("--blocks", help="number of blocks, short for --set design.blocks=N")
+    int | None, typer.Option("--blocks", help="number of blocks (same as --set design.blocks=N)")
 ]
 PythonOption = Annotated[
     list[str] | None,
-    typer.Option("--python", metavar="ENGINE=PATH", help="interpreter of an engine"),
+    typer.Option(
+        "--python",
+        metavar="ENGINE=PATH",
+        help="Python interpreter for an engine, e.g. vllm=.venv-vllm/bin/python",
+    ),
 ]
 DeadlineOption = Annotated[
     float | None,
-    typer.Option("--deadline-s", help="start no launch that would not end within this time"),
+    typer.Option("--deadline-s", help="skip launches not expected to finish within this time"),
 ]
 ExecutorOption = Annotated[
     str,
-    typer.Option("--executor", help="local, or ray: whole blocks on the machines of a Ray cluster"),
+    typer.Option("--executor", help="local (this machine) or ray (blocks run on a Ray cluster)"),
 ]
 RayAddressOption = Annotated[
     str | None,
     typer.Option(
         "--ray-address",
-        help="host:port of a cluster, or auto; if not given $RAY_ADDRESS, else a Ray of this machine",
+        help="host:port of a Ray cluster, or auto (default: $RAY_ADDRESS, else a local Ray)",
     ),
 ]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="show the plan and run nothing")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="print the plan and exit")]
 FolderArgument = Annotated[
-    Path | None, typer.Argument(help="folder of an execution; the latest under runs/ if not given")
+    Path | None, typer.Argument(help="folder of an execution (default: the latest under runs/)")
 ]
 
 
@@ -115,7 +123,7 @@ def ablate(
         str | None,
         typer.Option(
             "--study",
-            help="a file in ablations/studies, or a path; gpu-ablate on a GPU, else embedded",
+            help="name or path of a study (default: gpu-ablate on a GPU, else embedded)",
         ),
     ] = None,
     profile: ProfileOption = None,
@@ -129,8 +137,9 @@ def ablate(
     ray_address: RayAddressOption = None,
     dry_run: DryRunOption = False,
 ) -> None:
-    """What does each optimization buy on this machine? Runs or resumes a study; gate, table,
-    report, MLflow.
+    """Measure what each optimization gains on this machine.
+
+    Runs or resumes a study, checks all outputs, then writes the report and MLflow runs.
     """
     if study is None:
         study = (
@@ -159,16 +168,19 @@ def run(
     ray_address: RayAddressOption = None,
     dry_run: DryRunOption = False,
     write_plan: Annotated[
-        Path | None, typer.Option("--write-plan", help="write the plan, to be run on another host")
+        Path | None, typer.Option("--write-plan", help="also write the plan to this file")
     ] = None,
 ) -> None:
-    """Run any study. With --dry-run --write-plan plan.json only plan it, for another host."""
+    """Run any study.
+
+    With --dry-run --write-plan plan.json, only write the plan, to be run on another host.
+    """
     plan = make_plan(study, profile, model, overrides, blocks)
     if write_plan:
         store.write_plan(plan, write_plan)
         say(
             console,
-            f"plan     {write_plan}; run it with: python -m experiments.launch --plan {write_plan.name} --out DIR --resume",
+            f"plan     {write_plan}; to run it: python -m experiments.launch --plan {write_plan.name} --out DIR --resume",
         )
     if not dry_run:
         go(plan, out, make_options(python, deadline_s, executor, ray_address))
@@ -176,10 +188,13 @@ def run(
 
 @app.command()
 def compare(
-    other: Annotated[str, typer.Option("--with", help="engine to compare with")] = "hf",
+    other: Annotated[str, typer.Option("--with", help="engine to compare with: hf or vllm")] = "hf",
     study: Annotated[
         str | None,
-        typer.Option("--study", help="compare-ENGINE if not given, gpu-compare-ENGINE on a GPU"),
+        typer.Option(
+            "--study",
+            help="name or path of a study (default: gpu-compare-ENGINE on a GPU, else compare-ENGINE)",
+        ),
     ] = None,
     profile: ProfileOption = None,
     model: ModelOption = None,
@@ -189,8 +204,9 @@ def compare(
     python: PythonOption = None,
     dry_run: DryRunOption = False,
 ) -> None:
-    """nanovllm against another engine: same checkpoint, same work, interleaved blocks, outputs
-    through the gate.
+    """Compare nanovllm with another engine on the same checkpoint and the same work.
+
+    The launches of both engines are interleaved, and the outputs of both go through the gate.
     """
     if study is None:
         for_gpu = guarded(
@@ -209,20 +225,20 @@ def check(
     out: OutOption = None,
     python: PythonOption = None,
     drawn: Annotated[
-        int, typer.Option("--workloads", min=4, help="how many workloads Hypothesis draws")
+        int, typer.Option("--workloads", min=4, help="number of workloads that Hypothesis draws")
     ] = 120,
 ) -> None:
-    """Is the output right? All pairs of switches, HF and vLLM through the gate, and engines broken
-    on purpose, which must fail.
+    """Check that outputs are correct.
 
-    vLLM takes part where its interpreter is given: --python vllm=PATH.
+    Every pair of optimization levels, HF and vLLM must pass the gate; deliberately broken engines
+    must fail it. vLLM is included if it has an interpreter: --python vllm=PATH.
     """
     conclude_check(profile, model, out, parse_pythons(python), drawn)
 
 
 @app.command()
 def report(folder: FolderArgument = None) -> None:
-    """Render the report of an execution again from its records, and print its table."""
+    """Render the report of an execution from its records and print its table."""
     chosen = guarded(lambda: latest(folder))
     guarded(lambda: execution.render(chosen))
     say(console, f"\nreport   {execution.shown(chosen / execution.REPORT / 'report.html')}")
@@ -231,18 +247,18 @@ def report(folder: FolderArgument = None) -> None:
 @app.command("import")
 def import_command(
     folders: Annotated[
-        list[Path], typer.Argument(help="folders of records, e.g. brought home from a GPU host")
+        list[Path], typer.Argument(help="folders of records, e.g. copied from a GPU host")
     ],
     merge: Annotated[
         Path | None,
         typer.Option(
             "--merge",
             metavar="NEW",
-            help="the folders are visits of one study: write and import one folder",
+            help="merge the folders, which hold parts of one study, into a new one and import that",
         ),
     ] = None,
 ) -> None:
-    """Report and MLflow runs from records; any number of times, with the same result."""
+    """Write reports and MLflow runs from records. Importing the same records again changes nothing."""
     if merge:
         for note in guarded(lambda: merged_folders.merge(folders, merge)):
             say(console, note, "yellow")
@@ -251,7 +267,7 @@ def import_command(
         listed = " and ".join(str(folder) for folder in alike)
         say(
             console,
-            f"{listed} hold one plan and are imported as separate executions; --merge NEW makes them one",
+            f"{listed} hold the same plan and are imported as separate executions; use --merge NEW to combine them",
             "yellow",
         )
     for folder in folders:
@@ -261,7 +277,7 @@ def import_command(
             run_id, fresh = import_folder(folder, folder / execution.REPORT)
             say(
                 console,
-                f"{folder}: MLflow run {run_id} {'written' if fresh else 'was there already'}",
+                f"{folder}: MLflow run {run_id} {'written' if fresh else 'already up to date'}",
             )
 
         guarded(work)
@@ -271,13 +287,14 @@ def import_command(
 def validate(
     files: Annotated[
         list[str] | None,
-        typer.Argument(help="studies by name or path; all studies and profiles if not given"),
+        typer.Argument(help="studies by name or path (default: all studies and profiles)"),
     ] = None,
     profile: ProfileOption = None,
     overrides: SetOption = None,
 ) -> None:
-    """Check studies and profiles without running anything; what each study would launch on this
-    machine, or on --profile.
+    """Check studies and profiles without running anything.
+
+    Prints what each study would launch on this machine or on --profile.
     """
     problems = 0
     hardware = guarded(lambda: choose_profile(profile))
@@ -303,7 +320,10 @@ def validate(
 
 @app.command("list")
 def list_command(profile: ProfileOption = None) -> None:
-    """Studies and what they would launch on this machine or on --profile; profiles; executions."""
+    """List studies, profiles and executions.
+
+    Shows what each study would launch on this machine or on --profile.
+    """
     hardware = guarded(lambda: choose_profile(profile))
     table = Table("study", "question", "factors", f"on {hardware.name}", box=None, pad_edge=False)
     for name in names(STUDIES):
@@ -316,7 +336,7 @@ def list_command(profile: ProfileOption = None) -> None:
             name,
             study.question,
             factors,
-            "cannot run here; `validate` says why" if plan.startswith("not on") else plan,
+            "cannot run; see `validate`" if plan.startswith("not on") else plan,
         )
     console.print(table, "\nprofiles: " + ", ".join(names(PROFILES)), highlight=False)
     for folder in execution.executions():
@@ -324,7 +344,7 @@ def list_command(profile: ProfileOption = None) -> None:
         try:
             say(
                 console,
-                f"{execution.shown(folder)}  {state}, {len(store.counted(store.read(folder)))} launches count",
+                f"{execution.shown(folder)}  {state}, {len(store.counted(store.read(folder)))} launches counted",
             )
         except store.RecordError as error:
             say(console, f"{execution.shown(folder)}  {state}, damaged: {error}", "yellow")
@@ -336,16 +356,16 @@ def make_plan(
     model: str | None,
     overrides: list[str] | None,
     blocks: int | None,
-) -> dict[str, Any]:
-    """Plans a study and says what will happen. An error ends the program with its message."""
+) -> Plan:
+    """Plans a study and prints a summary of the plan. Exits with a message on an error."""
 
-    def work() -> dict[str, Any]:
+    def work() -> Plan:
         given = [*(overrides or []), *([f"design.blocks={blocks}"] if blocks else [])]
         chosen, applied = load_study(study, given)
         hardware = choose_profile(profile)
         return build_plan(chosen, hardware, choose_model(model, chosen, hardware), applied)
 
-    plan: dict[str, Any] = guarded(work)
+    plan: Plan = guarded(work)
     published = sorted(
         plan_file.parent
         for plan_file in (provenance.ROOT / "reports" / "published").rglob(store.PLAN)
@@ -357,24 +377,28 @@ def make_plan(
 
 
 def choose_profile(given: str | None) -> Profile:
-    """The profile asked for, else this machine's own. Raises SpecError."""
+    """The given profile, else this machine's. Raises SpecError."""
     return load_profile(given) if given else machine.detect_profile()
 
 
 def choose_model(given: str | None, study: Study, profile: Profile) -> ModelChoice | None:
-    """--model as a folder, a preset or a hub id; the dtype is the study's or the profile's."""
+    """The model of --model, in the study's or the profile's dtype; None without --model."""
     if given is None:
         return None
+    preset, path = find_checkpoint(given)
     dtype = study.model.dtype if study.model else profile.dtype
+    return ModelChoice(preset=preset, path=path, dtype=dtype)
+
+
+def find_checkpoint(given: str) -> tuple[str | None, str | None]:
+    """(preset, None) or (None, folder) of --model, which is a folder, a Hugging Face id or a preset."""
     if (Path(given) / "config.json").is_file():
-        return ModelChoice(path=str(Path(given).resolve()), dtype=dtype)
-    if "/" in given:
-        return ModelChoice(path=str(download(given)), dtype=dtype)
-    return ModelChoice(preset=given, dtype=dtype)
+        return None, str(Path(given).resolve())
+    return (None, str(download(given))) if "/" in given else (given, None)
 
 
-def go(plan: dict[str, Any], out: Path | None, options: Options) -> NoReturn:
-    """Executes a plan in `out`, in the folder of its interrupted execution, or in a new one."""
+def go(plan: Plan, out: Path | None, options: Options) -> NoReturn:
+    """Executes a plan in `out`, else in the folder of its interrupted execution, else in a new one."""
     check_interpreters(plan, options.pythons)
     conclude(
         plan,
@@ -383,18 +407,16 @@ def go(plan: dict[str, Any], out: Path | None, options: Options) -> NoReturn:
     )
 
 
-def conclude(
-    plan: dict[str, Any], folder: Path, options: Options, act: Act = execution.execute
-) -> NoReturn:
-    """Ends the program: status 0 if every launch is ok and every output passed, 1 if not, 2 for an
-    error, 130 for Ctrl-C.
+def conclude(plan: Plan, folder: Path, options: Options, act: Act = execution.execute) -> NoReturn:
+    """Executes the plan and exits: 0 if every launch is ok and every output passed, 1 if not, 2 on
+    an error, 130 on Ctrl-C.
     """
     try:
         good = guarded(lambda: act(plan, folder, options, console))
     except KeyboardInterrupt:
         say(
             console,
-            f"\nstopped; finished launches are in {execution.shown(folder)}. The same command goes on from there.",
+            f"\nstopped; finished launches are in {execution.shown(folder)}. Run the same command to resume.",
         )
         raise typer.Exit(130) from None
     raise typer.Exit(0 if good else 1)
@@ -403,17 +425,16 @@ def conclude(
 def conclude_check(
     profile: str | None, model: str | None, out: Path | None, pythons: dict[str, str], drawn: int
 ) -> NoReturn:
-    """Ends the program: status 0 if every verdict is the one expected, 1 if not, 2 for an error,
-    130 for Ctrl-C.
+    """Runs a check and exits: 0 if every verdict is the expected one, 1 if not, 2 on an error, 130
+    on Ctrl-C.
     """
 
     def work() -> bool:
         hardware = choose_profile(profile)
-        given = choose_folder(model or "tiny")
+        given = find_checkpoint(model or "tiny")
         found = checking.find_model(*given)
-        settled = hardware.model_dump() | {
-            "cpu_cores": hardware.cpu_cores or provenance.cpu_cores()
-        }
+        settled: PlannedProfile = hardware.model_dump()  # type: ignore[assignment]
+        settled["cpu_cores"] = hardware.cpu_cores or provenance.cpu_cores()
         dtypes = tuple(dict.fromkeys((hardware.dtype, "float32", "bfloat16")))
         peers = tuple(name for name in pythons if name not in ("nanovllm", "hf"))
         scope = Scope(
@@ -427,7 +448,7 @@ def conclude_check(
         if "vllm" not in pythons:
             say(
                 console,
-                "vLLM took no part: give --python vllm=PATH of an interpreter that has it",
+                "vLLM was not checked: give --python vllm=PATH, an interpreter that has it",
                 "yellow",
             )
         return good
@@ -435,16 +456,9 @@ def conclude_check(
     try:
         good = guarded(work)
     except KeyboardInterrupt:
-        say(console, "\nstopped; a check begins again from the start")
+        say(console, "\nstopped; checks do not resume, run it again from the start")
         raise typer.Exit(130) from None
     raise typer.Exit(0 if good else 1)
-
-
-def choose_folder(given: str) -> tuple[str | None, str | None]:
-    """(preset, folder) of --model."""
-    if (Path(given) / "config.json").is_file():
-        return None, str(Path(given).resolve())
-    return (None, str(download(given))) if "/" in given else (given, None)
 
 
 def make_options(
@@ -458,39 +472,37 @@ def make_options(
 
 
 def parse_pythons(given: list[str] | None) -> dict[str, str]:
-    """Interpreters by engine; vLLM's own, if `make compare-vllm` has built it, where none is given."""
+    """Interpreters by engine. vLLM's defaults to the one that `make compare-vllm` has built."""
     if wrong := [item for item in given or [] if "=" not in item]:
         fail(f"--python {wrong[0]}: write ENGINE=PATH, e.g. vllm=.venv-vllm/bin/python")
     built = {"vllm": str(OWN_VLLM)} if OWN_VLLM.exists() else {}
     return built | dict(item.split("=", 1) for item in given or [])
 
 
-def check_interpreters(plan: dict[str, Any], pythons: dict[str, str]) -> None:
-    """Ends the program where a cell's engine cannot be found in its interpreter: better now than in
-    every launch.
-    """
+def check_interpreters(plan: Plan, pythons: dict[str, str]) -> None:
+    """Exits if an engine is not installed in its interpreter, instead of failing in every launch."""
     for engine in {cell["engine"] for cell in plan["cells"].values()} & {"vllm", *pythons}:
         python = pythons.get(engine, sys.executable)
         if shutil.which(python) is None:
             fail(
-                f"--python {engine}={python}: no such program; give the interpreter that has {engine}"
+                f"--python {engine}={python}: no such program; give an interpreter that has {engine} installed"
             )
         probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({engine.split('.')[0]!r}) is None)"
         if engine in ENGINES and subprocess.run([python, "-c", probe], check=False).returncode:
             fail(
-                f"{python} has no {engine}: `make compare-vllm` builds an interpreter that has vLLM, or give one with "
-                "VLLM_PYTHON=PATH (--python vllm=PATH)"
+                f"{python} has no {engine}: run `make compare-vllm`, which installs vLLM, or name an interpreter that has it "
+                "with VLLM_PYTHON=PATH (--python vllm=PATH)"
             )
 
 
 def latest(folder: Path | None) -> Path:
     if folder is None and not execution.executions():
-        raise ExecutionError("there is no execution under runs/ yet; `make ablate` makes one")
+        raise ExecutionError("runs/ holds no execution yet; run `make ablate` first")
     return folder or execution.executions()[-1]
 
 
 def guarded(work: Any) -> Any:
-    """What `work` returns; an error that a user can act on ends the program with its message alone."""
+    """Returns what `work` returns. An error that a user can act on exits with its message alone."""
     try:
         return work()
     except KNOWN_ERRORS as error:

@@ -1,6 +1,4 @@
-"""The former name of `python -m experiments.gate`: pages published with it tell their readers to type
-it.
-"""
+"""The former name of `python -m experiments.gate`, which published pages still refer to."""
 
 import sys
 

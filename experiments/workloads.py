@@ -1,8 +1,8 @@
-"""What the engines are asked to do: seeded, fingerprinted lists of requests. Standard library only.
+"""Workloads: seeded, fingerprinted lists of requests. Standard library only.
 
-A plan stores `kind`, `params` and `fingerprint`, never tokens: whoever runs it draws them again and
-compares the fingerprint. Everything is drawn before an engine is imported, from a generator of its
-own, so no engine can disturb it.
+A plan stores `kind`, `params` and `fingerprint`, but no tokens: they are drawn again for each launch
+and the fingerprint is compared. Everything is drawn before an engine is imported, from a separate
+random generator, so that no engine can affect it.
 
 A range is written `[low, high]`, both ends included; a single number n means `[n, n]`.
 """
@@ -15,15 +15,16 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-Request = dict[str, Any]
-Waves = list[list[Request]]
+from experiments.records.types import Params, PlannedWorkload, Request, Wave, Workload
+
+Waves = list[Wave]
 
 CANONICAL_FINGERPRINT = "ba5158017eff74f36be1d0f9bfaee7bf39eb88f70fa50fa8aea820ce1e2bd513"
-"""Of the canonical workload with its default parameters, as published."""
+"""The fingerprint of the canonical workload with default parameters, as published."""
 
-_SAMPLING: dict[str, Any] = {"temperature": 0.6, "top_k": 0, "top_p": 1.0, "ignore_eos": True}
+_SAMPLING: Params = {"temperature": 0.6, "top_k": 0, "top_p": 1.0, "ignore_eos": True}
 
-DEFAULTS: dict[str, dict[str, Any]] = {
+DEFAULTS: dict[str, Params] = {
     "canonical": {
         "num_requests": 256,
         "prompt_tokens": [100, 1024],
@@ -57,7 +58,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "seed": 0,
     },
 }
-"""Every parameter of every kind, with its default. The sampling parameters (`_SAMPLING`) belong to each kind as well."""
+"""All parameters of each kind, with defaults. Every kind also has the sampling parameters, `_SAMPLING`."""
 for _defaults in DEFAULTS.values():
     _defaults.update(_SAMPLING)
 
@@ -72,13 +73,13 @@ _RANGES = {
 }
 _MAY_BE_ZERO = {"system_tokens"}
 MOST_OF = 1_000_000
-"""Requests, prefixes, turns, and tokens of each: what is drawn is held in memory, and counted before anything runs."""
+"""The largest number of requests, prefixes, turns, and tokens of each, because workloads are held in memory."""
 MOST = {"seed": 2**63 - 1, "top_k": 2**31 - 1, "vocab_size": 2**31 - 1}
 
 
-def check_params(kind: str, params: dict[str, Any]) -> dict[str, Any]:
-    """`params` completed by the defaults of `kind`. Raises ValueError naming what was given and
-    what is allowed.
+def check_params(kind: str, params: Params) -> Params:
+    """`params` completed with the defaults of `kind`. Raises ValueError that names what was given
+    and what is allowed.
     """
     if not isinstance(kind, str) or kind not in DEFAULTS:
         raise ValueError(f"kind: {kind!r} is unknown; allowed: {', '.join(DEFAULTS)}")
@@ -120,10 +121,8 @@ def check_params(kind: str, params: dict[str, Any]) -> dict[str, Any]:
     return full
 
 
-def build(name: str, kind: str, params: dict[str, Any]) -> dict[str, Any]:
-    """The workload as the contract has it: name, kind, complete params, fingerprint and waves of
-    requests.
-    """
+def build(name: str, kind: str, params: Params) -> Workload:
+    """Draws a workload. Raises ValueError for invalid parameters."""
     full = check_params(kind, params)
     waves = _GENERATORS[kind](full)
     return {
@@ -135,21 +134,19 @@ def build(name: str, kind: str, params: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def rebuild(name: str, entry: dict[str, Any]) -> dict[str, Any]:
-    """Draws the workload of a plan's entry again. Raises ValueError if its fingerprint is not the
-    plan's.
-    """
+def rebuild(name: str, entry: PlannedWorkload) -> Workload:
+    """Draws a workload of a plan again. Raises ValueError if its fingerprint is not the plan's."""
     workload = build(name, entry["kind"], entry["params"])
     if workload["fingerprint"] != entry["fingerprint"]:
         raise ValueError(
-            f"workload {name!r}: the tokens drawn here have fingerprint {workload['fingerprint']}, the plan asks for "
-            f"{entry['fingerprint']}. The plan was made by another version of experiments/workloads.py: make it again."
+            f"workload {name!r}: the tokens drawn here have fingerprint {workload['fingerprint']}, but the plan's is "
+            f"{entry['fingerprint']}. The plan was made with another version of experiments/workloads.py: make it again."
         )
     return workload
 
 
-def summarize(workload: dict[str, Any]) -> dict[str, Any]:
-    """What a plan stores of a workload: no tokens."""
+def summarize(workload: Workload) -> PlannedWorkload:
+    """A workload as stored in a plan, without tokens."""
     requests = [request for wave in workload["waves"] for request in wave]
     return {
         "kind": workload["kind"],
@@ -162,9 +159,7 @@ def summarize(workload: dict[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(waves: Waves) -> str:
-    """SHA-256 of all prompts and output lengths, waves in order; sampling parameters are not part
-    of it.
-    """
+    """SHA-256 of all prompts and output lengths, waves in order, without sampling parameters."""
     requests = [request for wave in waves for request in wave]
     content = {
         "output_lengths": [r["max_tokens"] for r in requests],
@@ -180,9 +175,9 @@ def tokens_digest(outputs: list[list[int]]) -> str:
     return hashlib.sha256(json.dumps(outputs, separators=(",", ":")).encode()).hexdigest()
 
 
-def _canonical(p: dict[str, Any]) -> Waves:
-    """Published by nano-vllm's bench.py: prompt by prompt (length, then tokens), then all output
-    lengths.
+def _canonical(p: Params) -> Waves:
+    """The workload of nano-vllm's bench.py: draws prompt by prompt (length, then tokens), then all
+    output lengths.
     """
     rng = random.Random(p["seed"])
     prompts = [_tokens(rng, rng.randint(*p["prompt_tokens"]), p) for _ in range(p["num_requests"])]
@@ -190,10 +185,8 @@ def _canonical(p: dict[str, Any]) -> Waves:
     return [_requests(prompts, lengths, p)]
 
 
-def _shared_prefix(p: dict[str, Any]) -> Waves:
-    """Request i begins with one of the prefixes, drawn at random, and goes on with tokens of its
-    own.
-    """
+def _shared_prefix(p: Params) -> Waves:
+    """Each request consists of one of the prefixes, chosen at random, and its own tokens."""
     rng = random.Random(p["seed"])
     prefixes = [_tokens(rng, rng.randint(*p["prefix_tokens"]), p) for _ in range(p["num_prefixes"])]
     prompts = [
@@ -204,11 +197,9 @@ def _shared_prefix(p: dict[str, Any]) -> Waves:
     return [_requests(prompts, lengths, p)]
 
 
-def _conversation(p: dict[str, Any]) -> Waves:
-    """One wave a turn. A prompt holds the system prompt and all earlier turns; the earlier answers
-    are *recorded* ones,
-    drawn here: what the engine answered itself is not fed back, so every engine serves the same
-    work.
+def _conversation(p: Params) -> Waves:
+    """One wave per turn. A prompt holds the system prompt and all earlier turns. Earlier answers are
+    drawn here instead of taken from the engine, so that every engine serves the same work.
     """
     rng = random.Random(p["seed"])
     system = _tokens(rng, rng.randint(*p["system_tokens"]), p)
@@ -228,7 +219,7 @@ def _conversation(p: dict[str, Any]) -> Waves:
     return waves
 
 
-_GENERATORS: dict[str, Callable[[dict[str, Any]], Waves]] = {
+_GENERATORS: dict[str, Callable[[Params], Waves]] = {
     "canonical": _canonical,
     "random": _canonical,  # the same draws at another scale
     "shared_prefix": _shared_prefix,
@@ -236,19 +227,21 @@ _GENERATORS: dict[str, Callable[[dict[str, Any]], Waves]] = {
 }
 
 
-def _tokens(rng: random.Random, count: int, p: dict[str, Any]) -> list[int]:
+def _tokens(rng: random.Random, count: int, p: Params) -> list[int]:
     return [rng.randint(0, p["vocab_size"] - 1) for _ in range(count)]
 
 
 def _requests(
-    prompts: list[list[int]], lengths: list[int], p: dict[str, Any], first_index: int = 0
+    prompts: list[list[int]], lengths: list[int], p: Params, first_index: int = 0
 ) -> list[Request]:
-    sampling = {name: p[name] for name in _SAMPLING}
     return [
         {
             "prompt_token_ids": prompt,
             "max_tokens": length,
-            **sampling,
+            "temperature": p["temperature"],
+            "top_k": p["top_k"],
+            "top_p": p["top_p"],
+            "ignore_eos": p["ignore_eos"],
             "seed": _request_seed(p["seed"], first_index + i),
         }
         for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
@@ -256,8 +249,8 @@ def _requests(
 
 
 def _request_seed(seed: int, index: int) -> int:
-    """A seed of 31 bits for each request, drawn apart from the tokens so that it leaves the
-    fingerprint alone.
+    """A 31-bit seed for each request, independent of the tokens, so that the fingerprint does not
+    depend on it.
     """
     return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:4], "big") >> 1
 

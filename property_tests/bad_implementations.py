@@ -22,7 +22,8 @@ from unittest.mock import patch
 import torch
 
 from nanovllm.config import EngineConfig
-from nanovllm.engine import cuda_graph, model_runner, workers
+from nanovllm.distributed import workers
+from nanovllm.engine import model_runner
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.continuous_batching import ContinuousScheduler
 from nanovllm.engine.kv_cache import KVCacheSpec
@@ -31,13 +32,14 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.prefix_cache import CachedBlock, CachingBlockManager, PrefixCache
 from nanovllm.engine.scheduler import Scheduler, StepPlan
 from nanovllm.engine.sequence import Sequence
+from nanovllm.gpu import cuda_graph
 from nanovllm.kernels import torch as kernels
 from nanovllm.kernels.batch import ForwardBatch
 from nanovllm.kernels.torch import attention, filtering, kv_store, norm, rope, sampling
 from nanovllm.models import config as model_config
 from nanovllm.models import loader
 from nanovllm.sampling_params import SamplingParams
-from property_tests.ranks import Group, collectives
+from property_tests.support.ranks import Group, collectives
 
 Patch = tuple[Any, str, Any]  # owner, name of the attribute, what stands there instead
 

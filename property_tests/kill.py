@@ -20,8 +20,8 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from nanovllm.engine import invariants
 from property_tests.bad_implementations import BadImplementation
-from property_tests.checked import CheckedEngine, EngineMachine
-from property_tests.profiles import Property
+from property_tests.support.checked_engine import CheckedEngine, EngineMachine
+from property_tests.support.profiles import Property
 
 HERE = Path(__file__).parent
 MODULES = ("scheduler", "engine", "sampling", "kernel", "request", "resource")
@@ -101,7 +101,7 @@ def is_verdict(error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     file = Path(frames[-1].filename)
     oracle = file == Path(invariants.__file__) or (
-        file.parent == HERE and file.name != "bad_implementations.py"
+        file.parent in (HERE, HERE / "support") and file.name != "bad_implementations.py"
     )
     return isinstance(error, AssertionError) and oracle
 

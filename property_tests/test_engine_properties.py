@@ -10,9 +10,9 @@ import pytest
 from hypothesis import strategies as st
 
 from nanovllm import LLM, SamplingParams
-from property_tests.profiles import holds
-from property_tests.real_engine import BYTES_A_TOKEN, engine_of, reference, run, serve, tiny
-from property_tests.strategies import EVERYTHING, SEEDS, Request, Shape, Workload, workloads
+from property_tests.support.profiles import holds
+from property_tests.support.real_engine import BYTES_A_TOKEN, engine_of, reference, run, serve, tiny
+from property_tests.support.strategies import EVERYTHING, SEEDS, Request, Shape, Workload, workloads
 
 ALONE = Shape("static", False, 0, 16, 8, 1, 128)
 """Nobody else, nothing shared, nothing cut: one request in the baseline."""

@@ -13,9 +13,9 @@ from torch import Tensor
 from experiments.gate import logit_margins, scoring, truncation
 from experiments.gate.logit_margins import Rows
 from experiments.gate.scoring import Scores, score_rows
-from property_tests.plain_scores import certain, kept, plain_scores
-from property_tests.profiles import holds
-from property_tests.strategies import SEEDS
+from property_tests.support.plain_scores import certain, kept, plain_scores
+from property_tests.support.profiles import holds
+from property_tests.support.strategies import SEEDS
 
 N = 24
 """Rows of a table; each has sampling parameters of its own."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nanovllm.kernels import torch as kernels
 from nanovllm.kernels.batch import ForwardBatch
 from nanovllm.kernels.torch import attention, kv_store, rope
-from property_tests.profiles import holds
+from property_tests.support.profiles import holds
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 TEXTS = st.integers(0, 2**20)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from nanovllm.config import EngineConfig
 from nanovllm.models.config import load_hf_config
 from nanovllm.sampling_params import SamplingParams
-from property_tests.profiles import holds
-from property_tests.real_engine import MAX_MODEL_LEN, VOCAB, engine_of, serve, tiny
-from property_tests.strategies import SEEDS, Request, Shape
+from property_tests.support.profiles import holds
+from property_tests.support.real_engine import MAX_MODEL_LEN, VOCAB, engine_of, serve, tiny
+from property_tests.support.strategies import SEEDS, Request, Shape
 
 GOOD: dict[str, st.SearchStrategy[Any]] = {
     "temperature": st.just(0.0) | st.just(0) | st.floats(1e-5, 1e30) | st.floats(1e-3, 10),

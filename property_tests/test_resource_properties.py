@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from nanovllm.engine import kv_cache
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
-from property_tests.model_free import ModelFreeEngine
-from property_tests.profiles import holds
-from property_tests.ranks import in_ranks, meeting_places
-from property_tests.real_engine import BYTES_A_TOKEN, engine_of, tiny
-from property_tests.strategies import BATCHING, Shape
+from property_tests.support.model_free import ModelFreeEngine
+from property_tests.support.profiles import holds
+from property_tests.support.ranks import in_ranks, meeting_places
+from property_tests.support.real_engine import BYTES_A_TOKEN, engine_of, tiny
+from property_tests.support.strategies import BATCHING, Shape
 
 
 @holds(

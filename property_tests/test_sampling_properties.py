@@ -20,9 +20,9 @@ from scipy import stats
 
 from nanovllm.kernels.torch import sampling
 from nanovllm.sampling_params import SamplingParams
-from property_tests.profiles import holds
-from property_tests.real_engine import VOCAB, engine_of, reference
-from property_tests.strategies import BATCHING, SEEDS, Shape
+from property_tests.support.profiles import holds
+from property_tests.support.real_engine import VOCAB, engine_of, reference
+from property_tests.support.strategies import BATCHING, SEEDS, Shape
 
 LEVEL = 1e-7
 CELL = 50

@@ -9,10 +9,15 @@ import random
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from property_tests.checked import LONGEST_OUTPUT, LONGEST_PROMPT, CheckedEngine, EngineMachine
-from property_tests.model_free import VOCAB
-from property_tests.profiles import deep, examples, holds
-from property_tests.strategies import Shape, Workload, shapes, workloads
+from property_tests.support.checked_engine import (
+    LONGEST_OUTPUT,
+    LONGEST_PROMPT,
+    CheckedEngine,
+    EngineMachine,
+)
+from property_tests.support.model_free import VOCAB
+from property_tests.support.profiles import deep, examples, holds
+from property_tests.support.strategies import Shape, Workload, shapes, workloads
 
 EngineMachine.TestCase.settings = settings(
     max_examples=examples(120), stateful_step_count=60 if deep() else 25

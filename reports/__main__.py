@@ -1,7 +1,8 @@
-"""python -m reports render | ratio | publish | published | claims | questions | lines | screenshot:
+"""python -m reports render | check | ratio | publish | published | claims | questions | lines | screenshot:
 pages, rendered from records.
 """
 
+import io
 import json
 import sys
 import tempfile
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from matplotlib.figure import Figure
 from rich.progress import track
 
 from reports import text
@@ -47,7 +49,9 @@ def render_folder(
         Path | None, typer.Option(help="where to write; FOLDER/report if not given")
     ] = None,
 ) -> None:
-    """Write report.md, report.html and figures/ from the records of FOLDER, and print the table."""
+    """Write report.md, report.html, figures/ and analysis.json from the records of FOLDER, and print
+    the table.
+    """
 
     def work() -> None:
         plan, file = read_folder(folder)
@@ -55,10 +59,18 @@ def render_folder(
         for note in file.notes:
             print(f"note: {note}", file=sys.stderr)
         markdown, html = render(plan, file.records, analysis, out or folder / REPORT)
+        (html.parent / "analysis.json").write_text(json.dumps(analysis, indent=1) + "\n")
         print_table(analysis)
         print(f"\nreport: {html}\n        {markdown}")
 
     guarded(work)
+
+
+@app.command("check")
+def check_rendering() -> None:
+    """Check that reports can be rendered here: all packages are installed, and a figure is drawn."""
+    Figure().savefig(io.BytesIO(), format="svg")
+    print("reports can be rendered")
 
 
 @app.command()

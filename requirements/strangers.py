@@ -121,6 +121,10 @@ def try_out(python: str, tests: Sequence[str]) -> int:
         "pytest",
         "-m",
         "not slow and not bench",
+        "-n",
+        "auto",
+        "--dist",
+        "worksteal",
         *tests,
     ]
     return subprocess.run(command, cwd=folder, env=environment, check=False).returncode

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,18 +22,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests measure nothing: they neither wait for a study on this machine nor hold one up.
 _LOCKS = tempfile.TemporaryDirectory(prefix="nanovllm-test-locks-")
+atexit.register(_LOCKS.cleanup)
 os.environ["NANOVLLM_LOCKS"] = _LOCKS.name
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors: a second thread costs more than it brings, above all where another process
-    computes as well.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,14 @@
-"""`make check`: every configuration of the engine, its peers, and engines broken on purpose,
-through the gate.
+"""`make check`: runs every pair of optimization levels, other engines, and deliberately broken
+engines through the gate.
 
-`pairs` chooses configurations, `work` draws what they serve, `jobs` says what has to come out of
-each, `serve` runs one of them in its own process and interpreter, `judging` puts all of it through
-the gate, `run` conducts, `page` shows.
+    run      runs a check from start to end
+    work     draws the workloads
+    pairs    chooses configurations that cover every pair of levels
+    jobs     the jobs of a check, with the expected verdict of each
+    serve    runs one job, in its own process and interpreter
+    judging  runs the gate over all outputs
+    page     the results as a table and a page
+    results  the types of what a check writes
+
+May import all other rooms but run and cluster.
 """

@@ -1,6 +1,4 @@
-"""What a check runs, and what has to come of each: a job is one engine, with its settings, and the
-verdict that is right.
-"""
+"""The jobs of a check: each is an engine, its settings, and the expected verdict."""
 
 from __future__ import annotations
 
@@ -10,28 +8,29 @@ from typing import Any
 
 from experiments.checking import work
 from experiments.checking.pairs import Choice, pairwise
-from experiments.gate.negative_controls import BROKEN, CONTROL_PROMPT
+from experiments.gate.negative_controls import CONTROL_PROMPT, controls
 from experiments.records.factor_levels import level_name
+from experiments.records.types import Config, Device, JsonObject, ModelShape, PlannedProfile
 from experiments.study.plan import inapplicable
 from nanovllm.config import ALL, BASELINE, LEVELS, Optimizations
-from nanovllm.engine.cuda_graph import fewest_sharing
+from nanovllm.gpu.cuda_graph import fewest_sharing
 
 MAX_NUM_SEQS, MAX_MODEL_LEN, BATCHED_TOKENS = 4, 256, 48
-"""So small that requests wait, prompts are cut, and requests are preempted (see `kv_cache_bytes`)."""
+"""Small, so that requests wait, prompts are chunked, and requests are preempted (see `kv_cache_bytes`)."""
 CONTROL, SAMPLED, TRUNCATED = "control", "sampled", "truncated"
 
 
 @dataclass(frozen=True)
 class Job:
-    """An engine that serves some of the workloads. expected: "pass" | "fail", the gate's verdict.
-    like: the job whose tokens these are compared with, one request at a time. logprobs: workloads
+    """An engine that serves some of the workloads. expected: the gate's verdict, "pass" or "fail".
+    like: the job whose outputs these are compared with, request by request. logprobs: workloads
     that are served a second time, for log-probabilities.
     """
 
     name: str
     group: str
     engine: str
-    config: dict[str, Any]
+    config: Config
     dtype: str
     workloads: tuple[str, ...]
     logprobs: tuple[str, ...]
@@ -39,31 +38,29 @@ class Job:
     broken: str | None = None
     like: str | None = None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
 class Scope:
-    """What is checked on which machine: `shape` of the model as in a plan, `profile` settled or
-    not, as a dict.
-    """
+    """What is checked, and on which machine. `shape` and `profile` are as in a plan."""
 
-    profile: dict[str, Any]
-    shape: dict[str, Any]
-    device: str
+    profile: PlannedProfile
+    shape: ModelShape
+    device: Device
     dtypes: tuple[str, ...]
-    """The first is the one that all configurations run in."""
+    """All configurations run in the first dtype, some also in the others."""
     peers: tuple[str, ...]
-    """Other engines, beside HF: names of adapters."""
+    """Other engines besides HF, by adapter name."""
 
 
 def control_workloads(vocab_size: int) -> work.Workloads:
-    """Beside the drawn ones: what broken engines serve, and what other random generators are judged
-    by.
+    """Fixed workloads in addition to the drawn ones, for broken engines and for engines with another
+    random generator.
     """
-    hot = {"temperature": 0.8, "top_k": 0, "top_p": 1.0}
-    cut = {"temperature": 1.0, "top_k": 40, "top_p": 0.9}
+    hot: work.Sampling = {"temperature": 0.8, "top_k": 0, "top_p": 1.0}
+    cut: work.Sampling = {"temperature": 1.0, "top_k": 40, "top_p": 0.9}
     return {
         CONTROL: work.uniform(48, vocab_size, CONTROL_PROMPT, 24, work.GREEDY, seed=1),
         SAMPLED: work.uniform(48, vocab_size, CONTROL_PROMPT, 24, hot, seed=2),
@@ -71,19 +68,22 @@ def control_workloads(vocab_size: int) -> work.Workloads:
     }
 
 
-def never_shared(factor: str, level: Any, shape: dict[str, Any]) -> str | None:
-    """Why prefixes would never be read once here, if so: that begins with more requests at a time
-    than a check has.
+def never_shared(factor: str, level: Any, shape: ModelShape) -> str | None:
+    """Why cascade attention would never engage in a check, if so: it needs more concurrent requests
+    with a shared prefix than a check has.
     """
     fewest = fewest_sharing(shape["num_key_value_heads"])
     if factor != "cascade_attention" or not level or fewest < MAX_NUM_SEQS:
         return None
-    return f"begins with {fewest} requests that share, a check runs {MAX_NUM_SEQS} at a time; tests/gpu/test_cuda_graph.py tests it"
+    return (
+        f"needs {fewest} concurrent requests that share a prefix, but a check runs {MAX_NUM_SEQS}; "
+        "covered by tests/gpu/test_cuda_graph.py"
+    )
 
 
 def configurations(scope: Scope) -> tuple[list[Choice], list[str]]:
-    """(every pair of levels that can meet on this machine; what cannot run here and why). Baseline
-    first, then all of the best.
+    """(configurations that cover every pair of levels that can run together on this machine, what
+    cannot run here and why). The first configuration is the baseline, the second all best levels.
     """
     levels: dict[str, list[Any]] = {}
     absent = []
@@ -114,7 +114,7 @@ def configurations(scope: Scope) -> tuple[list[Choice], list[str]]:
 
 
 def all_jobs(scope: Scope, drawn: list[str]) -> tuple[list[Job], list[str]]:
-    """The jobs in the order of the page, and what cannot run here."""
+    """The jobs in the order of the page, and what cannot run on this machine."""
     choices, absent = configurations(scope)
     drawn_and_more = (*drawn, CONTROL, SAMPLED, TRUNCATED)
     first = scope.dtypes[0]
@@ -146,7 +146,7 @@ def all_jobs(scope: Scope, drawn: list[str]) -> tuple[list[Job], list[str]]:
             jobs.append(
                 Job(
                     f"hf {dtype}: batches of {size}",
-                    "HF generate, its own random numbers",
+                    "HF generate, with its own random generator",
                     "hf",
                     config,
                     dtype,
@@ -164,7 +164,7 @@ def all_jobs(scope: Scope, drawn: list[str]) -> tuple[list[Job], list[str]]:
         jobs.append(
             Job(
                 f"{peer} {first}",
-                "another engine, its own random numbers",
+                "another engine, with its own random generator",
                 peer,
                 config,
                 first,
@@ -173,12 +173,12 @@ def all_jobs(scope: Scope, drawn: list[str]) -> tuple[list[Job], list[str]]:
             )
         )
     for dtype in scope.dtypes:
-        for broken in BROKEN:
+        for broken in controls(CONTROL_PROMPT):
             config = {"dtype": dtype, "device": scope.device, "max_num_seqs": 48}
             jobs.append(
                 Job(
                     f"broken {dtype}: {broken}",
-                    "HF, broken on purpose",
+                    "HF, deliberately broken",
                     "hf",
                     config,
                     dtype,
@@ -191,7 +191,7 @@ def all_jobs(scope: Scope, drawn: list[str]) -> tuple[list[Job], list[str]]:
     return jobs, absent
 
 
-def engine_config(scope: Scope, dtype: str) -> dict[str, Any]:
+def engine_config(scope: Scope, dtype: str) -> Config:
     return {
         "dtype": dtype,
         "device": scope.device,
@@ -202,8 +202,10 @@ def engine_config(scope: Scope, dtype: str) -> dict[str, Any]:
     }
 
 
-def kv_cache_bytes(shape: dict[str, Any], dtype: str) -> int:
-    """Room for twice the longest request: MAX_NUM_SEQS of them do not fit, so some are preempted."""
+def kv_cache_bytes(shape: ModelShape, dtype: str) -> int:
+    """The size of a KV cache for two of the longest requests: MAX_NUM_SEQS of them do not fit, so
+    some are preempted.
+    """
     blocks = 2 * -(-(work.LONGEST_PROMPT + work.LONGEST_ANSWER) // work.BLOCK_SIZE) + 1
     bytes_per_value = {"float32": 4, "bfloat16": 2}[dtype]
     per_token = (
@@ -217,7 +219,7 @@ def kv_cache_bytes(shape: dict[str, Any], dtype: str) -> int:
 
 
 def describe(choice: Choice) -> str:
-    """The switches that are not at their baseline."""
+    """The optimizations that are not at their baseline, as text."""
     on = [
         f"{name}={level_name(level)}" for name, level in choice.items() if level != LEVELS[name][0]
     ]

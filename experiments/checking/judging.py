@@ -1,42 +1,41 @@
-"""The gate over everything a check has served, in a process of its own: torch and transformers.
+"""Runs the gate over all outputs of a check, in a separate process with torch and transformers.
 
     python -m experiments.checking.judging --folder DIR --model DIR
 
-reads DIR/jobs.json, work.json and served/, prints a line "progress DONE ALL" after each verdict,
+reads DIR/jobs.json, work.json and served/, prints a line "progress DONE TOTAL" after each verdict,
 and writes DIR/verdicts.json: a list of {"name", "group", "dtype", "expected", "status", "good",
-"reason", ...}. `good`: the verdict is the one expected.
+"reason", ...}. `good`: the verdict is the expected one.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
 from experiments.checking.jobs import CONTROL, SAMPLED, TRUNCATED, Job
-from experiments.checking.work import Request, Workloads
+from experiments.checking.results import JobResult, Line, Logprobs, Noise, Served
+from experiments.checking.work import Workloads
 from experiments.gate.judge import judge_outputs, make_rescorer
 from experiments.gate.negative_controls import tamper
 from experiments.gate.rescoring import Rescorer
 from experiments.gate.rules import GateParams, GateResult, compare_logprobs, judge
 from experiments.gate.same_work import read_vocabulary, same_work
 from experiments.gate.verdicts import NATIVE_ENGINES
+from experiments.records.types import GateStatus, Request
 
-Verdict = dict[str, Any]
 HOTTER = 1.25
 
 
 class Judge:
-    """Holds a rescorer for each dtype, the work, and what was served of it by job."""
+    """Holds a rescorer for each dtype, the workloads, and the outputs of each job."""
 
     def __init__(
-        self, model: Path, work: Workloads, jobs: Sequence[Job], served: dict[str, Any]
+        self, model: Path, work: Workloads, jobs: Sequence[Job], served: dict[str, JobResult]
     ) -> None:
         self.model, self.work, self.served = model, work, served
         self.jobs = {job.name: job for job in jobs}
@@ -49,9 +48,9 @@ class Judge:
             self._rescorers[dtype] = make_rescorer(self.model, dtype, self.params)
         return self._rescorers[dtype]
 
-    def verdict(self, job: Job) -> Verdict:
-        """On one job: same work, tokens, log-probabilities, switches; and what it has in common
-        with the job it is `like`.
+    def verdict(self, job: Job) -> Line:
+        """The verdict on one job: work, tokens, log-probabilities and toggles; and how many outputs
+        equal those of the job it is `like`.
         """
         begin = time.perf_counter()
         served = self.served[job.name]
@@ -73,24 +72,23 @@ class Judge:
         logprobs = self._logprobs(job)
         reasons = [reason for reason in (result.reason, logprobs and logprobs["reason"]) if reason]
         line = self._line(job, result, "; ".join(reasons) or None)
-        line |= {
-            "logprobs": logprobs,
-            "serve_s": served["duration_s"],
-            "judge_s": time.perf_counter() - begin,
-        }
+        line["logprobs"] = logprobs
+        line["serve_s"] = served["duration_s"]
+        line["judge_s"] = time.perf_counter() - begin
         if logprobs and logprobs["status"] == "fail":
             line["status"] = "fail"
-        # the tokens alone, and the log-probabilities alone, must give a broken engine away
+        # both the tokens and the log-probabilities must reveal a broken engine
         if job.expected == "fail":
             line["status"] = (
                 result.status if not logprobs or logprobs["status"] == "fail" else "pass"
             )
         if job.like and "error" not in self.served[job.like]:
-            line |= self._likeness(job)
-        return line | {"good": line["status"] == job.expected}
+            line["answers"], line["identical"] = self._likeness(job)
+        line["good"] = line["status"] == job.expected
+        return line
 
-    def controls(self, dtype: str) -> list[Verdict]:
-        """Tokens and settings that were tampered with after the fact; each has to fail."""
+    def controls(self, dtype: str) -> list[Line]:
+        """Verdicts on outputs or settings that were tampered with; all have to fail."""
         native = self._of(f"nanovllm {dtype}: baseline", (CONTROL, SAMPLED, TRUNCATED))
         foreign = self._of(f"hf {dtype}: batches of 48", (SAMPLED,))
         rescorer = self.rescorer(dtype)
@@ -104,23 +102,26 @@ class Judge:
 
         what, tampered = tamper(rescorer, *native, self.params)
         add(f"one token: {what}", native[0], tampered)
+        reseeded: list[Request] = [
+            {**request, "seed": request["seed"] + 1} for request in native[0]
+        ]
         add(
             "sampled with other seeds",
-            [request | {"seed": request["seed"] + 1} for request in native[0]],
+            reseeded,
             native[1],
         )
-        add("two answers exchanged", native[0], [native[1][1], native[1][0], *native[1][2:]])
-        colder = [
-            request | {"temperature": request["temperature"] / HOTTER} for request in foreign[0]
+        add("two outputs swapped", native[0], [native[1][1], native[1][0], *native[1][2:]])
+        colder: list[Request] = [
+            {**request, "temperature": request["temperature"] / HOTTER} for request in foreign[0]
         ]
         add(f"HF's samples at {HOTTER:g} times the temperature", colder, foreign[1], foreign=True)
         return lines
 
-    def lower_precision(self) -> Verdict:
-        """bfloat16 passed off as float32."""
+    def lower_precision(self) -> Line:
+        """The verdict on bfloat16 outputs judged as float32; it has to fail."""
         requests, outputs = self._of("hf bfloat16: batches of 48", (CONTROL,))
         result = judge_outputs(self.rescorer("float32"), requests, outputs, self.params)
-        return self._control("HF in bfloat16, passed off as float32", "float32", result)
+        return self._control("HF in bfloat16, judged as float32", "float32", result)
 
     def _of(self, job: str, names: Sequence[str]) -> tuple[list[Request], list[list[int]]]:
         served = self.served[job]["workloads"]
@@ -129,13 +130,13 @@ class Judge:
             [output for name in names for output in served[name]["outputs"]],
         )
 
-    def _wrong_work(self, name: str, served: dict[str, Any]) -> list[str]:
+    def _wrong_work(self, name: str, served: Served) -> list[str]:
         reasons = served["finish_reasons"]
         counts = {reason: reasons.count(reason) for reason in set(reasons)}
         found = same_work(self.work[name], served["outputs"], counts, self.eos_ids, self.vocab_size)
         return [f"{name}: {problem}" for problem in found]
 
-    def _logprobs(self, job: Job) -> dict[str, Any] | None:
+    def _logprobs(self, job: Job) -> Logprobs | None:
         served = self.served[job.name]["logprobs"]
         if not served:
             return None
@@ -144,23 +145,28 @@ class Judge:
         values = [value for name in job.logprobs for value in served[name]["logprobs"]]
         foreign = job.engine not in NATIVE_ENGINES
         scores = self.rescorer(job.dtype).score(requests, outputs, foreign=foreign)
-        return dataclasses.asdict(compare_logprobs(scores, values, job.dtype, self.params))
+        result = compare_logprobs(scores, values, job.dtype, self.params)
+        return {
+            "status": result.status,
+            "reason": result.reason,
+            "positions": result.positions,
+            "engine_error": result.engine_error,
+            "hf_error": result.hf_error,
+            "bound": result.bound,
+        }
 
-    def _likeness(self, job: Job) -> dict[str, int]:
-        """How many answers are the other job's to the token. Where they differ, the first
-        difference of both stands after the same tokens, and the gate has judged it for both: a
-        near-tie, or a failure.
+    def _likeness(self, job: Job) -> tuple[int, int]:
+        """The number of outputs, and of those that are identical to the other job's. Where two outputs differ,
+        the first difference follows the same tokens, so the gate has judged it in both: it is a
+        near-tie or a failure.
         """
         assert job.like is not None
         names = [name for name in job.workloads if name in self.jobs[job.like].workloads]
         ours, theirs = (self._of(name, names)[1] for name in (job.name, job.like))
-        return {
-            "answers": len(ours),
-            "identical": sum(a == b for a, b in zip(ours, theirs, strict=True)),
-        }
+        return len(ours), sum(a == b for a, b in zip(ours, theirs, strict=True))
 
-    def _line(self, job: Job, result: GateResult | None, reason: str | None) -> Verdict:
-        status = "error" if result is None else result.status
+    def _line(self, job: Job, result: GateResult | None, reason: str | None) -> Line:
+        status: GateStatus = "error" if result is None else result.status
         return {
             "name": job.name,
             "group": job.group,
@@ -169,25 +175,25 @@ class Judge:
             "status": status,
             "good": False,
             "reason": reason,
-            "gate": result and dataclasses.asdict(result),
+            "gate": result.as_verdict() if result else None,
         }
 
-    def _control(self, name: str, dtype: str, result: GateResult) -> Verdict:
+    def _control(self, name: str, dtype: str, result: GateResult) -> Line:
         return {
             "name": f"tampered {dtype}: {name}",
-            "group": "right tokens, changed afterwards",
+            "group": "correct outputs, changed afterwards",
             "dtype": dtype,
             "expected": "fail",
             "status": result.status,
             "good": result.status == "fail",
             "reason": result.reason,
-            "gate": dataclasses.asdict(result),
+            "gate": result.as_verdict(),
         }
 
 
-def noise(judge_of: Judge, dtype: str) -> dict[str, Any]:
-    """HF's own error in `dtype` over the control workloads, as served by the baseline: the noise
-    that bounds come from.
+def noise(judge_of: Judge, dtype: str) -> Noise:
+    """HF's own error in `dtype` on the baseline's outputs of the control workloads: the noise from
+    which bounds are calculated.
     """
     requests, outputs = judge_of._of(f"nanovllm {dtype}: baseline", (CONTROL, SAMPLED, TRUNCATED))
     result = judge(judge_of.rescorer(dtype).score(requests, outputs), dtype, judge_of.params)
@@ -196,7 +202,7 @@ def noise(judge_of: Judge, dtype: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.checking.judging", description="Judge what a check has served."
+        prog="python -m experiments.checking.judging", description="Judge the outputs of a check."
     )
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
@@ -210,7 +216,7 @@ def main() -> None:
     judge_of = Judge(
         given.model, json.loads((given.folder / "work.json").read_text()), jobs, served
     )
-    lines: list[Verdict] = []
+    lines: list[Line] = []
     for job in jobs:
         lines.append(judge_of.verdict(job))
         print(f"progress {len(lines)} {len(jobs) + 1}", flush=True)

@@ -1,6 +1,4 @@
-"""One page of results: a table on the terminal, check.md, and check.html, which needs nothing
-beside it.
-"""
+"""The results of a check: a table on the terminal, check.md, and a self-contained check.html."""
 
 from __future__ import annotations
 
@@ -11,17 +9,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from experiments.checking.results import CheckResult, Line
+
 COLUMNS = (
     "",
-    "what ran",
+    "job",
     "gate",
     "tokens",
-    "differ",
+    "mismatches",
     "largest margin",
     "bound",
-    "log-prob error / bound",
-    "same answers",
-    "remark",
+    "logprob error / bound",
+    "identical outputs",
+    "note",
 )
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#1b1b1b;background:#fff}
@@ -36,24 +36,26 @@ def number(value: Any) -> str:
     return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
-def row(line: dict[str, Any]) -> list[str]:
-    """The cells of one verdict, in the order of COLUMNS."""
-    gate, logprobs = line["gate"] or {}, line.get("logprobs")
+def row(line: Line) -> list[str]:
+    """The table row of one verdict, in the order of COLUMNS."""
+    gate, logprobs = line["gate"], line.get("logprobs")
     verdict = {"pass": "passes", "fail": "fails", "error": "error"}[line["status"]]
     same = f"{line['identical']} of {line['answers']}" if "identical" in line else ""
-    distribution = (gate.get("calibration") or {}).get("distribution")
+    distribution = gate["calibration"].get("distribution") if gate else None
     remark = line["reason"] or (
         f"z = {distribution['z']:.1f}, limit {distribution['z_limit']:.1f}" if distribution else ""
     )
     if line["good"] and line["expected"] == "fail":
-        remark = f"as it must: {remark}"
+        remark = f"as expected: {remark}"
     return [
         "ok" if line["good"] else "NOT OK",
         line["name"],
         verdict,
-        *(
-            number(gate.get(name))
-            for name in ("tokens_checked", "mismatches", "max_margin", "bound")
+        *map(
+            number,
+            (gate["tokens_checked"], gate["mismatches"], gate["max_margin"], gate["bound"])
+            if gate
+            else (None,) * 4,
         ),
         f"{number(logprobs['engine_error']['max'])} / {number(logprobs['bound']['max'])}"
         if logprobs
@@ -63,38 +65,38 @@ def row(line: dict[str, Any]) -> list[str]:
     ]
 
 
-def headline(result: dict[str, Any]) -> str:
+def headline(result: CheckResult) -> str:
     lines = result["lines"]
     bad = [line for line in lines if not line["good"]]
     right, broken = (
         [line for line in lines if line["expected"] == kind] for kind in ("pass", "fail")
     )
     if not bad:
-        return f"All is as it must be: {len(right)} configurations and engines pass the gate, {len(broken)} broken ones fail it."
-    return f"{len(bad)} of {len(lines)} verdicts are not as they must be: " + "; ".join(
+        return f"All as expected: {len(right)} configurations and engines pass the gate, {len(broken)} broken ones fail it."
+    return f"{len(bad)} of {len(lines)} verdicts are not as expected: " + "; ".join(
         line["name"] for line in bad
     )
 
 
-def facts(result: dict[str, Any]) -> list[str]:
-    """What was served, by what, with which noise; one sentence a line."""
+def facts(result: CheckResult) -> list[str]:
+    """Model, hardware, workloads, noise and skipped configurations; one sentence each."""
     model, work = result["model"], result["workloads"]
     known = [
         f"Model {Path(model['name']).name} (digest {model['digest'][:12]}) on {result['device']}: {result['hardware']}.",
-        f"{work['requests']:,} requests in {work['drawn']} workloads drawn by Hypothesis and 3 fixed ones; "
+        f"{work['requests']:,} requests in {work['drawn']} workloads drawn by Hypothesis and 3 fixed workloads; "
         f"{result['duration_s']:.0f} s.",
     ]
     for dtype, noise in result["noise"].items():
         error = noise["hf_error"]
         known.append(
-            f"{dtype}: HF's own error against {noise['reference_dtype']} is {error['q50']:.2g} (median), {error['q999']:.2g} "
-            f"(99.9 %), {error['max']:.2g} (largest) logits over {noise['tokens']:,} tokens; the bound is "
+            f"{dtype}: HF's own error relative to {noise['reference_dtype']} is {error['q50']:.2g} (median), {error['q999']:.2g} "
+            f"(99.9 %), {error['max']:.2g} (maximum) logits over {noise['tokens']:,} tokens; the bound is "
             f"{noise['factor']:g} x {error['max']:.2g} + {noise['floor']:.2g} = {noise['bound']:.2g}."
         )
-    return known + [f"Not on this machine: {reason}" for reason in result["absent"]]
+    return known + [f"Skipped on this machine: {reason}" for reason in result["absent"]]
 
 
-def markdown(result: dict[str, Any]) -> str:
+def markdown(result: CheckResult) -> str:
     def cells(values: list[str]) -> str:
         return (
             "| "
@@ -113,7 +115,7 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     return "\n".join(
         [
-            "# Is the output right: make check",
+            "# Output check (make check)",
             "",
             f"**{headline(result)}**",
             "",
@@ -121,7 +123,7 @@ def markdown(result: dict[str, Any]) -> str:
             "",
             *table,
             "",
-            "## What ran",
+            "## Jobs",
             "",
             *meaning,
             "",
@@ -129,7 +131,7 @@ def markdown(result: dict[str, Any]) -> str:
     )
 
 
-def page(result: dict[str, Any]) -> str:
+def page(result: CheckResult) -> str:
     def cell(column: int, value: str) -> str:
         return f"<td{' class=n' if 3 <= column <= 8 else ''}>{html.escape(value)}</td>"
 
@@ -146,18 +148,19 @@ def page(result: dict[str, Any]) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS)
     listed = "".join(f"<li>{html.escape(fact)}</li>" for fact in facts(result))
     return (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'><title>check</title>"
-        f"<style>{_STYLE}</style><h1>Is the output right</h1><p><b>{html.escape(headline(result))}</b></p><ul>{listed}</ul>"
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        "<title>Output check</title>"
+        f"<style>{_STYLE}</style><h1>Output check</h1><p><b>{html.escape(headline(result))}</b></p><ul>{listed}</ul>"
         f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></html>\n"
     )
 
 
-def write(result: dict[str, Any], folder: Path) -> None:
+def write(result: CheckResult, folder: Path) -> None:
     (folder / "check.md").write_text(markdown(result))
     (folder / "check.html").write_text(page(result))
 
 
-def show(result: dict[str, Any], console: Console) -> None:
+def show(result: CheckResult, console: Console) -> None:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     for index, name in enumerate(COLUMNS[:7]):
         table.add_column(

@@ -1,9 +1,9 @@
-"""All pairs: the fewest configurations, found greedily, in which every two levels of different
-switches meet.
+"""Pairwise testing: a small set of configurations, found greedily, in which every two levels of
+different optimizations occur together.
 
-Faults of optimizations are mostly faults of two of them together; trying each alone misses those,
-and trying all combinations takes hundreds of launches. (Cohen et al., "The AETG system", IEEE TSE
-1997, on why pairs, and why greedy is good enough.)
+Most faults of optimizations need two of them together. Testing each alone would miss those, and all
+combinations would take hundreds of launches. (Cohen et al., "The AETG system", IEEE TSE 1997, on
+why pairs, and why greedy is good enough.)
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-Choice = dict[str, Any]
+from experiments.records.types import Config
+
+Choice = Config
 Pair = tuple[tuple[str, Any], tuple[str, Any]]
 
 
@@ -23,7 +25,7 @@ def pairs_of(choice: Choice) -> set[Pair]:
 def combinations(
     levels: Mapping[str, Sequence[Any]], allowed: Callable[[Choice], bool]
 ) -> Iterator[Choice]:
-    """Every allowed combination of one level of each switch, in the order of the levels."""
+    """All allowed combinations of one level per optimization, in the order of the levels."""
     for values in itertools.product(*levels.values()):
         choice = dict(zip(levels, values, strict=True))
         if allowed(choice):
@@ -35,14 +37,12 @@ def pairwise(
     allowed: Callable[[Choice], bool] = lambda choice: True,
     first: Sequence[Choice] = (),
 ) -> list[Choice]:
-    """`first`, and then as many choices as it takes until every pair that an allowed choice holds
-    is in one of them.
-
-    Raises ValueError if `first` holds a choice that is not allowed.
+    """`first`, and further choices until every pair of levels that any allowed choice has is
+    covered. Raises ValueError if `first` holds a choice that is not allowed.
     """
     pool = list(combinations(levels, allowed))
     if foreign := [choice for choice in first if choice not in pool]:
-        raise ValueError(f"{foreign[0]} is no allowed combination of {dict(levels)}")
+        raise ValueError(f"{foreign[0]} is not an allowed combination of {dict(levels)}")
     chosen = [choice for i, choice in enumerate(first) if choice not in first[:i]]
     missing = set().union(*map(pairs_of, pool)) - set().union(*map(pairs_of, chosen))
     while missing:

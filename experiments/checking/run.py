@@ -1,5 +1,5 @@
-"""Conducts a check: draws the work, runs every job in its own process (two at a time on a CPU),
-judges, and writes the page.
+"""Runs a check: draws the workloads, runs every job in its own process (two at a time on a CPU),
+judges the outputs, and writes the page.
 """
 
 from __future__ import annotations
@@ -10,36 +10,35 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.checking import page, work
 from experiments.checking.jobs import Job, Scope, all_jobs, control_workloads
+from experiments.checking.results import CheckResult, NamedModel
 from experiments.host import model_files, provenance
-from experiments.host.environment import of_child
+from experiments.host.environment import for_subprocess
+from experiments.host.telemetry import gpu_inventory
 from experiments.launch.runner import kill_group, tail
 
 TIMEOUT_S = 900
 
 
 class CheckError(Exception):
-    """A check that could not be made; the message says what to do."""
+    """A check that could not be completed; the message says what to do."""
 
 
 def run(
     folder: Path,
-    model: dict[str, Any],
+    model: NamedModel,
     scope: Scope,
     drawn: int,
     pythons: dict[str, str],
     console: Console,
 ) -> bool:
-    """True if every verdict is the one expected. model: {"name", "path", "digest"}. Writes
-    folder/check.{json,md,html}.
-
-    Raises CheckError where the gate itself ends in an error.
+    """Runs a check and writes folder/check.{json,md,html}. True if every verdict is the expected
+    one. Raises CheckError if the gate itself fails.
     """
     begin = time.monotonic()
     (folder / "served").mkdir(parents=True, exist_ok=True)
@@ -65,14 +64,16 @@ def run(
         serve_all(jobs, folder, model["path"], scope, pythons, console, progress)
         judge_all(folder, model["path"], progress)
     verdicts = json.loads((folder / "verdicts.json").read_text())
-    result = {
+    result: CheckResult = {
         "model": model,
         "device": scope.device,
-        "hardware": provenance.of_machine().get("cpu_model") or provenance.cpu_model(),
+        "hardware": hardware_of(scope.device),
         "workloads": {"drawn": len(names), "requests": sum(map(len, workloads.values()))},
         "absent": absent,
         "duration_s": time.monotonic() - begin,
-        **verdicts,
+        "lines": verdicts["lines"],
+        "noise": verdicts["noise"],
+        "good": False,
     }
     result["good"] = all(line["good"] for line in result["lines"])
     (folder / "check.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -90,7 +91,7 @@ def serve_all(
     console: Console,
     progress: Progress,
 ) -> None:
-    """A job that fails is written down as an error, with the end of what it printed."""
+    """Runs all jobs. A job that fails is recorded as an error, with the end of its output."""
     task = progress.add_task("serving", total=len(jobs))
     at_once = 1 if scope.device == "cuda" else max(1, min(2, provenance.cpu_cores()))
     with ThreadPoolExecutor(at_once) as pool:
@@ -105,14 +106,14 @@ def serve_all(
             progress.update(task, advance=1, description=futures[future].name[:40])
             if error or not console.is_terminal:
                 console.print(
-                    f"served   {futures[future].name}{': ' + error if error else ''}",
+                    f"done     {futures[future].name}{': ' + error if error else ''}",
                     markup=False,
                     highlight=False,
                 )
 
 
 def serve_one(number: int, job: Job, folder: Path, model: str, python: str) -> str | None:
-    """Runs one job to its end; the error, if there was one."""
+    """Runs one job to its end. Returns the error, if there was one."""
     out, log = folder / "served" / f"{number:02d}.json", folder / "logs" / f"{number:02d}.log"
     file = folder / "logs" / f"{number:02d}.job.json"
     file.write_text(json.dumps(job.as_dict()))
@@ -131,7 +132,7 @@ def serve_one(number: int, job: Job, folder: Path, model: str, python: str) -> s
     ]
     error = None
     with log.open("wb") as output:
-        child = subprocess.Popen(
+        process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=output,
@@ -140,17 +141,17 @@ def serve_one(number: int, job: Job, folder: Path, model: str, python: str) -> s
             env=environment(),
         )
         try:
-            status = child.wait(timeout=TIMEOUT_S)
+            status = process.wait(timeout=TIMEOUT_S)
             if status != 0:
                 error = f"exit status {status}"
         except subprocess.TimeoutExpired:
-            error = f"not ready after {TIMEOUT_S} s"
+            error = f"not finished after {TIMEOUT_S} s"
         finally:
-            kill_group(child)
+            kill_group(process)
     if error is None and not out.exists():
         error = "ended without a result"
     if error is not None:
-        error = f"{error}: {tail(log, 3)} (all of it: logs/{log.name})"
+        error = f"{error}: {tail(log, 3)} (full log: logs/{log.name})"
         out.write_text(json.dumps({"job": job.name, "error": error}))
     return error
 
@@ -170,27 +171,37 @@ def judge_all(folder: Path, model: str, progress: Progress) -> None:
     with log.open("w") as output:
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=output, text=True, env=environment()
-        ) as child:
-            assert child.stdout is not None
+        ) as process:
+            assert process.stdout is not None
             try:
-                for line in child.stdout:
+                for line in process.stdout:
                     if line.startswith("progress "):
                         done, total = map(int, line.split()[1:])
                         progress.update(task, completed=done, total=total)
             except BaseException:
-                child.kill()
+                process.kill()
                 raise
-        if child.returncode != 0:
+        if process.returncode != 0:
             raise CheckError(
-                f"the gate ended with status {child.returncode}: {tail(log, 6)} (all of it: {log})"
+                f"the gate exited with status {process.returncode}: {tail(log, 6)} (full log: {log})"
             )
 
 
 def environment() -> dict[str, str]:
-    """One thread a process, for models this small."""
-    return of_child({"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
+    """One thread per process, which is best for small models."""
+    return for_subprocess({"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
 
 
-def find_model(preset: str | None, path: str | None) -> dict[str, Any]:
-    """Raises ModelError."""
-    return {"name": preset or path, **model_files.inspect(preset, path)}
+def find_model(preset: str | None, path: str | None) -> NamedModel:
+    """The model of a check, by preset or folder. Raises ModelError."""
+    found = model_files.inspect(preset, path)
+    return {"name": preset or path or "", "path": found["path"], "digest": found["digest"]}
+
+
+def hardware_of(device: str) -> str:
+    """The hardware that a check ran on: the GPUs of this process, or the CPU."""
+    if device != "cuda":
+        return provenance.cpu_model()
+    names = [gpu["name"] for gpu in gpu_inventory()]
+    counts = {name: names.count(name) for name in names}
+    return ", ".join(f"{n} x {name}" if n > 1 else name for name, n in counts.items()) or "GPU"

@@ -1,12 +1,11 @@
-"""One engine of a check, in a process and an interpreter of its own: serves the drawn workloads one
-after the other.
+"""Serves the workloads of a check with one engine, in a process and an interpreter of its own.
 
     PYTHON -m experiments.checking.serve --job job.json --work work.json --model DIR --out
     served.json
 
-Standard library and that engine only. Works with every adapter of `experiments.engines`;
-log-probabilities are asked for, in a second pass, of adapters that have `logprobs`. An engine that
-is to be broken (`broken`) is HF's.
+Needs only the standard library and that engine. Works with every adapter of `experiments.engines`;
+those that have `logprobs` are asked for log-probabilities in a second pass. Only HF can be broken
+on purpose (`broken`).
 """
 
 from __future__ import annotations
@@ -18,32 +17,32 @@ import time
 from pathlib import Path
 from typing import Any
 
+from experiments.checking.results import JobResult, Served
 from experiments.engines import Adapter, load_adapter
 from experiments.launch.engine_process import die_with_runner, named, wrong_toggles
+from experiments.records.types import JsonObject, LogprobAnswer, Request
 
-Request = dict[str, Any]
 
-
-def serve(job: dict[str, Any], work: dict[str, list[Request]], model: str) -> dict[str, Any]:
+def serve(job: JsonObject, work: dict[str, list[Request]], model: str) -> JobResult:
     """{"workloads": {name: {"outputs", "finish_reasons"}}, "logprobs": {...} | None, "toggles",
     "problems", "duration_s"}.
     """
     adapter = load_adapter(job["engine"])(model, job["config"])
     resolved = adapter.load()
     if job["broken"] is not None:
-        from experiments.gate.negative_controls import BROKEN
+        from experiments.gate.negative_controls import CONTROL_PROMPT, controls
 
-        BROKEN[job["broken"]](adapter._model)  # type: ignore[attr-defined]
+        controls(CONTROL_PROMPT)[job["broken"]](adapter._model)  # type: ignore[attr-defined]
     begin = time.perf_counter()
     served = {name: answer(adapter, work[name]) for name in job["workloads"]}
     toggles = named(adapter.toggles())
-    logprobs = None
+    logprobs: dict[str, LogprobAnswer] | None = None
     if job["logprobs"] and hasattr(adapter, "logprobs"):
         adapter.reset()
         logprobs = {name: adapter.logprobs(work[name]) for name in job["logprobs"]}
     duration_s = time.perf_counter() - begin
     adapter.close()
-    problems = wrong_toggles(toggles, {"config": job["config"]})
+    problems = wrong_toggles(toggles, job["config"])
     return {
         "job": job["name"],
         "workloads": served,
@@ -55,10 +54,10 @@ def serve(job: dict[str, Any], work: dict[str, list[Request]], model: str) -> di
     }
 
 
-def answer(adapter: Adapter, requests: list[Request]) -> dict[str, Any]:
-    """Outputs and finish reasons in the order of the requests. HF's `generate` has one sampling
-    setting a batch, so it gets the requests of each setting apart. The prefix cache lives on from
-    one workload to the next: later ones find it warm.
+def answer(adapter: Adapter, requests: list[Request]) -> Served:
+    """Outputs and finish reasons in the order of the requests. HF's `generate` needs the same
+    sampling parameters for all requests of a batch, so requests are grouped by them. The prefix
+    cache is kept between workloads, so that later ones hit it.
     """
     if adapter.name != "hf":
         served = adapter.serve(requests)

@@ -1,8 +1,8 @@
-"""What a check serves: workloads drawn by Hypothesis into a file, before any engine is started.
+"""The workloads of a check, drawn by Hypothesis and written to a file before any engine is started.
 
-Small, and of the kind that engines trip over: lengths at and around block boundaries, shared and
-nested prefixes, the same prompt twice, mixed sampling parameters in one batch, answers of one
-token, EOS heeded or not.
+They are small and full of edge cases: lengths at and around block boundaries, shared and nested
+prefixes, identical prompts, mixed sampling parameters in one batch, outputs of one token, with and
+without EOS.
 """
 
 from __future__ import annotations
@@ -10,25 +10,34 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+
+from experiments.records.types import Request
 
 BLOCK_SIZE = 16
 LONGEST_PROMPT, LONGEST_ANSWER = 80, 24
-GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
-SAMPLINGS = (
+
+
+class Sampling(TypedDict):
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+GREEDY: Sampling = {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
+SAMPLINGS: tuple[Sampling, ...] = (
     GREEDY,
     {"temperature": 0.6, "top_k": 0, "top_p": 1.0},
     {"temperature": 1.0, "top_k": 20, "top_p": 1.0},
     {"temperature": 0.8, "top_k": 0, "top_p": 0.9},
     {"temperature": 1.3, "top_k": 100, "top_p": 0.8},
 )
-Request = dict[str, Any]
 Workloads = dict[str, list[Request]]
 
 
 def draw(number: int, vocab_size: int, seed: int = 0) -> Workloads:
-    """`number` different workloads by name ("drawn-000", ...), the same ones for the same arguments
-    and version of Hypothesis.
+    """`number` distinct workloads by name ("drawn-000", ...). Deterministic for a given version of
+    Hypothesis.
     """
     import hypothesis
     from hypothesis import HealthCheck, Phase, given, settings
@@ -58,7 +67,7 @@ def draw(number: int, vocab_size: int, seed: int = 0) -> Workloads:
         deadline=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
-        derandomize=False,  # where CI is set, Hypothesis would leave the seed alone
+        derandomize=False,  # if CI is set, Hypothesis would ignore the seed
     )
     @given(st.lists(one, min_size=1, max_size=6), st.integers(0, 2**31 - 1))
     def collect(members: list[Any], token_seed: int) -> None:
@@ -70,9 +79,8 @@ def draw(number: int, vocab_size: int, seed: int = 0) -> Workloads:
 
 
 def make(members: list[Any], rng: random.Random, vocab_size: int) -> list[Request]:
-    """Requests of (prompt length, answer length, sampling, kind of prompt, ignore_eos, seed): a
-    prompt is new, begins as the one before it (up to half of its own length), or is that of the one
-    before.
+    """Requests from (prompt length, output length, sampling, kind of prompt, ignore_eos, seed). A
+    prompt is new, shares a prefix of up to half its length with the one before it, or equals it.
     """
     requests: list[Request] = []
     for length, answer, sampling, kind, ignore_eos, seed in members:
@@ -87,7 +95,9 @@ def make(members: list[Any], rng: random.Random, vocab_size: int) -> list[Reques
             {
                 "prompt_token_ids": prompt,
                 "max_tokens": answer,
-                **sampling,
+                "temperature": sampling["temperature"],
+                "top_k": sampling["top_k"],
+                "top_p": sampling["top_p"],
                 "seed": seed,
                 "ignore_eos": ignore_eos,
             }
@@ -96,15 +106,20 @@ def make(members: list[Any], rng: random.Random, vocab_size: int) -> list[Reques
 
 
 def uniform(
-    number: int, vocab_size: int, prompt: int, answer: int, sampling: dict[str, float], seed: int
+    number: int, vocab_size: int, prompt: int, answer: int, sampling: Sampling, seed: int
 ) -> list[Request]:
-    """Requests of one length and one sampling: what HF's `generate` serves without padding."""
+    """Requests of the same length and sampling parameters, which HF's `generate` serves without
+    padding.
+    """
     rng = random.Random(seed)
-    common = {"max_tokens": answer, **sampling, "ignore_eos": True}
     return [
         {
             "prompt_token_ids": [rng.randrange(vocab_size) for _ in range(prompt)],
-            **common,
+            "max_tokens": answer,
+            "temperature": sampling["temperature"],
+            "top_k": sampling["top_k"],
+            "top_p": sampling["top_p"],
+            "ignore_eos": True,
             "seed": rng.getrandbits(31),
         }
         for _ in range(number)

@@ -1,15 +1,15 @@
-"""Whole blocks to many workers, and their records home into one folder. Standard library only;
-knows nothing of Ray.
+"""Sends whole blocks to workers and collects their records in one folder. Standard library only;
+independent of Ray.
 
     Dispatcher --start(slot, job)--> Workers --> worker: experiments.launch.Runner over one block,
     in a folder of its own
         ^                                                      |
         +----- start / end (record, tokens, log) / done -------+        lost: the worker died; refused: it cannot run this plan
 
-The dispatcher is the only writer of the records: they come home launch by launch, so that nothing
-finished is lost with a worker, and a block that lost its worker is marked superseded and begins
-again from its start, elsewhere if there is an elsewhere. A block that is found unfinished when a
-run begins is treated the same.
+Only the dispatcher writes records. It receives them launch by launch, so that finished launches
+survive the loss of their worker. A block that lost its worker is marked superseded and restarted
+from its beginning, on another worker if there is one. So is a block found unfinished when a run
+begins.
 """
 
 from __future__ import annotations
@@ -17,42 +17,59 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Literal, Protocol, Required, TypedDict
 
 from experiments.host import provenance
 from experiments.host.machine_lock import gpus_needed
 from experiments.records import store
 from experiments.records.ledger import Ledger
+from experiments.records.types import LaunchEntry, LaunchRecord, Plan, Tokens
 
 LOSSES = 3
-"""A block that lost this many workers ends the run: it is the block that kills them, or the cluster is not fit."""
+"""The run ends after a block has lost this many workers: either the block kills them, or the cluster is unstable."""
 PATIENCE_S = 60.0
-"""How long to wait for a first machine, or for one to come back."""
+"""How long to wait for a machine to appear, or to come back."""
 
-Job = dict[str, Any]
-"""{"plan", "block", "earlier": {launch: attempts}, "code_digest"}"""
-Event = dict[str, Any]
+
+class Job(TypedDict):
+    """A block for a worker. earlier: attempts recorded so far, by launch."""
+
+    plan: Plan
+    block: int
+    earlier: dict[str, int]
+    code_digest: str
+
+
+class WorkerEvent(TypedDict, total=False):
+    """An event on a worker; `event` says which of the other keys are there."""
+
+    event: Required[Literal["start", "end", "message", "done", "refused", "lost"]]
+    text: str
+    reason: str
+    launch: LaunchEntry
+    record: LaunchRecord
+    tokens: Tokens
+    logs: dict[str, str]
+    environments: dict[str, str]
 
 
 class WorkerError(Exception):
-    """Nobody there to run a block; the message says what to do."""
+    """No worker can run a block; the message says what to do."""
 
 
 class Workers(Protocol):
-    """Where blocks can run. A slot is what runs one block at a time: a machine for a study on the
-    CPU, else some GPUs of one.
+    """The machines that run blocks. A slot runs one block at a time: it is a machine for a study on
+    the CPU, else one or more GPUs of a machine.
     """
 
     def slots(self) -> dict[str, str]:
-        """Every living slot and its name for people."""
+        """All live slots and their display names."""
 
     def start(self, slot: str, job: Job) -> None:
-        """Begins a block on an idle slot."""
+        """Starts a block on an idle slot."""
 
-    def poll(self, timeout_s: float) -> list[tuple[str, Event]]:
-        """What has happened: {"event": "start" | "end" | "message" | "done" | "refused" | "lost",
-        ...}, in order for each slot.
-        """
+    def poll(self, timeout_s: float) -> list[tuple[str, WorkerEvent]]:
+        """Events since the last call, in order for each slot."""
 
 
 class Dispatcher:
@@ -71,10 +88,8 @@ class Dispatcher:
         self._git = provenance.git_state()
 
     def run(self, blocks: Iterable[int] | None = None, deadline: float | None = None) -> bool:
-        """Runs every unfinished block. deadline: a time.monotonic() by which the last block should
-        have ended. True: all ran.
-
-        Raises WorkerError, RecordError.
+        """Runs unfinished blocks. Starts none that is expected to end after `deadline`, a value of
+        time.monotonic(). True if all ran. Raises WorkerError, RecordError.
         """
         self.queue = sorted({entry["block"] for entry in self.ledger.pending(blocks)})
         self._begin_again()
@@ -84,7 +99,8 @@ class Dispatcher:
             self._assign(deadline)
             if self.is_late and not self.running:
                 self.listener(
-                    "message", {"text": "stopped: no further block would end before the deadline"}
+                    "message",
+                    {"text": "stopped: no further block would finish before the deadline"},
                 )
                 return False
             if self.running:
@@ -100,14 +116,14 @@ class Dispatcher:
         for block in self.queue:
             self.ledger.supersede(
                 block,
-                f"block {block} was not finished when the run was stopped; it begins again from its start",
+                f"block {block} was not finished when the run was stopped; it is restarted",
             )
         if found:
             self.ledger.note_resumed(provenance.boot_id())
 
     def _assign(self, deadline: float | None) -> None:
-        """Gives idle slots blocks: the first that was not lost there, or any if it was lost
-        everywhere else as well.
+        """Assigns blocks to idle slots: the first that was not lost there, or one that was lost on
+        all other slots, too.
         """
         alive = self.workers.slots()
         self.names |= alive
@@ -147,10 +163,10 @@ class Dispatcher:
             )
             self.listener("workers", {"count": len(self.running)})
 
-    def _take(self, slot: str, event: Event) -> None:
+    def _take(self, slot: str, event: WorkerEvent) -> None:
         block, kind = self.running[slot], event["event"]
         if kind == "start":
-            self.listener("start", event)
+            self.listener("start", {"launch": event["launch"]})
         elif kind == "end":
             self._record(event)
         elif kind == "message":
@@ -162,13 +178,13 @@ class Dispatcher:
             elif kind == "refused":
                 self.aside[slot] = event["reason"]
                 self._requeue(
-                    block, f"{self.names[slot]} cannot go on with block {block}: {event['reason']}"
+                    block, f"{self.names[slot]} cannot run block {block}: {event['reason']}"
                 )
 
-    def _record(self, event: Event) -> None:
+    def _record(self, event: WorkerEvent) -> None:
         record = event["record"]
-        # Code that was sent to a worker is no clone there; its digest has been found equal to ours,
-        # so our git state is its.
+        # The worker's copy of the code is not a git repository. Its digest equals ours, so our git
+        # state applies.
         record["provenance"]["git"] = record["provenance"]["git"] or self._git
         for name, text in event["logs"].items():
             store.write_whole(self.ledger.out / store.LOGS / name, text)
@@ -186,14 +202,14 @@ class Dispatcher:
         )
         if self.losses[block] >= LOSSES:
             raise WorkerError(
-                f"block {block} lost its worker {LOSSES} times, the last time on {self.names[slot]} ({reason}). Look for memory "
-                "that ran out, or launches that crash their machine. Finished blocks are recorded; the same command goes on."
+                f"block {block} lost its worker {LOSSES} times, the last time on {self.names[slot]} ({reason}). Check whether the "
+                "workers run out of memory or crash. Finished blocks are recorded; run the same command to resume."
             )
 
     def _requeue(self, block: int, reason: str) -> None:
-        self.ledger.supersede(block, f"{reason}; the block begins again from its start")
+        self.ledger.supersede(block, f"{reason}; the block is restarted")
         self.queue.insert(0, block)
-        self.listener("message", {"text": f"{reason}; the block begins again from its start"})
+        self.listener("message", {"text": f"{reason}; the block is restarted"})
         self._tell_pending()
 
     def _tell_pending(self) -> None:
@@ -204,12 +220,12 @@ class Dispatcher:
         reasons = "; ".join(f"{self.names[slot]}: {reason}" for slot, reason in self.aside.items())
         why = (
             reasons
-            or f"no machine with what it needs ({needs_of(self.ledger.plan)}) was there for {self.patience_s:g} s"
+            or f"no machine with {needs_of(self.ledger.plan)} was available for {self.patience_s:g} s"
         )
-        return f"no worker can run block {self.queue[0]}: {why}. Finished blocks are recorded; the same command goes on."
+        return f"no worker can run block {self.queue[0]}: {why}. Finished blocks are recorded; run the same command to resume."
 
 
-def needs_of(plan: dict[str, Any]) -> str:
-    """What a slot must have, in words."""
+def needs_of(plan: Plan) -> str:
+    """The resources that a slot must have, as text."""
     number = gpus_needed(plan)
     return f"{number} GPU{'s' if number > 1 else ''}" if number else "a CPU"

@@ -1,8 +1,8 @@
-"""Where blocks run. A block is dispatched as a whole, so that no pair of launches straddles two
-machines.
+"""The executors of a plan. A block always runs on one machine, because launches are only compared
+within a block.
 
-`local` runs them here, one after the other; `ray` on the machines of a Ray cluster, many at a time
-(docs/adr/0005-ray.md).
+`local` runs blocks on this machine, one after the other; `ray` runs them in parallel on the machines
+of a Ray cluster (docs/adr/0005-ray.md).
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from experiments.cluster.dispatch import Dispatcher
 from experiments.cluster.ray_workers import RayWorkers
 from experiments.host import provenance
 from experiments.launch.runner import Runner
 from experiments.records.ledger import Ledger, Listener
+from experiments.records.types import Plan
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a plan is executed. pythons: interpreters by engine. blocks: only these. deadline_s:
-    start nothing that ends later.
-    ray_address: of a running cluster; see RayWorkers."""
+    """How a plan is executed. pythons: interpreters by engine. blocks: run only these. deadline_s:
+    skip launches not expected to finish within this time. ray_address: address of a running
+    cluster; see RayWorkers.
+    """
 
     executor: str = "local"
     pythons: dict[str, str] = field(default_factory=dict)
@@ -33,14 +34,12 @@ class Options:
     ray_address: str | None = None
 
 
-Execute = Callable[[dict[str, Any], Path, Options, Listener], bool]
+Execute = Callable[[Plan, Path, Options, Listener], bool]
 
 
-def run_local(plan: dict[str, Any], out: Path, options: Options, listener: Listener) -> bool:
-    """Runs every pending block on this machine, resuming what `out` holds; False if the deadline
-    came first.
-
-    Raises RecordError, ModelError.
+def run_local(plan: Plan, out: Path, options: Options, listener: Listener) -> bool:
+    """Runs pending blocks on this machine, resuming the run in `out`. False if the deadline stopped
+    it. Raises RecordError, ModelError.
     """
     deadline = None if options.deadline_s is None else time.monotonic() + options.deadline_s
     with Runner(plan, out, resume=True, pythons=options.pythons, listener=listener) as runner:
@@ -48,11 +47,9 @@ def run_local(plan: dict[str, Any], out: Path, options: Options, listener: Liste
         return all(runner.run([block], deadline) for block in blocks)
 
 
-def run_ray(plan: dict[str, Any], out: Path, options: Options, listener: Listener) -> bool:
-    """Runs every unfinished block on a Ray cluster, from its start; False if the deadline came
-    first.
-
-    Raises RecordError, WorkerError.
+def run_ray(plan: Plan, out: Path, options: Options, listener: Listener) -> bool:
+    """Runs unfinished blocks on a Ray cluster, each from its beginning. False if the deadline stopped
+    it. Raises RecordError, WorkerError.
     """
     deadline = None if options.deadline_s is None else time.monotonic() + options.deadline_s
     with Ledger(plan, out, provenance.code_digest(), resume=True, listener=listener) as ledger:

@@ -1,8 +1,9 @@
-"""Workers of a Ray cluster: the only module that imports Ray, and only when a run asks for it
+"""Workers of a Ray cluster. The only module that imports Ray, and only if a run uses it
 (docs/adr/0005-ray.md).
 
-A block is one streaming Ray task on a node chosen here. The code travels with the run, so that a
-node needs Python, the packages and (unless it is a preset) the checkpoint, but no clone.
+A block is one streaming Ray task on a node chosen here. Ray copies the code to the node, which
+needs Python, the packages and the checkpoint (unless it is a preset), but no clone of the
+repository.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
-from experiments.cluster.dispatch import Event, Job, WorkerError
+from experiments.cluster.dispatch import Job, WorkerError, WorkerEvent
 from experiments.host import provenance
 from experiments.host.machine_lock import gpus_needed
 from experiments.host.model_files import ModelError
 from experiments.launch.runner import Runner
 from experiments.records import store
 from experiments.records.store import RecordError
+from experiments.records.types import Plan, Tokens
 
 _NOT_SENT = [
     "/.git",
@@ -43,40 +45,48 @@ _NOT_SENT = [
     "*.pyc",
     "*.safetensors",
 ]
-# of a Ray that we start: records and tokens are small, and Ray's default is 30 % of memory
+# for a Ray started here: records and tokens are small, and Ray's default is 30 % of memory
 _OBJECT_STORE_BYTES = 256 << 20
 
 
+class Context(TypedDict):
+    """What a worker must know of the machine that runs the command."""
+
+    pythons: dict[str, str]
+    boot_id: str
+    threads: str | None
+    cache: str
+
+
 class RayWorkers:
-    """Ray's nodes as slots. Use it as a context manager; a Ray that was started here ends with it."""
+    """Ray's nodes as slots. A context manager; a Ray that was started here is shut down with it."""
 
     def __init__(
         self,
-        plan: dict[str, Any],
+        plan: Plan,
         address: str | None = None,
         pythons: dict[str, str] | None = None,
     ) -> None:
-        """address: of a running cluster (host:port, or `auto` for the one on this machine);
-        $RAY_ADDRESS if not given, and without both a Ray of this machine alone is started. Raises
-        WorkerError.
+        """address: of a running cluster (host:port, or `auto` for the one on this machine). Defaults
+        to $RAY_ADDRESS; without both, starts Ray on this machine. Raises WorkerError.
         """
         try:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            # 15 is Ray's default: launches would yield to whatever else runs
+            # with Ray's default of 15, launches would yield to all other processes
             os.environ.setdefault("RAY_worker_niceness", "0")
-            # _NOT_SENT says it; without this Ray warns
+            # silences a warning; see _NOT_SENT
             os.environ.setdefault("RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES", "")
             import ray
             from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
         except ImportError as error:
             raise WorkerError(
-                "--executor ray needs the package ray: pip install -c constraints.txt -e '.[ray]'"
+                "--executor ray needs Ray; install it with: pip install -c constraints.txt -e '.[ray]'"
             ) from error
         address = address or os.environ.get("RAY_ADDRESS") or None
         if address and address.startswith("ray://"):
             raise WorkerError(
-                f"--ray-address {address}: Ray's client protocol cannot stream records. Give host:port of the head (usually 6379), "
-                "and run the command on a machine of the cluster."
+                f"--ray-address {address}: the Ray client protocol is not supported. Give host:port of the head node (usually port "
+                "6379), and run the command on a machine of the cluster."
             )
         self._ray, self._affinity = ray, NodeAffinitySchedulingStrategy
         self._gpus, self._pythons = gpus_needed(plan), pythons or {}
@@ -101,8 +111,7 @@ class RayWorkers:
             raise WorkerError(
                 f"cannot reach Ray at {address or 'this machine'} ({error}); is `ray start --head` running?"
             ) from error
-        # A block that lost its worker is begun again by the dispatcher, which marks what it left:
-        # never by Ray, unseen.
+        # no retries by Ray: the dispatcher restarts a block that lost its worker, and records that
         self._run_block = ray.remote(max_retries=0, num_returns="streaming")(run_block)
 
     def __enter__(self) -> Self:
@@ -115,13 +124,13 @@ class RayWorkers:
         trace: TracebackType | None,
     ) -> None:
         for stream in self._streams:
-            with contextlib.suppress(Exception):  # the cluster may be what has failed
+            with contextlib.suppress(Exception):  # the cluster itself may have failed
                 self._ray.cancel(stream, force=True)
         self._ray.shutdown()
 
     def slots(self) -> dict[str, str]:
-        """One slot a node for a study on the CPU, else one for as many GPUs of a node as the widest
-        cell needs.
+        """One slot per node for a study on the CPU. Otherwise a slot has as many GPUs of a node as
+        the widest cell needs.
         """
         found = {}
         for node in self._ray.nodes():
@@ -138,7 +147,7 @@ class RayWorkers:
 
     def start(self, slot: str, job: Job) -> None:
         node = slot.partition(":")[0]
-        # A study on the CPU asks for all cores of the node, so that Ray puts nothing beside it.
+        # A study on the CPU requests all cores of the node, so that Ray runs nothing else there.
         resources = (
             {"num_cpus": 1, "num_gpus": self._gpus}
             if self._gpus
@@ -147,7 +156,7 @@ class RayWorkers:
         task = self._run_block.options(
             scheduling_strategy=self._affinity(node_id=node, soft=False), **resources
         )
-        context = {
+        context: Context = {
             "pythons": self._pythons,
             "boot_id": provenance.boot_id(),
             "threads": os.environ.get("OMP_NUM_THREADS"),
@@ -156,7 +165,7 @@ class RayWorkers:
         }
         self._streams[task.remote(job, context)] = slot
 
-    def poll(self, timeout_s: float) -> list[tuple[str, Event]]:
+    def poll(self, timeout_s: float) -> list[tuple[str, WorkerEvent]]:
         if not self._streams:
             time.sleep(timeout_s)
             return []
@@ -168,19 +177,18 @@ class RayWorkers:
             if event["event"] in ("done", "refused", "lost"):
                 del self._streams[stream]
             if event["event"] == "lost":
-                # It may still run there. A stream that told its end is left alone: by the time that
-                # a forced cancellation arrives, its worker may have begun the next block, which
-                # would die instead.
+                # It may still be running. Streams that ended normally are not canceled: a forced
+                # cancellation might arrive late and kill the worker's next block.
                 with contextlib.suppress(Exception):
                     self._ray.cancel(stream, force=True)
         return events
 
-    def _next(self, stream: Any) -> Event:
+    def _next(self, stream: Any) -> WorkerEvent:
         exceptions = self._ray.exceptions
         try:
-            event: Event = self._ray.get(next(stream))
+            event: WorkerEvent = self._ray.get(next(stream))
         except StopIteration:
-            event = {"event": "lost", "reason": "it ended without a word"}
+            event = {"event": "lost", "reason": "its task ended without a result"}
         except exceptions.RayTaskError as error:
             event = {"event": "refused", "reason": str(error)[-1500:]}
         except exceptions.RayError as error:
@@ -190,15 +198,13 @@ class RayWorkers:
         return event
 
 
-def run_block(job: Job, context: dict[str, Any]) -> Iterator[Event]:
-    """In a worker: one block through the plan runner, each record handed over before the next
-    launch begins.
-    """
+def run_block(job: Job, context: Context) -> Iterator[WorkerEvent]:
+    """Runs one block in a worker. Each record is yielded before the next launch starts."""
     _be_as_local(context)
     try:
         if (found := provenance.code_digest()) != job["code_digest"]:
             raise RecordError(
-                f"its code has digest {found[:12]}, the run's is {job['code_digest'][:12]}"
+                f"its code has digest {found[:12]}, but the run's code has {job['code_digest'][:12]}"
             )
         with tempfile.TemporaryDirectory(prefix="nanovllm-block-") as scratch:
             folder = Path(scratch)
@@ -210,9 +216,9 @@ def run_block(job: Job, context: dict[str, Any]) -> Iterator[Event]:
                 earlier=job["earlier"],
             ) as runner:
                 if nice := os.nice(0):
-                    text = f"launches run at niceness {nice} and yield to other processes; start Ray with RAY_worker_niceness=0"
+                    text = f"launches run with niceness {nice}, so other processes slow them; start Ray with RAY_worker_niceness=0"
                     yield {"event": "message", "text": text}
-                tokens: dict[str, dict[str, str]] = {}
+                tokens: dict[str, Tokens] = {}
                 runner.listener = lambda event, details: tokens.update(
                     {event: details.get("tokens", {})}
                 )
@@ -227,23 +233,27 @@ def run_block(job: Job, context: dict[str, Any]) -> Iterator[Event]:
                         report.name: report.read_text()
                         for report in folder.glob(store.ENVIRONMENTS)
                     }
-                    written = {"tokens": tokens["end"], "logs": logs, "environments": reports}
-                    yield {"event": "end", "launch": entry, "record": record, **written}
+                    yield {
+                        "event": "end",
+                        "launch": entry,
+                        "record": record,
+                        "tokens": tokens["end"],
+                        "logs": logs,
+                        "environments": reports,
+                    }
     except (RecordError, ModelError) as error:
         yield {"event": "refused", "reason": str(error)}
         return
     yield {"event": "done"}
 
 
-def _be_as_local(context: dict[str, Any]) -> None:
-    """Takes back what Ray sets in the environment of a worker, so that launches find what they find
-    without Ray.
-    """
+def _be_as_local(context: Context) -> None:
+    """Reverts what Ray sets in a worker's environment, so that launches run as they do without Ray."""
     if context["threads"] is None:
         os.environ.pop("OMP_NUM_THREADS", None)  # Ray sets it to the CPUs of the task
     else:
         os.environ["OMP_NUM_THREADS"] = context["threads"]
-    # The code lies in a folder that Ray throws away; built checkpoints are worth keeping.
+    # Ray deletes the folder of the code; keep built checkpoints elsewhere.
     here = provenance.boot_id() == context["boot_id"]
     os.environ.setdefault(
         "NANOVLLM_CACHE", context["cache"] if here else str(Path.home() / ".cache" / "nanovllm")

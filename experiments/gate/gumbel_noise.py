@@ -1,10 +1,10 @@
-"""The engine's Gumbel noise as the gate needs it: the same bits as
-`nanovllm.kernels.torch.sampling.gumbel_noise`, for less work.
+"""The engine's Gumbel noise for the gate: the same bits as
+`nanovllm.kernels.torch.sampling.gumbel_noise`, at lower cost.
 
-A rescorer asks for the noise of every position of a run, and that costs more than a small model's
-forward pass. Philox runs here in place, on so many rows at a time that they stay in a CPU's cache;
-and logarithms, half of the cost, are taken only of tokens that can win, or of a few tokens that are
-named. tests/gate/test_gate.py holds both to the engine's bits.
+A rescorer needs the noise at every position, which would cost more than a small model's forward
+pass. So Philox runs in place, on as many rows at a time as fit into the CPU's cache, and
+logarithms, half of the cost, are only taken for tokens that can win or that are named.
+tests/gate/test_gate.py compares both with the engine's bits.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from nanovllm.kernels.torch import sampling
 
 _LOW32 = 0xFFFFFFFF
 _BLOCK = 2**15
-"""Counters of which Philox is computed at a time on a CPU: six tables of 256 KiB."""
+"""The number of counters per call of Philox on a CPU: six tables of 256 KiB."""
 
 
 def uniform_bits(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """The random 32 bits of every token [n, vocab_size], as float32 and as `gumbel` takes them;
-    seeds, positions: int64 [n].
+    """The random 32 bits of every token [n, vocab_size], as float32, the input of `gumbel`. seeds,
+    positions: int64 [n].
     """
     counters = torch.arange((vocab_size + 3) // 4, device=seeds.device)
     bits = torch.empty(len(seeds), len(counters), 4, device=seeds.device)
@@ -59,8 +59,8 @@ def _philox(
     rounds = torch.arange(10, device=seeds.device)[:, None, None]
     keys0 = (((seeds & _LOW32) + rounds * step0) & _LOW32).unbind()
     keys1 = ((((seeds >> 32) & _LOW32) + rounds * step1) & _LOW32).unbind()
-    # Two rounds by hand: half of the counter is 0 and a quarter is one number a row, so most of
-    # their words are as well.
+    # The first two rounds are written out: half of the counter is 0 and a quarter is one number per
+    # row, so most of their words are, too.
     first = counters * multiplier0
     c2 = ((first >> 32) ^ keys1[0]).bitwise_and_(_LOW32)  # [n, m]
     product0 = ((positions & _LOW32) ^ keys0[0]) * multiplier0  # [n, 1]

@@ -1,15 +1,17 @@
-"""The gate: no speed is reported whose output was not shown to be equivalent to HF transformers'.
+"""The equivalence gate: a speed is only reported if its outputs are equivalent to those of HF
+transformers.
 
     python -m experiments.gate --plan plan.json --out DIR [--resume] [--negative-control]
     [--model DIR]
 
-reads the launch records and tokens of DIR, rescores what every distinct (workload, tokens digest)
-generated, and appends one gate record each to DIR/records.jsonl. Exit status 0: all pass; 1:
+reads the launch records and tokens of DIR, rescores every distinct output (workload, tokens
+digest), and appends a gate record for each to DIR/records.jsonl. Exit status 0: all pass; 1:
 something failed; 2: the folder or the plan cannot be used. With --negative-control it breaks the
-reference, and the tokens, instead, and exits with 1 if the gate lets any through.
+reference and the tokens instead, and exits with 1 if any of that passes.
 
-`rescoring.py` computes, `gate.py` decides, `negative_controls.py` breaks things; here the records
-are. A process of its own, which needs torch and transformers, no pydantic and no MLflow.
+`rescoring.py` computes scores, `rules.py` decides, `negative_controls.py` breaks things; this
+module reads and writes records. It runs as a separate process, which needs torch and transformers,
+but neither pydantic nor MLflow.
 """
 
 from __future__ import annotations
@@ -20,17 +22,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers.utils.logging import disable_progress_bar
 
 from experiments import workloads
-from experiments.gate.rescoring import Mutation, Request, Rescorer
+from experiments.gate.rescoring import Mutation, Rescorer
 from experiments.gate.rules import GateParams, GateResult, judge
 from experiments.gate.same_work import read_vocabulary, same_work
 from experiments.gate.verdicts import GateError, Work, find_work, gate_record, read_tokens
 from experiments.host.model_files import ModelError, locate
 from experiments.records import store
+from experiments.records.types import GateRecord, Plan, PlannedModel, Request
 
 
 def rescore(
@@ -46,9 +48,9 @@ def rescore(
     """Judges outputs (token ids, in the order of the requests) of an engine that ran `model_dir` in
     `dtype`.
 
-    dtype: "float32" or "bfloat16". foreign: sampled tokens come from another random generator than
-    ours. mutate: breaks the reference (negative controls). For many outputs of one model keep a
-    `Rescorer` and call `judge_outputs`.
+    dtype: "float32" or "bfloat16". foreign: tokens were sampled with a random generator other than
+    ours. mutate: breaks the reference (negative controls). To judge many outputs of one model, keep
+    a `Rescorer` and call `judge_outputs`.
     """
     params = params or GateParams()
     return judge_outputs(
@@ -84,13 +86,13 @@ def judge_outputs(
 
 
 def check_same_work(
-    plan: dict[str, Any],
+    plan: Plan,
     work: Work,
     requests: list[Request],
     outputs: list[list[int]],
     model_dir: Path,
 ) -> list[str]:
-    """Rule 1: fingerprint, lengths and finish reasons of every launch that generated these tokens."""
+    """Rule 1, for every launch that generated these tokens: fingerprint, lengths, finish reasons."""
     problems = []
     fingerprint = plan["workloads"][work.workload]["fingerprint"]
     eos_token_ids, vocab_size = read_vocabulary(model_dir)
@@ -99,29 +101,30 @@ def check_same_work(
         found = same_work(requests, outputs, served["finish_reasons"], eos_token_ids, vocab_size)
         if served["fingerprint"] != fingerprint:
             found.append(
-                f"workload fingerprint {served['fingerprint']}; the plan's is {fingerprint}"
+                f"workload fingerprint is {served['fingerprint']}, the plan's is {fingerprint}"
             )
         if served["num_requests"] != len(requests):
-            found.append(f"{served['num_requests']} requests served of {len(requests)}")
+            found.append(f"{served['num_requests']} of {len(requests)} requests were served")
         problems += [f"launch {launch['launch']}: {problem}" for problem in found]
     return problems
 
 
-def find_model(model: dict[str, Any], folder: Path | None = None) -> Path:
-    """The checkpoint's folder, from a plan's `model`, or `folder` in its place; a preset is built
-    if it is not there yet.
+def find_model(model: PlannedModel, folder: Path | None = None) -> Path:
+    """The checkpoint's folder, from a plan's `model` or given by `folder`. Builds a preset that is
+    not in the cache yet.
 
-    Its digest is computed here, from the very files that are loaded, and compared with the plan's.
-    Raises GateError.
+    The digest of the files that will be loaded is compared with the plan's. Raises GateError.
     """
-    chosen = {"digest": None, **model} | ({"preset": None, "path": str(folder)} if folder else {})
+    chosen = model
+    if folder:
+        chosen = {**model, "preset": None, "path": str(folder)}
     try:
         path = locate(chosen, here=True)
     except ModelError as error:
         raise GateError(str(error)) from error
     if not (path / "config.json").is_file():
         raise GateError(
-            f"the plan's model {path} is no folder with a config.json on this machine; give --model FOLDER"
+            f"the plan's model {path} has no config.json on this machine; give --model FOLDER"
         )
     return path
 
@@ -133,12 +136,12 @@ def failed_same_work(problems: list[str]) -> GateResult:
 
 
 class Gate:
-    """The gate over one folder of records; models are loaded when the first tokens need them."""
+    """The gate over one folder of records. Models are loaded when first needed."""
 
-    def __init__(
-        self, plan: dict[str, Any], folder: store.Folder, model: Path | None = None
-    ) -> None:
-        """model: where the plan's checkpoint lies on this machine, if elsewhere. Raises GateError."""
+    def __init__(self, plan: Plan, folder: store.Folder, model: Path | None = None) -> None:
+        """model: the folder of the plan's checkpoint, if it is elsewhere on this machine. Raises
+        GateError.
+        """
         self.plan, self.folder = plan, folder
         try:
             self.params = GateParams.from_plan(plan["gate"])
@@ -149,7 +152,9 @@ class Gate:
         self._requests: dict[str, list[Request]] = {}
 
     def requests_of(self, workload: str) -> list[Request]:
-        """All waves of a workload in order, drawn again; a foreign fingerprint is an error."""
+        """The requests of a workload, all waves in order. Raises GateError if their fingerprint is
+        not the plan's.
+        """
         if workload not in self._requests:
             try:
                 drawn = workloads.rebuild(workload, self.plan["workloads"][workload])
@@ -160,14 +165,12 @@ class Gate:
 
     def rescorer(self) -> Rescorer:
         if self._rescorer is None:
-            say(
-                f"loading HF transformers twice: in {self.plan['model']['dtype']} and as the reference"
-            )
+            say(f"loading the HF model in {self.plan['model']['dtype']} and as the reference")
             self._rescorer = make_rescorer(self.model_dir, self.plan["model"]["dtype"], self.params)
         return self._rescorer
 
     def pending(self, resume: bool) -> list[Work]:
-        """Without `resume` everything is judged again; a later gate record of the same tokens
+        """What is to be judged: without `resume`, everything. A later gate record of the same tokens
         replaces an earlier one.
         """
         judged = self.verdicts()
@@ -178,8 +181,8 @@ class Gate:
         ]
 
     def verdicts(self) -> dict[tuple[str, str], str]:
-        """The status of the last gate record of each (workload, tokens digest); negative controls
-        are none.
+        """The status of the last gate record of each (workload, tokens digest), without negative
+        controls.
         """
         return {
             (r["workload"], r["tokens_digest"]): r["status"]
@@ -192,7 +195,7 @@ class Gate:
     def all_work(self) -> list[Work]:
         return find_work(self.folder.records, self.plan["plan_hash"])
 
-    def judge(self, work: Work) -> store.Record:
+    def judge(self, work: Work) -> GateRecord:
         try:
             outputs = read_tokens(self.folder.path, work.tokens_digest)
         except GateError as error:
@@ -210,22 +213,21 @@ class Gate:
         )
         return gate_record(self.plan, work, result)
 
-    def negative_controls(self) -> Iterator[store.Record]:
-        """A gate record for each way of breaking the reference or the tokens; every one has to
-        fail.
-        """
+    def negative_controls(self) -> Iterator[GateRecord]:
+        """A gate record for each way of breaking the reference or the tokens; all have to fail."""
         from experiments.gate.negative_controls import controls, tamper
 
         native = [work for work in self.all_work() if not work.foreign]
         if not native:
             raise GateError(
-                "no launch of nanovllm counts in this folder; a negative control needs tokens that it generated"
+                "this folder has no valid launch of nanovllm; negative controls need tokens that it generated"
             )
         work = max(native, key=lambda work: self.plan["workloads"][work.workload]["output_tokens"])
         outputs = read_tokens(self.folder.path, work.tokens_digest)
         requests, outputs = some_of(self.requests_of(work.workload), outputs, self.params)
         results = {}
-        for name, mutate in controls(requests).items():
+        shortest = min(len(request["prompt_token_ids"]) for request in requests)
+        for name, mutate in controls(shortest).items():
             say(f"negative control: {name}")
             results[name] = rescore(
                 self.model_dir,
@@ -239,7 +241,7 @@ class Gate:
         say(f"negative control: {name}")
         results[name] = judge_outputs(self.rescorer(), requests, tampered, self.params)
         for name, result in results.items():
-            reason = f"negative control, {name}: {result.reason or 'NOT CAUGHT, the gate has no power here'}"
+            reason = f"negative control, {name}: {result.reason or 'NOT CAUGHT by the gate'}"
             yield gate_record(
                 self.plan, work, dataclasses.replace(result, reason=reason), negative_control=True
             )
@@ -248,8 +250,8 @@ class Gate:
 def some_of(
     requests: list[Request], outputs: list[list[int]], params: GateParams
 ) -> tuple[list[Request], list[list[int]]]:
-    """The first requests that hold at least `control_tokens` output tokens together: breaking
-    everything needs no more.
+    """The first requests with at least `control_tokens` output tokens in total, which is enough for
+    a negative control.
     """
     count, tokens = 0, 0
     while count < len(outputs) and tokens < params.control_tokens:
@@ -259,7 +261,7 @@ def some_of(
 
 
 class Progress:
-    """Says how far a rescoring is, at most every two seconds."""
+    """Prints the progress of a rescoring, at most every two seconds."""
 
     def __init__(self, what: str) -> None:
         self.what, self.started = what, time.monotonic()
@@ -282,20 +284,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.gate", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--plan", type=Path, required=True)
+    parser.add_argument("--plan", type=Path, required=True, help="plan.json of the folder")
     parser.add_argument(
-        "--out", type=Path, required=True, help="the folder with records.jsonl and tokens.jsonl"
+        "--out", type=Path, required=True, help="folder with records.jsonl and tokens.jsonl"
     )
-    parser.add_argument("--resume", action="store_true", help="judge only what has no verdict yet")
+    parser.add_argument("--resume", action="store_true", help="skip outputs that have a verdict")
     parser.add_argument(
         "--negative-control",
         action="store_true",
-        help="show that broken references and tokens fail",
+        help="check that broken references and tokens fail",
     )
     parser.add_argument(
         "--model",
         type=Path,
-        help="folder of the plan's checkpoint, where it lies elsewhere on this machine",
+        help="folder of the plan's checkpoint, if it is elsewhere on this machine",
     )
     options = parser.parse_args(arguments)
     disable_progress_bar()  # transformers' own, while it loads weights
@@ -314,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_gate(gate: Gate, resume: bool) -> int:
     if not gate.all_work():
         raise GateError(
-            f"{gate.folder.path} holds no finished launch of this plan; run experiments.launch first"
+            f"{gate.folder.path} has no finished launch of this plan; run experiments.launch first"
         )
     for work in gate.pending(resume):
         record = gate.judge(work)
@@ -335,16 +337,19 @@ def run_controls(gate: Gate) -> int:
     return 0 if all(caught) else 1
 
 
-def describe(record: store.Record) -> str:
+def describe(record: GateRecord) -> str:
     if record["status"] == "error" or not record["tokens_checked"]:
         return str(record["reason"])
-    drawn = (record["calibration"] or {}).get("distribution") or {}
+    drawn = record["calibration"].get("distribution")
     # by another generator: nothing has a margin
-    if drawn.get("tokens") == record["tokens_checked"]:
+    if drawn and drawn["tokens"] == record["tokens_checked"]:
         judged = (
-            f"drawn by its own generator, z = {drawn['z']:.2f} of at most {drawn['z_limit']:.2f}"
+            f"sampled by its own generator, z = {drawn['z']:.2f} (limit {drawn['z_limit']:.2f})"
         )
     else:
-        judged = f"{record['mismatches']} differ, largest margin {record['max_margin']:.3g}, bound {record['bound']:.3g} logits"
+        judged = (
+            f"{record['mismatches']} differ from the reference, largest margin {record['max_margin']:.3g} logits "
+            f"(bound {record['bound']:.3g})"
+        )
     reason = f"; {record['reason']}" if record["reason"] else ""
     return f"{record['tokens_checked']:,} tokens, {judged}, {record['duration_s']:.1f} s{reason}"

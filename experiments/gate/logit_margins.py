@@ -30,7 +30,7 @@ _WIDTH = 640
 
 @dataclass(frozen=True)
 class Rows:
-    """How each of n positions was sampled. Everything [n], on the device of the logits.
+    """The sampling parameters of n positions. All [n], on the device of the logits.
 
     temperature: float, 0 is greedy. top_k: int64, 0 or -1 keeps all. top_p: float. seed: int64.
     position: int64, the index in its sequence of the token that was sampled (the number of tokens
@@ -54,7 +54,7 @@ class Rows:
 
     @property
     def divisor(self) -> Tensor:
-        """What the logits are divided by, [n]: 1 for a greedy row."""
+        """The temperature [n], or 1 for a greedy row."""
         return torch.where(self.greedy, torch.ones_like(self.temperature), self.temperature)
 
     @property
@@ -63,8 +63,8 @@ class Rows:
         return ~self.greedy & ((self.top_k > 0) | (self.top_p < 1))
 
     def limits(self, vocab_size: int) -> tuple[Tensor, Tensor]:
-        """(k, p) [n, 1]: at most k tokens are kept, those with less than p of the mass before them;
-        no limit is (V, infinity).
+        """(k, p) [n, 1]: at most k tokens are kept, those with less than p of the mass before them.
+        (V, infinity) means no limit.
         """
         k = torch.where(
             (self.top_k > 0) & ~self.greedy, self.top_k.clamp(max=vocab_size), vocab_size

@@ -1,8 +1,7 @@
-"""Ways of breaking a model or its tokens that the gate must notice. A gate that never fails proves
-nothing.
+"""Ways of breaking a model or its tokens that the gate must detect.
 
-Each mutation changes a loaded HF model in place: errors that engines have really had, and whose
-text looks right.
+Each mutation changes a loaded HF model in place. They are errors that real engines have had, and
+that leave the generated text plausible.
 """
 
 from __future__ import annotations
@@ -13,14 +12,17 @@ from typing import Any
 
 import torch
 
-from experiments.gate.rescoring import Mutation, Request, Rescorer
+from experiments.gate.rescoring import Mutation, Rescorer
 from experiments.gate.rules import GateParams, judge
+from experiments.records.types import Request
 
 CONTROL_PROMPT = 48
 
 
 def scale_rope_theta(model: Any, factor: float = 1.1) -> None:
-    """rope_theta times `factor`: the inverse frequencies theta^(-2i/d) change by factor^(-2i/d)."""
+    """Multiplies rope_theta by `factor`: the inverse frequencies theta^(-2i/d) change by
+    factor^(-2i/d).
+    """
     inv_freq = model.base_model.rotary_emb.inv_freq
     exponents = torch.arange(len(inv_freq), device=inv_freq.device) / len(inv_freq)
     with torch.no_grad():
@@ -30,7 +32,7 @@ def scale_rope_theta(model: Any, factor: float = 1.1) -> None:
 def change_norm_epsilon(
     model: Any, layer: int | None = None, norm: str = "input_layernorm", epsilon: float = 1e-3
 ) -> None:
-    """The epsilon of one norm of one layer (by default the middle one)."""
+    """Changes the epsilon of one norm in one layer (by default the middle one)."""
     layers = model.base_model.layers
     block = layers[len(layers) // 2 if layer is None else layer]
     getattr(
@@ -39,12 +41,11 @@ def change_norm_epsilon(
 
 
 def swap_kv_slots(model: Any, layer: int | None = None, first: int = 0, second: int = 1) -> None:
-    """In one layer (by default the middle one) the cache holds the keys and values of two positions
-    in each other's place.
+    """Swaps the keys and values of two positions in the KV cache of one layer (by default the middle
+    one).
 
-    Keys are exchanged before rotation, so each slot says of the other's token that it stands here.
-    (With its rotation, a slot
-    could stand anywhere: attention is a sum.)
+    Keys are swapped before the rotary embedding, so that each token gets the position of the other.
+    (Afterwards a swap would have no effect: attention is a sum over positions.)
     """
     layers = model.base_model.layers
     attention = layers[len(layers) // 2 if layer is None else layer].self_attn
@@ -60,21 +61,11 @@ def swap_kv_slots(model: Any, layer: int | None = None, first: int = 0, second: 
         getattr(attention, name).register_forward_hook(swap)
 
 
-BROKEN: dict[str, Mutation] = {
-    "rope_theta 10 % off": scale_rope_theta,
-    "epsilon 1e-3 in one layer's norm": change_norm_epsilon,
-    "one KV slot of one layer swapped": partial(
-        swap_kv_slots, first=CONTROL_PROMPT - 2, second=CONTROL_PROMPT - 1
-    ),
-}
-"""Engines broken on purpose, for prompts of CONTROL_PROMPT tokens each: the last two slots of the prompt are exchanged."""
-
-
-def controls(requests: Sequence[Request]) -> dict[str, Mutation]:
-    """Mutations by name. The swapped slots are the last ones that all prompts have: far from them
-    nobody looks any more.
+def controls(prompt_tokens: int) -> dict[str, Mutation]:
+    """All mutations by name, for prompts of at least this length. The swapped KV slots are the last
+    ones that all prompts have, because positions far back get little attention.
     """
-    end = max(2, min(len(request["prompt_token_ids"]) for request in requests))
+    end = max(2, prompt_tokens)
     return {
         "rope_theta 10 % off": scale_rope_theta,
         "epsilon 1e-3 in one layer's norm": change_norm_epsilon,

@@ -1,5 +1,5 @@
-"""What makes an HF model a reference: exact norms and angles, and logits that can be computed a few
-rows at a time.
+"""Turns an HF model into a reference: exact norms and rotary angles, and logits that can be computed
+a few rows at a time.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 def make_exact(model: Any) -> None:
-    """Lets a reference compute RMS norms in its own precision and rotary angles in float64: HF's
-    compute both in float32, whatever the model's dtype.
+    """Makes a model compute RMS norms in its own precision and rotary angles in float64. HF computes
+    both in float32, whatever the model's dtype.
 
-    Without this the reference of a float32 engine would carry noise of the engine's own size, and
-    HF's rounding of angles (1e-7 times the position, in radians) would count as exact: an engine
-    with better angles would fail at long contexts.
+    Otherwise the reference of a float32 engine would be as noisy as the engine, and HF's rounding
+    of angles (1e-7 times the position, in radians) would be taken as exact: an engine with more
+    accurate angles would fail at long contexts.
     """
 
     def norm(self: Any, x: Tensor) -> Tensor:
@@ -36,8 +36,8 @@ def make_exact(model: Any) -> None:
     embedding = getattr(model.base_model, "rotary_emb", None)
     if not norms or embedding is None or embedding.rope_type != "default":
         raise NotImplementedError(
-            f"{type(model).__name__} is not built of RMS norms and rotary embeddings of type 'default' (as Qwen3 is); "
-            "the gate cannot make an exact reference of it"
+            f"the gate cannot make an exact reference of {type(model).__name__}: it needs RMS norms and rotary embeddings of type "
+            "'default', as in Qwen3"
         )
     for module in norms:
         module.forward = types.MethodType(norm, module)
@@ -49,8 +49,8 @@ def make_exact(model: Any) -> None:
 
 
 def check_decomposition(model: Any) -> None:
-    """Logits must be the output embedding of the last hidden states and nothing more (some
-    architectures scale or cap them).
+    """Raises NotImplementedError unless logits are the LM head applied to the last hidden states
+    (some architectures scale or cap them).
     """
     ids = torch.arange(8, device=model.device)[None]
     with torch.inference_mode():
@@ -58,8 +58,8 @@ def check_decomposition(model: Any) -> None:
         ours = model.get_output_embeddings()(last_hidden_states(model, ids))
     if not torch.equal(whole, ours):
         raise NotImplementedError(
-            f"{type(model).__name__} computes its logits otherwise than output_embedding(last hidden state); "
-            "the gate rescores architectures where the two are the same, such as Qwen3ForCausalLM"
+            f"the gate cannot rescore {type(model).__name__}: its logits are not lm_head(last hidden state), as they are for "
+            "Qwen3ForCausalLM"
         )
 
 

@@ -1,13 +1,13 @@
-"""Teacher forcing by HF transformers: what a reference says of every token that an engine produced.
+"""Scores an engine's tokens with HF transformers, by teacher forcing.
 
-Two models read the same tokens: the *reference*, in a precision whose own error can be neglected
-(float64 for a float32 engine, float32 without TF32 for a bfloat16 one; see `reference.make_exact`),
-and HF *in the engine's dtype*, whose error against the reference says how much noise this precision
-has on this very sample. Both hold the weights as the engine
-does: rounded to its dtype first.
+Two models read the same tokens: the *reference*, in a precision whose own error is negligible
+(float64 for a float32 engine, float32 without TF32 for a bfloat16 one; see
+`reference_model.make_exact`), and HF *in the engine's dtype*, whose error against the reference
+shows how much noise this precision causes on this sample. The weights of both are rounded to the
+engine's dtype first.
 
-Hidden states come first, in batches of similar length; logits after, a few rows at a time: those of
-the canonical workload would fill 81 GB.
+Hidden states are computed in batches of similar length, then logits a few rows at a time: all
+logits of the canonical workload would take 81 GB.
 """
 
 from __future__ import annotations
@@ -26,28 +26,27 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from experiments.gate.logit_margins import Rows
 from experiments.gate.reference_model import check_decomposition, last_hidden_states, make_exact
 from experiments.gate.scoring import Scores, score_rows
+from experiments.records.types import Request
 from nanovllm.models import generated
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
+from nanovllm.models.config import load_hf_config
+from nanovllm.models.families import model_class
 
 REFERENCE_DTYPE = {"float32": torch.float64, "bfloat16": torch.float32}
 DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SMALL_ROW_BYTES = 2**19
 """Rows of logits up to this size are scored on one thread."""
 
-# as in a workload: prompt_token_ids, max_tokens, temperature, top_k, top_p, seed, ignore_eos
-Request = dict[str, Any]
 Mutation = Callable[[nn.Module], None]
 
 
 class Rescorer:
-    """Holds both models; `score` may be called for many outputs, and computes a (request, output)
-    that it still knows only once: what two launches generate for one workload often differs in a
-    few requests.
+    """Holds both models. `score` caches the scores of each (request, output), because the outputs of
+    two launches of one workload often differ in a few requests only.
 
     dtype: the engine's, "float32" or "bfloat16". mutate: breaks both models in place (negative
-    controls). batch_tokens bounds the padded tokens of a forward pass, logits_bytes the memory of
-    one table of logits, known_tokens the output tokens whose
-    scores are kept, those asked for last: some 250 bytes each, half a gigabyte in all.
+    controls). batch_tokens: limit on the padded tokens of a forward pass. logits_bytes: limit on
+    the memory of one table of logits. known_tokens: size of the cache in output tokens, of some 250
+    bytes each (half a gigabyte by default).
     """
 
     def __init__(
@@ -65,9 +64,9 @@ class Rescorer:
             raise ValueError(f"dtype={dtype!r} cannot be rescored; allowed: {', '.join(DTYPE)}")
         if not (Path(model_dir) / "config.json").is_file():
             raise FileNotFoundError(
-                f"{model_dir} has no config.json; give the local folder of a checkpoint"
+                f"{model_dir} has no config.json; give the folder of a checkpoint"
             )
-        torch.set_float32_matmul_precision("highest")  # no TF32, no bfloat16 products
+        torch.set_float32_matmul_precision("highest")  # no TF32, no bfloat16 matmuls
         self.dtype, self.batch_tokens, self.logits_bytes, self.known_tokens = (
             dtype,
             batch_tokens,
@@ -91,14 +90,13 @@ class Rescorer:
             Path(model_dir),
             {"dtype": DTYPE[self.dtype], "attn_implementation": "sdpa", "trust_remote_code": False},
         )
-        if (folder / generated.RECIPE).is_file():  # weights that are no files
+        if (folder / generated.RECIPE).is_file():  # generated weights, which are not stored
             with torch.device(self.device):
                 model = AutoModelForCausalLM.from_config(
                     AutoConfig.from_pretrained(folder, local_files_only=True), **how
                 )
-            generated.fill_whole(
-                model.named_parameters(), folder, Qwen3ForCausalLM.packed_modules_mapping
-            )
+            family = model_class(load_hf_config(folder).architecture)
+            generated.fill_whole(model.named_parameters(), folder, family.packed_modules_mapping)
             return model.eval()
         return (
             AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **how)
@@ -115,12 +113,12 @@ class Rescorer:
         foreign: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Scores]:
-        """One Scores a request. foreign: sampled tokens come from another random generator.
-        progress(done, all) in tokens.
+        """One Scores per request. foreign: tokens were sampled with another random generator.
+        progress: called with (done, total) tokens.
         """
         if empty := [i for i, output in enumerate(outputs) if not output]:
             raise ValueError(
-                f"the output of request {empty[0]} is empty; it holds a token at least, as max_tokens is 1 or more"
+                f"the output of request {empty[0]} is empty; every output must have at least one token"
             )
         keys = [
             _key(request, output, foreign)
@@ -147,7 +145,7 @@ class Rescorer:
         return [found[key] for key in keys]
 
     def _keep(self, found: dict[str, Scores]) -> None:
-        """Puts what was just asked for behind the rest, and forgets from the front."""
+        """Adds scores to the cache and evicts the least recently used ones."""
         self._known = {
             key: scores for key, scores in self._known.items() if key not in found
         } | found
@@ -203,8 +201,8 @@ class Rescorer:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For many operations on small tables: waking a second thread for each costs more than it
-    brings, and on a busy machine ten times as much.
+    """Runs torch on one thread. Waking more threads costs more than it gains for small tables, and
+    ten times as much on a busy machine.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -222,7 +220,7 @@ def rows_of(
 
     def column(name: str, dtype: torch.dtype) -> Tensor:
         return (
-            torch.tensor([request[name] for request in requests], dtype=dtype)
+            torch.tensor([request[name] for request in requests], dtype=dtype)  # type: ignore[literal-required]
             .repeat_interleave(counts)
             .to(device)
         )
@@ -244,8 +242,8 @@ def rows_of(
 
 
 def batches_of_similar_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches whose size times longest length stays within `batch_tokens` (one longer
-    sequence goes alone).
+    """Batches of indices, such that size times longest length is at most `batch_tokens`. A longer
+    sequence forms a batch of its own.
     """
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

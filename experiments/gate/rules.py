@@ -1,19 +1,18 @@
-"""The gate's rules: from scores (`experiments.gate.rescoring`) to pass or fail. docs/methodology.md
-explains them to a sceptic.
+"""The gate's rules, which turn scores (`experiments.gate.rescoring`) into pass or fail. They are
+motivated in docs/methodology.md.
 
-Noise is calibrated on the very sample that is judged: `error` is what HF itself errs in the
-engine's dtype. With bound = factor * (largest error) + floor, and typical bound = factor * (99.9 %
-quantile of the error) + floor:
+Noise is calibrated on the sample that is judged: `error` is the error of HF itself in the engine's
+dtype. With bound = factor * (largest error) + floor, and typical bound = factor * (99.9 % quantile
+of the error) + floor:
 
 1. every token's margin is within the bound;
-2. no more tokens lie beyond the typical bound than 0.1 % would bring by chance;
+2. the number of tokens beyond the typical bound is compatible with a rate of 0.1 %;
 3. the engine disagrees with the reference not significantly more than `factor` times as often as HF
 does;
-4. tokens of another random generator follow the reference's distribution (z-test), no stretch of a
-request is incredible (Ville).
+4. tokens of another random generator follow the reference's distribution (z-test), also within
+every part of a request (Ville's inequality).
 
-Every test of chance is made at the level `alpha`. The standard library and torch are all that this
-module needs.
+Every statistical test is made at level `alpha`. Needs only torch and the standard library.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,16 +34,26 @@ from experiments.gate.significance import (
     quantiles,
     self_normalized_excess,
 )
+from experiments.records.types import (
+    Calibration,
+    Distribution,
+    GateStatus,
+    JsonObject,
+    Offender,
+    PositionErrors,
+    Verdict,
+)
 
 
 @dataclass(frozen=True)
 class GateParams:
-    """The gate's settings, a plan's `gate`.
+    """The gate's settings (`gate` in a plan).
 
-    factor: an engine may err this many times as much as HF. floor_ulps: of the largest logit, in
-    the engine's dtype: what rounding the logits alone can do, for samples too small to show it.
-    quantile: of the typical bound. alpha: level of each test of chance. batch_tokens, logits_bytes:
-    see Rescorer. control_tokens: least number of output tokens rescored by a negative control.
+    factor: the engine's error may be this many times HF's. floor_ulps: rounding of the logits that
+    is always allowed, in ulps of the largest logit in the engine's dtype, for samples too small to
+    show it. quantile: that of the typical bound. alpha: level of each statistical test.
+    batch_tokens, logits_bytes: see Rescorer. control_tokens: minimum number of output tokens that
+    a negative control rescores.
     """
 
     factor: float = 2.0
@@ -68,11 +76,11 @@ class GateParams:
         }.items():
             if not ok:
                 raise ValueError(
-                    f"gate parameter {name}={getattr(self, name)!r} is not allowed; it must be {allowed}"
+                    f"invalid gate parameter {name}={getattr(self, name)!r}; it must be {allowed}"
                 )
 
     @classmethod
-    def from_plan(cls, gate: dict[str, Any]) -> GateParams:
+    def from_plan(cls, gate: JsonObject) -> GateParams:
         allowed = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(gate) - set(allowed)):
             raise ValueError(
@@ -83,22 +91,37 @@ class GateParams:
 
 @dataclass(frozen=True)
 class GateResult:
-    """Of one set of outputs. Margins, errors and bounds are in logits; fields as in record v1.
+    """The verdict on one set of outputs. Margins, errors and bounds are in logits; the fields are
+    those of a gate record.
 
     mismatches: tokens that the reference would not have chosen; within_bound: those of them that
     noise explains.
     """
 
-    status: str  # "pass" | "fail"
+    status: GateStatus
     reason: str | None
     tokens_checked: int
     mismatches: int
     within_bound: int
     max_margin: float
     bound: float
-    calibration: dict[str, Any]
-    first_offender: dict[str, Any] | None
+    calibration: Calibration
+    first_offender: Offender | None
     duration_s: float = 0.0
+
+    def as_verdict(self) -> Verdict:
+        return {
+            "status": self.status,
+            "reason": self.reason,
+            "tokens_checked": self.tokens_checked,
+            "mismatches": self.mismatches,
+            "within_bound": self.within_bound,
+            "max_margin": self.max_margin,
+            "bound": self.bound,
+            "calibration": self.calibration,
+            "first_offender": self.first_offender,
+            "duration_s": self.duration_s,
+        }
 
     @property
     def passed(self) -> bool:
@@ -107,11 +130,11 @@ class GateResult:
 
 @dataclass(frozen=True)
 class LogprobResult:
-    """Of a comparison of log-probabilities at every position; quantiles in nats: {"q50", "q99",
-    "q999", "max"}.
+    """The result of comparing log-probabilities at every position. Quantiles are {"q50", "q99",
+    "q999", "max"}, in nats.
     """
 
-    status: str
+    status: GateStatus
     reason: str | None
     positions: int
     engine_error: dict[str, float]
@@ -120,8 +143,8 @@ class LogprobResult:
 
 
 def judge(scores: Sequence[Scores], dtype: str, params: GateParams) -> GateResult:
-    """scores: one entry a request. dtype: the engine's. Raises ValueError if there is no token to
-    judge.
+    """Applies the rules. scores: one entry per request. dtype: the engine's. Raises ValueError if
+    there is no token to judge.
     """
     everything = _all(scores)
     margin, sampled_elsewhere = everything.margin, everything.foreign
@@ -144,17 +167,17 @@ def judge(scores: Sequence[Scores], dtype: str, params: GateParams) -> GateResul
     reasons = []
     if beyond.any():
         reasons.append(
-            f"{int(beyond.sum())} of {len(everything)} tokens are farther from the reference's choice than the noise "
-            f"bound of {bound:.3g} logits (largest margin {float(margin.max()):.3g})"
+            f"{int(beyond.sum())} of {len(everything)} tokens exceed the noise bound of {bound:.3g} logits (largest margin "
+            f"{float(margin.max()):.3g})"
         )
     if above_typical > allowed_above:
         reasons.append(
-            f"{above_typical} tokens lie beyond the typical bound of {typical:.3g} logits; chance allows {allowed_above}"
+            f"{above_typical} tokens exceed the typical bound of {typical:.3g} logits; {allowed_above} are allowed"
         )
     if excess_z > z_limit:
         reasons.append(
-            f"{int((differs & ~sampled_elsewhere).sum())} tokens differ from the reference's choice, {int(hf_differs.sum())} of "
-            f"HF's in {dtype}: more than {params.factor:g} times as many (z = {excess_z:.1f}, limit {z_limit:.1f})"
+            f"{int((differs & ~sampled_elsewhere).sum())} tokens differ from the reference's choice, more than {params.factor:g} "
+            f"times as many as with HF in {dtype}, {int(hf_differs.sum())} (z = {excess_z:.1f}, limit {z_limit:.1f})"
         )
     distribution = None
     if sampled_elsewhere.any():
@@ -191,14 +214,13 @@ def judge(scores: Sequence[Scores], dtype: str, params: GateParams) -> GateResul
     )
 
 
-def by_position(scores: Sequence[Scores]) -> list[dict[str, Any]]:
-    """How errors grow along an answer: of the output positions [first, last], which double in
-    length, the tokens, how many of them differ, and quantiles of the margins and of HF's own error.
-    An engine that loses its way late shows here.
+def by_position(scores: Sequence[Scores]) -> list[PositionErrors]:
+    """Errors by output position: for ranges [first, last] of doubling length, the number of tokens,
+    of mismatches, and quantiles of the margin and of HF's error. Shows engines that go wrong late.
     """
     position = torch.cat([torch.arange(len(s)) for s in scores])
     everything = Scores.cat(scores)
-    result = []
+    result: list[PositionErrors] = []
     first, end = 0, int(position.max()) + 1
     while first < end:
         last = min(end, 2 * first + 16) - 1
@@ -220,21 +242,20 @@ def by_position(scores: Sequence[Scores]) -> list[dict[str, Any]]:
 
 def judge_distribution(
     scores: Sequence[Scores], params: GateParams
-) -> tuple[dict[str, Any], list[str]]:
-    """Do tokens of an unknown random generator follow the reference? log p(token) + entropy has
-    mean 0, given what came before.
+) -> tuple[Distribution, list[str]]:
+    """Tests whether tokens of an unknown random generator follow the reference's distribution.
+    Given the tokens before it, log p(token) + entropy has mean 0.
 
-    - z = sum(log p + entropy) / sqrt(sum variance(log p)), over all tokens (martingale central
-      limit theorem), two-sided. The
-      limit is widened by `factor` times what HF's own error in the engine's dtype shifts that sum
-      by (known exactly, not drawn);
+    - z = sum(log p + entropy) / sqrt(sum variance(log p)) over all tokens (martingale central limit
+      theorem), two-sided. The limit is widened by `factor` times the shift of that sum that HF's
+      own error in the engine's dtype causes (known exactly, not sampled);
     - for each request, from any of its tokens to any later one, prod p(token)^(-1/2) / sum_i
-      p_i^(1/2) exceeds 1 / level with a
-      probability of at most `level`: a martingale of mean 1, and so is the mean of those that begin
-      at each token, hence Ville's inequality, exact for any length; level = alpha / tokens. An
-      answer that goes wrong late is seen as one that is wrong at once.
+      p_i^(1/2) exceeds 1 / level with a probability of at most `level`: it is a martingale of mean
+      1, and so is the mean of those that begin at each token, hence Ville's inequality, exact for
+      any length; level = alpha / tokens. An output that goes wrong late is detected like one that
+      is wrong from the start.
 
-    Tokens outside what top-k and top-p keep are left out here: their margin judges them.
+    Tokens outside what top-k and top-p keep are left out here; they are judged by their margin.
     """
     everything = _all(scores)
     used = everything.foreign & everything.agrees
@@ -256,15 +277,15 @@ def judge_distribution(
     reasons = []
     if abs(z) > limit:
         reasons.append(
-            f"the sampled tokens do not follow the reference's distribution: z = {z:.1f}, limit {limit:.1f} at level "
-            f"{params.alpha:g} ({'too unlikely' if z < 0 else 'too likely'} tokens: a wrong temperature?)"
+            f"the sampled tokens do not follow the reference's distribution: z = {z:.1f}, limit {limit:.1f} at alpha = "
+            f"{params.alpha:g} (its tokens are {'too unlikely' if z < 0 else 'too likely'}; is the temperature wrong?)"
         )
     if float(evidence[worst]) > evidence_limit:
         reasons.append(
-            f"request {worst}: its tokens are incredible under the reference (log evidence "
+            f"request {worst}: its tokens are too unlikely under the reference (log evidence "
             f"{float(evidence[worst]):.1f}, limit {evidence_limit:.1f})"
         )
-    result = {
+    result: Distribution = {
         "z": z,
         "z_limit": limit,
         "hf_drift_z": drift_z,
@@ -277,7 +298,7 @@ def judge_distribution(
 
 
 def _largest_rise(steps: Tensor) -> Tensor:
-    """The largest sum of consecutive steps [n], n at least 1."""
+    """The largest sum of consecutive entries of steps [n], n >= 1."""
     total = steps.cumsum(0)
     before = torch.cat([total.new_zeros(1), total[:-1]]).cummin(0).values
     return (total - before).amax()
@@ -286,17 +307,16 @@ def _largest_rise(steps: Tensor) -> Tensor:
 def compare_logprobs(
     scores: Sequence[Scores], logprobs: Sequence[Sequence[float]], dtype: str, params: GateParams
 ) -> LogprobResult:
-    """Are the engine's log-probabilities as close to the reference's as HF's own, at every
-    position?
+    """Tests whether the engine's log-probabilities are as close to the reference's as HF's.
 
-    logprobs: the engine's log softmax(logits)[token] of the very tokens of `scores`, one list a
-    request, from an untimed pass. Median, 99 %, 99.9 % quantile and maximum of |engine - reference|
-    must each be within factor * HF's + floor.
+    logprobs: the engine's log softmax(logits)[token] of the tokens of `scores`, one list per
+    request, from an untimed pass. Median, 99 % quantile, 99.9 % quantile and maximum of |engine -
+    reference| must each be within factor * HF's + floor.
     """
     lengths = [len(values) for values in logprobs]
     if lengths != [len(s) for s in scores]:
         raise ValueError(
-            f"log-probabilities of {lengths} tokens were given for outputs of {[len(s) for s in scores]}"
+            f"got log-probabilities of {lengths} tokens for outputs of {[len(s) for s in scores]} tokens"
         )
     everything = _all(scores)
     ours = torch.tensor([value for values in logprobs for value in values], dtype=torch.float64)
@@ -310,8 +330,8 @@ def compare_logprobs(
     if broken:
         worst = broken[-1]
         reason = (
-            f"log-probabilities are off by {engine[worst]:.3g} nats ({worst}); HF in {dtype} is off by {hf[worst]:.3g}, "
-            f"the bound is {bound[worst]:.3g}"
+            f"log-probabilities differ from the reference by {engine[worst]:.3g} nats ({worst}); the bound is "
+            f"{bound[worst]:.3g}, HF in {dtype} differs by {hf[worst]:.3g}"
         )
     return LogprobResult("fail" if broken else "pass", reason, len(everything), engine, hf, bound)
 
@@ -325,22 +345,20 @@ def _bounds(
 
 
 def _repeats(scores: Sequence[Scores]) -> float:
-    """Share of output tokens equal to the token before them in the output: high repeats hide
-    errors.
-    """
+    """The share of output tokens equal to the one before. Repetitive outputs can hide errors."""
     pairs = sum(max(0, len(s) - 1) for s in scores)
     return sum(int((s.tokens[1:] == s.tokens[:-1]).sum()) for s in scores) / max(1, pairs)
 
 
 def _all(scores: Sequence[Scores]) -> Scores:
     if not any(len(s) for s in scores):
-        raise ValueError("there is no output token to judge; an empty output proves nothing")
+        raise ValueError("there is no output token to judge")
     return Scores.cat(scores)
 
 
-def _offender(scores: Sequence[Scores], bound: float, worst: int) -> dict[str, Any]:
-    """The first token beyond the bound, in order of request and position; if none is, the one with
-    the largest margin.
+def _offender(scores: Sequence[Scores], bound: float, worst: int) -> Offender:
+    """The first token beyond the bound, by request and position, else the one with the largest
+    margin.
     """
     offset = 0
     found = None

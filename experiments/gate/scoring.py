@@ -1,24 +1,22 @@
-"""What two models say of every token that an engine produced, from a few rows of their logits at a
-time.
+"""Scores the tokens of an engine from the logits of two models, a few rows at a time.
 
-The gate has to cost little more than the two forward passes it rests on, and with random numbers
-for the whole vocabulary, or a sort of it, at each position it would not. So each kind of row does
-no more than its answer needs:
+The gate should cost little more than the two forward passes it needs. Random numbers for the whole
+vocabulary, or a sort of it, at each position would be too expensive. So each kind of row computes
+only what it needs:
 
 - sampled by our generator: the noise of token i cannot exceed -log(u_i), its bits as a number in
-  (0, 1), so only tokens with
-  u_i < p_i e^c can reach a score of logsumexp(scores) - c: some fifty of them where c = 4, and the
-  best score is hardly ever below that. Exact noise is computed of those alone; where a row turns
-  out otherwise, of the whole vocabulary;
-- truncated by top-k or top-p: values sorted without their places give the least score that is kept
-  (`truncation`);
-- not the reference's choice, with top-k or top-p: the search for a margin takes all such rows of a
-  batch together.
+  (0, 1), so only tokens with u_i < p_i e^c can reach a score of logsumexp(scores) - c: about fifty
+  of them for c = 4, and the best score is hardly ever below that. Exact noise is computed for those
+  only or, in a row where that is not enough, for the whole vocabulary;
+- truncated by top-k or top-p: sorting values without their indices gives the smallest score that is
+  kept (`truncation`);
+- not the reference's choice, with top-k or top-p: the search for a margin handles all such rows of
+  a batch together.
 
-Selecting by a mask of the whole vocabulary costs more on a CPU than sorting it, so products with 0
-and 1 stand for masks.
+On a CPU, masking the whole vocabulary costs more than sorting it, so masks are applied by
+multiplying with 0 and 1.
 
-property_tests/test_gate_properties.py compares all of it with the plain computation.
+property_tests/test_gate_properties.py compares the results with the plain computation.
 """
 
 from __future__ import annotations
@@ -36,17 +34,17 @@ from experiments.gate.truncation import distribution, exponentials, least_kept
 
 CANDIDATES = 5
 REACH = 3.6
-"""c above, where no token has much of the mass: how far below logsumexp(scores) a score still counts. e^c = 37 tokens, on average,
-come that far. Where one token has nearly all of it the five best lie farther down; see `_reachable`."""
+"""c above, if no token has much of the mass: how far below logsumexp(scores) a score still counts. e^c = 37 tokens, on average,
+come that far. If one token has nearly all of the mass, the five best lie farther down; see `_reachable`."""
 _ROUNDING = 1e-4
 _CACHE_BYTES = 2**20
-"""On a CPU, tables of logits of this size are scored at a time: they stay in its cache, which doubles the speed."""
+"""The size of the tables of logits that are scored at a time on a CPU: they fit into its cache, which doubles the speed."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What the two models say of one request's n output tokens; CPU tensors. "Score" is a logit
-    over temperature plus noise.
+    """The scores of one request's n output tokens by both models, as CPU tensors. A "score" is a
+    logit over temperature plus noise.
 
     tokens: the engine's. agrees, margin: see `margins`. error: of HF in the engine's dtype, in
     logits: the largest, over the five best scores of the reference (top-k and top-p aside), of
@@ -132,7 +130,7 @@ def score_rows(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) ->
 
 
 def _cuts(n: int, logits: Tensor) -> list[slice]:
-    """Of n rows as those of logits [_, V], as many at a time as stay in a CPU's cache."""
+    """Slices of n rows of logits [_, V], as many rows at a time as fit into a CPU's cache."""
     step = max(
         1,
         n
@@ -145,8 +143,8 @@ def _cuts(n: int, logits: Tensor) -> list[slice]:
 def _search_margins(
     scores: Scores, logits: Tensor, rows: Rows, tokens: Tensor, truncated: Tensor
 ) -> None:
-    """Puts in the margins of tokens that the reference would not have chosen, where top-k or top-p
-    is in force.
+    """Sets the margins of tokens that the reference would not have chosen, in rows with top-k or
+    top-p.
     """
     search = (~scores.agrees.to(truncated.device) & truncated).nonzero().flatten()
     # a few tables at a time
@@ -158,8 +156,8 @@ def _search_margins(
 
 
 def _noiseless(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> Scores:
-    """Greedy rows, and those of another generator: there `agrees` says that the token is kept at
-    all.
+    """Scores greedy rows, and rows of another generator, for which `agrees` means that top-k and
+    top-p keep the token.
     """
     return Scores.cat(
         [
@@ -211,7 +209,7 @@ def _noiseless_few(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor
 
 
 def _noisy(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> Scores:
-    """Rows sampled by our generator: exact noise for those tokens alone that can win."""
+    """Scores rows sampled by our generator, with exact noise only for tokens that can win."""
     n, vocab_size = logits.shape
     everyone = [
         _reachable(logits[i], hf_logits[i].float(), rows[i], tokens[i])
@@ -288,7 +286,7 @@ def _noisy(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> Sco
 
 @dataclass(frozen=True)
 class _Reachable:
-    """What the whole vocabulary is looked at for, in n rows sampled by our generator.
+    """Statistics over the whole vocabulary, for n rows sampled by our generator.
 
     Of each row [n]: limit: logsumexp(scaled) - c, or a little more; count: of the tokens that can
     reach it;
@@ -358,7 +356,7 @@ def _reachable(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) ->
 
 
 def _whole_vocabulary(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> Scores:
-    """`_noisy` without short cuts, for the rows where those do not reach."""
+    """`_noisy` without shortcuts, for the rows in which those are not enough."""
     scaled, hf_scaled = over_temperature(logits, hf_logits, rows)
     least = least_kept((scaled, hf_scaled), rows)
     noise = rows.noise(logits.shape[1])
@@ -394,14 +392,14 @@ def logprob(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _five(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """(where, score) of the five best: [n, 5]."""
+    """(token ids, scores) of the five best tokens, [n, 5] each."""
     values, places = scores.topk(min(CANDIDATES, scores.shape[1]))
     return places, values
 
 
 def _five_best(scores: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(where, score) of the five best that are kept, and of the five best of all: what HF's error
-    is taken over, as what top-k and top-p keep may be a single token. All [n, 5].
+    """(token ids, scores) of the five best tokens that are kept, then of the five best of all, over
+    which HF's error is computed because top-k and top-p may keep a single token. All [n, 5].
     """
     candidates, all_scores = _five(scores)
     best, best_scores = (
@@ -411,8 +409,8 @@ def _five_best(scores: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Ten
 
 
 def _where_less(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(row, column) of the places where a < b, [n, m] both, in order. On a CPU NumPy does that in a
-    third of torch's time.
+    """The (row, column) indices where a < b, [n, m] both, in order. On a CPU NumPy takes a third of
+    torch's time.
     """
     if a.device.type != "cpu":
         row, column = (a < b).nonzero().unbind(-1)
@@ -423,8 +421,8 @@ def _where_less(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def over_temperature(logits: Tensor, hf_logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Both tables over temperature. HF's in float32: so an engine samples, and that rounding is
-    part of the noise measured.
+    """Both tables divided by temperature. HF's in float32, as engines sample: this rounding is part
+    of the noise to be measured.
     """
     divisor = rows.divisor[:, None]
     if bool((divisor == 1).all()):
@@ -456,8 +454,8 @@ def _scores(
     hf_logprob: Tensor,
     terms: tuple[Tensor, ...] | None = None,
 ) -> Scores:
-    """distance [n]: of the token's score from the best, 0 where it agrees: the margin over
-    temperature if nothing truncates.
+    """distance [n]: of the token's score from the best, 0 where it agrees; without truncation, the
+    margin over temperature.
     """
     log_p, entropy, variance, root_sum, drift = terms or (torch.zeros_like(error),) * 5
     in_double = {

@@ -1,5 +1,5 @@
-"""What chance allows: the few statistics of the gate, in the standard library and torch (it runs
-where SciPy is not).
+"""The statistical tests of the gate, with torch and the standard library only, because the gate runs
+on hosts without SciPy.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def quantiles(values: Tensor) -> dict[str, float]:
-    """The quantiles that records hold, of values [n] in any order."""
+    """The quantiles of values [n] that records hold; the values need not be sorted."""
     ordered = values.sort().values
     result = {}
     for name, q in (("q50", 0.5), ("q99", 0.99), ("q999", 0.999), ("max", 1.0)):
@@ -20,7 +20,7 @@ def quantiles(values: Tensor) -> dict[str, float]:
 
 
 def binomial_limit(n: int, p: float, alpha: float) -> int:
-    """Smallest k with P(X > k) <= alpha for X ~ Binomial(n, p)."""
+    """The smallest k with P(X > k) <= alpha for X ~ Binomial(n, p)."""
     tail = 1.0
     for k in range(n + 1):
         log_choose = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
@@ -42,18 +42,18 @@ def normal_limit(alpha: float) -> float:
 
 
 def self_normalized_excess(differences: Sequence[float]) -> float:
-    """sum(d) / sqrt(sum(d^2)), d a request: a z whose unit is the request, so that tokens that
-    repeat one near-tie count once.
+    """sum(d) / sqrt(sum(d^2)) with one d per request: a z-score in which tokens of one request that
+    repeat the same near-tie count once.
 
-    It cannot exceed sqrt(requests): a handful of requests can never fail this rule (the bound
-    judges them).
+    It cannot exceed sqrt(requests), so a handful of requests never fail this rule; the bound judges
+    them.
     """
     scale = math.sqrt(sum(d * d for d in differences))
     return sum(differences) / scale if scale > 0 else 0.0
 
 
 def quantile(ordered: Tensor, q: float) -> float:
-    """Of ascending values [n], by linear interpolation between order statistics."""
+    """The quantile q of ascending values [n], interpolated linearly between order statistics."""
     at = q * (len(ordered) - 1)
     low, high = ordered[math.floor(at)], ordered[math.ceil(at)]
     return float(low + (high - low) * (at - math.floor(at)))

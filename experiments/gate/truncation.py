@@ -1,9 +1,8 @@
-"""What top-k and top-p keep of a vocabulary, and what a distribution over that says, at the price
-of a sort of values.
+"""Top-k and top-p truncation of a vocabulary, and statistics of the truncated distribution.
 
-Selecting by a mask (`masked_fill`, `where`) costs 3.5 ns an element on a CPU where the mask has no
-pattern, a sort 1.7 and an exponential 0.2; so what is kept is said by a threshold, and products
-with 0 and 1 stand for masks.
+On a CPU, an irregular mask (`masked_fill`, `where`) costs 3.5 ns per element, a sort 1.7 ns and an
+exponential 0.2 ns. So what is kept is described by a threshold, and masks are applied by
+multiplying with 0 and 1.
 """
 
 from __future__ import annotations
@@ -16,19 +15,19 @@ from torch import Tensor
 from experiments.gate.logit_margins import Rows
 
 _MOST_LIKELY = 640
-"""Tokens among which the threshold of top-p is looked for, where the vocabulary is larger by far."""
+"""The number of most likely tokens in which the threshold of top-p is searched first, in a much larger vocabulary."""
 _FAR = 1e18
-"""A score less this has a probability of 0."""
+"""Subtracted from a score, gives a probability of 0."""
 
 
 def least_kept(
     tables: Sequence[Tensor], rows: Rows, masses: Sequence[Tensor] | None = None
 ) -> list[Tensor] | None:
-    """Of each table of logits over temperature [n, V] the least that top-k, then top-p on what is
-    left, keep: [n, 1]. None: all are kept.
+    """For each table of logits over temperature [n, V], the smallest value [n, 1] that top-k, then
+    top-p on what is left, keep. None if all tokens are kept.
 
-    Tokens as likely as the last one that is kept are kept as well. masses: of each table the sums
-    [n, 1] of `exponentials`, where they are known.
+    Tokens as likely as the last one that is kept are kept as well. masses: the sums [n, 1] of
+    `exponentials` of each table, if known.
     """
     if not bool(rows.truncated.any()):
         return None
@@ -49,9 +48,9 @@ def least_kept(
 def _least_of(
     ordered: Tensor, scaled: Tensor, k: Tensor, p: Tensor, whole: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(`least_kept` [n, 1], whether it is among the most likely tokens [n]), whose logits over
-    temperature are `ordered` [n, w].
-    whole: the mass of all tokens, if it is known."""
+    """(`least_kept` [n, 1], whether it is among the most likely tokens [n]). ordered [n, w]: the
+    logits over temperature of the most likely tokens. whole: the mass of all tokens, if known.
+    """
     vocab_size, width = scaled.shape[1], ordered.shape[1]
     mass = (ordered - ordered[:, :1]).exp_().cumsum(-1)  # of the first 1, 2, ... tokens
     total = mass.gather(1, k.clamp(max=width) - 1)
@@ -65,15 +64,17 @@ def _least_of(
 
 
 def exponentials(table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of [n, V]: the largest [n, 1], exp(table - largest) [n, V], and its sum [n, 1]."""
+    """The maximum of table [n, V] over tokens [n, 1], exp(table - maximum) [n, V], and its sum
+    [n, 1].
+    """
     highest = table.amax(-1, True)
     weights = (table - highest).exp_()
     return highest, weights, weights.sum(-1, True)
 
 
 def descending(values: Tensor, width: int | None = None) -> Tensor:
-    """The `width` largest (all) of values [n, V], sorted, without their places: on a CPU NumPy does
-    that ten times as fast as torch.
+    """The `width` largest (by default, all) of values [n, V], sorted, without indices. On a CPU
+    NumPy is ten times as fast at this as torch.
     """
     if values.device.type != "cpu":
         return (

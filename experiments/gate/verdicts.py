@@ -1,36 +1,33 @@
-"""The gate's side of a folder of records: which tokens there are to judge, and how a verdict is
-written down.
-"""
+"""Finds the outputs to judge in a folder of records, and turns verdicts into gate records."""
 
 from __future__ import annotations
 
 import base64
-import dataclasses
 import json
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from experiments import workloads
 from experiments.gate.rules import GateResult
 from experiments.records import store
+from experiments.records.types import GateRecord, LaunchRecord, Plan, Verdict
 
 NATIVE_ENGINES = {"nanovllm"}
-"""Engines that sample with our generator; sampled tokens of any other are judged by their distribution."""
+"""Engines that sample with our random generator. Sampled tokens of others are judged by their distribution."""
 
 
 class GateError(Exception):
-    """Work that cannot be judged; the message says what is missing and what to do."""
+    """Outputs that cannot be judged; the message says what is missing and what to do."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one or more launches generated for one workload, all with the same digest."""
+    """One output of a workload and the launches that generated it."""
 
     workload: str
     tokens_digest: str
-    launches: tuple[store.Record, ...]
+    launches: tuple[LaunchRecord, ...]
 
     @property
     def key(self) -> tuple[str, str]:
@@ -48,8 +45,8 @@ class Work:
 
 
 def find_work(all_records: list[store.Record], plan_hash: str) -> list[Work]:
-    """Every distinct (workload, tokens digest) of the launches that count, in order of appearance."""
-    found: dict[tuple[str, str], list[store.Record]] = {}
+    """The distinct outputs of the launches that count, in order of appearance."""
+    found: dict[tuple[str, str], list[LaunchRecord]] = {}
     for launch in store.counted(all_records):
         if launch["plan_hash"] == plan_hash:
             for name, served in launch["workloads"].items():
@@ -58,9 +55,7 @@ def find_work(all_records: list[store.Record], plan_hash: str) -> list[Work]:
 
 
 def read_tokens(folder: Path, digest: str) -> list[list[int]]:
-    """The outputs of a digest. Raises GateError if they are not there or are not what the digest
-    says.
-    """
+    """The outputs with a digest. Raises GateError if they are missing or do not match it."""
     path = folder / store.TOKENS
     lines = path.read_text().splitlines() if path.exists() else []
     encoded = next(
@@ -68,21 +63,37 @@ def read_tokens(folder: Path, digest: str) -> list[list[int]]:
     )
     if encoded is None:
         raise GateError(
-            f"{path}: no tokens with digest {digest}; a launch writes them before its record, so the file was cut"
+            f"{path}: no tokens with digest {digest}; tokens are written before the record, so the file was truncated"
         )
     outputs: list[list[int]] = json.loads(zlib.decompress(base64.b64decode(encoded)))
     if (actual := workloads.tokens_digest(outputs)) != digest:
         raise GateError(
-            f"{path}: the tokens under digest {digest} have digest {actual}; the file was altered"
+            f"{path}: the tokens stored under digest {digest} have digest {actual}; the file was modified"
         )
     return outputs
 
 
 def gate_record(
-    plan: dict[str, Any], work: Work, result: GateResult | str, *, negative_control: bool = False
-) -> store.Record:
-    """Record v1 of a verdict; of an error if `result` is its message."""
-    record: store.Record = {
+    plan: Plan, work: Work, result: GateResult | str, *, negative_control: bool = False
+) -> GateRecord:
+    """The gate record of a verdict, or of an error if `result` is an error message."""
+    verdict: Verdict = (
+        result.as_verdict()
+        if isinstance(result, GateResult)
+        else {
+            "status": "error",
+            "reason": result,
+            "tokens_checked": 0,
+            "mismatches": 0,
+            "within_bound": 0,
+            "max_margin": None,
+            "bound": None,
+            "calibration": {},
+            "first_offender": None,
+            "duration_s": 0.0,
+        }
+    )
+    return {
         "kind": "gate",
         "schema": store.SCHEMA,
         "study": plan["study"]["name"],
@@ -90,23 +101,6 @@ def gate_record(
         "workload": work.workload,
         "tokens_digest": work.tokens_digest,
         "dtype": plan["model"]["dtype"],
+        **verdict,
+        "is_negative_control": negative_control,
     }
-    if isinstance(result, str):
-        nothing = {
-            "tokens_checked": 0,
-            "mismatches": 0,
-            "within_bound": 0,
-            "max_margin": None,
-            "bound": None,
-        }
-        record |= {
-            "status": "error",
-            "reason": result,
-            **nothing,
-            "calibration": {},
-            "first_offender": None,
-            "duration_s": 0.0,
-        }
-    else:
-        record |= dataclasses.asdict(result)
-    return record | {"is_negative_control": negative_control}

@@ -1,10 +1,10 @@
-"""The environment of every process that the laboratory starts. Standard library only.
+"""The environment of all processes that the laboratory starts. Standard library only.
 
 Three kinds of variables can change a result or break a run:
 
-    set        what our processes need whatever the shell says (SET below)
-    removed    what speaks of something else: git's variables of a hook, an interpreter told to stay open
-    recorded   what an engine or its libraries read; each launch's record lists them (provenance._ENVIRONMENT)
+    set        required by our processes, whatever the shell says (SET below)
+    removed    meant for something else: variables of a git hook, an interactive interpreter
+    recorded   read by an engine or its libraries; listed in each launch's record (provenance._ENVIRONMENT)
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from nanovllm import host_limits
 ROOT = Path(__file__).resolve().parents[2]
 """The repository: the folder that holds `experiments/` and `src/`."""
 SET = {
-    # a notebook's kernel exports its own, which other interpreters cannot import
+    # a notebook sets its own backend, which other interpreters cannot import
     "MPLBACKEND": "Agg",
-    "PYTHONSAFEPATH": "1",  # or the working directory's statistics.py would be taken for Python's
+    "PYTHONSAFEPATH": "1",  # so that files in the working directory do not shadow modules
     "PYTHONUTF8": "1",  # records and pages are UTF-8 in every locale
 }
 REMOVED = (
@@ -41,12 +41,12 @@ REMOVED = (
 )
 
 
-def of_child(variables: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Our own environment, with `variables` over it, for a Python that finds this repository's
-    modules first.
+def for_subprocess(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's environment, updated with `variables`, for a Python process that finds this
+    repository's modules first.
 
-    Where a container's quota leaves fewer cores than there are, libraries are told so: they count
-    those that there are.
+    If a container's CPU quota is lower than its number of cores, sets OMP_NUM_THREADS accordingly,
+    because libraries only count cores.
     """
     found = {name: value for name, value in os.environ.items() if name not in REMOVED} | SET
     cores = host_limits.cpu_cores()

@@ -1,9 +1,9 @@
-"""One measurement at a time on a machine, or on a GPU: two at once would slow each other down,
-unseen. Standard library only.
+"""Locks a machine or its GPUs, so that concurrent measurements do not disturb each other. Standard
+library only.
 
-A study on the CPU has the machine for itself; studies on different GPUs share it. The locks are
-files in the system's folder for temporary files ($NANOVLLM_LOCKS for another one), which the kernel
-releases when their process ends, however it ends.
+A study on the CPU locks the whole machine; studies on different GPUs may run at the same time. The
+locks are files in the system's temporary folder (or $NANOVLLM_LOCKS). The kernel releases them when
+their process ends, even if it is killed.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from experiments.records.store import RecordError
+from experiments.records.types import Config, Plan
 
 
 @contextlib.contextmanager
-def held(plan: dict[str, Any], out: Path) -> Iterator[None]:
-    """Holds what the plan's launches use while the context is open. Raises RecordError where
-    another runner holds it.
+def held(plan: Plan, out: Path) -> Iterator[None]:
+    """Locks what the plan's launches use, while the context is open. Raises RecordError if another
+    runner has locked it.
     """
     with contextlib.ExitStack() as stack:
         if plan["profile"]["device"] == "cpu":
@@ -34,10 +34,8 @@ def held(plan: dict[str, Any], out: Path) -> Iterator[None]:
         yield
 
 
-def gpus(plan: dict[str, Any]) -> list[str]:
-    """The GPUs that the launches of a plan use on this machine, by the names of
-    CUDA_VISIBLE_DEVICES.
-    """
+def gpus(plan: Plan) -> list[str]:
+    """The GPUs that the launches of a plan use on this machine, named as in CUDA_VISIBLE_DEVICES."""
     number = gpus_needed(plan)
     variables = os.environ | plan["study"]["measurement"]["environment"]
     visible = [
@@ -48,8 +46,8 @@ def gpus(plan: dict[str, Any]) -> list[str]:
     return (visible or [str(index) for index in range(number)])[:number]
 
 
-def gpus_needed(plan: dict[str, Any]) -> int:
-    """GPUs that the widest cell of a plan needs; 0 for a study on the CPU."""
+def gpus_needed(plan: Plan) -> int:
+    """The largest number of GPUs that a cell of the plan needs; 0 for a study on the CPU."""
     if plan["profile"]["device"] == "cpu":
         return 0
     return max(
@@ -58,9 +56,9 @@ def gpus_needed(plan: dict[str, Any]) -> int:
     )
 
 
-def _parallel(config: dict[str, Any], kind: str) -> int:
-    """How many ways a cell is split; our engine has it among its optimizations, vLLM beside the
-    rest, some engines not at all.
+def _parallel(config: Config, kind: str) -> int:
+    """The tensor or data parallel size of a cell: one of our engine's optimizations, a plain setting
+    of vLLM, and 1 for engines without it.
     """
     name = f"{kind}_parallel_size"
     return int(config.get("optimizations", {}).get(name) or config.get(name) or 1)
@@ -80,17 +78,17 @@ def _lock(stack: contextlib.ExitStack, name: str, how: int, out: Path) -> None:
             else f"GPU {name.removeprefix('gpu-')} of this machine"
         )
         raise RecordError(
-            f"another study is being measured on {what} ({path.read_text().strip() or 'holder unknown'}): two at once would slow "
-            "each other down. Wait for it, or stop it, then run the same command again."
+            f"another study is being measured on {what} ({path.read_text().strip() or 'owner unknown'}). Concurrent studies would "
+            "slow each other down: wait for it or stop it, then run the same command again."
         ) from error
-    # another user's file, or a full disk: the lock holds, only its note is missing
+    # with another user's file or a full disk, the lock works, but has no note
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()}, records in {out.absolute()}\n".encode(), 0)
 
 
 def _open(path: Path) -> int:
-    """A descriptor to lock. Another user's file can be read, which is enough; O_CREAT on it may be
+    """A file descriptor to lock. Reading is enough for another user's file, on which O_CREAT may be
     forbidden in /tmp.
     """
     for flags in (os.O_RDWR, os.O_RDWR | os.O_CREAT, os.O_RDONLY):

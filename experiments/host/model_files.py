@@ -1,8 +1,7 @@
-"""Where the checkpoint of a plan lies on this machine, and whether it is the one the plan means.
-Standard library only.
+"""Finds the checkpoint of a plan on this machine and compares its digest. Standard library only.
 
-A preset is built by the engine (`nanovllm.models.checkpoint`), which loads torch; that happens in a
-process of its own.
+A preset is built by the engine (`nanovllm.models.checkpoint`), which needs torch, in a separate
+process.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-from experiments.host.environment import of_child
+from experiments.host.environment import for_subprocess
+from experiments.records.types import ModelFiles, ModelShape, PlannedModel
 
 _PREPARE = (
     "import json, sys; from experiments.host.model_files import prepare; "
@@ -34,14 +33,12 @@ _SHAPE = (
 
 
 class ModelError(Exception):
-    """A checkpoint that is not there or not the one asked for; the message says what to do."""
+    """A checkpoint that is missing or not the requested one; the message says what to do."""
 
 
-def locate(model: dict[str, Any], *, here: bool = False) -> Path:
-    """The folder of a plan's model; a preset is built if need be. Raises ModelError where its
-    digest is not the plan's.
-
-    A plan without a digest (null) takes a folder as it is. here: see `inspect`.
+def locate(model: PlannedModel, *, here: bool = False) -> Path:
+    """The folder of a plan's model; builds a preset that is not in the cache yet. Raises ModelError
+    if its digest is not the plan's. A plan without a digest accepts any folder. here: see `inspect`.
     """
     if model["path"] is not None and model["digest"] is None:
         _check_folder(model["path"])
@@ -49,40 +46,41 @@ def locate(model: dict[str, Any], *, here: bool = False) -> Path:
     found = inspect(model["preset"], model["path"], here=here)
     if model["digest"] is not None and found["digest"] != model["digest"]:
         raise ModelError(
-            f"the checkpoint in {found['path']} has digest {found['digest']}, the plan was made for {model['digest']}: "
-            "other weights. Give the checkpoint of the plan, or make the plan again."
+            f"the checkpoint in {found['path']} has digest {found['digest']}, but the plan was made for {model['digest']}. "
+            "Use the plan's checkpoint, or make the plan again."
         )
     return Path(found["path"])
 
 
-def inspect(preset: str | None, path: str | None, *, here: bool = False) -> dict[str, Any]:
-    """{"path", "digest"} of a preset (built if need be) or a folder. Raises ModelError.
+def inspect(preset: str | None, path: str | None, *, here: bool = False) -> ModelFiles:
+    """The path and digest of a preset (built if necessary) or a folder. Raises ModelError.
 
-    The digest is computed once for files that have not been touched since. here: by this process,
-    which has torch loaded anyway and may open a GPU; one that measures may not, as it would share
-    that GPU with every launch.
+    The digest is cached until a file changes. here: compute it in this process, which has imported
+    torch anyway. A runner must not do that: torch might open the GPU that its launches use.
     """
-    found = _inspect(preset, path, here)
-    if state_of(Path(found["path"])) != found["state"]:
+    found, state = _inspect(preset, path, here)
+    if state_of(Path(found["path"])) != state:
         _inspect.cache_clear()
-        found = _inspect(preset, path, here)
-    return {"path": found["path"], "digest": found["digest"]}
+        found, _ = _inspect(preset, path, here)
+    return found
 
 
 @functools.lru_cache(maxsize=16)
-def _inspect(preset: str | None, path: str | None, here: bool) -> dict[str, Any]:
-    """The same with `state`, that of the files whose digest it is."""
+def _inspect(
+    preset: str | None, path: str | None, here: bool
+) -> tuple[ModelFiles, list[tuple[str, int, int]]]:
+    """The same, with the state of the files that were digested."""
     if path is not None:
         _check_folder(path)
     before = state_of(Path(path)) if path is not None else None
     if preset is not None and sys.stderr.isatty():
         print(
-            f"preparing the checkpoint {preset} (built once, up to a minute)",
+            f"preparing checkpoint {preset} (takes up to a minute the first time)",
             file=sys.stderr,
             flush=True,
         )
     given = (preset, path and str(Path(path).resolve()))
-    if here:  # to import torch once more would take longer than all the rest
+    if here:  # importing torch in another process would take longer than the rest
         try:
             found = prepare(*given)
         except (ValueError, RuntimeError, OSError) as error:
@@ -91,18 +89,18 @@ def _inspect(preset: str | None, path: str | None, here: bool) -> dict[str, Any]
             ) from error
     else:
         command = [sys.executable, "-c", _PREPARE, json.dumps(given)]
-        done = subprocess.run(command, capture_output=True, text=True, env=of_child(), check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=for_subprocess(), check=False
+        )
         if done.returncode != 0:
             last = done.stderr.strip().splitlines()[-1:] or ["no message"]
             raise ModelError(f"model {preset or path}: cannot be prepared: {last[0]}")
         found = json.loads(done.stdout.strip().splitlines()[-1])
-    return {**found, "state": before or state_of(Path(found["path"]))}
+    return found, before or state_of(Path(found["path"]))
 
 
-def prepare(preset: str | None, path: str | None) -> dict[str, Any]:
-    """{"path", "digest"}: the engine builds a preset and computes the digest, and loads torch for
-    it.
-    """
+def prepare(preset: str | None, path: str | None) -> ModelFiles:
+    """Builds a preset and computes the digest, with the engine's code, which imports torch."""
     from nanovllm.models.checkpoint import checkpoint_digest, ensure_checkpoint
 
     folder = path or ensure_checkpoint(str(preset))
@@ -110,9 +108,7 @@ def prepare(preset: str | None, path: str | None) -> dict[str, Any]:
 
 
 def state_of(model: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of a checkpoint's files: enough to see that they were touched
-    since their digest was taken.
-    """
+    """Name, size and modification time of a checkpoint's files, to detect changes."""
     found = ((path.name, path.stat()) for path in sorted(model.glob("*")))
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
 
@@ -120,12 +116,12 @@ def state_of(model: Path) -> list[tuple[str, int, int]]:
 def _check_folder(path: str) -> None:
     if not (Path(path) / "config.json").is_file():
         raise ModelError(
-            f"model {path}: no folder with a config.json; give the folder of a checkpoint, or a preset"
+            f"model {path}: not a folder with a config.json; give the folder of a checkpoint, or a preset"
         )
 
 
 def download(hub_id: str) -> Path:
-    """The folder of a model of the Hugging Face hub, fetched if it is not in its cache. Raises
+    """The local folder of a model of the Hugging Face Hub, downloaded if necessary. Raises
     ModelError.
     """
     script = (
@@ -136,21 +132,21 @@ def download(hub_id: str) -> Path:
         [sys.executable, "-c", script, hub_id],
         capture_output=True,
         text=True,
-        env=of_child(),
+        env=for_subprocess(),
         check=False,
     )
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise ModelError(
-            f"model {hub_id}: neither a folder with a config.json nor to be had from the hub ({last[0]}); "
+            f"model {hub_id}: not a folder with a config.json, and the download from the Hugging Face Hub failed ({last[0]}); "
             "give a folder, or a preset such as tiny"
         )
     return Path(done.stdout.strip().splitlines()[-1])
 
 
-def shape(folder: Path) -> dict[str, Any]:
+def shape(folder: Path) -> ModelShape:
     """The sizes of a checkpoint, from its config.json."""
     config = json.loads((folder / "config.json").read_text())
-    found = {name: config[name] for name in _SHAPE if name in config}
+    found: ModelShape = {name: config[name] for name in _SHAPE if name in config}  # type: ignore[assignment]
     found.setdefault("head_dim", found["hidden_size"] // found["num_attention_heads"])
     return found

@@ -1,4 +1,4 @@
-"""What a record was made with: code, interpreter, packages, machine. Standard library only."""
+"""The provenance of a record: code, interpreter, packages, machine. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-from experiments.host.environment import ROOT, of_child
+from experiments.host.environment import ROOT, for_subprocess
 from experiments.host.telemetry import gpu_inventory
 from experiments.records import store
+from experiments.records.types import GitState, InterpreterProvenance, MachineProvenance
 from nanovllm import host_limits
 
 _PACKAGES = (
@@ -83,8 +83,8 @@ _MEASURED_CODE = (
 )
 
 
-def of_machine() -> dict[str, Any]:
-    """The part that is the same for every launch of a run: code and machine. Costs some ten
+def of_machine() -> MachineProvenance:
+    """The part that is the same for all launches of a run: code and machine. Takes some ten
     milliseconds.
     """
     return {
@@ -98,16 +98,16 @@ def of_machine() -> dict[str, Any]:
     }
 
 
-def of_interpreter() -> dict[str, Any]:
-    """The part that depends on the process an engine runs in: interpreter, packages, environment
-    variables that matter.
+def of_interpreter() -> InterpreterProvenance:
+    """The part that depends on the engine process: interpreter, packages, relevant environment
+    variables.
     """
     packages = {}
     for name in _PACKAGES:
         try:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            continue  # not every engine needs every package: absence is what the record then shows
+            continue  # not every engine needs every package
     return {
         "python": platform.python_version(),
         "implementation": platform.python_implementation(),
@@ -123,10 +123,10 @@ def of_interpreter() -> dict[str, Any]:
 
 
 def collect_env(python: str, folder: Path) -> str | None:
-    """torch's own report on an interpreter and its machine (torch.utils.collect_env), written into
-    `folder` under a name that holds its digest, once per content; the name. None where the
-    interpreter has no torch, or the report takes over two minutes (as a rule, two seconds): a
-    record without it is better than no record. Raises RecordError where it cannot be written.
+    """Writes torch's report on an interpreter and its machine (torch.utils.collect_env) to `folder`
+    and returns the file's name, which holds a digest. None if the interpreter has no torch, or if
+    the report takes over two minutes instead of the usual two seconds. Raises RecordError if the
+    file cannot be written.
     """
     command = [python, "-m", "torch.utils.collect_env"]
     try:
@@ -135,7 +135,7 @@ def collect_env(python: str, folder: Path) -> str | None:
         return None
     if done.returncode != 0:
         return None
-    # the clock of the moment is telemetry
+    # the current clock belongs to telemetry
     text = "\n".join(line for line in done.stdout.splitlines() if "MHz" not in line) + "\n"
     path = folder / store.ENVIRONMENTS.replace("*", hashlib.sha256(text.encode()).hexdigest()[:12])
     if not path.exists():
@@ -143,16 +143,15 @@ def collect_env(python: str, folder: Path) -> str | None:
     return path.name
 
 
-def git_state(root: Path = ROOT) -> dict[str, Any] | None:
-    """Commit (None before the first one), branch, and the digest of everything that differs from
-    it; None without git, and where the repository that answers is not this program's: one that it
-    was unpacked into.
+def git_state(root: Path = ROOT) -> GitState | None:
+    """Commit (None before the first one), branch, and a digest of all uncommitted changes. None
+    without git, and if `root` only lies inside another repository.
     """
     top = _git(root, "rev-parse", "--show-toplevel") if shutil.which("git") else None
     if top is None or Path(top).resolve() != root.resolve():
         return None
     status = _git(root, "status", "--porcelain", "--untracked-files=all") or ""
-    state: dict[str, Any] = {
+    state: GitState = {
         "commit": _git(root, "rev-parse", "--verify", "--quiet", "HEAD"),
         "branch": _git(root, "symbolic-ref", "--short", "--quiet", "HEAD"),
         "dirty": bool(status),
@@ -171,9 +170,7 @@ def git_state(root: Path = ROOT) -> dict[str, Any] | None:
 
 
 def code_digest(root: Path = ROOT) -> str:
-    """SHA-256 over the code that is measured and the code that measures; the same on every machine
-    that has it.
-    """
+    """SHA-256 of the measured and the measuring code; independent of the machine."""
     digest = hashlib.sha256()
     for path in sorted({path for pattern in _MEASURED_CODE for path in root.glob(pattern)}):
         digest.update(
@@ -183,7 +180,7 @@ def code_digest(root: Path = ROOT) -> str:
 
 
 def boot_id() -> str:
-    """Changes when the machine restarts or is another one: launches of a block belong to one boot."""
+    """An id of this boot of this machine. All launches of a block must run within one boot."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except FileNotFoundError:  # not Linux
@@ -204,21 +201,21 @@ def cpu_model() -> str:
 
 
 def cpu_cores() -> int:
-    """Cores that this process may use, not all that the machine has."""
+    """The number of cores that this process may use."""
     return host_limits.cpu_cores()
 
 
 def memory_bytes() -> int:
-    """Memory that this process may use, not all that the machine has."""
+    """The memory that this process may use."""
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return host_limits.memory_within(there, there)[1]
 
 
 def _git(root: Path, *arguments: str) -> str | None:
-    """The output of a git command; None where it fails (no repository, no commit yet)."""
+    """The output of a git command; None if it fails (no repository, no commit yet)."""
     command = ["git", "-C", str(root), *arguments]
-    # a hook's GIT_DIR would make git answer for another one
-    variables = of_child({"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"})
+    # without GIT_DIR, which a git hook sets, and which would name another repository
+    variables = for_subprocess({"LC_ALL": "C", "GIT_OPTIONAL_LOCKS": "0"})
     done = subprocess.run(
         command, capture_output=True, encoding="utf-8", errors="replace", env=variables, check=False
     )

@@ -1,9 +1,9 @@
-"""What the machine did while a launch ran: CPU load (also that of others) and clock, memory of the
-process tree, and the clocks, heat and neighbours of the GPUs.
+"""Telemetry of a launch: CPU load (own and others') and clock, memory of the process tree, and
+clocks, temperature and processes of the GPUs.
 
-Sampled by a thread of the *runner*, never inside the engine's process: the measured interpreter is
-left alone. Reads /proc (or psutil where there is no /proc) and NVML through pynvml (or `nvidia-smi`
-where that is absent); standard library else.
+Sampled by a thread of the *runner*, so that the measured engine process is not disturbed. Reads
+/proc (or psutil, if there is no /proc) and NVML through pynvml (or `nvidia-smi`, if that is not
+installed).
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from experiments.records.types import Gpu, JsonObject, Telemetry
+
 _PROC = Path("/proc")
 _MAX_SAMPLES = 120
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
-Sample = dict[str, Any]
+Sample = JsonObject
 
 
 class Sampler:
-    """Samples every `interval_s` from `start()` to `stop()`; a long launch is thinned out to at
-    most 120 samples.
+    """Samples every `interval_s` from `start()` to `stop()`. A long launch is thinned out to at most
+    120 samples.
     """
 
     def __init__(self, pid: int, interval_s: float = 0.5, visible: str | None = None) -> None:
-        """Call it before the process is started, and set `pid` then: GPU memory and processes of
-        this moment are not its own.
-
-        visible: its CUDA_VISIBLE_DEVICES, numbers or UUIDs; None: it sees every GPU. What happens
-        on others is not its concern.
+        """Create it before the process starts, to know which GPU memory and processes belong to
+        others, and set `pid` afterwards. visible: CUDA_VISIBLE_DEVICES of the process (numbers or
+        UUIDs; None for all GPUs); other GPUs are not sampled.
         """
         self.pid, self.interval_s = pid, interval_s
         self.samples: list[Sample] = []
@@ -52,8 +52,8 @@ class Sampler:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> dict[str, Any]:
-        """The telemetry of the record: sources, a summary of each series, and the samples."""
+    def stop(self) -> Telemetry:
+        """Stops sampling and returns the telemetry for the record."""
         self._stop.set()
         self._thread.join()
         if self._gpu:
@@ -81,21 +81,21 @@ class Sampler:
 
     @property
     def peak_host_bytes(self) -> int | None:
-        """Sum over the process tree of each process's own peak of resident memory (shared pages
-        count once in each).
+        """The sum over the process tree of each process's peak resident memory (shared pages are
+        counted in each process).
         """
         return sum(self._peak_rss.values()) or None
 
     @property
     def peak_device_bytes(self) -> int | None:
-        """Highest sampled growth of the memory in use on all GPUs since the process started; None
+        """The largest sampled increase of memory in use on all GPUs since the process started; None
         without a GPU.
         """
         return self._peak_device
 
     def _foreign_gpu_pids(self) -> set[int]:
-        """In a container NVML names processes by the host's numbers: ours cannot be told apart
-        there, so only those that computed before it started are foreign for certain.
+        """The processes of others that used the GPUs. In a container, NVML reports process ids of
+        the host, so ours cannot be recognized; then only those that ran before ours started count.
         """
         if self._gpu_before is None:
             return set()
@@ -153,7 +153,7 @@ class Sampler:
 
 
 def process_tree(pid: int) -> list[int]:
-    """`pid` and everything that descends from it, as far as it still lives."""
+    """`pid` and its living descendants."""
     if not _PROC.is_dir():
         psutil = _optional("psutil")
         return (
@@ -171,7 +171,7 @@ def process_tree(pid: int) -> list[int]:
 
 
 def tree_cpu_s(pid: int) -> float | None:
-    """CPU seconds (user and system) used so far by the living processes of a tree; None without
+    """CPU seconds (user and system) used so far by the living processes of a tree. None without
     /proc.
     """
     if not _PROC.is_dir():
@@ -180,7 +180,7 @@ def tree_cpu_s(pid: int) -> float | None:
 
 
 def _cpu_ticks(pids: list[int]) -> float:
-    """User and system time of the processes that still live; 0 without /proc."""
+    """User and system time of the living processes; 0 without /proc."""
     fields = [_stat(pid) for pid in pids]
     return float(sum(int(f[11]) + int(f[12]) for f in fields if f))
 
@@ -192,7 +192,7 @@ def cpu_times() -> tuple[float, float] | None:
 
 
 def cpu_mhz() -> float | None:
-    """Mean clock over the cores; None where the system does not tell."""
+    """The mean clock over all cores; None if the system does not report it."""
     clocks = [
         float(line.split(":")[1])
         for line in _text(_PROC / "cpuinfo").splitlines()
@@ -225,9 +225,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def _text(path: Path) -> str:
-    """The content of a /proc file; empty where its process has ended meanwhile, or there is no
-    /proc.
-    """
+    """The content of a /proc file; empty if its process has ended or there is no /proc."""
     try:
         return path.read_text()
     except (FileNotFoundError, ProcessLookupError, NotADirectoryError):
@@ -254,7 +252,7 @@ def _optional(name: str) -> Any:
 
 
 class _Nvml:
-    """The GPUs that a process sees, through NVML (a millisecond a sample)."""
+    """Samples the GPUs that a process sees through NVML, which takes about a millisecond."""
 
     source = "nvml"
     _REASONS: ClassVar = {
@@ -287,7 +285,7 @@ class _Nvml:
             else nvml.nvmlDeviceGetHandleByUUID(name)
         )
 
-    def sample(self) -> tuple[list[dict[str, Any]], int, set[int]]:
+    def sample(self) -> tuple[list[JsonObject], int, set[int]]:
         """(state of each GPU, memory in use on all of them in bytes, the processes that compute on
         them).
         """
@@ -321,7 +319,9 @@ class _Nvml:
         self._nvml.nvmlShutdown()
 
     def _ask(self, question: Callable[..., Any], *arguments: Any) -> Any:
-        """None where this GPU does not know (laptops hide power, virtual GPUs hide nearly all)."""
+        """The answer, or None if the GPU does not report it (as power on laptops, and nearly
+        everything on virtual GPUs).
+        """
         try:
             return question(*arguments)
         except (self._nvml.NVMLError_NotSupported, self._nvml.NVMLError_NoPermission):
@@ -329,7 +329,7 @@ class _Nvml:
 
 
 class _NvidiaSmi:
-    """The same through `nvidia-smi`, at most every 2 s: each call costs some 50 ms of a core."""
+    """The same through `nvidia-smi`, at most every 2 s, because each call costs some 50 ms of CPU."""
 
     source = "nvidia-smi"
     _FIELDS = (
@@ -339,10 +339,10 @@ class _NvidiaSmi:
 
     def __init__(self, visible: str | None) -> None:
         self._visible = visible
-        self._last: tuple[list[dict[str, Any]], int, set[int]] = ([], 0, set())
+        self._last: tuple[list[JsonObject], int, set[int]] = ([], 0, set())
         self._last_s = float("-inf")
 
-    def sample(self) -> tuple[list[dict[str, Any]], int, set[int]]:
+    def sample(self) -> tuple[list[JsonObject], int, set[int]]:
         if time.monotonic() - self._last_s < 2:
             return self._last
         gpus, used = [], 0
@@ -368,13 +368,13 @@ class _NvidiaSmi:
         return self._last
 
     def close(self) -> None:
-        """Holds nothing."""
+        """Does nothing."""
 
 
 def nvidia_smi(query: str, visible: str | None = None) -> list[list[str]]:
-    """The rows that `nvidia-smi` prints for a query, of all GPUs or of those that `visible` names;
-    none where there is no driver,
-    or it fails: it then says why on stdout."""
+    """The rows that `nvidia-smi` prints for a query, for all GPUs or those that `visible` names.
+    Empty if there is no driver or the query fails.
+    """
     if shutil.which("nvidia-smi") is None or visible == "":
         return []
     command = [
@@ -395,11 +395,11 @@ def nvidia_smi(query: str, visible: str | None = None) -> list[list[str]]:
 
 
 def visible_gpus(uuids: Sequence[str]) -> list[str]:
-    """Of a machine's GPUs, given by UUID, those that CUDA shows this process, by the names of
-    CUDA_VISIBLE_DEVICES.
+    """The GPUs that CUDA shows this process, named as in CUDA_VISIBLE_DEVICES. uuids: all GPUs of the
+    machine.
 
-    As CUDA reads the variable: the list ends at the first name that is no GPU. A MIG instance
-    counts as one GPU.
+    Follows CUDA's rule that the list ends at the first name that is not a GPU. A MIG instance counts
+    as one GPU.
     """
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is None:
         return [str(index) for index in range(len(uuids))]
@@ -415,15 +415,14 @@ def visible_gpus(uuids: Sequence[str]) -> list[str]:
     return found
 
 
-def gpu_inventory() -> list[dict[str, Any]]:
-    """Name, memory and driver of each GPU that this process may use; empty on a machine without an
-    NVIDIA driver.
+def gpu_inventory() -> list[Gpu]:
+    """Name, memory and driver of each GPU that this process may use; empty without an NVIDIA driver.
 
-    A MIG instance is listed with the name and memory of the first GPU: nvidia-smi does not say
-    which one it is a part of.
+    A MIG instance is listed with the name and memory of the first GPU, because nvidia-smi does not
+    report which GPU it belongs to.
     """
     rows = nvidia_smi("--query-gpu=uuid,name,memory.total,driver_version")
-    found = []
+    found: list[Gpu] = []
     for shown in visible_gpus([row[0] for row in rows]) if rows else []:
         named = (
             row for index, row in enumerate(rows) if shown == str(index) or row[0].startswith(shown)
@@ -435,8 +434,8 @@ def gpu_inventory() -> list[dict[str, Any]]:
 
 
 def free_gpu_bytes(visible: str | None = None) -> list[tuple[int, int]]:
-    """(bytes that no process holds now, all bytes) of each GPU, of all or of those that `visible`
-    names, in the driver's order; empty where nobody tells.
+    """(free, total) memory of all GPUs or those that `visible` names, in the driver's order; empty
+    if unknown.
     """
     rows = nvidia_smi("--query-gpu=memory.total,memory.used", visible)
     known = [(int(total), int(used)) for total, used in rows if total.isdigit() and used.isdigit()]
@@ -444,15 +443,13 @@ def free_gpu_bytes(visible: str | None = None) -> list[tuple[int, int]]:
 
 
 def open_gpu(visible: str | None = None) -> _Nvml | _NvidiaSmi | None:
-    """A source of GPU samples; None on a machine without an NVIDIA driver, or with one that does
-    not answer.
-    """
+    """A source of GPU samples; None without a working NVIDIA driver."""
     nvml = _optional("pynvml")
     if nvml is not None:
         try:
             nvml.nvmlInit()
             return _Nvml(nvml, visible)
         except nvml.NVMLError:
-            return None  # the package is there, the driver is not: no GPU to sample
+            return None  # pynvml is installed, but there is no driver
     tool = _NvidiaSmi(visible)
     return tool if tool.sample()[0] else None

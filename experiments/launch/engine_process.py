@@ -1,9 +1,9 @@
-"""One launch: an engine in a process of its own, served every workload once. Standard library and
-that engine only.
+"""The engine process of a launch: starts an engine and serves every workload. Needs only the
+standard library and that engine.
 
-The order matters: all work is drawn before the engine is imported; the engine is warmed up and its
-prefix cache emptied before anything is timed; memory, clocks and neighbours are watched from
-outside, by the runner.
+The order matters: all workloads are drawn before the engine is imported, and the engine is warmed
+up and its prefix cache emptied before anything is timed. Memory, clocks and other processes are
+monitored from outside, by the runner.
 """
 
 from __future__ import annotations
@@ -16,43 +16,50 @@ import threading
 import time
 import zlib
 from pathlib import Path
-from typing import Any
 
 from experiments import workloads
 from experiments.engines import Adapter, load_adapter
 from experiments.host import provenance, telemetry
 from experiments.records.factor_levels import level_name
+from experiments.records.types import (
+    Config,
+    LaunchResult,
+    Measured,
+    Plan,
+    PlannedMeasurement,
+    Request,
+    ServedWorkload,
+    Toggles,
+    Tokens,
+    Workload,
+)
 
-Plan = dict[str, Any]
 MOST_SERVINGS, MOST_DISCARDED = 15, 3
-"""Of a workload that is served again until it was timed for long enough."""
+"""Limits for a workload that is served repeatedly (`measurement.least_timed_s`)."""
 
 
 def main(plan: Plan, launch_id: str, model: str, spawned_at: float, result: Path) -> None:
-    """Runs one launch and writes `{"record": ..., "tokens": {digest: base64}}` to `result`. Errors
-    end the process.
-    """
+    """Runs one launch and writes its LaunchResult to `result`. Errors end the process."""
     process_start_s = time.time() - spawned_at
     die_with_runner()
     outcome = serve_launch(plan, launch_id, model)
     outcome["record"]["process_start_s"] = process_start_s
-    # Written aside and renamed: the runner sees a whole result or none.
+    # Written to another file and renamed, so that the runner never sees a partial result.
     partial = result.with_name(result.name + ".partial")
     partial.write_text(json.dumps(outcome))
     partial.rename(result)
 
 
 def die_with_runner() -> None:
-    """Ends this process and its workers when the runner ends, however it ends: an orphan would
-    disturb the next launch.
-
-    The runner holds the other end of our standard input and never writes to it.
+    """Ends this process and its workers when the runner ends, so that they do not disturb the next
+    launch. Works even if the runner is killed: it holds the other end of our standard input, to
+    which it never writes.
     """
 
     def watch() -> None:
         while os.read(0, 1):
             pass
-        # as the runner starts us: our workers are in this process group, and nobody else
+        # the runner starts us as the leader of a process group that holds only our workers
         if os.getpgrp() == os.getpid():
             os.killpg(0, signal.SIGKILL)
         os._exit(1)
@@ -60,7 +67,7 @@ def die_with_runner() -> None:
     threading.Thread(target=watch, name="die-with-runner", daemon=True).start()
 
 
-def serve_launch(plan: Plan, launch_id: str, model: str) -> dict[str, Any]:
+def serve_launch(plan: Plan, launch_id: str, model: str) -> LaunchResult:
     """The measured part of a record (times, counters, toggles, digests) and the tokens by digest."""
     launch = next(entry for entry in plan["launches"] if entry["launch"] == launch_id)
     cell = plan["cells"][launch["cell"]]
@@ -76,8 +83,8 @@ def serve_launch(plan: Plan, launch_id: str, model: str) -> dict[str, Any]:
     warm = time.perf_counter()
 
     toggles_before = named(adapter.toggles())
-    served: dict[str, Any] = {}
-    tokens: dict[str, str] = {}
+    served: dict[str, ServedWorkload] = {}
+    tokens: Tokens = {}
     problems: list[str] = []
     for name in launch["workload_order"]:
         served[name], outputs = serve_steadily(
@@ -87,9 +94,9 @@ def serve_launch(plan: Plan, launch_id: str, model: str) -> dict[str, Any]:
         packed = zlib.compress(json.dumps(outputs, separators=(",", ":")).encode(), 6)
         tokens[served[name]["tokens_digest"]] = base64.b64encode(packed).decode()
     toggles = increase(toggles_before, named(adapter.toggles()))
-    problems += wrong_toggles(toggles, cell)
+    problems += wrong_toggles(toggles, cell["config"])
     adapter.close()
-    record = {
+    record: Measured = {
         "status": "invalid" if problems else "ok",
         "reason": "; ".join(problems) or None,
         "resolved": resolved,
@@ -102,38 +109,37 @@ def serve_launch(plan: Plan, launch_id: str, model: str) -> dict[str, Any]:
     return {"record": record, "tokens": tokens}
 
 
-def warm_up(adapter: Adapter, work: dict[str, Any], measurement: dict[str, Any]) -> None:
-    """Serves the head of every workload, answers cut short: first-use compilation, page faults,
-    allocators.
+def warm_up(adapter: Adapter, work: dict[str, Workload], measurement: PlannedMeasurement) -> None:
+    """Serves the first requests of every wave with short outputs, for everything that happens on
+    first use: compilation, page faults, memory allocation.
     """
     for workload in work.values():
         for wave in workload["waves"]:
             head = wave[: measurement["warm_up_requests"]]
-            adapter.serve(
-                [
-                    {**r, "max_tokens": min(r["max_tokens"], measurement["warm_up_tokens"])}
-                    for r in head
-                ]
-            )
+            short: list[Request] = [
+                {**r, "max_tokens": min(r["max_tokens"], measurement["warm_up_tokens"])}
+                for r in head
+            ]
+            adapter.serve(short)
     adapter.reset()
 
 
 def serve_steadily(
-    adapter: Adapter, workload: dict[str, Any], least_timed_s: float
-) -> tuple[dict[str, Any], list[list[int]]]:
-    """Serves a workload once or, where the plan asks for a least time, until the servings that
-    count took so long in all; the record and the tokens of the one whose duration is the median (of
-    an even number, the shorter of the two in the middle).
+    adapter: Adapter, workload: Workload, least_timed_s: float
+) -> tuple[ServedWorkload, list[list[int]]]:
+    """Serves a workload once or, with `least_timed_s`, repeatedly until the counted repetitions took
+    that long in total. Returns the record and the outputs of the repetition of median duration (the
+    shorter of the middle two for an even number).
 
-    A serving does not count in which a kernel was used for the first time, as it was loaded or even
-    compiled meanwhile, and a first one that is shorter than the least time; neither does the first
-    of an engine that computes in other processes and cannot tell.
+    A repetition is discarded if a kernel was loaded or compiled during it. The first one is also
+    discarded if it is shorter than `least_timed_s`, or if the engine runs in other processes and
+    cannot tell whether kernels were loaded.
     """
     if not least_timed_s:
         return serve_workload(adapter, workload)
     first_uses = getattr(adapter, "kernels_loaded", lambda: 0)
     before = first_uses()
-    servings: list[tuple[dict[str, Any], list[list[int]]]] = []
+    servings: list[tuple[ServedWorkload, list[list[int]]]] = []
     discarded: list[float] = []
     while not servings or (
         sum(s["duration_s"] for s, _ in servings) < least_timed_s and len(servings) < MOST_SERVINGS
@@ -154,17 +160,14 @@ def serve_steadily(
     order = sorted(range(len(servings)), key=lambda n: servings[n][0]["duration_s"])
     record, outputs = servings[order[(len(order) - 1) // 2]]
     counted = [round(s["duration_s"], 6) for s, _ in servings]
-    return record | {
-        "servings_s": counted,
-        "rehearsals_s": [round(seconds, 6) for seconds in discarded],
-    }, outputs
+    record["servings_s"] = counted
+    record["rehearsals_s"] = [round(seconds, 6) for seconds in discarded]
+    return record, outputs
 
 
-def serve_workload(
-    adapter: Adapter, workload: dict[str, Any]
-) -> tuple[dict[str, Any], list[list[int]]]:
-    """Serves all waves; what the record keeps, and the tokens. Request times of a later wave begin
-    where it began.
+def serve_workload(adapter: Adapter, workload: Workload) -> tuple[ServedWorkload, list[list[int]]]:
+    """Serves all waves. Returns the record and the outputs. Request times of later waves are offset
+    by the duration of the waves before.
     """
     adapter.reset()
     counters, toggles = adapter.counters(), named(adapter.toggles())
@@ -202,11 +205,11 @@ def serve_workload(
     }, outputs
 
 
-def wrong_work(workload: dict[str, Any], outputs: list[list[int]]) -> list[str]:
-    """How the answers differ from what was asked for; empty if they do not."""
+def wrong_work(workload: Workload, outputs: list[list[int]]) -> list[str]:
+    """How the outputs differ in number and length from what was requested; empty if they do not."""
     requests = [request for wave in workload["waves"] for request in wave]
     if len(outputs) != len(requests):
-        return [f"{len(requests)} requests, {len(outputs)} answers"]
+        return [f"{len(requests)} requests, but {len(outputs)} outputs"]
     for index, (request, output) in enumerate(zip(requests, outputs, strict=True)):
         exact = request["ignore_eos"]
         if (
@@ -215,34 +218,34 @@ def wrong_work(workload: dict[str, Any], outputs: list[list[int]]) -> list[str]:
             or not output
         ):
             return [
-                f"request {index} asked for {request['max_tokens']} tokens and got {len(output)}"
+                f"request {index} asked for {request['max_tokens']} tokens but got {len(output)}"
             ]
     return []
 
 
-def wrong_toggles(toggles: dict[str, Any], cell: dict[str, Any]) -> list[str]:
-    """Toggles that are not at the level asked for, on without having fired, or off and yet fired."""
+def wrong_toggles(toggles: Toggles, config: Config) -> list[str]:
+    """Toggles that are not at the requested level, that are on but had no effect, or that are off
+    but had one.
+    """
     problems = []
-    requested = {
-        name: level_name(value) for name, value in cell["config"].get("optimizations", {}).items()
-    }
+    requested = {name: level_name(value) for name, value in config.get("optimizations", {}).items()}
     for factor, toggle in toggles.items():
         if factor in requested and toggle["level"] != requested[factor]:
             problems.append(
-                f"{factor} was asked for at {requested[factor]} and ran at {toggle['level']}"
+                f"{factor}={requested[factor]} was requested, but it ran at {toggle['level']}"
             )
         is_on = toggle["level"] != toggle["baseline"]
         if is_on and toggle["engaged"] == 0:
             problems.append(f"{factor}={toggle['level']} never engaged")
         if not is_on and toggle["engaged"] > 0:
             problems.append(
-                f"{factor} is at its baseline, {toggle['level']}, and yet engaged {toggle['engaged']} times"
+                f"{factor} is at its baseline, {toggle['level']}, but engaged {toggle['engaged']} times"
             )
     return problems
 
 
-def named(toggles: dict[str, Any]) -> dict[str, Any]:
-    """The toggles of an adapter with levels written as in plans (on, off)."""
+def named(toggles: Toggles) -> Toggles:
+    """An adapter's toggles, with levels written as in plans (on, off)."""
     return {
         factor: {
             **toggle,
@@ -253,9 +256,9 @@ def named(toggles: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def increase(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """`after` with its cumulative counters replaced by their increase."""
-    result = {}
+def increase(before: Toggles, after: Toggles) -> Toggles:
+    """`after` with cumulative counters replaced by their increase since `before`."""
+    result: Toggles = {}
     for factor, toggle in after.items():
         old = before[factor]
         opportunity = (

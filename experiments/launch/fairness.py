@@ -1,12 +1,13 @@
-"""Is a comparison of engines a fair one? Checked on the plan before anything runs, and on what each
-launch resolved to.
+"""Checks that comparisons of engines are fair: on the plan before anything runs, and on the resolved
+config of each launch.
 
-A study names its comparisons (experiments/study/spec.py): a cell of ours, cells of others, and a rule.
+A study lists its comparisons (experiments/study/spec.py): a cell of ours, cells of others, and a
+rule that says what they must share:
 
-    best           the same checkpoint, number format, work and KV-cache bytes; whatever else differs is printed
-    like-for-like  also max_num_seqs, max_num_batched_tokens, max_model_len, and the level of every switch that both have
+    best           checkpoint, dtype, work and KV-cache size; all other differences are printed
+    like-for-like  also max_num_seqs, max_num_batched_tokens, max_model_len, and the level of every optimization that both have
 
-A breach stops the study with what differs: the records so far are kept. Standard library only;
+A violation stops the study with a message; the records so far are kept. Standard library only;
 `Runner` calls it.
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 from experiments.records import store
 from experiments.records.factor_levels import level_name
 from experiments.records.store import Record, RecordError
+from experiments.records.types import Config, LaunchRecord, Levels, Plan, PlannedComparison
 
 LIMITS = ("max_num_seqs", "max_num_batched_tokens", "max_model_len")
 _NOT_A_DIFFERENCE = {
@@ -28,21 +30,19 @@ _NOT_A_DIFFERENCE = {
     "levels",
     "kv_cache_memory_bytes",
 }
-"""A launch's own, or shown under another name."""
+"""Settings that differ between launches anyway, or that are shown under another name."""
 
 
 class FairnessError(RecordError):
-    """A comparison that would not be one; the message names the cells and what differs."""
+    """An unfair comparison; the message names the cells and what differs."""
 
 
-def check_plan(plan: dict[str, Any]) -> None:
-    """Raises FairnessError where the settings asked for already break a comparison's rule: found
-    before anything runs.
-    """
+def check_plan(plan: Plan) -> None:
+    """Raises FairnessError if the requested settings violate the rule of a comparison."""
     comparisons = plan["study"].get("comparisons", {})
     if comparisons and plan["model"]["digest"] is None:
         raise FairnessError(
-            "a comparison needs the digest of its checkpoint, and this plan has none: make the plan again"
+            "a comparison needs the digest of its checkpoint, but this plan has none: make the plan again"
         )
     for name, comparison in comparisons.items():
         for ours, theirs in pairs(plan, comparison):
@@ -62,8 +62,8 @@ def check_plan(plan: dict[str, Any]) -> None:
             _stop(name, comparison, ours, theirs, found)
 
 
-def check_launches(plan: dict[str, Any], all_records: Iterable[Record]) -> None:
-    """Raises FairnessError where launches that count break the rule of a comparison."""
+def check_launches(plan: Plan, all_records: Iterable[Record]) -> None:
+    """Raises FairnessError if launches that count violate the rule of a comparison."""
     comparisons = plan["study"].get("comparisons", {})
     if not comparisons:
         return
@@ -75,25 +75,24 @@ def check_launches(plan: dict[str, Any], all_records: Iterable[Record]) -> None:
                 _stop(name, comparison, ours, theirs, found)
 
 
-def pairs(plan: dict[str, Any], comparison: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(our cell, their cell) of a comparison, those that this plan has: a level that cannot run
-    here has no cell.
-    """
+def pairs(plan: Plan, comparison: PlannedComparison) -> Iterator[tuple[str, str]]:
+    """The (our cell, their cell) pairs of a comparison, without cells that cannot run here."""
     for theirs in comparison["theirs"]:
         if comparison["ours"] in plan["cells"] and theirs in plan["cells"]:
             yield comparison["ours"], theirs
 
 
-def breaches(plan: dict[str, Any], rule: str, mine: Record, other: Record) -> Iterator[str]:
-    """What two launches do not share and have to, in words."""
+def breaches(plan: Plan, rule: str, mine: LaunchRecord, other: LaunchRecord) -> Iterator[str]:
+    """What two launches must share but do not, as text."""
     left, right = mine["resolved"], other["resolved"]
     if left.get("dtype") != right.get("dtype"):
         yield _differ("dtype", left.get("dtype"), right.get("dtype"))
     for workload, entry in plan["workloads"].items():
         for record in (mine, other):
-            served = record["workloads"].get(workload, {}).get("fingerprint")
+            found = record["workloads"].get(workload)
+            served = found["fingerprint"] if found else None
             if served != entry["fingerprint"]:
-                yield f"{record['cell']} served work of fingerprint {served} as {workload}, the plan's is {entry['fingerprint']}"
+                yield f"{record['cell']} served {workload} with fingerprint {served}, the plan's is {entry['fingerprint']}"
     yield from _kv_breaches(left, right, must_report=rule == "like-for-like")
     if rule == "like-for-like":
         for limit in LIMITS:
@@ -101,7 +100,7 @@ def breaches(plan: dict[str, Any], rule: str, mine: Record, other: Record) -> It
                 yield _differ(limit, left.get(limit), right.get(limit))
         ours, theirs = switches(left), switches(right)
         if not theirs:
-            yield f"{other['cell']} does not report its switches"
+            yield f"{other['cell']} does not report its optimizations"
         for switch in sorted(ours.keys() & theirs.keys()):
             if ours[switch] != theirs[switch]:
                 yield _differ(switch, ours[switch], theirs[switch])
@@ -109,15 +108,15 @@ def breaches(plan: dict[str, Any], rule: str, mine: Record, other: Record) -> It
             declared = plan["cells"][record["cell"]]["levels"]
             ran = switches(record["resolved"])
             yield from (
-                f"{record['cell']} is declared {factor}={level} and ran {ran[factor]}"
+                f"{record['cell']} was planned with {factor}={level}, but ran with {ran[factor]}"
                 for factor, level in declared.items()
                 if factor in ran and ran[factor] != level
             )
 
 
-def switches(resolved: dict[str, Any]) -> dict[str, Any]:
-    """{switch: level} by our names: of our optimizations, or of another engine's `levels`. {} where
-    an engine has none.
+def switches(resolved: Config) -> Levels:
+    """{optimization: level} by our names, from our `optimizations` or another engine's `levels`; {}
+    if the engine reports none.
     """
     if "optimizations" not in resolved:
         return dict(resolved.get("levels", {}))
@@ -125,9 +124,9 @@ def switches(resolved: dict[str, Any]) -> dict[str, Any]:
     return levels | {"compile": "on" if levels.get("kernels") == "compile" else "off"}
 
 
-def differences(left: dict[str, Any], right: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(setting, ours, theirs) of whatever differs between two resolved configs; None where an
-    engine has no such thing.
+def differences(left: Config, right: Config) -> list[tuple[str, Any, Any]]:
+    """(setting, ours, theirs) of all differences between two resolved configs; None if an engine has
+    no such setting.
     """
     mine, other = ({**_shown(resolved), **switches(resolved)} for resolved in (left, right))
     return [
@@ -137,19 +136,19 @@ def differences(left: dict[str, Any], right: dict[str, Any]) -> list[tuple[str, 
     ]
 
 
-def _shown(resolved: dict[str, Any]) -> dict[str, Any]:
+def _shown(resolved: Config) -> Config:
     return {key: value for key, value in resolved.items() if key not in _NOT_A_DIFFERENCE}
 
 
-def _kv_breaches(left: dict[str, Any], right: dict[str, Any], must_report: bool) -> Iterator[str]:
-    """KV bytes may differ by less than a block of either: engines round to whole blocks of their
-    own size.
+def _kv_breaches(left: Config, right: Config, must_report: bool) -> Iterator[str]:
+    """KV-cache sizes may differ by up to one block, because engines round to blocks of their own
+    size.
     """
     mine, other = left.get("kv_cache_bytes"), right.get("kv_cache_bytes")
     if mine is None or other is None:
         if must_report:
             yield _differ("kv_cache_bytes", mine, other)
-        # HF `generate` has no budget: it takes what a batch needs, and the difference is printed
+        # HF `generate` has no KV budget and allocates what a batch needs
         return
     sides = ((mine, left), (other, right))
     blocks = [
@@ -165,9 +164,11 @@ def _differ(what: str, mine: Any, other: Any) -> str:
     return f"{what}: {mine} against {other}"
 
 
-def _stop(name: str, comparison: dict[str, Any], ours: str, theirs: str, found: list[str]) -> None:
+def _stop(
+    name: str, comparison: PlannedComparison, ours: str, theirs: str, found: list[str]
+) -> None:
     if found:
         raise FairnessError(
-            f"comparison {name!r} ({comparison['rule']}) of {ours} with {theirs} would not be fair: {'; '.join(found)}. Set them "
-            "equal in the study (settings, cells.*.config), or leave this comparison out; launches that ran are kept."
+            f"comparison {name!r} ({comparison['rule']}) of {ours} with {theirs} would not be fair: {'; '.join(found)}. Make them "
+            "equal in the study (settings, cells.*.config), or remove this comparison; finished launches are kept."
         )

@@ -1,13 +1,13 @@
-"""Launches forked from a process that has imported their libraries and done nothing else: the
-runner's side. Standard library only.
+"""The runner's side of the fork server, which forks engine processes that have their libraries
+imported already. Standard library only.
 
-Importing PyTorch takes two to eight seconds, often more than the rest of a launch. So a study may
-ask (`measurement.preload`) for its launches to be forked from a `Nursery`: an interpreter that
-imports the engine's libraries, touches no device, computes nothing, and then waits
-(experiments/launch/fork_server_process.py). Each launch is still a process of its own, with a device context,
-weights, caches and random numbers of its own; what launches of one nursery share is the state right
-after the imports, the layout of memory included. A nursery serves one block: all cells of a block
-share that, and it differs from block to block.
+Importing PyTorch takes two to eight seconds, often more than the rest of a launch. With
+`measurement.preload`, engine processes are forked from a `ForkServer`: an interpreter that imports
+the engine's libraries, touches no device, computes nothing, and then waits for requests
+(experiments/launch/fork_server_process.py). Each launch still has its own process, device context,
+weights, caches and random numbers. Forks of one server share the state after the imports, including
+the memory layout. A fork server is used for one block, so all cells of a block share that state,
+and it varies between blocks.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from typing import Any
 IMPORT_TIMEOUT_S = 180.0
 
 
-class PreloadError(Exception):
-    """A nursery that did not come up, or has ended; the message says what it last printed."""
+class ForkServerError(Exception):
+    """A fork server that did not start, or has ended; the message holds its last output."""
 
 
 class Forked:
-    """A launch that a nursery forked; as much of subprocess.Popen's interface as the runner needs."""
+    """A forked engine process, with the part of subprocess.Popen's interface that the runner needs."""
 
     stdin = None
-    """The nursery's own standard input is what tells it that the runner has ended."""
+    """The process watches the fork server's standard input for the end of the runner."""
 
-    def __init__(self, pid: int, nursery: Nursery) -> None:
-        self.pid, self._nursery, self.returncode = pid, nursery, None
+    def __init__(self, pid: int, fork_server: ForkServer) -> None:
+        self.pid, self._fork_server, self.returncode = pid, fork_server, None
 
     def wait(self, timeout: float | None = None) -> int:
         """The exit status; negative for the signal that killed it. Raises
         subprocess.TimeoutExpired.
         """
         if self.returncode is None:
-            self.returncode = self._nursery.hear("status", timeout)
+            self.returncode = self._fork_server.hear("status", timeout)
         assert self.returncode is not None
         return self.returncode
 
 
-class Nursery:
-    """A process that waits with its libraries imported. Comes up while the caller goes on; close
-    it, or it ends with the caller.
+class ForkServer:
+    """A process that waits with imported libraries for requests to fork. It starts in the
+    background, and ends when it is closed or when the caller ends.
     """
 
     def __init__(
@@ -71,18 +71,16 @@ class Nursery:
 
     @property
     def import_s(self) -> float:
-        """Seconds that the imports took; waits for their end. Raises PreloadError."""
+        """The duration of the imports in seconds; waits for their end. Raises ForkServerError."""
         if self._import_s is None:
             self._import_s = self.hear("import_s", IMPORT_TIMEOUT_S)
         return self._import_s
 
     def start(self, arguments: list[str], log: Path) -> Forked:
-        """Forks a process that does what `python -m experiments.launch` does with these arguments,
-        its output in `log`.
-
-        Raises PreloadError.
+        """Forks a process that runs `python -m experiments.launch` with these arguments and writes
+        its output to `log`. Raises ForkServerError.
         """
-        _ = self.import_s  # it is up, or this says why not
+        _ = self.import_s  # waits until the server is ready
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(
@@ -90,11 +88,13 @@ class Nursery:
             )
             self._process.stdin.flush()
         except OSError as error:
-            raise PreloadError(self._ended()) from error
+            raise ForkServerError(self._ended()) from error
         return Forked(int(self.hear("pid", IMPORT_TIMEOUT_S)), self)
 
     def hear(self, word: str, timeout: float | None) -> Any:
-        """The next message, which is about `word`. Raises subprocess.TimeoutExpired, PreloadError."""
+        """The value of `word` in the next message. Raises subprocess.TimeoutExpired,
+        ForkServerError.
+        """
         assert self._process.stdout is not None
         deadline = None if timeout is None else time.monotonic() + timeout
         while b"\n" not in self._buffer:
@@ -104,21 +104,19 @@ class Nursery:
                     "experiments.launch.fork_server_process", timeout or 0.0
                 )
             if not (more := os.read(self._process.stdout.fileno(), 4096)):
-                raise PreloadError(self._ended())
+                raise ForkServerError(self._ended())
             self._buffer += more
         line, _, self._buffer = self._buffer.partition(b"\n")
         message = json.loads(line)
         if word not in message:
-            raise PreloadError(
-                f"the process that launches are forked from said {message} where {word} was due"
-            )
+            raise ForkServerError(f"the fork server sent {message} where {word} was expected")
         return message[word]
 
     def close(self) -> None:
-        """Ends the process; a launch that it forked ends as well."""
+        """Ends the fork server and the engine process that it forked."""
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
-                with contextlib.suppress(OSError):  # a request that it did not live to read
+                with contextlib.suppress(OSError):  # it has ended with an unread request
                     stream.close()
         try:
             self._process.wait(5)
@@ -133,4 +131,4 @@ class Nursery:
             if self._log.exists()
             else []
         )
-        return f"the process that launches are forked from has ended: {last[0] if last else 'it printed nothing'}"
+        return f"the fork server has ended: {last[0] if last else 'it printed nothing'}"

@@ -1,12 +1,12 @@
-"""The process that launches are forked from (experiments/launch/fork_server.py): imports the modules that it
-is given, then forks on request.
+"""The fork server (see experiments/launch/fork_server.py): imports the given modules, then forks
+engine processes on request.
 
     python -m experiments.launch.fork_server_process torch nanovllm.engine.llm_engine ...
 
-Reads {"arguments": [...], "log": path} a line from standard input, and answers on standard output,
-a line each: {"import_s": s} once, then {"pid": n} and {"status": n} for every launch. Ends when its
-standard input does. A launch reads the same input, and so ends with the runner as well; while it
-lives, the runner writes nothing and this process only waits.
+Reads requests from standard input, one {"arguments": [...], "log": path} per line, and writes
+answers to standard output: {"import_s": s} once, then {"pid": n} and {"status": n} for each engine
+process. Ends when its standard input is closed. An engine process reads the same input and so ends
+with the runner, too; while it runs, the runner writes nothing and this process only waits.
 """
 
 from __future__ import annotations
@@ -19,29 +19,36 @@ import os
 import sys
 import time
 import traceback
-from typing import Any
+from typing import Any, TypedDict
+
+
+class Request(TypedDict):
+    """Arguments of `python -m experiments.launch`, and the file for its output."""
+
+    arguments: list[str]
+    log: str
 
 
 def main(modules: list[str]) -> int:
     begin = time.perf_counter()
     answers = os.dup(1)
-    os.dup2(2, 1)  # what a library prints while it is imported is no answer
+    os.dup2(2, 1)  # keeps output of the imported libraries apart from the answers
     for name in modules:
         importlib.import_module(name)
     from experiments.launch import engine_process, runner
 
-    assert engine_process  # imported here, so that no launch has to
+    assert engine_process  # imported here, so that forks do not have to
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         print(
-            "importing the engine initialized CUDA; a process that has done so cannot fork launches",
+            "importing the engine initialized CUDA; after that, engine processes cannot be forked",
             file=sys.stderr,
         )
         return 1
     gc.collect()
-    gc.freeze()  # what is shared stays shared: no collection of a launch writes to it
+    gc.freeze()  # so that garbage collection in a fork does not copy shared pages
     say(answers, {"import_s": time.perf_counter() - begin})
-    # unbuffered: what follows is the launch's to read
+    # unbuffered: what follows is read by the engine process
     with open(0, "rb", buffering=0, closefd=False) as requests:
         while line := requests.readline():
             request = json.loads(line)
@@ -49,7 +56,7 @@ def main(modules: list[str]) -> int:
             if pid == 0:
                 os.close(answers)
                 serve(runner.main, request)
-            with contextlib.suppress(OSError):  # it may have done so itself, and even have ended
+            with contextlib.suppress(OSError):  # it may have done so already, or have ended
                 os.setpgid(pid, pid)
             say(answers, {"pid": pid})
             _, status = os.waitpid(pid, 0)
@@ -57,11 +64,11 @@ def main(modules: list[str]) -> int:
     return 0
 
 
-def serve(run: Any, request: dict[str, Any]) -> None:
-    """The launch: a process group of its own, its output in its log. Never returns."""
+def serve(run: Any, request: Request) -> None:
+    """The engine process: a process group of its own, with its output in a log. Never returns."""
     status = 1
     try:
-        # whoever comes first: the runner must find a group to end
+        # both processes try this, because the runner must find a group to kill
         with contextlib.suppress(OSError):
             os.setpgid(0, 0)
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -72,15 +79,15 @@ def serve(run: Any, request: dict[str, Any]) -> None:
         status = run(request["arguments"])
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
-    except BaseException:  # noqa: BLE001  whatever it was, it ends here and is in the log
+    except BaseException:  # noqa: BLE001  any error ends the process and goes to the log
         traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)  # no exit handlers of the process that it was forked from
+        os._exit(status)  # without the exit handlers of the fork server
 
 
-def say(answers: int, message: dict[str, Any]) -> None:
+def say(answers: int, message: dict[str, float]) -> None:
     os.write(answers, json.dumps(message).encode() + b"\n")
 
 

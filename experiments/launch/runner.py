@@ -1,15 +1,16 @@
-"""Runs a plan: each launch in a fresh process, one record a launch, safe against Ctrl-C, kill -9
-and power cuts.
+"""Runs a plan: one fresh engine process and one record per launch. Survives Ctrl-C, kill -9 and
+power cuts.
 
     python -m experiments.launch --plan plan.json --out DIR [--resume] [--deadline-s N] [--blocks
     0,1]
                                  [--python vllm=/path/to/python] [--model DIR]
 
-Needs the standard library and the engines under test only, so it runs on a bare GPU host. With
-`--launch ID` the same command is the child that serves one launch (experiments/launch/engine_process.py).
+Needs only the standard library and the engines under test, so it runs on a bare GPU host. With
+`--launch ID` the same command is the engine process of one launch
+(experiments/launch/engine_process.py).
 
-Exit status: 0 all launches asked for have run (failed ones are recorded); 1 error; 75 the deadline
-came first; 130 Ctrl-C.
+Exit status: 0 all requested launches have run (failed ones are recorded); 1 error; 75 stopped at
+the deadline; 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -26,32 +28,39 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from experiments.engines import ENGINES
 from experiments.host import environment, machine_lock, provenance, telemetry, validity
 from experiments.host.model_files import ModelError, locate, state_of
 from experiments.launch import fairness
-from experiments.launch.fork_server import Forked, Nursery, PreloadError
+from experiments.launch.fork_server import Forked, ForkServer, ForkServerError
 from experiments.records import store
 from experiments.records.ledger import Ledger, Listener, utc_now
-from experiments.records.store import Record, RecordError
+from experiments.records.store import RecordError
+from experiments.records.types import (
+    Event,
+    LaunchEntry,
+    LaunchOutcome,
+    LaunchRecord,
+    LaunchResult,
+    Measured,
+    Plan,
+)
 
-Plan = dict[str, Any]
-Child = subprocess.Popen[bytes] | Forked
-PRELOADED: dict[str, tuple[str, ...]] = {
+EngineProcess = subprocess.Popen[bytes] | Forked
+FORK_SERVER_MODULES: dict[str, tuple[str, ...]] = {
     "nanovllm": ("torch", "nanovllm.engine.llm_engine"),
     "hf": ("torch", "nanovllm.engine.llm_engine"),
 }
-"""The engines whose launches may be forked, and what is imported before: the same for both, so that they share one process."""
+"""The engines that may run in forks of a fork server, and the modules it imports: the same for both, so that they share one."""
 DEADLINE_STATUS = 75  # EX_TEMPFAIL: run the same command again
 
 _GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 class Runner:
-    """Executes launches of one plan into one folder. Use it as a context manager; folder and
-    machine are locked meanwhile.
+    """Runs launches of a plan and records them in a folder. A context manager that locks folder and
+    machine.
     """
 
     def __init__(
@@ -65,13 +74,12 @@ class Runner:
         listener: Listener | None = None,
         earlier: dict[str, int] | None = None,
     ) -> None:
-        """pythons: interpreters by engine, this one where absent. model: where the plan's
-        checkpoint lies on this machine.
-        earlier: attempts by launch that are recorded elsewhere.
+        """pythons: interpreters by engine; the default is this one. model: the folder of the plan's
+        checkpoint on this machine. earlier: number of attempts recorded elsewhere, by launch.
 
-        Raises RecordError where `out` holds other records, or holds some and `resume` is not given,
-        where an interpreter is absent, and where another runner measures on this machine;
-        FairnessError; ModelError.
+        Raises RecordError if `out` holds other records, or any without `resume`, if an interpreter
+        does not exist, or if another runner is measuring on this machine; FairnessError;
+        ModelError.
         """
         self.plan, self.out = plan, out
         self.pythons = pythons or {}
@@ -82,7 +90,7 @@ class Runner:
         self.boot_id = provenance.boot_id()
         self.machine = provenance.of_machine()
         self._environments: dict[str, str | None] = {}
-        self._nursery: tuple[int, Nursery] | None = None
+        self._fork_server: tuple[int, ForkServer] | None = None
         self.ledger = Ledger(
             plan, out, self.machine["code_digest"], resume=resume, listener=listener
         )
@@ -92,9 +100,10 @@ class Runner:
             self._machine.enter_context(machine_lock.held(plan, out))
             fairness.check_plan(plan)
             fairness.check_launches(plan, self.ledger.folder.records)
-            self.model = locate(
-                {**plan["model"], "preset": None, "path": model} if model else plan["model"]
-            )
+            planned = plan["model"]
+            if model:
+                planned = {**planned, "preset": None, "path": model}
+            self.model = locate(planned)
             self._model_state = state_of(self.model)
             self.machine["model_files"] = digests_of(self.model)
             self._check_model_files()
@@ -106,8 +115,8 @@ class Runner:
             raise
 
     def _check_model_files(self) -> None:
-        """Raises RecordError where what is recorded was made with other files beside the weights,
-        which the plan has digested.
+        """Raises RecordError if earlier launches used other tokenizer or generation files. (The
+        plan's digest covers config and weights.)
         """
         for record in store.launches(self.ledger.folder.records):
             then = record["provenance"].get("model_files", self.machine["model_files"])
@@ -117,27 +126,27 @@ class Runner:
                 if then.get(name) != digest
             ):
                 raise RecordError(
-                    f"{self.model / changed[0]} is not the file that {record['launch']} was made with: restore it, or start again "
-                    "with another --out"
+                    f"{self.model / changed[0]} has changed since {record['launch']} ran: restore it, or start again with another "
+                    "--out"
                 )
 
     def __enter__(self) -> Runner:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._nursery is not None:
-            self._nursery[1].close()
-            self._nursery = None
+        if self._fork_server is not None:
+            self._fork_server[1].close()
+            self._fork_server = None
         self._machine.close()
         self.ledger.close()
 
-    def pending(self, blocks: Iterable[int] | None = None) -> list[dict[str, Any]]:
+    def pending(self, blocks: Iterable[int] | None = None) -> list[LaunchEntry]:
         """The launches without a finished record, in plan order."""
         return self.ledger.pending(blocks)
 
     def run(self, blocks: Iterable[int] | None = None, deadline: float | None = None) -> bool:
-        """Runs what is pending. deadline: a time.monotonic() by which the last launch should have
-        ended. True: all ran.
+        """Runs pending launches. Starts none that is expected to end after `deadline`, a value of
+        time.monotonic(). True if all ran.
         """
         for entry in self.pending(blocks):
             if (
@@ -147,34 +156,55 @@ class Runner:
                 self.listener(
                     "message",
                     {
-                        "text": f"stopped before {entry['launch']}: it would not end before the deadline"
+                        "text": f"stopped before {entry['launch']}, which would not finish before the deadline"
                     },
                 )
                 return False
             self.run_launch(entry)
         return True
 
-    def run_launch(self, entry: dict[str, Any]) -> Record:
-        """Runs one launch and appends its record. Ctrl-C ends the child and leaves no record: the
-        launch runs again.
+    def run_launch(self, entry: LaunchEntry) -> LaunchRecord:
+        """Runs one launch and appends its record. Ctrl-C ends the engine process and leaves no
+        record, so the launch will run again.
 
-        Raises RecordError if the code or the checkpoint has changed since the run began, or nothing
-        can be written; FairnessError if launches that are to be compared turn out to be no
-        comparison.
+        Raises RecordError if the code or the checkpoint has changed since the run began, or if the
+        record cannot be written; FairnessError if launches that are to be compared differ in what
+        they must share.
         """
         if provenance.code_digest() != self.machine["code_digest"]:
             raise RecordError(
-                f"the engine's code has changed since this run began: {entry['launch']} would measure another program. What is "
-                f"recorded in {self.out} is kept; start again with another --out, or restore the code and resume."
+                f"the engine's code has changed since this run began, so {entry['launch']} would measure different code. Restore "
+                f"the code and resume, or start again with another --out. The records in {self.out} are kept."
             )
         if state_of(self.model) != self._model_state:
             raise RecordError(
-                f"the checkpoint in {self.model} has changed since this run began: {entry['launch']} would serve other weights. "
-                "What is recorded is kept; restore the checkpoint and resume."
+                f"the checkpoint in {self.model} has changed since this run began. Restore it and resume; the records are kept."
             )
         attempt = 1 + self.earlier.get(entry["launch"], 0) + self.ledger.attempts(entry["launch"])
         cell = self.plan["cells"][entry["cell"]]
-        record: Record = {
+        started_at = utc_now()
+        fork_server = self._fork_server_for(entry["block"], cell["engine"])
+        report = self._environment_report(cell["engine"])
+        expected_s = self.ledger.expected_launch_s(entry["cell"])
+        self.listener("start", {"launch": entry, "attempt": attempt, "expected_s": expected_s})
+        measurement = self.plan["study"]["measurement"]
+        scratch = self.out / store.LOGS / f"{entry['launch']}.a{attempt}"
+        try:
+            import_s = None if fork_server is None else fork_server.import_s
+            begin = time.monotonic()
+            command = self._command(entry, attempt)
+            outcome = run_engine_process(
+                command, scratch, measurement["timeout_s"], measurement["environment"], fork_server
+            )
+        except (OSError, ForkServerError, subprocess.TimeoutExpired) as error:
+            raise RecordError(f"{entry['launch']}: {error}. {store.INTACT}") from error
+        total_s = time.monotonic() - begin
+        measured = outcome["record"]
+        status, reason = measured["status"], measured["reason"]
+        broken = validity.objections(outcome["telemetry"], self.plan["study"].get("validity"))
+        if broken and status in store.DONE:
+            status, reason = "invalid", "; ".join(filter(None, [reason, *broken]))
+        record: LaunchRecord = {
             "kind": "launch",
             **self.ledger.head,
             "launch": entry["launch"],
@@ -184,83 +214,60 @@ class Runner:
             "attempt": attempt,
             "seed": entry["seed"],
             "boot_id": self.boot_id,
-            "started_at": utc_now(),
-            "status": "failed",
-            "reason": None,
+            "started_at": started_at,
+            "status": status,
+            "reason": reason,
             "engine": cell["engine"],
             "requested": cell["config"],
-            "resolved": {},
-            "process_start_s": None,
-            "load_s": None,
-            "warm_up_s": None,
-            "total_s": None,
-            "workloads": {},
-            "toggles": {},
-        }
-        nursery = self._nursery_for(entry["block"], cell["engine"])
-        report = self._environment_report(cell["engine"])
-        expected_s = self.ledger.expected_launch_s(entry["cell"])
-        self.listener("start", {"launch": entry, "attempt": attempt, "expected_s": expected_s})
-        measurement = self.plan["study"]["measurement"]
-        scratch = self.out / store.LOGS / f"{entry['launch']}.a{attempt}"
-        try:
-            if nursery is not None:
-                record["preloaded_s"] = nursery.import_s
-            begin = time.monotonic()
-            command = self._command(entry, attempt)
-            outcome = run_child(
-                command, scratch, measurement["timeout_s"], measurement["environment"], nursery
-            )
-        except (OSError, PreloadError, subprocess.TimeoutExpired) as error:
-            raise RecordError(f"{entry['launch']}: {error}. {store.INTACT}") from error
-        interpreter = outcome["record"].pop("provenance", {})
-        record |= outcome["record"]
-        broken = validity.objections(outcome["telemetry"], self.plan["study"].get("validity"))
-        if broken and record["status"] in store.DONE:
-            record |= {
-                "status": "invalid",
-                "reason": "; ".join(filter(None, [record["reason"], *broken])),
-            }
-        record |= {
-            "total_s": time.monotonic() - begin,
+            "resolved": measured.get("resolved", {}),
+            "process_start_s": measured.get("process_start_s"),
+            "load_s": measured.get("load_s"),
+            "warm_up_s": measured.get("warm_up_s"),
+            "total_s": total_s,
+            "workloads": measured.get("workloads", {}),
+            "toggles": measured.get("toggles", {}),
             "peak_memory_bytes": outcome["peak_memory_bytes"],
             "telemetry": outcome["telemetry"],
-            "provenance": self.machine | interpreter | {"collect_env": report},
+            "provenance": {**self.machine, "collect_env": report},
         }
+        if "provenance" in measured:
+            record["provenance"].update(measured["provenance"])
+        if import_s is not None:
+            record["preloaded_s"] = import_s
         self.ledger.folder.append(record, outcome["tokens"])
         self.listener("end", {"launch": entry, "record": record, "tokens": outcome["tokens"]})
         fairness.check_launches(self.plan, self.ledger.folder.records)
         return record
 
-    def _nursery_for(self, block: int, engine: str) -> Nursery | None:
-        """What a launch of a block is forked from, where the plan asks for that; None for an engine
-        that is started afresh: one with an interpreter of its own, or that is not known to be safe
-        to fork.
+    def _fork_server_for(self, block: int, engine: str) -> ForkServer | None:
+        """The fork server of a block, if the plan asks for one. None for an engine that has another
+        interpreter or is not known to be safe to fork.
         """
         measurement = self.plan["study"]["measurement"]
-        modules = PRELOADED.get(engine)
+        modules = FORK_SERVER_MODULES.get(engine)
         if (
             not measurement.get("preload")
             or modules is None
             or self.pythons.get(engine, sys.executable) != sys.executable
         ):
             return None
-        if self._nursery is None or self._nursery[0] != block:
-            if self._nursery is not None:
-                self._nursery[1].close()
-            log = self.out / store.LOGS / f"preload-b{block:02d}.log"
-            self._nursery = (
+        if self._fork_server is None or self._fork_server[0] != block:
+            if self._fork_server is not None:
+                self._fork_server[1].close()
+            log = self.out / store.LOGS / f"fork-server-b{block:02d}.log"
+            self._fork_server = (
                 block,
-                Nursery(
-                    sys.executable, environment.of_child(measurement["environment"]), modules, log
+                ForkServer(
+                    sys.executable,
+                    environment.for_subprocess(measurement["environment"]),
+                    modules,
+                    log,
                 ),
             )
-        return self._nursery[1]
+        return self._fork_server[1]
 
     def _environment_report(self, engine: str) -> str | None:
-        """The name of the file in the folder that holds torch's report on the environment of an
-        engine's interpreter.
-        """
+        """The file with torch's report on the environment of an engine's interpreter, by name."""
         python = self.pythons.get(engine, sys.executable)
         if python not in self._environments:
             self._environments[python] = (
@@ -268,7 +275,7 @@ class Runner:
             )
         return self._environments[python]
 
-    def _command(self, entry: dict[str, Any], attempt: int) -> list[str]:
+    def _command(self, entry: LaunchEntry, attempt: int) -> list[str]:
         engine = self.plan["cells"][entry["cell"]]["engine"]
         return [
             self.pythons.get(engine, sys.executable),
@@ -285,12 +292,12 @@ class Runner:
         ]
 
     def _mark_resumed(self) -> None:
-        """Blocks that were left unfinished elsewhere begin again: a pair never straddles two boots,
-        or two GPUs of one host.
+        """Restarts blocks that were interrupted on another boot or GPU: launches are only compared
+        within one.
         """
         variables = os.environ | self.plan["study"]["measurement"]["environment"]
 
-        def elsewhere(record: Record) -> bool:
+        def elsewhere(record: LaunchRecord) -> bool:
             # absent where the launch failed before it could tell
             then = record["provenance"].get("environment")
             other_gpu = then is not None and then.get(_GPUS) != variables.get(_GPUS)
@@ -302,14 +309,14 @@ class Runner:
                 for r in store.launches(self.ledger.folder.records)
                 if r["block"] == block and elsewhere(r)
             }
-            reason = f"block {block} was not finished on boot {', '.join(sorted(places))}; it begins again on {self.boot_id}"
+            reason = f"block {block} was not finished on boot {', '.join(sorted(places))}; it is restarted on {self.boot_id}"
             self.ledger.supersede(block, reason, elsewhere)
         self.ledger.note_resumed(self.boot_id)
 
 
 def digests_of(model: Path) -> dict[str, str | None]:
-    """SHA-256 of a checkpoint's files that shape prompts and answers, and that the digest of config
-    and weights leaves out.
+    """SHA-256 of a checkpoint's tokenizer and generation files, which the digest of config and
+    weights does not cover.
     """
     names = (
         "tokenizer.json",
@@ -325,48 +332,47 @@ def digests_of(model: Path) -> dict[str, str | None]:
     }
 
 
-def run_child(
+def run_engine_process(
     command: list[str],
     scratch: Path,
     timeout_s: float,
     variables: dict[str, str],
-    nursery: Nursery | None = None,
-) -> dict[str, Any]:
-    """Runs a child to its end: {"record", "tokens", "peak_memory_bytes", "telemetry"}. A child that
-    fails or hangs is a record of status `failed` that ends with what it last printed; its output is
-    then kept in `scratch`.log.
+    fork_server: ForkServer | None = None,
+) -> LaunchOutcome:
+    """Runs an engine process to its end and collects its result and telemetry. If it fails or hangs,
+    the record has status `failed` and the end of its output, which is kept in `scratch`.log.
 
-    command: [python, "-m", "experiments.launch", ...]; with a nursery the child is forked from it.
-    Raises OSError, PreloadError.
+    command: [python, "-m", "experiments.launch", ...]. With a fork server, the process is forked
+    from it. Raises OSError, ForkServerError.
     """
     result, log = (
         scratch.with_name(scratch.name + ".result"),
         scratch.with_name(scratch.name + ".log"),
     )
-    # GPUs before the child
+    # samples the GPUs before the process starts
     sampler = telemetry.Sampler(
         os.getpid(), visible=(os.environ | variables).get("CUDA_VISIBLE_DEVICES")
     )
     arguments = ["--result", str(result), "--spawned-at", repr(time.time())]
-    child: Child
-    if nursery is None:
+    process: EngineProcess
+    if fork_server is None:
         with log.open("wb") as output:
-            child = subprocess.Popen(
+            process = subprocess.Popen(
                 [*command, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=environment.of_child(variables),
+                env=environment.for_subprocess(variables),
             )
     else:
         log.write_bytes(b"")
-        child = nursery.start([*command[3:], *arguments], log)
-    sampler.pid = child.pid
+        process = fork_server.start([*command[3:], *arguments], log)
+    sampler.pid = process.pid
     sampler.start()
     problem = None
     try:
-        status = child.wait(timeout=timeout_s)
+        status = process.wait(timeout=timeout_s)
         if status != 0:
             problem = (
                 f"killed by {signal.Signals(-status).name}"
@@ -375,12 +381,12 @@ def run_child(
             )
             problem += " (out of memory?)" if status == -signal.SIGKILL else ""
     except subprocess.TimeoutExpired:
-        problem = f"no result after {timeout_s:g} s (measurement.timeout_s); killed"
+        problem = f"killed after {timeout_s:g} s without a result (measurement.timeout_s)"
     finally:
-        kill_group(child)
+        kill_group(process)
         seen = sampler.stop()
-    failure: Record = {"status": "failed", "reason": None}
-    outcome: dict[str, Any] = {
+    failure: Measured = {"status": "failed", "reason": None}
+    outcome: LaunchOutcome = {
         "record": failure,
         "tokens": {},
         "peak_memory_bytes": {"host": sampler.peak_host_bytes, "device": sampler.peak_device_bytes},
@@ -389,7 +395,8 @@ def run_child(
     if problem is None and not result.exists():
         problem = "ended without a result"
     if problem is None:
-        outcome |= store.read_json(result)
+        answer: LaunchResult = json.loads(result.read_text())
+        outcome["record"], outcome["tokens"] = answer["record"], answer["tokens"]
         log.unlink()
     else:
         failure["reason"] = (
@@ -400,18 +407,18 @@ def run_child(
     return outcome
 
 
-def kill_group(child: Child) -> None:
-    """Ends a child and all its workers, and waits for it."""
+def kill_group(process: EngineProcess) -> None:
+    """Kills a process and its process group, and waits for it."""
     with contextlib.suppress(ProcessLookupError):  # the whole group has ended already
-        os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
-    if child.stdin:
-        child.stdin.close()
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdin:
+        process.stdin.close()
 
 
 def tail(log: Path, lines: int = 12) -> str:
-    """The last lines of a log, at most 2,000 characters; before them its first error, which an
-    engine of several processes often buries under the errors that follow from it.
+    """The last lines of a log, at most 2,000 characters. If an earlier line is an error, it comes
+    first: with several processes, the cause is often buried under errors that follow from it.
     """
     every = log.read_text(errors="replace").strip().splitlines()
     end = "\n".join(every[-lines:])[-2000:]
@@ -426,40 +433,41 @@ def tail(log: Path, lines: int = 12) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m experiments.launch", description="Run the launches of a plan."
+        prog="python -m experiments.launch",
+        description="Run the launches of a plan, one engine process each.",
     )
     parser.add_argument(
         "--plan",
         type=Path,
         required=True,
-        help="plan.json, made by `python -m experiments run --dry-run --write-plan`",
+        help="plan.json, written by `python -m experiments run --dry-run --write-plan`",
     )
-    parser.add_argument("--out", type=Path, help="folder of the records")
+    parser.add_argument("--out", type=Path, help="output folder for the records")
     parser.add_argument(
-        "--resume", action="store_true", help="go on where an earlier run into this folder stopped"
+        "--resume", action="store_true", help="continue an earlier run in this folder"
     )
     parser.add_argument(
         "--deadline-s",
         type=float,
-        help="start no launch that would not end within this many seconds",
+        help="skip launches not expected to finish within this many seconds",
     )
-    parser.add_argument("--blocks", type=block_numbers, help="only these blocks, e.g. 0,1")
+    parser.add_argument("--blocks", type=block_numbers, help="run only these blocks, e.g. 0,1")
     parser.add_argument(
         "--python",
         type=engine_python,
         action="append",
         default=[],
         metavar="ENGINE=PATH",
-        help="interpreter of an engine",
+        help="Python interpreter for an engine",
     )
     parser.add_argument(
-        "--model", help="folder of the plan's checkpoint, where it lies elsewhere on this machine"
+        "--model", help="folder of the plan's checkpoint, if it is elsewhere on this machine"
     )
-    child = parser.add_argument_group("one launch (used by the runner itself)")
-    child.add_argument("--launch", help=argparse.SUPPRESS)
-    child.add_argument("--attempt", type=int, help=argparse.SUPPRESS)
-    child.add_argument("--result", type=Path, help=argparse.SUPPRESS)
-    child.add_argument("--spawned-at", type=float, help=argparse.SUPPRESS)
+    internal = parser.add_argument_group("one launch (used by the runner itself)")
+    internal.add_argument("--launch", help=argparse.SUPPRESS)
+    internal.add_argument("--attempt", type=int, help=argparse.SUPPRESS)
+    internal.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    internal.add_argument("--spawned-at", type=float, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     begin = time.monotonic()
     try:
@@ -493,7 +501,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print(
-            f"\nstopped; finished launches are in {given.out}. Go on with the same command and --resume.",
+            f"\nstopped; finished launches are in {given.out}. Run the same command with --resume to continue.",
             file=sys.stderr,
         )
         return 130
@@ -501,17 +509,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def block_numbers(text: str) -> list[int]:
-    """`0,1` as argparse wants it."""
+    """Parses `0,1` for argparse."""
     parts = text.split(",")
     if wrong := [part for part in parts if not part.strip().isdecimal()]:
         raise argparse.ArgumentTypeError(
-            f"{wrong[0]!r} is no block; write their numbers, separated by commas, e.g. 0,1"
+            f"{wrong[0]!r} is not a block number; write numbers separated by commas, e.g. 0,1"
         )
     return [int(part) for part in parts]
 
 
 def engine_python(text: str) -> tuple[str, str]:
-    """`vllm=/path/to/python` as argparse wants it."""
+    """Parses `vllm=/path/to/python` for argparse."""
     engine, is_there, python = text.partition("=")
     if not (engine and is_there and python):
         raise argparse.ArgumentTypeError(
@@ -521,7 +529,9 @@ def engine_python(text: str) -> tuple[str, str]:
 
 
 def say_what_to_carry(out: Path) -> None:
-    """The records are enough for a report; the tokens are for a gate that has not been run here."""
+    """Prints the size of the files to copy home. A report needs only the records; the tokens are
+    needed if the gate has not run here.
+    """
     sizes = {
         name: (out / name).stat().st_size / 1e6
         for name in (store.PLAN, store.RECORDS, store.TOKENS)
@@ -533,8 +543,8 @@ def say_what_to_carry(out: Path) -> None:
     )
 
 
-def print_event(event: str, details: dict[str, Any]) -> None:
-    """The progress of a run without a terminal library."""
+def print_event(event: str, details: Event) -> None:
+    """Prints the progress of a run, without a terminal library."""
     if event == "message":
         print(details["text"], file=sys.stderr, flush=True)
     elif event == "end":

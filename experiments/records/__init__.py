@@ -1,9 +1,10 @@
-"""What was measured: JSON lines that are only ever appended to. Standard library only.
+"""Records of what was run and measured: append-only JSON lines. Standard library only.
 
     store           reads, writes and repairs records and plans
-    ledger          what has been done of a plan, and what is still to do
-    merged_folders  folders of one plan, made in several visits, as one folder
-    factor_levels   how the level of a factor is written
+    ledger          tracks which launches of a plan are done and which are pending
+    merged_folders  merges several folders of one plan into one
+    types           the types of plans and records, as TypedDicts
+    factor_levels   the notation of factor levels: on, off, a name or a number
 
-Imports nothing of the laboratory.
+Imports no other room.
 """

@@ -1,5 +1,5 @@
-"""How the level of a factor is written: `on`/`off` in studies, plans and records, true/false in an
-engine's config.
+"""The notation of factor levels: `on`/`off` in studies, plans and records, true/false in an engine's
+config.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ def level_name(value: Any) -> Level:
     if isinstance(value, (str, int)):
         return value
     raise ValueError(
-        f"{value!r} is not the level of a factor; a level is on, off, a name or a whole number"
+        f"{value!r} is not a level of a factor; allowed: on, off, a name or a whole number"
     )
 
 
 def level_value(level: Level) -> str | int | bool:
-    """What an engine's config holds: the reverse of `level_name`."""
+    """The value in an engine's config; the inverse of `level_name`."""
     return {"on": True, "off": False}.get(level, level) if isinstance(level, str) else level

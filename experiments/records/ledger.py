@@ -1,8 +1,6 @@
-"""What has been done of a plan and what is still to do, in one folder of records. Standard library
-only.
+"""Tracks which launches of a plan are done, in one folder of records. Standard library only.
 
-Both executors keep their book here: `launch.Runner` on one machine, `dispatch.Dispatcher` over
-many.
+Used by both executors: `launch.Runner` on one machine, `dispatch.Dispatcher` for many.
 """
 
 from __future__ import annotations
@@ -12,20 +10,18 @@ import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from experiments.records import store
-from experiments.records.store import Folder, Record, RecordError
+from experiments.records.store import Folder, RecordError
+from experiments.records.types import Event, Head, LaunchEntry, LaunchRecord, Plan
 
-Plan = dict[str, Any]
-Listener = Callable[[str, dict[str, Any]], None]
-"""Called with ("workers" | "pending" | "start" | "end" | "message", details) as a run goes on."""
+Listener = Callable[[str, Event], None]
+"""Called with ("workers" | "pending" | "start" | "end" | "message", details) during a run."""
 
 
 class Ledger:
-    """The records of one plan in one folder, which is locked meanwhile. Use it as a context
-    manager.
-    """
+    """The records of one plan in one folder. A context manager that locks the folder."""
 
     def __init__(
         self,
@@ -36,8 +32,8 @@ class Ledger:
         resume: bool,
         listener: Listener | None = None,
     ) -> None:
-        """Raises RecordError where `out` holds records of another plan or code, or holds some and
-        `resume` is not given.
+        """Raises RecordError if `out` holds records of another plan or of other code, or any records
+        without `resume`.
         """
         self.plan, self.out, self.code_digest = plan, out, code_digest
         self.listener = listener or (lambda event, details: None)
@@ -49,7 +45,7 @@ class Ledger:
             try:
                 (out / store.LOGS).mkdir(exist_ok=True)
                 for leftover in (out / store.LOGS).glob("*.result*"):
-                    leftover.unlink()  # of a child whose runner was killed
+                    leftover.unlink()  # of an engine process whose runner was killed
             except OSError as error:
                 raise RecordError(
                     f"{out / store.LOGS}: cannot be written ({error}). {store.INTACT}"
@@ -75,15 +71,15 @@ class Ledger:
         self.close()
 
     @property
-    def head(self) -> Record:
-        """The keys that every record of this plan begins with, after its kind."""
+    def head(self) -> Head:
+        """The keys that every record of this plan starts with, after its kind."""
         return {
             "schema": store.SCHEMA,
             "study": self.plan["study"]["name"],
             "plan_hash": self.plan["plan_hash"],
         }
 
-    def pending(self, blocks: Iterable[int] | None = None) -> list[dict[str, Any]]:
+    def pending(self, blocks: Iterable[int] | None = None) -> list[LaunchEntry]:
         """The launches without a finished record, in plan order."""
         wanted = None if blocks is None else set(blocks)
         done = {
@@ -96,11 +92,13 @@ class Ledger:
         ]
 
     def attempts(self, launch: str) -> int:
-        """How often a launch was tried, the superseded times included."""
+        """The number of attempts at a launch, including superseded ones."""
         return sum(r["kind"] == "launch" and r["launch"] == launch for r in self.folder.records)
 
     def expected_launch_s(self, cell: str) -> float:
-        """Median of this cell's launches so far, else of all launches, else what the plan expects."""
+        """The median duration of this cell's launches so far, else of all launches, else what the
+        plan expects.
+        """
         finished = [
             r
             for r in self.folder.records
@@ -113,17 +111,20 @@ class Ledger:
         )
 
     def supersede(
-        self, block: int, reason: str, which: Callable[[Record], bool] = lambda record: True
+        self, block: int, reason: str, which: Callable[[LaunchRecord], bool] = lambda record: True
     ) -> None:
-        """Marks the records of a block that count no longer: it begins again elsewhere."""
+        """Marks the launches of a block as superseded, because the block is restarted."""
         for record in store.launches(self.folder.records):
             if record["block"] == block and which(record):
-                marked = {
-                    "launch": record["launch"],
-                    "attempt": record["attempt"],
-                    "reason": reason,
-                }
-                self.folder.append({"kind": "superseded", **self.head, **marked})
+                self.folder.append(
+                    {
+                        "kind": "superseded",
+                        **self.head,
+                        "launch": record["launch"],
+                        "attempt": record["attempt"],
+                        "reason": reason,
+                    }
+                )
 
     def note_resumed(self, boot_id: str) -> None:
         self.folder.append({"kind": "resumed", **self.head, "boot_id": boot_id, "at": utc_now()})
@@ -134,7 +135,7 @@ class Ledger:
             return
         if not resume:
             raise RecordError(
-                f"{self.out} already holds {len(existing)} records; add --resume to go on, or give another --out"
+                f"{self.out} already holds {len(existing)} records; add --resume to continue, or give another --out"
             )
         if foreign := {r["plan_hash"] for r in existing} - {self.plan["plan_hash"]}:
             raise RecordError(
@@ -143,9 +144,9 @@ class Ledger:
         made_by = {r["provenance"]["code_digest"] for r in existing if r["kind"] == "launch"}
         if other := made_by - {self.code_digest}:
             raise RecordError(
-                f"{self.out} holds records made by other code (digest {other.pop()[:12]}; now "
-                f"{self.code_digest[:12]}): launches of two versions must not be compared. "
-                "Start again with another --out, or check out the code that made them."
+                f"{self.out} holds records of another version of the code (digest {other.pop()[:12]}, now "
+                f"{self.code_digest[:12]}), which must not be compared with new ones. "
+                "Start again with another --out, or check out that version."
             )
 
 

@@ -1,43 +1,41 @@
-"""Several visits, one study: the folders of one plan, made on one host or on several, as one
-folder. Standard library only.
+"""Merges several folders of one plan, from one host or several, into one. Standard library only.
 
-A folder that was carried along and resumed needs none of this. Here are folders that grew apart:
-visits that each began with an empty folder, or copies that were each resumed. The result depends on
-what they hold, not on the order they are given in, and may itself be merged again or resumed.
+This is for runs that each started with an empty folder, or for copies that were each resumed; a
+folder that was copied and then resumed needs no merge. The result does not depend on the order of
+the folders, and can be merged again or resumed.
 
-- A launch is known by its name, its boot and the moment it began; the same record in several
+- A launch is identified by its name, its boot and its start time; a record that is in several
   folders is taken once.
-- A block counts from one place (boot, GPUs) only: the one that finished all of it, of several the
-  first to begin, else the one
-  that finished most of it. The records of the others are kept and marked superseded.
-- Attempts are numbered anew, since each folder began at 1.
+- A block counts from one place (boot, GPUs) only: the first that finished all of it, else the one
+  that finished most of it. The records of other places are kept and marked superseded.
+- Attempts are renumbered, because each folder starts at 1.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from experiments.records import store
 from experiments.records.store import Record, RecordError
+from experiments.records.types import LaunchRecord, Plan, SupersededRecord, TokenLine
 
-Plan = dict[str, Any]
+_RANK = {"error": 0, "pass": 1, "fail": 2}
 Identity = tuple[str, str, str]
 Place = tuple[str, str]
 
 
 def merge(folders: Iterable[Path], out: Path) -> list[str]:
-    """Writes one folder from several of the same plan; what a reader should know. Raises
+    """Writes one folder from several of the same plan, and returns notes for the user. Raises
     RecordError.
     """
     sources = sorted({folder.resolve() for folder in folders})
     if out.resolve() in sources:
-        raise RecordError(f"{out} is one of the folders to be merged; give a new one")
+        raise RecordError(f"{out} is one of the folders to merge; give a new folder")
     if (out / store.RECORDS).exists():
         raise RecordError(
-            f"{out} already holds records; give a new folder, or remove it: it can be made again from the others"
+            f"{out} already holds records; give a new folder, or remove this one if it was merged from the others"
         )
     plan = _common_plan(sources)
     found = [store.read(folder) for folder in sources]
@@ -46,7 +44,9 @@ def merge(folders: Iterable[Path], out: Path) -> list[str]:
         line["digest"]: line["tokens"] for folder in sources for line in store.token_lines(folder)
     }
     merged, notes = combine(plan, found)
-    lines = [{"digest": digest, "tokens": tokens[digest]} for digest in sorted(tokens)]
+    lines: list[TokenLine] = [
+        {"digest": digest, "tokens": tokens[digest]} for digest in sorted(tokens)
+    ]
     reports = {
         path.name: path.read_text()
         for folder in sources
@@ -56,21 +56,21 @@ def merge(folders: Iterable[Path], out: Path) -> list[str]:
         store.write_whole(out / name, report)
     store.write_whole(out / store.TOKENS, _text(lines))
     store.write_plan(plan, out / store.PLAN)
-    # last: a folder with records is a whole one
+    # written last: a folder with records is complete
     store.write_whole(out / store.RECORDS, _text(merged))
     return notes
 
 
 def of_one_plan(folders: Iterable[Path]) -> list[Path]:
-    """The folders that share their plan with another one. Raises RecordError."""
+    """The folders whose plan another folder has, too. Raises RecordError."""
     hashes = {folder: store.read_plan(folder / store.PLAN)["plan_hash"] for folder in folders}
     return [folder for folder, plan in hashes.items() if list(hashes.values()).count(plan) > 1]
 
 
 def combine(plan: Plan, folders: list[list[Record]]) -> tuple[list[Record], list[str]]:
-    """The records of several folders as those of one, and notes for people."""
-    launches: dict[Identity, Record] = {}
-    superseded: dict[Identity, Record] = {}
+    """The merged records of several folders, and notes for the user."""
+    launches: dict[Identity, LaunchRecord] = {}
+    superseded: dict[Identity, SupersededRecord] = {}
     others: dict[str, Record] = {}
     for found in folders:
         own = {(r["launch"], r["attempt"]): _identity(r) for r in found if r["kind"] == "launch"}
@@ -84,7 +84,7 @@ def combine(plan: Plan, folders: list[list[Record]]) -> tuple[list[Record], list
                 others.setdefault(json.dumps(record, sort_keys=True), record)
     ordered = sorted(launches, key=lambda identity: (launches[identity]["started_at"], identity))
     attempts: dict[str, int] = {}
-    numbered: dict[Identity, Record] = {}
+    numbered: dict[Identity, LaunchRecord] = {}
     for identity in ordered:
         attempts[identity[0]] = attempts.get(identity[0], 0) + 1
         numbered[identity] = {**launches[identity], "attempt": attempts[identity[0]]}
@@ -98,28 +98,27 @@ def combine(plan: Plan, folders: list[list[Record]]) -> tuple[list[Record], list
         done = [
             numbered[i] for i in ordered if i not in marked and numbered[i]["status"] in store.DONE
         ]
-        # failed launches count nowhere, and know no GPU
+        # failed launches never count, and do not record their GPU
         alive = [record for record in done if record["block"] == block]
         places = {_place(record) for record in alive}
         if len(places) < 2:
             continue
         chosen = _choose(plan, block, alive)
-        reason = f"block {block} is counted from another visit (boot {chosen[0]}): a pair never straddles two places"
+        reason = f"block {block} is counted from another run (boot {chosen[0]}): a block must come from one place"
         marked |= {_identity(r): _mark(plan, r, reason) for r in alive if _place(r) != chosen}
         notes.append(
-            f"block {block} was begun in {len(places)} places; it counts from {_name(alive, chosen)}"
+            f"block {block} was started in {len(places)} places; it is counted from {_name(alive, chosen)}"
         )
     machines = sorted({_hardware(numbered[i]) for i in ordered if i not in marked})
     if len(machines) > 1:
         notes.append(
             "different hardware: "
             + "; ".join(machines)
-            + ". Ratios are within blocks, but an effect may depend on it."
+            + ". Ratios are taken within blocks, but effects may depend on the hardware."
         )
     tail = sorted(others.values(), key=lambda r: json.dumps(r, sort_keys=True))
-    # A later gate record replaces an earlier one: a pass that some visit reached is not undone by
-    # another's error.
-    tail.sort(key=lambda r: {"error": 0, "pass": 1, "fail": 2}.get(r.get("status", ""), 0))
+    # A later gate record replaces an earlier one, so that an error does not replace a verdict.
+    tail.sort(key=lambda r: _RANK[r["status"]] if r["kind"] == "gate" else 0)
     return [
         *numbered.values(),
         *(marked[identity] for identity in ordered if identity in marked),
@@ -127,7 +126,7 @@ def combine(plan: Plan, folders: list[list[Record]]) -> tuple[list[Record], list
     ], notes
 
 
-def _choose(plan: Plan, block: int, alive: list[Record]) -> Place:
+def _choose(plan: Plan, block: int, alive: list[LaunchRecord]) -> Place:
     size = sum(entry["block"] == block for entry in plan["launches"])
 
     def rank(place: Place) -> tuple[bool, int, str, Place]:
@@ -151,7 +150,7 @@ def _common_plan(folders: list[Path]) -> Plan:
         if plans[folder]["plan_hash"] != plans[first]["plan_hash"]:
             raise RecordError(
                 f"{folder} holds plan {plans[folder]['plan_hash'][:12]}, {first} plan {plans[first]['plan_hash'][:12]}: "
-                "only visits of one plan can be merged. Write the plan once, and take that file to every host."
+                "only folders of one plan can be merged. Write the plan once, and copy that file to every host."
             )
     return plans[first]
 
@@ -166,41 +165,38 @@ def _check_code(folders: list[Path], found: list[list[Record]]) -> None:
     if len(codes) > 1:
         listed = ", ".join(f"{digest[:12]} in {folder}" for digest, folder in sorted(codes.items()))
         raise RecordError(
-            f"the visits ran different code ({listed}): launches of two versions must not be compared"
+            f"the folders were made with different versions of the code ({listed}), which must not be compared"
         )
 
 
-def _mark(plan: Plan, record: Record, reason: str) -> Record:
-    head = {
+def _mark(plan: Plan, record: LaunchRecord, reason: str) -> SupersededRecord:
+    return {
+        "kind": "superseded",
         "schema": store.SCHEMA,
         "study": plan["study"]["name"],
         "plan_hash": plan["plan_hash"],
-    }
-    return {
-        "kind": "superseded",
-        **head,
         "launch": record["launch"],
         "attempt": record["attempt"],
         "reason": reason,
     }
 
 
-def _identity(record: Record) -> Identity:
+def _identity(record: LaunchRecord) -> Identity:
     return record["launch"], record["boot_id"], record["started_at"]
 
 
-def _place(record: Record) -> Place:
+def _place(record: LaunchRecord) -> Place:
     return record["boot_id"], record["provenance"].get("environment", {}).get(
         "CUDA_VISIBLE_DEVICES", ""
     )
 
 
-def _name(alive: list[Record], place: Place) -> str:
+def _name(alive: list[LaunchRecord], place: Place) -> str:
     first = next(record for record in alive if _place(record) == place)
-    return f"{first['provenance']['hostname']}, boot {place[0]}, begun {first['started_at']}"
+    return f"{first['provenance']['hostname']}, boot {place[0]}, started {first['started_at']}"
 
 
-def _hardware(record: Record) -> str:
+def _hardware(record: LaunchRecord) -> str:
     made_on = record["provenance"]
     gpus = sorted({gpu["name"] for gpu in made_on["gpus"]})
     return f"{made_on['cpu']['model']}, {made_on['cpu']['cores']} cores" + "".join(
@@ -208,7 +204,7 @@ def _hardware(record: Record) -> str:
     )
 
 
-def _text(lines: list[Record]) -> str:
+def _text(lines: Sequence[Record | TokenLine]) -> str:
     return "".join(
         json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n" for line in lines
     )

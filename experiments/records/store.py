@@ -1,13 +1,13 @@
-"""Records: JSON lines that are only ever appended to, one `write` and one `fsync` each. Standard
+"""Reads and writes records: append-only JSON lines, each with one `write` and one `fsync`. Standard
 library only.
 
-A folder of one execution of a plan:
+The folder of an execution holds:
 
-    plan.json        the plan that is being executed
-    records.jsonl    record v1, one object a line; the truth
-    tokens.jsonl     {"digest", "tokens"}: what was generated, once per digest, before the record that names it
-    environment-*    torch's report on an interpreter and its machine, by its digest (provenance.collect_env)
-    logs/            the output of launches that failed
+    plan.json        the plan
+    records.jsonl    the records, one JSON object per line
+    tokens.jsonl     {"digest", "tokens"}: each distinct output once, written before the record that refers to it
+    environment-*    torch's report on an interpreter and its machine, named by its digest (provenance.collect_env)
+    logs/            the output of failed launches
 """
 
 from __future__ import annotations
@@ -17,41 +17,65 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-SCHEMA = 1
-RECORDS, TOKENS, PLAN, LOGS, ENVIRONMENTS = (
-    "records.jsonl",
-    "tokens.jsonl",
-    "plan.json",
-    "logs",
-    "environment-*.txt",
+from experiments.records.reading import (
+    RECORDS,
+    SCHEMA,
+    TOKENS,
+    RecordError,
+    json_object,
+    read,
+    token_lines,
 )
+from experiments.records.types import JsonObject, LaunchRecord, Plan, Record, TokenLine, Tokens
+
+__all__ = [
+    "DONE",
+    "ENVIRONMENTS",
+    "INTACT",
+    "LOGS",
+    "PLAN",
+    "RECORDS",
+    "SCHEMA",
+    "TOKENS",
+    "Folder",
+    "JsonLines",
+    "Record",
+    "RecordError",
+    "counted",
+    "decided",
+    "launches",
+    "plan_hash",
+    "read",
+    "read_json",
+    "read_plan",
+    "superseded",
+    "sync_folder",
+    "token_lines",
+    "write_plan",
+    "write_whole",
+]
+
+PLAN, LOGS, ENVIRONMENTS = "plan.json", "logs", "environment-*.txt"
+Attempt = tuple[str, int]
 DONE = ("ok", "invalid")
-"""A launch with a record of this status is not run again: whether it is must not depend on how fast it was."""
+"""A launch with a record of this status is not repeated."""
 INTACT = (
-    "What was recorded before is intact. Make room on the disk, then run the same command again (--resume for "
-    "experiments.launch): it goes on from here."
+    "Earlier records are intact. Free some disk space, then run the same command again (with --resume for "
+    "experiments.launch) to continue."
 )
-
-Record = dict[str, Any]
-
-
-class RecordError(Exception):
-    """A folder of records that cannot be read or written; the message says what to do."""
 
 
 class JsonLines:
-    """Appends whole lines to one file; a line is there completely or not at all."""
+    """Appends lines to a file, each completely or not at all."""
 
     def __init__(self, path: Path) -> None:
-        """Opens or creates the file. A last line cut by a power cut or a full disk is removed;
-        `healed` then says so.
-
-        Raises RecordError where it cannot be opened.
+        """Opens or creates the file. Removes a truncated last line and reports it in `healed`.
+        Raises RecordError if the file cannot be opened.
         """
         self.path = path
         self.healed: str | None = None
@@ -64,13 +88,13 @@ class JsonLines:
         except OSError as error:
             raise RecordError(f"{path}: cannot be written ({error}). {INTACT}") from error
 
-    def append(self, record: Record) -> None:
+    def append(self, record: Record | TokenLine) -> None:
         """Raises RecordError if the line cannot be written; the file is then as it was before."""
         try:
             data = json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
         except ValueError as error:
             raise RecordError(
-                f"{self.path}: {_not_finite(record)}; nothing was written, what was before is intact"
+                f"{self.path}: {_not_finite(record)}. Nothing was written; earlier records are intact"
             ) from error
         size = os.fstat(self._fd).st_size
         try:
@@ -93,21 +117,21 @@ class JsonLines:
         tail = content[end:]
         if not tail:
             return
-        if _is_whole(tail):  # only its end of line is missing
+        if json_object(tail) is not None:  # only its end of line is missing
             os.write(self._fd, b"\n")
             os.fsync(self._fd)
             return
         os.ftruncate(self._fd, end)
         os.fsync(self._fd)
-        self.healed = f"{self.path}: the last line was cut short (a power cut, a kill or a full disk); {len(tail)} bytes removed"
+        self.healed = f"{self.path}: removed a truncated last line of {len(tail)} bytes (after a power cut, a kill or a full disk)"
 
 
 class Folder:
-    """The folder of one execution, held by one runner at a time."""
+    """The folder of an execution, locked by one runner at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Raises RecordError where another runner holds the folder, or it cannot be written, or its
-        records cannot be read.
+        """Raises RecordError if another runner has locked the folder, if it cannot be written, or if
+        its records cannot be read.
         """
         self.path = path
         try:
@@ -120,10 +144,10 @@ class Folder:
         except OSError as error:
             os.close(self._lock)
             raise RecordError(
-                f"{path}: another runner is at work here; wait for it or give another folder"
+                f"{path}: another runner is using this folder; wait for it, or give another folder"
             ) from error
         try:
-            # before anything is repaired: a file of a newer program is left as it is
+            # before any repair, so that a file of a newer version is not changed
             self.records = read(path)
             self._records, self._tokens = JsonLines(path / RECORDS), JsonLines(path / TOKENS)
             self.messages = [
@@ -134,8 +158,8 @@ class Folder:
             os.close(self._lock)
             raise
 
-    def append(self, record: Record, tokens: dict[str, str] | None = None) -> None:
-        """Writes the tokens that are not there yet, then the record that names them. Raises
+    def append(self, record: Record, tokens: Tokens | None = None) -> None:
+        """Writes tokens that are not stored yet, then the record that refers to them. Raises
         RecordError.
         """
         for digest, encoded in (tokens or {}).items():
@@ -162,75 +186,59 @@ class Folder:
         self.close()
 
 
-def read(folder: Path) -> list[Record]:
-    """All records of a folder in the order of writing, duplicated lines once: a verdict of the gate
-    where it was given last, as the last one counts, anything else where it came first. Raises
-    RecordError for a damaged line, for a schema newer than this program, and for two different
-    records of one attempt (two folders copied together).
-    """
-    records: dict[str, Record] = {}
-    attempts: dict[tuple[str, int], str] = {}
-    for number, record in enumerate(_lines(folder / RECORDS), start=1):
-        where = f"{folder / RECORDS}, line {number}"
-        schema = record.get("schema", SCHEMA)
-        if not isinstance(schema, int) or schema > SCHEMA:
-            raise RecordError(
-                f"{where}: schema {schema} is newer than this program's {SCHEMA}; "
-                "read it with the version of nanovllm that wrote it, or a newer one"
-            )
-        text = json.dumps(record, sort_keys=True)
-        if (
-            record.get("kind") == "launch"
-            and attempts.setdefault((record["launch"], record["attempt"]), text) != text
-        ):
-            raise RecordError(
-                f"{where}: another record of {record['launch']}, attempt {record['attempt']}: this file was copied together from "
-                "two visits. Keep their folders apart, and count them as one with "
-                "`python -m experiments import FOLDER FOLDER --merge NEW_FOLDER`."
-            )
-        if record.get("kind") == "gate":
-            records.pop(text, None)
-        records.setdefault(text, record)
-    return list(records.values())
+def superseded(records: Iterable[Record]) -> dict[Attempt, str]:
+    """{(launch, attempt): reason} of the attempts that no longer count."""
+    return {
+        (record["launch"], record["attempt"]): record.get("reason") or "no reason recorded"
+        for record in records
+        if record["kind"] == "superseded"
+    }
 
 
-def token_lines(folder: Path) -> list[Record]:
-    """{"digest", "tokens"} of everything that was generated, in the order of writing. Raises
-    RecordError.
-    """
-    return _lines(folder / TOKENS)
-
-
-def launches(records: Iterable[Record]) -> list[Record]:
-    """The launch records that no later `superseded` record has marked."""
-    superseded = {(r["launch"], r["attempt"]) for r in records if r["kind"] == "superseded"}
+def launches(records: Iterable[Record]) -> list[LaunchRecord]:
+    """The launch records that are not superseded."""
+    records = list(records)
+    marked = superseded(records)
     return [
-        r
-        for r in records
-        if r["kind"] == "launch" and (r["launch"], r["attempt"]) not in superseded
+        record
+        for record in records
+        if record["kind"] == "launch" and (record["launch"], record["attempt"]) not in marked
     ]
 
 
-def counted(records: Iterable[Record]) -> list[Record]:
-    """What analysis may use: the first finished, not superseded attempt of each launch, if its
-    status is `ok`.
+def decided(attempts: Iterable[LaunchRecord]) -> Iterator[tuple[LaunchRecord, str | None]]:
+    """Each attempt and why it does not count, None if it does: of each launch the first finished
+    attempt counts, if its status is `ok`. attempts: without superseded ones.
     """
-    finished: dict[str, Record] = {}
-    for record in launches(records):
+    finished: set[str] = set()
+    for record in attempts:
+        if record["launch"] in finished:
+            yield record, "an earlier attempt of this launch had finished"
+            continue
         if record["status"] in DONE:
-            finished.setdefault(record["launch"], record)
-    return [record for record in finished.values() if record["status"] == "ok"]
+            finished.add(record["launch"])
+        if record["status"] == "ok":
+            yield record, None
+        else:
+            yield record, f"{record['status']}: {record.get('reason') or 'no reason recorded'}"
 
 
-def read_plan(path: Path) -> dict[str, Any]:
-    """Raises RecordError for a plan that is absent, damaged, changed by hand or of a newer version."""
+def counted(records: Iterable[Record]) -> list[LaunchRecord]:
+    """The launches that count, as far as records alone tell; reports/analysis/counting.py also
+    applies the plan and the gate.
+    """
+    return [record for record, reason in decided(launches(records)) if reason is None]
+
+
+def read_plan(path: Path) -> Plan:
+    """Raises RecordError for a plan that is missing, damaged, edited or of another version."""
     try:
-        plan = json.loads(path.read_text())
+        plan: Plan = json.loads(path.read_text())
         if not isinstance(plan, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise RecordError(
-            f"{path}: not a readable plan ({error}); make one with `run --dry-run --write-plan {path}`"
+            f"{path}: cannot read the plan ({error}); write one with `python -m experiments run --dry-run --write-plan {path}`"
         ) from error
     if plan.get("plan_version") != 1:
         raise RecordError(
@@ -238,19 +246,19 @@ def read_plan(path: Path) -> dict[str, Any]:
         )
     if plan.get("plan_hash") != plan_hash(plan):
         raise RecordError(
-            f"{path}: plan_hash does not match the content: the plan was edited; make it again from its study"
+            f"{path}: plan_hash does not match the content, so the plan was edited; make it again from its study"
         )
     return plan
 
 
-def write_plan(plan: dict[str, Any], path: Path) -> None:
-    """Written aside and renamed: a plan is there whole or not at all."""
+def write_plan(plan: Plan, path: Path) -> None:
+    """Writes a plan, completely or not at all."""
     write_whole(path, json.dumps(plan, indent=1) + "\n")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Written aside, synced and renamed: the file is there whole or not at all, after a power cut
-    too. Raises RecordError.
+    """Writes a file completely or not at all, even in a power cut: to a temporary file that is
+    synced and renamed. Raises RecordError.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -266,7 +274,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """A new name in a folder outlives a power cut only once the folder itself was synced."""
+    """Syncs a folder, so that new names in it survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -274,12 +282,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """The JSON object in a file."""
     return json.loads(path.read_text())  # type: ignore[no-any-return]
 
 
-def plan_hash(plan: dict[str, Any]) -> str:
+def plan_hash(plan: Mapping[str, object]) -> str:
     """SHA-256 of the plan without its `plan_hash`."""
     content = {key: value for key, value in plan.items() if key != "plan_hash"}
     return hashlib.sha256(
@@ -287,40 +295,10 @@ def plan_hash(plan: dict[str, Any]) -> str:
     ).hexdigest()
 
 
-def _lines(path: Path) -> list[Record]:
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    end = content.rfind(b"\n") + 1
-    whole = content if _is_whole(content[end:]) else content[:end]
-    lines = []
-    for number, line in enumerate(whole.splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError("not a JSON object")
-        except ValueError as error:
-            raise RecordError(
-                f"{path}, line {number}: damaged ({error}); restore the file, or remove that one line"
-            ) from error
-        lines.append(record)
-    return lines
-
-
-def _is_whole(line: bytes) -> bool:
-    """Whether a line without its end is a record all the same: the cut, or a copy by hand, took the
-    newline only.
-    """
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
-
-
 def _not_finite(value: Any, name: str = "record") -> str | None:
-    """Which number in a record JSON cannot hold, and what may be there; None if all are finite."""
+    """Names a number in a record that JSON cannot represent; None if all are finite."""
     if isinstance(value, float) and not math.isfinite(value):
-        return f"{name} is {value}; allowed: finite numbers, null for what is not known"
+        return f"{name} is {value}; allowed: finite numbers, or null for an unknown value"
     items: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, dict):
         items = value.items()

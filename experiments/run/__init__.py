@@ -1,11 +1,11 @@
-"""Carries a plan out, from what is asked before the first launch to the report and MLflow.
+"""Executes a plan, from the checks before the first launch to the report and MLflow.
 
-    execution    from a plan to its table: launches, gate, report, MLflow
-    preflight    what could refuse at the end is asked before the first launch
-    progress     how far a run is, and how long it will still take
-    tracking     the only writer of MLflow
-    mlflow_view  what MLflow shows of a study and of a launch
+    execution    launches, gate, report, MLflow
+    preflight    checks before the first launch what could fail after the last one
+    progress     progress of a run and the time left
+    tracking     writes MLflow runs from records
+    mlflow_view  the params, metrics and tags of MLflow runs
 
-May import cluster and everything below it. The report is rendered by a process of its own, because
-reports/ stands above.
+May import cluster and everything below it. The report is rendered in a separate process, because
+`reports` is a layer above.
 """

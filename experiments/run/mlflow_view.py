@@ -1,8 +1,7 @@
-"""What MLflow shows of a study and of a launch: params, metrics, tags. Pure functions of records;
-no MLflow here.
+"""The params, metrics and tags of MLflow runs, as pure functions of records, without MLflow.
 
-Metric names hold the workload and, in the parent run, the cell; its metrics by block have the block
-as their step.
+A metric's name holds the workload and, in the parent run, the cell. The parent run has a value per
+block, with the block as the step.
 """
 
 from __future__ import annotations
@@ -11,11 +10,18 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
 
 from experiments.records import store
+from experiments.records.types import (
+    GitState,
+    JsonObject,
+    LaunchRecord,
+    Plan,
+    PlannedWorkload,
+    Record,
+    ServedWorkload,
+)
 
-Record = dict[str, Any]
 _SYSTEM = {
     "cpu_busy": ("system/cpu_utilization_percentage", 100.0),
     "cpu_mhz": ("system/cpu_clock_mhz", 1.0),
@@ -41,25 +47,23 @@ class Point:
 
 @dataclass(frozen=True)
 class View:
-    """One run as MLflow will show it."""
+    """The content of one MLflow run."""
 
     name: str
     started_at: str
     duration_s: float
     status: str  # "FINISHED" | "FAILED"
-    params: dict[str, Any]
+    params: JsonObject
     metrics: list[Point]
     tags: dict[str, str]
-    workloads: dict[str, Any] = field(default_factory=dict)
+    workloads: dict[str, PlannedWorkload] = field(default_factory=dict)
 
 
-def parent_view(plan: dict[str, Any], found: list[Record], analysis: dict[str, Any] | None) -> View:
-    """An execution of a study: its design, every counted figure by block, the effects, the verdicts
-    in words.
-    """
+def parent_view(plan: Plan, found: list[Record], analysis: JsonObject | None) -> View:
+    """The run of an execution: its design, every counted figure by block, effects and verdicts."""
     study, model, profile = plan["study"], plan["model"], plan["profile"]
     all_launches = [record for record in found if record["kind"] == "launch"]
-    # From a cluster, or of several visits, records stand in the order they came home.
+    # Records of a cluster, or of merged folders, are not in chronological order.
     first = min(all_launches, key=lambda record: str(record["started_at"]))
     last = max(all_launches, key=lambda record: str(record["started_at"]))
     counted = store.counted(found)
@@ -98,8 +102,8 @@ def parent_view(plan: dict[str, Any], found: list[Record], analysis: dict[str, A
     )
 
 
-def launch_view(plan: dict[str, Any], record: Record, found: list[Record]) -> View:
-    """One launch: the levels of its factors, what was measured, and what the machine did meanwhile."""
+def launch_view(plan: Plan, record: LaunchRecord, found: list[Record]) -> View:
+    """The run of one launch: levels of its factors, measurements and telemetry."""
     cell = plan["cells"][record["cell"]]
     config = {key: value for key, value in record["requested"].items() if key != "optimizations"}
     is_counted = any(
@@ -136,8 +140,8 @@ def launch_view(plan: dict[str, Any], record: Record, found: list[Record]) -> Vi
     )
 
 
-def figures(work: dict[str, Any]) -> dict[str, float]:
-    """The figures of one workload of a launch that are shown here; the report computes more."""
+def figures(work: ServedWorkload) -> dict[str, float]:
+    """The figures of one workload of a launch that MLflow shows; the report computes more."""
     to_first = [first - arrival for arrival, first, _ in work["request_times_s"]]
     return {
         "output_tokens_per_s": work["output_tokens"] / work["duration_s"],
@@ -146,11 +150,11 @@ def figures(work: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def describe(plan: dict[str, Any], analysis: dict[str, Any] | None) -> str:
+def describe(plan: Plan, analysis: JsonObject | None) -> str:
     """The verdicts as a Markdown table: the description of the parent run."""
     head = f"**{plan['study']['question'].strip()}**\n\n"
     if analysis is None:
-        return head + "Not analysed yet: `python -m experiments report`, then `import`."
+        return head + "Not analysed yet: run `python -m experiments report`, then `import`."
     effects = [e for e in analysis["effects"] if e["metric"] == analysis["metric"]["key"]]
     rows = [
         "| workload | cell | ratio to baseline | interval | blocks | verdict |",
@@ -166,13 +170,13 @@ def describe(plan: dict[str, Any], analysis: dict[str, Any] | None) -> str:
     return (
         text
         if len(text) < _NOTE_LIMIT
-        else text[: text.rindex("\n", 0, _NOTE_LIMIT)] + "\n\nThe rest is in the report."
+        else text[: text.rindex("\n", 0, _NOTE_LIMIT)] + "\n\nSee the report for the rest."
     )
 
 
-def _common_tags(plan: dict[str, Any], record: Record) -> dict[str, str]:
+def _common_tags(plan: Plan, record: LaunchRecord) -> dict[str, str]:
     provenance = record["provenance"]
-    git = provenance["git"] or {}
+    git: GitState | JsonObject = provenance["git"] or {}
     gpus = [gpu["name"] for gpu in provenance["gpus"]]
     tags = {
         "nanovllm.plan_hash": plan["plan_hash"],
@@ -195,7 +199,7 @@ def _common_tags(plan: dict[str, Any], record: Record) -> dict[str, str]:
     return {name: value for name, value in tags.items() if value}
 
 
-def _by_block(counted: list[Record]) -> Iterator[Point]:
+def _by_block(counted: list[LaunchRecord]) -> Iterator[Point]:
     for record in counted:
         for workload, work in record["workloads"].items():
             for name, value in figures(work).items():
@@ -204,7 +208,7 @@ def _by_block(counted: list[Record]) -> Iterator[Point]:
                 )
 
 
-def _effects(analysis: dict[str, Any] | None) -> Iterator[Point]:
+def _effects(analysis: JsonObject | None) -> Iterator[Point]:
     for effect in analysis["effects"] if analysis else ():
         if effect["metric"] == analysis["metric"]["key"]:  # type: ignore[index]
             for bound in ("ratio", "low", "high"):
@@ -214,20 +218,27 @@ def _effects(analysis: dict[str, Any] | None) -> Iterator[Point]:
                     )
 
 
-def _of_launch(record: Record) -> Iterator[Point]:
-    for name in ("process_start_s", "load_s", "warm_up_s", "total_s"):
-        if record[name] is not None:
-            yield Point(name, record[name])
-    for where, size in record["peak_memory_bytes"].items():
+def _of_launch(record: LaunchRecord) -> Iterator[Point]:
+    times = {
+        "process_start_s": record["process_start_s"],
+        "load_s": record["load_s"],
+        "warm_up_s": record["warm_up_s"],
+        "total_s": record["total_s"],
+    }
+    for name, seconds in times.items():
+        if seconds is not None:
+            yield Point(name, seconds)
+    peak = record["peak_memory_bytes"]
+    for where, size in (("host", peak["host"]), ("device", peak["device"])):
         if size is not None:
             yield Point(f"peak_memory_bytes/{where}", size)
     for workload, work in record["workloads"].items():
         for name, value in figures(work).items():
             yield Point(f"{workload}/{name}", value)
     for factor, toggle in record["toggles"].items():
-        for counter in ("engaged", "opportunity"):
-            if toggle[counter] is not None:
-                yield Point(f"toggle/{factor}/{counter}", toggle[counter])
+        yield Point(f"toggle/{factor}/engaged", toggle["engaged"])
+        if toggle["opportunity"] is not None:
+            yield Point(f"toggle/{factor}/opportunity", toggle["opportunity"])
     for step, sample in enumerate(record["telemetry"]["samples"]):
         for series, (name, scale) in _SYSTEM.items():
             if sample.get(series) is not None:

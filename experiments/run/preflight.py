@@ -1,13 +1,12 @@
-"""What can refuse at the end of a study is asked before its first launch: nobody measures for an
-hour to lose the report.
+"""Checks before the first launch what could fail after the last one.
 
-Refused is what records and report need: a folder that can be written, room on its disk, the
-packages of the gate and the report, a picture that can be drawn. MLflow is a view that can be made
-later, so what it objects to is only told.
+Required are a writable output folder with enough disk space and the packages of the gate and the
+report. MLflow is a view that can be made later, so its problems are only reported.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -15,37 +14,26 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from experiments.host.environment import ROOT, of_child
+from experiments.host.environment import ROOT, for_subprocess
 from experiments.records.store import RecordError
+from experiments.records.types import Plan
 
 TIMEOUT_S = 180.0
-"""Of the process that tries report and MLflow; as a rule it takes some five seconds."""
-_ASK = """
-import importlib.util, io, json, sys
-from pathlib import Path
-needed = [name for name in ("torch", "transformers", "safetensors") if importlib.util.find_spec(name) is None]
-if needed:
-    sys.exit("the equivalence gate needs " + ", ".join(needed) + ", which this interpreter does not have")
-import reports.analysis.analyse, reports.page.render
-from matplotlib.figure import Figure
-Figure().savefig(io.BytesIO(), format="svg")
-from experiments.run import tracking
-print("OBJECTION" + json.dumps(tracking.objection(Path(sys.argv[1]))))
-"""
+"""Timeout of each process; they usually take some five seconds."""
+GATE_PACKAGES = ("torch", "transformers", "safetensors")
 
 
-def bytes_needed(plan: dict[str, Any]) -> int:
-    """Room for a plan's records, tokens, logs and report, generously: a published record of a
-    launch takes 5 to 60 kB.
+def bytes_needed(plan: Plan) -> int:
+    """A generous estimate of the disk space of a plan's records, tokens, logs and report: published
+    records of a launch take 5 to 60 kB.
     """
     tokens = sum(work["num_requests"] for work in plan["workloads"].values())
     return (32 << 20) + len(plan["launches"]) * ((128 << 10) + 256 * tokens)
 
 
-def check_folder(plan: dict[str, Any], folder: Path) -> None:
-    """Raises RecordError where the folder of an execution cannot be made or written, or its disk is
+def check_folder(plan: Plan, folder: Path) -> None:
+    """Raises RecordError if the folder of an execution cannot be created or written, or its disk is
     too full.
     """
     try:
@@ -55,33 +43,69 @@ def check_folder(plan: dict[str, Any], folder: Path) -> None:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise RecordError(
-            f"{folder}: records cannot be written there ({error.strerror or error}): give --out with a folder that "
-            "can be written"
+            f"{folder}: cannot write records there ({error.strerror or error}); give another --out"
         ) from error
     if free < (need := bytes_needed(plan)):
         raise RecordError(
-            f"{folder}: its disk has {free / 1e6:.0f} MB left, records and report may take {need / 1e6:.0f} MB: make "
-            "room, or give --out with a folder on another disk"
+            f"{folder}: the disk has {free / 1e6:.0f} MB free, but records and report may take {need / 1e6:.0f} MB: free "
+            "some space, or give --out on another disk"
         )
 
 
 def check_end(root: Path = ROOT) -> str | None:
-    """What MLflow will object to, None if nothing. Raises RecordError where gate or report could
-    not be made at all.
+    """What MLflow will object to, None if nothing. Raises RecordError if the gate or the report
+    could not run.
     """
-    command = [sys.executable, "-c", _ASK, str(root)]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=of_child(), timeout=TIMEOUT_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return f"MLflow did not answer within {TIMEOUT_S:.0f} s"
-    answer = next((line for line in done.stdout.splitlines() if line.startswith("OBJECTION")), None)
-    if answer is None:
-        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+    if missing := [name for name in GATE_PACKAGES if importlib.util.find_spec(name) is None]:
         raise RecordError(
-            f"nothing was measured, as gate or report could not be made afterwards: {last}. `make setup` installs "
-            f"what they need; to see it all: {os.path.basename(sys.executable)} -c 'import reports.page.render'"
+            f"nothing was measured, because the gate could not run afterwards: this interpreter lacks {', '.join(missing)}. "
+            "`make setup` installs what it needs"
         )
-    objection: str | None = json.loads(answer.removeprefix("OBJECTION"))
+    # two processes at once: each imports for seconds
+    with _start("reports", "check") as report, _start(__name__, str(root)) as mlflow:
+        _, problem, status = _finish(report)
+        if status not in (0, None):
+            last = (problem.strip().splitlines() or [f"exit status {status}"])[-1]
+            raise RecordError(
+                f"nothing was measured, because the report could not be rendered afterwards: {last}. `make setup` installs "
+                f"what it needs; to check again: {os.path.basename(sys.executable)} -m reports check"
+            )
+        answer, problem, status = _finish(mlflow)
+    if status != 0:
+        return (problem.strip().splitlines() or [f"exit status {status}"])[-1]
+    objection: str | None = json.loads(answer.strip().splitlines()[-1])
     return objection
+
+
+def _start(*command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=for_subprocess(),
+    )
+
+
+def _finish(process: subprocess.Popen[str]) -> tuple[str, str, int | None]:
+    """(output, errors, exit status) of a process. After TIMEOUT_S it is killed, with status None: a
+    slow machine is no reason to refuse a study.
+    """
+    try:
+        output, errors = process.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return "", f"no answer within {TIMEOUT_S:.0f} s", None
+    return output, errors, process.returncode
+
+
+def main() -> None:
+    """Prints what MLflow objects to, as JSON: `python -m experiments.run.preflight ROOT`."""
+    from experiments.run import tracking
+
+    print(json.dumps(tracking.objection(Path(sys.argv[1]))))
+
+
+if __name__ == "__main__":
+    main()

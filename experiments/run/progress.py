@@ -1,21 +1,24 @@
-"""How far a run is and how long it will still take: a bar on a terminal, a line a launch elsewhere."""
+"""Progress of a run and the time left: a bar on a terminal, one line per launch elsewhere."""
 
 from __future__ import annotations
 
 import statistics
 from collections import Counter
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from experiments.launch.runner import print_event
+from experiments.records.types import Event, Plan
 
 
 class ProgressBar:
-    """Pass `listen` to a runner. Drawn once a second: the machine is being measured."""
+    """Pass `listen` to a runner. Redrawn only once per second, because the machine is being
+    measured.
+    """
 
-    def __init__(self, plan: dict[str, Any], console: Console) -> None:
+    def __init__(self, plan: Plan, console: Console) -> None:
         self._console = console
         self._remaining = Counter(entry["cell"] for entry in plan["launches"])
         self._total = len(plan["launches"])
@@ -41,7 +44,7 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def listen(self, event: str, details: dict[str, Any]) -> None:
+    def listen(self, event: str, details: Event) -> None:
         if event == "pending":
             self._remaining = Counter(entry["cell"] for entry in details["launches"])
             self._progress.update(self._task, completed=self._total - self._remaining.total())
@@ -67,8 +70,8 @@ class ProgressBar:
             print_event(event, details)
 
     def remaining_s(self) -> float:
-        """Expected time of what is left, shared by the workers: each cell's own median so far, else
-        that of all, else what the plan says.
+        """Expected time of the remaining launches, divided by the number of workers. A launch is
+        expected to take the median of its cell so far, else of all cells, else what the plan says.
         """
         every = [seconds for times in self._times.values() for seconds in times]
         fallback = statistics.median(every) if every else self._expected_s
@@ -80,6 +83,4 @@ class ProgressBar:
 
     def _left(self) -> str:
         seconds = self.remaining_s()
-        return (
-            f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
-        )
+        return f"{seconds / 60:.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left"

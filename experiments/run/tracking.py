@@ -1,11 +1,11 @@
-"""The only writer of MLflow. Records are the truth; this view of them can be rebuilt at any time,
-with the same result.
+"""Writes MLflow runs from records. Records are the source of truth: the runs can be rebuilt from
+them at any time, with the same result.
 
-`sqlite:///mlflow.db` at the repository's root, artifacts under `mlartifacts/` beside it by a
-*relative* path, so that a bare `mlflow ui` shows everything from the root and the repository can be
-moved. One experiment a study, a parent run an execution (a folder of records), a nested run a
-launch. Imports are serialized by a lock: six processes at once on a fresh SQLite file would kill
-each other.
+The store is `sqlite:///mlflow.db` at the repository's root, with artifacts under `mlartifacts/` by
+a *relative* path, so that a plain `mlflow ui` at the root shows everything and the repository can
+be moved. There is one experiment per study, one parent run per execution (a folder of records) and
+one nested run per launch. Imports take a lock, because concurrent initialization of an SQLite file
+fails.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from urllib.parse import quote
 
 from experiments.host.provenance import ROOT
 from experiments.records import store
-from experiments.run.mlflow_view import Record, View, launch_view, parent_view
+from experiments.records.types import JsonObject, Plan, PlannedStudy, Record
+from experiments.run.mlflow_view import View, launch_view, parent_view
 
 ARTIFACTS, DATABASE = "mlartifacts", "mlflow.db"
 EXECUTION, DIGEST = "nanovllm.execution", "nanovllm.records_digest"
@@ -34,22 +35,21 @@ _VIEW_VERSION = 1
 
 
 class TrackingError(Exception):
-    """An import that cannot be done; the message says what to do."""
+    """An import that failed; the message says what to do."""
 
 
 def import_folder(folder: Path, report: Path | None = None, root: Path = ROOT) -> tuple[str, bool]:
-    """Brings the records of a folder into MLflow: (id of the parent run, whether runs were
+    """Imports the records of a folder into MLflow: (id of the parent run, whether runs were
     written).
 
-    The same records again write no run; what an interrupted import or an older state of the folder
-    left is replaced.
-    report: a folder with analysis.json and the rendered report; its verdicts become the description
-    of the run. Raises TrackingError, for whatever MLflow, its database or the disk object to, and
-    RecordError.
+    Importing the same records again writes nothing; runs of an interrupted import or of an older
+    state of the folder are replaced. report: a folder with analysis.json and the rendered report;
+    its verdicts become the description of the run. Raises RecordError, and TrackingError for any
+    error of MLflow, its database or the disk.
     """
     plan, found = store.read_plan(folder / store.PLAN), store.read(folder)
     if not any(record["kind"] == "launch" for record in found):
-        raise TrackingError(f"{folder}: no launch has been recorded yet; run the study first")
+        raise TrackingError(f"{folder}: no launch is recorded yet; run the study first")
     analysis = store.read_json(report / "analysis.json") if report else None
     try:
         return _import(folder, report, root, plan, found, analysis)
@@ -60,8 +60,8 @@ def import_folder(folder: Path, report: Path | None = None, root: Path = ROOT) -
 
 
 def objection(root: Path = ROOT) -> str | None:
-    """Why an import into `root` would fail, as far as can be told before there is anything to
-    import; None: nothing is known.
+    """Why an import into `root` would fail, as far as can be known beforehand; None if nothing
+    speaks against it.
     """
     try:
         _check_writable(root)
@@ -76,7 +76,7 @@ def objection(root: Path = ROOT) -> str | None:
 
 
 def _explained(error: Exception, root: Path) -> str:
-    """What MLflow, SQLAlchemy or the file system said, and what to do about it."""
+    """The error of MLflow, SQLAlchemy or the file system, and what to do about it."""
     said = (str(error).strip().splitlines() or [""])[0][:300]
     return (
         f"{root / DATABASE}: {type(error).__name__}: {said}. If another version of MLflow wrote it, use that version, "
@@ -87,18 +87,16 @@ def _explained(error: Exception, root: Path) -> str:
 def _check_writable(root: Path) -> None:
     for path in (root, root / DATABASE, root / f"{DATABASE}.lock", root / ARTIFACTS):
         if path.exists() and not os.access(path, os.W_OK):
-            raise TrackingError(
-                f"{path} cannot be written: work in a copy of the repository that can be"
-            )
+            raise TrackingError(f"{path} is not writable; use a writable copy of the repository")
 
 
 def _import(
     folder: Path,
     report: Path | None,
     root: Path,
-    plan: dict[str, Any],
+    plan: Plan,
     found: list[Record],
-    analysis: dict[str, Any] | None,
+    analysis: JsonObject | None,
 ) -> tuple[str, bool]:
     _check_writable(root)
     execution, digest = _identity(found, analysis)
@@ -128,9 +126,9 @@ def _import(
     return run_id, fresh
 
 
-def _identity(found: list[Record], analysis: dict[str, Any] | None) -> tuple[str, str]:
-    """(which execution this is, what its runs have to show): the first record never changes, the
-    rest may grow.
+def _identity(found: list[Record], analysis: JsonObject | None) -> tuple[str, str]:
+    """(id of the execution, digest of what its runs show). The id is of the first launch, which
+    never changes; other records may be added.
     """
     first = next(record for record in found if record["kind"] == "launch")
     shown = json.dumps(
@@ -150,11 +148,11 @@ def _exclusive(root: Path) -> Iterator[None]:
 
 
 def _client(root: Path) -> Any:
-    """Raises TrackingError where a bare `mlflow ui` would look elsewhere than into mlflow.db."""
+    """A client of mlflow.db. Raises TrackingError if a plain `mlflow ui` would use another store."""
     stray = [path.parent for path in root.glob("mlruns/*/meta.yaml") if path.parent.name.isdigit()]
     if stray:
         raise TrackingError(
-            f"{stray[0]} makes MLflow take {root / 'mlruns'} for its store and ignore mlflow.db: move {root / 'mlruns'} away"
+            f"because of {stray[0]}, MLflow uses {root / 'mlruns'} as its store and ignores mlflow.db: move {root / 'mlruns'} away"
         )
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import logging
@@ -172,11 +170,11 @@ def _client(root: Path) -> Any:
     return client
 
 
-def _experiment(client: Any, root: Path, study: dict[str, Any]) -> str:
-    """The id of a study's experiment, created if need be; a deleted one is restored.
+def _experiment(client: Any, root: Path, study: PlannedStudy) -> str:
+    """The id of a study's experiment, which is created or restored if necessary.
 
-    MLflow turns every local artifact location into an absolute path; a relative one, which `mlflow
-    ui` and clients resolve from the directory they run in, can only be set behind its back.
+    MLflow makes every local artifact location absolute. A relative one, which `mlflow ui` and
+    clients resolve against their working directory, can only be set in the database.
     """
     experiment = client.get_experiment_by_name(study["name"])
     if experiment is None:
@@ -209,7 +207,9 @@ def _write(client: Any, experiment: str, view: View, tags: dict[str, str]) -> An
         Metric(m.key, m.value, _milliseconds(view.started_at) + int(m.time_s * 1000), m.step)
         for m in view.metrics
     ]
-    for first in range(0, max(1, len(metrics)), 1000):  # MLflow's limit a batch; 100 params
+    for first in range(
+        0, max(1, len(metrics)), 1000
+    ):  # MLflow's limits per batch: 1,000 metrics, 100 params
         params = (
             [Param(key, str(value)[:6000]) for key, value in view.params.items()][:100]
             if first == 0
@@ -243,8 +243,8 @@ def _write(client: Any, experiment: str, view: View, tags: dict[str, str]) -> An
 
 
 def _copy_artifacts(target: Path, folder: Path, report: Path | None) -> None:
-    """The records and the report beside the run. Copied by us: a client would resolve the relative
-    path from where it runs.
+    """Copies records and report to the run's artifacts. A client would resolve the relative path
+    against its working directory.
     """
     target.mkdir(parents=True, exist_ok=True)
     for name in (

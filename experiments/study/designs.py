@@ -1,33 +1,32 @@
-"""Which configurations a design runs, and what a fraction of them can tell apart. Pure functions;
-standard library only.
+"""The cells that a design runs, and the aliases of a fractional factorial. Pure functions; standard
+library only.
 
-A factor is off at its baseline, and on at its last level that can run. With factors a, b, c of one
-level each:
+A factor is off at its baseline, and on at the last of its levels that can run. With factors a, b, c
+of one level each:
 
     one_at_a_time          a, b, c                       each level of each factor alone
     add_one_in             a, b, c, all                  the same, and everything on
-    leave_one_out          all, all-but-a, -b, -c        the reference is everything on; each factor back to its baseline
-    both                   a, b, c, all, all-but-...     add_one_in beside leave_one_out, from one reference, everything off
-    full_factorial         every combination             of every level
-    fractional_factorial   a balanced part of them       two levels a factor; see below
-    listed                 nothing but the study's `cells`
+    leave_one_out          all, all-but-a, -b, -c        everything on (the reference), then one factor at a time off
+    both                   a, b, c, all, all-but-...     add_one_in and leave_one_out, relative to everything off
+    full_factorial         every combination of levels
+    fractional_factorial   a balanced subset of them     two levels per factor; see below
+    listed                 only the study's `cells`
 
-The reference runs twice in each block (the A/A arm); it is everything off, but for leave_one_out.
+The reference runs twice in each block (the A/A arm). It is everything off, except in leave_one_out.
 
-A factor that stands *apart* is no part of everything on: how many GPUs share the work, for one. It
-is switched on alone, and on top of everything on (`all+a=on`). A factor that others need to run
-takes these with it when it is left out: `all-but-a` is without them as well, and
-reports/statistics/contrasts.py compares it with the cell that lacks only them. So each factor has a pair of
-cells that differ in it alone.
+A factor that stands *apart*, such as the number of GPUs, is not part of everything on. It is
+switched on alone, and on top of everything on (`all+a=on`). If other factors need factor a to run,
+`all-but-a` switches those off as well, and reports/statistics/contrasts.py compares it with the
+cell that only lacks the others. So each factor has a pair of cells that differ in it alone.
 
 A regular fraction of 2^k (Box, Hunter and Hunter, *Statistics for Experimenters*, ch. 12): some
-factors vary freely, each other one, a *generated* factor, is on exactly where an odd number of the
-factors that generate it are on. So everything off is part of the fraction. {factor} + its
-generators is a word; words multiply (symmetric difference) to the defining relation. Its
-shortest word is the resolution: at IV no main effect is mixed with a two-way interaction, at V no
-two-way interaction with another. Without stated generators the smallest fraction of the resolution
-asked for is taken, and of those one of the highest resolution; for up to seven factors these are
-the textbook's, of least aberration (Fries and Hunter, Technometrics 1980).
+factors vary freely; each of the others, a *generated* factor, is on exactly where an odd number of
+the factors that generate it are on. So everything off is part of the fraction. {factor} + its
+generators is a word; words multiply (symmetric difference) to the defining relation. Its shortest
+word is the resolution: at IV no main effect is aliased with a two-way interaction, at V no two-way
+interaction with another. Without stated generators, the smallest fraction of at least the requested
+resolution is used, and among those one of the highest resolution; for up to seven factors these are
+the textbook designs of minimum aberration (Fries and Hunter, Technometrics 1980).
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ Effect = frozenset[str]
 """A main effect ({a}) or an interaction ({a, b}), by its factors."""
 
 FACTORIALS = ("full_factorial", "fractional_factorial")
-"""Designs that cannot lose a cell: every estimate uses all of them."""
+"""Designs that need all of their cells, because every estimate uses all of them."""
 ALL = "all"
 
 
@@ -67,13 +66,12 @@ def cells(
     apart: Collection[str] = (),
     can_run: Callable[[Levels], bool] = lambda point: True,
 ) -> dict[str, tuple[Role, Levels]]:
-    """{cell: (role, level of every factor)} that a design makes, without the reference.
+    """{cell: (role, level of every factor)} of a design, without the reference.
 
-    off: every factor's baseline. levels: what else each factor can be, its last level being the one
-    of everything on.
-    apart: the factors that everything on leaves at their baseline. can_run: whether a combination
-    of levels can run at all; where it cannot because of a factor that was left out, what needs that
-    factor is left out as well.
+    off: the baseline of every factor. levels: the other levels of each factor; everything on uses
+    the last one. apart: factors that everything on leaves at their baseline. can_run: whether a
+    combination of levels can run; if it cannot because a factor was left out, the factors that need
+    it are left out as well.
     """
     everything = _everything(off, levels, apart)
     alone = [{**off, factor: level} for factor, found in levels.items() for level in found]
@@ -120,7 +118,7 @@ def reference(
     levels: Mapping[str, Sequence[Level]],
     apart: Collection[str] = (),
 ) -> tuple[str, Levels]:
-    """The cell that every ratio is to, and that runs twice: its name and levels."""
+    """The name and levels of the cell that ratios are relative to, and that runs twice."""
     if kind == "leave_one_out":
         return ALL, _everything(off, levels, apart)
     return "baseline", dict(off)
@@ -136,7 +134,7 @@ def _everything(
 
 
 def _without(factor: str, everything: Levels, off: Mapping[str, Level]) -> Iterator[Levels]:
-    """Everything on without a factor; then without one, and without two, of the others as well."""
+    """Everything on without a factor; then also without one, and without two, of the others."""
     others = [
         other for other, level in everything.items() if other != factor and level != off[other]
     ]
@@ -152,8 +150,8 @@ def _on_top(
     levels: Mapping[str, Sequence[Level]],
     apart: Collection[str],
 ) -> Iterator[Levels]:
-    """Everything on and a factor that stands apart; then with another of them beside it, at each of
-    its levels.
+    """Everything on and a factor that stands apart; then with another such factor, at each of its
+    levels.
     """
     yield {**everything, factor: level}
     for other in levels:
@@ -163,7 +161,7 @@ def _on_top(
 
 
 def _first(points: Iterator[Levels], can_run: Callable[[Levels], bool]) -> Levels:
-    """The first that can run; the very first, for the plan to say why it cannot, where none can."""
+    """The first point that can run. If none can, the first, so that the plan can say why."""
     plain = next(points)
     if can_run(plain):
         return plain
@@ -171,7 +169,7 @@ def _first(points: Iterator[Levels], can_run: Callable[[Levels], bool]) -> Level
 
 
 def point_name(point: Mapping[str, Level], off: Mapping[str, Level]) -> str:
-    """ "kernels=triton+overlap=on": what differs from everything off."""
+    """What differs from everything off, e.g. "kernels=triton+overlap=on"."""
     return (
         "+".join(f"{factor}={level}" for factor, level in point.items() if level != off[factor])
         or "baseline"
@@ -183,7 +181,7 @@ def point_name(point: Mapping[str, Level], off: Mapping[str, Level]) -> str:
 
 
 def fraction(factors: Sequence[str], generators: Generators) -> list[Effect]:
-    """The cells of a regular fraction, each by the factors that are on; everything off comes first."""
+    """The cells of a regular fraction, each as the set of factors that are on; everything off is first."""
     free = [factor for factor in factors if factor not in generators]
     runs = []
     for signs in product((False, True), repeat=len(free)):
@@ -195,7 +193,7 @@ def fraction(factors: Sequence[str], generators: Generators) -> list[Effect]:
 
 
 def defining_words(generators: Generators) -> list[Effect]:
-    """Every product of the generators' words: the defining relation without the identity."""
+    """All products of the generators' words: the defining relation without the identity."""
     words: list[Effect] = []
     for factor, parents in generators.items():
         word = frozenset({factor, *parents})
@@ -204,13 +202,13 @@ def defining_words(generators: Generators) -> list[Effect]:
 
 
 def resolution(generators: Generators) -> int:
-    """Length of the shortest word; a full factorial (no generators) has none: 0."""
+    """The length of the shortest word; 0 for a full factorial, which has no generators."""
     return min(map(len, defining_words(generators)), default=0)
 
 
 def choose_generators(factors: Sequence[str], least: int) -> dict[str, list[str]]:
-    """Generators of the smallest fraction of at least this resolution, of the highest. Raises
-    ValueError if there is none.
+    """Generators of the smallest fraction of at least this resolution; among those, of the highest
+    resolution. Raises ValueError if there is none.
     """
     for generated in range(len(factors) - 1, 0, -1):
         free = list(factors[: len(factors) - generated])
@@ -231,8 +229,8 @@ def choose_generators(factors: Sequence[str], least: int) -> dict[str, list[str]
 
 
 def aliases(effect: Iterable[str], generators: Generators) -> list[tuple[int, Effect]]:
-    """What an effect cannot be told from: (sign, effect), the shortest first. Sign -1: their
-    difference is estimated.
+    """The aliases of an effect as (sign, effect), shortest first. With sign -1 the difference of the
+    two effects is estimated, else their sum.
     """
     wanted = frozenset(effect)
     found = [(-1 if len(word) % 2 else 1, wanted ^ word) for word in defining_words(generators)]
@@ -242,9 +240,7 @@ def aliases(effect: Iterable[str], generators: Generators) -> list[tuple[int, Ef
 def alias_groups(
     factors: Sequence[str], generators: Generators, order: int = 2
 ) -> list[list[tuple[int, Effect]]]:
-    """Main effects and two-way interactions, gathered by what the fraction cannot tell apart; signs
-    relative to the first.
-    """
+    """Main effects and two-way interactions, grouped by alias; signs are relative to the first."""
     groups: list[list[tuple[int, Effect]]] = []
     seen: set[Effect] = set()
     for size in range(1, order + 1):
@@ -262,14 +258,14 @@ def alias_groups(
 
 
 def effect_name(effect: Iterable[str], factors: Sequence[str]) -> str:
-    """ "kernels*overlap", in the order of the study."""
+    """The factors in the order of the study, e.g. "kernels*overlap"."""
     wanted = set(effect)
     return "*".join(factor for factor in factors if factor in wanted)
 
 
 def say_aliases(factors: Sequence[str], generators: Generators) -> list[str]:
-    """The groups of effects that a fraction mixes, in words; empty where main effects and pairs are
-    all clear.
+    """The groups of aliased effects as text; empty if no main effect or two-way interaction is
+    aliased with another.
     """
     lines = []
     for group in alias_groups(factors, generators):

@@ -1,9 +1,9 @@
-"""This machine: which profile is its own, and how fast its memory and arithmetic are. Its
-measurements are kept in the cache.
+"""The profile of this machine: its hardware and the measured speed of memory and arithmetic, which
+is cached.
 
-A machine with NVIDIA GPUs needs no profile file: its own is made from what PyTorch sees
-(`gpus_at_hand`). The files describe machines that are planned for; where one of them describes the
-machine at hand, it lends its name, and the measured values win.
+A machine with NVIDIA GPUs needs no profile file: a profile is made from what PyTorch detects
+(`gpus_at_hand`). Profile files describe machines to plan for. If one of them matches this machine,
+its name is used, with the values measured here.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from pathlib import Path
 from typing import Any
 
 from experiments.host import provenance, telemetry
-from experiments.host.environment import of_child
+from experiments.host.environment import for_subprocess
+from experiments.records.types import JsonObject, PlannedProfile
 from experiments.study.spec import PROFILES, Profile, load_profile
 from experiments.study.yaml_files import SpecError, names
 
 MEASURE_TIMEOUT_S = 180
 LEAST_CAPABILITY = (8, 0)
-"""Of an NVIDIA GPU: Ampere. Older ones have no bfloat16 arithmetic and none of the asynchronous copies that the kernels use."""
+"""Minimum compute capability: Ampere. Older GPUs lack bfloat16 arithmetic and the asynchronous copies that the kernels use."""
 _DRIVER_FILES = (Path("/dev/nvidiactl"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
-"""Signs of an NVIDIA driver: on Linux, and on Windows' Linux, where every kind of GPU has /dev/dxg."""
+"""Signs of an NVIDIA driver on Linux and on WSL, where /dev/dxg exists for GPUs of any vendor."""
 KV_SHARE, KV_STEP_BYTES = 0.9, 1 << 28
-"""Share of the free device memory that a study may use, and the unit in which its KV cache is sized: 256 MiB, so that a desktop
-that takes a little more or less memory does not change the plan."""
+"""Share of the free device memory that a study may use, and the granularity of its KV cache: 256 MiB, so that small changes in
+the memory use of a desktop do not change the plan."""
 
-# One core at its best, times the cores: never below the truth, even when others are at work while
-# it is measured. The best of several sizes: a small model lives in the CPU's caches, and a bound
-# must hold for it as well.
+# The best of one core times the number of cores: an upper bound even when other processes run
+# meanwhile. The best of several sizes, because a small model fits into the caches.
 _MEASURE_CPU = """
 import json, sys, time, torch
 torch.set_num_threads(1)
@@ -61,8 +61,8 @@ for name in ("float32", "bfloat16"):
 print(json.dumps({"bandwidth_bytes_per_s": max(copies.values()), "copy_bytes_per_s_by_mib": copies, "peak_flops": flops}))
 """
 
-# Copies of working sets that no cache holds, matrix products on random data (zeros run faster than
-# real data will), the best of several times by device events; small operations by the host's clock.
+# Copies larger than any cache, matmuls on random data (zeros would run faster than real data), each
+# the best of several by CUDA events; small operations by the host's clock.
 _MEASURE_GPU = """
 import json, time
 begin = time.perf_counter()
@@ -123,56 +123,55 @@ print(json.dumps(seen))
 
 @dataclasses.dataclass(frozen=True)
 class Gpus:
-    """The GPUs that a process started here would use: those PyTorch sees first and that are of one
-    kind.
+    """The GPUs that a process started here would use: the first GPU that PyTorch lists and those
+    after it of the same kind.
     """
 
     name: str
     count: int
     memory_bytes: int
-    measured: dict[str, Any]
+    measured: JsonObject
 
 
 def detect_profile() -> Profile:
     """The profile of this machine: `cpu` without a GPU, else one made from its GPUs. Raises
-    SpecError where they cannot be used.
+    SpecError if they cannot be used.
     """
     found = gpus_at_hand()
     return load_profile("cpu") if found is None else profile_of(found)
 
 
 def gpus_at_hand() -> Gpus | None:
-    """The GPUs of this machine that the environment lets a process see, with their measured speeds;
-    None without any.
+    """The visible GPUs of this machine, with their measured speeds; None if there are none.
 
-    Raises SpecError for GPUs that the installed PyTorch cannot use, with its reason, and for those
-    that are too old or too full.
+    Raises SpecError for GPUs that the installed PyTorch cannot use, that are too old, or that have
+    too little free memory.
     """
     listed = listed_gpus()
     if not listed:
         return None
     seen = measure_gpus(listed)
-    use_cpu = "`--profile cpu` (make ablate PROFILE=cpu) measures the CPU instead."
+    use_cpu = "To measure the CPU instead, use `--profile cpu` (make ablate PROFILE=cpu)."
     if not seen["devices"]:
         reason = seen.get("why_not") or (
-            "torch is a build without CUDA" if seen["cuda"] is None else "it sees no device"
+            "torch was built without CUDA" if seen["cuda"] is None else "it finds no device"
         )
         if hidden := os.environ.get("CUDA_VISIBLE_DEVICES"):
             reason += f" (CUDA_VISIBLE_DEVICES={hidden})"
         raise SpecError(
-            f"the driver lists {listed[0]}, and PyTorch {seen['torch']} cannot use it: {reason}. Update the NVIDIA driver, or "
-            f"install a torch that was built for it. {use_cpu}"
+            f"the driver lists {listed[0]}, but PyTorch {seen['torch']} cannot use it: {reason}. Update the NVIDIA driver, or "
+            f"install a build of torch for it. {use_cpu}"
         )
     first = seen["devices"][0]
     if tuple(first["capability"]) < LEAST_CAPABILITY:
         raise SpecError(
-            f"{first['name']} has compute capability {first['capability'][0]}.{first['capability'][1]}; allowed: "
-            f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} (Ampere) or newer. {use_cpu}"
+            f"{first['name']} has compute capability {first['capability'][0]}.{first['capability'][1]}; "
+            f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} (Ampere) or higher is required. {use_cpu}"
         )
     if "bandwidth_bytes_per_s" not in seen:
         raise SpecError(
-            f"{first['name']} has {first['free_bytes']:,} of {first['memory_bytes']:,} bytes free, too few to measure its speed "
-            f"(1.1 GB): end what holds its memory (nvidia-smi lists it), or hide this GPU (CUDA_VISIBLE_DEVICES). {use_cpu}"
+            f"{first['name']} has {first['free_bytes']:,} of {first['memory_bytes']:,} bytes free; measuring its speed takes "
+            f"1.1 GB. Stop the processes that use its memory (see nvidia-smi), or hide it with CUDA_VISIBLE_DEVICES. {use_cpu}"
         )
     alike = 0
     for device in seen["devices"]:
@@ -183,8 +182,8 @@ def gpus_at_hand() -> Gpus | None:
 
 
 def profile_of(gpus: Gpus) -> Profile:
-    """The profile of GPUs at hand: the name of the file that describes them, if there is one, else
-    one made from theirs.
+    """The profile of these GPUs, named after the profile file that matches them, else after the
+    GPUs.
     """
     known = next((p for p in map(load_profile, names(PROFILES)) if matches(p, gpus)), None)
     short = re.sub(
@@ -211,7 +210,7 @@ def profile_of(gpus: Gpus) -> Profile:
 
 
 def matches(profile: Profile, gpus: Gpus) -> bool:
-    """Whether a profile describes GPUs at hand."""
+    """Whether a profile describes these GPUs."""
     wanted = profile.match
     return (
         wanted is not None
@@ -220,17 +219,19 @@ def matches(profile: Profile, gpus: Gpus) -> bool:
     )
 
 
-def settle(profile: Profile, dtype: str) -> dict[str, Any]:
-    """The profile as a plan stores it: nothing open but a KV cache that is sized with the model.
-    What is measured here wins.
+def settle(profile: Profile, dtype: str) -> PlannedProfile:
+    """The profile as stored in a plan, with all values resolved except a KV cache that is sized
+    later. Measured values take precedence over the file's.
     """
-    settled = profile.model_dump(exclude={"match", "preset", "dtype"})
+    settled: PlannedProfile = profile.model_dump(exclude={"match", "preset", "dtype"})  # type: ignore[assignment]
     settled["cpu_cores"] = profile.cpu_cores or provenance.cpu_cores()
     settled["memory_bytes"] = profile.memory_bytes or provenance.memory_bytes()
     measured = _measured(profile)
-    for key in ("bandwidth_bytes_per_s", "host_op_s", "import_s"):
-        if key in measured:
-            settled[key] = measured[key]
+    settled["bandwidth_bytes_per_s"] = measured.get(
+        "bandwidth_bytes_per_s", settled["bandwidth_bytes_per_s"]
+    )
+    settled["host_op_s"] = measured.get("host_op_s", profile.host_op_s)
+    settled["import_s"] = measured.get("import_s", profile.import_s)
     peaks: dict[Any, float] = measured["peak_flops"] if measured else profile.peak_flops  # type: ignore[assignment]
     if dtype not in peaks:
         raise SpecError(
@@ -241,16 +242,14 @@ def settle(profile: Profile, dtype: str) -> dict[str, Any]:
     return settled
 
 
-def _measured(profile: Profile) -> dict[str, Any]:
-    """The speeds of this machine, where the profile is of it; {} where it states those of another
-    one.
-    """
+def _measured(profile: Profile) -> JsonObject:
+    """The measured speeds, if the profile is this machine's; {} if it describes another one."""
     if profile.device == "cpu":
         return measure() if "measure" in (profile.bandwidth_bytes_per_s, profile.peak_flops) else {}
     open_values = "measure" in (profile.bandwidth_bytes_per_s, profile.peak_flops)
     try:
         gpus = gpus_at_hand()
-    except SpecError:  # a GPU that cannot be used here is no obstacle to planning for another one
+    except SpecError:  # an unusable GPU does not matter when planning for another machine
         if open_values:
             raise
         return {}
@@ -258,20 +257,20 @@ def _measured(profile: Profile) -> dict[str, Any]:
         return gpus.measured
     if open_values:
         raise SpecError(
-            f"profile {profile.name} leaves its speeds to be measured, and this machine has no such GPU: state "
-            "bandwidth_bytes_per_s and peak_flops to plan for another machine"
+            f"profile {profile.name} asks for its speed to be measured, but this machine has no such GPU: set "
+            "bandwidth_bytes_per_s and peak_flops in the profile to plan for another machine"
         )
     return {}
 
 
 def free_gpu_bytes(num_devices: int) -> int:
-    """The memory that is free now on the fullest of the GPUs that a study will use. Raises
-    SpecError where there are none.
+    """The free memory of the fullest of the GPUs that a study will use. Raises SpecError if there
+    are none.
     """
     gpus = gpus_at_hand()
     if gpus is None:
         raise SpecError(
-            "kv_cache_memory_bytes: measure is for a machine with a GPU; give a number of bytes to plan for another"
+            "kv_cache_memory_bytes: measure needs a GPU; give a number of bytes to plan for another machine"
         )
     used = gpus.measured["devices"][:num_devices]
     # torch counts them in another order
@@ -280,13 +279,14 @@ def free_gpu_bytes(num_devices: int) -> int:
         abs(total - used[0]["memory_bytes"]) < 0.05 * total for _, total in now
     ):
         return min(free for free, _ in now)
-    # of a MIG slice nvidia-smi tells the whole GPU's: when it was measured
+    # for a MIG instance nvidia-smi reports the whole GPU, so use the value of the measurement
     return min(device["free_bytes"] for device in used)
 
 
 def kv_budget(free_bytes: int, weight_bytes: int, step_bytes: int, most_bytes: int) -> int:
-    """Bytes of KV cache for a device with so much free memory: what weights and a step leave of it,
-    and no more than the work can fill, in whole units. Raises SpecError where nothing is left.
+    """The size of the KV cache on a device: what weights and a step leave of its free memory, but
+    no more than the workloads can fill, rounded to KV_STEP_BYTES. Raises SpecError if nothing is
+    left.
     """
     room = int(KV_SHARE * free_bytes) - weight_bytes - step_bytes
     wanted = -(-most_bytes // KV_STEP_BYTES) * KV_STEP_BYTES
@@ -294,19 +294,19 @@ def kv_budget(free_bytes: int, weight_bytes: int, step_bytes: int, most_bytes: i
         lacking = (KV_STEP_BYTES - room) / KV_SHARE
         raise SpecError(
             f"the device has {free_bytes / 1e9:.1f} GB free; weights take {weight_bytes / 1e9:.1f} GB and a step about "
-            f"{step_bytes / 1e9:.1f} GB, which leaves no KV cache. Free {lacking / 1e9:.1f} GB more (nvidia-smi lists what holds "
-            "it), take a smaller MODEL, or lower settings.max_num_batched_tokens"
+            f"{step_bytes / 1e9:.1f} GB, which leaves no memory for the KV cache. Free {lacking / 1e9:.1f} GB more (see "
+            "nvidia-smi), use a smaller MODEL, or lower settings.max_num_batched_tokens"
         )
     return min(wanted, room // KV_STEP_BYTES * KV_STEP_BYTES)
 
 
 def listed_gpus() -> list[str]:
-    """What the driver lists, a line each (`nvidia-smi -L`, MIG slices included); empty without one,
-    and where all are hidden.
+    """The GPUs that the driver lists (lines of `nvidia-smi -L`, including MIG instances); empty
+    without a driver, and if all GPUs are hidden.
     """
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return []
-    # some containers and Windows' Linux have a driver without its tools
+    # some containers and WSL have a driver without nvidia-smi
     if shutil.which("nvidia-smi") is None:
         return [str(path) for path in _DRIVER_FILES if path.exists()]
     try:
@@ -323,14 +323,14 @@ def listed_gpus() -> list[str]:
         said = str(error)
     found = [line.strip() for line in said.splitlines() if re.match(r"\s*(GPU|MIG) ", line)]
     if not found and said and any(path.exists() for path in _DRIVER_FILES):
-        # an update without a restart, for instance
-        return [f"a driver that does not answer ({said.strip().splitlines()[0]})"]
+        # for instance after a driver update without a reboot
+        return [f"a driver that does not respond ({said.strip().splitlines()[0]})"]
     return found
 
 
-def measure_gpus(listed: list[str]) -> dict[str, Any]:
-    """What PyTorch sees of these GPUs and how fast the first one is, measured once (a few seconds)
-    and then kept.
+def measure_gpus(listed: list[str]) -> JsonObject:
+    """What PyTorch reports about these GPUs and the speed of the first one, measured once (a few
+    seconds) and then cached.
     """
     torch_version = metadata.version("torch")
     visible = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")}
@@ -339,24 +339,22 @@ def measure_gpus(listed: list[str]) -> dict[str, Any]:
     )
 
 
-def measure() -> dict[str, Any]:
-    """Copy bandwidth and matrix-multiplication peak of this CPU, measured once (about 5 s) and then
-    kept.
-    """
+def measure() -> JsonObject:
+    """The copy bandwidth and matmul peak of this CPU, measured once (about 5 s) and then cached."""
     hardware = [provenance.cpu_model(), provenance.cpu_cores(), provenance.memory_bytes()]
     return _kept(hardware, [sys.executable, "-c", _MEASURE_CPU, str(provenance.cpu_cores())])
 
 
-def _kept(what: list[Any], command: list[str]) -> dict[str, Any]:
-    """The JSON that a command prints, from the cache where this hardware was measured before; what
-    could not be measured is not kept. Raises SpecError if the command fails.
+def _kept(what: list[Any], command: list[str]) -> JsonObject:
+    """The JSON that a command prints, cached per hardware if it holds a measurement. Raises
+    SpecError if the command fails.
     """
     cache = Path(os.environ.get("NANOVLLM_CACHE") or provenance.ROOT / ".cache" / "nanovllm")
     kept = cache / f"machine-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}.json"
     if kept.exists():
         return json.loads(kept.read_text())  # type: ignore[no-any-return]
     print(
-        "measuring this machine's memory bandwidth and arithmetic (once, some seconds)",
+        "measuring memory bandwidth and FLOP/s of this machine (once, a few seconds)",
         file=sys.stderr,
         flush=True,
     )
@@ -365,20 +363,20 @@ def _kept(what: list[Any], command: list[str]) -> dict[str, Any]:
             command,
             capture_output=True,
             text=True,
-            env=of_child(),
+            env=for_subprocess(),
             timeout=MEASURE_TIMEOUT_S,
             check=False,
         )
     except subprocess.TimeoutExpired:
         raise SpecError(
-            f"measuring this machine took over {MEASURE_TIMEOUT_S} s: does another process hold its GPU? "
-            "`--profile cpu` measures the CPU instead"
+            f"measuring this machine did not finish within {MEASURE_TIMEOUT_S} s: is another process using its GPU? "
+            "To measure the CPU instead, use `--profile cpu`"
         ) from None
     if done.returncode != 0:
         raise SpecError(f"measuring this machine failed: {done.stderr.strip()[-500:]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    found: JsonObject = json.loads(done.stdout.strip().splitlines()[-1])
     if "bandwidth_bytes_per_s" in found:
-        # a cache that cannot be written: measured again next time
+        # if the cache cannot be written, measure again next time
         with contextlib.suppress(OSError):
             cache.mkdir(parents=True, exist_ok=True)
             partial = kept.with_suffix(f".{os.getpid()}.partial")

@@ -1,9 +1,9 @@
-"""From a study, a profile and a model to a plan: every launch there will be, in an order drawn from
-the study's seed.
+"""Expands a study, a profile and a model into a plan: the list of all launches, in an order drawn
+from the study's seed.
 
-Randomized complete blocks: a block holds every cell once, in random order, and each launch serves
-the workloads in random order. The same study, profile, model and overrides give the same plan, byte
-for byte. `outline` is its shape, without a model.
+The design is a randomized complete block design: each block runs every cell once, in random order,
+and each launch serves the workloads in random order. The same study, profile, model and overrides
+give the same plan, byte for byte. `outline` computes its shape without a model.
 """
 
 from __future__ import annotations
@@ -16,33 +16,43 @@ import shutil
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from experiments import workloads
 from experiments.engines import load_adapter
 from experiments.host import model_files
-from experiments.records import store
+from experiments.records import store, types
 from experiments.records.factor_levels import Level, level_value
+from experiments.records.types import (
+    Config,
+    JsonObject,
+    LaunchEntry,
+    ModelShape,
+    NotApplicable,
+    Plan,
+    PlannedModel,
+    PlannedProfile,
+    PlannedSettings,
+    Workload,
+)
 from experiments.study import block_count, designs, machine, work_size
+from experiments.study.protocol import Statistics
 from experiments.study.spec import FACTORS, Cell, ModelChoice, Profile, Study
 from experiments.study.yaml_files import SpecError
 from nanovllm.config import BASELINE
 
-Plan = dict[str, Any]
-
 
 class NotHereError(SpecError):
-    """A sound study that cannot run on this profile; the message says why."""
+    """A valid study that cannot run on this profile; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-    """The shape of a plan: its cells, what cannot run, how many blocks, and how a fraction was
-    generated.
+    """The shape of a plan: its cells, what cannot run, the number of blocks, and the generators of a
+    fractional factorial.
     """
 
     cells: dict[str, Cell]
-    not_applicable: list[dict[str, Any]]
+    not_applicable: list[NotApplicable]
     blocks: int
     generators: dict[str, list[str]]
     launch_s: float
@@ -60,13 +70,12 @@ def build_plan(
     study: Study,
     profile: Profile,
     model: ModelChoice | None = None,
-    overrides: dict[str, Any] | None = None,
+    overrides: JsonObject | None = None,
 ) -> Plan:
-    """Expands a study. model: instead of the study's own or the profile's. Raises SpecError, or
+    """Expands a study. `model` overrides the study's and the profile's. Raises SpecError, or
     ModelError for the checkpoint.
 
-    A factor's level that cannot run on the profile is listed in `not_applicable` with the reason,
-    and has no cell.
+    A level that cannot run on the profile gets no cell; `not_applicable` lists it with the reason.
     """
     choice = model or study.model or ModelChoice(preset=profile.preset, dtype=profile.dtype)
     resolved_model = resolve_model(choice)
@@ -74,26 +83,26 @@ def build_plan(
     cells = _cells(study, settled_profile, resolved_model["shape"])[0]
     study, sized = work_size.fit(study, settled_profile, resolved_model, cells)
     work = {name: workloads.build(name, w.kind, w.params) for name, w in study.workloads.items()}
-    settings = study.settings.model_dump()
-    settings["kv_cache_memory_bytes"] = _kv_cache_bytes(
-        study, settled_profile, resolved_model, work
-    )
-    settled_profile["kv_cache_memory_bytes"] = settings["kv_cache_memory_bytes"]
+    settings: PlannedSettings = study.settings.model_dump()  # type: ignore[assignment]
+    kv_cache_bytes = _kv_cache_bytes(study, settled_profile, resolved_model, work)
+    settings["kv_cache_memory_bytes"] = settled_profile["kv_cache_memory_bytes"] = kv_cache_bytes
     _check_fit(study, work, resolved_model["shape"], settings)
     _check_memory(study, settled_profile, resolved_model)
 
     shape = outline(study, settled_profile, resolved_model["shape"])
-    shared = {**settings, "dtype": choice.dtype, "device": profile.device}
+    shared: Config = {**settings, "dtype": choice.dtype, "device": profile.device}
     launches = _launches(study.design.seed, shape.blocks, list(shape.cells), list(work))
     described = {
         **study.model_dump(exclude={"workloads", "cells", "gate", "model"}),
         "overrides": overrides or {},
     }
-    # as they were settled
+    if study.statistics == Statistics():
+        del described["statistics"]  # plans of studies that say nothing of it stay as they were
+    # as resolved
     described["design"] |= {"blocks": shape.blocks, "generators": shape.generators}
     plan: Plan = {
         "plan_version": 1,
-        "study": described,
+        "study": described,  # type: ignore[typeddict-item]
         "profile": settled_profile,
         "model": resolved_model,
         "workloads": {name: workloads.summarize(w) for name, w in work.items()},
@@ -102,13 +111,15 @@ def build_plan(
         "launches": launches,
         "gate": study.gate,
         "expected_s": shape.expected_s,
-        **({"sized": sized} if sized else {}),
+        "plan_hash": "",
     }
+    if sized:
+        plan["sized"] = sized
     return {**plan, "plan_hash": store.plan_hash(plan)}
 
 
-def resolve_model(choice: ModelChoice) -> dict[str, Any]:
-    """The `model` part of a plan. A preset is built if it is not in the cache yet."""
+def resolve_model(choice: ModelChoice) -> PlannedModel:
+    """The `model` part of a plan. Builds a preset that is not in the cache yet."""
     found = model_files.inspect(choice.preset, choice.path)
     path = None if choice.preset else found["path"]
     shape = model_files.shape(Path(found["path"]))
@@ -121,12 +132,12 @@ def resolve_model(choice: ModelChoice) -> dict[str, Any]:
     }
 
 
-def outline(study: Study, profile: dict[str, Any], shape: dict[str, Any] | None = None) -> Outline:
-    """Cells and blocks of a study on a profile; `shape` is the model's, where it is known. Raises
+def outline(study: Study, profile: PlannedProfile, shape: ModelShape | None = None) -> Outline:
+    """The cells and blocks of a study on a profile. `shape` is the model's, if known. Raises
     SpecError, NotHereError.
 
-    A level or a combination of levels that cannot run is listed with the reason and has no cell. A
-    design that cannot lose a cell is refused instead.
+    A level or combination of levels that cannot run gets no cell and is listed with the reason. A
+    factorial design, which needs all of its cells, raises instead.
     """
     cells, not_applicable, generators = _cells(study, profile, shape)
     design, launch_s = study.design, study.measurement.launch_s
@@ -140,15 +151,15 @@ def outline(study: Study, profile: dict[str, Any], shape: dict[str, Any] | None 
 
 
 def inapplicable(
-    factor: str, level: Level, profile: dict[str, Any], shape: dict[str, Any] | None
+    factor: str, level: Level, profile: PlannedProfile, shape: ModelShape | None
 ) -> str | None:
-    """Why a level of a factor cannot run on a profile with a model; None if it can."""
+    """Why a level of a factor cannot run on a profile with this model; None if it can."""
     if reason := why_not({factor: level}, profile):
         return reason
     if factor == "tensor_parallel_size":
         heads = shape["num_key_value_heads"] if shape else 0
         if heads % int(level):
-            return f"{level} processes cannot share the model's {heads} KV heads evenly"
+            return f"the model's {heads} KV heads cannot be split evenly over {level} processes"
     if factor in ("tensor_parallel_size", "data_parallel_size") and (
         reason := _too_few_devices(int(level), profile)
     ):
@@ -158,7 +169,7 @@ def inapplicable(
         and profile["device"] == "cpu"
         and not _cpp_compiler()
     ):
-        return "torch.compile needs a C++ compiler on a CPU and finds none; install g++, or set CXX"
+        return "torch.compile needs a C++ compiler on a CPU, and none was found; install g++ or set CXX"
     return None
 
 
@@ -167,15 +178,15 @@ def _cpp_compiler() -> str | None:
 
 
 def why_not(
-    levels: Mapping[str, Level], profile: dict[str, Any], *, whole: bool = False
+    levels: Mapping[str, Level], profile: PlannedProfile, *, whole: bool = False
 ) -> str | None:
-    """Why a combination of levels cannot run on a profile; None if it can. The engine itself
-    decides.
+    """Why a combination of levels cannot run on a profile; None if it can. The check is the
+    engine's own.
 
-    whole: these are all levels of a cell that are not at their baseline.
+    whole: `levels` holds every level of a cell that differs from its baseline.
     """
     try:
-        change: dict[str, Any] = {factor: level_value(level) for factor, level in levels.items()}
+        change: Config = {factor: level_value(level) for factor, level in levels.items()}
         asked = dataclasses.replace(BASELINE, **change)
         dataclasses.replace(asked, data_parallel_size=1).resolve(profile["device"], in_engine=whole)
     except ValueError as error:
@@ -187,23 +198,23 @@ def why_not(
     )
 
 
-def _too_few_devices(processes: int, profile: dict[str, Any]) -> str | None:
+def _too_few_devices(processes: int, profile: PlannedProfile) -> str | None:
     have, unit = (
         (profile["num_devices"], "GPU")
         if profile["device"] == "cuda"
         else (profile["cpu_cores"], "CPU core")
     )
     return (
-        f"needs {processes} {unit}s, one a process; profile {profile['name']} has {have}"
+        f"needs {processes} {unit}s; profile {profile['name']} has {have}"
         if processes > (have or 1)
         else None
     )
 
 
 def _cells(
-    study: Study, profile: dict[str, Any], shape: dict[str, Any] | None
-) -> tuple[dict[str, Cell], list[dict[str, Any]], dict[str, list[str]]]:
-    """The cells that can run, by name; what cannot; the generators of a fraction."""
+    study: Study, profile: PlannedProfile, shape: ModelShape | None
+) -> tuple[dict[str, Cell], list[NotApplicable], dict[str, list[str]]]:
+    """The cells that can run, by name; what cannot run; the generators of a fractional factorial."""
     kind, off, where = study.design.kind, study.baselines(), f"on profile {profile['name']}"
 
     def impossible(point: Mapping[str, Level]) -> str | None:
@@ -228,10 +239,10 @@ def _cells(
     if absent and kind in designs.FACTORIALS:
         (factor, level), reason = next(iter(absent.items()))
         raise NotHereError(
-            f"{study.source}: design.kind: {kind} cannot lose a level, and factors.{factor}.levels: {level} cannot "
-            f"run {where}: {reason} Leave it out, or use another kind: {_others()}"
+            f"{study.source}: factors.{factor}.levels: {level} cannot run {where}: {reason.rstrip('.')}. design.kind: {kind} needs "
+            f"every level: remove this one, or use another kind: {_others()}"
         )
-    not_applicable = [
+    not_applicable: list[NotApplicable] = [
         {"factor": factor, "level": level, "reason": reason}
         for (factor, level), reason in absent.items()
     ]
@@ -258,8 +269,8 @@ def _cells(
         reason = impossible(point)
         if reason and kind in designs.FACTORIALS:
             raise NotHereError(
-                f"{study.source}: design.kind: {kind} cannot lose a cell, and {made} cannot run {where}: {reason} "
-                f"Leave a factor out, or use another kind: {_others()}"
+                f"{study.source}: cell {made} cannot run {where}: {reason.rstrip('.')}. design.kind: {kind} needs every cell: "
+                f"remove a factor, or use another kind: {_others()}"
             )
         if reason:
             changed = {factor: level for factor, level in point.items() if level != off[factor]}
@@ -303,9 +314,9 @@ def _others() -> str:
     )
 
 
-def _entry(study: Study, cell: Cell, shared: dict[str, Any]) -> dict[str, Any]:
-    """A cell as a plan stores it. Every optimization is set explicitly, whatever the engine's
-    defaults are.
+def _entry(study: Study, cell: Cell, shared: Config) -> types.Cell:
+    """A cell as stored in a plan. Every optimization is set explicitly, so that the engine's
+    defaults do not matter.
     """
     allowed = load_adapter(cell.engine).allowed
     levels = study.baselines() | cell.levels if cell.engine == study.engine else cell.levels
@@ -315,7 +326,7 @@ def _entry(study: Study, cell: Cell, shared: dict[str, Any]) -> dict[str, Any]:
         config["optimizations"] = {factor: level_value(level) for factor, level in every.items()}
     if unknown := sorted(set(cell.config) - set(allowed)):
         raise SpecError(
-            f"{study.source}: engine {cell.engine} has no setting {unknown[0]!r}; allowed: {', '.join(allowed)}"
+            f"{study.source}: engine {cell.engine} has no setting {unknown[0]!r}; it has {', '.join(allowed)}"
         )
     return {
         "engine": cell.engine,
@@ -325,8 +336,8 @@ def _entry(study: Study, cell: Cell, shared: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _launches(seed: int, blocks: int, cells: list[str], work: list[str]) -> list[dict[str, Any]]:
-    launches = []
+def _launches(seed: int, blocks: int, cells: list[str], work: list[str]) -> list[LaunchEntry]:
+    launches: list[LaunchEntry] = []
     for block in range(blocks):
         rng = random.Random(f"{seed}/{block}")
         order = rng.sample(cells, len(cells))
@@ -349,9 +360,11 @@ def _seed(text: str) -> int:
 
 
 def _kv_cache_bytes(
-    study: Study, profile: dict[str, Any], model: dict[str, Any], work: dict[str, Any]
+    study: Study, profile: PlannedProfile, model: PlannedModel, work: dict[str, Workload]
 ) -> int:
-    """The study's own, the profile's, or what the device has room for now and the work can fill."""
+    """The size of the KV cache: the study's, else the profile's, else what is free on the device
+    now, but no more than the workloads can fill.
+    """
     settings, shape = study.settings, model["shape"]
     given: int | str = settings.kv_cache_memory_bytes or profile["kv_cache_memory_bytes"]
     if isinstance(given, int):
@@ -376,15 +389,15 @@ def _kv_cache_bytes(
     return machine.kv_budget(free, work_size.weight_bytes(shape, model["dtype"]), step, most)
 
 
-def _check_memory(study: Study, profile: dict[str, Any], model: dict[str, Any]) -> None:
-    """Raises SpecError for a KV cache that is larger than the memory of a device, and for weights
-    that leave no room for it.
+def _check_memory(study: Study, profile: PlannedProfile, model: PlannedModel) -> None:
+    """Raises SpecError if the KV cache, or weights and KV cache together, exceed a device's
+    memory.
     """
     asked, there = profile["kv_cache_memory_bytes"], profile["memory_bytes"]
     if asked and there and asked > there:
         raise SpecError(
             f"{study.source}: settings.kv_cache_memory_bytes is {asked:,}, and profile {profile['name']} has {there:,} bytes of "
-            "memory: lower it (SET=settings.kv_cache_memory_bytes=5368709120), or take a study made for this memory (gpu-8gb, "
+            "memory: lower it (SET=settings.kv_cache_memory_bytes=5368709120), or use a study for small GPUs (gpu-8gb, "
             "gpu-vllm-8gb)"
         )
     weights = work_size.weight_bytes(model["shape"], model["dtype"])
@@ -392,16 +405,16 @@ def _check_memory(study: Study, profile: dict[str, Any], model: dict[str, Any]) 
     if profile["device"] == "cuda" and there and weights / shards + asked > there:
         raise SpecError(
             f"{study.source}: the weights of {model['preset'] or model['path']} take {weights:,} bytes in {model['dtype']} and the "
-            f"KV cache {asked:,}; profile {profile['name']} has {there:,} bytes of memory. Take a smaller MODEL, or lower "
+            f"KV cache {asked:,}; profile {profile['name']} has {there:,} bytes of memory. Use a smaller MODEL, or lower "
             "settings.kv_cache_memory_bytes"
         )
 
 
 def _check_fit(
-    study: Study, work: dict[str, Any], shape: dict[str, Any], settings: dict[str, Any]
+    study: Study, work: dict[str, Workload], shape: ModelShape, settings: PlannedSettings
 ) -> None:
-    """Raises SpecError for a workload that the model or the settings cannot hold: found now, not in
-    the first launch.
+    """Raises SpecError for a workload that does not fit the model or the settings, before anything
+    is launched.
     """
     for name, workload in work.items():
         requests = [request for wave in workload["waves"] for request in wave]
@@ -409,10 +422,12 @@ def _check_fit(
         where = f"{study.source}: workload {name}"
         if longest > settings["max_model_len"]:
             raise SpecError(
-                f"{where} has a request of {longest} tokens; settings.max_model_len is {settings['max_model_len']}"
+                f"{where} has a request of {longest} tokens, more than settings.max_model_len, {settings['max_model_len']}; "
+                "shorten its prompts or outputs, or raise the setting"
             )
         drawn = workload["params"]["vocab_size"]
         if drawn > shape["vocab_size"]:
             raise SpecError(
-                f"{where} draws from {drawn} tokens; the model has {shape['vocab_size']}: lower its vocab_size"
+                f"{where} draws from {drawn} token ids, but the model's vocabulary has {shape['vocab_size']}: lower the "
+                "workload's vocab_size"
             )

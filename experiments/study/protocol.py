@@ -1,5 +1,5 @@
-"""How a study is carried out, as written in YAML: its design, how a launch is measured, and what
-makes one invalid.
+"""The parts of a study that say how it is carried out: the design, how a launch is measured, and
+what makes a launch invalid.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from experiments.study.designs import Kind
 
 Variable = Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$")]
 MOST_S = 1e8
-"""Three years: no study is meant to take longer, and operating systems wait for no larger number."""
+"""Three years. Operating systems do not accept much longer timeouts."""
 
 
 class Strict(BaseModel):
@@ -22,27 +22,26 @@ class Strict(BaseModel):
 
 
 class Design(Strict):
-    """Which configurations run and how often. The reference and its A/A arm are always there, and
-    the study's own `cells`.
+    """Which configurations run and how often. The baseline, its A/A arm and the study's own `cells`
+    are always part of it.
 
-    kind: see experiments/study/designs.py. With `factors: {kernels: {levels: [triton]}, overlap: {levels:
-    [on]}}`
+    kind (see experiments/study/designs.py):
 
-        one_at_a_time         each level of each factor alone, over everything off
+        one_at_a_time         each level of each factor alone, everything else off
         add_one_in            the same, and `all`: everything on
-        leave_one_out         from `all`, each factor back to its baseline alone; `all` is the reference of the ratios
-        both                  add_one_in beside leave_one_out
-        full_factorial        every combination of levels: interactions, Shapley's shares
-        fractional_factorial  a balanced part of them, for factors of one level beside the baseline
-        listed                the study's `cells` only
+        leave_one_out         `all`, and `all` with one factor at a time at its baseline; ratios are relative to `all`
+        both                  add_one_in and leave_one_out
+        full_factorial        every combination of levels: gives interactions and Shapley values
+        fractional_factorial  a balanced subset of them, for factors with one level besides the baseline
+        listed                only the study's `cells`
 
-    blocks: how often each configuration runs; 6 if neither it nor budget_s is given. budget_s:
-    seconds that the launches may take (measurement.launch_s each): alone it gives the number of
-    blocks; with blocks it is a limit.
-    bootstrap: the study asks for the bootstrap interval too; it needs 6 blocks.
-    resolution, generators: of a fractional factorial. `generators: {overlap: [kernels, cuda_graphs,
-    batching]}` says that overlap is on where an odd number of the three are; if not given, the
-    smallest fraction of that resolution is chosen.
+    blocks: how often each configuration runs; defaults to 6 if budget_s is not given either.
+    budget_s: time budget of all launches in seconds (each takes measurement.launch_s); it sets the
+    number of blocks or, if `blocks` is given, is a limit. bootstrap: also compute bootstrap
+    intervals, which need 6 blocks. resolution, generators: for a fractional factorial.
+    `generators: {overlap: [kernels, cuda_graphs, batching]}` means that overlap is on where an odd
+    number of the other three are on; by default the smallest fraction of the given resolution is
+    used.
     """
 
     kind: Kind = "one_at_a_time"
@@ -58,7 +57,7 @@ class Design(Strict):
         least = block_count.least_blocks(self.bootstrap)
         if self.blocks is not None and self.blocks < least:
             raise ValueError(
-                f"blocks: {self.blocks} are too few for a bootstrap interval; allowed: {least} to "
+                f"blocks: {self.blocks} is too few for bootstrap intervals; use {least} to "
                 f"{block_count.MAX_BLOCKS}, or bootstrap: false"
             )
         if (
@@ -66,16 +65,17 @@ class Design(Strict):
             and {"resolution", "generators"} & self.model_fields_set
         ):
             raise ValueError(
-                f"resolution and generators belong to kind fractional_factorial, this one is {self.kind}"
+                f"resolution and generators are only allowed with kind: fractional_factorial, not {self.kind}"
             )
         return self
 
 
 class Sizing(Strict):
-    """How the work of a study follows the speed of a GPU and its host (experiments/study/work_size.py):
-    the answers of every workload are cut to the largest of `shares` with which `blocks` blocks fit
-    into design.budget_s, and then as many blocks run as fit, from least_blocks to most_blocks. On a
-    CPU the work is as written.
+    """Adapts the work of a study to the speed of a GPU and its host (experiments/study/work_size.py).
+
+    The outputs of every workload are cut to the largest of `shares` with which `blocks` blocks fit
+    into design.budget_s; then as many blocks run as fit, from least_blocks to most_blocks. On a CPU
+    workloads stay as written.
     """
 
     blocks: int = Field(default=4, ge=block_count.MIN_BLOCKS, le=block_count.MAX_BLOCKS)
@@ -87,17 +87,17 @@ class Sizing(Strict):
 
 
 class Measurement(Strict):
-    """How a launch is measured. Warm-up: the first requests of each wave, answers cut short.
-    timeout_s: a launch that takes longer is killed and recorded as failed. launch_s: what a launch
-    is expected to take, for the estimate before the first.
-    least_timed_s: a workload that takes less is served again until it was timed for so long in all,
-    at most 15 times, and the serving of median duration is what counts. preload: launches are
-    forked from a process that has imported the engine's libraries and done nothing else, a new one
-    for each block, which often saves half of a launch (docs/adr/0009).
-    environment: variables set for every launch of every engine, whatever the shell says. By
-    default, threads that wait for each
-    other sleep: spinning ones made launches many times slower wherever anything else ran
-    (ablations/LOG.md, 2026-11-22).
+    """How a launch is measured.
+
+    warm_up_requests, warm_up_tokens: warm-up serves the first requests of each wave with outputs cut
+    to this length. timeout_s: a launch that takes longer is killed and recorded as failed.
+    launch_s: expected duration of a launch, for the first time estimate. least_timed_s: a shorter
+    workload is served repeatedly, at most 15 times, until it was timed for this long in total; the
+    run of median duration is recorded. preload: fork launches from a fork server that has imported
+    the engine's libraries, a new one per block, which often halves the duration of a launch
+    (docs/adr/0009). environment: variables set for all launches, overriding the shell's. By
+    default, waiting threads sleep: with spinning ones, launches were many times slower whenever
+    anything else ran (ablations/LOG.md, 2026-11-22).
     """
 
     warm_up_requests: int = Field(default=16, ge=1)
@@ -112,15 +112,29 @@ class Measurement(Strict):
 
 
 class Validity(Strict):
-    """Rules, fixed before anything runs, that mark a launch invalid for what the machine did
-    meanwhile (experiments/host/validity.py).
+    """Rules, fixed before anything runs, that mark a launch invalid because of other activity on the
+    machine (experiments/host/validity.py).
 
-    foreign_gpu_processes: how many may compute on its GPUs. throttle: reasons for which no GPU may
-    lower its clock ("power_cap" is
-    not one: a GPU at its power limit is at work). max_foreign_cpu: share of all CPU time that other
-    processes may use on average.
+    foreign_gpu_processes: allowed number of other processes on its GPUs. throttle: throttling
+    reasons that make a launch invalid ("power_cap" is not among them: a busy GPU runs at its power
+    limit). max_foreign_cpu: share of CPU time that other processes may use on average.
     """
 
     foreign_gpu_processes: int = Field(default=0, ge=0)
     throttle: list[Literal[THROTTLE_REASONS]] = list(HARMFUL)  # type: ignore[valid-type]
     max_foreign_cpu: float = Field(default=0.9, gt=0, le=1)
+
+
+class Statistics(Strict):
+    """How the effects of a study are judged, fixed before anything runs (docs/methodology.md).
+
+    variance: `per_effect` estimates the variance of each effect from its own blocks. `moderated` lets
+    all effects of a workload and metric tell of the noise of each (reports/statistics/moderation.py):
+    for studies of ten cells or more with few blocks.
+    families: what Holm's method adjusts together. `joint`: all ratios to the baseline on one metric.
+    `by_question`: what each factor buys alone, what everything on buys, and the cells between are
+    families of their own. Each question has the error rate alpha then.
+    """
+
+    variance: Literal["per_effect", "moderated"] = "per_effect"
+    families: Literal["joint", "by_question"] = "joint"

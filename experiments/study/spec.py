@@ -1,8 +1,7 @@
-"""What a study and a machine are, as written in YAML. Unknown keys are errors that name the file,
-the key and what is allowed.
+"""The schemas of studies and hardware profiles, which are YAML files. An unknown key is an error
+that names the file, the key and what is allowed.
 
-Studies and profiles are only read here; `experiments.study.plan` expands a study on a profile into a
-plan.
+`experiments.study.plan` expands a study and a profile into a plan.
 """
 
 from __future__ import annotations
@@ -16,8 +15,16 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from experiments import workloads
 from experiments.engines import ENGINES
 from experiments.records.factor_levels import Level, level_name
+from experiments.records.types import Config, JsonObject, Params
 from experiments.study import designs, yaml_files
-from experiments.study.protocol import Design, Measurement, Sizing, Strict, Validity
+from experiments.study.protocol import (
+    Design,
+    Measurement,
+    Sizing,
+    Statistics,
+    Strict,
+    Validity,
+)
 from experiments.study.yaml_files import suggest
 from nanovllm.config import LEVELS
 
@@ -27,7 +34,7 @@ PROFILES = Path(__file__).resolve().parent / "profiles"
 FACTORS: dict[str, tuple[Level, ...]] = {
     name: tuple(map(level_name, levels)) for name, levels in LEVELS.items()
 }
-"""Every factor and its levels as studies write them, the baseline first."""
+"""All factors and their levels as written in studies, the baseline first."""
 METRICS = (
     "output_tokens_per_s",
     *(
@@ -42,12 +49,12 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+=-]*$")]
 
 
 class Workload(Strict):
-    """kind and its parameters (experiments/workloads.py); `params` is what is left of the mapping
-    once `kind` is taken.
+    """The kind of a workload and its parameters (experiments/workloads.py). In YAML they share one
+    mapping; `params` holds all keys but `kind`.
     """
 
     kind: str
-    params: dict[str, Any]
+    params: Params
 
     @model_validator(mode="before")
     @classmethod
@@ -61,12 +68,11 @@ class Workload(Strict):
 
 
 class Factor(Strict):
-    """One switch that a study varies. levels: what to compare with the baseline, the last one being
-    that of everything on.
-    baseline: the engine's, if not given. workloads: where it has an opportunity; all of the
-    study's, if not given.
-    in_all: false for a factor that everything on leaves at its baseline: it is switched on alone,
-    and on top of everything on.
+    """One optimization that a study varies.
+
+    levels: what is compared with the baseline; `all` uses the last one. baseline: defaults to the
+    engine's. workloads: those on which the factor can have an effect; defaults to all. in_all:
+    false for a factor that `all` leaves at its baseline: it is measured alone and on top of `all`.
     """
 
     levels: list[Level] = Field(min_length=1)
@@ -84,14 +90,14 @@ class Factor(Strict):
     def _name_baseline(cls, given: Any) -> Any:
         if given is None:
             raise ValueError(
-                "is missing its level; give one, or leave the key out for the engine's own baseline"
+                "must not be empty; give a level, or remove the key to use the engine's baseline"
             )
         return level_name(given)
 
 
 class Cell(Strict):
-    """One more configuration beside those that the design makes: levels of factors, or another
-    engine as a reference.
+    """A configuration in addition to those of the design: levels of factors, or another engine as a
+    reference.
 
     config: engine settings that differ from the study's.
     """
@@ -99,7 +105,7 @@ class Cell(Strict):
     engine: str = "nanovllm"
     role: Literal["treatment", "all", "reference"]
     levels: dict[str, Level] = {}
-    config: dict[str, Any] = {}
+    config: Config = {}
 
     @field_validator("levels", mode="before")
     @classmethod
@@ -115,17 +121,17 @@ class Cell(Strict):
     def _known_engine(cls, engine: str) -> str:
         if engine not in ENGINES and "." not in engine:
             raise ValueError(
-                f"{engine!r} is no engine; allowed: {', '.join(ENGINES)}, or the dotted path of a module with an Adapter"
+                f"unknown engine {engine!r}; allowed: {', '.join(ENGINES)}, or the dotted path of a module with an Adapter"
             )
         return engine
 
 
 class Comparison(Strict):
-    """A cell of the study's engine against cells of others, and how alike they must be
-    (experiments/launch/fairness.py).
+    """A comparison of a cell of the study's engine with cells of others (see
+    experiments/launch/fairness.py).
 
-    rule: `best` shares the checkpoint, dtype, workload and KV bytes; `like-for-like` the limits and
-    the switches as well.
+    rule: with `best`, both share the checkpoint, dtype, workloads and KV-cache size; with
+    `like-for-like` also the limits and the optimizations.
     """
 
     ours: Name
@@ -134,7 +140,7 @@ class Comparison(Strict):
 
 
 class EngineSettings(Strict):
-    """What every cell shares. `None` is taken from the profile."""
+    """Engine settings that all cells share. `None` is taken from the profile."""
 
     max_num_seqs: int = Field(default=64, ge=1, lt=2**31)
     max_num_batched_tokens: int = Field(default=1024, ge=1, lt=2**31)
@@ -144,7 +150,7 @@ class EngineSettings(Strict):
 
 
 class ModelChoice(Strict):
-    """A preset of nanovllm.models.checkpoint, or a folder; and the dtype it runs in."""
+    """The checkpoint (a preset of nanovllm.models.checkpoint, or a folder) and the dtype."""
 
     preset: str | None = None
     path: str | None = None
@@ -158,10 +164,10 @@ class ModelChoice(Strict):
 
 
 class Study(Strict):
-    """A question, the factors that answer it, and the work on which it is asked.
+    """A question, the factors to vary, and the workloads to measure.
 
-    fixed: levels that every cell of the engine under study has, of optimizations that are no
-    factors here; else their baselines.
+    fixed: levels of optimizations that are not factors, for all cells of the engine under study;
+    those not listed stay at their baselines.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
@@ -175,6 +181,7 @@ class Study(Strict):
     design: Design = Design()
     measurement: Measurement = Measurement()
     sizing: Sizing | None = None
+    statistics: Statistics = Statistics()
     settings: EngineSettings = EngineSettings()
     factors: dict[str, Factor] = Field(min_length=1)
     fixed: dict[str, Level] = {}
@@ -182,12 +189,12 @@ class Study(Strict):
     cells: dict[Name, Cell] = {}
     comparisons: dict[Name, Comparison] = {}
     validity: Validity = Validity()
-    gate: dict[str, Any] = {}
+    gate: JsonObject = {}
     _source: str = PrivateAttr(default="")
 
     @property
     def source(self) -> str:
-        """How messages call this study: its file where it was read from one."""
+        """The name of this study in messages: its file, if it was read from one."""
         return self._source or f"study {self.name}"
 
     @field_validator("factors")
@@ -213,7 +220,7 @@ class Study(Strict):
             free = [factor for factor in FACTORS if factor not in self.factors]
             if name not in free:
                 raise ValueError(
-                    f"fixed.{name}: no optimization that this study leaves alone; allowed: {', '.join(free)}"
+                    f"fixed.{name}: not an optimization, or already a factor of this study; allowed: {', '.join(free)}"
                 )
             if level not in FACTORS[name]:
                 raise ValueError(
@@ -222,7 +229,7 @@ class Study(Strict):
         for name, factor in self.factors.items():
             if missing := [w for w in factor.workloads if w not in self.workloads]:
                 raise ValueError(
-                    f"factors.{name}.workloads: {missing[0]!r} is no workload of this study; "
+                    f"factors.{name}.workloads: {missing[0]!r} is not a workload of this study; "
                     f"allowed: {', '.join(self.workloads)}"
                 )
         if self.design.kind in designs.FACTORIALS and (alone := sorted(self.apart())):
@@ -232,7 +239,7 @@ class Study(Strict):
             )
         if self.design.kind == "listed" and not self.cells:
             raise ValueError(
-                "design.kind: listed makes no cells of its own, and the study has no `cells`: nothing to compare"
+                "design.kind: listed runs only the study's `cells`, and it has none; add some, or use another kind"
             )
         made = {"baseline", "aa", *self._made_by_design()}
         for name, cell in self.cells.items():
@@ -242,14 +249,14 @@ class Study(Strict):
                 )
             if (cell.role == "reference") == (cell.engine == self.engine):
                 raise ValueError(
-                    f"cells.{name}: role {cell.role!r} and engine {cell.engine!r} do not fit; another engine is a "
-                    f"reference, and a reference is another engine than the study's, {self.engine}"
+                    f"cells.{name}: role {cell.role!r} does not fit engine {cell.engine!r}; the role must be 'reference' for "
+                    f"engines other than the study's, {self.engine}, and only for those"
                 )
             for varied, level in cell.levels.items():
                 where = f"cells.{name}.levels"
                 if varied not in self.factors:
                     raise ValueError(
-                        f"{where}: {varied!r} is no factor of this study; allowed: {', '.join(self.factors)}"
+                        f"{where}: {varied!r} is not a factor of this study; allowed: {', '.join(self.factors)}"
                     )
                 if level not in FACTORS[varied]:
                     raise ValueError(
@@ -262,32 +269,30 @@ class Study(Strict):
                 if cell_name not in made and cell_name not in self.cells:
                     known = ", ".join(["baseline", "aa", *self.cells])
                     raise ValueError(
-                        f"comparisons.{name}: {cell_name!r} is no cell of this study; it has {known}"
+                        f"comparisons.{name}: {cell_name!r} is not a cell of this study; allowed: {known}"
                     )
         return self
 
     def baselines(self) -> dict[str, Level]:
-        """The level at which each factor is off."""
+        """The baseline level of each factor."""
         return {
             name: FACTORS[name][0] if factor.baseline is None else factor.baseline
             for name, factor in self.factors.items()
         }
 
     def apart(self) -> frozenset[str]:
-        """The factors that are no part of everything on."""
+        """The factors that `all` leaves at their baseline."""
         return frozenset(name for name, factor in self.factors.items() if not factor.in_all)
 
     def generators(self, levels: Mapping[str, Sequence[Level]]) -> dict[str, list[str]]:
-        """The generators of a fractional factorial over these factors, stated or chosen; {} of any
-        other design.
-
-        Raises ValueError for what makes no fraction.
+        """The generators of a fractional factorial over these factors, as stated or chosen; {} for
+        other designs. Raises ValueError if there are none.
         """
         if self.design.kind != "fractional_factorial":
             return {}
         if wide := [name for name, found in levels.items() if len(found) != 1]:
             raise ValueError(
-                f"factors.{wide[0]}.levels: a fractional factorial has one level beside the baseline, "
+                f"factors.{wide[0]}.levels: a fractional factorial has one level besides the baseline, "
                 f"not {len(levels[wide[0]])}; keep one, or use kind: full_factorial"
             )
         stated, least = self.design.generators, self.design.resolution
@@ -297,19 +302,21 @@ class Study(Strict):
         for factor, parents in stated.items():
             where = f"design.generators.{factor}"
             if factor not in levels:
-                raise ValueError(f"{where}: no factor of this study; allowed: {', '.join(levels)}")
+                raise ValueError(
+                    f"{where}: not a factor of this study; allowed: {', '.join(levels)}"
+                )
             if (
                 len(set(parents)) < 2
                 or len(set(parents)) < len(parents)
                 or not set(parents) <= set(free)
             ):
                 raise ValueError(
-                    f"{where}: {_listed(parents)}; allowed: two or more of the factors without a generator, each "
-                    f"once: {_listed(free)}"
+                    f"{where}: {_listed(parents)}; allowed: two or more different factors that have no generator "
+                    f"themselves: {_listed(free)}"
                 )
         if (reached := designs.resolution(stated)) < least:
             raise ValueError(
-                f"design.generators: their resolution is {reached}; design.resolution asks for {least} or more"
+                f"design.generators: their resolution is {reached}, but design.resolution is {least}"
             )
         return {factor: list(parents) for factor, parents in stated.items()}
 
@@ -321,8 +328,8 @@ class Study(Strict):
 
 
 class Match(Strict):
-    """How a machine is recognized: the name of its GPUs as the driver gives it, `*` standing for
-    anything, and how many of them.
+    """How a machine is recognized: the name of its GPUs as reported by the driver, with `*` as a
+    wildcard, and their number.
     """
 
     gpu_name: str
@@ -330,16 +337,15 @@ class Match(Strict):
 
 
 class Profile(Strict):
-    """Hardware. Bandwidth and peaks are per device and bound what any engine can do; `measure`
-    measures them here, once.
+    """Hardware. Bandwidth and peak FLOP/s are per device and bound what any engine can reach;
+    `measure` measures them on this machine, once.
 
-    A file describes a machine that is planned for and may be absent. Where the machine at hand is
-    the one that `match` describes, what is measured here wins over what the file says. memory_bytes
-    and cpu_cores: None is what this machine has.
-    kv_cache_memory_bytes: of each device; `measure` takes what is free beside weights and
-    activations, and no more than the work can fill. host_op_s: seconds in which the host launches
-    one operation, import_s: in which Python imports torch; both only size the work of a study.
-    preset and dtype: the model where a study names none.
+    A profile may describe a machine that is not present, to plan for it. On a machine that `match`
+    describes, measured values take precedence over the file's. memory_bytes, cpu_cores: None means
+    this machine's. kv_cache_memory_bytes: per device; `measure` takes what weights and activations
+    leave free, but no more than the workloads can fill. host_op_s: seconds the host needs to issue
+    one GPU operation; import_s: seconds to import torch; both are only used to size the work of a
+    study. preset, dtype: the model of studies that name none.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$")]
@@ -359,9 +365,9 @@ class Profile(Strict):
     note: str = ""
 
 
-def load_study(source: str | Path, overrides: Iterable[str] = ()) -> tuple[Study, dict[str, Any]]:
-    """A study by path or by the name of a file in ablations/studies, and its overrides
-    ("design.blocks=2") as a mapping.
+def load_study(source: str | Path, overrides: Iterable[str] = ()) -> tuple[Study, JsonObject]:
+    """A study, given by path or by name (a file in ablations/studies), with overrides such as
+    "design.blocks=2" applied; also returns the overrides as a mapping.
     """
     path = yaml_files.find(source, STUDIES, "study")
     study, applied = yaml_files.load(Study, path, overrides)

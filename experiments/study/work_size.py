@@ -1,14 +1,14 @@
-"""How much work a launch gets on a GPU: as long answers as let enough blocks of a study end within
-its budget of time.
+"""Sizes the work of a study for a GPU: shortens outputs so that enough blocks fit into the time
+budget.
 
-A study that has `sizing` states its work at full size. With everything off, an engine on a GPU
-takes ten to fifty times as long as with everything on, and how long depends on the host's speed
-more than on the GPU's: so the seconds of every launch are estimated from the measured speeds of
-this machine, and all answers are cut by the same share. What was chosen is part of the plan.
+A study with `sizing` states its workloads at full size. With all optimizations off, an engine on a
+GPU takes ten to fifty times as long as with all of them on, and how long depends on the host's
+speed more than on the GPU's. So the duration of every launch is estimated from the measured speeds
+of this machine, and all outputs are cut to the same share. The plan holds what was chosen.
 
-The estimate decides how much is measured, never what is reported. Its constants are of visits to an
-H100 and an H200 (ablations/LOG.md, 2026-11-28) in units that carry over: operations that the host
-launches, and bytes and FLOPs that the GPU moves and computes.
+The estimate decides how much is measured, never what is reported. Its constants were fitted on an
+H100 and H200s (ablations/LOG.md, 2026-11-28), in units that carry over to other machines:
+operations issued by the host, and bytes and FLOPs of the GPU.
 """
 
 from __future__ import annotations
@@ -19,37 +19,50 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments import workloads
+from experiments.records.types import (
+    ModelShape,
+    Params,
+    PlannedModel,
+    PlannedProfile,
+    Request,
+    Sized,
+)
 from experiments.study.block_count import least_blocks
 from experiments.study.spec import Cell, Study
 
 OPS_PER_LAYER = {"torch": 150, "compile": 100, "triton": 100, "hf": 400}
-"""Operations' worth of host time that one layer of an eager step takes, by the level of `kernels`; of HF's `generate`."""
+"""Host time of one layer in an eager step, in operations, by the level of `kernels` (`hf`: HF's `generate`)."""
 OPS_PER_ROW = 1.5
-"""More of them for each request of a layer where PyTorch attends: it gathers the pages of 16 requests at a time."""
+"""Further operations per layer and request with PyTorch's attention, which gathers the pages of 16 requests at a time."""
 OPS_PER_PROMPT = 10.0
-"""And for each prompt of a prefill step."""
+"""Further operations per layer and prompt of a prefill step with PyTorch's attention."""
 GATHER_COST = 7.0
-"""Bytes that PyTorch's attention moves for each byte of KV that it reads: it gathers pages, and masks what it gathered."""
+"""Bytes moved per byte of KV cache read by PyTorch's attention, which gathers pages and masks them."""
 GRAPH_STEP_OPS = 80
-"""Host time of a step that is one graph replay, in operations."""
+"""Host time of replaying a CUDA graph for one step, in operations."""
 BANDWIDTH_SHARE, PEAK_SHARE = 0.7, 0.35
-"""Of the measured copy bandwidth and matrix product, what a step reaches."""
-START_S, GRAPHS_START_S, PARALLEL_START_S = 2.5, 2.0, 3.0
-"""Of a process whose libraries are imported: device, weights, the end; capturing graphs; ranks or replicas, imports aside."""
+"""The share of the measured copy bandwidth and of the measured matmul peak that a step reaches."""
+START_S, GRAPHS_START_S, PARALLEL_START_S, SYMMETRIC_START_S = 2.5, 2.0, 5.0, 3.0
+"""Start-up times: device and weights of a process with imported libraries; graph capture; ranks or
+replicas, without imports; symmetric memory.
+"""
+HF_IMPORTS, COMPILE_IMPORTS = 3.0, 1.8
+"""In times of PyTorch's import: HF transformers imported and its model built; the kernels of a cell
+compiled on a machine that has none of them yet.
+"""
 READ_BYTES_PER_S = 4e9
 USUAL_OP_S = 1e-5
-"""The host for which the times to start are stated."""
+"""`host_op_s` of the host on which the start-up times were measured."""
 
 
 def fit(
-    study: Study, profile: Mapping[str, Any], model: Mapping[str, Any], cells: Mapping[str, Cell]
-) -> tuple[Study, dict[str, Any] | None]:
-    """The study with its answers cut for this machine, and what was chosen; as it is where it has
-    no `sizing`, and on a CPU.
+    study: Study, profile: PlannedProfile, model: PlannedModel, cells: Mapping[str, Cell]
+) -> tuple[Study, Sized | None]:
+    """The study with its outputs cut for this machine, and what was chosen. Returns the study
+    unchanged, and None, on a CPU and for a study without `sizing`.
 
-    profile: settled; model: its `shape` and `dtype` as in a plan. The largest share with which
-    `sizing.blocks` blocks fit into `design.budget_s`, the smallest where none does. A number of
-    blocks that the study states stays, and only the answers are cut.
+    Takes the largest share with which `sizing.blocks` blocks fit into `design.budget_s`, or the
+    smallest if none does. If the study states its number of blocks, only outputs are cut.
     """
     sizing = study.sizing
     if sizing is None or profile["device"] != "cuda":
@@ -59,20 +72,21 @@ def fit(
         cut = shortened(study, share)
         launch_s = {name: launch_seconds(cut, cell, profile, model) for name, cell in cells.items()}
         block_s = sum(launch_s.values())
-        if (study.design.blocks or sizing.blocks) * block_s <= budget_s:
+        once_s = sum(first_seconds(cut, cell, profile) for cell in cells.values())
+        if once_s + (study.design.blocks or sizing.blocks) * block_s <= budget_s:
             break
-    mean_s = round(block_s / len(cells), 2)
-    measurement = cut.measurement.model_copy(update={"launch_s": mean_s})
     fitting = (
         sizing.most_blocks
         if math.isinf(budget_s)
-        else min(sizing.most_blocks, int(budget_s / block_s))
+        else min(sizing.most_blocks, int((budget_s - once_s) / block_s))
     )
     blocks = study.design.blocks or max(
         sizing.least_blocks, least_blocks(study.design.bootstrap), fitting
     )
+    mean_s = round((once_s / blocks + block_s) / len(cells), 2)
+    measurement = cut.measurement.model_copy(update={"launch_s": mean_s})
     design = cut.design.model_copy(update={"blocks": blocks, "budget_s": None})
-    chosen = {
+    chosen: Sized = {
         "share_of_answers": share,
         "blocks": blocks,
         "budget_s": study.design.budget_s,
@@ -82,9 +96,9 @@ def fit(
 
 
 def shortened(study: Study, share: float) -> Study:
-    """The study with the answers of every workload cut to a share, at least two tokens each."""
+    """The study with all outputs cut to a share of their length, but to no less than two tokens."""
 
-    def cut(params: dict[str, Any]) -> dict[str, Any]:
+    def cut(params: Params) -> Params:
         return params | {
             "output_tokens": [
                 max(2, math.ceil(share * length)) for length in params["output_tokens"]
@@ -100,45 +114,54 @@ def shortened(study: Study, share: float) -> Study:
     return changed
 
 
-def launch_seconds(
-    study: Study, cell: Cell, profile: Mapping[str, Any], model: Mapping[str, Any]
-) -> float:
-    """What a launch of a cell will take, all told."""
+def launch_seconds(study: Study, cell: Cell, profile: PlannedProfile, model: PlannedModel) -> float:
+    """The estimated total duration of a launch of a cell."""
     levels = {**study.baselines(), **study.fixed, **cell.levels}
     shape, slow = model["shape"], profile["host_op_s"] / USUAL_OP_S
     ours = cell.engine == study.engine
     graphs = ours and levels.get("cuda_graphs") == "on"
     ranks = int(levels.get("tensor_parallel_size", 1)) * int(levels.get("data_parallel_size", 1))
     imports = 0.0 if ours and ranks == 1 and study.measurement.preload else profile["import_s"]
+    imports *= 1.0 if ours else HF_IMPORTS
     start = START_S * slow + weight_bytes(shape, model["dtype"]) / READ_BYTES_PER_S + imports
     start += GRAPHS_START_S * slow if graphs else 0.0
     start += PARALLEL_START_S * slow if ranks > 1 else 0.0
+    start += SYMMETRIC_START_S * slow if levels.get("all_reduce") == "symmetric_memory" else 0.0
     waves = [
         wave
         for name, w in study.workloads.items()
         for wave in workloads.build(name, w.kind, w.params)["waves"]
     ]
     first, few = study.measurement.warm_up_requests, study.measurement.warm_up_tokens
-    heads = [
+    heads: list[list[Request]] = [
         [{**r, "max_tokens": min(r["max_tokens"], few)} for r in wave[:first]] for wave in waves
     ]
     warm_up = sum(
         _wave_seconds(wave, levels if ours else None, study, profile, model) for wave in heads
     )
     timed = [_wave_seconds(wave, levels if ours else None, study, profile, model) for wave in waves]
-    # short work is rehearsed, and served until it was timed for so long
+    # a short workload is served once untimed, then repeatedly
     again = study.measurement.least_timed_s
     return float(start + warm_up + sum(2 * s + again if s < again else s for s in timed))
 
 
+def first_seconds(study: Study, cell: Cell, profile: PlannedProfile) -> float:
+    """What the first launch of a cell takes beyond `launch_seconds`: its Triton kernels are
+    compiled, and HF transformers is read from the disk for the first time.
+    """
+    levels = {**study.baselines(), **study.fixed, **cell.levels}
+    compiles = cell.engine != study.engine or levels.get("kernels") == "triton"
+    return float(COMPILE_IMPORTS * profile["import_s"]) if compiles else 0.0
+
+
 def _wave_seconds(
-    wave: list[dict[str, Any]],
+    wave: list[Request],
     levels: Mapping[str, Any] | None,
     study: Study,
-    profile: Mapping[str, Any],
-    model: Mapping[str, Any],
+    profile: PlannedProfile,
+    model: PlannedModel,
 ) -> float:
-    """levels: None for HF, which is like everything off."""
+    """The estimated duration of one wave. levels: None for HF, which has no optimizations."""
     shape, op_s = model["shape"], profile["host_op_s"]
     levels = (
         {"kernels": "hf", "attention_backend": "torch", "batching": "static"}
@@ -153,15 +176,15 @@ def _wave_seconds(
     longest = max(len(r["prompt_token_ids"]) + r["max_tokens"] for r in wave)
     torch_attention = levels.get("attention_backend", "torch") == "torch"
     layers, graphs = shape["num_hidden_layers"], levels.get("cuda_graphs") == "on"
-    # Host: operations of a step, and of each prompt that PyTorch attends to.
+    # Host: operations per step, and per prompt with PyTorch's attention.
     ops = layers * (
         OPS_PER_LAYER[levels.get("kernels", "torch")]
         + (OPS_PER_ROW * rows if torch_attention else 0.0)
     )
     host_s = op_s * (GRAPH_STEP_OPS if graphs else ops)
     prompts_s = op_s * layers * OPS_PER_PROMPT * len(wave) if torch_attention else 0.0
-    # Device: weights and KV a step; a graph with PyTorch's attention gathers as many tokens as a
-    # request may ever have.
+    # Device: weights and KV cache are read in each step. In a graph, PyTorch's attention gathers
+    # max_model_len tokens per request.
     context = study.settings.max_model_len if graphs and torch_attention else longest
     read = weight_bytes(shape, model["dtype"]) + rows * context * kv_bytes_per_token(
         shape, model["dtype"]
@@ -172,8 +195,8 @@ def _wave_seconds(
 
 
 def _steps(lengths: list[int], rows: int, static: bool) -> int:
-    """Decode steps of answers of these lengths, `rows` at a time: batch by batch, or each place
-    filled again as it falls free.
+    """Decode steps for outputs of these lengths, `rows` at a time, with static batches or with
+    continuous batching.
     """
     if static:
         return sum(max(lengths[first : first + rows]) for first in range(0, len(lengths), rows))
@@ -183,8 +206,8 @@ def _steps(lengths: list[int], rows: int, static: bool) -> int:
     return max(ends)
 
 
-def parameters(shape: Mapping[str, Any]) -> int:
-    """Elements of a Qwen3's matrices that a token is multiplied with: its layers and the head."""
+def parameters(shape: ModelShape) -> int:
+    """The number of weights of a Qwen3 model that a token is multiplied with: layers and LM head."""
     hidden, head = shape["hidden_size"], shape["head_dim"]
     attention = (
         hidden * head * (2 * shape["num_attention_heads"] + 2 * shape["num_key_value_heads"])
@@ -193,27 +216,25 @@ def parameters(shape: Mapping[str, Any]) -> int:
     return int(shape["num_hidden_layers"] * layer + hidden * shape["vocab_size"])
 
 
-def weight_bytes(shape: Mapping[str, Any], dtype: str) -> int:
-    """Of a checkpoint in memory, embeddings included; norms, a few thousand elements a layer, are
-    left out.
-    """
+def weight_bytes(shape: ModelShape, dtype: str) -> int:
+    """The size of the weights in memory, without norms, which are a few thousand elements per layer."""
     embedding = (
         0 if shape.get("tie_word_embeddings", True) else shape["hidden_size"] * shape["vocab_size"]
     )
     return (parameters(shape) + embedding) * {"float32": 4, "bfloat16": 2}[dtype]
 
 
-def kv_bytes_per_token(shape: Mapping[str, Any], dtype: str) -> int:
-    """Keys and values of one token in all layers."""
+def kv_bytes_per_token(shape: ModelShape, dtype: str) -> int:
+    """The size of the keys and values of one token in all layers."""
     values = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
     return int(values * {"float32": 4, "bfloat16": 2}[dtype])
 
 
 def step_bytes(
-    shape: Mapping[str, Any], dtype: str, max_num_batched_tokens: int, max_num_seqs: int
+    shape: ModelShape, dtype: str, max_num_batched_tokens: int, max_num_seqs: int
 ) -> int:
-    """About what the largest step needs beside weights and cache: activations of a prefill, logits,
-    graphs and libraries.
+    """The approximate memory of the largest step besides weights and KV cache: activations of a
+    prefill, logits, CUDA graphs and libraries.
     """
     per_token = (6 * shape["hidden_size"] + 3 * shape["intermediate_size"]) * {
         "float32": 4,

@@ -1,5 +1,5 @@
-"""YAML files validated by pydantic models, with errors in words: the file, the key, what was given
-and what is allowed.
+"""YAML files validated by pydantic models. Errors name the file, the key, what was given and what is
+allowed.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from experiments.records.types import JsonObject
+
 M = TypeVar("M", bound=BaseModel)
 
 
 class SpecError(Exception):
-    """A file that cannot be used; the message names the file, the key and what is allowed."""
+    """An invalid file; the message names the file, the key and what is allowed."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping: YAML calls it an error, PyYAML keeps the last
-    one and says nothing.
-    """
+    """Rejects duplicate keys of a mapping, of which PyYAML would silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[Any, int] = {}
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
-                continue  # what it brings may be written again: that is what it is for
+                continue  # merged keys may be overridden
             key = self.construct_object(key_node, deep=True)
             line = key_node.start_mark.line + 1
             if isinstance(key, (str, int, float, bool, type(None))) and key in lines:
                 raise yaml.constructor.ConstructorError(
                     None,
                     None,
-                    f"the key {key!r} stands in lines {lines[key]} and {line}: keep one",
+                    f"duplicate key {key!r} in lines {lines[key]} and {line}: keep one",
                     None,
                 )
             if isinstance(key, (str, int, float, bool, type(None))):
@@ -48,9 +48,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse(text: str) -> Any:
-    """YAML, with each key once in its mapping. Raises yaml.YAMLError, for a structure that is too
-    deep as well.
-    """
+    """Parses YAML and rejects duplicate keys. Raises yaml.YAMLError, also for too deep nesting."""
     try:
         return yaml.load(text, _Loader)
     except RecursionError as error:
@@ -58,26 +56,26 @@ def parse(text: str) -> Any:
 
 
 def names(folder: Path) -> list[str]:
-    """The YAML files of a folder, by the name they are called by."""
+    """The names of the YAML files in a folder, without suffix."""
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
 def find(source: str | Path, folder: Path, what: str) -> Path:
-    """A file by path, or by its name in `folder`. Raises SpecError."""
+    """The path of a file, given by path or by its name in `folder`. Raises SpecError."""
     path = Path(source)
     if path.suffix not in (".yaml", ".yml"):
         path = folder / f"{source}.yaml"
     if not path.is_file():
         known = ", ".join(names(folder)) or "(none)"
         raise SpecError(
-            f"{source}: no such {what}; give the path of a YAML file, or one of {known} from {_shown(folder)}"
+            f"{source}: no such {what}; give the path of a YAML file, or a name from {_shown(folder)}: {known}"
         )
     return path
 
 
-def load(model: type[M], path: Path, overrides: Iterable[str] = ()) -> tuple[M, dict[str, Any]]:
-    """The validated content of a file, and what `overrides` ("a.b=value") have set in it. Raises
-    SpecError.
+def load(model: type[M], path: Path, overrides: Iterable[str] = ()) -> tuple[M, JsonObject]:
+    """The validated content of a file with `overrides` ("a.b=value") applied, and the overrides as a
+    mapping. Raises SpecError.
     """
     try:
         raw = parse(path.read_text(encoding="utf-8"))
@@ -99,34 +97,34 @@ def load(model: type[M], path: Path, overrides: Iterable[str] = ()) -> tuple[M, 
 
 
 def named(path: Path, applied: Iterable[str]) -> str:
-    """How messages call a file that was read with overrides."""
+    """The name, in messages, of a file that was read with overrides."""
     given = ", ".join(applied)
     return _shown(path) + (f" (with overrides {given})" if given else "")
 
 
 def suggest(name: str, allowed: Iterable[str]) -> str:
-    """ " (did you mean ...?)" where `name` is nearly something allowed, else nothing."""
+    """ " (did you mean ...?)" if `name` is close to something allowed, else ""."""
     close = difflib.get_close_matches(name, list(allowed), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def _override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Sets `a.b.c=value` (value is YAML) in place; what was set. Whether a key exists is for the
-    validation to say.
+def _override(raw: JsonObject, overrides: Iterable[str]) -> JsonObject:
+    """Sets `a.b.c=value` (value is YAML) in place and returns what was set. Unknown keys are left to
+    the validation.
     """
-    applied: dict[str, Any] = {}
+    applied: JsonObject = {}
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator or not re.fullmatch(r"[\w+-]+(\.[\w+-]+)*", key):
             raise SpecError(
-                f"override {text!r}: write key=value, with dots between the levels of the key, e.g. design.blocks=2"
+                f"override {text!r}: write KEY=VALUE with a dotted key, e.g. design.blocks=2"
             )
         *parents, last = key.split(".")
         target = raw
         for parent in parents:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
-                raise SpecError(f"override {text!r}: {parent!r} holds no keys of its own")
+                raise SpecError(f"override {text!r}: {parent!r} is not a mapping")
         try:
             target[last] = applied[key] = parse(value)
         except (yaml.YAMLError, ValueError) as error:
@@ -135,21 +133,21 @@ def _override(raw: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def _explain(model: type[BaseModel], problem: Any) -> str:
-    """One problem of pydantic in the words of the house: key, what was given, what is allowed."""
+    """A validation error of pydantic as key, what was given and what is allowed."""
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         owner = _owner(model, problem["loc"][:-1])
         allowed = list(owner.model_fields) if owner else []
         return f"{key}: unknown key{suggest(str(problem['loc'][-1]), allowed)}; allowed: {', '.join(allowed)}"
     if problem["type"] == "missing":
-        return f"{key}: is missing"
+        return f"{key}: missing"
     message = problem["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(problem["input"], (dict, list)) else f" (given: {problem['input']!r})"
     return f"{key}: {message}{shown}" if key else message
 
 
 def _owner(model: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel] | None:
-    """The model that holds a location; steps through mappings, lists and optional fields."""
+    """The model that holds a location, through mappings, lists and optional fields."""
     annotation: Any = model
     for part in location:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):

@@ -6,6 +6,7 @@
     consistency        checks of a launch record against itself and its plan
     compare            comparisons of engines: pair by pair, and whether they were fair
     gate_and_launches  the gate, the toggles, the order of the launches, the machine
+    noise              whose variance an effect is judged by, and its family: a study's `statistics`
     unjudged           launches without a reference: measured, nothing concluded
     answer             a sentence for each workload, and what to know before believing it
     names              what configurations are called: all off, all on, A/A twin, reference

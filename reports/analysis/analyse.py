@@ -5,7 +5,8 @@ input.
 effects as ratios to the baseline of the same block (intervals.py). Families of effects that are
 judged together (Holm): all treatments on one metric, all A/A arms on one metric, all ratios to
 references, all interactions, and each kind of factor contrast. The A/A arm has a family of its own
-because it is a control: it should raise the alarm as easily as a single test does.
+because it is a control: it should raise the alarm as easily as a single test does. A study may ask
+for moderated variances, and for a family of treatments for each of its questions (noise.py).
 """
 
 import math
@@ -13,17 +14,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments import workloads
+from experiments.records.types import Record
 from reports.analysis.answer import answer
 from reports.analysis.compare import compared, costs, paired
 from reports.analysis.counting import Counted, Gate, count
 from reports.analysis.gate_and_launches import equivalence, hardware, run_order, toggles
 from reports.analysis.names import shown_names
+from reports.analysis.noise import Priors, described, priors, question, scale_of
 from reports.analysis.unjudged import measured
 from reports.statistics import ceiling
 from reports.statistics.contrasts import Contrast, Lattice, Toggle, evaluate
 from reports.statistics.intervals import Effect, Rule, estimate, judge
 from reports.statistics.linear_model import fit
 from reports.statistics.metrics import METRICS, THROUGHPUT, Metric, harmonic_mean, of_launch
+from reports.statistics.moderation import Prior
 from reports.statistics.residuals import diagnose
 
 ANALYSIS_SCHEMA = 1
@@ -45,7 +49,7 @@ Values = dict[str, dict[str, dict[str, dict[int, float]]]]
 
 
 def analyse(
-    records: Sequence[Mapping[str, Any]], plan: Mapping[str, Any], notes: Sequence[str] = ()
+    records: Sequence[Record], plan: Mapping[str, Any], notes: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Everything a report shows. `notes`: what was noticed while reading the records
     (reports/analysis/study_records.py).
@@ -65,6 +69,7 @@ def analyse(
     gate = Gate(records, plan["plan_hash"])
     counted = count(records, plan, gate)
     values = _values(counted, drawn)
+    noise = priors(values, plan)
 
     result: dict[str, Any] = {
         "schema": ANALYSIS_SCHEMA,
@@ -83,18 +88,19 @@ def analyse(
             "band": list(rule.band),
             "power": rule.power,
         },
+        "statistics": described(plan, noise),
         "baseline": lattice.baseline,
         "cells": {name: dict(cell) for name, cell in plan["cells"].items()},
         "shown": shown_names(plan, counted.launches),
         "workloads": {name: dict(entry) for name, entry in plan["workloads"].items()},
         "counts": _counts(plan, counted),
         "rates": _rates(values, plan),
-        "effects": _effects(values, lattice, plan, rule),
-        "references": _references(values, lattice, plan, rule, metric),
-        "comparisons": compared(values, counted.launches, plan, rule),
+        "effects": _effects(values, lattice, plan, rule, noise),
+        "references": _references(values, lattice, plan, rule, metric, noise),
+        "comparisons": compared(values, counted.launches, plan, rule, noise),
         "costs": costs(counted.launches, plan),
-        "factors": _factors(values, lattice, rule, metric),
-        "interactions": _interactions(values, lattice, rule, metric),
+        "factors": _factors(values, lattice, rule, metric, noise),
+        "interactions": _interactions(values, lattice, rule, metric, noise),
         "residuals": {
             workload: found
             for workload in drawn
@@ -123,7 +129,7 @@ def analyse(
 
 
 def ratios(
-    records: Sequence[Mapping[str, Any]], plan: Mapping[str, Any], ours: str, theirs: str
+    records: Sequence[Record], plan: Mapping[str, Any], ours: str, theirs: str
 ) -> list[Effect]:
     """Throughput of one cell over that of another, workload by workload, paired within blocks as
     `effects` are.
@@ -144,8 +150,9 @@ def ratios(
     )
     drawn = {name: workloads.rebuild(name, entry) for name, entry in plan["workloads"].items()}
     values = _values(count(records, plan, Gate(records, plan["plan_hash"])), drawn)
+    noise = priors(values, plan)
     return [
-        paired(values, THROUGHPUT.key, workload, ours, theirs, rule)
+        paired(values, THROUGHPUT.key, workload, ours, theirs, rule, noise)
         for workload in values[THROUGHPUT.key]
     ]
 
@@ -263,13 +270,15 @@ def _log_ratios(
     }
 
 
-def _effects(values: Values, lattice: Lattice, plan: Mapping[str, Any], rule: Rule) -> list[Effect]:
+def _effects(
+    values: Values, lattice: Lattice, plan: Mapping[str, Any], rule: Rule, noise: Priors
+) -> list[Effect]:
     """Every cell but the references, on every metric and workload, as a ratio to the baseline of
     the same block.
     """
     effects: list[Effect] = []
     for key, metric in METRICS.items():
-        families: dict[tuple[str, bool], list[Effect]] = {}
+        families: dict[tuple[str, str, bool], list[Effect]] = {}
         for workload in _workloads(values, plan, key):
             for cell, entry in plan["cells"].items():
                 if entry["role"] in ("baseline", "reference"):
@@ -280,14 +289,20 @@ def _effects(values: Values, lattice: Lattice, plan: Mapping[str, Any], rule: Ru
                     "workload": workload,
                     "cell": cell,
                     "role": entry["role"],
-                    **estimate(log_ratios, rule, f"{key}/{workload}/{cell}"),
+                    **estimate(
+                        log_ratios,
+                        rule,
+                        f"{key}/{workload}/{cell}",
+                        noise.get((key, workload, lattice.baseline)),
+                    ),
                 }
                 group = "aa" if entry["role"] == "aa" else "treatment"
+                asked = "" if group == "aa" else question(cell, plan, lattice)
                 # All workloads together is a summary of the others, not one more test: it has a
                 # family of its own. But in the A/A arm any difference at all is an alarm, and all
                 # of them are one family.
                 families.setdefault(
-                    (group, group != "aa" and workload == ALL_WORKLOADS), []
+                    (group, asked, group != "aa" and workload == ALL_WORKLOADS), []
                 ).append(effect)
                 effects.append(effect)
         for family in families.values():
@@ -296,7 +311,12 @@ def _effects(values: Values, lattice: Lattice, plan: Mapping[str, Any], rule: Ru
 
 
 def _references(
-    values: Values, lattice: Lattice, plan: Mapping[str, Any], rule: Rule, metric: Metric
+    values: Values,
+    lattice: Lattice,
+    plan: Mapping[str, Any],
+    rule: Rule,
+    metric: Metric,
+    noise: Priors,
 ) -> list[Effect]:
     """The baseline and the point with everything on, as ratios to each reference of the same block."""
     ours = [
@@ -316,7 +336,12 @@ def _references(
                         "workload": workload,
                         "cell": cell,
                         "reference": reference,
-                        **estimate(log_ratios, rule, f"{metric.key}/{workload}/{cell}/{reference}"),
+                        **estimate(
+                            log_ratios,
+                            rule,
+                            f"{metric.key}/{workload}/{cell}/{reference}",
+                            noise.get((metric.key, workload, reference)),
+                        ),
                     }
                 )
     judge(family, rule, metric.better)
@@ -324,7 +349,13 @@ def _references(
 
 
 def _contrast_effect(
-    values: Values, contrast: Contrast, workload: str, rule: Rule, metric: Metric, name: str
+    values: Values,
+    contrast: Contrast,
+    workload: str,
+    rule: Rule,
+    metric: Metric,
+    name: str,
+    prior: Prior | None,
 ) -> Effect:
     by_cell = values[metric.key].get(workload, {})
     log_values = {
@@ -334,21 +365,37 @@ def _contrast_effect(
     return {
         "metric": metric.key,
         "workload": workload,
-        **estimate(evaluate(contrast, log_values), rule, f"{metric.key}/{workload}/{name}"),
+        **estimate(
+            evaluate(contrast, log_values),
+            rule,
+            f"{metric.key}/{workload}/{name}",
+            prior,
+            scale_of(contrast),
+        ),
     }
 
 
-def _factors(values: Values, lattice: Lattice, rule: Rule, metric: Metric) -> list[Effect]:
+def _factors(
+    values: Values, lattice: Lattice, rule: Rule, metric: Metric, noise: Priors
+) -> list[Effect]:
     """What each factor buys alone, when left out, on average and by Shapley's share; where the
     design can tell.
     """
     effects = []
+    everything = lattice.cell.get(lattice.everything or frozenset(), lattice.baseline)
     for kind, contrasts in lattice.factor_contrasts().items():
         family = []
+        shared = everything if kind == "left out" else lattice.baseline
         for workload in sorted(set(values[metric.key]) - {ALL_WORKLOADS}):
             for (factor, level), contrast in contrasts.items():
                 effect = _contrast_effect(
-                    values, contrast, workload, rule, metric, f"{kind}/{factor}={level}"
+                    values,
+                    contrast,
+                    workload,
+                    rule,
+                    metric,
+                    f"{kind}/{factor}={level}",
+                    noise.get((metric.key, workload, shared)),
                 )
                 family.append({"kind": kind, "factor": factor, "level": level, **effect})
                 if kind in ("alone", "left out"):  # one cell over another
@@ -382,7 +429,9 @@ def _company(lattice: Lattice, toggle: Toggle) -> dict[str, Any]:
     return said if toggle in everything else {**said, "part_of_all": False}
 
 
-def _interactions(values: Values, lattice: Lattice, rule: Rule, metric: Metric) -> list[Effect]:
+def _interactions(
+    values: Values, lattice: Lattice, rule: Rule, metric: Metric, noise: Priors
+) -> list[Effect]:
     """Two-way interactions: how many times more (or less) a pair buys than the product of what each
     buys.
     """
@@ -390,7 +439,13 @@ def _interactions(values: Values, lattice: Lattice, rule: Rule, metric: Metric) 
     for workload in sorted(set(values[metric.key]) - {ALL_WORKLOADS}):
         for (first, second), contrast in lattice.interactions().items():
             effect = _contrast_effect(
-                values, contrast, workload, rule, metric, f"{_label(first)}*{_label(second)}"
+                values,
+                contrast,
+                workload,
+                rule,
+                metric,
+                f"{_label(first)}*{_label(second)}",
+                noise.get((metric.key, workload, lattice.baseline)),
             )
             family.append({"first": _label(first), "second": _label(second), **effect})
     judge(family, rule, metric.better)

@@ -16,6 +16,7 @@ from typing import Any
 
 from experiments.launch import fairness
 from reports.analysis import names
+from reports.analysis.noise import Priors
 from reports.statistics.intervals import Rule, estimate, judge
 from reports.statistics.metrics import METRICS, THROUGHPUT
 from reports.text import count_of, interval, percent, ratio, verdict
@@ -27,7 +28,7 @@ Launches = Sequence[Mapping[str, Any]]
 
 
 def compared(
-    values: Values, launches: Launches, plan: Mapping[str, Any], rule: Rule
+    values: Values, launches: Launches, plan: Mapping[str, Any], rule: Rule, noise: Priors
 ) -> list[dict[str, Any]]:
     """One entry for each pair of each comparison, in the study's order; [] for a study without
     comparisons.
@@ -40,7 +41,7 @@ def compared(
     twin = next((cell for cell, entry in plan["cells"].items() if entry["role"] == "aa"), None)
     entries = []
     for name, comparison in plan["study"].get("comparisons", {}).items():
-        for ours, theirs in fairness.pairs(dict(plan), comparison):
+        for ours, theirs in fairness.pairs(dict(plan), comparison):  # type: ignore[arg-type]
             entries.append(_pair(name, comparison["rule"], ours, theirs, launches, plan))
     for key, metric in METRICS.items():
         family = []
@@ -49,7 +50,7 @@ def compared(
                 found = entry["effects"].setdefault(key, {})
                 for workload in plan["workloads"]:
                     found[workload] = paired(
-                        values, key, workload, entry["ours"], entry["theirs"], rule
+                        values, key, workload, entry["ours"], entry["theirs"], rule, noise
                     )
                     family.append(found[workload])
         judge(family, rule, metric.better)
@@ -57,7 +58,7 @@ def compared(
         if twin and not entry["breaches"] and plan["cells"][entry["ours"]]["role"] == "baseline":
             for workload in plan["workloads"]:
                 entry["twins"][workload] = paired(
-                    values, THROUGHPUT.key, workload, twin, entry["theirs"], rule
+                    values, THROUGHPUT.key, workload, twin, entry["theirs"], rule, noise
                 )
     return entries
 
@@ -72,7 +73,7 @@ def _pair(
         breach
         for left in mine[-1:]
         for right in other
-        for breach in fairness.breaches(dict(plan), rule, dict(left), dict(right))
+        for breach in fairness.breaches(dict(plan), rule, dict(left), dict(right))  # type: ignore[arg-type]
     ]
     differences = (
         fairness.differences(mine[-1]["resolved"], other[-1]["resolved"]) if mine and other else []
@@ -93,7 +94,7 @@ def _pair(
 
 
 def paired(
-    values: Values, key: str, workload: str, ours: str, theirs: str, rule: Rule
+    values: Values, key: str, workload: str, ours: str, theirs: str, rule: Rule, noise: Priors
 ) -> dict[str, Any]:
     """The Effect of one cell over another on a workload, over the blocks that have both; without a
     verdict.
@@ -109,7 +110,12 @@ def paired(
         "workload": workload,
         "cell": ours,
         "reference": theirs,
-        **estimate(log_ratios, rule, f"{key}/{workload}/{ours}/{theirs}"),
+        **estimate(
+            log_ratios,
+            rule,
+            f"{key}/{workload}/{ours}/{theirs}",
+            noise.get((key, workload, theirs)),
+        ),
     }
 
 

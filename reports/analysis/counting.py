@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from experiments.records.store import DONE
+from experiments.records import store
+from experiments.records.types import LaunchRecord
 from reports.analysis.consistency import Check, check_workload
 
 Record = Mapping[str, Any]
@@ -28,6 +29,18 @@ class Counted:
     duplicates: int = 0
     checks_made: Counter[str] = field(default_factory=Counter)
     checks_failed: list[dict[str, Any]] = field(default_factory=list)
+
+    def exclude(self, record: LaunchRecord, reason: str) -> None:
+        self.excluded.append(
+            {
+                "launch": record["launch"],
+                "attempt": record["attempt"],
+                "block": record["block"],
+                "cell": record["cell"],
+                "status": record["status"],
+                "reason": reason,
+            }
+        )
 
 
 class Gate:
@@ -58,7 +71,7 @@ class Gate:
         return f"gate: {line['status']} on {workload}: {line.get('reason') or 'no reason recorded'}"
 
 
-def count(records: Sequence[Record], plan: Mapping[str, Any], gate: Gate) -> Counted:
+def count(records: Sequence[store.Record], plan: Mapping[str, Any], gate: Gate) -> Counted:
     """Sort every launch record of `records` into counted and excluded; a duplicated record is
     looked at once.
     """
@@ -67,39 +80,32 @@ def count(records: Sequence[Record], plan: Mapping[str, Any], gate: Gate) -> Cou
         plan["launches"]
     ):
         raise ValueError("the plan runs a cell twice in one block; a block holds every cell once")
-    superseded = {
-        (record["launch"], record["attempt"]): record.get("reason") or "no reason recorded"
-        for record in records
-        if record["kind"] == "superseded" and record["plan_hash"] == plan["plan_hash"]
-    }
+    superseded = store.superseded(
+        record for record in records if record["plan_hash"] == plan["plan_hash"]
+    )
     counted = Counted()
-    seen: dict[tuple[str, int], Record] = {}
-    finished: set[str] = set()
+    seen: dict[store.Attempt, LaunchRecord] = {}
+    own: list[LaunchRecord] = []
     for record in records:
         if record["kind"] != "launch":
             continue
         key = (record["launch"], record["attempt"])
         if seen.get(key) == record:
             counted.duplicates += 1
-            continue
-        if key in seen:
-            reason: str | None = "another record of the same launch and attempt came first"
+        elif key in seen:
+            counted.exclude(record, "another record of the same launch and attempt came first")
         elif key in superseded:
-            reason = f"superseded: {superseded[key]}"
+            counted.exclude(record, f"superseded: {superseded[key]}")
+        elif reason := _foreign(record, plan, planned):
+            counted.exclude(record, reason)
         else:
-            reason = _foreign(record, plan, planned)
-            if reason is None and record["launch"] in finished:
-                reason = "an earlier attempt of this launch had finished"
-            elif reason is None:
-                reason = _objection(record, plan, gate, counted)
-                if record["status"] in DONE:
-                    finished.add(record["launch"])
+            own.append(record)
         seen.setdefault(key, record)
-        if reason is None:
-            counted.launches.append(record)
+    for record, reason in store.decided(own):
+        if reason := reason or _objection(record, plan, gate, counted):
+            counted.exclude(record, reason)
         else:
-            shown = ("launch", "attempt", "block", "cell", "status")
-            counted.excluded.append({**{name: record[name] for name in shown}, "reason": reason})
+            counted.launches.append(record)
     counted.launches.sort(key=lambda record: (record["block"], record["order"], record["launch"]))
     counted.excluded.sort(
         key=lambda row: (row["block"], row["launch"], row["attempt"], row["reason"])
@@ -121,8 +127,6 @@ def _foreign(record: Record, plan: Mapping[str, Any], planned: Mapping[str, Any]
 
 def _objection(record: Record, plan: Mapping[str, Any], gate: Gate, counted: Counted) -> str | None:
     """The first rule that a launch of this plan breaks, or None."""
-    if record["status"] != "ok":
-        return f"{record['status']}: {record.get('reason') or 'no reason recorded'}"
     missing = sorted(set(plan["workloads"]) - set(record["workloads"]))
     if missing:
         return f"did not serve {', '.join(missing)}"

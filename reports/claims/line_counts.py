@@ -54,10 +54,8 @@ def count_lines(
 
     Raises CountError.
     """
-    git, made_at = (
-        provenance.git_state() or {},
-        datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-    )
+    git: Mapping[str, Any] = provenance.git_state() or {}
+    made_at = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     result: dict[str, Any] = {
         "kind": "code-lines",
         "made_at": made_at,

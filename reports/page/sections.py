@@ -4,6 +4,7 @@ bound, latencies.
 overview.py holds what comes before them, evidence.py what comes after.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from reports.page.document import Column, Section, Table
 from reports.page.overview import CONFIGURATION, VERDICT, WORKLOAD, confidence, name, numbers
 from reports.statistics.intervals import MIN_BLOCKS_BOOTSTRAP
 from reports.statistics.metrics import LATENCIES, METRICS, PERCENTILES
+from reports.statistics.moderation import MOST_PRIOR
 
 Analysis = Mapping[str, Any]
 KINDS = {
@@ -64,6 +66,7 @@ def _effects(analysis: Analysis) -> Section:
         CONFIGURATION,
         *_ratio_columns(analysis),
         *numbers("bootstrap", "p (Holm)", "detectable", "blocks"),
+        *(numbers("degrees of freedom") if moderated(analysis) else ()),
     ]
     table = Table(
         "Effects",
@@ -79,6 +82,7 @@ def _effects(analysis: Analysis) -> Section:
                 text.probability(effect["p_holm"]),
                 text.percent(effect["detectable"]),
                 str(effect["n"]),
+                *([_freedom(effect)] if moderated(analysis) else ()),
             ]
             for effect in rows
         ],
@@ -90,13 +94,85 @@ def _effects(analysis: Analysis) -> Section:
         f"interval and, from {MIN_BLOCKS_BOOTSTRAP} blocks on, the BCa bootstrap beside it. "
         f"{'Above' if metric['better'] == 'higher' else 'Below'} ×1 is better.",
         f"Equivalent: the whole interval lies between {text.interval(low, high, ' and ')}. Faster or slower: "
-        f"Holm's test over all configurations rejects equality at {text.percent(rule['alpha'], 0)}. Suggestive: the interval "
+        f"Holm's test over {_family(analysis)} rejects equality at {text.percent(rule['alpha'], 0)}. Suggestive: the interval "
         "excludes 1, but that test does not reject equality. Inconclusive: none of these. Detectable: the change that a "
         f"study with this noise and this many blocks finds in {text.percent(rule['power'], 0)} of cases.",
+        *_variance_words(analysis),
     ]
+    tables = [table, *([_variances(analysis)] if moderated(analysis) else ())]
     tally = Counter(text.verdict(row) for row in rows if row["role"] in ("treatment", "all"))
     gist = ", ".join(f"{n} {word}" for word, n in sorted(tally.items()))
-    return Section("effects", "Effects and tests", lead, None, [table], gist=gist)
+    return Section("effects", "Effects and tests", lead, None, tables, gist=gist)
+
+
+def moderated(analysis: Analysis) -> bool:
+    """Whether the study asks for moderated variances."""
+    return bool(analysis["statistics"]["variance"] == "moderated")
+
+
+def _freedom(effect: Mapping[str, Any]) -> str:
+    """Degrees of freedom of an effect's interval: those of the moderated variance, or its own."""
+    return f"{effect.get('df', effect['n'] - 1):.3g}" if effect["n"] > 1 else text.ABSENT
+
+
+def _family(analysis: Analysis) -> str:
+    if analysis["statistics"]["families"] == "joint":
+        return "all treatments"
+    return "the treatments of the same question (one switch alone; everything on; the cells between them)"
+
+
+def _variance_words(analysis: Analysis) -> list[str]:
+    if not moderated(analysis):
+        return []
+    words = (
+        "The variance is moderated (Smyth 2004): what the ratios of all cells to the same one tell of this machine's noise "
+        "counts like d0 more degrees of freedom of each effect, at most half as many as the effect has by itself, and no "
+        "effect is taken to be less noisy than it looks. The method and its simulated coverage: docs/methodology.md."
+    )
+    if not analysis["statistics"]["priors"]:
+        words = (
+            f"The study asks for moderated variances, which need {analysis['statistics']['least_effects']} effects with two "
+            "blocks or more; there are fewer, so each effect is judged by its own variance."
+        )
+    return [words]
+
+
+def _variances(analysis: Analysis) -> Table:
+    """The priors of the study's metric: noise that all effects share, and what it counts for."""
+    blocks = {
+        effect["n"]
+        for effect in analysis["effects"]
+        if effect["metric"] == analysis["metric"]["key"] and effect["n"] > 1
+    }
+    rows = []
+    for prior in analysis["statistics"]["priors"]:
+        if prior["metric"] == analysis["metric"]["key"]:
+            used = [
+                min(math.inf if prior["d0"] is None else prior["d0"], MOST_PRIOR * (n - 1))
+                for n in blocks
+            ]
+            rows.append(
+                [
+                    prior["workload"],
+                    prior["shared"],
+                    str(prior["effects"]),
+                    text.percent(math.expm1(prior["sd"])),
+                    "∞" if prior["d0"] is None else f"{prior['d0']:.3g}",
+                    _between(used),
+                    _between([d0 + n - 1 for d0, n in zip(used, blocks, strict=True)]),
+                ]
+            )
+    columns = [
+        WORKLOAD,
+        Column("ratios to", "code"),
+        *numbers("ratios", "noise of one", "d0, estimated", "d0, used", "degrees of freedom"),
+    ]
+    return Table("The moderated variance", columns, rows, grouped=True)
+
+
+def _between(values: list[float]) -> str:
+    low, high = (f"{bound(values):.3g}" for bound in (min, max))
+    return low if low == high else f"{low} to {high}"
 
 
 def _factors(analysis: Analysis) -> Iterator[Section]:

@@ -85,6 +85,7 @@ def print_table(analysis: Mapping[str, Any], console: Console | None = None) -> 
                 _add_row(table, analysis, effect, f"{name(analysis, effect['cell'])} / {theirs}")
     console.print(table)
     _print_legend(console, analysis, effects, bool(of_switches))
+    console.print(Text(_variance(analysis), style="dim"))
     _print_notes(console, analysis)
 
 
@@ -151,6 +152,27 @@ def _counters(
         max(bounds) if bounds else None for bounds in (rows[0]["engaged"], rows[0]["opportunity"])
     )
     return f"{text.number(engaged)} / {text.number(opportunity)}"
+
+
+def _variance(analysis: Mapping[str, Any]) -> str:
+    """Which variance the intervals rest on, with its degrees of freedom."""
+    effects = [
+        effect for effect in analysis["effects"] if effect["metric"] == analysis["metric"]["key"]
+    ]
+    found = sorted({effect.get("df", effect["n"] - 1.0) for effect in effects if effect["n"] > 1})
+    if not found:
+        return "no intervals: fewer than two blocks"
+    freedom = " to ".join(dict.fromkeys(f"{df:.3g}" for df in (found[0], found[-1])))
+    freedom += " degree of freedom" if freedom == "1" else " degrees of freedom"
+    estimated = {
+        prior["workload"]: "∞" if prior["d0"] is None else f"{prior['d0']:.3g}"
+        for prior in analysis["statistics"]["priors"]
+        if prior["metric"] == analysis["metric"]["key"] and prior["shared"] == analysis["baseline"]
+    }
+    if not estimated:
+        return f"variance: each effect's own, {freedom}"
+    d0 = ", ".join(f"{workload} {value}" for workload, value in estimated.items())
+    return f"variance: moderated by all effects, {freedom}; d0 as estimated: {d0}"
 
 
 def _print_legend(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from experiments.study.block_count import MAX_BLOCKS, MIN_BLOCKS, MIN_BLOCKS_BOOTSTRAP
+from reports.statistics import moderated_coverage
 from reports.statistics.intervals import t_interval
 
 Noise = Literal["normal", "heavy", "skewed", "lopsided"]
@@ -33,6 +34,10 @@ BLOCKS_SHOWN = (2, 3, 4, 6, 8, 12, 24, MAX_BLOCKS)
 BEGIN, END = (
     "<!-- python -m reports.statistics.coverage --write docs/methodology.md -->",
     "<!-- end of coverage -->",
+)
+BEGIN_MODERATED, END_MODERATED = (
+    "<!-- moderated variances, by the same command -->",
+    "<!-- end of moderated variances -->",
 )
 
 app = typer.Typer(add_completion=False)
@@ -130,16 +135,21 @@ def table() -> str:
 
 
 def put_into(page: str) -> str:
-    """A page with its table replaced by a fresh one. Raises ValueError where it has no place for
-    it.
+    """A page with its tables replaced by fresh ones. Raises ValueError where it has no place for
+    one.
     """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
+    page = _replaced(page, BEGIN, END, table())
+    return _replaced(page, BEGIN_MODERATED, END_MODERATED, moderated_coverage.table())
+
+
+def _replaced(page: str, begin: str, end: str, fresh: str) -> str:
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
         raise ValueError(
-            f"the page has no place for the table: write {BEGIN} and {END} on lines of their own"
+            f"the page has no place for the table: write {begin} and {end} on lines of their own"
         )
-    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
+    return f"{before}{begin}\n\n{fresh}\n\n{end}{after}"
 
 
 @app.command()
@@ -150,7 +160,7 @@ def main(
 ) -> None:
     """Print the coverage of the intervals, or write it into a page."""
     if write is None:
-        print(table())
+        print(table(), moderated_coverage.table(), sep="\n\n")
     else:
         write.write_text(put_into(write.read_text()))
 

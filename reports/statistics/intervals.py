@@ -20,6 +20,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from experiments.study.block_count import MIN_BLOCKS_BOOTSTRAP, POWER, detectable
+from reports.statistics.moderation import Prior, settle
 
 BOOTSTRAP_RESAMPLES = 9_999
 _LARGEST_LOG = math.log(sys.float_info.max)
@@ -122,7 +123,13 @@ def holm(p_values: Sequence[float], alpha: float) -> list[float]:
     return [float(p) for p in multipletests(p_values, alpha=alpha, method="holm")[1]]
 
 
-def estimate(log_ratios: Mapping[int, float], rule: Rule, name: str) -> Effect:
+def estimate(
+    log_ratios: Mapping[int, float],
+    rule: Rule,
+    name: str,
+    prior: Prior | None = None,
+    scale: float = 1.0,
+) -> Effect:
     """Estimate one effect from {block: log-ratio}; everything in it is a ratio (1.0: no effect)
     unless it says otherwise.
 
@@ -130,6 +137,11 @@ def estimate(log_ratios: Mapping[int, float], rule: Rule, name: str) -> Effect:
     unadjusted;
     detectable: the smallest relative change (0.03: 3 %) that this many blocks of this noise find
     with the rule's power. None stands for what so few blocks cannot tell.
+
+    prior: of a study with moderated variances (moderation.py). Then interval, p and detectable
+    effect are of the moderated variance: sd_used and its degrees of freedom, df, beside sd_log, the
+    effect's own. scale: variance of what the samples are, over that of a log-ratio of two cells, if
+    all launches were equally noisy.
     """
     blocks = sorted(log_ratios)
     samples = np.array([log_ratios[block] for block in blocks], dtype=np.float64)
@@ -159,12 +171,31 @@ def estimate(log_ratios: Mapping[int, float], rule: Rule, name: str) -> Effect:
         "p": float(t_test(samples)),
         "detectable": detectable(sd, n, rule.alpha, rule.power),
     }
+    if prior is not None:
+        effect |= _moderated(samples, rule, prior, scale)
     if n >= MIN_BLOCKS_BOOTSTRAP:
         if (boot := bootstrap_interval(samples, rule.alpha, f"{rule.seed}/{name}")) is None:
             return effect
         boot_low, boot_high = boot
         effect |= {"boot_low": ratio_of(boot_low), "boot_high": ratio_of(boot_high)}
     return effect
+
+
+def _moderated(
+    samples: NDArray[np.float64], rule: Rule, prior: Prior, scale: float
+) -> dict[str, float]:
+    """What a moderated variance changes of an effect."""
+    n, mean, own = len(samples), float(samples.mean()), float(samples.var(ddof=1))
+    variance, df = map(float, settle(own, n - 1, prior.df, scale * prior.variance))
+    error, quantile = math.sqrt(variance / n), float(stats.t.ppf(1 - rule.alpha / 2, df))
+    return {
+        "low": ratio_of(mean - quantile * error),
+        "high": ratio_of(mean + quantile * error),
+        "p": float(2 * stats.t.sf(abs(mean) / error, df)),
+        "detectable": detectable(math.sqrt(variance), n, rule.alpha, rule.power, df),
+        "sd_used": math.sqrt(variance),
+        "df": df,
+    }
 
 
 def judge(family: Sequence[Effect], rule: Rule, better: Better = "higher") -> None:

@@ -1,33 +1,18 @@
 """What a user asks for (`EngineConfig`) and what it becomes on this machine (`ResolvedConfig`).
 
-An optimization is a field of `Optimizations`, nothing else switches one. `auto` may be asked for;
-it is resolved once, by `EngineConfig.resolve`, and only resolved values are used and recorded.
+An optimization is a field of `Optimizations` (toggles/table.py); nothing else switches one. 'auto' is
+resolved once, by `EngineConfig.resolve`, and only resolved values are used and recorded.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Self
 
-Device = Literal["cpu", "cuda"]
-
-LEVELS: dict[str, tuple[Any, ...]] = {
-    "attention_backend": ("torch", "triton", "flash_attn"),
-    "kernels": ("torch", "compile", "triton"),
-    "prefix_cache": (False, True),
-    "cascade_attention": (False, True),
-    "batching": ("static", "continuous", "chunked"),
-    "cuda_graphs": (False, True),
-    "overlap": (False, True),
-    "tensor_parallel_size": (1, 2, 4, 8),
-    "all_reduce": ("library", "symmetric_memory"),
-    "data_parallel_size": (1, 2, 4, 8),
-}
-"""The levels of each optimization; the first is its baseline."""
+# LEVELS is for those who import it from here
+from nanovllm.toggles.table import ALL, BASELINE, LEVELS, Device, Optimizations  # noqa: F401
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
@@ -35,62 +20,17 @@ def _require(condition: bool, name: str, value: object, allowed: str) -> None:
         raise ValueError(f"{name}={value!r} is not allowed; it must be {allowed}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Optimizations:
-    """One switch a optimization; the defaults are the baseline of each. 'auto' takes the best level
-    of this machine.
-    """
-
-    attention_backend: str = "torch"
-    kernels: str = "torch"
-    prefix_cache: bool | Literal["auto"] = False
-    cascade_attention: bool | Literal["auto"] = False
-    batching: str = "static"
-    cuda_graphs: bool | Literal["auto"] = False
-    overlap: bool | Literal["auto"] = False
-    tensor_parallel_size: int = 1
-    all_reduce: str = "library"
-    data_parallel_size: int = 1
-
-    def __post_init__(self) -> None:
-        for name, levels in LEVELS.items():
-            value, allowed = getattr(self, name), (*levels, "auto")
-            if name.endswith("parallel_size"):
-                _require(
-                    type(value) is int and 1 <= value <= 1024,
-                    name,
-                    value,
-                    "a whole number of processes, 1 to 1024",
-                )
-            else:
-                same = any(value == level and type(value) is type(level) for level in allowed)
-                _require(same, name, value, "one of " + ", ".join(map(repr, allowed)))
-
-    def resolve(self, device: Device, in_engine: bool = False) -> Optimizations:
-        """Replaces every 'auto'. Raises ValueError for a level that cannot run on `device`;
-        in_engine: in one engine, as it is.
-        """
-        if self == BASELINE:
-            return self
-        from nanovllm.availability import resolve
-
-        return resolve(self, device, in_engine)
-
-
-BASELINE = Optimizations()
-"""Every optimization off."""
-ALL = Optimizations(**{name: "auto" for name in LEVELS if not name.endswith("parallel_size")})  # type: ignore[arg-type]
-"""The best level of each optimization on the machine at hand (how many GPUs share the work is a question of its own: 1)."""
-
-
 def _whole(high: int, optional: bool = False) -> tuple[Callable[[Any], bool], str]:
-    """A whole number from 1 to `high`; None as well, where it is optional."""
+    """The check and the words for a whole number from 1 to `high`; None is allowed too where
+    `optional`.
+    """
     return (
         lambda value: (value is None and optional) or (type(value) is int and 1 <= value <= high),
         f"a whole number from 1 to {high}",
     )
 
 
+# What each argument of `EngineConfig` must be, and how an error says it.
 ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model": (lambda value: isinstance(value, str) and value != "", "a folder or a hub id"),
     "tokenizer": (
@@ -115,13 +55,14 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "seed": (lambda value: value is None or isinstance(value, Integral), "None or a whole number"),
     "optimizations": (lambda value: isinstance(value, Optimizations), "Optimizations or a dict"),
 }
-"""What each argument of `EngineConfig` must be, and how an error says it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """What was asked for, by vLLM's names. `None` and 'auto' are resolved against the model and the
-    machine.
+    """What was asked for, under vLLM's names. None and 'auto' are resolved against the model and
+    the machine.
+
+    Raises ValueError for a value out of range, with what is allowed.
     """
 
     model: str
@@ -146,14 +87,15 @@ class EngineConfig:
         object.__setattr__(self, "seed", int(self.seed or 0))
 
     @classmethod
-    def from_kwargs(cls, model: str, **kwargs: Any) -> EngineConfig:
-        """Accepts vLLM's constructor arguments. Raises TypeError for an unknown one, and where a
-        switch is given twice.
+    def from_kwargs(cls, model: str, **kwargs: Any) -> Self:
+        """Accepts vLLM's constructor arguments. Raises TypeError for an unknown argument, and where
+        an optimization is given twice.
         """
-        if set(kwargs) - {f.name for f in dataclasses.fields(cls)}:
-            from nanovllm.vllm_names import translate
+        own = {f.name for f in dataclasses.fields(cls)}
+        if set(kwargs) - own:
+            from nanovllm.toggles.vllm_names import translate
 
-            kwargs = translate(kwargs)
+            kwargs = translate(kwargs, own)
         if isinstance(kwargs.get("optimizations"), dict):
             kwargs["optimizations"] = Optimizations(**kwargs["optimizations"])
         paths = {
@@ -165,9 +107,9 @@ class EngineConfig:
 
     def resolve(
         self, *, device: Device, dtype: str, max_position_embeddings: int
-    ) -> ResolvedConfig:
-        """Fixes every open value for a model on `device`. Raises ValueError where values contradict
-        each other.
+    ) -> "ResolvedConfig":
+        """Fixes every open value for a model on `device`. max_position_embeddings: the model's own
+        limit, in tokens. Raises ValueError where values contradict each other.
         """
         _require(
             dtype in ("float32", "bfloat16"),
@@ -182,8 +124,8 @@ class EngineConfig:
             max_model_len,
             f"at most the model's max_position_embeddings, {max_position_embeddings}",
         )
-        # As vLLM on a large GPU, and a quarter of it where a step of 16 k tokens would take
-        # seconds.
+        # vLLM's value for a large GPU; a quarter of it on a CPU, where 16 k tokens would take
+        # seconds per step.
         budget = self.max_num_batched_tokens or max(
             16_384 if device == "cuda" else 4_096, self.max_num_seqs
         )
@@ -191,7 +133,7 @@ class EngineConfig:
             budget >= self.max_num_seqs,
             "max_num_batched_tokens",
             budget,
-            f"at least max_num_seqs, {self.max_num_seqs}: each running request decodes one token a step",
+            f"at least max_num_seqs, {self.max_num_seqs}: each running request decodes one token per step",
         )
         return ResolvedConfig(
             **{
@@ -207,8 +149,8 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedConfig(EngineConfig):
-    """What runs and what is recorded: no 'auto' is left. The KV cache is sized once the weights are
-    loaded.
+    """What runs and what is recorded: no 'auto' is left. num_kv_blocks and kv_cache_bytes are known
+    once the weights are loaded.
     """
 
     max_model_len: int

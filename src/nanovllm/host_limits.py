@@ -1,8 +1,9 @@
-"""Memory and cores as this process may use them: in a container that is less than the machine has.
-Standard library only.
+"""Memory and CPU cores that this process may use, which in a container is less than the machine
+has. Standard library only.
 
-Limits of a container (docker -m and --cpus, Kubernetes, systemd) are control groups, version 1 or
-2, the process's own and every one above it; the libraries show the host's numbers.
+A container's limits (docker -m and --cpus, Kubernetes, systemd) are control groups, version 1 or 2.
+They apply to the process's own group and to every group above it; most libraries report the host's
+numbers instead.
 """
 
 import math
@@ -16,8 +17,8 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def cpu_cores() -> int:
-    """Cores that this process may use at once: those it may run on, and no more than its quota of
-    time, rounded up.
+    """Cores that this process may use at once: those in its affinity mask, at most its CPU quota,
+    rounded up.
     """
     cores: float = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -32,14 +33,14 @@ def cpu_cores() -> int:
 
 
 def memory_within(free: int, total: int) -> tuple[int, int]:
-    """(free, total) bytes of the machine, cut to what this process may use of it."""
+    """(free, total) bytes of the machine, reduced to what this process may use."""
     for group in _groups():
         limit = _numbers(group / "memory.max") or _numbers(group / "memory.limit_in_bytes")
         used = _numbers(group / "memory.current") or _numbers(group / "memory.usage_in_bytes")
         if limit and used and limit[0] < total:  # without a limit: infinite, or in version 1 2**63
             total = int(limit[0])
-            # In use and yet to be had: files in the cache, which the kernel drops before it kills.
-            # Version 1 says it twice, once for this group alone.
+            # Cached files count as used, but the kernel drops them before it kills a process. Version 1
+            # reports them twice, once for this group alone.
             cached = re.findall(
                 r"^(?:total_)?inactive_file (\d+)$", _read(group / "memory.stat"), re.MULTILINE
             )
@@ -48,12 +49,13 @@ def memory_within(free: int, total: int) -> tuple[int, int]:
 
 
 def _groups() -> Iterator[Path]:
-    """Folders of the control groups that hold this process, each with those above it. One that is
-    not here (a container sees a part of the tree as the whole) is no loss: its limits then lie in
-    the topmost folder.
+    """Folders of the control groups that hold this process, each followed by the groups above it.
+
+    A folder that does not exist is skipped without loss: a container sees part of the tree as the
+    whole, and its limits are then in the topmost folder.
     """
     for _, controllers, path in (line.split(":", 2) for line in _read(MEMBERSHIP).splitlines()):
-        # Version 2 has no names here. Version 1 is mounted by all names of a line, with links by
+        # Version 2 names no controllers. Version 1 is mounted under all names of a line, with a link for
         # each of them.
         for mount in (
             CGROUPS / name for name in {controllers or "unified", *controllers.split(",")}
@@ -63,7 +65,7 @@ def _groups() -> Iterator[Path]:
 
 
 def _read(file: Path) -> str:
-    """Its text; "" where it cannot be read."""
+    """The file's text; "" where it cannot be read."""
     try:
         return file.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -71,8 +73,8 @@ def _read(file: Path) -> str:
 
 
 def _numbers(file: Path) -> list[float]:
-    """The numbers in a file of one line, `max` as infinite; not those below 0, which version 1
-    writes where there is no limit.
+    """The numbers in a one-line file, `max` as infinity. Negative numbers, which version 1 writes
+    where there is no limit, are left out.
     """
     return [
         math.inf if word == "max" else int(word)

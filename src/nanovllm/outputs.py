@@ -1,11 +1,11 @@
-"""What a request returns: vLLM's RequestOutput and what it holds."""
+"""What a request returns: vLLM's RequestOutput and its parts."""
 
 from dataclasses import dataclass
 
 
 @dataclass(slots=True)
 class Logprob:
-    """Log-probability of a token under the model (before temperature, top-k and top-p). rank: 1 is
+    """Log-probability of a token under the model, before temperature, top-k and top-p. rank: 1 is
     the most likely.
     """
 
@@ -25,7 +25,7 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One generated text. finish_reason: 'length', 'stop', 'abort', or None while it runs."""
+    """One generated text. finish_reason: 'length', 'stop' or 'abort'; None while the request runs."""
 
     index: int
     text: str
@@ -38,7 +38,7 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """The state of one request. num_cached_tokens: prompt tokens whose KV came from the prefix
+    """The state of one request. num_cached_tokens: prompt tokens whose KV was found in the prefix
     cache.
     """
 

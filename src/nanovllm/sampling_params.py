@@ -1,6 +1,4 @@
-"""How the tokens of one request are chosen: the subset of vLLM's SamplingParams that this engine
-has.
-"""
+"""How the tokens of one request are chosen: the part of vLLM's SamplingParams that this engine has."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,9 +9,7 @@ from typing import Any
 def _number(
     low: float, high: float, kind: type = Integral, also: object = ...
 ) -> Callable[[Any], bool]:
-    """Whether a value is a number of that kind from `low` to `high`, or is what is allowed beside
-    them.
-    """
+    """Checks that a value is a number of type `kind` from `low` to `high`, or equals `also`."""
     return lambda value: (
         (value is None and also is None)
         or (
@@ -30,10 +26,11 @@ def _token_ids(given: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A number of any library as one of Python's."""
+    """A number of any library as a Python int or float."""
     return value if value is None else (int if isinstance(value, Integral) else float)(value)
 
 
+# What each value must be, what becomes of it, and how an error says it.
 ALLOWED: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
     "temperature": (
         _number(1e-5, 1e30, Real, also=0),
@@ -56,20 +53,22 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
     ),
     "ignore_eos": (lambda value: isinstance(value, bool), bool, "True or False"),
 }
-"""What each value must be, what becomes of it, and how an error says it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Raises ValueError for a value outside its range, with what is allowed. Numbers of other
-    libraries become Python's.
+    """Sampling parameters. Raises ValueError for a value out of range, with what is allowed.
+    Numbers of other libraries, such as numpy, become Python's.
 
-    temperature: 0 is greedy, else 1e-5 or more. top_k: 0 or -1 keeps all. top_p: 1e-30 to 1.
+    temperature: 0 is greedy, else 1e-5 or more. top_k: 0 or -1 keeps all tokens. top_p: 1e-30 to 1.
     max_tokens: at least 1.
-    seed: of the request's random numbers, any 64-bit integer; None draws one from the engine's seed
-    and the request's number of arrival. logprobs: how many of the most likely tokens are reported
-    beside the chosen one; None: none at all.
-    stop_token_ids: at which the answer ends; None, as in vLLM, is taken as none.
+
+    seed: any 64-bit integer; None derives one from the engine's seed and the request's number.
+
+    logprobs: how many of the most likely tokens are reported beside the chosen one; None reports
+    none.
+
+    stop_token_ids: tokens that end the answer; None, as in vLLM, means no such tokens.
     """
 
     temperature: float = 1.0

@@ -18,10 +18,10 @@ import pytest
 
 from nanovllm import LLM, EngineConfig, LLMEngine, SamplingParams
 from nanovllm.config import Optimizations
-from nanovllm.engine import data_parallel
-from nanovllm.engine.children import WorkerError
-from nanovllm.engine.data_parallel import expected_work, share_out
-from nanovllm.engine.wire import Channel
+from nanovllm.distributed import data_parallel
+from nanovllm.distributed.data_parallel import expected_work, share_out
+from nanovllm.distributed.processes import WorkerError
+from nanovllm.distributed.wire import Channel
 
 SMALL: dict[str, Any] = {
     "device": "cpu",

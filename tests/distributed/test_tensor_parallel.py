@@ -18,10 +18,9 @@ import pytest
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Optimizations
-from nanovllm.engine import children as processes
-from nanovllm.engine import rank, workers
+from nanovllm.distributed import processes, rank, workers
+from nanovllm.distributed.wire import Channel
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine.wire import Channel
 from nanovllm.models.checkpoint import ensure_checkpoint
 
 SMALL: dict[str, Any] = {
@@ -41,7 +40,9 @@ def tokens_of(llm: LLM) -> list[list[int]]:
 
 def children() -> list[psutil.Process]:
     return [
-        p for p in psutil.Process().children() if "nanovllm.engine.rank" in " ".join(p.cmdline())
+        p
+        for p in psutil.Process().children()
+        if "nanovllm.distributed.rank" in " ".join(p.cmdline())
     ]
 
 
@@ -225,7 +226,7 @@ def test_ranks_that_compile_do_not_hang(tiny: Path, monkeypatch: pytest.MonkeyPa
 def test_ranks_end_with_the_engine_however_it_ends() -> None:
     """kill -9 of the engine's process, while a rank waits for something else than its channel."""
     code = (
-        "import os, signal; from nanovllm.engine.children import Child\n"
+        "import os, signal; from nanovllm.distributed.processes import Child\n"
         "child = Child('rank', 'tests.distributed.test_tensor_parallel.main_that_waits_for_ever')\n"
         "print(child.process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
+from nanovllm.distributed.wire import Channel, PlanCoder
 from nanovllm.engine.scheduler import StepPlan
-from nanovllm.engine.wire import Channel, PlanCoder
 
 
 def decode_plan(step: int, rows: list[int], starts: list[int], **more: object) -> StepPlan:

@@ -153,8 +153,8 @@ def test_everything_that_asks_gets_the_limit(groups: Path) -> None:
     machine = provenance.of_machine()
     assert (machine["memory_bytes"], machine["cpu"]["cores"]) == (GIB, 1)
     # libraries count the cores that there are
-    assert environment.of_child()["OMP_NUM_THREADS"] == "1"
-    assert environment.of_child({"OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
+    assert environment.for_subprocess()["OMP_NUM_THREADS"] == "1"
+    assert environment.for_subprocess({"OMP_NUM_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
 
 
 def test_without_a_quota_libraries_choose_their_threads(
@@ -162,7 +162,7 @@ def test_without_a_quota_libraries_choose_their_threads(
 ) -> None:
     join(groups, "0::/\n", {"cpu.max": "max 100000"})
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert "OMP_NUM_THREADS" not in environment.of_child()
+    assert "OMP_NUM_THREADS" not in environment.for_subprocess()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from experiments.checking import jobs, judging, page, run, work
 from experiments.checking.jobs import CONTROL, SAMPLED, TRUNCATED, Job, Scope
 from experiments.checking.pairs import combinations, pairs_of, pairwise
 from experiments.checking.serve import serve
-from experiments.gate.negative_controls import BROKEN
+from experiments.gate.negative_controls import CONTROL_PROMPT, controls
 from experiments.host import provenance
 from experiments.host.model_files import shape
 from nanovllm.config import LEVELS
@@ -54,7 +54,7 @@ def test_pairs_that_cannot_meet_are_left_out_and_no_others() -> None:
     possible = set().union(*map(pairs_of, combinations(levels, allowed)))
     assert set().union(*map(pairs_of, chosen)) == possible
     assert (("graphs", True), ("ranks", 2)) not in possible
-    with pytest.raises(ValueError, match="no allowed combination"):
+    with pytest.raises(ValueError, match="not an allowed combination"):
         pairwise(levels, allowed, [{"graphs": True, "ranks": 2, "cache": False}])
 
 
@@ -83,7 +83,7 @@ def test_what_a_check_on_a_gpu_is_too_small_for_is_named(tiny: Path) -> None:
     assert {choice["cuda_graphs"] for choice in chosen} == {False, True}
     assert chosen[1]["cuda_graphs"]
     assert any(
-        "begins with 104 requests that share, a check runs 4 at a time" in reason
+        "needs 104 concurrent requests that share a prefix, but a check runs 4" in reason
         for reason in absent
     )
     assert jobs.never_shared("cascade_attention", True, {"num_key_value_heads": 128}) is None
@@ -136,7 +136,7 @@ def everything(tiny: Path) -> tuple[judging.Judge, list[Job]]:
     drawn = small_work()
     planned, _ = jobs.all_jobs(scope(tiny, dtypes=("float32",)), ["drawn-000"])
     good = ("nanovllm float32: baseline", "nanovllm float32: all on", "hf float32: batches of 48")
-    wanted = (*good, f"broken float32: {next(iter(BROKEN))}")
+    wanted = (*good, f"broken float32: {next(iter(controls(CONTROL_PROMPT)))}")
     chosen = [job for job in planned if job.name in wanted]
     assert len(chosen) == len(wanted)
     served = {
@@ -207,9 +207,9 @@ def test_a_wrong_verdict_is_not_ok(everything: tuple[judging.Judge, list[Job]]) 
     off = json.loads(json.dumps(served["logprobs"]))
     off[CONTROL]["logprobs"][0][0] += 1e-3
     for changes, status, reason in (
-        ({"workloads": other}, "fail", "farther from the reference's choice"),
-        ({"workloads": shorter}, "error", "15 tokens where exactly 16"),
-        ({"logprobs": off}, "fail", "log-probabilities are off by 0.001 nats"),
+        ({"workloads": other}, "fail", "tokens exceed the noise bound"),
+        ({"workloads": shorter}, "error", "15 tokens instead of exactly 16"),
+        ({"logprobs": off}, "fail", "log-probabilities differ from the reference by 0.001 nats"),
         ({"problems": ["overlap=on never engaged"]}, "error", "overlap=on never engaged"),
         ({"error": "exit status 1"}, "error", "exit status 1"),
     ):
@@ -285,7 +285,7 @@ def test_the_exit_status_is_the_verdict(
     ]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == status, result.output
-    assert "vLLM took no part" in result.output
+    assert "vLLM was not checked" in result.output
     assert (seen["folder"], seen["drawn"], seen["scope"].peers, seen["scope"].dtypes) == (
         tmp_path,
         7,
@@ -298,7 +298,7 @@ def test_the_exit_status_is_the_verdict(
         ("vllm",),
         {"vllm": "/some/python"},
     )
-    assert "vLLM took no part" not in result.output
+    assert "vLLM was not checked" not in result.output
 
 
 def test_a_check_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
@@ -306,6 +306,15 @@ def test_a_check_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
         cli.app, ["check", "--profile", "cpu", "--model", "huge", "--out", str(tmp_path)]
     )
     assert (result.exit_code, "'huge' is unknown; known are tiny" in result.output) == (2, True)
+
+
+def test_a_check_names_the_hardware_it_ran_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 2**36, "driver": "580"}
+    monkeypatch.setattr(run, "gpu_inventory", lambda: [gpu])
+    assert run.hardware_of("cuda") == "NVIDIA H100 80GB HBM3"
+    monkeypatch.setattr(run, "gpu_inventory", lambda: [gpu, gpu])
+    assert run.hardware_of("cuda") == "2 x NVIDIA H100 80GB HBM3"
+    assert run.hardware_of("cpu") == run.provenance.cpu_model()
 
 
 @pytest.mark.slow
@@ -319,5 +328,5 @@ def test_the_whole_check(tiny: Path, tmp_path: Path) -> None:
     names = [line["name"] for line in result["lines"]]
     assert sum(name.startswith("broken ") for name in names) == 6
     assert sum(name.startswith("tampered ") for name in names) == 9
-    assert (tmp_path / "check.md").read_text().startswith("# Is the output right")
+    assert (tmp_path / "check.md").read_text().startswith("# Output check")
     assert (tmp_path / "check.html").read_text().count("<tr") == len(names) + 1

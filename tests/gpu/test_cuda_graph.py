@@ -5,6 +5,7 @@ replay real graphs.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,14 @@ import pytest
 import torch
 
 from nanovllm.config import EngineConfig, Optimizations
-from nanovllm.engine import cuda_graph, llm_engine
-from nanovllm.engine.cuda_graph import GraphRunner, Variant, buckets_for
+from nanovllm.engine import llm_engine
 from nanovllm.engine.invariants import check_invariants
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.scheduler import StepPlan
+from nanovllm.gpu import cuda_graph
+from nanovllm.gpu.capture import Captured
+from nanovllm.gpu.cuda_graph import GraphRunner, Variant, buckets_for, halves, read_s
 from nanovllm.sampling_params import SamplingParams
 
 ON_GPU = torch.cuda.is_available()
@@ -28,19 +33,19 @@ LEVELS = ["torch", "triton"] if ON_GPU else ["torch"]
 class FakeGraphRunner(GraphRunner):
     """Replays by computing again; keeps what the device would keep."""
 
-    def _record_all(self) -> Any:
-        return {variant: self._record(variant, None, None) for variant in self.variants}  # type: ignore[arg-type]
+    def _capture_all(self) -> Any:
+        return {variant: self._capture(variant, None, None) for variant in self.variants}  # type: ignore[arg-type]
 
     def _read_back(self, *tensors: torch.Tensor) -> Any:
         # on a GPU the copy to the host is one
         return super()._read_back(*(tensor.clone() for tensor in tensors))
 
     @torch.inference_mode()
-    def _record(self, variant: Variant, pool: Any, stream: Any) -> Any:
+    def _capture(self, variant: Variant, pool: Any, stream: Any) -> Any:
         self.inputs[: variant.bucket] = self.spare_row
         self.inputs[variant.bucket :] = 0
         self.stats.reset()
-        recorded = cuda_graph.Recorded(
+        captured = Captured(
             None,
             self._decode(variant).clone(),
             Counter(self.stats.kernel_calls),
@@ -49,15 +54,15 @@ class FakeGraphRunner(GraphRunner):
 
         def replay() -> None:
             before = Counter(self.stats.kernel_calls), Counter(self.stats.attention_calls)
-            recorded.output.copy_(self._decode(variant))
+            captured.output.copy_(self._decode(variant))
             for calls, old in zip(
                 (self.stats.kernel_calls, self.stats.attention_calls), before, strict=True
             ):
                 calls.clear()
                 calls.update(old)
 
-        recorded.graph = SimpleNamespace(replay=replay)
-        return recorded
+        captured.graph = SimpleNamespace(replay=replay)
+        return captured
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 5, 8, 16, 17, 64, 250, 256])
@@ -153,8 +158,8 @@ def test_tokens_are_those_of_the_eager_runner(
     count: int,
     params: dict[str, Any],
 ) -> None:
-    results = []
-    for graphs in (False, True):
+    results, replays = [], []
+    for graphs, splits in ((False, False), (True, False), (True, True)):
         switches = {"overlap": overlap, "attention_backend": level, "kernels": level}
         engine = make_engine(
             tiny,
@@ -167,15 +172,55 @@ def test_tokens_are_those_of_the_eager_runner(
         assert engine.config.num_kv_blocks == num_blocks
         # it expects every request to end at once: memory runs out
         engine.scheduler.forecast.asked = 1 << 40
+        if graphs:
+            assert engine.runner.splits == (level == "triton"), "tiny is read in no time"
+            engine.runner.splits = splits  # whatever its device would gain
         results.append(serve(engine, requests_of(count, **params), abort=1))
         stats = engine.stats()
+        replays.append(stats["graph_replays"])
         eager_decodes = {"top_k", "logprobs"} & set(params)
         # its prefills are replayed
         assert (stats["graph_replays"] > 0) == (graphs and (not eager_decodes or level == "triton"))
         if num_blocks < 10:
             assert stats["preemptions"] > 0
         engine.close()
-    assert results[0] == results[1]
+    assert results[0] == results[1] == results[2]
+    if count > max_num_seqs:  # requests join while others decode
+        assert (replays[2] > replays[1]) == (not eager_decodes)
+
+
+def test_halves_of_a_mixed_step_hold_all_of_it() -> None:
+    plan = StepPlan(
+        7,
+        num_decodes=2,
+        rows=[4, 1, 3, 0],
+        starts=[9, 5, 0, 16],
+        query_lens=[1, 1, 3, 2],
+        samples=[True, True, True, False],
+        token_ids=[11, 12, 13, 21, 22],
+        new_blocks=[(4, 1, 8), (3, 0, 2)],
+        new_rows=[(3, 0.5, 0, 1.0, 6)],
+        greedy_only=False,
+    )
+    decodes, prefills = halves(plan)
+    for name in ("rows", "starts", "query_lens", "samples", "token_ids", "new_blocks", "new_rows"):
+        assert getattr(decodes, name) + getattr(prefills, name) == getattr(plan, name)
+    assert (decodes.num_decodes, len(decodes.rows)) == (2, 2)
+    assert (prefills.num_decodes, prefills.query_lens) == (0, [3, 2])
+    assert decodes.new_blocks == plan.new_blocks, "both halves run on the tables of the whole step"
+
+
+@pytest.mark.parametrize(
+    ("clock_khz", "bus_bits", "seconds"),
+    [(2_619_000, 5120, 1.2e9 / 3.352e12), (10_501_000, 192, 1.2e9 / 0.504e12), (0, 0, math.inf)],
+)
+def test_the_time_to_read_the_weights_is_that_of_the_data_sheet(
+    monkeypatch: pytest.MonkeyPatch, clock_khz: int, bus_bits: int, seconds: float
+) -> None:
+    """An H100, a desktop RTX 4070, and a driver that does not tell."""
+    gpu = SimpleNamespace(memory_clock_rate=clock_khz, memory_bus_width=bus_bits)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    assert read_s(1_200_000_000, torch.device("cuda", 0)) == pytest.approx(seconds, rel=1e-3)
 
 
 def test_a_replay_counts_what_it_executes(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,9 +246,9 @@ def test_steps_whose_rows_share_a_block_replay_the_graph_for_it(
     runner: Any = engine.runner
     replayed: list[tuple[int, bool]] = []
     runner.cascade, runner.fewest_sharing = True, 1
-    for variant in list(runner.recorded):
-        runner.recorded[replace(variant, shares=True)] = runner.recorded[variant]
-    runner.recorded = Told(runner.recorded, replayed)
+    for variant in list(runner.captured):
+        runner.captured[replace(variant, shares=True)] = runner.captured[variant]
+    runner.captured = Told(runner.captured, replayed)
     params = SamplingParams(temperature=0.7, max_tokens=6, ignore_eos=True)
     prefix = list(range(50, 50 + engine.config.block_size))
     prompts = [[*prefix, 7], [9, 8, 7], [*prefix, 6], [*prefix, 5]]
@@ -326,7 +371,7 @@ def test_a_shared_prefix_read_once_changes_no_token(
 @pytest.mark.parametrize(
     ("where", "said"),
     [
-        ("_record_all", "recording steps of up to 4 requests.*lower kv_cache_memory_bytes"),
+        ("_capture_all", "capturing steps of up to 4 requests.*lower kv_cache_memory_bytes"),
         ("__init__", "the model does not fit.*tensor_parallel_size"),
     ],
 )
@@ -340,7 +385,7 @@ def test_out_of_memory_says_what_to_lower(
 
     with monkeypatch.context() as patch:
         graphs = GraphRunner if ON_GPU else FakeGraphRunner
-        patch.setattr(graphs if where == "_record_all" else cuda_graph.ModelRunner, where, full)
+        patch.setattr(graphs if where == "_capture_all" else ModelRunner, where, full)
         with pytest.raises(MemoryError, match=said + r".*\(CUDA out of memory\)"):
             make_engine(
                 tiny, monkeypatch, graphs=True, max_num_seqs=4, kv_cache_memory_bytes=1 << 24
@@ -370,14 +415,14 @@ def test_triton_gives_the_tokens_of_torch(tiny: Path, monkeypatch: pytest.Monkey
 
 
 def test_workspaces_go_with_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanovllm.engine.gpu_memory import forget_workspaces_with
+    from nanovllm.gpu.workspaces import Workspaces
 
     cleared: list[bool] = []
     monkeypatch.setattr(
         torch._C, "_cuda_clearCublasWorkspaces", lambda: cleared.append(True), raising=False
     )
     holder = {"model": torch.nn.Linear(1, 1)}
-    forget_workspaces_with(holder["model"])
+    Workspaces().keep_for(holder["model"])
     assert not cleared
     holder.clear()  # as ModelRunner.close does
     assert cleared == [True]

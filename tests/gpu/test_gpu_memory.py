@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm.engine import gpu_memory
-from nanovllm.engine.cuda_graph import record
-from nanovllm.engine.gpu_memory import forget_workspaces_with, room_for
 from nanovllm.engine.stats import StepStats
+from nanovllm.gpu.capture import capture
+from nanovllm.gpu.step_memory import room_for
+from nanovllm.gpu.workspaces import Workspaces
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_recording_that_fails_is_ended(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     stream: Any = SimpleNamespace(device=None, synchronize=lambda: None)
     with pytest.raises(torch.OutOfMemoryError):
-        record(forward, StepStats(), None, stream)
+        capture(forward, StepStats(), None, stream)
     assert calls == ["begin", "end"]
 
 
@@ -75,13 +75,13 @@ def test_workspaces_stay_until_the_last_engine_goes(monkeypatch: pytest.MonkeyPa
     addresses of theirs.
     """
     cleared: list[str] = []
-    monkeypatch.setattr(gpu_memory, "_alive", set())  # on a GPU, another test's engine may live
+    workspaces = Workspaces()
     monkeypatch.setattr(
         torch._C, "_cuda_clearCublasWorkspaces", lambda: cleared.append("all"), raising=False
     )
     first, second = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    forget_workspaces_with(first)
-    forget_workspaces_with(second)
+    workspaces.keep_for(first)
+    workspaces.keep_for(second)
     del first
     gc.collect()
     assert not cleared

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from nanovllm.config import ALL, EngineConfig, Optimizations
-from nanovllm.engine import machine
-from nanovllm.engine.machine import (
+from nanovllm.gpu import machine
+from nanovllm.gpu.machine import (
     OnDevice,
     check_capability,
     describe,
@@ -29,7 +29,7 @@ from nanovllm.engine.machine import (
     triton_problem,
 )
 
-COMPILER_IS_MISSING = "Triton needs a C compiler and there is none"
+COMPILER_IS_MISSING = "Triton needs a C compiler and none was found"
 
 
 @pytest.fixture
@@ -318,8 +318,8 @@ def test_one_line_says_what_was_chosen(tiny: Path) -> None:
         "NVIDIA H200 (cuda:1)",
     )
     assert line == (
-        "NVIDIA H200 (cuda:1), bfloat16; attention torch, kernels torch, batching chunked, prefix cache (off: CUDA "
-        "graphs, overlap, cascade attention); KV cache of 16,000 tokens, 1.50 GiB, for up to 8 requests of up to 4,096 "
+        "NVIDIA H200 (cuda:1), bfloat16; attention torch, kernels torch, batching chunked, prefix cache (off: "
+        "cascade attention, CUDA graphs, overlap); KV cache of 16,000 tokens, 1.50 GiB, for up to 8 requests of up to 4,096 "
         "tokens"
     )
 
@@ -327,7 +327,7 @@ def test_one_line_says_what_was_chosen(tiny: Path) -> None:
 def test_the_line_goes_where_the_application_wants_it() -> None:
     script = textwrap.dedent("""
         import logging, sys
-        from nanovllm.engine.machine import tell
+        from nanovllm.gpu.machine import tell
         tell("first")
         logging.getLogger("nanovllm").setLevel(logging.WARNING)
         tell("second")

@@ -14,15 +14,17 @@ import torch
 
 from nanovllm import LLM
 from nanovllm.config import BASELINE, EngineConfig
-from nanovllm.engine import memory_plan
 from nanovllm.engine.kv_cache import KVCacheSpec
-from nanovllm.engine.memory_plan import KEPT_FREE_BYTES, MemoryPlan, weights_bytes
-from nanovllm.kernels.registry import load_attention, load_kernels
+from nanovllm.gpu import memory_plan
+from nanovllm.gpu.memory_plan import KEPT_FREE_BYTES, MemoryPlan, weights_bytes
+from nanovllm.kernels.registry import load_kernels
+from nanovllm.layers.attention import Attention
 from nanovllm.layers.linear import TensorParallel
 from nanovllm.models.config import ModelConfig
 
 GIB = 1 << 30
 QWEN3_8B = ModelConfig(
+    architecture="Qwen3ForCausalLM",
     vocab_size=151_936,
     hidden_size=4096,
     intermediate_size=12_288,
@@ -75,7 +77,7 @@ def plan_for(
     tp = TensorParallel()
     tp.size = ranks
     calls: Any = {}
-    attention = load_attention(
+    attention = Attention(
         BASELINE,
         calls,
         num_kv_heads=model.num_key_value_heads // ranks,

@@ -18,12 +18,14 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from nanovllm.config import Optimizations
-from nanovllm.engine import cuda_graph, prefill_graph
 from nanovllm.engine.kv_cache import KVCacheSpec
-from nanovllm.engine.prefill_graph import ShortPrefills
 from nanovllm.engine.stats import StepStats
+from nanovllm.gpu import prefill_graph
+from nanovllm.gpu.capture import Captured
+from nanovllm.gpu.prefill_graph import ShortPrefills
 from nanovllm.kernels.batch import ForwardBatch
-from nanovllm.kernels.registry import load_attention, load_kernels
+from nanovllm.kernels.registry import load_kernels
+from nanovllm.layers.attention import Attention
 from nanovllm.layers.linear import TensorParallel
 from nanovllm.models.config import load_hf_config
 from nanovllm.models.loader import load_weights
@@ -39,20 +41,20 @@ PAGE, NUM_BLOCKS = 16, 24
 class ReplayedByHand(ShortPrefills):
     """Replays by computing again."""
 
-    def _record(self, bucket: int, kv_caches: Any, pool: Any, stream: Any) -> Any:
+    def _capture(self, bucket: int, kv_caches: Any, pool: Any, stream: Any) -> Any:
         hidden = torch.zeros(bucket, self.model.model.norm.weight.shape[0])
 
         def replay() -> None:
             hidden.copy_(self._forward(bucket, kv_caches))
 
-        return cuda_graph.Recorded(SimpleNamespace(replay=replay), hidden, Counter(), Counter())
+        return Captured(SimpleNamespace(replay=replay), hidden, Counter(), Counter())
 
 
 def model_with(level: str, folder: Path) -> tuple[Any, Any, Any]:
     """The model, its attention and empty caches; the last block is the spare one."""
     config = load_hf_config(folder)
     optimizations, stats = Optimizations(attention_backend=level), StepStats()
-    attention = load_attention(
+    attention = Attention(
         optimizations,
         stats.attention_calls,
         num_kv_heads=config.num_key_value_heads,
@@ -128,7 +130,7 @@ def test_what_no_graph_holds_runs_eagerly(tiny: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(prefill_graph, "ENTRIES", 2)
     model, attention, caches = model_with("torch", tiny)
     stats = StepStats()
-    monkeypatch.setattr(ReplayedByHand, "_record", lambda *args: None)
+    monkeypatch.setattr(ReplayedByHand, "_capture", lambda *args: None)
     short = ReplayedByHand(model, attention, stats, caches, 4, NUM_BLOCKS * PAGE, None, None)  # type: ignore[arg-type]
     for lengths in ([17], [1, 1, 1]):
         batch = batch_of(lengths, [0] * len(lengths), 0)

@@ -25,11 +25,13 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
 from nanovllm.config import ALL, EngineConfig
-from nanovllm.kernels.registry import load_attention, load_kernels
+from nanovllm.kernels.registry import load_kernels
+from nanovllm.layers.attention import Attention
 from nanovllm.layers.linear import TensorParallel
 from nanovllm.models.config import ModelConfig
 
 MODEL = ModelConfig(
+    architecture="Qwen3ForCausalLM",
     vocab_size=2048,
     hidden_size=512,
     intermediate_size=1024,
@@ -74,7 +76,7 @@ def test_a_rehearsal_asks_for_the_kernels_of_the_steps() -> None:
 def test_a_rehearsal_that_fails_is_a_warning_and_no_more(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rehearsal = import_module("nanovllm.engine.rehearsal")
+    rehearsal = import_module("nanovllm.gpu.rehearsal")
     monkeypatch.setattr(rehearsal, "key_of", lambda runner, model: 1 / 0)
     started = rehearsal.Rehearsal(SimpleNamespace(device=torch.device("cuda", 0)), MODEL)
     started.wait()
@@ -87,7 +89,7 @@ def test_a_rehearsal_that_fails_is_a_warning_and_no_more(
 def test_what_was_rehearsed_once_is_not_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    rehearsal = import_module("nanovllm.engine.rehearsal")
+    rehearsal = import_module("nanovllm.gpu.rehearsal")
     compiled: list[Any] = []
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(
@@ -148,7 +150,7 @@ with LLM(sys.argv[1], dtype="bfloat16", max_model_len=1024, max_num_seqs=40) as 
 
 def make_runner(device: torch.device) -> Any:
     """A GraphRunner that has got as far as its model."""
-    from nanovllm.engine.cuda_graph import GraphRunner, Variant, buckets_for
+    from nanovllm.gpu.cuda_graph import GraphRunner, Variant, buckets_for
 
     config = EngineConfig(
         model="m",
@@ -165,7 +167,7 @@ def make_runner(device: torch.device) -> Any:
         config.max_num_seqs,
     )
     runner.kernels = load_kernels(config.optimizations, Counter())
-    runner.attention = load_attention(
+    runner.attention = Attention(
         config.optimizations,
         Counter(),
         num_kv_heads=2,
@@ -187,8 +189,8 @@ def main() -> None:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from nanovllm.engine import rehearsal
     from nanovllm.engine.model_runner import ModelRunner
+    from nanovllm.gpu import rehearsal
     from nanovllm.kernels.triton import launch
 
     device, found = torch.device("cuda", 0), Counter[tuple[str, str]]()
@@ -231,7 +233,7 @@ def main() -> None:
         torch.zeros_like,
     )
     model_of = import_module("nanovllm.models.qwen3").Qwen3ForCausalLM
-    rehearsal.Qwen3ForCausalLM = lambda model, length, *rest: model_of(model, 2000, *rest)
+    rehearsal.model_class = lambda name: lambda model, length, *rest: model_of(model, 2000, *rest)
     shadow = rehearsal.shadow_of(make_runner(device), MODEL)
     shadow._batch = lambda plan, rows: ModelRunner._batch(shadow, plan, rows)
     rehearsal.compile_launches(lambda: rehearsal.first_steps(shadow), device)

@@ -429,11 +429,11 @@ def test_what_the_library_cannot_compute_is_refused(install: Any) -> None:
 def test_the_registry_finds_and_counts_it(install: Any) -> None:
     from collections import Counter
 
-    from nanovllm.kernels.registry import load_attention
+    from nanovllm.layers.attention import Attention
 
     install(a=pypi_package())
     calls: Counter[str] = Counter()
-    backend = load_attention(
+    backend = Attention(
         Optimizations(attention_backend="flash_attn"),
         calls,
         num_kv_heads=KV_HEADS,

@@ -107,7 +107,7 @@ def test_hf_samples_from_its_seed(hf: Any) -> None:
         first
         != hf.serve([{**request, "seed": request["seed"] + 1} for request in sampled])["outputs"]
     )
-    with pytest.raises(ValueError, match="one batch cannot mix sampling parameters"):
+    with pytest.raises(ValueError, match="all requests of a batch must have the same"):
         hf.serve([*sampled[:1], *REQUESTS[1:2]])
 
 

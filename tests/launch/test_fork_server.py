@@ -17,14 +17,16 @@ import pytest
 
 from experiments.host import environment
 from experiments.launch import engine_process, runner
-from experiments.launch.fork_server import Nursery, PreloadError
+from experiments.launch.fork_server import ForkServer, ForkServerError
 from experiments.records import store
 from tests.support.fake_engine import make_plan
 
 
 @pytest.fixture
-def nursery(tmp_path: Path) -> Iterator[Nursery]:
-    made = Nursery(sys.executable, environment.of_child(), ("json",), tmp_path / "preload.log")
+def fork_server(tmp_path: Path) -> Iterator[ForkServer]:
+    made = ForkServer(
+        sys.executable, environment.for_subprocess(), ("json",), tmp_path / "fork-server.log"
+    )
     yield made
     made.close()
 
@@ -51,46 +53,49 @@ def a_launch_that_hangs(tmp_path: Path) -> list[str]:
 
 
 def test_a_launch_is_forked_and_its_status_and_output_are_its_own(
-    nursery: Nursery, tmp_path: Path
+    fork_server: ForkServer, tmp_path: Path
 ) -> None:
     log = tmp_path / "launch.log"
     log.write_bytes(b"")
-    started = nursery.start(["--plan", str(tmp_path / "none.json"), "--launch", "b00"], log)
+    started = fork_server.start(["--plan", str(tmp_path / "none.json"), "--launch", "b00"], log)
     assert started.wait(30) == 1
     assert "none.json" in log.read_text()
-    again = nursery.start(["--help"], log)
+    again = fork_server.start(["--help"], log)
     assert (again.wait(30), again.pid != started.pid) == (0, True)
 
 
-def test_a_killed_launch_says_by_which_signal_and_the_nursery_goes_on(
-    tmp_path: Path, nursery: Nursery
+def test_a_killed_launch_says_by_which_signal_and_the_fork_server_goes_on(
+    tmp_path: Path, fork_server: ForkServer
 ) -> None:
     log = tmp_path / "launch.log"
-    hanging = nursery.start(a_launch_that_hangs(tmp_path), log)
+    hanging = fork_server.start(a_launch_that_hangs(tmp_path), log)
     with pytest.raises(subprocess.TimeoutExpired):
         hanging.wait(1.0)
     runner.kill_group(hanging)
     assert hanging.returncode == -signal.SIGKILL
-    assert nursery.start(["--help"], log).wait(30) == 0
+    assert fork_server.start(["--help"], log).wait(30) == 0
 
 
 def test_a_module_that_cannot_be_imported_is_said(tmp_path: Path) -> None:
-    broken = Nursery(
-        sys.executable, environment.of_child(), ("no_such_module",), tmp_path / "preload.log"
+    broken = ForkServer(
+        sys.executable,
+        environment.for_subprocess(),
+        ("no_such_module",),
+        tmp_path / "fork-server.log",
     )
-    with pytest.raises(PreloadError, match="no_such_module"):
+    with pytest.raises(ForkServerError, match="no_such_module"):
         broken.start(["--help"], tmp_path / "log")
     broken.close()
 
 
-def test_a_launch_ends_with_its_nursery(tmp_path: Path, nursery: Nursery) -> None:
+def test_a_launch_ends_with_its_fork_server(tmp_path: Path, fork_server: ForkServer) -> None:
     log = tmp_path / "launch.log"
     log.write_bytes(b"")
-    hanging = nursery.start(a_launch_that_hangs(tmp_path), log)
+    hanging = fork_server.start(a_launch_that_hangs(tmp_path), log)
     deadline = time.monotonic() + 30
     while "hangs as told" not in log.read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
-    nursery.close()
+    fork_server.close()
     while time.monotonic() < deadline:
         try:
             os.kill(hanging.pid, 0)

@@ -111,11 +111,11 @@ def test_bad_launches_are_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
     }
     assert "exit status 1" in found["crash"]["reason"]
     assert "RuntimeError: the fake engine crashes as told" in found["crash"]["reason"]
-    assert "no result after 2 s" in found["hang"]["reason"]
+    assert "killed after 2 s without a result" in found["hang"]["reason"]
     assert "the fake engine hangs as told" in found["hang"]["reason"]
     assert "request 0 asked for" in found["wrong"]["reason"]
     assert found["dead"]["reason"] == "prefix_cache=on never engaged"
-    assert "at its baseline, off, and yet engaged" in found["stuck"]["reason"]
+    assert "at its baseline, off, but engaged" in found["stuck"]["reason"]
     with Runner(plan, tmp_path / "out", resume=True) as runner:
         pending = [entry["cell"] for entry in runner.pending()]
     assert pending == ["crash", "hang"], "failed launches run again, invalid ones do not"
@@ -134,9 +134,9 @@ engine_process.main({}, "", "", time.time(), Path(sys.argv[sys.argv.index("--res
 def test_a_result_cut_in_the_middle_is_removed(tmp_path: Path) -> None:
     """By the runner, or by the next one where that died as well."""
     dies = [sys.executable, "-c", DIES_WRITING]
-    assert runner.run_child(dies, tmp_path / "b00.a1", 30, {})["record"]["reason"].startswith(
-        "exit status 9"
-    )
+    assert runner.run_engine_process(dies, tmp_path / "b00.a1", 30, {})["record"][
+        "reason"
+    ].startswith("exit status 9")
     assert [path.name for path in tmp_path.iterdir()] == ["b00.a1.log"]
     logs = tmp_path / "out" / store.LOGS
     logs.mkdir(parents=True)
@@ -179,7 +179,7 @@ def test_a_folder_of_other_records_is_refused(
     [
         (
             ["--blocks", "0,x"],
-            "argument --blocks: 'x' is no block; write their numbers, separated by commas, e.g. 0,1",
+            "argument --blocks: 'x' is not a block number; write numbers separated by commas, e.g. 0,1",
         ),
         (["--blocks", "1,99"], "plan.json has no block 99; allowed: 0, 1"),
         (
@@ -188,7 +188,7 @@ def test_a_folder_of_other_records_is_refused(
         ),
         (
             ["--model", "/nonexistent"],
-            "model /nonexistent: no folder with a config.json; give the folder of a checkpoint",
+            "model /nonexistent: not a folder with a config.json; give the folder of a checkpoint",
         ),
     ],
 )
@@ -225,10 +225,10 @@ def test_records_of_other_code_are_not_mixed(
         monkeypatch.setattr(provenance, "code_digest", lambda: "other")
         with pytest.raises(
             store.RecordError,
-            match="code has changed since this run began: b01-o00-baseline would measure",
+            match="code has changed since this run began, so b01-o00-baseline would measure",
         ):
             runner.run()
-    with pytest.raises(store.RecordError, match="made by other code"):
+    with pytest.raises(store.RecordError, match="another version of the code"):
         Runner(plan, tmp_path / "out", resume=True)
 
 
@@ -313,7 +313,7 @@ def test_killed_twenty_times_at_random_moments_it_ends_with_the_same_launches(
         file.write('{"kind":"launch","schema":1,"stu')
     done = subprocess.run(resume, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "the last line was cut short" in done.stderr
+    assert "removed a truncated last line" in done.stderr
     found, wanted = store.read(out), store.read(tmp_path / "undisturbed")
     assert what_was_done(found) == what_was_done(wanted)
     assert len(store.counted(found)) == total
@@ -373,7 +373,7 @@ def test_a_stopped_runner_leaves_no_process_behind(tmp_path: Path, how: signal.S
     assert store.read(tmp_path / "out") == []
     if how is signal.SIGINT:
         assert runner.returncode == 130
-        assert "Go on with the same command and --resume" in err
+        assert "Run the same command with --resume" in err
 
 
 def test_the_runner_needs_the_standard_library_only(plan_file: Path, tmp_path: Path) -> None:
@@ -417,10 +417,10 @@ def test_two_studies_do_not_measure_on_one_machine_at_once(
             f"another study is being measured on this machine (process {os.getpid()}, records in {tmp_path / 'first'})"
             in said
         )
-        assert "Wait for it, or stop it" in said
+        assert "wait for it or stop it" in said
         same = ["--plan", str(plan_file), "--out", str(tmp_path / "first"), "--resume"]
         assert runner.main(same) == 1
-        assert "another runner is at work here" in capsys.readouterr().err
+        assert "another runner is using this folder" in capsys.readouterr().err
     assert runner.main([*other, "--resume"]) == 0, "the lock went with its holder"
 
     gpu = {**plan, "profile": {**plan["profile"], "device": "cuda"}}

@@ -177,8 +177,8 @@ def test_heat_and_neighbours_are_seen_and_make_the_launch_invalid(
     assert set(seen["throttle_reasons"]) == set(THROTTLE_REASONS) - {"power_cap"}
     reasons = objections(seen, Validity(max_foreign_cpu=1).model_dump())
     assert [reason.split(" (")[0] for reason in reasons] == [
-        "1 other processes computed on its GPUs",
-        "a GPU was slowed down",
+        "1 other processes used its GPUs",
+        "a GPU was throttled",
     ]
 
 

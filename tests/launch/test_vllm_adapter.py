@@ -220,7 +220,7 @@ def test_the_cache_is_really_reset_and_the_engine_really_closed(
 def test_a_vllm_for_another_device_is_an_error(adapter: Any) -> None:
     with pytest.raises(
         RuntimeError,
-        match=r"this vLLM \(9\.9\) runs on cpu, the plan asks for cuda: give another interpreter",
+        match=r"this vLLM \(9\.9\) supports cpu, but the plan needs cuda: give another interpreter",
     ):
         adapter(device="cuda")
 

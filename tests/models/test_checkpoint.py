@@ -315,6 +315,6 @@ def test_mistakes_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(FileNotFoundError):
         checkpoint_digest(tmp_path)
     monkeypatch.setitem(checkpoint.DIGESTS, "tiny", "0" * 64)
-    with pytest.raises(RuntimeError, match="recorded is 000"):
+    with pytest.raises(RuntimeError, match="expected is 000"):
         ensure_checkpoint("tiny", cache_dir=tmp_path)
     assert not list(tmp_path.iterdir())

@@ -51,7 +51,7 @@ def test_the_page_names_every_key_that_the_code_knows() -> None:
     known = {
         *(name for name in model_config.COMPUTED if " " not in name),
         *(
-            f.replace("eos_token_ids", "eos_token_id")
+            f.replace("eos_token_ids", "eos_token_id").replace("architecture", "architectures")
             for f in model_config.ModelConfig.__dataclass_fields__
         ),
         *sampling_defaults.HONOURED,

@@ -11,7 +11,8 @@ from experiments import workloads
 from experiments.gate.judge import rescore
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Optimizations
-from nanovllm.kernels.registry import load_attention, load_kernels
+from nanovllm.kernels.registry import load_kernels
+from nanovllm.layers.attention import Attention
 from nanovllm.layers.linear import TensorParallel
 from nanovllm.models import checkpoint, generated
 from nanovllm.models.checkpoint import checkpoint_digest, ensure_checkpoint
@@ -41,7 +42,7 @@ def parameters(folder: Path, rank: int, size: int) -> dict[str, torch.nn.Paramet
     tp = TensorParallel()
     tp.rank, tp.size = rank, size
     on, calls = Optimizations(), __import__("collections").Counter()
-    attention = load_attention(
+    attention = Attention(
         on, calls, num_kv_heads=4 // size, block_size=16, head_dim=16, dtype=torch.float32
     )
     model = Qwen3ForCausalLM(load_hf_config(folder), 64, load_kernels(on, calls), attention, tp)

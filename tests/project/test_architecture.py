@@ -62,7 +62,7 @@ def test_optimizations_are_loaded_only_when_on(baseline_modules: dict[str, Path]
         "sampling_shards",
         "generated",
         "cuda_graph",
-        "compiled",
+        "compile",
         "triton",
         "flash_attn",
         "checkpoint",
@@ -121,3 +121,23 @@ def test_statements_are_counted_without_docstrings(tmp_path: Path) -> None:
         '"""Doc."""\nx = 1; y = 2\n\n\ndef f():\n    """Doc."""\n    if x:\n        return (\n        y)\n'
     )
     assert count_statements(file) == 5  # two assignments, def, if, return
+
+
+@pytest.mark.parametrize(
+    "landmark",
+    [
+        "engine/block_manager.py",
+        "engine/scheduler.py",
+        "engine/llm_engine.py",
+        "layers/attention.py",
+    ],
+)
+def test_the_landmarks_stand_where_readers_are_told(landmark: str) -> None:
+    assert (ROOT / "src" / "nanovllm" / landmark).is_file()
+
+
+@pytest.mark.parametrize("floor", ["src", "property_tests"])
+def test_no_room_is_crowded(floor: str) -> None:
+    rooms = {file.parent for file in (ROOT / floor).rglob("*.py")}
+    crowded = {str(room): n for room in rooms if (n := len(list(room.glob("*.py")))) > 15}
+    assert not crowded

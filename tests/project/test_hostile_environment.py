@@ -96,7 +96,7 @@ def test_children_are_told_what_they_need(monkeypatch: pytest.MonkeyPatch) -> No
     for name, value in {**HOSTILE, "PYTHONINSPECT": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", f"{os.pathsep}/theirs{os.pathsep}")
-    found = environment.of_child({"OMP_WAIT_POLICY": "PASSIVE"})
+    found = environment.for_subprocess({"OMP_WAIT_POLICY": "PASSIVE"})
     assert not set(environment.REMOVED) & set(found)
     assert {name: found[name] for name in environment.SET} == environment.SET
     assert found["PYTHONPATH"].split(os.pathsep) == [str(ROOT), str(ROOT / "src"), "/theirs"]

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 DRAW = """
 import random, sys
 from hypothesis import settings, seed, strategies as st
-from property_tests import profiles
+from property_tests.support import profiles
 profiles.register()
 settings.load_profile(sys.argv[1])
 drawn = []

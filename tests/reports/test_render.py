@@ -480,7 +480,7 @@ def test_the_command_names_what_it_left_out_and_refuses_what_it_cannot_read(
     path.write_text(json.dumps(records[0] | {"schema": 2}) + "\n")
     refused = CliRunner().invoke(app, ["render", str(tmp_path)])
     assert refused.exit_code == 2
-    assert "line 1: schema 2 is unknown" in refused.stderr
+    assert "line 1: schema 2 is not supported" in refused.stderr
 
 
 def test_the_command_to_reproduce_names_overrides_and_quotes_them() -> None:

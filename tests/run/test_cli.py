@@ -58,9 +58,9 @@ def test_an_error_is_one_message_and_status_2(runs: Path) -> None:
     assert (result.exit_code, "Traceback" in result.output) == (2, False)
     assert "embeded: no such study" in result.output
     result = invoke("ablate", "--profile", "gpu")
-    assert (result.exit_code, "one of 8gpu, cpu, h100" in result.output) == (2, True)
+    assert (result.exit_code, "8gpu, cpu, h100" in result.output) == (2, True)
     result = invoke("report")
-    assert (result.exit_code, "`make ablate` makes one" in result.output) == (2, True)
+    assert (result.exit_code, "run `make ablate` first" in result.output) == (2, True)
 
 
 def test_a_dry_run_writes_a_plan_for_another_host(
@@ -94,7 +94,8 @@ def test_a_dry_run_writes_a_plan_for_another_host(
         "qwen3-0.6b",
         "bfloat16",
     )
-    assert "not here tensor_parallel_size=2: needs 2 GPUs" in result.output
+    assert "tensor_parallel_size=2" in result.output
+    assert "needs 2 GPUs; profile h200 has 1" in " ".join(result.output.split())
     assert "python -m experiments.launch --plan plan.json" in result.output
     assert not runs.exists()
 
@@ -120,7 +121,7 @@ def test_an_interrupted_run_of_the_same_plan_and_code_is_found(
     (other / store.RECORDS).write_text("damaged\nmore\n")
     listed = invoke("list")
     assert listed.exit_code == 0
-    assert f"{folder.name}  interrupted, 3 launches count" in listed.output
+    assert f"{folder.name}  interrupted, 3 launches counted" in listed.output
     assert "99999999-other  interrupted, damaged: " in listed.output
     with monkeypatch.context() as changed:
         changed.setattr(provenance, "code_digest", lambda: "other")

@@ -16,7 +16,7 @@ import pytest
 import typer
 
 import experiments.__main__ as cli
-from experiments.cluster.dispatch import Dispatcher, Event, Job, WorkerError
+from experiments.cluster.dispatch import Dispatcher, Job, WorkerError, WorkerEvent
 from experiments.cluster.executor import EXECUTORS, Options
 from experiments.cluster.ray_workers import run_block
 from experiments.host import provenance
@@ -35,7 +35,7 @@ class ScriptedWorkers:
 
     def __init__(self, plan: dict[str, Any], slots: list[str], script: Script) -> None:
         self.plan, self.names, self.script = plan, slots, script
-        self.events: list[tuple[str, Event]] = []
+        self.events: list[tuple[str, WorkerEvent]] = []
         self.given: list[tuple[str, int]] = []
 
     def slots(self) -> dict[str, str]:
@@ -46,7 +46,7 @@ class ScriptedWorkers:
         self.given.append((slot, job["block"]))
         launches = [entry for entry in self.plan["launches"] if entry["block"] == job["block"]]
         for kind in self.script(slot, job["block"]) or ["end"] * len(launches) + ["done"]:
-            event: Event = {"event": kind, "reason": "as told"}
+            event: WorkerEvent = {"event": kind, "reason": "as told"}
             if kind == "end":
                 entry = launches.pop(0)
                 written = {
@@ -72,7 +72,7 @@ class ScriptedWorkers:
             "provenance": {"git": None, "code_digest": job["code_digest"]},
         }
 
-    def poll(self, timeout_s: float) -> list[tuple[str, Event]]:
+    def poll(self, timeout_s: float) -> list[tuple[str, WorkerEvent]]:
         return [self.events.pop(0)] if self.events else []
 
 
@@ -118,10 +118,7 @@ def test_a_block_runs_in_one_place_and_again_elsewhere_when_it_is_lost(
         if r["kind"] == "superseded"
     ]
     assert superseded == [("b00-o00-baseline", 1), ("b00-o01-aa", 1)]
-    assert (
-        "the worker on machine a was lost in block 0 (as told); the block begins again from its start"
-        in told
-    )
+    assert "the worker on machine a was lost in block 0 (as told); the block is restarted" in told
     assert store.counted(store.read(tmp_path / "out"))[0]["provenance"]["git"] is not None
 
 
@@ -135,7 +132,7 @@ def test_with_one_machine_a_lost_block_begins_again_there_and_not_for_ever(
     assert len(store.counted(store.read(tmp_path / "out"))) == 9
     workers = ScriptedWorkers(plan, ["a"], lambda slot, block: ["end", "lost"])
     with pytest.raises(
-        WorkerError, match=r"block . lost its worker 3 times.*the same command goes on"
+        WorkerError, match=r"block . lost its worker 3 times.*run the same command to resume"
     ):
         dispatch(plan, tmp_path / "other", workers)
     assert store.counted(store.read(tmp_path / "other")) == []
@@ -158,12 +155,12 @@ def test_a_machine_that_cannot_run_the_plan_is_left_aside(
     done, told = dispatch(plan, tmp_path / "out", workers)
     assert done
     assert [slot for slot, _ in workers.given].count("a") == 1
-    assert any("machine a cannot go on with block 0: as told" in text for text in told)
+    assert any("machine a cannot run block 0: as told" in text for text in told)
     with pytest.raises(WorkerError, match="no worker can run block 0: machine a: as told"):
         dispatch(
             plan, tmp_path / "other", ScriptedWorkers(plan, ["a"], lambda slot, block: ["refused"])
         )
-    with pytest.raises(WorkerError, match=r"no machine with what it needs \(a CPU\) was there"):
+    with pytest.raises(WorkerError, match=r"no machine with a CPU was available"):
         dispatch(plan, tmp_path / "nobody", ScriptedWorkers(plan, [], lambda slot, block: None))
 
 
@@ -175,7 +172,7 @@ def test_no_block_begins_that_would_not_end_before_the_deadline(
     done, told = dispatch(plan, tmp_path / "out", workers, deadline=time.monotonic() + 2)
     assert not done
     assert workers.given == [("a", 0)]
-    assert "stopped: no further block would end before the deadline" in told
+    assert "stopped: no further block would finish before the deadline" in told
     assert dispatch(plan, tmp_path / "out", workers)[0]
     assert len(store.counted(store.read(tmp_path / "out"))) == 9
 
@@ -243,7 +240,8 @@ def test_without_ray_everything_else_works_and_the_error_says_what_to_install(
     assert done.returncode == 0, done.stderr
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(
-        WorkerError, match=r"needs the package ray: pip install -c constraints.txt -e '.\[ray\]'"
+        WorkerError,
+        match=r"needs Ray; install it with: pip install -c constraints.txt -e '.\[ray\]'",
     ):
         EXECUTORS["ray"](
             plan, tmp_path / "out", Options(executor="ray"), lambda event, details: None

@@ -61,7 +61,7 @@ def test_each_block_counts_from_one_place(visited: Path, tmp_path: Path) -> None
         "whole blocks first, then the earliest"
     )
     assert any(
-        "block 1 was begun in 2 places; it counts from" in note and "host-b" in note
+        "block 1 was started in 2 places; it is counted from" in note and "host-b" in note
         for note in notes
     )
     found = store.read(tmp_path / "merged")
@@ -125,7 +125,7 @@ def test_a_merged_folder_can_be_resumed(visited: Path, tmp_path: Path) -> None:
 def test_what_does_not_belong_together_is_refused(visited: Path, tmp_path: Path) -> None:
     with Runner(make_plan(tmp_path / "model", blocks=3), tmp_path / "other-plan", resume=False):
         pass
-    with pytest.raises(RecordError, match="only visits of one plan can be merged"):
+    with pytest.raises(RecordError, match="only folders of one plan can be merged"):
         merged_folders.merge([visited / "one", tmp_path / "other-plan"], tmp_path / "merged")
     shutil.copytree(visited / "two", tmp_path / "other-code")
     altered = (
@@ -134,7 +134,7 @@ def test_what_does_not_belong_together_is_refused(visited: Path, tmp_path: Path)
         .replace(provenance.code_digest(), "f" * 64)
     )
     (tmp_path / "other-code" / store.RECORDS).write_text(altered)
-    with pytest.raises(RecordError, match="ran different code"):
+    with pytest.raises(RecordError, match="different versions of the code"):
         merged_folders.merge([visited / "one", tmp_path / "other-code"], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     merged_folders.merge([visited / "one", visited / "two"], tmp_path / "merged")

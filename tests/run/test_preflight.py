@@ -123,7 +123,7 @@ def test_mlflow_that_cannot_be_written_leaves_the_report(
     finished: Path, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cannot_write(monkeypatch, tmp_path)
-    assert "cannot be written" in (tracking.objection(tmp_path) or "")
+    assert "not writable" in (tracking.objection(tmp_path) or "")
     monkeypatch.setattr(execution, "render", lambda folder: None)
     real = tracking.import_folder
     monkeypatch.setattr(
@@ -171,7 +171,9 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(tmp_pat
     plan = store.read_plan(PUBLISHED / store.PLAN)
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nanovllm")):
-        with pytest.raises(store.RecordError, match=r"cannot be written there .*give --out"):
+        with pytest.raises(
+            store.RecordError, match=r"cannot write records there .*give another --out"
+        ):
             preflight.check_folder(plan, folder)
     preflight.check_folder(plan, tmp_path / "new" / "folder")
 
@@ -185,7 +187,7 @@ def test_a_full_disk_is_refused_before_anything_runs(
     free = type("Usage", (), {"free": preflight.bytes_needed(plan) - 1})
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     with pytest.raises(
-        store.RecordError, match=r"MB left, records and report may take .* MB: make room"
+        store.RecordError, match=r"MB free, but records and report may take .* MB: free some space"
     ):
         preflight.check_folder(plan, tmp_path)
 
@@ -197,7 +199,7 @@ def test_a_report_that_could_not_be_drawn_is_refused_before_anything_runs(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(
         store.RecordError,
-        match=r"nothing was measured, as gate or report could not be made.*half installed",
+        match=r"nothing was measured, because the report could not be rendered.*half installed",
     ):
         preflight.check_end(tmp_path)
 

@@ -119,7 +119,7 @@ def test_blocks_run_on_two_nodes_and_begin_again_when_their_worker_dies(
         ("b00-o00-baseline", 1)
     ]
     assert {r["launch"][:3] for r in superseded} == {"b00", "b03"}
-    assert all("begins again from its start" in r["reason"] for r in superseded)
+    assert all("is restarted" in r["reason"] for r in superseded)
     assert any("WorkerCrashedError" in r["reason"] for r in superseded)
     again = [r for r in counted if r["block"] == 0]
     assert {r["attempt"] for r in again if r["order"] == 0} == {2}
@@ -177,5 +177,5 @@ def test_an_ended_block_does_not_take_the_next_with_it(
 
 def test_what_ray_cannot_do_is_said(tmp_path: Path) -> None:
     plan = make_plan(tmp_path / "model")
-    with pytest.raises(WorkerError, match=r"client protocol cannot stream records.*host:port"):
+    with pytest.raises(WorkerError, match=r"Ray client protocol is not supported.*host:port"):
         RayWorkers(plan, "ray://localhost:10001")

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from experiments.records import store
+from experiments.records.reading import read_records
 from experiments.records.store import Folder, RecordError
-from reports.analysis.study_records import read_records
 from tests.support.fake_engine import ENVIRONMENT, make_plan
 
 
@@ -32,7 +32,7 @@ def test_a_cut_last_line_is_removed_and_said(tmp_path: Path) -> None:
         path.write_bytes(whole[:-cut])
         with Folder(tmp_path) as folder:
             assert [r["launch"] for r in folder.records] == ["a"]
-            assert "the last line was cut short" in folder.messages[0]
+            assert "removed a truncated last line" in folder.messages[0]
             folder.append(launch("b"))
         assert path.read_bytes() == whole
 
@@ -48,7 +48,7 @@ def test_a_record_that_lost_only_its_end_of_line_is_kept(tmp_path: Path) -> None
     # what some file systems leave after a power cut
     path.write_bytes(path.read_bytes() + b"\0" * 512)
     with Folder(tmp_path) as folder:
-        assert "512 bytes removed" in folder.messages[0]
+        assert "of 512 bytes" in folder.messages[0]
     assert [r["launch"] for r in store.read(tmp_path)] == ["a", "b", "c"]
 
 
@@ -76,7 +76,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(
 
         monkeypatch.setattr(store.os, "write", half)
         with pytest.raises(
-            RecordError, match=r"the disk is full.*recorded before is intact.*same command again"
+            RecordError, match=r"the disk is full.*Earlier records are intact.*same command again"
         ):
             folder.append(launch("b"))
         assert (tmp_path / store.RECORDS).read_bytes() == before
@@ -103,7 +103,7 @@ def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert re.search(
-        r"cannot write a record of \d+ bytes .*recorded before is intact.*same command again",
+        r"cannot write a record of \d+ bytes .*Earlier records are intact.*same command again",
         done.stderr,
     )
     before = (out / store.RECORDS).read_bytes()
@@ -118,7 +118,7 @@ def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path) -> None:
             nothing_fits, env=ENVIRONMENT, capture_output=True, text=True, check=False
         )
         assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
-        assert "What was recorded before is intact" in done.stderr
+        assert "Earlier records are intact" in done.stderr
     assert (out / store.RECORDS).read_bytes() == before
     done = subprocess.run(
         [sys.executable, "-m", "experiments.launch", *arguments],
@@ -134,7 +134,7 @@ def test_a_disk_that_fills_up_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_a_folder_has_one_runner(tmp_path: Path) -> None:
-    with Folder(tmp_path), pytest.raises(RecordError, match="another runner is at work here"):
+    with Folder(tmp_path), pytest.raises(RecordError, match="another runner is using this folder"):
         Folder(tmp_path)
     Folder(tmp_path).close()
 
@@ -142,14 +142,16 @@ def test_a_folder_has_one_runner(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     path = tmp_path / store.RECORDS
     path.write_text(json.dumps({**launch("a"), "schema": 2}) + "\n")
-    with pytest.raises(RecordError, match="line 1: schema 2 is newer than this program's 1"):
+    with pytest.raises(
+        RecordError, match="line 1: schema 2 is not supported, this program reads 1"
+    ):
         store.read(tmp_path)
     before = path.read_bytes()
-    with pytest.raises(RecordError, match="schema 2 is newer"):
+    with pytest.raises(RecordError, match="schema 2 is not supported"):
         Folder(tmp_path)
     assert path.read_bytes() == before, "left as it is"
     path.write_text(json.dumps(launch("a")) + "\nnull\n")
-    with pytest.raises(RecordError, match=r"line 2: damaged \(not a JSON object\)"):
+    with pytest.raises(RecordError, match=r"line 2: damaged \(not a JSON object"):
         store.read(tmp_path)
     path.write_text("{nonsense\n" + json.dumps(launch("a")) + "\n")
     with pytest.raises(RecordError, match="line 1: damaged"):
@@ -158,11 +160,11 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
     plan.write_text('{"plan_version": 2}')
     with pytest.raises(RecordError, match="plan_version 2; this program reads version 1"):
         store.read_plan(plan)
-    with pytest.raises(RecordError, match=r"not a readable plan.*--write-plan"):
+    with pytest.raises(RecordError, match=r"cannot read the plan.*--write-plan"):
         store.read_plan(tmp_path / "absent.json")
     plan.write_text("[1]")
     with pytest.raises(
-        RecordError, match=r"not a readable plan \(not a JSON object\).*--write-plan"
+        RecordError, match=r"cannot read the plan \(not a JSON object\).*--write-plan"
     ):
         store.read_plan(plan)
 
@@ -201,7 +203,7 @@ def test_two_visits_copied_into_one_file_are_not_mixed_up(tmp_path: Path) -> Non
     (tmp_path / store.RECORDS).write_text("".join(json.dumps(record) + "\n" for record in visits))
     with pytest.raises(
         RecordError,
-        match=r"line 2: another record of a, attempt 1: .*two visits.*import FOLDER FOLDER --merge",
+        match=r"line 2: another record of a, attempt 1: .*two folders.*import FOLDER FOLDER --merge",
     ):
         store.read(tmp_path)
 

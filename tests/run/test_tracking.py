@@ -206,7 +206,7 @@ def test_a_store_that_mlflow_would_not_look_at_is_an_error(execution: Path, root
     trap = root / "mlruns" / "0"
     trap.mkdir(parents=True)
     (trap / "meta.yaml").write_text("")
-    with pytest.raises(tracking.TrackingError, match=r"ignore mlflow.db: move .*mlruns away"):
+    with pytest.raises(tracking.TrackingError, match=r"ignores mlflow.db: move .*mlruns away"):
         tracking.import_folder(execution / "out", None, root)
 
 
@@ -214,7 +214,7 @@ def test_a_folder_without_launches_is_an_error(execution: Path, root: Path) -> N
     empty = root / "empty"
     empty.mkdir()
     shutil.copyfile(execution / "out" / "plan.json", empty / "plan.json")
-    with pytest.raises(tracking.TrackingError, match="no launch has been recorded yet"):
+    with pytest.raises(tracking.TrackingError, match="no launch is recorded yet"):
         tracking.import_folder(empty, None, root)
 
 

@@ -88,7 +88,7 @@ def test_a_study_planned_here_and_measured_there(
     visits = [str(tmp_path / "first"), str(tmp_path / "second")]
     said = home("import", *visits, "--merge", str(tmp_path / "merged"))
     assert "written" in said.output
-    assert "was there already" in home("import", str(tmp_path / "merged")).output
+    assert "already up to date" in home("import", str(tmp_path / "merged")).output
     analysis = json.loads((tmp_path / "merged" / "report" / "analysis.json").read_text())
     assert (
         next(effect["n"] for effect in analysis["effects"] if effect["cell"] == "batching=chunked")

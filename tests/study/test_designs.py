@@ -189,20 +189,20 @@ def test_blocks_follow_the_budget() -> None:
             None,
             90,
             False,
-            r"budget_s: 2 blocks of 5 cells at 10 s a launch take 100 s, 90 s hold 1. Allowed: 100 s or more",
+            r"budget_s: 2 blocks of 5 cells at 10 s per launch take 100 s, but 90 s are enough for 1. Raise it to 100 s",
         ),
-        (None, 40, False, r"40 s do not hold one"),
+        (None, 40, False, r"but 40 s are enough for none"),
         (
             9,
             300,
             False,
-            r"9 blocks .* take 450 s, 300 s hold 6. Allowed: 450 s or more, or design.blocks from 2 to 6",
+            r"9 blocks .* take 450 s, but 300 s are enough for 6. Raise it to 450 s, or set design.blocks to 2 to 6",
         ),
         (
             None,
             250,
             True,
-            r"6 blocks .* take 300 s, 250 s hold 5. Allowed: 300 s or more, or fewer cells; the least is 6 blocks",
+            r"6 blocks .* take 300 s, but 250 s are enough for 5. Raise it to 300 s, or use fewer cells .the minimum is 6 blocks.",
         ),
     ],
 )
@@ -225,6 +225,7 @@ def test_an_earlier_run_tells_what_will_be_found(tmp_path: Path) -> None:
             work = {"a": {"output_tokens": 10, "duration_s": math.exp(log_s + entry["block"])}}
             record = {
                 "kind": "launch",
+                "schema": store.SCHEMA,
                 "launch": entry["launch"],
                 "attempt": 1,
                 "status": "ok",
@@ -264,10 +265,10 @@ RULES = {"foreign_gpu_processes": 0, "throttle": ["hw_thermal"], "max_foreign_cp
         ({}, []),
         (
             {"foreign_gpu_pids": [7, 8]},
-            ["2 other processes computed on its GPUs (7, 8); allowed: 0"],
+            ["2 other processes used its GPUs (7, 8); allowed: 0"],
         ),
         ({"throttle_reasons": ["power_cap"]}, []),
-        ({"throttle_reasons": ["hw_thermal", "power_cap"]}, ["a GPU was slowed down (hw_thermal)"]),
+        ({"throttle_reasons": ["hw_thermal", "power_cap"]}, ["a GPU was throttled (hw_thermal)"]),
         ({"summary": {"cpu_foreign": {"mean": 0.5}}}, []),
         (
             {"summary": {"cpu_foreign": {"mean": 0.91}}},
@@ -321,7 +322,7 @@ def test_an_environment_report_that_a_full_disk_cut_short_is_said_and_written_ag
     try:
         with pytest.raises(
             store.RecordError,
-            match=r"environment-.*txt: cannot be written .*Make room on the disk",
+            match=r"environment-.*txt: cannot be written .*Free some disk space",
         ):
             provenance.collect_env(sys.executable, tmp_path)
     finally:

@@ -118,16 +118,16 @@ def test_several_gpus_of_one_kind_count_and_others_do_not(gpus: Any) -> None:
     [
         (
             seen(device("Tesla T4", (7, 5))),
-            r"Tesla T4 has compute capability 7\.5; allowed: 8\.0 .* PROFILE=cpu",
+            r"Tesla T4 has compute capability 7\.5; 8\.0 .* is required.* PROFILE=cpu",
         ),
         (
             seen(why_not="The NVIDIA driver on your system is too old (found version 11040)."),
             r"too old .* Update the NVIDIA",
         ),
-        (seen(cuda=None), r"a build without CUDA\. .* install a torch that was built for it"),
+        (seen(cuda=None), r"built without CUDA\. .* install a build of torch for it"),
         (
             {k: v for k, v in seen(device()).items() if k != "bandwidth_bytes_per_s"},
-            r"bytes free, too few .*nvidia-smi lists it",
+            r"bytes free; measuring its speed takes .*see nvidia-smi",
         ),
     ],
 )
@@ -161,7 +161,7 @@ def test_a_driver_that_does_not_answer_is_said(
     assert machine.listed_gpus() == []
     (tmp_path / "nvidiactl").touch()
     assert machine.listed_gpus() == [
-        "a driver that does not answer (Failed to initialize NVML: Driver/library version mismatch)"
+        "a driver that does not respond (Failed to initialize NVML: Driver/library version mismatch)"
     ]
 
 
@@ -194,7 +194,8 @@ def test_a_profile_that_leaves_its_speeds_open_needs_its_machine(
     profile = machine.detect_profile()
     monkeypatch.setattr(machine, "listed_gpus", list)
     with pytest.raises(
-        SpecError, match="state bandwidth_bytes_per_s and peak_flops to plan for another machine"
+        SpecError,
+        match="set bandwidth_bytes_per_s and peak_flops in the profile to plan for another machine",
     ):
         machine.settle(profile, "bfloat16")
 

@@ -70,6 +70,15 @@ def test_the_same_study_gives_the_same_plan(cpu: Profile, model: ModelChoice) ->
         assert list(other["study"]["overrides"]) == [override.split("=")[0]]
 
 
+def test_a_plan_names_the_statistics_of_a_study_that_asks_for_them(
+    cpu: Profile, model: ModelChoice
+) -> None:
+    """The plans of all other studies stay as they were, and with them what may be resumed."""
+    assert "statistics" not in plan_of(cpu, model)["study"]
+    asked = plan_of(cpu, model, "statistics.variance=moderated")
+    assert asked["study"]["statistics"] == {"variance": "moderated", "families": "joint"}
+
+
 def test_a_plan_is_written_and_read_whole(cpu: Profile, model: ModelChoice, tmp_path: Path) -> None:
     plan = plan_of(cpu, model)
     path = tmp_path / "plan.json"
@@ -146,7 +155,10 @@ def test_a_budget_gives_the_number_of_blocks(cpu: Profile, model: ModelChoice) -
     plan = plan_of(cpu, model, TWO, "cells={}", "design={kind: full_factorial, budget_s: 600}")
     assert plan["study"]["design"]["blocks"] == 600 // (7 * 8) == 10
     assert (len(plan["launches"]), plan["expected_s"]) == (70, 560)
-    message = r"embedded.yaml .with overrides .*: design.budget_s: 2 blocks of 7 cells at 8 s a launch take 112 s, 100 s hold 1"
+    message = (
+        r"embedded.yaml .with overrides .*: design.budget_s: 2 blocks of 7 cells at 8 s per launch "
+        r"take 112 s, but 100 s are enough for 1"
+    )
     with pytest.raises(SpecError, match=message):
         plan_of(cpu, model, TWO, "cells={}", "design={kind: full_factorial, budget_s: 100}")
 
@@ -182,8 +194,8 @@ def test_a_factorial_cannot_lose_a_cell_and_other_designs_list_it(
 ) -> None:
     graphs = "factors={prefix_cache: {levels: on}, cuda_graphs: {levels: on}}"
     message = (
-        "design.kind: full_factorial cannot lose a level, and factors.cuda_graphs.levels: on "
-        "cannot run on profile cpu: .* use an"
+        "factors.cuda_graphs.levels: on cannot run on profile cpu: .* "
+        "design.kind: full_factorial needs every level"
     )
     with pytest.raises(NotHereError, match=message):
         plan_of(cpu, model, graphs, "cells={}", "design={kind: full_factorial}")
@@ -197,7 +209,7 @@ def test_a_factorial_cannot_lose_a_cell_and_other_designs_list_it(
     pair = "factors={all_reduce: {levels: symmetric_memory}, tensor_parallel_size: {levels: 2}}"
     with pytest.raises(
         NotHereError,
-        match=r"cannot lose a cell, and all_reduce=symmetric_memory cannot run on profile h200-x2: "
+        match=r"cell all_reduce=symmetric_memory cannot run on profile h200-x2: "
         r"all_reduce='symmetric_memory' needs tensor_parallel_size of 2",
     ):
         plan_of(gpus, model, pair, "cells={}", "design={kind: full_factorial}")
@@ -233,11 +245,12 @@ def test_a_workload_that_cannot_run_is_refused_before_anything_runs(
 ) -> None:
     with pytest.raises(
         SpecError,
-        match=r"workload scaled has a request of \d+ tokens; settings.max_model_len is 180",
+        match=r"workload scaled has a request of \d+ tokens, more than settings.max_model_len, 180",
     ):
         plan_of(cpu, model, "settings.max_model_len=180")
     with pytest.raises(
-        SpecError, match="workload scaled draws from 50000 tokens; the model has 2048"
+        SpecError,
+        match="workload scaled draws from 50000 token ids, but the model's vocabulary has 2048",
     ):
         plan_of(cpu, model, "workloads.scaled.vocab_size=50000")
     with pytest.raises(
@@ -246,7 +259,7 @@ def test_a_workload_that_cannot_run_is_refused_before_anything_runs(
     ):
         plan_of(cpu, model, f"settings.kv_cache_memory_bytes={2**34 + 1}")
     with pytest.raises(
-        SpecError, match="engine hf has no setting 'block_size'; allowed: max_num_seqs"
+        SpecError, match="engine hf has no setting 'block_size'; it has max_num_seqs"
     ):
         plan_of(cpu, model, "cells.hf.config={block_size: 16}")
 
@@ -271,15 +284,32 @@ def test_a_plan_says_what_it_costs_and_what_it_cannot_do(cpu: Profile, model: Mo
         )
     )
     assert (
-        "plan     30 launches (6 blocks of 5 cells) x 10 s: expected 5.0 min and the gate; hash"
+        "plan     30 launches (6 blocks of 5 cells) at 10 s each: about 5.0 min, plus the gate; hash"
         in text
     )
-    assert "not here cuda_graphs=on: cuda_graphs=True cannot run on device 'cpu'" in text
-    assert (
-        "finds    changes of 1.4 standard deviations of a block's ratio and more (no earlier run here"
-        in text
-    )
+    assert "skipped  cuda_graphs=on: cuda_graphs=True cannot run on device 'cpu'" in text
+    assert "power " not in text, "without an earlier run nobody knows the noise"
     assert "aliases" not in text
+
+
+def test_what_cannot_run_is_grouped_by_reason_in_readable_lines() -> None:
+    reason = "needs 2 GPUs; profile h100 has 1"
+    cells = [f"all-but-{factor}+tensor_parallel_size=2" for factor in ("kernels", "overlap")]
+    lines = plan_view.skipped(
+        [
+            {"factor": "tensor_parallel_size", "level": 2, "reason": reason},
+            {"factor": "cuda_graphs", "level": "on", "reason": "needs a GPU"},
+            *(
+                {"factor": cell, "level": "tensor_parallel_size=2", "reason": reason}
+                for cell in cells
+            ),
+        ]
+    )
+    assert all(len(line) <= 80 for line in lines)
+    text = " ".join(line.strip() for line in lines)
+    assert f"skipped  tensor_parallel_size=2, {', '.join(cells)}: {reason}" in text
+    assert "skipped  cuda_graphs=on: needs a GPU" in lines
+    assert text.count(reason) == 1
 
 
 def test_a_plan_says_what_a_fraction_mixes(model: ModelChoice) -> None:
@@ -289,8 +319,8 @@ def test_a_plan_says_what_a_fraction_mixes(model: ModelChoice) -> None:
             load_profile("h200"), model, four, "cells={}", "design={kind: fractional_factorial}"
         )
     )
-    assert "fraction resolution 4, generated by batching = kernels * cuda_graphs * overlap" in text
-    assert "aliases  kernels*cuda_graphs + overlap*batching cannot be told apart" in text
+    assert "fraction resolution 4, generators batching = kernels * cuda_graphs * overlap" in text
+    assert "aliases  kernels*cuda_graphs + overlap*batching (cannot be separated)" in text
 
 
 def test_a_plan_says_what_it_will_find_if_noise_is_as_before(
@@ -299,7 +329,8 @@ def test_a_plan_says_what_it_will_find_if_noise_is_as_before(
     published = provenance.ROOT / "reports" / "published" / "cpu-two-cores" / "embedded"
     text = said(plan_of(cpu, model), published)
     found = re.search(
-        r"finds    changes of ([\d.]+)% and more, in 80% of such studies, if blocks scatter as in embedded: ([\d.]+)%",
+        r"power    detects changes of ([\d.]+)% or more with probability 80%, "
+        r"if the noise between blocks is as in embedded \(([\d.]+)%\)",
         text,
     )
     assert found

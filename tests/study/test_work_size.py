@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from experiments.study import plan as planning
 from experiments.study import work_size
 from experiments.study.plan import build_plan
-from experiments.study.spec import Profile, load_profile, load_study
+from experiments.study.spec import Cell, Profile, load_profile, load_study
 
 SHAPE = {
     "hidden_size": 1024,
@@ -204,6 +204,19 @@ def test_weights_and_kv_are_counted_as_the_loader_and_the_cache_count_them() -> 
 def test_weights_that_leave_no_room_are_refused_in_the_plan() -> None:
     with pytest.raises(
         planning.SpecError,
-        match=r"the weights of qwen3-0\.6b take 1,19[0-9,]+ bytes .* Take a smaller MODEL",
+        match=r"the weights of qwen3-0\.6b take 1,19[0-9,]+ bytes .* Use a smaller MODEL",
     ):
         planned(load_profile("rtx4070").model_copy(update={"memory_bytes": 2**33}))
+
+
+def test_the_first_launch_of_a_cell_compiles_its_kernels() -> None:
+    study = load_study("gpu-ablate")[0]
+    profile: Any = {"import_s": 5.0}
+    first = {
+        level: work_size.first_seconds(
+            study, Cell(role="treatment", engine="nanovllm", levels={"kernels": level}), profile
+        )
+        for level in ("torch", "triton")
+    }
+    assert first["torch"] == 0
+    assert 5 < first["triton"] < 12, "nine seconds on an H100 whose host imports PyTorch in five"

@@ -1,7 +1,7 @@
-"""Who owns which block of the KV cache. No torch.
+"""Which request owns which block of the KV cache. No torch.
 
-This one is the baseline: a block has one owner or none, and what a released block held is
-forgotten. With the prefix cache on, prefix_cache.CachingBlockManager stands in its place.
+This is the baseline: a block has one owner or none, and its contents are forgotten when it is
+released. With the prefix cache on, prefix_cache.CachingBlockManager takes its place.
 """
 
 from nanovllm.engine.sequence import Sequence
@@ -9,11 +9,11 @@ from nanovllm.engine.stats import StepStats
 
 
 class BlockManager:
-    """num_blocks blocks of block_size tokens. Every operation costs O(blocks named)."""
+    """num_blocks blocks of block_size tokens. Every operation costs O(blocks involved)."""
 
     def __init__(self, num_blocks: int, block_size: int, stats: StepStats) -> None:
         self.num_blocks, self.block_size, self.stats = num_blocks, block_size, stats
-        self.blank = list(range(num_blocks - 1, -1, -1))  # no owner, nothing worth keeping
+        self.blank = list(range(num_blocks - 1, -1, -1))  # no owner, no contents worth keeping
 
     @property
     def num_free(self) -> int:
@@ -23,8 +23,8 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def claim(self, seq: Sequence, num_tokens: int) -> bool:
-        """Gives a waiting request blocks for num_tokens tokens; False, and nothing is changed,
-        where too few are free.
+        """Gives a waiting request blocks for num_tokens tokens; False, with nothing changed, where
+        too few are free.
         """
         if (needed := self.blocks_for(num_tokens)) > self.num_free:
             return False
@@ -32,8 +32,8 @@ class BlockManager:
         return True
 
     def allocate(self, count: int) -> list[int]:
-        """`count` blocks without an owner. Raises ValueError when fewer are free: the caller asks
-        num_free first.
+        """`count` blocks without an owner. Raises ValueError where fewer are free: check num_free
+        first.
         """
         if count > self.num_free:
             raise ValueError(
@@ -42,16 +42,16 @@ class BlockManager:
         return [self._take() for _ in range(count)]
 
     def release(self, blocks: list[int]) -> None:
-        """The owner gives its blocks back."""
+        """Frees the blocks of an owner."""
         self.blank += reversed(blocks)
 
     def publish(self, seq: Sequence, num_computed: int) -> None:
-        """The KV of the first num_computed tokens is in the cache now. Here, nobody else may use
-        it.
+        """Called when the KV of the first num_computed tokens is in the cache. Nothing is shared
+        here.
         """
 
     def forget_prefixes(self) -> None:
-        """Forgets what no request holds. Here, that was never remembered."""
+        """Forgets cached prefixes that no request uses. There are none here."""
 
     def _take(self) -> int:
         return self.blank.pop()

@@ -4,11 +4,11 @@ on. No torch.
     continuous  admit whenever there is room; a step is all prefill (first) or all decode         (Orca, OSDI'22)
     chunked     admit whenever there is room; decodes first, prefill chunks fill the token budget (Sarathi-Serve, OSDI'24)
 
-Only the KV of known tokens is claimed at admission, and admission.py foresees whether that can end
-well. Where it was wrong and memory runs out, the youngest running request is preempted: it gives
-its row and blocks back, goes to the head of the waiting queue and computes its KV again later
-(vLLM's recomputation), but for what the prefix cache still holds of it. The oldest is never the
-victim of a younger one, so it always advances and nobody starves.
+Only the KV of known tokens is claimed at admission; admission.py estimates whether the request can
+finish. If it was wrong and memory runs out, the youngest running request is preempted: it gives its
+row and blocks back, moves to the head of the waiting queue and computes its KV again later (vLLM's
+recomputation), except for what the prefix cache still holds. A request is never preempted for a
+younger one, so the oldest always advances and nobody starves.
 """
 
 from collections import OrderedDict
@@ -24,21 +24,23 @@ from nanovllm.engine.stats import StepStats
 
 
 class ContinuousScheduler(Scheduler):
-    """The interface of Scheduler; config.optimizations.batching says which of the two policies."""
+    """The interface of Scheduler; config.optimizations.batching says which of the two policies
+    runs.
+    """
 
     def __init__(self, config: ResolvedConfig, blocks: BlockManager, stats: StepStats) -> None:
         super().__init__(config, blocks, stats)
         self.forecast = Forecast(blocks)
-        # of the prefix cache, where there is one
+        # keys that are being computed, with a prefix cache
         self.coming: Callable[..., set[int]] = getattr(blocks, "coming", lambda _: set())
-        # how many ran and waited when nobody could be admitted; until somebody leaves, they are the
-        # same
+        # how many were running and waiting when nobody could be admitted, so that an unchanged
+        # situation is not examined again
         self.found_full = (0, 0)
 
     def _admit(self, plan: StepPlan) -> None:
-        """Oldest first, as far as rows, blocks, those that run already and the token budget of the
-        next step go. But a request whose prefix another is just computing waits the step or two
-        until it is found.
+        """Oldest first, while rows, blocks, the forecast and the token budget of the next step
+        allow. A request whose prefix is being computed by another request waits until that prefix
+        is cached.
         """
         running = [*self.prefilling.values(), *self.decoding.values()]
         if not self.waiting or (len(running), len(self.waiting)) == self.found_full:
@@ -58,14 +60,13 @@ class ContinuousScheduler(Scheduler):
         while self.waiting and self.free_rows and planned < self.config.max_num_batched_tokens:
             seq = next(iter(self.waiting.values()))
             if seq.in_flight:
-                # a preempted request waits for its own token; a younger one must not overtake the
-                # oldest
+                # a preempted request waits for its own token; a younger one must not overtake it
                 break
             if coming and not seq.num_output_tokens and self.blocks.had_better_wait(seq, coming):  # type: ignore[attr-defined]
                 held.append(self.waiting.pop(seq.request_id))
                 if len(held) < self.config.max_num_seqs:
                     continue
-                break  # however many wait, few are looked at
+                break  # look at a bounded number, however many wait
             at_most += self.forecast.longest(seq)
             if running and at_most > capacity and not self.forecast.fits(running, [seq]):
                 break
@@ -81,7 +82,9 @@ class ContinuousScheduler(Scheduler):
             self.waiting.move_to_end(seq.request_id, last=False)
 
     def _room_for_some(self, running: list[Sequence]) -> bool:
-        """Whether all that wait, or enough of them to be worth a step that is no replay, can join."""
+        """Whether all waiting requests can join, or enough of them to be worth a step that cannot
+        be replayed.
+        """
         enough = max(1, len(running) // GATHERED) if self.config.optimizations.cuda_graphs else 1
         first = list(islice(self.waiting.values(), enough))
         return len(first) <= len(self.free_rows) and self.forecast.fits(running, first)
@@ -93,11 +96,20 @@ class ContinuousScheduler(Scheduler):
             self.forecast.finished(seq)
 
     def _fill(self, plan: StepPlan, seqs: list[Sequence]) -> None:
-        if self.policy == "chunked":
+        if self.config.optimizations.batching == "chunked":
             self._plan_decodes(plan, seqs)
             self._plan_prefills(plan, seqs)
         else:
             super()._fill(plan, seqs)
+
+    def _plan_decodes(self, plan: StepPlan, seqs: list[Sequence]) -> None:
+        for seq in list(self.decoding.values()):
+            if seq.row < 0 or not seq.wants_more:
+                continue  # preempted by an older one in this loop; or its last token is in flight
+            has_room = seq.num_scheduled < len(seq.block_table) * self.blocks.block_size
+            if has_room or self._grow(plan, seq):
+                self._plan_entry(plan, seqs, seq, 1, samples=True)
+        plan.num_decodes = len(seqs)
 
     def _grow(self, plan: StepPlan, seq: Sequence) -> bool:
         """Preempts the youngest requests until a block is free; False if `seq` itself was the
@@ -107,7 +119,7 @@ class ContinuousScheduler(Scheduler):
             queue = self.prefilling or self.decoding
             victim = next(reversed(queue.values()))
             victim.num_lost = victim.num_scheduled
-            # its known tokens stay with it; those in flight are still committed
+            # it keeps its known tokens; those in flight will still be committed
             self._leave(victim, queue)
             self.waiting[victim.request_id] = victim
             self.waiting.move_to_end(victim.request_id, last=False)

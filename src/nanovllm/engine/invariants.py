@@ -1,6 +1,4 @@
-"""What must be true of scheduler and blocks between any two calls. Loaded by tests; a run does not
-need it.
-"""
+"""What must hold for scheduler and blocks between any two calls. For tests; a run does not load it."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""How large the KV cache is, and its tensors."""
+"""The size of the KV cache, and its tensors."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -14,7 +14,7 @@ from nanovllm.models.config import ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class KVCacheSpec:
-    """The shape of this rank's share of the cache."""
+    """The shape of one rank's share of the cache."""
 
     num_layers: int
     num_kv_heads: int
@@ -24,10 +24,9 @@ class KVCacheSpec:
 
     @classmethod
     def of(cls, model: ModelConfig, config: ResolvedConfig) -> Self:
-        heads = model.num_key_value_heads // config.optimizations.tensor_parallel_size
         return cls(
             model.num_hidden_layers,
-            heads,
+            model.num_key_value_heads // config.optimizations.tensor_parallel_size,
             model.head_dim,
             config.block_size,
             getattr(torch, config.dtype),
@@ -46,7 +45,7 @@ class KVCacheSpec:
 
     def allocate(self, num_blocks: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
         """(keys, values) of each layer: [num_blocks, kv_heads, block_size, head_dim]. Raises
-        MemoryError with what to lower.
+        MemoryError, saying what to lower.
         """
         shape = (self.num_layers, 2, num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
         try:
@@ -60,16 +59,17 @@ class KVCacheSpec:
 
 
 def num_blocks_for(config: ResolvedConfig, spec: KVCacheSpec) -> int:
-    """Blocks within the byte budget: the explicit one; else, on a CPU, what is left of
-    gpu_memory_utilization of the memory once everything that is in use now, by this process or any
-    other, is counted, but no more than max_num_seqs requests of max_model_len tokens can fill.
-    Raises ValueError where not even one block fits. (A GPU's automatic budget: memory_plan.py.)
+    """Blocks that fit into the byte budget: kv_cache_memory_bytes where it is given. Otherwise, on
+    a CPU, the free memory minus the share that gpu_memory_utilization leaves to others, but at most
+    what max_num_seqs requests of max_model_len tokens can fill. (memory_plan.py plans a GPU's
+    memory.)
+
+    Raises ValueError where not even one block fits.
     """
     if (budget := config.kv_cache_memory_bytes) is None:
         free, total = memory_within(*psutil.virtual_memory()[1::-1])  # what this process may use
-        budget = int(free - (1 - config.gpu_memory_utilization) * total)
         budget = min(
-            budget,
+            int(free - (1 - config.gpu_memory_utilization) * total),
             config.max_num_seqs * -(-config.max_model_len // config.block_size) * spec.block_bytes,
         )
     if budget < spec.block_bytes:

@@ -1,4 +1,4 @@
-"""The engine: requests in, tokens out. `LLM` is its offline face, with vLLM's interface."""
+"""The engine: requests in, tokens out. `LLM` is its offline interface, the same as vLLM's."""
 
 import dataclasses
 import functools
@@ -25,12 +25,14 @@ from nanovllm.engine.stats import StepStats
 from nanovllm.host_limits import cpu_cores
 from nanovllm.models.config import load_hf_config, read_if_there
 from nanovllm.models.loader import resolve_model
-from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
 Prompt = str | list[int] | dict[str, Any]
 Method = TypeVar("Method", bound=Callable[..., Any])
 Params = SamplingParams | SequenceOf[SamplingParams] | None
+# What may stand beside a tokenizer.json without changing what it does. model_max_length, which bounds
+# nothing here, may be anything.
 PLAIN_TOKENIZER = {
     "tokenizer_class": "Qwen2Tokenizer",
     "eos_token": "<|endoftext|>",
@@ -39,7 +41,6 @@ PLAIN_TOKENIZER = {
     "clean_up_tokenization_spaces": False,
     "model_max_length": None,
 }
-"""What may stand beside a tokenizer.json without changing what it does; model_max_length, which bounds nothing here, may be any."""
 
 
 class EngineDeadError(RuntimeError):
@@ -47,7 +48,7 @@ class EngineDeadError(RuntimeError):
 
 
 def one_at_a_time(method: Method) -> Method:
-    """Calls of an engine from several threads wait for each other: a step belongs to one of them."""
+    """Serializes calls from several threads: a step belongs to one of them."""
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +74,7 @@ class StepLoop:
 class LLMEngine:
     """add_request / step / abort, as in vLLM. Use it as a context manager, or call close().
 
-    Until then Python's garbage collector passes over what was alive in this process when the engine
+    Until it is closed, Python's garbage collector skips the objects that were alive when the engine
     had started (`gc.freeze`).
     """
 
@@ -83,7 +84,7 @@ class LLMEngine:
         self._stats = StepStats()
         begin = time.perf_counter()
         device, config = (
-            ("cpu", config) if config.device == "cpu" else _load("machine", "prepare")(config)
+            ("cpu", config) if config.device == "cpu" else _load("gpu.machine", "prepare")(config)
         )
         folder = self._folder = resolve_model(config.model)
         self.model_config = load_hf_config(folder)
@@ -98,14 +99,16 @@ class LLMEngine:
             else load_tokenizer(config.tokenizer or str(folder), self.model_config.eos_token_ids)
         )
         if resolved.device == "cpu" and torch.get_num_threads() > (cores := cpu_cores()):
-            # of a container's quota; torch counts the cores that there are
+            # a container may use fewer cores than torch counts
             torch.set_num_threads(cores)
         on = resolved.optimizations
         make_runner = (
-            _load("workers", "TensorParallelRunner")
+            _load("distributed.workers", "TensorParallelRunner")
             if on.tensor_parallel_size > 1
-            else _load("cuda_graph", "GraphRunner")
+            else _load("gpu.cuda_graph", "GraphRunner")
             if on.cuda_graphs
+            else _load("gpu.runner", "GpuRunner")
+            if resolved.device == "cuda"
             else ModelRunner
         )
         self.runner = make_runner(resolved, self.model_config, folder, self._stats)
@@ -115,24 +118,24 @@ class LLMEngine:
             kv_cache_bytes=self.runner.kv_cache_bytes,
         )
         make_blocks = (
-            _load("prefix_cache", "CachingBlockManager") if on.prefix_cache else BlockManager
+            _load("engine.prefix_cache", "CachingBlockManager") if on.prefix_cache else BlockManager
         )
         make_scheduler = (
             Scheduler
             if on.batching == "static"
-            else _load("continuous_batching", "ContinuousScheduler")
+            else _load("engine.continuous_batching", "ContinuousScheduler")
         )
         blocks = make_blocks(self.runner.num_blocks, resolved.block_size, self._stats)
         self.scheduler = make_scheduler(self.config, blocks, self._stats)
-        self.loop = (_load("overlap", "OverlappedStepLoop") if on.overlap else StepLoop)(
+        self.loop = (_load("engine.overlap", "OverlappedStepLoop") if on.overlap else StepLoop)(
             self.scheduler, self.runner
         )
         if device == "cuda":
-            self.loop = _load("machine", "started")(self, time.perf_counter() - begin)
+            self.loop = _load("gpu.machine", "started")(self, time.perf_counter() - begin)
         self._step_times: deque[tuple[float, int, int]] = deque(maxlen=2**18)  # some 40 MB
         self._num_requests, self._dead = 0, None
-        gc.collect(1)  # a whole collection would take longer than a small model's start
-        # a collection that looks at all of torch's objects takes longer than many steps
+        gc.collect(1)  # a full collection would take longer than a small model's start
+        # a collection over all of torch's objects takes longer than many steps
         gc.freeze()
         self._unfreeze = weakref.finalize(self, gc.unfreeze)
 
@@ -144,8 +147,8 @@ class LLMEngine:
         """Validates a request. Raises ValueError or TypeError that says what was given and what is
         allowed.
 
-        `number` says how many the engine took before it, and seeds one that has no seed: those
-        refused are not counted.
+        number: how many requests the engine took before this one, refused ones not counted. It
+        seeds a request that has no seed.
         """
         text, token_ids = self._tokenize(prompt)
         vocab_size, limit = self.model_config.vocab_size, self.config.max_model_len
@@ -164,14 +167,20 @@ class LLMEngine:
             *params.stop_token_ids,
             *(() if params.ignore_eos else self.model_config.eos_token_ids),
         }
-        # Without a seed of its own: one that is the same in every run.
+        # The default seed is the same in every run.
         seed = (
             params.seed
             if params.seed is not None
             else (self.config.seed & 0x7FFFFFFF) << 32 | (number & 0xFFFFFFFF)
         )
         return Sequence(
-            request_id, list(token_ids), params, seed, time.perf_counter(), frozenset(stops), text
+            request_id,
+            list(token_ids),
+            params,
+            seed,
+            RequestMetrics(arrival_time=time.perf_counter()),
+            frozenset(stops),
+            text,
         )
 
     @one_at_a_time
@@ -183,20 +192,20 @@ class LLMEngine:
 
     @one_at_a_time
     def abort(self, request_id: str) -> bool:
-        """Ends an unfinished request; False if there is none of that id."""
+        """Ends an unfinished request; False if no such request is unfinished."""
         return self.scheduler.abort(request_id) is not None
 
     def has_unfinished_requests(self) -> bool:
         return bool(self.scheduler.num_unfinished or self.scheduler.launched)
 
     def step(self) -> list[RequestOutput]:
-        """Runs one step; returns the state of every request that got a token in it."""
+        """Runs one step; returns the state of every request that got a token."""
         return [self.output_of(seq) for seq in self.advance()]
 
     @one_at_a_time
     def advance(self) -> list[Sequence]:
-        """Runs one step; returns the sequences that got a token. A failure ends the engine and
-        gives everything back.
+        """Runs one step; returns the sequences that got a token. A step that fails closes the
+        engine and frees its memory.
         """
         self._check_alive()
         begin = time.perf_counter()
@@ -220,7 +229,7 @@ class LLMEngine:
             0, text, seq.output_token_ids, None, None, seq.finish_reason, seq.stop_reason
         )
         if seq.params.logprobs is not None:
-            _load("logprobs", "attach_logprobs")(completion, seq, self.tokenizer)
+            _load("engine.logprobs", "attach_logprobs")(completion, seq, self.tokenizer)
         return RequestOutput(
             seq.request_id,
             seq.prompt,
@@ -242,7 +251,7 @@ class LLMEngine:
             return None, prompt
         if not isinstance(prompt, str):
             raise TypeError(
-                f"a prompt is a {type(prompt).__name__}; give a string, a list of token ids or a dict of one"
+                f"a prompt is a {type(prompt).__name__}; give a string, a list of token ids, or a dict that holds one of them"
             )
         if self.tokenizer is None:
             raise ValueError(
@@ -253,20 +262,20 @@ class LLMEngine:
     # -- evidence ----------------------------------------------------------------------------------
 
     def resolved_config(self) -> dict[str, Any]:
-        """JSON-able, for records."""
+        """What runs, JSON-able, for records."""
         return dataclasses.asdict(self.config)
 
     def stats(self) -> dict[str, int]:
-        """Counters since the start or the last reset_stats, by name."""
+        """Counters by name, since the start or the last reset_stats."""
         return self._stats.flat()
 
     def toggles(self) -> dict[str, dict[str, Any]]:
-        """Level, engaged and opportunity of each optimization."""
-        return _load("toggles", "toggle_counters")(self.config.optimizations, self._stats)
+        """Level, baseline, engaged and opportunity of each optimization."""
+        return _load("toggles.counters", "toggle_counters")(self.config.optimizations, self._stats)
 
     def step_times(self) -> list[tuple[float, int, int]]:
         """(seconds, prefill tokens, decode tokens) of each step since the start or the last
-        reset_stats; of the last 262,144.
+        reset_stats; the last 262,144 steps are kept.
         """
         return list(self._step_times)
 
@@ -277,14 +286,14 @@ class LLMEngine:
 
     @one_at_a_time
     def reset_prefix_cache(self) -> None:
-        """Forgets every prefix that no running request holds."""
+        """Forgets every prefix that no running request uses."""
         self.scheduler.blocks.forget_prefixes()
 
     # -- life --------------------------------------------------------------------------------------
 
     @one_at_a_time
     def close(self, reason: str = "it was closed") -> None:
-        """Ends the processes and gives all memory back. May be called twice."""
+        """Ends the engine's processes and frees all its memory. May be called twice."""
         if self._dead is None:
             self._dead, self.loop = reason, None
             self._unfreeze()
@@ -307,20 +316,24 @@ class LLM(LLMEngine):
     """
 
     def __new__(cls, model: str, **kwargs: Any) -> Any:
-        """Replicas of an engine, of the same interface, where data_parallel_size says so."""
+        """With data_parallel_size above 1, a ReplicatedLLM, which has the same interface."""
         one = (
             config := EngineConfig.from_kwargs(model, **kwargs)
         ).optimizations.data_parallel_size == 1
-        return super().__new__(cls) if one else _load("data_parallel", "ReplicatedLLM")(config)
+        return (
+            super().__new__(cls)
+            if one
+            else _load("distributed.data_parallel", "ReplicatedLLM")(config)
+        )
 
     def __init__(self, model: str, **kwargs: Any) -> None:
         super().__init__(EngineConfig.from_kwargs(model, **kwargs))
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What `generate` takes where it is given none: the checkpoint's recommendation, as in
-        vLLM.
+        """The checkpoint's recommended parameters, which `generate` uses where none are given, as
+        in vLLM.
         """
-        return import_module("nanovllm.models.sampling_defaults").default_params(self._folder)
+        return _load("models.sampling_defaults", "default_params")(self._folder)
 
     @one_at_a_time
     def generate(
@@ -330,24 +343,21 @@ class LLM(LLMEngine):
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Runs every prompt to its end; outputs in the order of the prompts. Nothing runs if one of
-        them is not valid.
+        """Runs every prompt to its end; outputs are in the order of the prompts. Raises ValueError
+        or TypeError before anything runs if one of them is not valid.
         """
         self._check_alive()
-        one = isinstance(prompts, (str, dict)) or (
-            len(prompts) > 0 and all(isinstance(token, int) for token in prompts)
-        )
-        batch: list[Any] = [prompts] if one else list(prompts)
-        given = self.get_default_sampling_params() if sampling_params is None else sampling_params
-        params = list(given) if isinstance(given, SequenceOf) else [given] * len(batch)
-        if len(params) != len(batch):
-            raise ValueError(
-                f"{len(batch)} prompts and {len(params)} sampling_params; give one for all, or one for each"
-            )
+        batch = as_batch(prompts, sampling_params, self.get_default_sampling_params)
         seqs = [
-            self.make_sequence(str(n), p, s, n)
-            for n, (p, s) in enumerate(zip(batch, params, strict=True), self._num_requests)
+            self.make_sequence(str(number), prompt, params, number)
+            for number, (prompt, params) in enumerate(batch, self._num_requests)
         ]
+        return self._run(seqs, use_tqdm)
+
+    def _run(self, seqs: list[Sequence], use_tqdm: bool) -> list[RequestOutput]:
+        """Serves the sequences. If one cannot be queued, or a step fails, none of them is left in
+        the engine.
+        """
         unfinished: set[str] = set()
         try:
             for seq in seqs:
@@ -372,14 +382,35 @@ class LLM(LLMEngine):
         return [self.output_of(seq) for seq in seqs]
 
 
+def as_batch(
+    prompts: Prompt | SequenceOf[Prompt],
+    sampling_params: Params,
+    default_params: Callable[[], SamplingParams],
+) -> list[tuple[Prompt, SamplingParams]]:
+    """The requests of one call: one prompt or several, each with its parameters. Raises ValueError
+    where the numbers of prompts and parameters differ.
+    """
+    is_one = isinstance(prompts, (str, dict)) or (
+        len(prompts) > 0 and all(isinstance(token, int) for token in prompts)
+    )
+    batch: list[Any] = [prompts] if is_one else list(prompts)
+    given = default_params() if sampling_params is None else sampling_params
+    params = list(given) if isinstance(given, SequenceOf) else [given] * len(batch)
+    if len(params) != len(batch):
+        raise ValueError(
+            f"{len(batch)} prompts and {len(params)} sampling_params; give one for all, or one for each"
+        )
+    return list(zip(batch, params, strict=True))
+
+
 def _load(module: str, name: str) -> Any:
-    """An optional part of the engine: loaded only when its optimization is on."""
-    return getattr(import_module(f"nanovllm.engine.{module}"), name)
+    """Loads an optional part of the engine by name, only when it is used."""
+    return getattr(import_module(f"nanovllm.{module}"), name)
 
 
 def load_tokenizer(folder: str, eos_token_ids: tuple[int, ...] = ()) -> Tokenizer:
-    """tokenizer.json of a folder or hub id. Raises FileNotFoundError with what to do where there is
-    none, ValueError for one that is damaged or that files beside it contradict.
+    """tokenizer.json of a folder or hub id. Raises FileNotFoundError, saying what to do, where
+    there is none; ValueError for one that is damaged or that files beside it contradict.
     """
     if not (file := resolve_model(folder) / "tokenizer.json").is_file():
         raise FileNotFoundError(
@@ -389,7 +420,7 @@ def load_tokenizer(folder: str, eos_token_ids: tuple[int, ...] = ()) -> Tokenize
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing more special
         raise ValueError(f"{file} is not a tokenizer: {error}") from error
-    tokenizer.no_truncation()  # both are how it was last used, not what the model is
+    tokenizer.no_truncation()  # both are settings of its last use, not of the model
     tokenizer.no_padding()
     config, names, added = (
         read_if_there(file.with_name(name))
@@ -399,7 +430,5 @@ def load_tokenizer(folder: str, eos_token_ids: tuple[int, ...] = ()) -> Tokenize
         not {**config, **names, **added, "model_max_length": None}.items()
         <= PLAIN_TOKENIZER.items()
     ):
-        import_module("nanovllm.models.tokenizer_files").check_tokenizer(
-            file.parent, tokenizer, eos_token_ids
-        )
+        _load("models.tokenizer_files", "check_tokenizer")(file.parent, tokenizer, eos_token_ids)
     return tokenizer

@@ -9,7 +9,9 @@ from nanovllm.outputs import CompletionOutput, Logprob
 def attach_logprobs(
     completion: CompletionOutput, seq: Sequence, tokenizer: Tokenizer | None
 ) -> None:
-    """For each token: itself and the `logprobs` most likely ones, by token id."""
+    """Sets the log-probabilities of a completion: for each token, itself and the `logprobs` most
+    likely ones, by token id.
+    """
 
     def decode(token: int) -> str | None:
         return tokenizer.decode([token]) if tokenizer is not None else None

@@ -1,12 +1,11 @@
-"""Plans in, tokens out: one rank's model, KV cache and batch rows, executed eagerly.
+"""StepPlans in, tokens out: one rank's model, KV cache and batch rows, executed eagerly.
 
 `launch` enqueues a step and never waits for the device; `collect` waits for the tokens of that
-step. What outlives a step lies in rows, one for each running request: its block table, its sampling
-parameters, its last token. A decode takes its token from there, so the next step can be launched
-before the host has read it.
+step. State that outlives a step is kept in rows, one per running request: its block table, its
+sampling parameters, its last token. A decode reads its token from its row, so the next step can be
+launched before the host has read the tokens of this one.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +18,24 @@ from nanovllm.engine.scheduler import StepPlan
 from nanovllm.engine.sequence import TokenLogprobs
 from nanovllm.engine.stats import StepStats
 from nanovllm.kernels.batch import ForwardBatch
-from nanovllm.kernels.registry import load_attention, load_kernels
+from nanovllm.kernels.registry import load_kernels
+from nanovllm.layers.attention import Attention
 from nanovllm.layers.linear import TensorParallel
 from nanovllm.models.config import ModelConfig
+from nanovllm.models.families import model_class
 from nanovllm.models.loader import load_weights
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
-
-@dataclass(slots=True)
-class StepHandle:
-    """A launched step: what it will have sampled, on the way to the host."""
-
-    # token ids [sampling entries]; where asked for, log-probability, rank, largest ones, their ids
-    tensors: list[Tensor]
-    arrived: torch.cuda.Event | None
+# A step's results on their way to the host: token ids [sampling entries]; where asked for, their log-probabilities
+# and ranks, the largest log-probabilities and their token ids.
+StepHandle = list[Tensor]
 
 
 class ModelRunner:
-    """One rank. Raises MemoryError where weights, a step or the cache do not fit, saying what to
-    lower.
+    """One rank on the CPU; gpu/runner.py adds what a GPU needs. Raises MemoryError where weights or
+    KV cache do not fit, with what to lower.
     """
 
-    spare = 0  # rows and blocks that no request gets
+    spare = 0  # extra rows and blocks, which no request gets
 
     def __init__(
         self,
@@ -51,7 +46,7 @@ class ModelRunner:
         tp: TensorParallel | None = None,
     ) -> None:
         self.config, self.stats, self.tp = resolved, stats, (tp := tp or TensorParallel())
-        # The caller's current GPU; a tensor-parallel rank has made that of its number current.
+        # The caller's current GPU; a tensor-parallel rank has made the GPU of its number current.
         self.device = (
             torch.device("cuda", torch.cuda.current_device())
             if resolved.device == "cuda"
@@ -59,7 +54,7 @@ class ModelRunner:
         )
         dtype = getattr(torch, resolved.dtype)
         self.kernels = tp.over_shards(load_kernels(resolved.optimizations, stats.kernel_calls))
-        self.attention = load_attention(
+        self.attention = Attention(
             resolved.optimizations,
             stats.attention_calls,
             num_kv_heads=model_config.num_key_value_heads // tp.size,
@@ -67,16 +62,12 @@ class ModelRunner:
             head_dim=model_config.head_dim,
             dtype=dtype,
         )
-        plan: Any = None
-        if resolved.device == "cuda":
-            from nanovllm.engine.memory_plan import before_the_weights
-
-            plan = before_the_weights(self, model_config)
+        self.before_the_weights(model_config)
         default_dtype = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
             with self.device:
-                self.model = Qwen3ForCausalLM(
+                self.model = model_class(model_config.architecture)(
                     model_config, resolved.max_model_len, self.kernels, self.attention, tp
                 )
         finally:
@@ -87,14 +78,21 @@ class ModelRunner:
         self.make_rows()
 
         spec = KVCacheSpec.of(model_config, resolved)
-        self.num_blocks = tp.agree_on_least(
-            plan.num_blocks(self, spec) if plan else num_blocks_for(resolved, spec)
-        )
+        self.num_blocks = tp.agree_on_least(self.most_blocks(spec))
         self.kv_cache_bytes = self.num_blocks * spec.block_bytes
         self.kv_caches = spec.allocate(self.num_blocks + self.spare, self.device)
 
+    def before_the_weights(self, model_config: ModelConfig) -> None:
+        """Called before the model is built. Nothing has to be done on a CPU; gpu/runner.py plans
+        memory here.
+        """
+
+    def most_blocks(self, spec: KVCacheSpec) -> int:
+        """KV blocks that fit beside the weights."""
+        return num_blocks_for(self.config, spec)
+
     def make_rows(self) -> None:
-        """The state of every row, on the runner's device."""
+        """Allocates the state of every row, on the runner's device."""
         rows = self.config.max_num_seqs + self.spare
         with self.device:
             self.block_tables = torch.zeros(
@@ -105,7 +103,11 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> StepHandle:
-        """Enqueues forward and sampling of a step."""
+        """Enqueues a step, and the copies of its results to the host."""
+        return self._read_back(*self._run(plan))
+
+    def _run(self, plan: StepPlan) -> tuple[Tensor, ...]:
+        """Enqueues forward pass and sampling of a step; its results, on the device."""
         self._update_rows(plan)
         rows = self._tensor(plan.rows)
         batch = self._batch(plan, rows)
@@ -125,36 +127,25 @@ class ModelRunner:
         token_ids = self.kernels.sample(logits, *params, positions, **flags)
         self.last_tokens[rows] = token_ids
         if plan.num_logprobs is None:
-            return self._read_back(token_ids)
+            return (token_ids,)
         from nanovllm.kernels.torch.logprobs import logprobs
 
-        return self._read_back(
-            token_ids, *logprobs(self.tp.all_gather(logits), token_ids, plan.num_logprobs)
-        )
+        return token_ids, *logprobs(self.tp.all_gather(logits), token_ids, plan.num_logprobs)
 
     def _read_back(self, *tensors: Tensor) -> StepHandle:
-        """Enqueues their copies to the host; an event tells when those have arrived, however much
-        is enqueued behind.
-        """
-        copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
-        return StepHandle(
-            copies,
-            torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None,
-        )
+        """Enqueues copies of the results to the host."""
+        return [tensor.to("cpu", non_blocking=True) for tensor in tensors]
 
     def collect(self, handle: StepHandle) -> tuple[list[int], list[TokenLogprobs] | None]:
-        """Waits for a step: its tokens, one a sampling entry, and what was asked for of their
-        log-probabilities.
+        """Waits for a step. Returns a token for each entry that samples, and their
+        log-probabilities where asked for.
         """
-        if handle.arrived is not None:
-            handle.arrived.synchronize()
-        token_ids, *logprobs = (tensor.tolist() for tensor in handle.tensors)
+        token_ids, *logprobs = (tensor.tolist() for tensor in handle)
         return token_ids, list(zip(*logprobs, strict=True)) if logprobs else None
 
     def close(self) -> None:
-        """Drops model and cache; on a GPU, gives the memory back to the device."""
+        """Frees the model and the KV cache."""
         self.__dict__.clear()
-        torch.cuda.empty_cache()
 
     def _tensor(self, values: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:
         # A copy from pageable memory would wait for the device.

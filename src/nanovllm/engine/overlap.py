@@ -1,12 +1,12 @@
-"""overlap=True: the step loop that never waits for the device before it has given it the next step.
-Loaded only when on.
+"""overlap=True: the step loop that gives the device its next step before it waits for the last
+one. Loaded only when on.
 
     host     plan n+1 | launch n+1 | collect n | commit n | plan n+2 | ...
     device   ...... step n .......... | ..... step n+1 ......
 
-Tokens of step n stay on the device, where step n+1 reads them; the host learns of them one step
-late (commit lag 1). So a request that ends by a stop token has one step too many in flight: its
-token is discarded at commit.
+Step n+1 reads the tokens of step n on the device; the host learns of them one step late (commit lag
+1). So a request that ends with a stop token has one step too many in flight, whose token is
+discarded at commit.
 """
 
 from collections import deque
@@ -25,8 +25,8 @@ class OverlappedStepLoop:
         self.in_flight: deque[tuple[StepPlan, Any]] = deque()
 
     def step(self) -> tuple[StepPlan | None, list[Sequence]]:
-        """Launches the next step, then commits the one before it. Returns the launched plan and
-        what was committed.
+        """Launches the next step, then commits the one before it. Returns the launched plan and the
+        sequences that got a token.
         """
         plan = self.scheduler.schedule()
         if plan is not None:

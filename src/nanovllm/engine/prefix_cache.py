@@ -4,8 +4,8 @@ only when on. No torch.
     root <- CachedBlock(tokens 0..15) <- CachedBlock(tokens 16..31) <- ...
 
 A block's key is xxh64(parent's key, its tokens). The key only finds a candidate: a hit is served
-after the candidate's tokens and its parent, by identity, were compared. By induction over the chain
-a hit is the same prefix; a collision is a miss.
+after the candidate's tokens, and the identity of its parent, have been compared. By induction over
+the chain a hit is the same prefix; a hash collision is a miss.
 """
 
 from array import array
@@ -22,7 +22,7 @@ from nanovllm.engine.stats import StepStats
 
 
 class CachedBlock:
-    """One full block whose KV is computed and may be shared. `block` is -1 after its eviction."""
+    """One full block whose KV is computed and may be shared. `block` is -1 once it is evicted."""
 
     __slots__ = ("block", "key", "parent", "tokens")
 
@@ -31,7 +31,9 @@ class CachedBlock:
 
 
 class PrefixCache:
-    """Which block holds which prefix. It owns no block: CachingBlockManager says which is evicted."""
+    """Which block holds which prefix. CachingBlockManager owns the blocks and decides what is
+    evicted.
+    """
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
@@ -45,8 +47,8 @@ class PrefixCache:
         return block in self.by_block
 
     def match(self, token_ids: SequenceOf[int]) -> list[CachedBlock]:
-        """The longest cached prefix, in whole blocks. At least one token is always left: it has
-        logits to compute.
+        """The longest cached prefix, in whole blocks. At least one token is always left over, as
+        its logits are needed.
         """
         hits: list[CachedBlock] = []
         parent: CachedBlock | None = None
@@ -62,12 +64,12 @@ class PrefixCache:
     def insert(
         self, block: int, token_ids: SequenceOf[int], index: int, parent: CachedBlock | None
     ) -> CachedBlock | None:
-        """Makes block `index` of this prefix findable, once its KV is computed; returns what holds
-        that prefix now.
+        """Makes block `index` of this prefix findable once its KV is computed; returns the entry
+        that now holds that prefix.
 
-        An equal prefix that is already there stays; where its beginning was evicted, it is behind
-        `parent` from now on. None (the chain ends here) where the parent was evicted or another
-        prefix has the same key.
+        If an equal prefix is already cached, its entry stays; it is linked to `parent` if its own
+        parent was evicted. Returns None, which ends the chain, where the parent was evicted or
+        another prefix has the same key.
         """
         if (index > 0 and parent is None) or (parent is not None and parent.block < 0):
             return None
@@ -83,7 +85,7 @@ class PrefixCache:
         return entry
 
     def evict(self, block: int) -> None:
-        """Forgets what `block` holds, before it is given to another owner."""
+        """Forgets what `block` holds, before it gets another owner."""
         entry = self.by_block.pop(block)
         del self.by_key[entry.key]
         entry.block = -1
@@ -91,9 +93,7 @@ class PrefixCache:
     def keys(
         self, token_ids: SequenceOf[int], first: int, parent: CachedBlock | None
     ) -> Iterator[int]:
-        """Of the full blocks from number `first` on, behind `parent`, whether they are there or
-        not.
-        """
+        """Keys of the full blocks from number `first` on, after `parent`, whether cached or not."""
         key = parent.key if parent else 0
         for i in range(first, len(token_ids) // self.block_size):
             key = xxhash.xxh64_intdigest(self._tokens(token_ids, i), seed=key)
@@ -135,8 +135,8 @@ class CachingBlockManager(BlockManager):
         return len(self.blank) + len(self.evictable)
 
     def claim(self, seq: Sequence, num_tokens: int) -> bool:
-        """As BlockManager.claim, sharing the blocks of the longest cached prefix: its KV need not
-        be computed again.
+        """Like BlockManager.claim, but shares the blocks of the longest cached prefix, whose KV
+        need not be computed again.
         """
         hits = self.cache.match(seq.token_ids)
         shared = [hit.block for hit in hits]
@@ -157,8 +157,8 @@ class CachingBlockManager(BlockManager):
         return True
 
     def shared_tokens(self, token_ids: SequenceOf[int]) -> int:
-        """Of the longest cached prefix, those in blocks that somebody owns: sharing them takes no
-        room.
+        """Tokens of the longest cached prefix in blocks that already have an owner: sharing those
+        takes no memory.
         """
         return (
             sum(self.ref_counts[hit.block] > 0 for hit in self.cache.match(token_ids))
@@ -166,7 +166,7 @@ class CachingBlockManager(BlockManager):
         )
 
     def coming(self, seqs: Iterable[Sequence]) -> set[int]:
-        """Keys of the full blocks that these requests are computing, and that cannot be found yet."""
+        """Keys of the full blocks that these requests are computing and that cannot be found yet."""
         return {
             key
             for seq in seqs
@@ -179,8 +179,8 @@ class CachingBlockManager(BlockManager):
         }
 
     def had_better_wait(self, seq: Sequence, coming: set[int]) -> bool:
-        """Whether half of what it would compute, or more, will be found as soon as `coming` is. (A
-        collision costs a step.)
+        """Whether at least half of what the request would compute will be found once `coming` is
+        cached. A hash collision costs one step of waiting.
         """
         hits, size = self.cache.match(seq.token_ids), self.block_size
         keys = self.cache.keys(seq.token_ids[:-1], len(hits), hits[-1] if hits else None)
@@ -188,14 +188,16 @@ class CachingBlockManager(BlockManager):
         return 2 * found * size >= len(seq.token_ids) - len(hits) * size
 
     def share(self, blocks: Iterable[int]) -> None:
-        """One more owner for blocks that were found."""
+        """Adds an owner to blocks that were found."""
         for block in blocks:
             if self.ref_counts[block] == 0:
                 del self.evictable[block]
             self.ref_counts[block] += 1
 
     def release(self, blocks: list[int]) -> None:
-        """One owner less. Released from the end, so that a prefix outlives what follows it."""
+        """Removes an owner. The last blocks are released first, so that a prefix outlives what
+        follows it.
+        """
         for block in reversed(blocks):
             self.ref_counts[block] -= 1
             if self.ref_counts[block] == 0:
@@ -205,8 +207,8 @@ class CachingBlockManager(BlockManager):
                     self.blank.append(block)
 
     def publish(self, seq: Sequence, num_computed: int) -> None:
-        """Makes the blocks that are full of computed tokens findable. Called at commit: what is
-        found is always computed.
+        """Makes the blocks that are full of computed tokens findable. Called at commit, so whatever
+        is found is computed.
         """
         while seq.num_published >= 0 and (seq.num_published + 1) * self.block_size <= num_computed:
             i = seq.num_published
@@ -215,7 +217,7 @@ class CachingBlockManager(BlockManager):
             seq.num_published = -1 if tail is None else i + 1  # -1: its chain ends here
 
     def forget_prefixes(self) -> None:
-        """Forgets every prefix that no request holds."""
+        """Forgets every prefix that no request uses."""
         while self.evictable:
             self.blank.append(self._evict())
 

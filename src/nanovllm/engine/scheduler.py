@@ -5,17 +5,16 @@ back in.
        ^                   |                                   |
        +------------- preempt (last admitted first) -----------+
 
-Two phases: *prefill* computes the KV of known tokens (a prompt, or everything again after a
-preemption), *decode* one new token a request. Admission and the mix of a step are the batching
-policy. Here it is the baseline:
+There are two phases: *prefill* computes the KV of known tokens (a prompt, or everything again after a
+preemption), *decode* computes one new token per request. Who is admitted and what a step mixes is the
+batching policy. This file has the baseline:
 
     static      admit a batch with the KV of its longest possible outputs reserved; admit no more until all have finished
 
-continuous_batching.py has the others, which admit whenever there is room and take the room back by
-preemption.
+continuous_batching.py has the others, which admit whenever there is room and preempt when it runs out.
 
-Planning costs O(requests in the step). A request sits in exactly one of three queues; all three are
-ordered by age, and whatever is prefilling is younger than whatever is decoding.
+Planning costs O(requests in the step). A request is in exactly one of three queues. All three are ordered by
+age, and every prefilling request is younger than every decoding one.
 """
 
 from collections import OrderedDict, deque
@@ -29,12 +28,12 @@ from nanovllm.engine.stats import StepStats
 
 @dataclass(slots=True)
 class StepPlan:
-    """One step, flat: what the runner of every rank receives. Decodes come first and take their
-    token from the device.
+    """One step as flat lists: what the runner of every rank receives. Decodes come first and read
+    their token on the device.
 
-    Entry i computes query_lens[i] tokens of row rows[i], from position starts[i] on; where
-    samples[i], the last of them yields a new token. token_ids are those of the prefill entries, one
-    after the other.
+    Entry i computes query_lens[i] tokens of row rows[i], starting at position starts[i]; where
+    samples[i], its last token yields a new one. token_ids holds the tokens of the prefill entries,
+    one entry after the other.
     """
 
     step: int
@@ -54,11 +53,10 @@ class StepPlan:
 
 
 class Scheduler:
-    """Owns the queues and the blocks. `schedule` may run ahead of `commit` by one step (overlap)."""
+    """Owns the queues and the KV blocks. `schedule` may be one step ahead of `commit` (overlap)."""
 
     def __init__(self, config: ResolvedConfig, blocks: BlockManager, stats: StepStats) -> None:
         self.config, self.blocks, self.stats = config, blocks, stats
-        self.policy = config.optimizations.batching
         self.waiting: OrderedDict[str, Sequence] = OrderedDict()
         self.prefilling: OrderedDict[str, Sequence] = OrderedDict()
         self.decoding: OrderedDict[str, Sequence] = OrderedDict()
@@ -70,18 +68,16 @@ class Scheduler:
         return len(self.waiting) + len(self.prefilling) + len(self.decoding)
 
     def add(self, seq: Sequence) -> None:
-        """Queues a request. Raises ValueError if it could never run: its id is taken, or it exceeds
-        the whole KV cache.
+        """Queues a request. Raises ValueError if it can never run: its id is in use, or it needs
+        more than the whole KV cache.
         """
         if any(seq.request_id in queue for queue in (self.waiting, self.prefilling, self.decoding)):
             raise ValueError(
                 f"request_id {seq.request_id!r} is already in use by an unfinished request"
             )
-        if (
-            needed := self.blocks.blocks_for(
-                longest := seq.num_prompt_tokens + seq.params.max_tokens
-            )
-        ) > self.blocks.num_blocks:
+        longest = seq.num_prompt_tokens + seq.params.max_tokens
+        needed = self.blocks.blocks_for(longest)
+        if needed > self.blocks.num_blocks:
             raise ValueError(
                 f"request {seq.request_id!r} needs {needed} KV blocks for {longest} tokens, the cache has "
                 f"{self.blocks.num_blocks} of {self.blocks.block_size} tokens: shorten it, or enlarge the cache"
@@ -89,8 +85,8 @@ class Scheduler:
         self.waiting[seq.request_id] = seq
 
     def abort(self, request_id: str) -> Sequence | None:
-        """Ends a request now; None if there is no such unfinished request. Tokens still in flight
-        are discarded.
+        """Ends a request now; None if no such request is unfinished. Its tokens in flight are
+        discarded.
         """
         for queue in (self.waiting, self.prefilling, self.decoding):
             if (seq := queue.get(request_id)) is not None:
@@ -103,7 +99,7 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step; None when nothing can be planned before an earlier step is committed, or
-        at all.
+        nothing is left to do.
         """
         plan = StepPlan(self.stats.steps)
         seqs: list[Sequence] = []
@@ -113,28 +109,28 @@ class Scheduler:
             return None
         self.launched.append((plan, seqs))
         self.stats.steps += 1
-        self.stats.policy_steps[self.policy] += 1
+        self.stats.policy_steps[self.config.optimizations.batching] += 1
         self.stats.prefill_tokens += len(plan.token_ids)
         self.stats.decode_tokens += plan.num_decodes
         self.stats.mixed_steps += 0 < plan.num_decodes < len(seqs)
         return plan
 
     def _admit(self, plan: StepPlan) -> None:
-        """Moves requests from waiting to prefilling, oldest first, as far as rows and blocks go."""
+        """Moves requests from waiting to prefilling, oldest first, while there are rows and blocks."""
         while not self.decoding and self.waiting and self.free_rows:
             seq = next(iter(self.waiting.values()))
             if not self._start(plan, seq, seq.num_prompt_tokens + seq.params.max_tokens):
                 break
 
     def _fill(self, plan: StepPlan, seqs: list[Sequence]) -> None:
-        """A step is all prefill, as long as there is any, or all decode."""
+        """A step is all prefill while anything is left to prefill, else all decode."""
         self._plan_prefills(plan, seqs)
         if not seqs:
             self._plan_decodes(plan, seqs)
 
     def _start(self, plan: StepPlan, seq: Sequence, num_tokens: int) -> bool:
-        """Gives a waiting request a row and blocks for num_tokens tokens; False where too few are
-        free.
+        """Gives a waiting request a row, and blocks for num_tokens tokens; False where too few
+        blocks are free.
         """
         if not self.blocks.claim(seq, num_tokens):
             return False
@@ -164,20 +160,10 @@ class Scheduler:
             self.decoding[seq.request_id] = seq
 
     def _plan_decodes(self, plan: StepPlan, seqs: list[Sequence]) -> None:
-        for seq in list(self.decoding.values()):
-            if seq.row < 0 or not seq.wants_more:
-                continue  # preempted by an older one just now; or its last token is in flight
-            if seq.num_scheduled < len(seq.block_table) * self.blocks.block_size or self._grow(
-                plan, seq
-            ):
+        for seq in self.decoding.values():
+            if seq.wants_more:  # otherwise its last token is in flight
                 self._plan_entry(plan, seqs, seq, 1, samples=True)
         plan.num_decodes = len(seqs)
-
-    def _grow(self, plan: StepPlan, seq: Sequence) -> bool:
-        """One block more for a request that has filled its own. Static batching has reserved them
-        all.
-        """
-        raise AssertionError(f"{seq.request_id} outgrew its reservation")
 
     def _plan_entry(
         self, plan: StepPlan, seqs: list[Sequence], seq: Sequence, length: int, *, samples: bool
@@ -198,8 +184,8 @@ class Scheduler:
                 plan.num_logprobs = max(plan.num_logprobs or 0, seq.params.logprobs)
 
     def _leave(self, seq: Sequence, queue: OrderedDict[str, Sequence]) -> None:
-        """Gives back row and blocks. Steps in flight may still write there: whoever gets them next
-        is planned later.
+        """Takes a request's row and blocks back. Steps in flight may still write to them: their
+        next owner is planned later.
         """
         del queue[seq.request_id]
         if seq.row >= 0:
@@ -218,10 +204,11 @@ class Scheduler:
     def commit(
         self, plan: StepPlan, tokens: list[int], logprobs: list[TokenLogprobs] | None = None
     ) -> list[Sequence]:
-        """Takes the tokens of the oldest launched plan, one for each sampling entry; returns their
-        live sequences.
+        """Takes the sampled tokens of the oldest launched plan, one per entry that samples: appends
+        them, makes full blocks findable, stops and releases. Returns the sequences that got a
+        token; finished ones have a finish_reason.
 
-        Appends, makes full blocks findable, stops and releases. Finished ones have a finish_reason.
+        Raises ValueError where the plan is not the oldest one, or the number of tokens is wrong.
         """
         launched, seqs = self.launched.popleft()
         if launched is not plan:

@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 from nanovllm.outputs import RequestMetrics
 from nanovllm.sampling_params import SamplingParams
 
+# log-probability and rank of the chosen token; the largest log-probabilities, and their token ids
 TokenLogprobs = tuple[float, int, list[float], list[int]]
-"""Log-probability and rank of the chosen token; the largest log-probabilities and their tokens."""
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A request. What is *known* (token_ids) and what is *scheduled* (num_scheduled, pending) are
-    kept apart, so that a step can be planned before the tokens of the last one have been read.
+    separate, so that a step can be planned before the tokens of the last one have been read.
 
         token_ids      [prompt ....... | sampled tokens that were committed]
         pending                                                             [sampled on the device, not yet committed]
@@ -23,29 +23,27 @@ class Sequence:
     token_ids: list[int]  # the prompt, then every committed token
     params: SamplingParams
     seed: int = 0
-    arrival_time: float = 0.0
+    metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(arrival_time=0.0))
     stop_token_ids: frozenset[int] = frozenset()
     prompt: str | None = None
     row: int = -1  # in the runner's batch; -1 while waiting
     block_table: list[int] = field(default_factory=list)
     num_scheduled: int = 0
-    num_lost: int = 0  # what num_scheduled was when it was last preempted
+    num_lost: int = 0  # num_scheduled at its last preemption
     pending: int = 0  # sampled tokens in flight
     in_flight: int = 0  # launched steps, not yet committed, that this sequence takes part in
-    # leading blocks that the prefix cache knows; -1: it takes no more of them
+    # leading blocks that are in the prefix cache; -1: no more of its blocks can be added
     num_published: int = 0
-    published_tail: object | None = None  # the last of them
+    published_tail: object | None = None  # the cache entry of the last of them
     num_cached_tokens: int = 0
     finish_reason: str | None = None
     stop_reason: int | None = None
-    # one a committed token, where they were asked for
+    # one per committed token, where they were asked for
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_prompt_tokens: int = field(init=False)
-    metrics: RequestMetrics = field(init=False)
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
-        self.metrics = RequestMetrics(self.arrival_time)
 
     @property
     def num_output_tokens(self) -> int:
@@ -57,7 +55,7 @@ class Sequence:
 
     @property
     def num_to_schedule(self) -> int:
-        """Tokens, known or on the device, whose KV no step was planned for."""
+        """Tokens, known or still on the device, whose KV no step has been planned for."""
         return len(self.token_ids) + self.pending - self.num_scheduled
 
     @property
@@ -66,7 +64,7 @@ class Sequence:
         return self.num_output_tokens + self.pending < self.params.max_tokens
 
     def append(self, token_id: int) -> bool:
-        """Adds a committed token; True when the request is finished by it."""
+        """Adds a committed token; True if the request is finished by it."""
         self.token_ids.append(token_id)
         if token_id in self.stop_token_ids:
             self.finish_reason = "stop"

@@ -1,4 +1,4 @@
-"""What one step gives to the model: the tensors of a batch, and nothing global."""
+"""The tensors of one step, which the model gets as an argument."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,9 +8,7 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class ForwardBatch:
-    """Entries of a step, decodes (one query token each) first; their query tokens lie one entry
-    after the other.
-    """
+    """Entries of a step, decodes (one query token each) first. Their query tokens are concatenated."""
 
     token_ids: Tensor  # [tokens] int64
     positions: Tensor  # [tokens] int64, in their sequence

@@ -1,18 +1,17 @@
 """attention_backend=flash_attn: the FlashAttention library (Dao, 2023; Shah et al., 2024) behind
 our interface.
 
-Loaded only when on. Two packages carry it. The first that is installed serves; which one, and its
-version, is part of the record:
+Loaded only when on. Two packages contain it; the first that is installed is used, and a run's
+record names it and its version:
 
-    flash-attn   PyPI's, FlashAttention 2: flash_attn_with_kvcache for decodes,
-    flash_attn_varlen_func for prefills;
-                 pages of a multiple of 256 tokens
+    flash-attn   PyPI's, FlashAttention 2: flash_attn_with_kvcache for decodes, flash_attn_varlen_func for prefills;
+                 blocks of a multiple of 256 tokens
     vllm         the copy in vLLM's wheel, FlashAttention 3 on Hopper, else 2: flash_attn_varlen_func for both, lengths as
-                 `seqused_k`; pages of a multiple of 16 tokens
+                 `seqused_k`; blocks of a multiple of 16 tokens
 
-Both want pages as [blocks, block_size, kv_heads, head_dim] and check the last stride alone: our
-head-major cache, transposed, is read where it lies. Nothing is read back from the device and no
-launch depends on a length that only the device knows, so a CUDA graph may hold all of it.
+Both want blocks as [blocks, block_size, kv_heads, head_dim] and check only the last stride, so our
+head-major cache is passed transposed, without a copy. Nothing is read back from the device and no
+launch depends on a length that only the device knows, so a CUDA graph may capture all of it.
 """
 
 from __future__ import annotations
@@ -28,13 +27,15 @@ from torch import Tensor
 from nanovllm.kernels.batch import ForwardBatch
 
 MAX_SPLITS = 32
-"""Pieces that FlashAttention 3 may cut a decode's KV into, at most; it takes fewer where the batch fills the device. A fixed
-bound, because a graph is recorded for lengths that are not known yet; vLLM takes the same."""
+"""The most pieces that FlashAttention 3 may cut a decode's KV into; it uses fewer where the batch
+fills the device. The bound is fixed because a graph is captured before lengths are known; vLLM uses
+the same value.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """What was found: `generation` is FlashAttention's own version, 2 or 3."""
+    """The library that was found. generation: FlashAttention's own version, 2 or 3."""
 
     provider: str
     version: str
@@ -50,8 +51,8 @@ class Library:
 
 
 def find_library() -> Library:
-    """The installed library. Raises ImportError that says what to install, and why what is there
-    does not serve.
+    """The installed library. Raises ImportError, saying what to install and why an installed
+    package cannot be used.
     """
     problems = []
     for find in (_pypi, _bundled):
@@ -91,7 +92,7 @@ def _bundled() -> Library:
 
 @dataclass(slots=True)
 class _Prepared:
-    """What is the same in all layers. Starts are [entries + 1] int32."""
+    """Values shared by all layers of a step. Starts are [entries + 1] int32."""
 
     decode_starts: Tensor | None = None
     longest_decode: int = 0  # tokens of its KV
@@ -103,8 +104,8 @@ class _Prepared:
 
 
 class FlashAttention:
-    """The same interface as TorchAttention. Raises ImportError without a library, ValueError for
-    what it cannot compute.
+    """The same interface as TorchAttention. Raises ImportError without a library, ValueError for a
+    dtype or block size that it does not compute.
     """
 
     def __init__(
@@ -130,8 +131,8 @@ class FlashAttention:
         )
 
     def prepare(self, batch: ForwardBatch) -> None:
-        """Once a step: offsets in the library's type. Decodes and prefills are two calls, each with
-        tiles of its own shape.
+        """Once per step: offsets in the library's type. Decodes and prefills are two calls, each
+        with tiles of its own shape.
         """
         prepared = batch.attention = _Prepared()
         n = batch.num_decodes

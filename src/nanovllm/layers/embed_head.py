@@ -7,9 +7,10 @@ from nanovllm.layers.linear import TensorParallel, parameter
 
 
 class VocabParallelEmbedding(nn.Module):
-    """The table is whole on every rank, as looking up a few rows costs less than a sum over ranks;
-    only_head: it is never looked up in, and rank r holds rows [r * n, (r + 1) * n). The head works
-    with those rows in either case.
+    """Every rank holds the whole table, as looking up a few rows costs less than a sum over ranks.
+    The head uses rows [r * n, (r + 1) * n) on rank r.
+
+    only_head: the table is not used for lookups, and rank r holds only its rows.
     """
 
     def __init__(

@@ -7,7 +7,9 @@ from nanovllm.layers.linear import parameter
 
 
 class RMSNorm(nn.Module):
-    """forward(x) -> norm; add(x, residual) -> (norm of the sum, the sum)."""
+    """forward(x) -> the norm of x. add(x, residual) -> (norm of their sum, the sum). x: [...,
+    size].
+    """
 
     def __init__(self, size: int, eps: float, kernels: Kernels) -> None:
         super().__init__()

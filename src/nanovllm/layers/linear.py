@@ -1,9 +1,10 @@
-"""Matrix products, sharded over tensor-parallel ranks as in Megatron-LM (Shoeybi et al., 2019).
+"""Matmuls sharded over tensor-parallel ranks as in Megatron-LM (Shoeybi et al., 2019).
 
-A parameter knows which part of a checkpoint's tensor is its rank's, and the loader reads that part
-only:
-    shard_dim   the dimension that the ranks share, or None: every rank holds all of it parts
-    name -> (begin, end): rows that come from a tensor of their own (q, k and v are one product)
+A parameter knows which part of a checkpoint's tensor belongs to its rank, and the loader reads only
+that part:
+
+    shard_dim   the dimension that is split over the ranks; None: every rank holds all of it
+    parts       name -> (begin, end): rows that come from separate tensors (q, k and v are one matmul)
 """
 
 import torch
@@ -13,18 +14,18 @@ from nanovllm.kernels.registry import Kernels, Operation
 
 
 class TensorParallel:
-    """The group of ranks that share a model. This one is the group of one; workers.py has the real
-    one.
+    """The group of ranks that share a model. This is the group of one; distributed/collectives.py
+    has the real one.
     """
 
     rank, size = 0, 1
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Sum of every rank's x."""
+        """The sum of every rank's x."""
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """Every rank's x: [n, m], side by side: [n, size * m]."""
+        """Every rank's x, [n, m], side by side: [n, size * m]."""
         return x
 
     def over_shards(self, kernels: Kernels) -> Kernels:
@@ -36,7 +37,9 @@ class TensorParallel:
         return value
 
     def share(self, total: int, what: str) -> int:
-        """This rank's part of `total`. Raises ValueError where it does not divide."""
+        """This rank's part of `total`. Raises ValueError where the number of ranks does not divide
+        it.
+        """
         if total % self.size:
             raise ValueError(
                 f"tensor_parallel_size={self.size} does not divide the model's {total} {what}; take a divisor"
@@ -47,17 +50,17 @@ class TensorParallel:
 def parameter(
     *shape: int, shard_dim: int | None = None, parts: dict[str, tuple[int, int]] | None = None
 ) -> nn.Parameter:
-    """An empty parameter with what the loader must know of it."""
+    """An uninitialized parameter with what the loader needs to know about it."""
     param = nn.Parameter(torch.empty(*shape), requires_grad=False)
     param.shard_dim, param.parts = shard_dim, parts  # type: ignore[attr-defined]
     return param
 
 
 class ColumnParallelLinear(nn.Module):
-    """product(x, W, b, ...), of x W^T (+ b) and what follows it; the outputs are shared out over
-    the ranks.
+    """matmul(x, W, b, ...): x W^T (+ b), fused with the operation that follows it. Outputs are
+    split over the ranks.
 
-    parts: name -> outputs (over all ranks) of each projection.
+    parts: name of each projection -> its outputs over all ranks.
     """
 
     def __init__(
@@ -65,11 +68,11 @@ class ColumnParallelLinear(nn.Module):
         in_features: int,
         parts: dict[str, int],
         bias: bool,
-        product: Operation,
+        matmul: Operation,
         tp: TensorParallel,
     ) -> None:
         super().__init__()
-        self.product = product
+        self.matmul = matmul
         rows, total = {}, 0
         for name, size in parts.items():
             rows[name] = (total, total := total + tp.share(size, f"outputs of {name}_proj"))
@@ -77,11 +80,11 @@ class ColumnParallelLinear(nn.Module):
         self.bias = parameter(total, shard_dim=0, parts=rows) if bias else None
 
     def forward(self, x: Tensor, *rest: object) -> Tensor | tuple[Tensor, ...]:
-        return self.product(x, self.weight, self.bias, *rest)
+        return self.matmul(x, self.weight, self.bias, *rest)
 
 
 class RowParallelLinear(nn.Module):
-    """y = x W^T (+ b), the inputs shared out over the ranks and their products summed."""
+    """y = x W^T (+ b): inputs are split over the ranks, and their results are summed."""
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool, kernels: Kernels, tp: TensorParallel

@@ -1,28 +1,26 @@
 """Builds small seeded Qwen3 checkpoints, so that nothing has to be downloaded: `python -m
 nanovllm.models.checkpoint tiny`.
 
-Plain random weights make a useless test object: the layers hardly change the residual stream, so
-with tied embeddings the model repeats its last token whatever attention does, and errors stay
-hidden. These weights are as random, but scaled and arranged so that every part of the model shows
-in the output while rounding errors stay small:
+Plain random weights are useless for tests: the layers hardly change the residual stream, so with
+tied embeddings the model repeats its last token whatever attention computes, and errors stay
+hidden. These weights are random too, but scaled and arranged so that every part of the model
+affects the output while rounding errors stay small:
 
 - *No vote for itself.* The final norm's weights have random signs, so that a token's embedding,
-  carried through the residual
-  stream, does not favour the same token again.
+  carried through the residual stream, does not favour the same token again.
 - *Every KV slot is read.* Channel 0 of the residual stream is a large constant (trained models have
-  such "massive activations",
-  Sun et al. 2024). Queries and keys turn it into rotary vectors, of which each head's have their
-  peak at a distance of its own. So most of a head's attention is on one token at that distance,
-  whatever the text, and the rest follows content.
-- *Small residual stream.* An epsilon of 1e-3 where 1e-6 belongs changes every norm.
+  such "massive activations", Sun et al. 2024). Queries and keys turn it into rotary vectors, whose
+  peak is at a different distance for each head. So most of a head's attention is on one token at
+  that distance, whatever the text, and the rest follows content.
+- *Small residual stream.* An epsilon of 1e-3 instead of 1e-6 changes every norm.
 
-What that buys is measured in tests/models/test_checkpoint.py: repeats, one wrong KV slot, rope_theta,
+The effect is measured in tests/models/test_checkpoint.py: repeats, one wrong KV slot, rope_theta,
 epsilons, against the error of bfloat16. A slot is read well by the `Gains.max_distance` tokens
 after it, and faintly by later ones.
 
 Weights are integers from Philox4x32-10, keyed by (seed, name of the tensor), times a scale, rounded
-to float32 and then to
-bfloat16: the same bits on every machine, and exact in bfloat16 whatever dtype they are stored in.
+to float32 and then to bfloat16: the same bits on every machine, and exact in bfloat16 whatever
+dtype they are stored in.
 """
 
 import argparse
@@ -55,23 +53,23 @@ class Gains:
     """Root mean squares that the weights are scaled to, and how queries and keys are arranged."""
 
     embedding: float = 0.005
-    """Of a token's embedding (its noise)."""
+    """RMS of a token's embedding (its noise)."""
     constant: float = 20.0
     """Channel 0 of every embedding, in units of `embedding`."""
     attention: float = 0.005
-    """Of what attention adds to the residual stream, before heads average over several tokens."""
+    """RMS of what attention adds to the residual stream, before heads average over several tokens."""
     mlp: float = 0.004
-    """Of what the MLP adds to it."""
+    """RMS of what the MLP adds to it."""
     query_key: float = 0.005
-    """Of the content part of queries and keys, before their norms: small, so that these norms' epsilon matters too."""
+    """RMS of the content part of queries and keys before their norms: small, so that the norms' epsilon matters too."""
     positional: float = 5.0
-    """Of the part of queries and keys that comes from channel 0, in units of the content part."""
+    """RMS of the part of queries and keys that comes from channel 0, in units of the content part."""
     scores: float = 2.5
-    """Of the attention scores that random queries and keys of the same length would have."""
+    """RMS of the attention scores that random queries and keys of the same length would have."""
     logits: float = 2.5
-    """Of the logits."""
+    """RMS of the logits."""
     norm_spread: float = 0.25
-    """Of a norm's weights around their mean, relative to it."""
+    """Spread of a norm's weights around their mean, relative to it."""
     max_distance: int = 160
     """The heads' distances are spread over [1, max_distance]."""
     distances: int = 8
@@ -83,7 +81,7 @@ class Gains:
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """What a checkpoint is built from. The shape goes by the names of config.json."""
+    """What a checkpoint is built from. The shape uses the names of config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -100,7 +98,7 @@ class Preset:
     seed: int = 1
     gains: Gains = Gains()
     max_shard_bytes: int | None = None
-    """Weights are cut into files of about this size, with an index, as large models are published. None: one file."""
+    """Bytes per file, about: weights are split over files with an index, as large models are published. None: one file."""
 
 
 PRESETS = {
@@ -162,16 +160,18 @@ GENERATED = _GENERATED | {
     f"{name}-4-layers": dataclasses.replace(shape, num_hidden_layers=4)
     for name, shape in _GENERATED.items()
 }
-"""Shapes whose weights are no files: every rank makes its own (models/generated.py). Cut to 4 layers, a reference fits beside."""
+"""Shapes whose weights are not stored: every rank makes its own (models/generated.py). With 4
+layers, a reference model fits beside them.
+"""
 
 DIGESTS = {
     "tiny": "6be35bac76c4b39d14faad25342f2c4886a400894b1c1ccd841487fd68c55ecd",
     "qwen3-0.6b": "d94b9db7340e15c50eda759ceb5f99b327b843e8700d74e2faf75735bffefd18",
 }
-"""checkpoint_digest of every preset. A build that gives another one is refused."""
+"""checkpoint_digest of every preset. A build with another digest is refused."""
 
 TOKENIZER_DIGEST = "cb44929f9b08385f6c4d4ca2f351f7cdbc1184f2a5deb59702de290037c54a98"
-"""tokenizer_digest of the presets' tokenizer: the same with every Python, or a preset is not built."""
+"""tokenizer_digest of the presets' tokenizer. A preset is not built where it differs."""
 MERGES = Path(__file__).with_name("merges.txt")
 
 # byte-level BPE tokens of every preset; larger vocabularies hold ids that have no text
@@ -181,14 +181,15 @@ EOS_TOKEN_ID = TEXT_SIZE
 
 
 def ensure_checkpoint(preset: str, *, cache_dir: Path | str | None = None, **changes: Any) -> Path:
-    """The folder of a preset's checkpoint, built if it is not in the cache yet; changes: fields of
+    """The folder of a preset's checkpoint, built if it is not in the cache yet. changes: fields of
     Preset to replace.
 
     The cache is $NANOVLLM_CACHE, else .cache/nanovllm in the repository, or in the working
-    directory of an installed package.
-    Two processes may build the same one: each builds aside, and the first to finish wins. Raises
-    ValueError for an unknown preset or field, OSError where the cache cannot be written,
-    RuntimeError where the weights of an unchanged preset do not have their recorded digest.
+    directory of an installed package. Two processes may build the same checkpoint: each builds in a
+    folder of its own, and the first to finish wins.
+
+    Raises ValueError for an unknown preset or field, OSError where the cache cannot be written,
+    RuntimeError where the weights of an unchanged preset do not have the digest of DIGESTS.
     """
     known = PRESETS | GENERATED
     if preset not in known:
@@ -199,7 +200,7 @@ def ensure_checkpoint(preset: str, *, cache_dir: Path | str | None = None, **cha
             f"a preset has no {', '.join(unknown)}; it has {', '.join(sorted(fields))}"
         )
     recipe = dataclasses.replace(known[preset], **changes)
-    # the digests: another builder, another checkpoint
+    # with the digests, as another recipe makes another checkpoint
     made_of = f"{recipe} {DIGESTS} {TOKENIZER_DIGEST}"
     key = hashlib.sha256(made_of.encode()).hexdigest()[:12]
     cache = Path(cache_dir or os.environ.get("NANOVLLM_CACHE") or _home() / ".cache" / "nanovllm")
@@ -229,14 +230,14 @@ def ensure_checkpoint(preset: str, *, cache_dir: Path | str | None = None, **cha
             and (digest := checkpoint_digest(aside)) != DIGESTS[preset]
         ):
             raise RuntimeError(
-                f"{preset} built here has digest {digest}, recorded is {DIGESTS[preset]}: its recipe has changed "
-                "(record the new digest) or torch computes otherwise here (weights differ from other machines')"
+                f"{preset} built here has digest {digest}, expected is {DIGESTS[preset]}: its recipe has changed "
+                "(update DIGESTS) or torch computes differently here (weights differ from other machines')"
             )
         aside.chmod(0o755)
         try:
             aside.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process was first
+            if not folder.is_dir():  # otherwise another process was first
                 raise
     finally:
         if aside.exists():
@@ -246,8 +247,8 @@ def ensure_checkpoint(preset: str, *, cache_dir: Path | str | None = None, **cha
 
 def checkpoint_digest(folder: Path | str) -> str:
     """SHA-256 over config.json and every tensor (name, dtype, shape, bytes) of a folder's model,
-    however it is cut into files. Raises FileNotFoundError where there is none, ValueError where its
-    files contradict each other.
+    however it is split into files. Raises FileNotFoundError where there are no weights, ValueError
+    where its files contradict each other.
     """
     folder = Path(folder)
     digest = hashlib.sha256(
@@ -331,7 +332,7 @@ def build_checkpoint(recipe: Preset, folder: Path, weights: bool = True) -> None
 
 
 def _config(recipe: Preset) -> dict[str, Any]:
-    """As transformers 5 writes it."""
+    """config.json as transformers 5 writes it."""
     shape = dataclasses.asdict(recipe)
     for own in ("seed", "gains", "max_shard_bytes", "rope_theta"):
         del shape[own]
@@ -463,8 +464,8 @@ def _noise(shape: tuple[int, ...], name: str, seed: int) -> Tensor:
     """
     count = math.prod(shape)
     flat = torch.empty(-(-count // 4), 4)
-    # On a GPU half a minute of integer arithmetic is a second, and the same to the last bit;
-    # rounding is left to the CPU.
+    # Half a minute of integer arithmetic takes a second on a GPU and gives the same bits; rounding is
+    # left to the CPU.
     device = (
         "cuda"
         if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
@@ -514,9 +515,9 @@ def _rotary_vector(position: int, recipe: Preset) -> Tensor:
 
 
 def make_tokenizer() -> Tokenizer:
-    """A byte-level BPE of TEXT_SIZE tokens and Qwen's special ones, split as Qwen's. Its merges are
-    part of the package: they were learned once, from modules of Python's standard library, which
-    differ from one Python to the next.
+    """A byte-level BPE of TEXT_SIZE tokens and Qwen's special tokens, split like Qwen's. Its merges
+    are part of the package: they were learned once, from modules of Python's standard library,
+    which differ between Python versions.
     """
     split = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     merges = [
@@ -537,23 +538,23 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-train_tokenizer = make_tokenizer  # as it was called while every Python trained its own
+train_tokenizer = make_tokenizer  # its name while every Python trained its own
 
 
 def _tokenizer() -> Tokenizer:
-    """Raises RuntimeError where it is not the one that is recorded."""
+    """The presets' tokenizer. Raises RuntimeError where it differs from that of TOKENIZER_DIGEST."""
     tokenizer = make_tokenizer()
     if (digest := tokenizer_digest(tokenizer)) != TOKENIZER_DIGEST:
         raise RuntimeError(
-            f"the presets' tokenizer has digest {digest} here, recorded is {TOKENIZER_DIGEST}: this version of the "
+            f"the presets' tokenizer has digest {digest} here, expected is {TOKENIZER_DIGEST}: this version of the "
             "tokenizers library splits text otherwise, and prompts would be other prompts"
         )
     return tokenizer
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """SHA-256 over what it does, however a version of the library writes it down: its vocabulary
-    and its ids of a text.
+    """SHA-256 over what the tokenizer does, independent of how a library version serializes it: its
+    vocabulary and its ids of a text.
     """
     odd = " Hello,  W\u00f6rld e\u0301!\n\n don't 12345 <|im_start|>user\t\u4f60\u597d\U0001f600"
     said = [
@@ -564,7 +565,7 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
 
 
 def _home() -> Path:
-    """The repository this file lies in, or the working directory where the package is installed
+    """The repository that this file is in, or the working directory where the package is installed
     without it.
     """
     repository = Path(__file__).resolve().parents[3]
@@ -573,7 +574,7 @@ def _home() -> Path:
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod(0o644)  # safetensors makes it readable for its owner alone
+    file.chmod(0o644)  # safetensors makes it readable only for its owner
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanovllm.models.families import FAMILIES
+
+# What every family here computes. Any other value is an error: a setting is never ignored
+# (docs/checkpoints.md lists them all).
 COMPUTED: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
     "hidden_act": "silu",
     "use_sliding_window": False,
     "rope type": "default",
@@ -21,8 +23,8 @@ COMPUTED: dict[str, Any] = {
     "quantization_config": "none",
     "compression_config": "none",
 }
-"""What this engine computes. Any other value is an error: a setting is never ignored (docs/checkpoints.md lists them all)."""
 
+# What a value of each type must be.
 KINDS: dict[Any, tuple[str, Any]] = {
     int: ("a whole number, 1 or more", lambda value: type(value) is int and value >= 1),
     float: ("a number above 0", lambda value: type(value) in (int, float) and 0 < value < math.inf),
@@ -33,13 +35,13 @@ KINDS: dict[Any, tuple[str, Any]] = {
         lambda value: all(type(token) is int and token >= 0 for token in value),
     ),
 }
-"""What a value of each type must be."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """By the names of config.json."""
+    """Named as in config.json; architecture is a key of families.FAMILIES."""
 
+    architecture: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -60,8 +62,8 @@ def load_hf_config(folder: Path) -> ModelConfig:
     """Reads config.json, and the end-of-sequence ids of generation_config.json, as transformers 4
     and 5 write them.
 
-    Raises FileNotFoundError where there is none, ValueError for what this engine does not compute,
-    what is missing, and values of another type.
+    Raises FileNotFoundError where config.json is missing; ValueError for settings that this engine
+    does not compute, missing settings, and values of another type.
     """
     raw = read_json(folder / "config.json")
     # transformers 5, transformers 4
@@ -70,8 +72,14 @@ def load_hf_config(folder: Path) -> ModelConfig:
     eos = read_if_there(folder / "generation_config.json").get(
         "eos_token_id", raw.get("eos_token_id")
     )
+    named = raw.get("architectures")
+    if not isinstance(named, list) or len(named) != 1 or named[0] not in FAMILIES:
+        raise ValueError(
+            f"{folder} has architectures={named!r}; this engine computes {', '.join(FAMILIES)} "
+            "(models/families.py says how to add one)"
+        )
     found = {
-        "architectures": "none",
+        "architecture": named[0],
         **rope,
         **raw,
         "layer_types": sorted(set(map(str, raw.get("layer_types") or COMPUTED["layer_types"]))),
@@ -80,19 +88,18 @@ def load_hf_config(folder: Path) -> ModelConfig:
         "dtype": raw.get("dtype") or raw.get("torch_dtype") or "float32",
         "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
     }
-    for name, computed in COMPUTED.items():
+    for name, computed in (COMPUTED | FAMILIES[found["architecture"]][1]).items():
         if found.get(name, computed) not in (computed, None):
             raise ValueError(
-                f"{folder} has {name}={found[name]!r}; this engine computes {computed!r} only"
+                f"{folder} has {name}={found[name]!r}; {found['architecture']} is computed here with {computed!r} only"
             )
     fields = {f.name: f for f in dataclasses.fields(ModelConfig)}
     values = {name: found[name] for name in fields if found.get(name) is not None}
-    required = [
-        name
-        for name, f in fields.items()
-        if f.default is dataclasses.MISSING and name != "head_dim"
-    ]
-    if lacking := [name for name in required if name not in values]:
+    optional = {
+        "head_dim",
+        *(f.name for f in fields.values() if f.default is not dataclasses.MISSING),
+    }
+    if lacking := [name for name in fields if name not in values and name not in optional]:
         raise ValueError(f"{folder / 'config.json'} lacks {', '.join(lacking)}")
     for name, value in values.items():
         allowed, fits = KINDS[fields[name].type]
@@ -106,8 +113,8 @@ def load_hf_config(folder: Path) -> ModelConfig:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The keys and values of a file. Raises FileNotFoundError, and ValueError for what is no such
-    file.
+    """The keys and values of a JSON file. Raises FileNotFoundError, or ValueError for a file of
+    another kind.
     """
     if not file.is_file():
         raise FileNotFoundError(
@@ -125,5 +132,5 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_if_there(file: Path) -> dict[str, Any]:
-    """The same, of a file that may be missing: then there are none."""
+    """Like read_json; {} where the file is missing."""
     return read_json(file) if file.is_file() else {}

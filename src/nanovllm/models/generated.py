@@ -1,9 +1,9 @@
-"""Random weights made where they are needed: each rank fills its own shards, on its own device, and
-nothing is read from a file.
+"""Random weights made where they are needed: each rank fills its own shards on its own device, and
+reads no file.
 
-For the shapes of models too large to build and carry around, where only the time of a step counts.
-A weight is a function of (seed, name of the tensor, row, column): word column % 4 of Philox4x32-10
-with counter (column // 4, row) under the key (seed, CRC-32 of the name), as a uniform number of the
+For shapes of models too large to build and store, where only the time of a step matters. A weight
+is a function of (seed, name of the tensor, row, column): word column % 4 of Philox4x32-10 with
+counter (column // 4, row) under the key (seed, CRC-32 of the name), as a uniform number with the
 standard deviation below. So the shards of any number of ranks are parts of the same model, on every
 device.
 """
@@ -22,12 +22,12 @@ from nanovllm.kernels.torch.sampling import philox4x32
 from nanovllm.layers.linear import TensorParallel
 
 RECIPE = "generated.json"
-"""In the place of *.safetensors: {"seed": int}."""
+"""Takes the place of *.safetensors: {"seed": int}."""
 _CHUNK = 1 << 22  # counters at a time: 32 MiB in each of a dozen temporary tensors
 
 
 def fill(model: nn.Module, folder: Path, tp: TensorParallel) -> None:
-    """Fills every parameter. Raises FileNotFoundError where the folder holds no recipe either."""
+    """Fills every parameter. Raises FileNotFoundError where the folder has no recipe either."""
     seed = seed_of(folder)
     parameters: dict[str, Any] = dict(model.named_parameters())
     for name, param in parameters.items():
@@ -42,8 +42,8 @@ def fill(model: nn.Module, folder: Path, tp: TensorParallel) -> None:
 def fill_whole(
     tensors: Iterable[tuple[str, Tensor]], folder: Path, packed: Mapping[str, tuple[str, str]]
 ) -> None:
-    """Fills tensors named as in a checkpoint file with what all ranks together hold; packed: as
-    Qwen3ForCausalLM's.
+    """Fills tensors named as in a checkpoint with what all ranks together hold. packed: the
+    family's packed_modules_mapping.
     """
     seed = seed_of(folder)
     for name, tensor in tensors:
@@ -53,7 +53,7 @@ def fill_whole(
 
 
 def seed_of(folder: Path) -> int:
-    """Raises FileNotFoundError where there is no recipe."""
+    """The seed of the recipe. Raises FileNotFoundError where there is none."""
     recipe = folder / RECIPE
     if not recipe.is_file():
         raise FileNotFoundError(
@@ -63,15 +63,15 @@ def seed_of(folder: Path) -> int:
 
 
 def _fill(target: Tensor, name: str, seed: int, first: list[int], ranks_beside: int) -> None:
-    """target: [rows, columns] or [columns], part of a tensor, from element `first` of it. Columns
-    divide by 4 on every rank.
+    """target: [rows, columns] or [columns], part of a tensor, beginning at element `first` of it.
+    Every rank's columns must be a multiple of 4.
     """
     matrix = target.view(-1, target.shape[-1])
     rows, columns = matrix.shape
     first_row, first_column = first if target.dim() == 2 else (0, first[0])
     if columns % 4:
         raise ValueError(
-            f"{name} has {columns} columns a rank; generated weights need a multiple of 4"
+            f"{name} has {columns} columns per rank; generated weights need a multiple of 4"
         )
     device = target.device
     low, high = (

@@ -22,8 +22,8 @@ PATTERNS = [
 
 
 def fetch(hub_id: str) -> Path:
-    """Fetches what is read (no code, no pickles) into the hub's own cache. Raises FileNotFoundError
-    with what to do instead.
+    """Downloads what the engine reads (no code, no pickles) into the hub's own cache. Raises
+    FileNotFoundError, saying what to do instead.
     """
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=PATTERNS))

@@ -12,7 +12,9 @@ from nanovllm.layers.linear import TensorParallel
 
 
 def resolve_model(name_or_path: str) -> Path:
-    """A folder as it is, or a hub id, fetched. Raises FileNotFoundError where it is neither."""
+    """A folder as it is, or the folder of a downloaded hub id. Raises FileNotFoundError where it is
+    neither.
+    """
     if (folder := Path(name_or_path).expanduser()).is_dir():
         return folder
     from nanovllm.models.hub import fetch
@@ -23,9 +25,9 @@ def resolve_model(name_or_path: str) -> Path:
 def load_weights(model: nn.Module, folder: Path, tp: TensorParallel) -> None:
     """Fills every parameter.
 
-    Raises FileNotFoundError where there are no safetensors; ValueError for a file that is
-    truncated, for tensors that are missing, unknown or of another shape, and for a stored head that
-    is not the tied one.
+    Raises FileNotFoundError where there are no safetensors. Raises ValueError for a truncated file;
+    for tensors that are missing, unknown or of another shape; and for a stored head that differs
+    from the tied one.
     """
     if not (files := sorted(folder.glob("*.safetensors"))):
         from nanovllm.models.generated import fill

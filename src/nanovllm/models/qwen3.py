@@ -1,30 +1,27 @@
 """Qwen3 for causal language modelling (Qwen Team, 2025): pre-norm decoder, grouped-query attention
 with normed heads, SwiGLU.
 
-Parameter names are those of the checkpoint, but for the fused projections of
+Parameter names are those of the checkpoint, except for the fused projections of
 `packed_modules_mapping`.
 """
 
 from torch import Tensor, nn
 
 from nanovllm.kernels.batch import ForwardBatch
-from nanovllm.kernels.registry import AttentionBackend, Kernels
+from nanovllm.kernels.registry import Kernels
+from nanovllm.layers.attention import Attention, KVCache
 from nanovllm.layers.embed_head import VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import ColumnParallelLinear, RowParallelLinear, TensorParallel
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.models.config import ModelConfig
 
-# keys and values of one layer: [blocks, kv_heads, block_size, head_dim]
-KVCache = tuple[Tensor, Tensor]
-
 
 class Qwen3Attention(nn.Module):
     def __init__(
-        self, config: ModelConfig, kernels: Kernels, attention: AttentionBackend, tp: TensorParallel
+        self, config: ModelConfig, kernels: Kernels, attention: Attention, tp: TensorParallel
     ) -> None:
         super().__init__()
-        self.attention, self.eps = attention, config.rms_norm_eps
         q_size, kv_size = (
             config.num_attention_heads * config.head_dim,
             config.num_key_value_heads * config.head_dim,
@@ -43,18 +40,12 @@ class Qwen3Attention(nn.Module):
         self.q_norm, self.k_norm = (
             RMSNorm(config.head_dim, config.rms_norm_eps, kernels) for _ in range(2)
         )
+        self.attention = attention
 
     def forward(self, x: Tensor, cos_sin: Tensor, kv_cache: KVCache, batch: ForwardBatch) -> Tensor:
-        q, k, v = self.qkv_proj(
-            x,
-            self.q_norm.weight,
-            self.k_norm.weight,
-            self.eps,
-            cos_sin,
-            *kv_cache,
-            batch.slot_mapping,
+        return self.o_proj(
+            self.attention(self.qkv_proj, self.q_norm, self.k_norm, x, cos_sin, kv_cache, batch)
         )
-        return self.o_proj(self.attention.attend(q, k, v, *kv_cache, batch).flatten(1))
 
 
 class Qwen3MLP(nn.Module):
@@ -74,7 +65,7 @@ class Qwen3MLP(nn.Module):
 
 class Qwen3DecoderLayer(nn.Module):
     def __init__(
-        self, config: ModelConfig, kernels: Kernels, attention: AttentionBackend, tp: TensorParallel
+        self, config: ModelConfig, kernels: Kernels, attention: Attention, tp: TensorParallel
     ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, kernels)
@@ -89,7 +80,7 @@ class Qwen3Model(nn.Module):
         config: ModelConfig,
         max_model_len: int,
         kernels: Kernels,
-        attention: AttentionBackend,
+        attention: Attention,
         tp: TensorParallel,
     ) -> None:
         super().__init__()
@@ -129,7 +120,7 @@ class Qwen3ForCausalLM(nn.Module):
         config: ModelConfig,
         max_model_len: int,
         kernels: Kernels,
-        attention: AttentionBackend,
+        attention: Attention,
         tp: TensorParallel,
     ) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""What `generate` takes where it is given no sampling_params: loaded then. As in vLLM, what
-generation_config.json recommends.
+"""The sampling parameters of `generate` where none are given: as in vLLM, what
+generation_config.json recommends. Loaded then.
 """
 
 import warnings
@@ -15,7 +15,7 @@ HONOURED = {
     "top_p": "top_p",
     "max_new_tokens": "max_tokens",
 }
-"""The name in generation_config.json -> ours."""
+"""Name in generation_config.json -> our name."""
 LEFT_OUT: dict[str, Any] = {
     "do_sample": True,
     "repetition_penalty": 1,
@@ -43,11 +43,13 @@ LEFT_OUT: dict[str, Any] = {
     "max_time": None,
     "watermarking_config": None,
 }
-"""What HF or vLLM act on and this engine does not have, with the value at which it changes nothing. Any other one is warned of."""
+"""Settings that HF or vLLM act on and this engine does not have, with the value at which they
+change nothing. Any other value is warned about.
+"""
 
 
 def default_params(folder: Path) -> SamplingParams:
-    """Raises ValueError where the file recommends what is out of range."""
+    """The recommended parameters. Raises ValueError where the file recommends a value out of range."""
     file = folder / "generation_config.json"
     said = {name: value for name, value in read_if_there(file).items() if value is not None}
     if left_out := [

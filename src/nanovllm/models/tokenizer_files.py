@@ -1,9 +1,9 @@
-"""What lies beside a tokenizer.json and changes what HF and vLLM make of it: loaded where a folder
-says more than a preset does.
+"""Files beside tokenizer.json that change how HF and vLLM tokenize. Loaded where a folder says more
+than a preset does.
 
-A tokenizer here is its tokenizer.json. HF also reads tokenizer_config.json, special_tokens_map.json
-and added_tokens.json; what they say is either said by tokenizer.json as well, or it is refused by
-name, or warned of (docs/checkpoints.md lists the keys).
+Here a tokenizer is its tokenizer.json. HF also reads tokenizer_config.json, special_tokens_map.json
+and added_tokens.json. What they say must be in tokenizer.json as well; otherwise it is refused by
+name, or warned about (docs/checkpoints.md lists the keys).
 """
 
 import warnings
@@ -16,9 +16,11 @@ from nanovllm.models.config import read_if_there
 
 QWEN = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 AS_IT_IS = (*QWEN, "PreTrainedTokenizerFast", "TokenizersBackend")
-"""Values of tokenizer_class with which HF takes tokenizer.json as it is, but for the normalizer of QWEN, which is always NFC."""
+"""Values of tokenizer_class with which HF uses tokenizer.json as it is, except for the normalizer
+of QWEN, which is always NFC.
+"""
 REFUSED = ("add_prefix_space", "split_special_tokens")
-"""Where true, HF splits a text otherwise."""
+"""If true, HF splits a text differently."""
 NAMED = (
     "bos_token",
     "eos_token",
@@ -34,8 +36,8 @@ NAMED = (
 
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...]) -> None:
-    """Warns of what is not as HF has it in one of its versions, and of an end-of-sequence token at
-    which no answer ends.
+    """Warns where one of HF's versions would tokenize differently, and about an end-of-sequence
+    token that ends no answer.
 
     Raises ValueError for settings with which HF would make other token ids of a text.
     """

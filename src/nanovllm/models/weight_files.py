@@ -1,10 +1,10 @@
-"""Which of a folder's safetensors are the model, and what to make of tensors that are not those of
-the model: loaded only where there is more than one model.safetensors to choose from, or a tensor
-too few or too many.
+"""Which safetensors files of a folder are the model, and what to do with tensors that are not the
+model's. Loaded only where there is more than one model.safetensors to choose from, or tensors are
+missing or left over.
 
-Other files lie about: shards of another cut, Mistral's consolidated.safetensors, the adapter of a
-merged model, the original weights beside converted ones. Which ones count is said by the index, or
-by the name; the same as in HF and vLLM.
+A folder may hold other files: shards of another split, Mistral's consolidated.safetensors, the
+adapter of a merged model, the original weights beside converted ones. The index decides which files
+count, or their names do, as in HF and vLLM.
 """
 
 import json
@@ -19,16 +19,18 @@ from torch import Tensor
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 NEVER_A_MODEL = ("consolidated", "adapter_")
-"""How the names of files begin that hold the weights a second time, by other names, or changes to them."""
+"""Beginnings of the names of files that hold the weights a second time, under other names, or
+changes to them.
+"""
 
 
 def weight_files(folder: Path, warn: bool = True) -> list[Path]:
     """The files whose tensors are the model's, sorted; [] where there are none.
 
-    Those that the index names; without one model.safetensors; without either every *.safetensors
-    that is not known to be something else. warn: of files that are passed over. Raises ValueError
-    for an index that names a file that is not here, and where a model.safetensors lies beside an
-    index that does not name it: HF reads that one file, vLLM those of the index.
+    Those that the index names; without an index, model.safetensors; without either, every
+    *.safetensors that is not known to be something else. warn: name files that are passed over.
+    Raises ValueError for an index that names a missing file, and where a model.safetensors lies
+    beside an index that does not name it: HF reads that file, vLLM those of the index.
     """
     there = sorted(folder.glob("*.safetensors"))
     if (folder / INDEX).is_file():
@@ -58,7 +60,9 @@ def weight_files(folder: Path, warn: bool = True) -> list[Path]:
 
 
 def read_index(index: Path) -> dict[str, list[str]]:
-    """The tensors of each file that an index names. Raises ValueError for an index that is none."""
+    """The tensors of each file that an index names. Raises ValueError for a file that is not an
+    index.
+    """
     files: dict[str, list[str]] = {}
     try:
         for tensor, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
@@ -97,7 +101,7 @@ def check_left_over(
         raise ValueError(
             f"{folder} holds tensors that the model has no place for: {shortened(unknown)}"
         )
-    for file, _ in left_over:  # a tied head may be stored as well
+    for file, _ in left_over:  # a tied head may also be stored
         check_tied_head(file, parameters["model.embed_tokens.weight"])
 
 

@@ -1,4 +1,17 @@
-"""The oracle: plain PyTorch, any device."""
+"""The reference: plain PyTorch, any device.
+
+activation        SwiGLU
+attention         TorchAttention, the baseline backend
+decode_step       gathers inputs and advances state in a captured decode step   (loaded with CUDA graphs)
+filtering         top-k and top-p                                               (loaded when asked for)
+kv_store          K and V into the paged cache
+logprobs          log-probabilities of sampled tokens                           (loaded when asked for)
+norm, rope        RMSNorm; rotary embedding with its norms and the KV store
+sampling          exact counter-based sampling
+sampling_shards   the same over the shards of tensor-parallel ranks             (loaded in ranks)
+
+rope imports norm and kv_store; the others import nothing of this room.
+"""
 
 from torch.nn.functional import linear
 

@@ -11,15 +11,15 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from nanovllm.kernels.batch import ForwardBatch
 
+# Backends of scaled_dot_product_attention. cuDNN's, PyTorch's first choice on Hopper, is left out: it plans anew
+# for every length it has not seen, which takes milliseconds per layer, and nearly every prompt has its own length.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Of scaled_dot_product_attention, without cuDNN's: on Hopper PyTorch's first choice, it plans anew for every length it has not
-seen, which takes milliseconds a layer, and nearly every prompt has a length of its own."""
+# Decodes that are gathered together. Smaller groups pad less and cost more calls.
 GROUP = 16
-"""Decodes that are gathered together. Fewer pad less, and cost more calls."""
 
 
 class TorchAttention:
-    """The baseline backend; `prepare` once a step, then `attend` once a layer."""
+    """The baseline backend: `prepare` once per step, then `attend` once per layer."""
 
     def __init__(
         self, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype
@@ -117,8 +117,8 @@ class TorchAttention:
         return output
 
     def _pages(self, block_tables: Tensor) -> Tensor:
-        """[entries, blocks] -> [entries * kv_heads * blocks]: the page of each block and head, head
-        by head.
+        """[entries, blocks] -> [entries * kv_heads * blocks]: the row of each block and head in the
+        cache, head by head.
         """
         heads = torch.arange(self.num_kv_heads, device=block_tables.device)
         return (

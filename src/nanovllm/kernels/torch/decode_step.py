@@ -1,6 +1,4 @@
-"""What stands around the model in a decode step without a host: each row's state in, its token
-back. Loaded with CUDA graphs.
-"""
+"""Gathers inputs and advances state in a captured decode step. Loaded with CUDA graphs."""
 
 from typing import NamedTuple
 
@@ -8,7 +6,7 @@ from torch import Tensor
 
 
 class DecodeInputs(NamedTuple):
-    """What a decode step reads, one entry a row."""
+    """Inputs of a decode step, one entry per row."""
 
     token_ids: Tensor  # [entries] int64: each row's last token
     slot_mapping: Tensor  # [entries] int64
@@ -48,14 +46,14 @@ def gather_decode_inputs(
 
 
 def advance_rows(rows: Tensor, positions: Tensor, last_tokens: Tensor, token_ids: Tensor) -> None:
-    """Stores the sampled tokens and moves on by one; the last row of all, which pads batches, stays
-    where it is.
+    """Stores the sampled tokens and advances positions by one, except in the last row of the state,
+    which pads batches.
     """
     last_tokens[rows] = token_ids
     positions += (rows < last_tokens.shape[0] - 1).long()
 
 
 def write_blocks(block_tables: Tensor, updates: Tensor) -> None:
-    """updates: [n, 3] int64, each a row, a column and the block that goes there; no place twice."""
+    """updates: [n, 3] int64, each (row, column, block to write there); no place occurs twice."""
     rows, columns, blocks = updates.unbind(1)
     block_tables[rows, columns] = blocks.int()

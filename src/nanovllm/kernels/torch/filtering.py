@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 ROWS = 128
-"""Filtered at a time: what 256 rows of a large vocabulary take at once, 1.5 GB, a card of 8 GB does not have left."""
+"""Rows that are filtered at a time: 256 rows of a large vocabulary would take 1.5 GB at once, which
+a GPU of 8 GB does not have left.
+"""
 
 
 def filtered_logits(logits: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor) -> Tensor:

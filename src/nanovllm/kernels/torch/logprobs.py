@@ -1,4 +1,4 @@
-"""Log-probabilities of what was sampled. Loaded when a request asks for them."""
+"""Log-probabilities of sampled tokens. Loaded when a request asks for them."""
 
 import torch
 from torch import Tensor

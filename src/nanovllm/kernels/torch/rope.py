@@ -49,7 +49,7 @@ def qk_norm_rope_store_kv(
 def linear_qk_norm_rope_store_kv(
     x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x: [tokens, k], weight: [(q_heads + 2 * kv_heads) * head_dim, k]: qk_norm_rope_store_kv of
-    their product and the rest.
+    """x: [tokens, k], weight: [(q_heads + 2 * kv_heads) * head_dim, k]: the QKV matmul, then
+    qk_norm_rope_store_kv.
     """
     return qk_norm_rope_store_kv(torch.nn.functional.linear(x, weight, bias), *rest)

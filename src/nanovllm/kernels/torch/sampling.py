@@ -1,4 +1,4 @@
-"""Sampling with counter-based randomness, in plain torch operations: the oracle of every other
+"""Sampling with counter-based randomness in plain torch operations: the reference for every other
 implementation.
 
 The noise of a token is a stated function of (seed, position, token id) and of nothing else:
@@ -8,12 +8,12 @@ The noise of a token is a stated function of (seed, position, token id) and of n
     noise   = -log(-log1p(-uniform))             Gumbel(0, 1), between -2.82 and 22.88
 
 and `argmax(logits / temperature + noise)` is a sample of `softmax(logits / temperature)` (the
-Gumbel-max trick). So a request's tokens depend on no neighbour and no history, and another engine's
-logits can be rescored with the same noise.
+Gumbel-max trick). So a request's tokens do not depend on other requests or on its history, and
+another engine's logits can be rescored with the same noise.
 
-Every device and every twin must give the same bits. Hence only operations that IEEE 754 defines
-exactly (+, -, *, /, conversions, integer operations), each rounded on its own (no fused
-multiply-add), in the order written here, and no libm. Torch's eager kernels never fuse across
+Every device and every implementation must give the same bits. So only operations that IEEE 754
+defines exactly are used (+, -, *, /, conversions, integer operations), each rounded separately (no
+fused multiply-add), in the order written here, and no libm. Torch's eager kernels never fuse across
 operations; a compiler must be told not to (Triton: `enable_fp_fusion=False`, `div_rn`).
 """
 
@@ -92,7 +92,7 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int, first: int =
     `positions[i]` is the position that the sampled token will take in its sequence (prompt
     included), below 2^32.
     """
-    # a few rows at a time: what is computed on the way stays in the cache
+    # a few rows at a time, so that temporary results stay in the CPU's cache
     if seeds.device.type == "cpu" and len(seeds) > 16:
         return torch.cat(
             [

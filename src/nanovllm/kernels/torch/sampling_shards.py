@@ -38,7 +38,7 @@ def best_of_shard(
 
 def best_of_shards(gathered: Tensor) -> Tensor:
     """gathered: [parts, 2, n, m] int32, every part's best_of_shard -> token ids: [n] int64, the
-    lowest of a tie.
+    lowest in a tie.
     """
     # [n, parts * m]
     values, tokens = (part.movedim(0, 1).flatten(1) for part in gathered.unbind(1))

@@ -1,5 +1,17 @@
-"""Triton twins of kernels/torch/, loaded only when chosen: one file an operation, the same
-signatures.
+"""Triton twins of kernels/torch/, with the same signatures. Loaded only when chosen.
+
+activation        SwiGLU
+attention/        TritonAttention
+decode_step       gathers inputs and advances state in a captured decode step
+fused             matmuls fused with SwiGLU, or with norms, rotary embedding and KV store
+kv_store          K and V into the paged cache
+launch            programmatic dependent launch, shared memory, warps
+linear            matmuls of a few rows
+norm, rope        RMSNorm; rotary embedding with its norms and the KV store
+sampling          exact counter-based sampling
+sampling_shards   the same over the shards of tensor-parallel ranks
+
+All import launch; fused imports linear and rope.
 """
 
 from nanovllm.kernels.triton.activation import silu_and_mul

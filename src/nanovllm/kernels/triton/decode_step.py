@@ -1,5 +1,5 @@
-"""What stands around the model in a decode step, each in one launch where the torch twin takes a
-dozen.
+"""Gathers inputs and advances state in a captured decode step, one kernel each where the torch twin
+launches a dozen.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ def gather_decode_inputs(
 
 
 def advance_rows(rows: Tensor, positions: Tensor, last_tokens: Tensor, token_ids: Tensor) -> None:
-    """Stores the sampled tokens and moves on by one; the last row of all, which pads batches, stays
-    where it is.
+    """Stores the sampled tokens and advances positions by one, except in the last row of the state,
+    which pads batches.
     """
     n = rows.shape[0]
     _advance_kernel[(triton.cdiv(n, 128),)](
@@ -156,7 +156,7 @@ def advance_rows(rows: Tensor, positions: Tensor, last_tokens: Tensor, token_ids
 
 
 def write_blocks(block_tables: Tensor, updates: Tensor) -> None:
-    """updates: [n, 3] int64, each a row, a column and the block that goes there; no place twice."""
+    """updates: [n, 3] int64, each (row, column, block to write there); no place occurs twice."""
     n = updates.shape[0]
     _write_blocks_kernel[(triton.cdiv(n, 128),)](
         block_tables, updates, n, block_tables.shape[1], BLOCK=128, num_warps=1, **pdl(block_tables)

@@ -1,22 +1,23 @@
-"""Two products that end in what follows them: gate and up with SwiGLU, q, k and v with norm, rotary
+"""Two matmuls fused with what follows them: gate and up with SwiGLU; q, k and v with norm, rotary
 embedding and KV store.
 
-For a decode step's rows. Each saves a kernel, and the reading and writing between the two; and
-unlike cuBLAS's, these are part of the chain of dependent launches (launch.py), so they need not
-wait for the kernel in front to end before they start.
+For the rows of a decode step. Each saves a kernel, and the writing and reading between the two.
+Unlike cuBLAS's kernels these are part of the chain of dependent launches (launch.py), so they start
+before the kernel in front has ended.
 
     program     one tile of ROWS rows, and COLUMNS outputs: pairs of columns that are combined at the end,
                 (gate, up) or (i, i + head_dim / 2) of one head
-    weights     the two rows of a pair lie next to each other in the tile, so that each thread has both sums in registers
+    weights     the two rows of a pair are adjacent in the tile, so that each thread has both sums in registers
     grid        the row tiles of one group of columns run side by side: they read the same weights, from L2
 
-Gate and up of up to 16 rows is no kernel of this file: those of linear.py, which hold their weights
-before they wait, end in SwiGLU as well. Heads have no such kernel, as a norm needs the whole of
-one, and its weights fit into no program.
+Gate and up of up to 16 rows is not computed here: the kernels of linear.py, which load their
+weights before they wait, can end in SwiGLU as well. There is no such kernel for heads, as a norm
+needs a whole head, whose weights do not fit into a program.
 
 Measured on an H200 with Qwen3-0.6B, in the engine: about 1.5 % of a canonical step, 2 % of a step
-of 8 or 64 requests (ablations/LOG.md says how well). Fetching weights into L2 while the kernel in
-front still runs made most of it slower; `benchmarks/gpu_fused.py` compares tilings.
+of 8 or 64 requests (ablations/LOG.md says how well that is known). Prefetching weights into L2
+while the kernel in front still runs made most of it slower; `benchmarks/gpu_fused.py` compares
+tilings.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ from nanovllm.kernels.triton.linear import linear, linear_of_few, suits_few
 from nanovllm.kernels.triton.rope import norm_and_rotate, qk_norm_rope_store_kv
 
 _GATE_UP_ROWS, _QKV_ROWS = (33, 256), (65, 256)
-"""From here to there a product in tiles and what follows it are one kernel; gate and up of up to 16 rows always are."""
+"""Numbers of rows (from, to) for which a tiled matmul is fused with what follows it; gate and up of up to 16 rows always are."""
 _FUSED_WEIGHTS = 1 << 23
-"""In tiles only products of fewer weights: the larger fill the GPU by themselves, and what a kernel costs beside them is little."""
+"""Tiled matmuls are fused only below this many weights: larger ones fill the GPU, and a separate kernel costs little."""
 
 
 class Tiling(NamedTuple):
-    """Of a program. Where a device has too little shared memory for the stages, it gets fewer."""
+    """The tile of a program. A device with too little shared memory for the stages gets fewer."""
 
     rows: int
-    # gate and up: half of them are gate's; of q, k and v a program has a head, whatever stands here
+    # gate and up: half of them are gate's; for q, k and v a program has one head, whatever the value
     columns: int
-    step: int  # of the reduction dimension, an iteration
+    step: int  # of the reduction dimension per iteration
     stages: int
     warps: int
 
@@ -56,7 +57,7 @@ GATE_UP_TILINGS = {
     256: Tiling(64, 128, 64, 4, 4),
 }
 QKV_TILINGS = {128: Tiling(64, 128, 128, 4, 4), 256: Tiling(64, 128, 128, 3, 4)}
-"""By the largest number of rows each is for: the fastest of six or more on an H200."""
+"""Keyed by the largest number of rows: the fastest of six or more on an H200."""
 
 
 @triton.jit
@@ -72,8 +73,8 @@ def _pairs_of_products(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Rows of x times the weights at weight_rows ([COLUMNS, 1] pointers): the even ones' products
-    and the odd ones', each [ROWS, COLUMNS / 2] and rounded to the model's type.
+    """Rows of x times the weights at weight_rows ([COLUMNS, 1] pointers): the results of even and
+    of odd rows, each [ROWS, COLUMNS / 2] and rounded to the model's type.
     """
     wait_for_inputs(PDL)
     ks = tl.arange(0, STEP)[None, :]
@@ -141,7 +142,7 @@ def _qkv_kernel(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One head of ROWS tokens. Heads: q's, then k's, then v's."""
+    """One head of ROWS tokens. Heads are ordered: q's, then k's, then v's."""
     let_next_start(PDL)
     half: tl.constexpr = HEAD_DIM // 2
     head = tl.program_id(1)
@@ -190,19 +191,19 @@ def _store_kv(fresh, cached, first, second, exists, half: tl.constexpr):
 
 
 def tiling_for(tilings: dict[int, Tiling], num_rows: int) -> Tiling:
-    """That of the smallest bucket that holds the rows."""
+    """The tiling of the smallest bucket that holds the rows."""
     return next(
         (tiling for most, tiling in tilings.items() if num_rows <= most), list(tilings.values())[-1]
     )
 
 
 def may_fuse(x: Tensor, bias: Tensor | None, rows: tuple[int, int]) -> bool:
-    """Whether a product is for one kernel at all."""
+    """Whether a matmul may be fused at all."""
     return rows[0] <= x.shape[0] <= rows[1] and x.dtype.itemsize == 2 and bias is None
 
 
 def fits_tiles(x: Tensor, weight: Tensor, tiling: Tiling) -> bool:
-    """Whether it is for the kernels of this file; n is the caller's to look at."""
+    """Whether a matmul's rows and k suit the kernels of this file; the caller checks n."""
     return x.shape[1] % tiling.step == 0 and weight.numel() < _FUSED_WEIGHTS
 
 
@@ -254,8 +255,8 @@ def linear_qk_norm_rope_store_kv(
     v_cache: Tensor,
     slot_mapping: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x: [tokens, k], weight: [(q_heads + 2 * kv_heads) * head_dim, k]; the others, and what is
-    returned, as in rope.py; v is a tensor of its own where the product is fused.
+    """x: [tokens, k], weight: [(q_heads + 2 * kv_heads) * head_dim, k]; the other arguments and the
+    result as in rope.py. v is a tensor of its own where the matmul is fused.
     """
     tiling, head_dim = tiling_for(QKV_TILINGS, x.shape[0]), k_cache.shape[3]
     rest = q_weight, k_weight, eps, cos_sin, k_cache, v_cache, slot_mapping
@@ -320,8 +321,9 @@ def fused_qkv(
 
 
 def _stages(tiling: Tiling, columns: int, device: torch.device) -> int:
-    """The tiling's, or as many as this device has shared memory for. Below 64 rows Triton takes the
-    older tensor-core instructions, on any device, and then a stage less lies in shared memory.
+    """The tiling's stages, or as many as fit into this device's shared memory. Below 64 rows Triton
+    uses the older tensor-core instructions on any device, and then one stage less is in shared
+    memory.
     """
     stage_bytes = (tiling.rows + columns) * tiling.step * 2
     return min(tiling.stages, shared_memory(device) // stage_bytes + (tiling.rows < 64))

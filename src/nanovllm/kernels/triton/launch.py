@@ -1,14 +1,13 @@
-"""What every launch here shares: programmatic dependent launch, and block sizes.
+"""What all kernels here share: programmatic dependent launch, shared memory and block sizes.
 
 A decode step is hundreds of kernels of a few microseconds. On Hopper and later, a kernel launched
-with `launch_pdl` may start
-while its predecessor still runs: its prologue (index arithmetic, loads of weights) overlaps the
-predecessor's tail. It must call `wait_for_inputs` before it touches anything that the kernels right
-before it write or read. Every kernel in this folder does. The wait is no barrier for what lies
-further back, as the kernel in front may itself be waiting. What attention reads before its wait,
-`prepare` has written, and the embedding, an ordinary kernel, lies between the two: it begins when
-all before it have ended. CUDA C++ programming guide, "Programmatic dependent launch and
-synchronization".
+with `launch_pdl` may start while its predecessor still runs: its prologue (index arithmetic, loads
+of weights) overlaps the predecessor's tail. It must call `wait_for_inputs` before it touches
+anything that the kernels right before it write or read. Every kernel in this folder does. The wait
+is no barrier for earlier kernels, as the kernel in front may itself be waiting. What attention
+reads before its wait was written by `prepare`, and the embedding, an ordinary kernel, runs between
+the two: it begins when all kernels before it have ended. CUDA C++ programming guide, "Programmatic
+dependent launch and synchronization".
 """
 
 from __future__ import annotations
@@ -24,7 +23,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 STANDS_FOR: ContextVar[torch.device | None] = ContextVar("STANDS_FOR", default=None)
-"""The device whose kernels are meant where tensors are on the meta device: engine/rehearsal.py compiles before there are others."""
+"""The device that kernels are compiled for where tensors are on the meta device: gpu/rehearsal.py
+compiles before real tensors exist.
+"""
 
 
 @triton.jit
@@ -40,7 +41,7 @@ def wait_for_inputs(PDL: tl.constexpr):
     meanwhile.
     """
     if PDL:
-        gdc_launch_dependents()  # a second time changes nothing
+        gdc_launch_dependents()  # calling it twice is harmless
         gdc_wait()
 
 
@@ -63,9 +64,9 @@ def _supports_pdl(device_index: int) -> bool:
 
 
 def pdl(x: Tensor, fp_fusion: bool = True) -> dict[str, Any]:
-    """Launch arguments for a kernel that works on x's device. fp_fusion: a product and a sum may be
-    rounded once; it is always said, as Triton's default was that up to 3.9, which warns of it, and
-    is another from 3.10 on.
+    """Launch arguments for a kernel that works on x's device. fp_fusion: multiply-adds may be
+    rounded once. It is always passed, because Triton's default is changing: up to 3.9 it fuses and
+    warns, from 3.10 on it does not.
     """
     device = x.device if x.is_cuda else STANDS_FOR.get()
     if device is not None and _supports_pdl(device.index):
@@ -74,7 +75,7 @@ def pdl(x: Tensor, fp_fusion: bool = True) -> dict[str, Any]:
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have; without a GPU those of an RTX 4070."""
+    """Bytes of shared memory that a program may use; without a GPU, those of an RTX 4070."""
     return _shared_memory(device if device.type == "cuda" else STANDS_FOR.get() or device)
 
 
@@ -88,16 +89,7 @@ def _shared_memory(device: torch.device) -> int:
 
 
 def warps_for(block: int) -> int:
-    """Warps for a program that handles `block` elements: eight a thread, so that bfloat16 moves 16
-    bytes at a time.
+    """Warps for a program that handles `block` elements: eight per thread, so that bfloat16 moves
+    16 bytes at a time.
     """
     return min(16, max(1, block // 256))
-
-
-def upload(values: list[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A list as a tensor on `device`, without waiting for the device: a copy from pageable memory
-    would.
-    """
-    if device.type != "cuda":
-        return torch.tensor(values, dtype=dtype, device=device)
-    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)

@@ -1,18 +1,18 @@
-"""Matrix products of a few rows: what a decode step of a small batch spends its time on, bound by
-reading the weights.
+"""Matmuls of a few rows, which dominate a decode step of a small batch and are bound by reading
+the weights.
 
-cuBLAS reads them no slower, but a layer's four products take a few microseconds each, and between
-two of its kernels the memory stands idle for as long. These kernels are part of the chain of
-dependent launches (launch.py): a program holds its columns' weights in registers or shared memory
-before the kernel in front of it has ended, and then only waits for x.
+cuBLAS reads them as fast, but a layer's four matmuls take a few microseconds each, and between two
+of its kernels the memory is idle for as long. These kernels are part of the chain of dependent
+launches (launch.py): a program has its columns' weights in registers or shared memory before the
+kernel in front of it has ended, and then only waits for x.
 
     1 row           each thread multiplies and adds; one reduction over the program at the end
     2 to 16 rows    tensor cores; each warp has a slice of the reduction dimension
     17 to 64 rows   tensor cores; where there are few columns, several programs share the reduction dimension (split-K), and
-                    the one that comes last adds their parts up, in order
+                    the last one to finish adds up their parts, in order
 
-More rows, other shapes and other types go to cuBLAS, which is the faster one there. The kernels of
-up to 16 rows can end in SwiGLU (fused.py).
+More rows, other shapes and other types go to cuBLAS, which is faster there. The kernels of up to 16
+rows can end in SwiGLU (fused.py).
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ from nanovllm.kernels.triton.launch import (
 )
 
 _FEW_ROWS, _SOME_ROWS, _TILE_ROWS = 1, 16, 64
-_STEP = 128  # of the reduction dimension, an iteration of _tile_kernel
+_STEP = 128  # of the reduction dimension per iteration of _tile_kernel
 _LARGE = 1 << 23
-"""Products of that many weights are cuBLAS's beyond _SOME_ROWS: _tile_kernel was measured at Qwen3-0.6B's shapes, all of them
-smaller, and a large product fills the GPU by itself."""
+"""Beyond _SOME_ROWS, matmuls with this many weights are left to cuBLAS: _tile_kernel was measured
+at Qwen3-0.6B's shapes, all of them smaller, and a large matmul fills the GPU by itself.
+"""
 
 
 @triton.jit
 def _weight_rows(columns, n, GATED: tl.constexpr):
-    """The weights of a program's columns. GATED: 2 c is gate's column c, 2 c + 1 up's; gate has n
-    columns, and then comes up.
+    """The weights of a program's columns. GATED: column 2 c is column c of gate, 2 c + 1 that of
+    up; gate has n rows of weights, followed by up's.
     """
     if GATED:
         return (columns // 2 + columns % 2 * n).to(tl.int64)
@@ -64,8 +65,8 @@ def _few_rows_kernel(
     GATED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out[:, columns] for COLUMNS columns; the reduction dimension is PARTS parts of PART. GATED:
-    silu(gate) * up of pairs.
+    """out[:, columns] for COLUMNS columns; the reduction dimension is split into PARTS parts of
+    PART. GATED: silu(gate) * up of pairs.
     """
     let_next_start(PDL)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -106,8 +107,8 @@ def _some_rows_kernel(
     GATED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The same, transposed: weights times x. A part is SLICES slices, one a warp; their results are
-    added at the end.
+    """The same, transposed: weights times x. A part has SLICES slices, one per warp; their results
+    are added at the end.
     """
     let_next_start(PDL)
     size: tl.constexpr = PART // SLICES
@@ -173,7 +174,7 @@ def _tile_kernel(
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.program_id(1)
     weight_rows = weight_ptr + columns[:, None].to(tl.int64) * k + split * PART
-    # the weights are there already: on their way to L2 while the kernel in front still runs
+    # prefetch the weights into L2 while the kernel in front still runs
     if PDL:
         for at in tl.static_range(0, PART, STEP):
             # lines of 128 bytes
@@ -192,7 +193,7 @@ def _tile_kernel(
     else:
         size = num_rows * n
         tl.store(parts_ptr + split * size + places, acc, mask=exists)
-        tl.debug_barrier()  # all threads have written before one of them says so
+        tl.debug_barrier()  # all threads have written before one of them counts the arrival
         if (
             tl.atomic_add(arrivals_ptr + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
             == SPLITS - 1
@@ -206,20 +207,22 @@ def _tile_kernel(
 
 @functools.cache
 def _arrivals(device: torch.device) -> Tensor:
-    """Zero between launches; launches that share it run one after the other.
+    """Counters that are zero between launches; launches that share them run one after the other.
 
-    One for each group of columns: fewer than 4,096 columns are split, in groups of 32.
+    One per group of columns: a matmul is split only below 4,096 columns, in groups of 32.
     """
     return torch.zeros(4096 // 32, dtype=torch.int32, device=device)
 
 
 def _tile_columns(n: int) -> int:
-    """Columns a program of _tile_kernel: with many, enough programs are there without splitting."""
+    """Columns per program of _tile_kernel. With many columns there are enough programs without
+    splitting.
+    """
     return 64 if n >= 4096 else 32
 
 
 def _splits(n: int, k: int) -> int:
-    """Into how many parts, of at most 1,024, k is cut for _tile_kernel; 0 if n or k does not fit
+    """How many parts, of at most 1,024, k is split into for _tile_kernel; 0 if n or k does not fit
     its tiles.
     """
     splits = triton.next_power_of_2(triton.cdiv(k, 1024)) if n < 4096 else 1
@@ -227,14 +230,14 @@ def _splits(n: int, k: int) -> int:
 
 
 def _stages(columns: int, device: torch.device) -> int:
-    """Of _tile_kernel: four, if they fit. With 64 columns they take 128 KiB of shared memory; an
-    RTX 4070 has 99.
+    """Pipeline stages of _tile_kernel: four, if they fit. With 64 columns they take 128 KiB of
+    shared memory; an RTX 4070 has 99.
     """
     return 4 if columns == 32 or shared_memory(device) >= 128 << 10 else 3
 
 
 def _parts(k: int) -> int:
-    """Into how many parts of 512 or 1,024, at most four, k is cut; 0 if it cannot be."""
+    """How many parts of 512 or 1,024, at most four, k is split into; 0 if that is impossible."""
     return next((parts for parts in (1, 2, 3, 4) if k in (512 * parts, 1024 * parts)), 0)
 
 
@@ -258,8 +261,8 @@ def suits_few(x: Tensor, weight: Tensor) -> bool:
 
 
 def linear_of_few(x: Tensor, weight: Tensor, gate_and_up: bool = False) -> Tensor:
-    """x W^T of up to 16 rows; gate_and_up: the weights' rows are those of gate and then those of up
-    -> silu(gate) * up.
+    """x W^T of up to 16 rows. gate_and_up: the weights are gate's rows followed by up's ->
+    silu(gate) * up.
     """
     x = x.contiguous()
     (num_rows, k), n, parts = x.shape, weight.shape[0], _parts(x.shape[1])

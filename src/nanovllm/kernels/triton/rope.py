@@ -12,7 +12,9 @@ from torch import Tensor
 from nanovllm.kernels.triton.launch import pdl, wait_for_inputs
 
 _FEW_TOKENS = 1024
-"""Up to here a program takes one KV head of a token, so that all multiprocessors have work; above, a whole token."""
+"""Up to this many tokens a program handles one KV head of a token, so that all multiprocessors have
+work; above, a whole token.
+"""
 
 
 @triton.jit
@@ -42,7 +44,7 @@ def norm_and_rotate(
 def _load_norm_and_rotate(
     x_ptr, weight_ptr, rows, columns, inside, cos, sin, eps, HEAD_DIM: tl.constexpr
 ):
-    """norm_and_rotate of the heads at x_ptr + rows ([heads, 1] offsets)."""
+    """norm_and_rotate for the heads at x_ptr + rows ([heads, 1] offsets)."""
     half: tl.constexpr = HEAD_DIM // 2
     first = tl.load(x_ptr + rows + columns, mask=inside, other=0.0)
     second = tl.load(x_ptr + rows + half + columns, mask=inside, other=0.0)

@@ -1,8 +1,8 @@
-"""The sampler in two launches: temperature, noise and argmax over slices of the vocabulary, then
+"""The sampler in two kernels: temperature, noise and argmax over slices of the vocabulary, then
 over the slices.
 
-Gives the bits of kernels/torch/sampling.py, which states the noise and why its operations stand in
-this order: every launch must keep `fp_fusion=False`, and divisions must be `div_rn`.
+Gives the same bits as kernels/torch/sampling.py, which defines the noise and the order of its
+operations: every launch must pass `fp_fusion=False`, and divisions must be `div_rn`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from nanovllm.kernels.torch.filtering import filtered_logits
 from nanovllm.kernels.triton.launch import pdl, wait_for_inputs
 
-_TILE = 1024  # tokens an iteration
-# about how many programs share the vocabularies of a batch: some for each multiprocessor
+_TILE = 1024  # tokens per iteration
+# roughly the number of programs for a batch: several per multiprocessor
 _PROGRAMS = 1024
 
 
@@ -46,8 +46,8 @@ def _log(x):
 
 @triton.jit
 def _philox4x32(key0, key1, c0, c1):
-    """Ten rounds on the counter (c0, c1, 0, 0). As tl.philox, with one wide product where that
-    takes two halves.
+    """Ten rounds on the counter (c0, c1, 0, 0). Like tl.philox, but with one wide multiplication
+    instead of two halves.
     """
     c2, c3 = tl.zeros_like(c0), tl.zeros_like(c0)
     for _ in tl.static_range(10):
@@ -177,13 +177,13 @@ def sample(
     all_greedy: bool,
     any_top_k_top_p: bool,
 ) -> Tensor:
-    """One token id (int64 [n]) for each row of logits [n, vocab]; the lowest id wins a tie. As the
-    torch twin, whose `filtered_logits` serves the steps in which some row has a filter.
-    `all_greedy` changes nothing here: a greedy row draws no noise anyway.
+    """One token id (int64 [n]) per row of logits [n, vocab]; the lowest id wins a tie. Where some
+    row has a filter, the torch twin's `filtered_logits` is used. `all_greedy` changes nothing here:
+    a greedy row draws no noise anyway.
     """
     if any_top_k_top_p:
         logits = filtered_logits(logits, temperatures, top_ks, top_ps)
-        temperatures = (temperatures != 0.0).float()  # they are scaled already; x / 1 is x
+        temperatures = (temperatures != 0.0).float()  # already scaled; x / 1 is x
     n = logits.shape[0]
     best, tokens = best_of_slices(logits, temperatures, seeds, positions)
     values = best.view(torch.float32)

@@ -42,12 +42,12 @@ def best_of_shard(
     *,
     all_greedy: bool,
 ) -> Tensor:
-    """As the torch twin, with more than one slice a part: [2, n, slices] int32."""
+    """Like the torch twin, with several slices per part: [2, n, slices] int32."""
     return best_of_slices(logits, temperatures, seeds, positions, first_token)
 
 
 def best_of_shards(gathered: Tensor) -> Tensor:
-    """gathered: [parts, 2, n, slices] int32 -> token ids: [n] int64, the lowest of a tie."""
+    """gathered: [parts, 2, n, slices] int32 -> token ids: [n] int64, the lowest in a tie."""
     parts, _, n, slices = gathered.shape
     out = torch.empty(n, dtype=torch.int64, device=gathered.device)
     _best_of_shards_kernel[(n,)](

@@ -1,0 +1,196 @@
+"""A model-free engine that is checked after every step, and the state machine that drives it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+
+from nanovllm.engine.invariants import check_invariants
+from nanovllm.engine.prefix_cache import CachedBlock, CachingBlockManager
+from nanovllm.engine.scheduler import StepPlan
+from nanovllm.engine.sequence import Sequence
+from nanovllm.sampling_params import SamplingParams
+from property_tests.support.model_free import VOCAB, ModelFreeEngine, extend, oracle
+from property_tests.support.strategies import Shape, endings, prompts, shapes
+
+LONGEST_PROMPT, LONGEST_OUTPUT = 30, 14
+
+
+class CheckedEngine:
+    """Every request gets the tokens that it would get alone, whatever the policy, pool, arrivals,
+    sharing, preemption, aborts, lag.
+
+    After each step: the structure holds together (`check_invariants`: no block owned twice,
+    reference counts equal owners, free and owned add up); a cached entry's block holds what its
+    tokens and all before them must have left there; no request is lost or finished twice; no token
+    differs from the oracle's.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape, self.engine = shape, ModelFreeEngine(shape)
+        self.requests: dict[str, Sequence] = {}
+        self.expected: dict[str, list[int]] = {}
+        self.finished: set[str] = set()
+        self.aborted: set[str] = set()
+        self.had: Counter[str] = Counter()  # leading tokens of each request whose KV it once had
+        self.had_again = 0
+        plan_step = self.engine.scheduler.schedule
+        self.engine.scheduler.schedule = lambda: self._seen(plan_step())  # type: ignore[method-assign]
+
+    def _seen(self, plan: StepPlan | None) -> StepPlan | None:
+        if plan is not None:
+            for seq, start, length in zip(
+                self.engine.scheduler.launched[-1][1], plan.starts, plan.query_lens, strict=True
+            ):
+                had, end = self.had[seq.request_id], start + length
+                self.had_again += max(0, min(had, end) - start)
+                self.had[seq.request_id] = max(had, end)
+        return plan
+
+    def add(self, prompt: tuple[int, ...], max_tokens: int, stops: frozenset[int]) -> bool:
+        """False where it is refused, which must be for the reason that the pool cannot hold it."""
+        seq = Sequence(
+            str(len(self.requests)),
+            list(prompt),
+            SamplingParams(max_tokens=max_tokens),
+            stop_token_ids=stops,
+        )
+        fits = -(-(len(prompt) + max_tokens) // self.shape.block_size) <= self.shape.num_blocks
+        try:
+            self.engine.scheduler.add(seq)
+        except ValueError as error:
+            assert not fits, f"a request that fits is refused: {error}"
+            return False
+        assert fits, "a request that can never run is taken"
+        self.requests[seq.request_id] = seq
+        self.expected[seq.request_id] = oracle(list(prompt), max_tokens, stops)
+        return True
+
+    def abort(self, request_id: str) -> None:
+        running = request_id not in self.finished | self.aborted
+        aborted = self.engine.scheduler.abort(request_id)
+        assert (aborted is not None) == running, (
+            f"abort of {request_id}, which {'runs' if running else 'has ended'}: {aborted}"
+        )
+        if aborted is not None:
+            self.aborted.add(request_id)
+        self.check()
+
+    def step(self) -> None:
+        for seq in self.engine.step():
+            if seq.finish_reason is not None:
+                assert seq.request_id not in self.finished | self.aborted, (
+                    f"{seq.request_id} ends twice"
+                )
+                self.finished.add(seq.request_id)
+        self.check()
+
+    def finish(self) -> None:
+        """Everything ends within a bound, nothing is lost, every block comes back."""
+        total = sum(seq.num_prompt_tokens + seq.params.max_tokens for seq in self.requests.values())
+        for _ in range(50 + 20 * total):
+            if not self.engine.busy:
+                break
+            self.step()
+        assert not self.engine.busy, "requests starve"
+        assert self.finished == set(self.requests) - self.aborted, "a request was lost"
+        for request_id in self.finished:
+            assert self.requests[request_id].output_token_ids == self.expected[request_id], (
+                f"{request_id} ended too early"
+            )
+        assert self.engine.scheduler.blocks.num_free == self.shape.num_blocks, "blocks were lost"
+        if not self.aborted and not any(seq.stop_token_ids for seq in self.requests.values()):
+            assert self.engine.stats.discarded_tokens == 0, (
+                "a token was computed that nobody asked for"
+            )
+        self._check_counters()
+
+    def _check_counters(self) -> None:
+        stats = self.engine.stats
+        hits = sum(seq.num_cached_tokens for seq in self.requests.values())
+        assert stats.prefix_hit_tokens == hits, (
+            f"{stats.prefix_hit_tokens} hits are counted, requests tell of {hits}"
+        )
+        again, counted = self.had_again, stats.recomputed_tokens
+        if not self.aborted:  # what is aborted does not compute all that it was going to
+            # The prefix cache may hold more of a request's first life than its second got to.
+            right = again <= counted if self.shape.prefix_cache else again == counted
+            assert right, f"{counted} recomputed tokens are counted, it was {again}"
+
+    def check(self) -> None:
+        scheduler = self.engine.scheduler
+        check_invariants(scheduler)
+        queued = {*scheduler.waiting, *scheduler.prefilling, *scheduler.decoding}
+        assert queued == set(self.requests) - self.finished - self.aborted, (
+            "a request was lost, or came back"
+        )
+        for request_id, seq in self.requests.items():
+            if request_id in queued:
+                self._check_tokens(request_id, seq)
+        if isinstance(scheduler.blocks, CachingBlockManager):
+            for block, entry in scheduler.blocks.cache.by_block.items():
+                self._check_content(block, entry)
+
+    def _check_tokens(self, request_id: str, seq: Sequence) -> None:
+        expected = self.expected[request_id][: seq.num_output_tokens]
+        assert seq.output_token_ids == expected, (
+            f"{request_id} got {seq.output_token_ids}, alone it gets {expected}"
+        )
+
+    def _check_content(self, block: int, entry: CachedBlock) -> None:
+        chain: list[CachedBlock] = []
+        at: Any = entry
+        while at is not None:
+            chain.append(at)
+            at = at.parent
+        tokens = [token for link in reversed(chain) for token in memoryview(link.tokens).cast("i")]
+        size = self.shape.block_size
+        assert len(entry.tokens) == 4 * size, f"block {block} is findable and not full"
+        kv = extend([], tokens)
+        assert self.engine.runner.memory[block] == kv[-size:], (
+            f"block {block} is findable under tokens whose KV it does not hold"
+        )
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Requests arrive, alone or several in one step, are aborted and served, in any order."""
+
+    engine_type: type[CheckedEngine] = CheckedEngine
+
+    @initialize(shape=shapes(lags=(0, 1, 1, 2)))
+    def start(self, shape: Shape) -> None:
+        self.checked = self.engine_type(shape)
+        self.prompts: list[tuple[int, ...]] = []
+
+    @rule(data=st.data(), count=st.sampled_from([1, 1, 2, 3]), again=st.booleans())
+    def add(self, data: st.DataObject, count: int, again: bool) -> None:
+        """Several at once; `again`: they all have one prompt, so that equal prompts meet in one
+        step.
+        """
+        prompt: tuple[int, ...] = ()
+        for _ in range(count):
+            if not (prompt and again):
+                prompt = data.draw(
+                    prompts(self.prompts, VOCAB, self.checked.shape.block_size, LONGEST_PROMPT)
+                )
+            ending = data.draw(endings(VOCAB, LONGEST_OUTPUT))
+            if self.checked.add(prompt, ending["max_tokens"], frozenset(ending["stop_token_ids"])):
+                self.prompts.append(prompt)
+
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        """Any that ever came, so one that has ended as well."""
+        if self.checked.requests:
+            self.checked.abort(data.draw(st.sampled_from(sorted(self.checked.requests))))
+
+    @rule(steps=st.integers(1, 12))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            self.checked.step()
+
+    def teardown(self) -> None:
+        if hasattr(self, "checked"):
+            self.checked.finish()

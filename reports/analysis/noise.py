@@ -1,0 +1,98 @@
+"""Whose variance an effect is judged by, and with which others it is judged: what `statistics` of a
+study asks for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from reports.statistics.contrasts import Contrast, Lattice
+from reports.statistics.moderation import MIN_EFFECTS, Prior, prior_of
+
+# {(metric, workload, the cell that the comparisons share): prior}; empty where every effect keeps its
+# own variance
+Priors = Mapping[tuple[str, str, str], Prior]
+SHARED = ("baseline", "all", "reference")
+"""Roles of the cells to which a report's tables compare others."""
+# {metric: {workload: {cell: {block: value}}}}
+Values = Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]]
+
+ALONE, TOGETHER, BETWEEN = "one alone", "everything on", "all but one"
+"""The questions to which a ratio to the baseline belongs."""
+
+
+def priors(values: Values, plan: Mapping[str, Any]) -> Priors:
+    """From the ratios of all other cells to one of the same block, for each cell that comparisons
+    may share. {} for a study that does not ask for it.
+    """
+    if _asked(plan).get("variance") != "moderated":
+        return {}
+    found = {}
+    for key, by_workload in values.items():
+        for workload, by_cell in by_workload.items():
+            for cell in by_cell:
+                if (prior := _prior(by_cell, cell)) is not None:
+                    found[key, workload, cell] = prior
+    return found
+
+
+def _prior(by_cell: Mapping[str, Mapping[int, float]], shared: str) -> Prior | None:
+    below = by_cell[shared]
+    samples = [
+        [math.log(value / below[block]) for block, value in above.items() if block in below]
+        for cell, above in by_cell.items()
+        if cell != shared
+    ]
+    usable = [sample for sample in samples if len(sample) > 1]
+    return prior_of(
+        [float(np.var(sample, ddof=1)) for sample in usable],
+        [len(sample) - 1 for sample in usable],
+    )
+
+
+def scale_of(contrast: Contrast) -> float:
+    """Variance of a contrast over that of a ratio of two cells, if all launches are equally noisy."""
+    return sum(weight**2 for weight in contrast.values()) / 2
+
+
+def question(cell: str, plan: Mapping[str, Any], lattice: Lattice) -> str:
+    """The question that a cell's ratio to the baseline belongs to; one and the same for all cells in
+    a study whose families are joint.
+    """
+    if _asked(plan).get("families") != "by_question":
+        return ""
+    if plan["cells"][cell]["role"] == "all":
+        return TOGETHER
+    points = {name: point for point, name in lattice.cell.items()}
+    from_off = not points.get(lattice.baseline)
+    return ALONE if from_off and len(points.get(cell, ())) == 1 else BETWEEN
+
+
+def described(plan: Mapping[str, Any], found: Priors) -> dict[str, Any]:
+    """What a report says about it. d0 is None where it is infinite."""
+    asked = _asked(plan)
+    return {
+        "variance": asked.get("variance", "per_effect"),
+        "families": asked.get("families", "joint"),
+        "least_effects": MIN_EFFECTS,
+        "priors": [
+            {
+                "metric": key,
+                "workload": workload,
+                "shared": shared,
+                "effects": prior.effects,
+                "d0": prior.df if math.isfinite(prior.df) else None,
+                "sd": math.sqrt(prior.variance),
+            }
+            for (key, workload, shared), prior in found.items()
+            if plan["cells"][shared]["role"] in SHARED
+        ],
+    }
+
+
+def _asked(plan: Mapping[str, Any]) -> Mapping[str, Any]:
+    return plan["study"].get("statistics", {})

@@ -1,0 +1,69 @@
+"""The attention layer, without its projections: chooses a backend, stores K and V, attends.
+
+    once a step    prepare(batch): index work that is the same in all layers
+    once a layer   q, k, v = the QKV matmul, then norms of heads, rotation, K and V into the cache (one operation)
+                   attend(q, k, v, keys, values, batch)
+
+The operations are those of kernels/. A model owns the projections and the norms of heads.
+"""
+
+from collections import Counter
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor, nn
+
+from nanovllm.config import Optimizations
+from nanovllm.kernels.batch import ForwardBatch
+from nanovllm.kernels.registry import counted
+
+# keys and values of one layer, each [blocks, kv_heads, block_size, head_dim]
+KVCache = tuple[Tensor, Tensor]
+
+_BACKENDS = {
+    "torch": ("nanovllm.kernels.torch.attention", "TorchAttention"),
+    "triton": ("nanovllm.kernels.triton.attention", "TritonAttention"),
+    "flash_attn": ("nanovllm.kernels.flash_attn", "FlashAttention"),
+}
+
+
+class Attention:
+    """The attention of a model, one object for all its layers. `prepare` once a step, then a call per layer.
+
+    optimizations.attention_backend chooses who attends; each call of attend adds one to calls[level]. geometry:
+    num_kv_heads, block_size, head_dim and dtype of this rank's cache. Raises ImportError where the backend's library
+    is missing, ValueError for a geometry that it does not compute.
+    """
+
+    def __init__(self, optimizations: Optimizations, calls: Counter[str], **geometry: Any) -> None:
+        level = optimizations.attention_backend
+        module, name = _BACKENDS[level]
+        if optimizations.cascade_attention:
+            geometry["cascade"] = calls  # the backend counts the prefixes that it reads once
+        backend = getattr(import_module(module), name)(**geometry)
+        self.prepare = backend.prepare
+        self.attend = counted(backend.attend, level, calls)
+
+    def __call__(
+        self,
+        qkv_proj: nn.Module,
+        q_norm: nn.Module,
+        k_norm: nn.Module,
+        x: Tensor,
+        cos_sin: Tensor,
+        kv_cache: KVCache,
+        batch: ForwardBatch,
+    ) -> Tensor:
+        """qkv_proj: its matmul runs fused with what follows it, up to the KV store. q_norm, k_norm: of each head.
+        x: [tokens, hidden]; cos_sin: [tokens, head_dim] -> [tokens, this rank's q_heads * head_dim].
+        """
+        q, k, v = qkv_proj(
+            x,
+            q_norm.weight,
+            k_norm.weight,
+            q_norm.eps,
+            cos_sin,
+            *kv_cache,
+            batch.slot_mapping,
+        )
+        return self.attend(q, k, v, *kv_cache, batch).flatten(1)  # type: ignore[no-any-return]

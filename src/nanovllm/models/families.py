@@ -1,0 +1,27 @@
+"""The model families of this engine. To add one, write its file and add its row to FAMILIES.
+
+A row names the architecture as config.json does, the module that holds a class of that name, and the settings that
+config.json must have (they may replace a value of models.config.COMPUTED). The module is loaded only when a
+checkpoint asks for it. The class is made with
+
+    (config: ModelConfig, max_model_len: int, kernels: Kernels, attention: Attention, tp: TensorParallel)
+
+and has
+
+    packed_modules_mapping          name of a checkpoint's module -> (fused module, its part)
+    __call__(batch, kv_caches)      ForwardBatch, [(keys, values) per layer] -> hidden states [tokens, hidden]
+    logits(hidden)                  [rows, hidden] -> [rows, this rank's part of the vocabulary]
+"""
+
+from importlib import import_module
+from typing import Any
+
+# architecture -> (module, settings of config.json that this family computes, beside models.config.COMPUTED)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Qwen3ForCausalLM": ("nanovllm.models.qwen3", {"model_type": "qwen3"}),
+}
+
+
+def model_class(architecture: str) -> Any:
+    """The class that computes an architecture of FAMILIES."""
+    return getattr(import_module(FAMILIES[architecture][0]), architecture)

@@ -1,0 +1,157 @@
+"""The table of toggles: every optimization is a field of `Optimizations`, and its row is all that is known of it.
+
+To add one, add its field here and write its module, its test and its study. What validates, resolves, counts,
+prints or translates optimizations, and the studies' list of factors, reads this table.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Self
+
+Device = Literal["cpu", "cuda"]
+
+
+def toggle(*levels: Any, **row: Any) -> Any:
+    """A field, its first level the baseline, and its row: what row.Toggle holds."""
+    return field(default=levels[0], metadata={"levels": levels, **row})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizations:
+    """One switch per optimization; the defaults are the baselines. 'auto' takes the best level of this machine.
+
+    Raises ValueError for an unknown level, with what is allowed.
+    """
+
+    attention_backend: str = toggle(
+        "torch",
+        "triton",
+        "flash_attn",
+        title="attention",
+        best={"cuda": "triton"},
+        gpu_only={
+            "triton": "Triton kernels run on a GPU",
+            "flash_attn": "FlashAttention runs on a GPU",
+        },
+        by_triton=("triton",),
+        engaged=lambda stats: stats.attention_calls["triton"] + stats.attention_calls["flash_attn"],
+    )
+    kernels: str = toggle(
+        "torch",
+        "compile",
+        "triton",
+        title="kernels",
+        best={"cuda": "triton"},
+        gpu_only={"triton": "Triton kernels run on a GPU"},
+        by_triton=("triton", "compile"),
+        engaged=lambda stats: stats.kernel_calls["compile"] + stats.kernel_calls["triton"],
+    )
+    prefix_cache: bool | Literal["auto"] = toggle(
+        False,
+        True,
+        title="prefix cache",
+        best={"cpu": True, "cuda": True},
+        vllm=("enable_prefix_caching", lambda on: on),
+        engaged=lambda stats: stats.admissions if stats.prefix_lookup_tokens else 0,
+        opportunity=lambda stats: stats.prefix_hit_tokens,
+    )
+    cascade_attention: bool | Literal["auto"] = toggle(
+        False,
+        True,
+        title="cascade attention",
+        best={"cuda": True},
+        gpu_only={True: "it is computed by Triton kernels, which run on a GPU"},
+        by_triton=(True,),
+        needs=(
+            lambda on: (
+                on["attention_backend"] == "triton" and on["prefix_cache"] and on["cuda_graphs"]
+            ),
+            "attention_backend='triton', which computes it; prefix_cache=True, without which no two requests share a "
+            "block; and cuda_graphs=True, as steps that share prefixes are captured",
+        ),
+        vllm=("disable_cascade_attn", lambda off: False if off else "auto"),
+        engaged=lambda stats: stats.attention_calls["cascade"],
+        opportunity=lambda stats: stats.attention_calls["shared"],
+    )
+    batching: str = toggle(
+        "static",
+        "continuous",
+        "chunked",
+        title="batching",
+        best={"cpu": "chunked", "cuda": "chunked"},
+        vllm=("enable_chunked_prefill", lambda on: "chunked" if on else "continuous"),
+        engaged=lambda stats: stats.policy_steps["continuous"] + stats.policy_steps["chunked"],
+        opportunity=lambda stats: (
+            stats.mixed_steps if stats.policy_steps["chunked"] else stats.refills
+        ),
+    )
+    cuda_graphs: bool | Literal["auto"] = toggle(
+        False,
+        True,
+        title="CUDA graphs",
+        best={"cuda": True},
+        gpu_only={True: "a CUDA graph is captured on a GPU"},
+        vllm=("enforce_eager", lambda on: False if on else "auto"),
+        engaged=lambda stats: stats.graph_replays,
+    )
+    overlap: bool | Literal["auto"] = toggle(
+        False,
+        True,
+        title="overlap",
+        best={"cuda": True},
+        vllm=("async_scheduling", lambda on: on),
+        engaged=lambda stats: stats.overlapped_steps,
+    )
+    tensor_parallel_size: int = toggle(
+        1,
+        2,
+        4,
+        8,
+        vllm=("tensor_parallel_size", lambda degree: degree),
+        engaged=lambda stats: sum(stats.all_reduces.values()),
+    )
+    all_reduce: str = toggle(
+        "library",
+        "symmetric_memory",
+        gpu_only={"symmetric_memory": "symmetric memory is that of GPUs"},
+        needs=(
+            lambda on: on["tensor_parallel_size"] > 1,
+            "tensor_parallel_size of 2 or more: one rank has nothing to sum",
+        ),
+        engaged=lambda stats: stats.all_reduces["symmetric_memory"],
+    )
+    data_parallel_size: int = toggle(
+        1,
+        2,
+        4,
+        8,
+        needs=(
+            lambda on: False,
+            "LLM.generate, which shares requests out to replicas: an engine that is stepped is one of them",
+        ),
+        vllm=("data_parallel_size", lambda degree: degree),
+        engaged=lambda stats: 0,  # of one replica; distributed/data_parallel.py counts over all
+    )
+
+    def __post_init__(self) -> None:
+        asked = [f for f in fields(self) if getattr(self, f.name) is not f.default]
+        if any(getattr(self, f.name) != "auto" or type(f.default) is int for f in asked):
+            from nanovllm.toggles.availability import check
+
+            check(self)
+
+    def resolve(self, device: Device, in_engine: bool = False) -> Self:
+        """Replaces every 'auto'. Raises ValueError for a level that cannot run on `device`, with what to use
+        instead; in_engine: also for one that means nothing in a single engine beside the other levels.
+        """
+        if self == BASELINE:
+            return self
+        from nanovllm.toggles.availability import resolve
+
+        return type(self)(**resolve(self, device, in_engine))
+
+
+# the levels of each optimization; the first is its baseline
+LEVELS: dict[str, tuple[Any, ...]] = {f.name: f.metadata["levels"] for f in fields(Optimizations)}
+BASELINE = Optimizations()  # every optimization off
+# the best level of each on the machine at hand; parallel degrees stay 1
+ALL = Optimizations(**{f.name: "auto" for f in fields(Optimizations) if type(f.default) is not int})  # type: ignore[arg-type]
