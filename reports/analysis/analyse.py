@@ -320,6 +320,9 @@ def _effects(
                 effects.append(effect)
         for family in families.values():
             judge(family, rule, metric.better)
+            tests = sum(effect["p"] is not None for effect in family)
+            for effect in family:  # that its p-value is corrected for
+                effect["tests"] = tests
     return effects
 
 

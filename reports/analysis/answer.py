@@ -205,7 +205,7 @@ def _says(effect: Effect, analysis: Analysis) -> str:
     found = f"{percent(analysis['rule']['confidence'], 0)} interval {interval(effect['low'], effect['high'])}, {blocks}"
     shown = text.verdict(effect)
     if shown == "suggestive":
-        tests = count_of(tests_beside(analysis, effect), "test")
+        tests = count_of(effect["tests"], "test")
         return (
             f"measures {times} ({found}): suggestive, not significant after correction for {tests}"
         )
@@ -215,18 +215,6 @@ def _says(effect: Effect, analysis: Analysis) -> str:
         margin = percent(analysis["rule"]["smallest_effect"], 0)
         return f"is as good as {start} in {metric}, within {margin} ({found})"
     return f"gives {times} ({found})"
-
-
-def tests_beside(analysis: Analysis, effect: Effect) -> int:
-    """How many tests the p-value of an effect on the baseline is corrected for, itself included."""
-    together = effect["workload"] not in analysis["workloads"]
-    return sum(
-        other["metric"] == effect["metric"]
-        and (other["role"] == "aa") == (effect["role"] == "aa")
-        and (effect["role"] == "aa" or (other["workload"] not in analysis["workloads"]) == together)
-        and other["p"] is not None
-        for other in analysis["effects"]
-    )
 
 
 def _caveats(analysis: Analysis) -> Iterator[str]:

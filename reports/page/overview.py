@@ -8,7 +8,6 @@ from typing import Any
 
 from reports import text
 from reports.analysis import names
-from reports.analysis.answer import tests_beside
 from reports.analysis.compare import against_engines, said, throughput_rows
 from reports.page.document import Column, Section, Table
 from reports.statistics.metrics import THROUGHPUT
@@ -94,7 +93,7 @@ def _results(analysis: Analysis) -> Section:
     tested = [
         effect for key, effect in effects.items() if effect["n"] and key[0] in analysis["workloads"]
     ]
-    tests = max((tests_beside(analysis, effect) for effect in tested), default=0)
+    tests = max((effect["tests"] for effect in tested), default=0)
     lead = [_ratio_words(analysis, throughput), _verdict_words(analysis, tested, tests)]
     return Section(
         "results",

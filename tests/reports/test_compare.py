@@ -301,7 +301,7 @@ def test_a_setting_without_a_record_is_not_said_to_be_absent(tmp_path: Path) -> 
 
 def test_latencies_are_promised_where_they_were_recorded(tmp_path: Path) -> None:
     plan, lines = synthetic(1.0)
-    both = "The latencies of both engines stand under their own heading."
+    both = "The latencies of both engines are in the section on latency."
     assert both in render(plan, lines, analyse(lines, plan), tmp_path)[0].read_text()
     plan["cells"]["vllm"]["config"]["request_statistics"] = False
     for record in lines:
@@ -310,7 +310,7 @@ def test_latencies_are_promised_where_they_were_recorded(tmp_path: Path) -> None
     page = render(plan, lines, analyse(lines, plan), tmp_path)[0].read_text()
     assert both not in page
     assert (
-        "Latencies were not recorded of vllm (request statistics were off); those of the others"
+        "Latencies were not recorded for reference: vLLM (request statistics were off); those of the others"
         in page
     )
 
@@ -354,8 +354,8 @@ def test_a_comparison_stands_beside_its_twin_and_the_time_it_took(tmp_path: Path
     assert durations["vllm"] == pytest.approx((served[2] + served[3]) / 2)
     assert (rows["off"], rows["best"]) == ([f"{shown} |"], ["– |"])
     took = [text.seconds(durations[cell]) for cell in ("baseline", "vllm")]
-    assert f"| `scaled` | `baseline` | `vllm` | {took[0]} | {took[1]} |" in page
-    assert "A/A twin: the ratio of the baseline's second arm" in page
+    assert f"| `scaled` | `all off` | `vLLM` | {took[0]} | {took[1]} |" in page
+    assert "A/A twin: the ratio with our configuration's second run" in page
 
 
 def test_lines_of_code_say_where_they_were_counted(tmp_path: Path) -> None:
