@@ -120,11 +120,13 @@ class ModelRunner:
         params = (
             of_rows[rows] for of_rows in (self.temperatures, self.top_ks, self.top_ps, self.seeds)
         )
-        positions, flags = (
+        token_ids = self.kernels.sample(
+            logits,
+            *params,
             batch.seq_lens[samples].long(),
-            {"all_greedy": plan.greedy_only, "any_top_k_top_p": plan.filtered},
+            all_greedy=plan.greedy_only,
+            any_top_k_top_p=plan.filtered,
         )
-        token_ids = self.kernels.sample(logits, *params, positions, **flags)
         self.last_tokens[rows] = token_ids
         if plan.num_logprobs is None:
             return (token_ids,)
