@@ -60,8 +60,8 @@ def baseline_name(levels: Mapping[str, Any]) -> str:
 
 
 def engine(name: str, version: str | None = None) -> str:
-    """ "vllm", "0.33.0" -> "vLLM 0.33.0"."""
-    return f"{ENGINES.get(name, name)}{f' {version}' if version else ''}"
+    """An engine as readers know it, with its version: vLLM 0.33.0."""
+    return f"{ENGINES.get(name, name.rpartition('.')[2])}{f' {version}' if version else ''}"
 
 
 def settings(analysis: Mapping[str, Any], cell: str) -> str:

@@ -167,7 +167,7 @@ def test_a_tampered_output_fails_the_gate(tiny: Path, tmp_path: Path) -> None:
     assert (verdicts[digest["baseline"]], verdicts[digest["other"]]) == ("pass", "fail")
     analysis = analyse(found, plan)
     assert (
-        "no answer, no block holds both all off and reference: vLLM"
+        "no answer, no block holds both all on and reference: offline_api_engine"
         in analysis["answer"]["sentence"]
     )
     assert any("gate: fail" in row["reason"] for row in analysis["excluded"])
