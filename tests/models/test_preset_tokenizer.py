@@ -72,7 +72,9 @@ def test_another_tokenizer_does_not_go_on_with_a_study(tmp_path: Path) -> None:
     assert recorded["tokenizer.json"] is not None
     assert recorded["generation_config.json"] is None
     (tmp_path / "model" / "tokenizer.json").write_text("{ }")
-    with pytest.raises(RecordError, match=r"tokenizer\.json has changed since b00-o00-baseline ran"):
+    with pytest.raises(
+        RecordError, match=r"tokenizer\.json has changed since b00-o00-baseline ran"
+    ):
         Runner(plan, tmp_path / "out", resume=True)
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
     with Runner(plan, tmp_path / "out", resume=True) as runner:
