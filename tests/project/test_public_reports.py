@@ -177,7 +177,7 @@ def test_answers_are_counted_and_not_what_was_asked_for() -> None:
     workload = {"waves": [[request]]}
     assert wrong_work(workload, [[1, 2, 3, 4]]) == []
     assert wrong_work(workload, [[1, 2, 3]]) == ["request 0 asked for 4 tokens but got 3"]
-    assert wrong_work(workload, []) == ["1 requests, 0 answers"]
+    assert wrong_work(workload, []) == ["1 requests, but 0 outputs"]
 
 
 @pytest.mark.filterwarnings("ignore")
