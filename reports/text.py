@@ -9,6 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 ABSENT = "–"
+KINDS = {
+    "alone": "alone",
+    "left out": "added last",
+    "average": "on average",
+    "Shapley": "Shapley's share",
+}
+"""How an effect of a factor was measured: what records call it, and what pages do."""
 _OBEYED = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 )

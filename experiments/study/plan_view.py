@@ -1,4 +1,4 @@
-"""The summary of a plan that is printed before it runs: cells, launches, expected time, what cannot
+"""The summary of a plan that is printed before it runs: design, launches, expected time, what cannot
 run on this machine, aliases, and the smallest effect it can detect.
 """
 
@@ -25,7 +25,7 @@ def lines(plan: Plan, earlier: Iterable[Path]) -> list[tuple[str, str | None]]:
     said: list[tuple[str, str | None]] = [
         (f"study    {study['name']}: {study['question'].strip()}", None),
         (f"machine  {_machine(plan['profile'])}; model {name}, {model['dtype']}", None),
-        (f"cells    {study['design']['kind']}: {', '.join(plan['cells'])}", None),
+        (f"design   {_design(plan)}", None),
     ]
     launches = f"{len(plan['launches'])} launches ({study['design']['blocks']} blocks of {len(plan['cells'])} cells)"
     expected = f"at {study['measurement']['launch_s']:g} s each: about {duration(plan['expected_s'])}, plus the gate"
@@ -57,16 +57,42 @@ def lines(plan: Plan, earlier: Iterable[Path]) -> list[tuple[str, str | None]]:
         ]
     if (noise := block_count.previous_noise(plan, earlier)) is not None:
         said.append((f"power    {_power(study, *noise)}", None))
-    return said + [(line, "yellow") for line in skipped(plan["not_applicable"])]
+    everything = [
+        f"{factor}={level}"
+        for cell in plan["cells"].values()
+        if cell["role"] == "all"
+        for factor, level in cell["levels"].items()
+    ]
+    return said + [(line, "yellow") for line in skipped(plan["not_applicable"], everything)]
 
 
-def skipped(not_applicable: list[NotApplicable]) -> list[str]:
-    """What cannot run, grouped by reason, in lines of at most 80 columns."""
+_DESIGNS = {
+    "one_at_a_time": "each level alone",
+    "add_one_in": "each level alone, and everything on",
+    "leave_one_out": "everything on, and each switch left out",
+    "both": "each switch alone, and left out of everything on",
+    "full_factorial": "every combination of levels",
+    "fractional_factorial": "a balanced part of all combinations",
+    "listed": "the study's own cells",
+}
+
+
+def _design(plan: Plan) -> str:
+    """The design in words, and the configurations that it makes."""
+    kind, cells = plan["study"]["design"]["kind"], plan["cells"]
+    return f"{kind} ({_DESIGNS[kind]}); {len(cells)} configurations: {', '.join(cells)}"
+
+
+def skipped(not_applicable: list[NotApplicable], everything: Iterable[str] = ()) -> list[str]:
+    """What cannot run, grouped by reason, in lines of at most 80 columns. everything: the switches
+    that are part of everything on, such as "overlap=on".
+    """
     by_reason: dict[str, list[str]] = {}
     for entry in not_applicable:  # a level of a factor, or a cell with its levels
         is_cell = "=" in str(entry["level"])
         what = str(entry["factor"]) if is_cell else f"{entry['factor']}={entry['level']}"
-        by_reason.setdefault(entry["reason"], []).append(what)
+        stays = "" if what not in everything else " It stays part of everything on."
+        by_reason.setdefault(entry["reason"] + stays, []).append(what)
     lines: list[str] = []
     for reason, names in by_reason.items():
         lines += textwrap.wrap(

@@ -95,6 +95,7 @@ def analyse(
         "cells": {name: dict(cell) for name, cell in plan["cells"].items()},
         "shown": shown_names(plan, counted.launches),
         "workloads": {name: dict(entry) for name, entry in plan["workloads"].items()},
+        "waves": {name: [len(wave) for wave in work["waves"]] for name, work in drawn.items()},
         "counts": _counts(plan, counted),
         "rates": _rates(values, plan),
         "effects": _effects(values, lattice, plan, rule, noise),

@@ -118,6 +118,7 @@ def _together(
         said += f"; on its own, {_name(best, analysis)} comes first ({_short(best)}, suggestive)"
     elif single:
         said += "; none of them is significantly faster on its own"
+    said += _better_without(analysis, everything)
     pairs = [
         row
         for row in analysis["interactions"]
@@ -127,6 +128,37 @@ def _together(
         pair = max(pairs, key=lambda row: abs(math.log(row["ratio"])))
         said += f"; strongest interaction: {pair['first']} and {pair['second']} {pair['verdict']} ({_short(pair)})"
     return said
+
+
+def _better_without(analysis: Analysis, everything: Effect) -> str:
+    """The switch without which everything on would be fastest, where that is faster than everything
+    on by more than is too small to matter; from the point estimate, whose verdict is said.
+    """
+    ratios = {
+        effect["cell"]: effect
+        for effect in _primary(analysis)
+        if effect["workload"] == everything["workload"] and effect["n"]
+    }
+    low, high = analysis["rule"]["band"]
+    worse = [
+        row
+        for row in analysis["factors"]
+        if row["kind"] == "left out"
+        and row["workload"] == everything["workload"]
+        and row["on"] == everything["cell"]
+        and row["off"] in ratios
+        and row["n"]
+        and not low <= row["ratio"] <= high
+        and not _gains(analysis, row)
+    ]
+    worst = _largest(analysis, worse, turned=True)
+    if worst is None:
+        return ""
+    without = ratio(ratios[worst["off"]]["ratio"])
+    return (
+        f"; without {worst['factor']}={worst['level']} it would be {without} (added last, that measures "
+        f"{_short(worst)}, {text.verdict(worst)})"
+    )
 
 
 _INTERACTS = ("help each other", "stand in each other's way")
@@ -279,17 +311,17 @@ def _caveats(analysis: Analysis) -> Iterator[str]:
 
 
 def _noise(analysis: Analysis) -> Iterator[str]:
-    """What a noisy machine has done to the numbers: a wide A/A interval, other programs' load."""
+    """What a noisy machine has done to the numbers: an undecided A/A twin, other programs' load."""
     twins = [
         effect
         for effect in _primary(analysis)
         if effect["role"] == "aa" and effect["verdict"] == "inconclusive" and effect["low"]
     ]
     if twins:
-        widest = max(twins, key=lambda effect: effect["high"] / effect["low"])
+        furthest = max(twins, key=lambda effect: abs(math.log(effect["ratio"])))
         yield (
             f"Noise: the A/A twin, which is {_start(analysis)} run a second time, reads "
-            f"{ratio(widest['ratio'])} ({interval(widest['low'], widest['high'])}) on {widest['workload']}. "
+            f"{ratio(furthest['ratio'])} ({interval(furthest['low'], furthest['high'])}) on {furthest['workload']}. "
             "Differences of that size can be noise here."
         )
     shares = [

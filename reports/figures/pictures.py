@@ -67,7 +67,7 @@ def pictures(analysis: Analysis) -> list[Picture]:
         Picture(
             "factors",
             "Each optimization alone and together",
-            f"Ratios with intervals: added to {start}, left out of all on, on average, and Shapley's share; see the table.",
+            f"Ratios with intervals: added to {start}, added last, on average, and Shapley's share; see the table.",
             factors,
         ),
         Picture(

@@ -66,7 +66,7 @@ def aa_panel(analysis: Analysis, width: int) -> Figure | None:
 
 
 def factors(analysis: Analysis, width: int) -> Figure | None:
-    """Alone, left out, on average and Shapley's share of each factor; only where a design tells
+    """Alone, added last, on average and Shapley's share of each factor; only where a design tells
     more than "alone".
     """
     if all(effect["kind"] == "alone" for effect in analysis["factors"]):
@@ -82,7 +82,7 @@ def factors(analysis: Analysis, width: int) -> Figure | None:
             f" on {effect['workload']}" if several else ""
         )
         if effect["n"]:
-            groups.setdefault(title, []).append((effect["kind"], effect))
+            groups.setdefault(title, []).append((text.KINDS[effect["kind"]], effect))
     return _ratio_plot(analysis, width, list(groups.items()))
 
 

@@ -321,7 +321,10 @@ def _excluded(analysis: Analysis) -> Section:
         f"{text.count_of(counts['excluded_launches'], 'record')} excluded; "
         f"{text.count_of(counts['duplicates'], 'duplicated record')} counted once."
     ]
-    gist = f"{counts['counted_launches']} of {counts['planned_launches']} counted"
+    gist = (
+        f"{counts['excluded_launches'] or 'none'}; {counts['counted_launches']} of "
+        f"{counts['planned_launches']} planned counted"
+    )
     rows = [
         [row["launch"], str(row["attempt"]), str(row["block"]), row["status"], row["reason"]]
         for row in analysis["excluded"]
@@ -384,12 +387,12 @@ def _yaml(value: Any) -> str:
 def _reproduce(plan: Mapping[str, Any], analysis: Analysis, digest: str) -> Section:
     found = analysis["hardware"]
     commands = [
-        ("Run the same study again", reproduce_command(plan)),
+        ("Run the same study again, as it is today", reproduce_command(plan)),
         (
             "Run exactly this plan, on this or another host",
-            "python -m experiments.launch --plan plan.json --out DIR --resume",
+            "PYTHONPATH=src:. python3 -m experiments.launch --plan plan.json --out DIR --resume",
         ),
-        ("Render this report from its records", "python -m reports render FOLDER"),
+        ("Render this report from its records", ".venv/bin/python -m reports render FOLDER"),
     ]
     records = [
         ["plan", analysis["plan_hash"]],

@@ -53,7 +53,7 @@ def overview(plan: Mapping[str, Any], analysis: Analysis) -> Iterator[Section]:
     else:
         compares = against_engines(analysis)
         yield _compared(analysis, compares) if compares else _results(analysis)
-    yield _workloads(plan)
+    yield _workloads(plan, analysis)
 
 
 def _results(analysis: Analysis) -> Section:
@@ -234,7 +234,7 @@ def _unjudged(analysis: Analysis) -> Section:
     )
 
 
-def _workloads(plan: Mapping[str, Any]) -> Section:
+def _workloads(plan: Mapping[str, Any], analysis: Analysis) -> Section:
     columns = [
         WORKLOAD,
         *numbers("requests"),
@@ -250,27 +250,54 @@ def _workloads(plan: Mapping[str, Any]) -> Section:
             [
                 workload,
                 text.number(entry["num_requests"]),
-                _prompts(entry["kind"], params),
-                _range(params.get("output_tokens", params.get("answer_tokens"))),
-                f"{params['turns']} turns of {params['num_conversations']} conversations"
-                if entry["kind"] == "conversation"
-                else "all at once",
+                _prompts(entry),
+                _lengths(entry, "output_tokens", "answer_tokens"),
+                _arrivals(entry, analysis["waves"][workload]),
                 "0 (greedy)" if params["temperature"] == 0 else f"{params['temperature']:g}",
             ]
         )
+    share = (plan.get("sized") or {}).get("share_of_answers", 1)
+    cut = (
+        f"Answers were cut to {text.percent(share, 0)} of the length that the study asks for, so that the launches fit "
+        "into its budget of time."
+    )
     return Section(
-        "workloads", "Workloads", tables=[Table("What each launch serves", columns, rows)]
+        "workloads",
+        "Workloads",
+        tables=[Table("What each launch serves", columns, rows)],
+        notes=[cut] if share < 1 else [],
     )
 
 
-def _prompts(kind: str, params: Mapping[str, Any]) -> str:
+def _arrivals(entry: Mapping[str, Any], waves: Sequence[int]) -> str:
+    """When requests come; waves: how many requests each has."""
+    params = entry["params"]
+    if entry["kind"] == "conversation":
+        return f"{params['turns']} turns of {params['num_conversations']} conversations"
+    if len(waves) == 1:
+        return "all at once"
+    return f"{len(waves)} waves of {_range([min(waves), max(waves)])}"
+
+
+def _prompts(entry: Mapping[str, Any]) -> str:
+    kind, params = entry["kind"], entry["params"]
     if kind == "shared_prefix":
         shared, own = _range(params["prefix_tokens"]), _range(params["own_tokens"])
         return f"{shared} of {text.count_of(params['num_prefixes'], 'shared prefix')}, then {own} of its own"
     if kind == "conversation":
         system, user = _range(params["system_tokens"]), _range(params["user_tokens"])
         return f"{system} of a system prompt, all earlier turns, then {user} new"
-    return _range(params["prompt_tokens"])
+    return _lengths(entry, "prompt_tokens")
+
+
+def _lengths(entry: Mapping[str, Any], *keys: str) -> str:
+    """The range that a parameter of one of these names gives; else, of a kind that has none of
+    them, the mean.
+    """
+    for key in keys:
+        if key in entry["params"]:
+            return _range(entry["params"][key])
+    return f"{text.number(entry[keys[0]] / entry['num_requests'])} on average"
 
 
 def _range(bounds: Sequence[int] | int) -> str:

@@ -111,8 +111,7 @@ def document(
         ),
         (
             "gate",
-            f"{gate['passed']} of {text.count_of(len(gate['rows']), 'output')} passed, {gate['tokens_checked']:,} "
-            "tokens checked",
+            f"{_passed(gate)}, {gate['tokens_checked']:,} tokens checked",
         ),
         ("A/A twin (noise)", "; ".join(noise) or "none"),
     ]
@@ -143,6 +142,14 @@ def document(
             *evidence(plan, analysis, digest),
         ],
     )
+
+
+def _passed(gate: Mapping[str, Any]) -> str:
+    """How many outputs passed; the same output of several launches is judged once."""
+    outputs = text.count_of(len(gate["rows"]), "distinct output")
+    if gate["rows"] and gate["passed"] == len(gate["rows"]):
+        return f"{outputs}, {'all ' * (len(gate['rows']) > 1)}passed"
+    return f"{gate['passed']} of {outputs} passed"
 
 
 def _dates(analysis: Mapping[str, Any]) -> str:

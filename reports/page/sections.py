@@ -19,12 +19,6 @@ from reports.statistics.metrics import LATENCIES, METRICS, PERCENTILES
 from reports.statistics.moderation import MOST_PRIOR
 
 Analysis = Mapping[str, Any]
-KINDS = {
-    "alone": "alone",
-    "left out": "left out of all",
-    "average": "on average",
-    "Shapley": "Shapley's share",
-}
 
 
 def results(analysis: Analysis) -> Iterator[Section]:
@@ -204,13 +198,13 @@ def _factors(analysis: Analysis) -> Iterator[Section]:
         grouped=True,
     )
     lead = [
-        f"Alone: switched on, compared with {name(analysis, analysis['baseline'])}. Left out: what all on loses without it. "
+        f"Alone: switched on, compared with {name(analysis, analysis['baseline'])}. Added last: all on over all on without it. "
         "On average: over all settings of the other factors. Shapley's share: the mean over all orders in which the factors "
         "can be switched on; the shares multiply to the whole effect.",
     ]
     if any(row.get("without") for row in rows):
         lead.append(
-            "Left out, without another: the other one needs this one, so it is off on both sides of the comparison."
+            "Added last, without another: the other one needs this one, so it is off on both sides of the comparison."
         )
     if any(row.get("beside") or not row.get("part_of_all", True) for row in rows):
         lead.append(
@@ -226,7 +220,7 @@ def _measured(row: Mapping[str, Any]) -> str:
         beside = f", beside {', '.join(row['beside'])}" if row.get("beside") else ""
         return f"on top of all{beside}"
     without = f", without {', '.join(row['without'])}" if row.get("without") else ""
-    return KINDS[row["kind"]] + without
+    return text.KINDS[row["kind"]] + without
 
 
 def _interactions(analysis: Analysis) -> Iterator[Section]:

@@ -17,7 +17,7 @@ from reports.analysis.compare import against_engines, throughput_rows
 from reports.page.overview import gate, name
 from reports.statistics.metrics import THROUGHPUT
 
-WAYS = {"alone": "alone", "left out": "left out"}
+WAYS = {kind: text.KINDS[kind] for kind in ("alone", "left out")}
 COLORS = {
     "faster": "green",
     "slower": "red",
@@ -50,7 +50,7 @@ def print_table(analysis: Mapping[str, Any], console: Console | None = None) -> 
     } - {"all"}
     start = name(analysis, analysis["baseline"])
     title = "off -> on" if any(switches.values()) else f"relative to {start}"
-    table.add_column(title, no_wrap=True, max_width=29 if any(switches.values()) else None)
+    table.add_column(title, no_wrap=True, max_width=30 if any(switches.values()) else None)
     gain = "speedup" if analysis["metric"]["key"] == THROUGHPUT.key else "ratio"
     table.add_column(gain, justify="right", no_wrap=True)
     table.add_column(
@@ -90,7 +90,7 @@ def print_table(analysis: Mapping[str, Any], console: Console | None = None) -> 
 
 
 def _by_switch(analysis: Mapping[str, Any], workload: str) -> list[tuple[dict[str, Any], str]]:
-    """(effect, its name) of every switch alone and left out, of a study that has both; else
+    """(effect, its name) of every switch alone and added last, of a study that has both; else
     nothing.
 
     Such a study has a cell for each; their ratios to everything off say little of those from which
@@ -192,7 +192,7 @@ def _print_legend(
                 f"{name(analysis, cell)}: {name(analysis, start)} run a second time; what it shows is noise"
             )
     if switches:
-        lines.append("alone: switched on over all off; left out: all on over all on without it")
+        lines.append("alone: switched on over all off; added last: all on over all on without it")
     if any(text.verdict(effect) == "suggestive" for effect in effects):
         lines.append(
             "suggestive: the interval excludes 1, but not significant after correction for several tests"

@@ -314,8 +314,8 @@ def test_the_table_of_factors_says_in_what_company_each_was_measured() -> None:
     measured = {row[2] for table in section.tables for row in table.rows}
     assert measured == {
         "alone",
-        "left out of all",
-        "left out of all, without cascade_attention=on",
+        "added last",
+        "added last, without cascade_attention=on",
         "on top of all",
     }
 

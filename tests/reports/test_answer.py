@@ -11,7 +11,17 @@ import pytest
 from reports import text
 from reports.analysis import names
 from reports.analysis.analyse import analyse
-from tests.support.synthetic import cell_of, factorial, make_plan, make_records, one_at_a_time
+from reports.analysis.answer import answer
+from tests.support.synthetic import (
+    BASE_LEVELS,
+    ON,
+    cell_of,
+    designed,
+    factorial,
+    make_plan,
+    make_records,
+    one_at_a_time,
+)
 
 SPEEDUPS = {"prefix_cache": 1.0, "batching": 2.5, "tensor_parallel_size": 0.7, "hf": 0.8}
 
@@ -56,6 +66,38 @@ def test_an_interval_that_excludes_1_and_is_not_significant_is_called_suggestive
     assert text.verdict(effect | {"low": 0.9}) == "inconclusive"
     assert text.verdict(effect | {"low": None, "high": None}) == "inconclusive"
     assert text.verdict(effect | {"verdict": "faster"}) == "faster"
+
+
+def test_a_switch_that_slows_everything_on_is_named() -> None:
+    """Where everything on would be faster without one switch, the ratio of everything on hides it."""
+    factors = list(ON)
+    plan = make_plan(
+        designed("both", factors),
+        4,
+        factors={name: {"baseline": off} for name, off in BASE_LEVELS.items()},
+        design={"kind": "both"},
+    )
+    slow = {"prefix_cache": 3.0, "batching": 0.5, "tensor_parallel_size": 1.5}
+    analysis = analyse(make_records(plan, slow, sd=0.002), plan)
+    sentence = analysis["answer"]["by_workload"][0]["sentence"]
+    assert "; without batching=continuous it would be ×4.5" in sentence
+    assert "(added last, that measures ×0.5" in sentence
+    assert sentence.endswith(", slower).")
+    helpful = analyse(make_records(plan, {**slow, "batching": 1.2}, sd=0.002), plan)
+    assert "without" not in helpful["answer"]["sentence"]
+
+
+def test_the_noisiest_workload_is_quoted() -> None:
+    """Not the first, nor the one with the widest interval: the one whose twin is furthest from 1."""
+    effects = [
+        {"role": "aa", "metric": "output_tokens_per_s", "verdict": "inconclusive", "workload": name}
+        | {"ratio": ratio, "low": low, "high": high}
+        for name, ratio, low, high in (("mixed", 1.006, 0.58, 1.73), ("shared", 0.898, 0.81, 0.99))
+    ]
+    plan = make_plan(one_at_a_time(), 2)
+    analysis = analyse(make_records(plan, SPEEDUPS), plan) | {"effects": effects}
+    (noise,) = [caveat for caveat in answer(analysis)["caveats"] if caveat.startswith("Noise")]
+    assert "reads ×0.898 (0.810 to 0.990) on shared." in noise
 
 
 def test_a_noisy_machine_is_said() -> None:

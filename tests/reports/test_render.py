@@ -1,5 +1,6 @@
 """The rendered report: complete, self-contained, escaped, and the same bytes for the same records."""
 
+import copy
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from nanovllm.models.checkpoint import DIGESTS
 from reports.__main__ import app
 from reports.analysis.analyse import analyse
 from reports.page.evidence import reproduce_command
+from reports.page.overview import overview
 from reports.page.render import escape_markdown, print_table, render
 from tests.support.synthetic import cell_of, factorial, make_plan, make_records, one_at_a_time
 
@@ -173,9 +175,32 @@ def test_what_is_not_folded_can_be_read_in_a_minute(pages: tuple[str, str, Path]
         r"\| `shared` \| 8 \| 64 of 2 shared prefixes, then 16 to 32 of its own \| 4 to 16 \|",
         r"- machine: Synthetic 2-core, 2 cores",
         r"- date: 20\d\d-\d\d-\d\d",
+        r"- gate: \d+ distinct outputs, all passed, [\d,]+ tokens checked",
     ):
         assert re.search(row, head), row
     assert "`baseline" not in head, "it would mean another thing in every study"
+
+
+def test_a_kind_with_parameters_of_its_own_is_listed(study: Study) -> None:
+    """A new kind needs no change of the page, whatever its parameters are called."""
+    plan = copy.deepcopy(study[0])
+    entry = plan["workloads"]["scaled"]
+    for key in ("prompt_tokens", "output_tokens"):
+        del entry["params"][key]
+    entry |= {"kind": "bursts", "prompt_tokens": 96, "output_tokens": 40}
+    plan["sized"] = {"share_of_answers": 0.35}
+    analysis = analyse(study[1], study[0])
+    analysis["waves"]["scaled"] = [2, 2, 4]
+    *_, section = overview(plan, analysis)
+    row = section.tables[0].rows[0]
+    assert list(row[:5]) == [
+        "scaled",
+        "8",
+        "12.00 on average",
+        "5.000 on average",
+        "3 waves of 2 to 4",
+    ]
+    assert section.notes[0].startswith("Answers were cut to 35 % of the length")
 
 
 def test_terms_are_explained_where_they_first_stand(pages: tuple[str, str, Path]) -> None:

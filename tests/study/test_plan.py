@@ -309,7 +309,31 @@ def test_what_cannot_run_is_grouped_by_reason_in_readable_lines() -> None:
     text = " ".join(line.strip() for line in lines)
     assert f"skipped  tensor_parallel_size=2, {', '.join(cells)}: {reason}" in text
     assert "skipped  cuda_graphs=on: needs a GPU" in lines
+    assert "everything on" not in text
     assert text.count(reason) == 1
+
+
+def test_a_switch_that_cannot_run_alone_is_still_part_of_everything_on(model: ModelChoice) -> None:
+    """Cascade attention needs other switches: its own row is missing, not the switch."""
+    factors = ", ".join(
+        f"{name}: {{levels: {level}}}"
+        for name, level in (
+            ("attention_backend", "triton"),
+            ("prefix_cache", "on"),
+            ("cuda_graphs", "on"),
+            ("cascade_attention", "on"),
+        )
+    )
+    plan = plan_of(
+        load_profile("h200"), model, f"factors={{{factors}}}", "cells={}", "design={kind: both}"
+    )
+    text = said(plan)
+    assert (
+        "design   both (each switch alone, and left out of everything on); "
+        f"{len(plan['cells'])} configurations: baseline, aa, attention_backend=triton" in text
+    )
+    (line,) = re.findall(r"skipped  cascade_attention=on: (?:.|\n {9})*", text)
+    assert " ".join(line.split()).endswith("It stays part of everything on.")
 
 
 def test_a_plan_says_what_a_fraction_mixes(model: ModelChoice) -> None:
