@@ -177,7 +177,7 @@ def judge(scores: Sequence[Scores], dtype: str, params: GateParams) -> GateResul
     if excess_z > z_limit:
         reasons.append(
             f"{int((differs & ~sampled_elsewhere).sum())} tokens differ from the reference's choice, more than {params.factor:g} "
-            f"times as many as with HF in {dtype}, {int(hf_differs.sum())} (z = {excess_z:.1f}, limit {z_limit:.1f})"
+            f"times the {int(hf_differs.sum())} of HF in {dtype} (z = {excess_z:.1f}, limit {z_limit:.1f})"
         )
     distribution = None
     if sampled_elsewhere.any():

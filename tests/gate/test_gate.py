@@ -404,7 +404,7 @@ def test_models_that_treat_their_logits_are_refused(rescorers: Any) -> None:
             result.logits = result.logits / 2
             return result
 
-    with pytest.raises(NotImplementedError, match="Scaled computes its logits otherwise"):
+    with pytest.raises(NotImplementedError, match="the gate cannot rescore Scaled"):
         check_decomposition(Scaled(rescorers("float32").reference))
 
 
@@ -643,9 +643,8 @@ def test_errors_below_the_bound_are_seen_by_their_number() -> None:
     assert verdict(0.03).passed  # a third more than HF, which `factor` allows
     result = verdict(0.1)
     assert result.max_margin < result.bound
-    assert (
-        "differ from the reference's choice, 84 of HF's in bfloat16: more than 2 times as many"
-        in str(result.reason)
+    assert "differ from the reference's choice, more than 2 times the 84 of HF in bfloat16" in str(
+        result.reason
     )
 
 
@@ -748,7 +747,7 @@ def test_refusals(rescorers: Any, tmp_path: Path) -> None:
         Rescorer(tmp_path, "float32")
     with pytest.raises(ValueError, match="output of request 1 is empty"):
         rescorers("float32").score(make_requests(GREEDY, each=2), [[1], []])
-    with pytest.raises(ValueError, match="nothing"):
+    with pytest.raises(ValueError, match="no output token to judge"):
         judge([], "float32", PARAMS)
 
 
