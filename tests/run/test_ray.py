@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from experiments.cluster.dispatch import Event, Job, WorkerError
+from experiments.cluster.dispatch import Job, WorkerError, WorkerEvent
 from experiments.cluster.executor import EXECUTORS, Options
 from experiments.cluster.ray_workers import RayWorkers
 from experiments.records import store
@@ -154,7 +154,7 @@ def test_an_ended_block_does_not_take_the_next_with_it(
     hardly left the last.
     """
 
-    def at_once(job: Job, context: dict[str, Any]) -> Iterator[Event]:
+    def at_once(job: Job, context: dict[str, Any]) -> Iterator[WorkerEvent]:
         with tempfile.TemporaryDirectory():
             yield {"event": "message", "text": "here"}
             yield {"event": "done"}

@@ -223,7 +223,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     broken.write_text("name: x")
     with pytest.raises(SpecError, match=r"broken.yaml: factors: missing"):
         spec.load_study(broken)
-    with pytest.raises(SpecError, match="write key=value"):
+    with pytest.raises(SpecError, match="write KEY=VALUE"):
         spec.load_study("embedded", ["blocks"])
     with pytest.raises(SpecError, match="'name' is not a mapping"):
         spec.load_study("embedded", ["name.x=1"])
