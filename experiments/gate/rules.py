@@ -5,12 +5,16 @@ Noise is calibrated on the sample that is judged: `error` is the error of HF its
 dtype. With bound = factor * (largest error) + floor, and typical bound = factor * (99.9 % quantile
 of the error) + floor:
 
-1. every token's margin is within the bound;
-2. the number of tokens beyond the typical bound is compatible with a rate of 0.1 %;
-3. the engine disagrees with the reference not significantly more than `factor` times as often as HF
+1. the engine did the work that was asked for (`experiments.gate.same_work`);
+2. every token's margin is within the bound;
+3. the number of tokens beyond the typical bound is compatible with a rate of 0.1 %;
+4. the engine disagrees with the reference not significantly more than `factor` times as often as HF
 does;
-4. tokens of another random generator follow the reference's distribution (z-test), also within
-every part of a request (Ville's inequality).
+5. tokens of another random generator follow the reference's distribution (z-test), also within
+every part of a request (Ville's inequality);
+6. log-probabilities, where they were returned, are those of the reference.
+
+The numbers are those of docs/methodology.md.
 
 Every statistical test is made at level `alpha`. Needs only torch and the standard library.
 """

@@ -181,6 +181,13 @@ class PlannedSizing(TypedDict):
     shares: list[float]
 
 
+class PlannedStatistics(TypedDict):
+    """Whose variance an effect is judged by, and which effects are one family (ADR 10)."""
+
+    variance: Literal["per_effect", "moderated"]
+    families: Literal["joint", "by_question"]
+
+
 class PlannedStudy(TypedDict):
     """The study without its workloads, cells, gate and model, which the plan holds expanded."""
 
@@ -199,6 +206,7 @@ class PlannedStudy(TypedDict):
     fixed: NotRequired[Levels]
     comparisons: NotRequired[dict[str, PlannedComparison]]
     validity: NotRequired[ValidityRules]
+    statistics: NotRequired[PlannedStatistics]
     overrides: JsonObject
 
 

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from experiments import workloads
-from experiments.records.types import Record
+from experiments.records.types import Plan, Record
 from reports.analysis.answer import answer
 from reports.analysis.compare import compared, costs, paired
 from reports.analysis.counting import Counted, Gate, count
@@ -50,9 +50,7 @@ PAIR_VERDICTS = {
 Values = dict[str, dict[str, dict[str, dict[int, float]]]]
 
 
-def analyse(
-    records: Sequence[Record], plan: Mapping[str, Any], notes: Sequence[str] = ()
-) -> dict[str, Any]:
+def analyse(records: Sequence[Record], plan: Plan, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Everything a report shows. `notes`: what was noticed while reading the records
     (reports/analysis/study_records.py).
 
@@ -131,9 +129,7 @@ def analyse(
     return result
 
 
-def ratios(
-    records: Sequence[Record], plan: Mapping[str, Any], ours: str, theirs: str
-) -> list[Effect]:
+def ratios(records: Sequence[Record], plan: Plan, ours: str, theirs: str) -> list[Effect]:
     """Throughput of one cell over that of another, workload by workload, paired within blocks as
     `effects` are.
 
@@ -160,7 +156,7 @@ def ratios(
     ]
 
 
-def _drawn(plan: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def _drawn(plan: Plan) -> dict[str, Mapping[str, Any]]:
     """The workloads of a plan. Raises ValueError for one that this version draws differently."""
     return {name: _rebuild(name, json.dumps(entry)) for name, entry in plan["workloads"].items()}
 
@@ -217,7 +213,7 @@ def _values(counted: Counted, drawn: Mapping[str, Mapping[str, Any]]) -> Values:
     return values
 
 
-def _counts(plan: Mapping[str, Any], counted: Counted) -> dict[str, Any]:
+def _counts(plan: Plan, counted: Counted) -> dict[str, Any]:
     cells = set(plan["cells"])
     by_block: dict[int, set[str]] = {}
     ran: dict[int, set[str]] = {}
@@ -237,7 +233,7 @@ def _counts(plan: Mapping[str, Any], counted: Counted) -> dict[str, Any]:
     }
 
 
-def _rates(values: Values, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _rates(values: Values, plan: Plan) -> list[dict[str, Any]]:
     """Each metric of each cell over its counted blocks: throughput by harmonic mean, times by
     arithmetic mean.
     """
@@ -268,7 +264,7 @@ def _rates(values: Values, plan: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def _workloads(values: Values, plan: Mapping[str, Any], key: str) -> list[str]:
+def _workloads(values: Values, plan: Plan, key: str) -> list[str]:
     combined = [ALL_WORKLOADS] if key == THROUGHPUT.key and len(plan["workloads"]) > 1 else []
     return [*plan["workloads"], *combined]
 
@@ -285,7 +281,7 @@ def _log_ratios(
 
 
 def _effects(
-    values: Values, lattice: Lattice, plan: Mapping[str, Any], rule: Rule, noise: Priors
+    values: Values, lattice: Lattice, plan: Plan, rule: Rule, noise: Priors
 ) -> list[Effect]:
     """Every cell but the references, on every metric and workload, as a ratio to the baseline of
     the same block.
@@ -330,7 +326,7 @@ def _effects(
 def _references(
     values: Values,
     lattice: Lattice,
-    plan: Mapping[str, Any],
+    plan: Plan,
     rule: Rule,
     metric: Metric,
     noise: Priors,
@@ -495,7 +491,7 @@ def _label(toggle: Toggle) -> str:
 
 
 def _ceilings(
-    values: Values, plan: Mapping[str, Any], drawn: Mapping[str, Mapping[str, Any]]
+    values: Values, plan: Plan, drawn: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """The roofline bound of each workload, and the share of it that each cell reaches.
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.launch import fairness
+from experiments.records.types import Plan
 from reports.analysis import names
 from reports.analysis.noise import Priors
 from reports.statistics.intervals import Rule, estimate, judge
@@ -28,7 +29,7 @@ Launches = Sequence[Mapping[str, Any]]
 
 
 def compared(
-    values: Values, launches: Launches, plan: Mapping[str, Any], rule: Rule, noise: Priors
+    values: Values, launches: Launches, plan: Plan, rule: Rule, noise: Priors
 ) -> list[dict[str, Any]]:
     """One entry for each pair of each comparison, in the study's order; [] for a study without
     comparisons.
@@ -64,7 +65,7 @@ def compared(
 
 
 def _pair(
-    name: str, rule: str, ours: str, theirs: str, launches: Launches, plan: Mapping[str, Any]
+    name: str, rule: str, ours: str, theirs: str, launches: Launches, plan: Plan
 ) -> dict[str, Any]:
     mine, other = (
         [record for record in launches if record["cell"] == cell] for cell in (ours, theirs)
@@ -119,7 +120,7 @@ def paired(
     }
 
 
-def costs(launches: Launches, plan: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def costs(launches: Launches, plan: Plan) -> dict[str, list[dict[str, Any]]]:
     """What a cell costs beside time: {"launch": one row a cell, "work": one row a cell and
     workload}; medians over launches.
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments.records.types import ServedWorkload
+
 # Two clocks are read at different moments of a step; 2 % of the run, and 5 ms on top, is what that
 # may cost.
 CLOCK_RELATIVE = 0.02
@@ -35,7 +37,7 @@ class Check:
 
 
 def check_workload(
-    name: str, work: Mapping[str, Any], planned: Mapping[str, Any], resolved: Mapping[str, Any]
+    name: str, work: ServedWorkload, planned: Mapping[str, Any], resolved: Mapping[str, Any]
 ) -> Iterator[Check]:
     """Every check that applies to the part of a launch record that belongs to one workload of the
     plan.
@@ -107,7 +109,7 @@ def _check_concurrency(
 
 
 def _check_steps(
-    work: Mapping[str, Any], times: np.ndarray, duration_s: float, slack_s: float
+    work: ServedWorkload, times: np.ndarray, duration_s: float, slack_s: float
 ) -> Iterator[Check]:
     """The step clock against the request clock; an engine that reports no steps is not checked."""
     steps = np.array(work.get("step_times_s") or [], dtype=np.float64).reshape(
@@ -154,7 +156,7 @@ def _check_steps(
         )
 
 
-def _check_counters(work: Mapping[str, Any]) -> Iterator[Check]:
+def _check_counters(work: ServedWorkload) -> Iterator[Check]:
     """The engine's own counters (nanovllm.engine.stats) against the work; an engine without them is
     not checked.
     """

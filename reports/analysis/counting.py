@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from experiments.records import store
-from experiments.records.types import LaunchRecord
+from experiments.records.types import LaunchRecord, Plan
 from reports.analysis.consistency import Check, check_workload
 
 Record = Mapping[str, Any]
@@ -71,7 +71,7 @@ class Gate:
         return f"gate: {line['status']} on {workload}: {line.get('reason') or 'no reason recorded'}"
 
 
-def count(records: Sequence[store.Record], plan: Mapping[str, Any], gate: Gate) -> Counted:
+def count(records: Sequence[store.Record], plan: Plan, gate: Gate) -> Counted:
     """Sort every launch record of `records` into counted and excluded; a duplicated record is
     looked at once.
     """
@@ -113,7 +113,7 @@ def count(records: Sequence[store.Record], plan: Mapping[str, Any], gate: Gate) 
     return counted
 
 
-def _foreign(record: Record, plan: Mapping[str, Any], planned: Mapping[str, Any]) -> str | None:
+def _foreign(record: Record, plan: Plan, planned: Mapping[str, Any]) -> str | None:
     """Why a record does not belong to this plan, or None."""
     if record["plan_hash"] != plan["plan_hash"]:
         return f"ran under another plan ({record['plan_hash'][:12]})"
@@ -125,7 +125,7 @@ def _foreign(record: Record, plan: Mapping[str, Any], planned: Mapping[str, Any]
     return None
 
 
-def _objection(record: Record, plan: Mapping[str, Any], gate: Gate, counted: Counted) -> str | None:
+def _objection(record: Record, plan: Plan, gate: Gate, counted: Counted) -> str | None:
     """The first rule that a launch of this plan breaks, or None."""
     missing = sorted(set(plan["workloads"]) - set(record["workloads"]))
     if missing:
@@ -140,7 +140,7 @@ def _objection(record: Record, plan: Mapping[str, Any], gate: Gate, counted: Cou
     return None
 
 
-def _failed_checks(record: Record, plan: Mapping[str, Any], counted: Counted) -> list[Check]:
+def _failed_checks(record: Record, plan: Plan, counted: Counted) -> list[Check]:
     """Run the consistency checks, note them in `counted`, and return the hard ones that failed."""
     hard = []
     for name in sorted(plan["workloads"]):

@@ -7,6 +7,7 @@ These are tables taken from the records as they stand; nothing here is estimated
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from experiments.records.types import Plan
 from reports.analysis.counting import Counted, Gate
 
 # The telemetry series drawn under the run order: the first of each group that was recorded.
@@ -52,7 +53,7 @@ def _gate_row(line: Mapping[str, Any]) -> dict[str, Any]:
     return {name: line.get(name) for name in names}
 
 
-def toggles(counted: Counted, plan: Mapping[str, Any]) -> dict[str, Any]:
+def toggles(counted: Counted, plan: Plan) -> dict[str, Any]:
     """Did each factor that was on fire, and what could it do? One row for each cell, workload and
     factor that is on.
 
@@ -134,7 +135,7 @@ def run_order(
     return {"launches": rows, "telemetry_series": series}
 
 
-def hardware(counted: Counted, plan: Mapping[str, Any]) -> dict[str, Any]:
+def hardware(counted: Counted, plan: Plan) -> dict[str, Any]:
     """Profile, model and provenance of the counted launches; a key with several values lists them
     all as varying.
     """

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.records.types import Plan
 from nanovllm.config import LEVELS
 
 TWIN, ALL_OFF, ALL_ON = "A/A twin", "all off", "all on"
@@ -19,7 +20,7 @@ _SHARING = {"tensor_parallel_size", "data_parallel_size", "all_reduce"}
 _OFF = {factor: "off" if levels[0] is False else levels[0] for factor, levels in LEVELS.items()}
 
 
-def shown_names(plan: Mapping[str, Any], launches: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def shown_names(plan: Plan, launches: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """{cell: its name on a page}, in the order of the plan; no two are the same.
 
     launches: records that count, for the versions of other engines.

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.records.types import Plan, PlannedStatistics
 from reports.statistics.contrasts import Contrast, Lattice
 from reports.statistics.moderation import MIN_EFFECTS, Prior, prior_of
 
@@ -25,7 +26,7 @@ ALONE, TOGETHER, BETWEEN = "one alone", "everything on", "all but one"
 """The questions to which a ratio to the baseline belongs."""
 
 
-def priors(values: Values, plan: Mapping[str, Any]) -> Priors:
+def priors(values: Values, plan: Plan) -> Priors:
     """From the ratios of all other cells to one of the same block, for each cell that comparisons
     may share. {} for a study that does not ask for it.
     """
@@ -59,7 +60,7 @@ def scale_of(contrast: Contrast) -> float:
     return sum(weight**2 for weight in contrast.values()) / 2
 
 
-def question(cell: str, plan: Mapping[str, Any], lattice: Lattice) -> str:
+def question(cell: str, plan: Plan, lattice: Lattice) -> str:
     """The question that a cell's ratio to the baseline belongs to; one and the same for all cells in
     a study whose families are joint.
     """
@@ -72,7 +73,7 @@ def question(cell: str, plan: Mapping[str, Any], lattice: Lattice) -> str:
     return ALONE if from_off and len(points.get(cell, ())) == 1 else BETWEEN
 
 
-def described(plan: Mapping[str, Any], found: Priors) -> dict[str, Any]:
+def described(plan: Plan, found: Priors) -> dict[str, Any]:
     """What a report says about it. d0 is None where it is infinite."""
     asked = _asked(plan)
     return {
@@ -94,5 +95,6 @@ def described(plan: Mapping[str, Any], found: Priors) -> dict[str, Any]:
     }
 
 
-def _asked(plan: Mapping[str, Any]) -> Mapping[str, Any]:
-    return plan["study"].get("statistics", {})
+def _asked(plan: Plan) -> PlannedStatistics:
+    default: PlannedStatistics = {"variance": "per_effect", "families": "joint"}
+    return plan["study"].get("statistics", default)

@@ -11,13 +11,14 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from experiments.records.types import Plan
 from nanovllm.models.checkpoint import GENERATED
 from reports.analysis.counting import Counted, Gate
 
 Record = Mapping[str, Any]
 
 
-def is_descriptive(plan: Mapping[str, Any], gate: Gate) -> bool:
+def is_descriptive(plan: Plan, gate: Gate) -> bool:
     """Whether the weights were generated, and not one output was judged."""
     return plan["model"].get("preset") in GENERATED and not gate.lines
 
@@ -50,7 +51,7 @@ def decode_steps_s(
 
 
 def measured(
-    records: Sequence[Record], plan: Mapping[str, Any], gate: Gate, counted: Counted
+    records: Sequence[Record], plan: Plan, gate: Gate, counted: Counted
 ) -> list[dict[str, Any]]:
     """One row a workload and cell: launches, least, median and greatest throughput, median decode
     step; [] where is_descriptive says no.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from experiments.records.types import LaunchRecord, ServedWorkload
 from reports import text
 from reports.analysis.analyse import ratios
 from reports.analysis.unjudged import decode_steps_s
@@ -220,14 +221,13 @@ def host_time(library: Library, factor: str, fingerprint: str) -> Iterator[Findi
     alone, stands beside it: a host that waits by spinning is as busy as one that works.
     """
 
-    def working(work: Mapping[str, Any]) -> float | None:
-        if work.get("device_wait_s") is None:
-            return None
-        return (sum(step[0] for step in work["step_times_s"]) - work["device_wait_s"]) / len(
-            work["step_times_s"]
+    def working(work: ServedWorkload) -> float | None:
+        waited_s, steps = work.get("device_wait_s"), work["step_times_s"]
+        return (
+            None if waited_s is None else (sum(step[0] for step in steps) - waited_s) / len(steps)
         )
 
-    def busy(work: Mapping[str, Any]) -> float | None:
+    def busy(work: ServedWorkload) -> float | None:
         steps = work["counters"].get("steps")
         return work["host_cpu_s"] / steps if steps and work["host_cpu_s"] else None
 
@@ -442,14 +442,14 @@ MEASUREMENTS: dict[str, Callable[..., Iterator[Finding]]] = {
 
 # -- what they share -------------------------------------------------------------------------------
 
-Measure = Callable[[Mapping[str, Any]], float | None]
+Measure = Callable[[ServedWorkload], float | None]
 
 
-def _serving_s(work: Mapping[str, Any]) -> float | None:
+def _serving_s(work: ServedWorkload) -> float | None:
     return float(work["duration_s"])
 
 
-def _prefill_s(work: Mapping[str, Any]) -> float | None:
+def _prefill_s(work: ServedWorkload) -> float | None:
     """Seconds of the steps that prefilled; None where a step did both, so that its time belongs to
     neither.
     """
@@ -511,7 +511,7 @@ def _finding(
     return Finding(what, value, low, high, evidence, study.name, study.hardware, decides, n, when)
 
 
-def _counted(study: Study, cell: str) -> list[Mapping[str, Any]]:
+def _counted(study: Study, cell: str) -> list[LaunchRecord]:
     """The counted launches of a cell, as the analysis counted them."""
     names = {row["launch"] for row in study.analysis["order"]["launches"] if row["cell"] == cell}
     excluded = {(row["launch"], row["attempt"]) for row in study.analysis["excluded"]}

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from experiments import workloads
+from experiments.records.types import LaunchRecord, Plan
 from nanovllm.config import Optimizations
 from nanovllm.engine.continuous_batching import ContinuousScheduler
 from nanovllm.engine.prefix_cache import CachingBlockManager
@@ -59,7 +60,7 @@ class Saved:
         return self.spared_flops[0] / every, self.spared_flops[1] / every
 
 
-def saved(record: Mapping[str, Any], plan: Mapping[str, Any], name: str) -> Saved:
+def saved(record: LaunchRecord, plan: Plan, name: str) -> Saved:
     """What the cache saved a launch on workload `name`."""
     waves = workloads.rebuild(name, plan["workloads"][name])["waves"]
     counters = record["workloads"][name]["counters"]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.records.store import PLAN, RECORDS
-from experiments.records.types import Record
+from experiments.records.types import Plan, Record
 from reports.analysis.analyse import analyse
 from reports.analysis.study_records import read_folder
 
@@ -27,7 +27,7 @@ class Study:
 
     name: str
     folder: Path
-    plan: Mapping[str, Any]
+    plan: Plan
     records: list[Record]
     analysis: Mapping[str, Any]
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.records.types import LaunchRecord
 from reports import text
 from reports.claims.claims import ROOT, judge, read_claims
 from reports.claims.measurements import Finding
@@ -66,7 +67,7 @@ def values(library: Library) -> Mapping[str, Callable[..., str]]:
                 counts := [
                     _count(record, workload, name)
                     for record in found.records
-                    if _counts(found, record, cell)
+                    if record["kind"] == "launch" and _counts(found, record, cell)
                 ]
             )
         )
@@ -134,12 +135,12 @@ def _where(hardware: str, source: str) -> str:
     return f"{hardware}, records {source}" if hardware else f"records {source}"
 
 
-def _counts(study: Study, record: Mapping[str, Any], cell: str) -> bool:
+def _counts(study: Study, record: LaunchRecord, cell: str) -> bool:
     counted = {row["launch"] for row in study.analysis["order"]["launches"]}
-    return record["kind"] == "launch" and record["cell"] == cell and record["launch"] in counted
+    return record["cell"] == cell and record["launch"] in counted
 
 
-def _count(record: Mapping[str, Any], workload: str, name: str) -> int:
+def _count(record: LaunchRecord, workload: str, name: str) -> int:
     return int(record["workloads"][workload]["counters"].get(name, 0))
 
 

@@ -47,7 +47,7 @@ def table(studies: Iterable[Study]) -> str:
 
 def row(study: Study) -> str:
     model = study.plan["model"]
-    name = model["preset"] or posixpath.basename(model["path"])
+    name = model["preset"] or posixpath.basename(model["path"] or "")
     link = f"../reports/published/{study.name}/{REPORT}"
     cells = [
         f"[{study.plan['study']['title']}]({link})",

@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from experiments.records.types import Plan
 from nanovllm.models.checkpoint import DIGESTS
 from reports import text
 from reports.analysis import names
@@ -14,7 +15,7 @@ from reports.page.overview import CONFIGURATION, VERDICT, WORKLOAD, name, number
 Analysis = Mapping[str, Any]
 
 
-def evidence(plan: Mapping[str, Any], analysis: Analysis, digest: str) -> Iterator[Section]:
+def evidence(plan: Plan, analysis: Analysis, digest: str) -> Iterator[Section]:
     """The sections on validity; digest: of the records that the report was made from."""
     if not analysis["unjudged"]:
         yield _against_itself(analysis)
@@ -350,7 +351,7 @@ def _excluded(analysis: Analysis) -> Section:
     )
 
 
-def reproduce_command(plan: Mapping[str, Any]) -> str:
+def reproduce_command(plan: Plan) -> str:
     """The command that runs the same study again; a model without a preset is named by its folder."""
     study, model = plan["study"], plan["model"]
     words = [
@@ -384,7 +385,7 @@ def _yaml(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
-def _reproduce(plan: Mapping[str, Any], analysis: Analysis, digest: str) -> Section:
+def _reproduce(plan: Plan, analysis: Analysis, digest: str) -> Section:
     found = analysis["hardware"]
     commands = [
         ("Run the same study again, as it is today", reproduce_command(plan)),
@@ -451,10 +452,10 @@ def _configurations(analysis: Analysis) -> Table:
     )
 
 
-def _other_weights(plan: Mapping[str, Any]) -> Iterator[str]:
+def _other_weights(plan: Plan) -> Iterator[str]:
     """A note where the plan's preset gives another checkpoint today than the plan was made for."""
     preset, digest = plan["model"].get("preset"), plan["model"].get("digest")
-    today = DIGESTS.get(preset)
+    today = DIGESTS.get(preset or "")
     if digest and today and digest != today:
         yield (
             f"This plan was made for a checkpoint of digest {digest[:16]}. The preset {preset} has changed since and gives "

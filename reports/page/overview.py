@@ -6,6 +6,7 @@ The statistics behind the table follow, folded, in results.py and evidence.py.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from experiments.records.types import Plan
 from reports import text
 from reports.analysis import names
 from reports.analysis.compare import against_engines, said, throughput_rows
@@ -46,7 +47,7 @@ def gate(analysis: Analysis, cells: Sequence[str], workload: str) -> str:
     return ", ".join(sorted({row["status"] for row in rows})) or text.ABSENT
 
 
-def overview(plan: Mapping[str, Any], analysis: Analysis) -> Iterator[Section]:
+def overview(plan: Plan, analysis: Analysis) -> Iterator[Section]:
     """The sections that are not folded."""
     if analysis["unjudged"]:
         yield _unjudged(analysis)
@@ -234,7 +235,7 @@ def _unjudged(analysis: Analysis) -> Section:
     )
 
 
-def _workloads(plan: Mapping[str, Any], analysis: Analysis) -> Section:
+def _workloads(plan: Plan, analysis: Analysis) -> Section:
     columns = [
         WORKLOAD,
         *numbers("requests"),
@@ -256,7 +257,8 @@ def _workloads(plan: Mapping[str, Any], analysis: Analysis) -> Section:
                 "0 (greedy)" if params["temperature"] == 0 else f"{params['temperature']:g}",
             ]
         )
-    share = (plan.get("sized") or {}).get("share_of_answers", 1)
+    sized = plan.get("sized")
+    share = sized["share_of_answers"] if sized else 1
     cut = (
         f"Answers were cut to {text.percent(share, 0)} of the length that the study asks for, so that the launches fit "
         "into its budget of time."

@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from experiments.records.types import Plan
 from reports import text
 from reports.figures import pictures, svg
 from reports.figures.layout import NARROW, WIDE
@@ -31,7 +32,7 @@ MARKDOWN, HTML, FIGURES = "report.md", "report.html", "figures"
 
 
 def render(
-    plan: Mapping[str, Any],
+    plan: Plan,
     records: Sequence[Mapping[str, Any]],
     analysis: Mapping[str, Any],
     out_dir: Path,
@@ -85,7 +86,7 @@ def write_markdown(path: Path, template: str, **values: Any) -> None:
 
 
 def document(
-    plan: Mapping[str, Any], records: Sequence[Mapping[str, Any]], analysis: Mapping[str, Any]
+    plan: Plan, records: Sequence[Mapping[str, Any]], analysis: Mapping[str, Any]
 ) -> Document:
     """The report as data."""
     study, counts, gate = plan["study"], analysis["counts"], analysis["gate"]
@@ -158,7 +159,7 @@ def _dates(analysis: Mapping[str, Any]) -> str:
     return text.ABSENT if not days else days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
 
 
-def _machine(plan: Mapping[str, Any], analysis: Mapping[str, Any]) -> str:
+def _machine(plan: Plan, analysis: Mapping[str, Any]) -> str:
     """The machine by name: the title of its profile, or for a CPU the model that the launches
     found.
     """

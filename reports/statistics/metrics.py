@@ -5,12 +5,12 @@ requests of the launch; the launch, not the request, is the unit of analysis, so
 number a launch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from experiments.records.types import ServedWorkload
 from reports.statistics.intervals import Better
 
 PERCENTILES = (50, 90, 99)
@@ -38,7 +38,7 @@ LATENCIES = tuple(
 METRICS = {metric.key: metric for metric in (THROUGHPUT, *LATENCIES)}
 
 
-def of_launch(work: Mapping[str, Any], output_lengths: Sequence[int] | None) -> dict[str, float]:
+def of_launch(work: ServedWorkload, output_lengths: Sequence[int] | None) -> dict[str, float]:
     """Every metric of one workload's part of a launch record that can be had from it.
 
     output_lengths: tokens asked of each request, in the order of `request_times_s`. A request's
