@@ -421,7 +421,7 @@ def part_split(degree: int, out: Path, device: str) -> None:
 
 
 def profiled_rank(channel: Any) -> None:
-    """Of a rank's process: as nanovllm.distributed.rank.main; rank 0 records its kernels and writes a
+    """The main of a rank's process: as nanovllm.distributed.rank.main; rank 0 records its kernels and writes a
     summary when it ends.
     """
     import torch

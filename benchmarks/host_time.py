@@ -42,7 +42,9 @@ def host_us_a_step(work: dict[str, Any]) -> float:
 def share_saved(
     launches: list[dict[str, Any]], workload: str, cell: str, against: str, alpha: float = 0.05
 ) -> dict[str, Any]:
-    """Of `cell`'s host time, by `against`. Raises ValueError where fewer than two blocks hold both."""
+    """The share of the host time of `cell` that `against` saves. Raises ValueError where fewer than two
+    blocks hold both.
+    """
     found = {
         (r["block"], r["cell"]): host_us_a_step(r["workloads"][workload])
         for r in launches

@@ -33,12 +33,12 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 MIN_EFFECTS = 9
-"""Of a study with ten cells, the smallest for which coverage is simulated; with fewer, every effect
+"""The ratios of a study with ten cells, the smallest for which coverage is simulated; with fewer, every effect
 keeps its own variance."""
 MOST_PRIOR = 0.5
 """Most degrees of freedom of the prior, as a share of the effect's own."""
 _LEAST_VARIANCE = 1e-5
-"""Of the median: a variance of 0 has no logarithm."""
+"""A fraction of the median variance, as a variance of 0 has no logarithm."""
 
 Floats = NDArray[np.float64]
 

@@ -798,8 +798,9 @@ def test_squads_of_a_large_group(programs: int) -> None:
 
 
 COMPILED_IN_EVERY_RUN = (89, 90)
-"""Of the capabilities: the least shared memory, and the GPU of most studies, whose kernels know of the one before. CI
-compiles for the others as well."""
+"""The capability with the least shared memory, and that of most studies, whose kernels cover the one
+before it. CI compiles for the others as well.
+"""
 
 
 @pytest.mark.timeout(
@@ -1000,7 +1001,7 @@ def every_launch(dtype: torch.dtype, everything: bool) -> None:
 
 
 def compile_every_launch(capability: int, everything: bool) -> dict[str, dict[str, int]]:
-    """Of each kernel: `shared`, the most bytes of shared memory of its launches; `launches`, how
+    """For each kernel: `shared`, the most bytes of shared memory of its launches; `launches`, how
     many, and `dependent`, how many of them know of the kernel before them.
     """
     from triton.backends.compiler import GPUTarget

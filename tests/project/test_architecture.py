@@ -136,7 +136,9 @@ def test_the_landmarks_stand_where_readers_are_told(landmark: str) -> None:
     assert (ROOT / "src" / "nanovllm" / landmark).is_file()
 
 
-@pytest.mark.parametrize("floor", ["src", "property_tests"])
+@pytest.mark.parametrize(
+    "floor", ["src", "property_tests", "experiments", "reports", "tests", "benchmarks"]
+)
 def test_no_room_is_crowded(floor: str) -> None:
     rooms = {file.parent for file in (ROOT / floor).rglob("*.py")}
     crowded = {str(room): n for room in rooms if (n := len(list(room.glob("*.py")))) > 15}

@@ -378,7 +378,7 @@ def _weights(recipe: Preset) -> Iterator[tuple[str, Tensor]]:
         return embedding + layer * (gains.attention**2 + gains.mlp**2)
 
     def content_share(layer: int) -> float:
-        """Of that mean square, what is not channel 0."""
+        """The share of that mean square outside channel 0."""
         return 1.0 - (gains.constant * gains.embedding) ** 2 / hidden / mean_square(layer)
 
     embedding = linear(
