@@ -68,8 +68,8 @@ $(VLLM_READY): requirements/vllm-$(VLLM_BUILD).txt | $(READY)
 check: $(READY) $(if $(VLLM_PYTHON),,$(VLLM_READY))  ## check the output: all pairs of switches, HF and vLLM go through the gate; broken engines must fail it
 	@$(BIN)/python -m experiments check --python vllm=$(or $(VLLM_PYTHON),$(VLLM_VENV)/bin/python) $(if $(PROFILE),--profile $(PROFILE)) $(if $(MODEL),--model $(MODEL))
 
-# JOBS: how many processes; auto: one a core, eight at most. JOBS=0: in this process, as for a debugger.
-test: $(READY)  ## run the test suite, on all cores (under ten minutes on two; JOBS=4: so many processes)
+# JOBS: number of processes; auto: one per core, at most eight. JOBS=0: none beside this one, as a debugger needs.
+test: $(READY)  ## run the test suite on all cores (JOBS=4: in four processes; JOBS=0: in this one)
 	@$(BIN)/python -m pytest -m "not slow and not bench" -n $(JOBS) --dist worksteal
 
 test-slow: $(READY)  ## run the tests that take longer

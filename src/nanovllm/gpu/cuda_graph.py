@@ -249,7 +249,7 @@ class GraphRunner(GpuRunner):
         if self.device.type != "cuda" or self.config.optimizations.attention_backend != "triton":
             return False
         weights = sum(weight.nbytes for weight in self.model.parameters())
-        return bool(self.tp.agree_on_least(read_s(weights, self.device) <= SECOND_READ_S))
+        return self.tp.agree_on_least(int(read_s(weights, self.device) <= SECOND_READ_S)) == 1
 
     def _capture(self, variant: Variant, pool: Any, stream: torch.cuda.Stream) -> Captured:
         self.inputs[: variant.bucket] = self.spare_row
