@@ -148,7 +148,7 @@ def test_leaving_costs_nothing_per_bystander(batching: str, prefix_cache: bool, 
         else:
             plan = engine.scheduler.schedule()
             assert plan is not None
-            tokens, _ = engine.runner.collect(engine.runner.launch(plan))
+            tokens, _ = engine.runner.collect(engine.runner.submit(plan))
             CountingId.looks = CountingBlock.looks = 0
             engine.scheduler.commit(plan, tokens)  # one request ends, the others only get a token
             costs.append(CountingId.looks + CountingBlock.looks)

@@ -43,7 +43,7 @@ class CheckedEngine:
     def _seen(self, plan: StepPlan | None) -> StepPlan | None:
         if plan is not None:
             for seq, start, length in zip(
-                self.engine.scheduler.launched[-1][1], plan.starts, plan.query_lens, strict=True
+                self.engine.scheduler.in_flight[-1][1], plan.starts, plan.query_lens, strict=True
             ):
                 had, end = self.had[seq.request_id], start + length
                 self.had_again += max(0, min(had, end) - start)

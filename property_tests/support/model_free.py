@@ -65,7 +65,7 @@ class ModelFreeRunner:
         self.tables: list[dict[int, int]] = [{} for _ in range(config.max_num_seqs)]
         self.last_tokens = [-1] * config.max_num_seqs
 
-    def launch(self, plan: StepPlan) -> list[int]:
+    def submit(self, plan: StepPlan) -> list[int]:
         for row, *_ in plan.new_rows:
             self.tables[row] = {}
         for row, index, block in plan.new_blocks:
@@ -163,11 +163,11 @@ class ModelFreeEngine:
 
     @property
     def busy(self) -> bool:
-        return bool(self.scheduler.num_unfinished or self.scheduler.launched)
+        return bool(self.scheduler.num_unfinished or self.scheduler.in_flight)
 
     def step(self) -> list[Sequence]:
         """The sequences that got a token."""
-        in_flight = len(self.scheduler.launched)
+        in_flight = len(self.scheduler.in_flight)
         plan, advanced = self.loop.step()
         assert plan is not None or in_flight or not self.scheduler.num_unfinished, (
             "requests wait and nothing is planned"
@@ -185,7 +185,7 @@ class _Loop:
     def step(self) -> tuple[StepPlan | None, list[Sequence]]:
         plan = self.scheduler.schedule()
         if plan is not None:
-            self.in_flight.append((plan, self.runner.launch(plan)))
+            self.in_flight.append((plan, self.runner.submit(plan)))
         if not self.in_flight or (plan is not None and len(self.in_flight) <= self.lag):
             return plan, []
         oldest, handle = self.in_flight.pop(0)

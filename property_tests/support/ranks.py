@@ -63,8 +63,8 @@ class RanksInThreads:
             self.ranks[0].kv_cache_bytes,
         )
 
-    def launch(self, plan: StepPlan) -> list[StepHandle]:
-        return self._each(self.ranks, lambda rank: rank.launch(plan))
+    def submit(self, plan: StepPlan) -> list[StepHandle]:
+        return self._each(self.ranks, lambda rank: rank.submit(plan))
 
     def collect(self, handle: list[StepHandle]) -> tuple[list[int], list[TokenLogprobs] | None]:
         first, *others = (rank.collect(part) for rank, part in zip(self.ranks, handle, strict=True))

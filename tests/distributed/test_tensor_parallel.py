@@ -199,7 +199,7 @@ def test_a_step_that_nobody_finishes_ends_the_engine(
     llm = LLM(str(tiny), **SMALL, tensor_parallel_size=2)
     begin = time.monotonic()
     with pytest.raises(
-        workers.WorkerError, match="ranks 0 to 1 hang: all have launched the same step"
+        workers.WorkerError, match="ranks 0 to 1 hang: all have submitted the same step"
     ):
         tokens_of(llm)
     assert time.monotonic() - begin < 20

@@ -58,7 +58,7 @@ def serve(scheduler: ContinuousScheduler, used: float = 1.0) -> dict[str, int]:
         prefill_steps += bool(plan.token_ids)
         seqs = [
             seq
-            for seq, samples in zip(scheduler.launched[0][1], plan.samples, strict=True)
+            for seq, samples in zip(scheduler.in_flight[0][1], plan.samples, strict=True)
             if samples
         ]
         scheduler.commit(

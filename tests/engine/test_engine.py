@@ -331,7 +331,7 @@ def test_a_failing_step_ends_the_engine_with_its_cause(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = LLM(str(tiny), **SMALL)
-    monkeypatch.setattr(type(llm.runner), "launch", lambda self, plan: 1 / 0)
+    monkeypatch.setattr(type(llm.runner), "submit", lambda self, plan: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         llm.generate("x", use_tqdm=False)
     with pytest.raises(EngineDeadError, match="ZeroDivisionError"):

@@ -1,7 +1,7 @@
 """One tensor-parallel rank: a process that holds a shard, runs the plans that it is sent and, on
 rank 0, sends the tokens back.
 
-Two threads launch steps and wait for their tokens: plan n + 1 is launched while step n is on the
+Two threads submit steps and wait for their tokens: plan n + 1 is submitted while step n is on the
 device.
 """
 
@@ -78,7 +78,7 @@ class Rank:
             threading.Thread(target=self._send_back, args=(handles,), daemon=True).start()
         try:
             while True:
-                handle = self.runner.launch(coder.decode(self.channel.receive()))
+                handle = self.runner.submit(coder.decode(self.channel.receive()))
                 self.progress[2 * self.rank] += 1
                 if self.rank == 0:
                     handles.put((handle, counts_of(self.stats)))

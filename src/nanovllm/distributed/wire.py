@@ -27,7 +27,7 @@ class Job:
 
     rank: int
     rendezvous: str  # a file that does not exist yet
-    progress: str  # a file with 2 uint64 per rank: plans launched, collective operations entered
+    progress: str  # a file with 2 uint64 per rank: steps submitted, collective operations entered
     num_threads: int
     timeout_s: float
     resolved: ResolvedConfig

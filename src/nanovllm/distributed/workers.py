@@ -95,7 +95,7 @@ class TensorParallelRunner:
             self.close(force=True)
             raise failure from error
 
-    def launch(self, plan: StepPlan) -> int:
+    def submit(self, plan: StepPlan) -> int:
         """Sends the plan to every rank; the handle is the number of the step."""
         try:
             message = self._coder.encode(plan)
@@ -151,7 +151,7 @@ class TensorParallelRunner:
         # gloo's own limit is shorter, and its error says more
         elif time.monotonic() - moved_at > self._timeout_s + 2:
             raise WorkerError(
-                f"the tensor-parallel ranks 0 to {self.size - 1} hang: all have launched the same step, and none has "
+                f"the tensor-parallel ranks 0 to {self.size - 1} hang: all have submitted the same step, and none has "
                 f"finished it within {self._timeout_s:.0f} s"
             )
 

@@ -59,7 +59,7 @@ def one_at_a_time(method: Method) -> Method:
 
 
 class StepLoop:
-    """The step protocol with commit lag 0: plan, launch, collect, commit."""
+    """The step protocol with commit lag 0: plan, submit, collect, commit."""
 
     def __init__(self, scheduler: Scheduler, runner: Any) -> None:
         self.scheduler, self.runner = scheduler, runner
@@ -68,7 +68,7 @@ class StepLoop:
         """Returns the plan and the sequences that got a token."""
         if (plan := self.scheduler.schedule()) is None:
             return None, []
-        return plan, self.scheduler.commit(plan, *self.runner.collect(self.runner.launch(plan)))
+        return plan, self.scheduler.commit(plan, *self.runner.collect(self.runner.submit(plan)))
 
 
 class LLMEngine:
@@ -125,8 +125,11 @@ class LLMEngine:
             if on.batching == "static"
             else _load("engine.continuous_batching", "ContinuousScheduler")
         )
-        blocks = make_blocks(self.runner.num_blocks, resolved.block_size, self._stats)
-        self.scheduler = make_scheduler(self.config, blocks, self._stats)
+        self.scheduler = make_scheduler(
+            self.config,
+            make_blocks(self.runner.num_blocks, resolved.block_size, self._stats),
+            self._stats,
+        )
         self.loop = (_load("engine.overlap", "OverlappedStepLoop") if on.overlap else StepLoop)(
             self.scheduler, self.runner
         )
@@ -163,10 +166,6 @@ class LLMEngine:
                 f"request {request_id!r} has {len(token_ids)} prompt tokens and max_tokens={params.max_tokens}, "
                 f"together more than max_model_len={limit}: shorten it or raise max_model_len"
             )
-        stops = {
-            *params.stop_token_ids,
-            *(() if params.ignore_eos else self.model_config.eos_token_ids),
-        }
         # The default seed is the same in every run.
         seed = (
             params.seed
@@ -179,7 +178,9 @@ class LLMEngine:
             params,
             seed,
             RequestMetrics(arrival_time=time.perf_counter()),
-            frozenset(stops),
+            frozenset(params.stop_token_ids).union(
+                () if params.ignore_eos else self.model_config.eos_token_ids
+            ),
             text,
         )
 
@@ -196,7 +197,7 @@ class LLMEngine:
         return self.scheduler.abort(request_id) is not None
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self.scheduler.num_unfinished or self.scheduler.launched)
+        return bool(self.scheduler.num_unfinished or self.scheduler.in_flight)
 
     def step(self) -> list[RequestOutput]:
         """Runs one step; returns the state of every request that got a token."""

@@ -1,9 +1,9 @@
 """StepPlans in, tokens out: one rank's model, KV cache and batch rows, executed eagerly.
 
-`launch` enqueues a step and never waits for the device; `collect` waits for the tokens of that
+`submit` enqueues a step and never waits for the device; `collect` waits for the tokens of that
 step. State that outlives a step is kept in rows, one per running request: its block table, its
 sampling parameters, its last token. A decode reads its token from its row, so the next step can be
-launched before the host has read the tokens of this one.
+submitted before the host has read the tokens of this one.
 """
 
 from pathlib import Path
@@ -102,7 +102,7 @@ class ModelRunner:
             self.temperatures, self.top_ps = torch.zeros(2, rows, dtype=torch.float32)
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> StepHandle:
+    def submit(self, plan: StepPlan) -> StepHandle:
         """Enqueues a step, and the copies of its results to the host."""
         return self._read_back(*self._run(plan))
 

@@ -1,7 +1,7 @@
 """overlap=True: the step loop that gives the device its next step before it waits for the last
 one. Loaded only when on.
 
-    host     plan n+1 | launch n+1 | collect n | commit n | plan n+2 | ...
+    host     plan n+1 | submit n+1 | collect n | commit n | plan n+2 | ...
     device   ...... step n .......... | ..... step n+1 ......
 
 Step n+1 reads the tokens of step n on the device; the host learns of them one step late (commit lag
@@ -25,13 +25,13 @@ class OverlappedStepLoop:
         self.in_flight: deque[tuple[StepPlan, Any]] = deque()
 
     def step(self) -> tuple[StepPlan | None, list[Sequence]]:
-        """Launches the next step, then commits the one before it. Returns the launched plan and the
+        """Submits the next step, then commits the one before it. Returns the submitted plan and the
         sequences that got a token.
         """
         plan = self.scheduler.schedule()
         if plan is not None:
             self.scheduler.stats.overlapped_steps += bool(self.in_flight)
-            self.in_flight.append((plan, self.runner.launch(plan)))
+            self.in_flight.append((plan, self.runner.submit(plan)))
         if not self.in_flight or (plan is not None and len(self.in_flight) == 1):
             return plan, []
         oldest, handle = self.in_flight.popleft()

@@ -61,7 +61,7 @@ class Scheduler:
         self.prefilling: OrderedDict[str, Sequence] = OrderedDict()
         self.decoding: OrderedDict[str, Sequence] = OrderedDict()
         self.free_rows = list(range(config.max_num_seqs - 1, -1, -1))
-        self.launched: deque[tuple[StepPlan, list[Sequence]]] = deque()  # planned, not committed
+        self.in_flight: deque[tuple[StepPlan, list[Sequence]]] = deque()  # planned, not committed
 
     @property
     def num_unfinished(self) -> int:
@@ -107,7 +107,7 @@ class Scheduler:
         self._fill(plan, seqs)
         if not seqs:
             return None
-        self.launched.append((plan, seqs))
+        self.in_flight.append((plan, seqs))
         self.stats.steps += 1
         self.stats.policy_steps[self.config.optimizations.batching] += 1
         self.stats.prefill_tokens += len(plan.token_ids)
@@ -191,48 +191,44 @@ class Scheduler:
         if seq.row >= 0:
             self.free_rows.append(seq.row)
             self.blocks.release(seq.block_table)
-        seq.row, seq.block_table, seq.num_scheduled, seq.num_published, seq.published_tail = (
-            -1,
-            [],
-            0,
-            0,
-            None,
-        )
+        seq.row, seq.block_table, seq.published_tail = -1, [], None
+        seq.num_scheduled = seq.num_published = 0
 
     # -- committing --------------------------------------------------------------------------------
 
     def commit(
         self, plan: StepPlan, tokens: list[int], logprobs: list[TokenLogprobs] | None = None
     ) -> list[Sequence]:
-        """Takes the sampled tokens of the oldest launched plan, one per entry that samples: appends
+        """Takes the sampled tokens of the oldest plan in flight, one per entry that samples: appends
         them, makes full blocks findable, stops and releases. Returns the sequences that got a
         token; finished ones have a finish_reason.
 
         Raises ValueError where the plan is not the oldest one, or the number of tokens is wrong.
         """
-        launched, seqs = self.launched.popleft()
-        if launched is not plan:
+        oldest, seqs = self.in_flight.popleft()
+        if oldest is not plan:
             raise ValueError(
-                f"step {plan.step} committed, the oldest launched step is {launched.step}"
+                f"step {plan.step} committed, the oldest step in flight is {oldest.step}"
             )
         if len(tokens) != sum(plan.samples):
             raise ValueError(
                 f"step {plan.step} samples {sum(plan.samples)} tokens, {len(tokens)} were committed"
             )
-        advanced, j = [], -1
+        advanced = []
+        results = iter(zip(tokens, logprobs or [None] * len(tokens), strict=True))  # type: ignore[list-item]
         for i, (seq, samples) in enumerate(zip(seqs, plan.samples, strict=True)):
-            j += samples  # tokens[j] is this entry's, where it samples
+            token, chosen = next(results) if samples else (-1, None)
             seq.in_flight -= 1
-            seq.pending -= samples
+            seq.pending -= int(samples)
             if seq.finish_reason is not None:
-                self.stats.discarded_tokens += samples
+                self.stats.discarded_tokens += int(samples)
                 continue
             if seq.row == plan.rows[i]:  # not preempted meanwhile
                 self.blocks.publish(seq, plan.starts[i] + plan.query_lens[i])
             if samples:
                 advanced.append(seq)
-                if seq.params.logprobs is not None and logprobs is not None:
-                    seq.logprobs.append(logprobs[j])
-                if seq.append(tokens[j]):
+                if seq.params.logprobs is not None and chosen is not None:
+                    seq.logprobs.append(chosen)
+                if seq.append(token):
                     self._leave(seq, self.decoding if seq.row >= 0 else self.waiting)
         return advanced

@@ -31,7 +31,7 @@ class Sequence:
     num_scheduled: int = 0
     num_lost: int = 0  # num_scheduled at its last preemption
     pending: int = 0  # sampled tokens in flight
-    in_flight: int = 0  # launched steps, not yet committed, that this sequence takes part in
+    in_flight: int = 0  # planned steps, not yet committed, that this sequence takes part in
     # leading blocks that are in the prefix cache; -1: no more of its blocks can be added
     num_published: int = 0
     published_tail: object | None = None  # the cache entry of the last of them

@@ -26,7 +26,7 @@ class StepStats:
     preemptions: int = 0
     recomputed_tokens: int = 0  # known tokens whose KV was computed again after a preemption
     discarded_tokens: int = 0  # sampled for a request that had already ended (commit lag 1, aborts)
-    overlapped_steps: int = 0  # launched while another step was in flight
+    overlapped_steps: int = 0  # submitted while another step was in flight
     graph_replays: int = 0
     # sums over tensor-parallel ranks, by implementation
     all_reduces: Counter[str] = field(default_factory=Counter)

@@ -179,7 +179,7 @@ class GraphRunner(GpuRunner):
         self.share = False  # whether many of the rows in `inputs` share a prefix
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> StepHandle:
+    def submit(self, plan: StepPlan) -> StepHandle:
         """Replays a decode step, and both halves of a mixed step where that pays; runs any other
         step eagerly.
         """
@@ -192,7 +192,7 @@ class GraphRunner(GpuRunner):
                 token_ids = self._replay(decodes).clone()
                 return self._read_back(torch.cat((token_ids, *self._run(prefills))))
         self.on_device = None
-        return super().launch(plan)
+        return super().submit(plan)
 
     def _replay(self, plan: StepPlan) -> Tensor:
         """The tokens of a plan of decodes: [entries], overwritten by the next replay."""

@@ -231,9 +231,9 @@ def batch_of(plan: StepPlan, block_size: int) -> ForwardBatch:
 def first_steps(shadow: Any) -> None:
     """The steps in which memory is measured, those that are captured, and a first short prefill."""
     config = shadow.config
-    ModelRunner.launch(shadow, prefill(config, config.max_num_batched_tokens))
+    ModelRunner.submit(shadow, prefill(config, config.max_num_batched_tokens))
     if config.optimizations.cuda_graphs:
-        ModelRunner.launch(shadow, prefill(config, config.max_num_seqs))
+        ModelRunner.submit(shadow, prefill(config, config.max_num_seqs))
         if config.optimizations.attention_backend == "triton":
             shadow.model = _ShortPrefills(
                 shadow.model,
@@ -249,12 +249,12 @@ def first_steps(shadow: Any) -> None:
             shadow._decode(variant)
     else:
         for n in (1, config.max_num_seqs):
-            ModelRunner.launch(
+            ModelRunner.submit(
                 shadow,
                 StepPlan(-1, n, list(range(n)), [8] * n, [1] * n, [True] * n, greedy_only=False),
             )
     request = prefill(dataclasses.replace(config, max_num_seqs=1), 8)
-    shadow.launch(
+    shadow.submit(
         dataclasses.replace(request, new_blocks=[(0, 0, 0)], new_rows=[(0, 1.0, 0, 1.0, 0)])
     )
 

@@ -83,5 +83,5 @@ def _peak_bytes(runner: ModelRunner, plan: StepPlan) -> int:
     torch.cuda.synchronize(runner.device)
     torch.cuda.reset_peak_memory_stats(runner.device)
     before = torch.cuda.memory_allocated(runner.device)
-    runner.collect(runner.launch(plan))
+    runner.collect(runner.submit(plan))
     return torch.cuda.max_memory_allocated(runner.device) - before
