@@ -1,5 +1,5 @@
-"""Runs a check: draws the workloads, runs every job in its own process (two at a time on a CPU),
-judges the outputs, and writes the page.
+"""Runs a check: draws the workloads, runs every job in its own process (several at a time), judges
+the outputs, and writes the page.
 """
 
 from __future__ import annotations
@@ -7,7 +7,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from experiments.host import model_files, provenance
 from experiments.host.environment import for_subprocess
 from experiments.host.telemetry import gpu_inventory
 from experiments.launch.runner import kill_group, tail
+from experiments.records.types import Device
 
 TIMEOUT_S = 900
 
@@ -91,29 +94,86 @@ def serve_all(
     console: Console,
     progress: Progress,
 ) -> None:
-    """Runs all jobs. A job that fails is recorded as an error, with the end of its output."""
+    """Runs all jobs. A job that fails is recorded as an error, with the end of its output.
+
+    Engines that take part of a GPU for themselves (vLLM) run alone, after the others. An exception,
+    Ctrl-C included, ends the jobs that run and drops those that wait.
+    """
     task = progress.add_task("serving", total=len(jobs))
-    at_once = 1 if scope.device == "cuda" else max(1, min(2, provenance.cpu_cores()))
-    with ThreadPoolExecutor(at_once) as pool:
+    running = Running()
+
+    def serve(numbered: Iterable[tuple[int, Job]], at_once: int) -> None:
+        pool = ThreadPoolExecutor(at_once)
         futures = {
             pool.submit(
-                serve_one, i, job, folder, model, pythons.get(job.engine, sys.executable)
+                serve_one, i, job, folder, model, pythons.get(job.engine, sys.executable), running
             ): job
-            for i, job in enumerate(jobs)
+            for i, job in numbered
         }
-        for future in as_completed(futures):
-            error = future.result()
-            progress.update(task, advance=1, description=futures[future].name[:40])
-            if error or not console.is_terminal:
-                console.print(
-                    f"done     {futures[future].name}{': ' + error if error else ''}",
-                    markup=False,
-                    highlight=False,
-                )
+        try:
+            for future in as_completed(futures):
+                error = future.result()
+                progress.update(task, advance=1, description=futures[future].name[:40])
+                if error or not console.is_terminal:
+                    console.print(
+                        f"done     {futures[future].name}{': ' + error if error else ''}",
+                        markup=False,
+                        highlight=False,
+                    )
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            running.stop()
+            raise
+        finally:
+            pool.shutdown()
+
+    alone = [(i, job) for i, job in enumerate(jobs) if job.engine in scope.peers]
+    together = [(i, job) for i, job in enumerate(jobs) if job.engine not in scope.peers]
+    serve(together, jobs_at_once(scope.device))
+    serve(alone, 1 if scope.device == "cuda" else jobs_at_once(scope.device))
 
 
-def serve_one(number: int, job: Job, folder: Path, model: str, python: str) -> str | None:
-    """Runs one job to its end. Returns the error, if there was one."""
+class Running:
+    """The processes of the jobs that run, for threads that start them and one that stops them all."""
+
+    def __init__(self) -> None:
+        self.processes: set[subprocess.Popen[bytes]] = set()
+        self.stopped = threading.Event()
+
+    def add(self, process: subprocess.Popen[bytes]) -> None:
+        """One more process; it is killed at once if everything was stopped while it started."""
+        self.processes.add(process)
+        if self.stopped.is_set():
+            kill_group(process)
+
+    def discard(self, process: subprocess.Popen[bytes]) -> None:
+        self.processes.discard(process)
+
+    def stop(self) -> None:
+        self.stopped.set()
+        for process in list(self.processes):
+            kill_group(process)
+
+
+def jobs_at_once(device: Device) -> int:
+    """How many jobs run side by side: two on a CPU; on a GPU, whose jobs mostly start and compile,
+    one for every four cores, at most four (that number was not measured). Never more than there are cores.
+    """
+    cores = provenance.cpu_cores()
+    return max(1, min(4, cores // 4) if device == "cuda" else min(2, cores))
+
+
+def serve_one(
+    number: int,
+    job: Job,
+    folder: Path,
+    model: str,
+    python: str,
+    running: Running,
+) -> str | None:
+    """Runs one job to its end. Returns the error, if there was one. `running` has the job's process
+    while it runs.
+    """
     out, log = folder / "served" / f"{number:02d}.json", folder / "logs" / f"{number:02d}.log"
     file = folder / "logs" / f"{number:02d}.job.json"
     file.write_text(json.dumps(job.as_dict()))
@@ -140,6 +200,7 @@ def serve_one(number: int, job: Job, folder: Path, model: str, python: str) -> s
             start_new_session=True,
             env=environment(),
         )
+        running.add(process)
         try:
             status = process.wait(timeout=TIMEOUT_S)
             if status != 0:
@@ -147,6 +208,7 @@ def serve_one(number: int, job: Job, folder: Path, model: str, python: str) -> s
         except subprocess.TimeoutExpired:
             error = f"not finished after {TIMEOUT_S} s"
         finally:
+            running.discard(process)
             kill_group(process)
     if error is None and not out.exists():
         error = "ended without a result"

@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,7 @@ def test_any_adapter_can_be_a_peer_and_a_crash_is_told(tiny: Path, tmp_path: Pat
     fine = Job(**{**peer.as_dict(), "config": {"max_num_seqs": 4}})
     python = str(Path(provenance.ROOT) / ".venv" / "bin" / "python")
     python = python if Path(python).exists() else run.sys.executable
-    assert run.serve_one(0, fine, tmp_path, str(tiny), python) is None
+    assert run.serve_one(0, fine, tmp_path, str(tiny), python, run.Running()) is None
     served = json.loads((tmp_path / "served" / "00.json").read_text())
     assert set(served["workloads"]) == set(drawn)
     assert served["logprobs"] is None
@@ -243,10 +244,53 @@ def test_any_adapter_can_be_a_peer_and_a_crash_is_told(tiny: Path, tmp_path: Pat
     assert (line["status"], line["good"]) == ("fail", False), "its tokens are arithmetic"
 
     crash = Job(**{**peer.as_dict(), "config": {"behaviour": "crash"}})
-    error = run.serve_one(1, crash, tmp_path, str(tiny), python)
+    error = run.serve_one(1, crash, tmp_path, str(tiny), python, run.Running())
     assert error is not None
     assert "the fake engine crashes as told" in error
     assert "crashes as told" in json.loads((tmp_path / "served" / "01.json").read_text())["error"]
+
+
+def test_an_interrupt_ends_the_jobs_that_run_and_drops_those_that_wait(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "served").mkdir()
+    (tmp_path / "logs").mkdir()
+    slow = tmp_path / "slow_python"
+    slow.write_text(f"#!/bin/sh\necho job >> {tmp_path}/started\nexec sleep 120\n")
+    slow.chmod(0o755)
+    planned, _ = jobs.all_jobs(scope(tiny, dtypes=("float32",)), ["drawn-000"])
+    assert len(planned) > 4
+
+    def interrupted(futures: Any) -> Any:
+        while not (tmp_path / "started").exists():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "as_completed", interrupted)
+    begin = time.monotonic()
+    with run.Progress(disable=True) as progress, pytest.raises(KeyboardInterrupt):
+        run.serve_all(
+            planned,
+            tmp_path,
+            str(tiny),
+            scope(tiny),
+            {"nanovllm": str(slow), "hf": str(slow)},
+            Console(file=io.StringIO()),
+            progress,
+        )
+    assert time.monotonic() - begin < 60, "waits for the jobs"
+    assert len((tmp_path / "started").read_text().split()) <= run.jobs_at_once("cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "at_once"),
+    [("cpu", 1, 1), ("cpu", 2, 2), ("cpu", 64, 2), ("cuda", 2, 1), ("cuda", 8, 2), ("cuda", 64, 4)],
+)
+def test_jobs_side_by_side(
+    device: Any, cores: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provenance, "cpu_cores", lambda: cores)
+    assert run.jobs_at_once(device) == at_once
 
 
 @pytest.mark.parametrize(("good", "status"), [(True, 0), (False, 1)])
