@@ -52,7 +52,7 @@ Values = dict[str, dict[str, dict[str, dict[int, float]]]]
 
 def analyse(records: Sequence[Record], plan: Plan, notes: Sequence[str] = ()) -> dict[str, Any]:
     """Everything a report shows. `notes`: what was noticed while reading the records
-    (reports/analysis/study_records.py).
+    (experiments/records/reading.py).
 
     Raises ValueError for a plan without exactly one baseline, and for a workload that this version
     draws differently.

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from experiments import workloads
+from experiments.records.reading import read_records
 from experiments.records.store import RecordError
 from experiments.study import designs
 from experiments.study.designs import choose_generators
 from reports.analysis.analyse import ALL_WORKLOADS, analyse
-from reports.analysis.study_records import read_records
 from reports.page.render import render
 from reports.page.sections import results
 from reports.statistics import ceiling
