@@ -95,7 +95,12 @@ def _results(analysis: Analysis) -> Section:
         effect for key, effect in effects.items() if effect["n"] and key[0] in analysis["workloads"]
     ]
     tests = max((effect["tests"] for effect in tested), default=0)
-    lead = [_ratio_words(analysis, throughput), _verdict_words(analysis, tested, tests)]
+    lead = [
+        _ratio_words(analysis, throughput),
+        *names.left_out_together(analysis),
+        _verdict_words(analysis, tested, tests),
+        *_correction_words(analysis, tested, tests),
+    ]
     return Section(
         "results",
         "Results",
@@ -134,7 +139,7 @@ def _verdict_words(analysis: Analysis, effects: Sequence[Mapping[str, Any]], tes
     said = []
     if found & {"faster", "slower"}:
         said.append(
-            "faster, slower: statistically significant, after correction for testing several configurations"
+            "faster, slower: statistically significant, also after correction for the number of tests"
         )
     if "equivalent" in found:
         said.append(f"equivalent: the whole interval lies within {band}, too small to matter")
@@ -151,6 +156,23 @@ def _verdict_words(analysis: Analysis, effects: Sequence[Mapping[str, Any]], tes
     return "; ".join(said) + "."
 
 
+def _correction_words(
+    analysis: Analysis, effects: Sequence[Mapping[str, Any]], tests: int
+) -> list[str]:
+    """What `after correction` means, where a verdict depends on it."""
+    if tests < 2 or not {text.verdict(effect) for effect in effects} & {
+        "faster",
+        "slower",
+        "suggestive",
+    }:
+        return []
+    return [
+        f"Correction: of {tests} tests, some would find a difference by chance alone. Holm's method therefore asks for "
+        "stronger evidence from each, so that the probability of even one false faster or slower among them is at most "
+        f"{text.percent(analysis['rule']['alpha'], 0)}. An example is in docs/reading-a-report.md#the-correction."
+    ]
+
+
 def _compared(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Section:
     """One row for each pair of engines that is compared: both throughputs, their ratio, verdict,
     gate.
@@ -165,6 +187,7 @@ def _compared(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Secti
     rows = []
     shown = list(throughput_rows(analysis, entries))
     effects = [effect for _, effect in throughput_rows(analysis, analysis["comparisons"])]
+    tests = sum(effect["p"] is not None for effect in effects)
     for entry, effect in shown:
         workload, pair = effect["workload"], [entry["ours"], entry["theirs"]]
         rates = _rates(analysis, workload)
@@ -187,7 +210,8 @@ def _compared(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Secti
             f"{name(analysis, cell)}, of nanovllm: {names.settings(analysis, cell)}."
             for cell in dict.fromkeys(entry["ours"] for entry in entries)
         ),
-        _verdict_words(analysis, effects, sum(effect["p"] is not None for effect in effects)),
+        _verdict_words(analysis, effects, tests),
+        *_correction_words(analysis, effects, tests),
     ]
     return Section(
         "results",

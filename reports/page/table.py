@@ -191,11 +191,12 @@ def _print_legend(
             lines.append(
                 f"{name(analysis, cell)}: {name(analysis, start)} run a second time; what it shows is noise"
             )
+    lines += names.left_out_together(analysis)
     if switches:
         lines.append("alone: switched on over all off; added last: all on over all on without it")
     if any(text.verdict(effect) == "suggestive" for effect in effects):
         lines.append(
-            "suggestive: the interval excludes 1, but not significant after correction for several tests"
+            "suggestive: the interval excludes 1, but not significant once corrected for the number of tests"
         )
     lines.append(
         "gate: were the timed outputs right?  ran / chances: how often it ran / could have (most)"
