@@ -1,5 +1,6 @@
 """From records and their plan to the result of a study.
 
+    types              the types of an analysis: Effect, Counts, Analysis
     analyse            the whole analysis: one JSON-able dict, the same for the same input
     counting           which launches count, with a reason for every one left out
     consistency        checks of a launch record against itself and its plan

@@ -11,6 +11,7 @@ from typing import Any
 
 from experiments.records.types import Plan
 from nanovllm.config import LEVELS
+from reports.analysis.types import Analysis
 
 TWIN, ALL_OFF, ALL_ON = "A/A twin", "all off", "all on"
 ENGINES = {"hf": "HF", "vllm": "vLLM"}
@@ -65,14 +66,14 @@ def engine(name: str, version: str | None = None) -> str:
     return f"{ENGINES.get(name, name.rpartition('.')[2])}{f' {version}' if version else ''}"
 
 
-def settings(analysis: Mapping[str, Any], cell: str) -> str:
+def settings(analysis: Analysis, cell: str) -> str:
     """The levels of a cell: "prefix_cache=on, batching=chunked"."""
     return ", ".join(
         f"{factor}={level}" for factor, level in analysis["cells"][cell]["levels"].items()
     )
 
 
-def changes(analysis: Mapping[str, Any], cell: str) -> list[str]:
+def changes(analysis: Analysis, cell: str) -> list[str]:
     """What a cell sets otherwise than the baseline does: ["prefix_cache=on"]."""
     start = analysis["cells"][analysis["baseline"]]["levels"]
     return [
@@ -82,7 +83,7 @@ def changes(analysis: Mapping[str, Any], cell: str) -> list[str]:
     ]
 
 
-def left_out_together(analysis: Mapping[str, Any]) -> list[str]:
+def left_out_together(analysis: Analysis) -> list[str]:
     """A sentence for the cells `all-but-...` that lack more than the toggle in their name, because
     another toggle of everything on needs it.
     """
@@ -110,7 +111,7 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
-def not_applicable(analysis: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+def not_applicable(analysis: Analysis) -> list[tuple[str, list[str]]]:
     """(reason, everything that it keeps from running here): one entry a reason, in the order of the
     plan.
     """

@@ -16,6 +16,7 @@ from typing import Any
 from experiments.records.store import PLAN, RECORDS, read_for_report
 from experiments.records.types import Plan, Record
 from reports.analysis.analyse import analyse
+from reports.analysis.types import Analysis
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "published"
 
@@ -28,7 +29,7 @@ class Study:
     folder: Path
     plan: Plan
     records: list[Record]
-    analysis: Mapping[str, Any]
+    analysis: Analysis
 
     @property
     def hardware(self) -> str:

@@ -10,10 +10,10 @@ from experiments.records.types import Plan
 from reports import text
 from reports.analysis import names
 from reports.analysis.compare import against_engines, said, throughput_rows
+from reports.analysis.types import Analysis, Comparison, Effect
 from reports.page.document import Column, Section, Table
 from reports.statistics.metrics import THROUGHPUT
 
-Analysis = Mapping[str, Any]
 CONFIGURATION, WORKLOAD, VERDICT = (
     Column("configuration", "code"),
     Column("workload", "code"),
@@ -111,7 +111,7 @@ def _results(analysis: Analysis) -> Section:
     )
 
 
-def _rates(analysis: Analysis, workload: str) -> dict[str, float]:
+def _rates(analysis: Analysis, workload: str) -> dict[str, float | None]:
     return {
         row["cell"]: row["mean"]
         for row in analysis["rates"]
@@ -132,9 +132,10 @@ def _ratio_words(analysis: Analysis, throughput: bool) -> str:
     )
 
 
-def _verdict_words(analysis: Analysis, effects: Sequence[Mapping[str, Any]], tests: int) -> str:
+def _verdict_words(analysis: Analysis, effects: Sequence[Effect], tests: int) -> str:
     """What the verdicts that occur here mean; tests: how many are made together."""
-    band = text.interval(*analysis["rule"]["band"])
+    low, high = analysis["rule"]["band"]
+    band = text.interval(low, high)
     found = {text.verdict(effect) for effect in effects}
     said = []
     if found & {"faster", "slower"}:
@@ -156,9 +157,7 @@ def _verdict_words(analysis: Analysis, effects: Sequence[Mapping[str, Any]], tes
     return "; ".join(said) + "."
 
 
-def _correction_words(
-    analysis: Analysis, effects: Sequence[Mapping[str, Any]], tests: int
-) -> list[str]:
+def _correction_words(analysis: Analysis, effects: Sequence[Effect], tests: int) -> list[str]:
     """What `after correction` means, where a verdict depends on it."""
     if tests < 2 or not {text.verdict(effect) for effect in effects} & {
         "faster",
@@ -173,7 +172,7 @@ def _correction_words(
     ]
 
 
-def _compared(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Section:
+def _compared(analysis: Analysis, entries: Sequence[Comparison]) -> Section:
     """One row for each pair of engines that is compared: both throughputs, their ratio, verdict,
     gate.
     """
@@ -223,7 +222,7 @@ def _compared(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Secti
     )
 
 
-def pair_name(analysis: Analysis, entry: Mapping[str, Any]) -> str:
+def pair_name(analysis: Analysis, entry: Comparison) -> str:
     """A pair of a comparison: "all on / vLLM 0.32.0, both at their best"."""
     theirs = names.engine(entry["engine"], entry["version"])
     return f"{name(analysis, entry['ours'])} / {theirs}, {said(entry['name'])}"
