@@ -174,8 +174,8 @@ class Gate:
         return self._rescorer
 
     def pending(self, resume: bool) -> list[Work]:
-        """What is to be judged: without `resume`, everything. A later gate record of the same tokens
-        replaces an earlier one.
+        """The outputs that are to be judged; without `resume`, all of them. A later gate record of
+        the same tokens replaces an earlier one.
         """
         judged = self.verdicts()
         return [

@@ -417,8 +417,8 @@ def _seed(text: str) -> int:
 def _kv_cache_bytes(
     study: Study, profile: PlannedProfile, model: PlannedModel, work: dict[str, Workload]
 ) -> int:
-    """The size of the KV cache: the study's, else the profile's, else what is free on the device
-    now, but no more than the workloads can fill.
+    """The size of the KV cache: as given by the study or the profile; otherwise the memory that is
+    free on the device now, but no more than the workloads can fill.
     """
     settings, shape = study.settings, model["shape"]
     given: int | str = settings.kv_cache_memory_bytes or profile["kv_cache_memory_bytes"]

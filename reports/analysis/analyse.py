@@ -392,8 +392,8 @@ def _contrast_effect(
 def _factors(
     values: Values, lattice: Lattice, rule: Rule, metric: Metric, noise: Priors
 ) -> list[Effect]:
-    """What each factor buys alone, when left out, on average and by Shapley's share; where the
-    design can tell.
+    """The effect of each factor: alone, added last (`left out`), on average, and by Shapley's
+    share, as far as the design can tell.
     """
     effects: list[Effect] = []
     everything = lattice.cell.get(lattice.everything or frozenset(), lattice.baseline)
@@ -427,9 +427,8 @@ def _factors(
 
 
 def _company(lattice: Lattice, toggle: Toggle) -> Company:
-    """In what a comparison with everything on differs from it on both its sides (`without`,
-    `beside`: toggles), and whether the toggle is part of everything on; nothing is said where it
-    is, and nothing differs.
+    """How both sides of a comparison with everything on differ from it (`without`, `beside`), and
+    whether the toggle is part of everything on. Empty if it is and nothing else differs.
     """
     everything, background = (
         lattice.everything or frozenset(),

@@ -132,8 +132,9 @@ def _together(
 
 
 def _better_without(analysis: Analysis, everything: Effect) -> str:
-    """The switch without which everything on would be fastest, where that is faster than everything
-    on by more than is too small to matter; from the point estimate, whose verdict is said.
+    """Names the toggle without which everything on would be fastest, if that is faster by more
+    than the smallest effect that matters. The choice uses point estimates; the sentence states the
+    verdict.
     """
     ratios = {
         effect["cell"]: effect
@@ -212,7 +213,7 @@ def _spelled(label: str) -> str:
 
 
 def _start(analysis: Analysis) -> str:
-    """What everything is compared with, as it stands in a sentence."""
+    """The name of the configuration that all others are compared with, for use in a sentence."""
     shown = str(analysis["shown"][analysis["baseline"]])
     return f"the {shown}" if shown == "baseline" else shown
 
@@ -312,7 +313,7 @@ def _caveats(analysis: Analysis) -> Iterator[str]:
 
 
 def _noise(analysis: Analysis) -> Iterator[str]:
-    """What a noisy machine has done to the numbers: an undecided A/A twin, other programs' load."""
+    """Warns of a noisy machine: an undecided A/A twin, or load from other programs."""
     twins = [
         effect
         for effect in _primary(analysis)

@@ -121,8 +121,8 @@ def paired(
 
 
 def costs(launches: Launches, plan: Plan) -> dict[str, list[dict[str, Any]]]:
-    """What a cell costs beside time: {"launch": one row a cell, "work": one row a cell and
-    workload}; medians over launches.
+    """The costs of each cell other than serving time: {"launch": one row per cell, "work": one row
+    per cell and workload}; medians over launches.
 
     first_load_s is that of the cell's first counted launch, when nothing was compiled or cached
     yet; load_s of the later ones.

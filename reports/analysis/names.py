@@ -74,7 +74,7 @@ def settings(analysis: Analysis, cell: str) -> str:
 
 
 def changes(analysis: Analysis, cell: str) -> list[str]:
-    """What a cell sets otherwise than the baseline does: ["prefix_cache=on"]."""
+    """The settings in which a cell differs from the baseline: ["prefix_cache=on"]."""
     start = analysis["cells"][analysis["baseline"]]["levels"]
     return [
         f"{factor}={level}"

@@ -287,8 +287,8 @@ def prefix_hit_rate(library: Library, study: str, workload: str) -> Iterator[Fin
 
 
 def prefix_saving(library: Library, study: str, workload: str) -> Iterator[Finding]:
-    """What prefix_cache=on saves, counted in FLOPs and measured in time; of the prefill alone and
-    of the whole service.
+    """The savings of prefix_cache=on, counted in FLOPs and measured in time: of the prefill alone,
+    and of the whole service.
     """
     for found, cell in _with_prefix_cache(library, study):
         for name in found.plan["workloads"]:
@@ -414,8 +414,8 @@ def _benchmark_files(library: Library) -> dict[str, list[dict[str, Any]]]:
 
 
 def _benchmark_rows(result: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """What each entry says of itself, with its group; under pytest the rows of all implementations
-    are in one entry.
+    """The values that each benchmark entry recorded, with its group. Under pytest, one entry holds
+    the rows of all implementations.
     """
     for entry in result["benchmarks"]:
         info = entry.get("extra_info", {})
@@ -454,8 +454,8 @@ def _serving_s(work: ServedWorkload) -> float | None:
 
 
 def _prefill_s(work: ServedWorkload) -> float | None:
-    """Seconds of the steps that prefilled; None where a step did both, so that its time belongs to
-    neither.
+    """Seconds spent in prefill steps; None if a step mixed prefill and decode, so that its time
+    cannot be attributed.
     """
     steps = [
         (duration, decodes) for duration, prefills, decodes in work["step_times_s"] if prefills

@@ -35,8 +35,8 @@ def confidence(analysis: Analysis) -> str:
 
 
 def gate(analysis: Analysis, cells: Sequence[str], workload: str) -> str:
-    """What the gate said of the outputs of these cells: "pass", "fail" or both; of all workloads
-    where it is none of them.
+    """The gate's result for the outputs of these cells: "pass", "fail" or both. Covers all
+    workloads if `workload` names none of them.
     """
     rows = [
         row

@@ -130,7 +130,9 @@ def _variance_words(analysis: Analysis) -> list[str]:
 
 
 def _variances(analysis: Analysis) -> Table:
-    """The priors of the study's metric: noise that all effects share, and what it counts for."""
+    """The priors of the study's metric: the noise that all effects share, and how many degrees of
+    freedom it adds.
+    """
     blocks = {
         effect["n"]
         for effect in analysis["effects"]

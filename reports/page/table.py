@@ -90,11 +90,10 @@ def print_table(analysis: Analysis, console: Console | None = None) -> None:
 
 
 def _by_switch(analysis: Analysis, workload: str) -> list[tuple[Effect, str]]:
-    """(effect, its name) of every switch alone and added last, of a study that has both; else
-    nothing.
+    """(effect, its name) of every toggle alone and added last, in a study that measured both;
+    otherwise empty.
 
-    Such a study has a cell for each; their ratios to everything off say little of those from which
-    one switch was left out.
+    The ratio of `all-but-...` to everything off says little about the toggle that it leaves out.
     """
     rows = [
         row for row in analysis["factors"] if row["kind"] in WAYS and row["workload"] == workload

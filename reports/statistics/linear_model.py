@@ -39,7 +39,8 @@ def fit(
     generators: Mapping[str, Sequence[str]],
     rule: Rule,
 ) -> list[Column]:
-    """One effect for each column of main effects and pairs; `judge` has still to give the verdicts.
+    """Estimates one effect for each column of main effects and pairs; `judge` adds the verdicts
+    later.
 
     log_values: {cell: {block: log metric}}; runs: {cell: the factors that are on}. terms: the
     effects whose sum the column is, e.g. ["kernels*overlap", "-batching*cuda_graphs"]. [] where too

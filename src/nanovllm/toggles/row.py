@@ -36,7 +36,7 @@ class Toggle:
     opportunity: Callable[[StepStats], int] | None = None
 
     def refuses(self, level: Any) -> str:
-        """What a level must be, where the given one is not that; else ""."""
+        """What a level must be, if the given one is not allowed; else an empty string."""
         if type(self.levels[0]) is int:
             fits = type(level) is int and 1 <= level <= 1024
             return "" if fits else "a whole number of processes, 1 to 1024"
