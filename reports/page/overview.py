@@ -166,7 +166,7 @@ def _correction_words(analysis: Analysis, effects: Sequence[Effect], tests: int)
     }:
         return []
     return [
-        f"Correction: of {tests} tests, some would find a difference by chance alone. Holm's method therefore asks for "
+        f"Correction: each of {tests} tests may find a difference by chance alone. Holm's method therefore asks for "
         "stronger evidence from each, so that the probability of even one false faster or slower among them is at most "
         f"{text.percent(analysis['rule']['alpha'], 0)}. An example is in docs/reading-a-report.md#the-correction."
     ]
