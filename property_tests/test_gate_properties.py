@@ -30,7 +30,7 @@ SAMPLING = st.tuples(
 TABLES = {
     "sampling": st.lists(SAMPLING, min_size=1, max_size=4),
     "alike": st.booleans(),
-    "foreign": st.sampled_from([False, False, True]),
+    "unknown_noise": st.sampled_from([False, False, True]),
     "spread": st.sampled_from([3.0, 1.0, 0.3, 0.0, 12.0]),
     "noise": st.sampled_from([0.1, 2.0, 1e-4, 0.0]),
     "dtype": st.sampled_from(["float32", "bfloat16"]),
@@ -41,7 +41,7 @@ TABLES = {
 def table(
     sampling: list[tuple[float, int, float, int, int]],
     alike: bool,
-    foreign: bool,
+    unknown_noise: bool,
     vocab_size: int,
     spread: float,
     noise: float,
@@ -64,7 +64,7 @@ def table(
         for i, (name, kind) in enumerate(names)
     }
     position = torch.tensor([row[4] for row in chosen]) + torch.arange(N)
-    rows = Rows(**columns, position=position, foreign=torch.full((N,), foreign))
+    rows = Rows(**columns, position=position, unknown_noise=torch.full((N,), unknown_noise))
     logits = spread * torch.randn(N, vocab_size, generator=generator, dtype=torch.float64)
     hf_logits = logits + noise * torch.randn(
         N, vocab_size, generator=generator, dtype=torch.float64
@@ -112,7 +112,7 @@ SHORT = {
     "width": 2,
     "cache_bytes": 1,
     "alike": False,
-    "foreign": True,
+    "unknown_noise": True,
     "noise": 0.1,
     "draw": 0,
 }

@@ -14,9 +14,9 @@ import typer
 from matplotlib.figure import Figure
 from rich.progress import track
 
+from experiments.records.store import RecordError, read_for_report
 from reports import text
 from reports.analysis.analyse import analyse, ratios
-from reports.analysis.study_records import RecordError, read_folder
 from reports.claims import claims as claims_page
 from reports.claims import questions as questions_page
 from reports.claims import results_index
@@ -54,7 +54,7 @@ def render_folder(
     """
 
     def work() -> None:
-        plan, file = read_folder(folder)
+        plan, file = read_for_report(folder)
         analysis = analyse(file.records, plan, file.notes)
         for note in file.notes:
             print(f"note: {note}", file=sys.stderr)
@@ -90,7 +90,7 @@ def publish(
     """
 
     def work() -> None:
-        target = publish_records(folder, name, reproduce_command(read_folder(folder)[0]))
+        target = publish_records(folder, name, reproduce_command(read_for_report(folder)[0]))
         print(f"published: {target}")
         library.cache_clear()
         settle(write_all, False)
@@ -109,7 +109,7 @@ def show_ratio(
     """
 
     def work() -> None:
-        plan, file = read_folder(folder)
+        plan, file = read_for_report(folder)
         try:
             found = ratios(file.records, plan, ours, theirs)
         except ValueError as error:
@@ -187,7 +187,7 @@ def make_screenshot(
 
 def _rendered(folder: Path, out: Path) -> Path:
     """The HTML page of published records, which is not committed."""
-    plan, file = read_folder(folder)
+    plan, file = read_for_report(folder)
     return render(plan, file.records, analyse(file.records, plan, file.notes), out)[1]
 
 

@@ -67,7 +67,7 @@ class Judge:
             requests,
             outputs,
             self.params,
-            foreign=job.engine not in NATIVE_ENGINES,
+            unknown_noise=job.engine not in NATIVE_ENGINES,
         )
         logprobs = self._logprobs(job)
         reasons = [reason for reason in (result.reason, logprobs and logprobs["reason"]) if reason]
@@ -90,14 +90,19 @@ class Judge:
     def controls(self, dtype: str) -> list[Line]:
         """Verdicts on outputs or settings that were tampered with; all have to fail."""
         native = self._of(f"nanovllm {dtype}: baseline", (CONTROL, SAMPLED, TRUNCATED))
-        foreign = self._of(f"hf {dtype}: batches of 48", (SAMPLED,))
+        sampled_by_hf = self._of(f"hf {dtype}: batches of 48", (SAMPLED,))
         rescorer = self.rescorer(dtype)
         lines = []
 
         def add(
-            name: str, requests: list[Request], outputs: list[list[int]], foreign: bool = False
+            name: str,
+            requests: list[Request],
+            outputs: list[list[int]],
+            unknown_noise: bool = False,
         ) -> None:
-            result = judge_outputs(rescorer, requests, outputs, self.params, foreign=foreign)
+            result = judge_outputs(
+                rescorer, requests, outputs, self.params, unknown_noise=unknown_noise
+            )
             lines.append(self._control(name, dtype, result))
 
         what, tampered = tamper(rescorer, *native, self.params)
@@ -112,9 +117,15 @@ class Judge:
         )
         add("two outputs swapped", native[0], [native[1][1], native[1][0], *native[1][2:]])
         colder: list[Request] = [
-            {**request, "temperature": request["temperature"] / HOTTER} for request in foreign[0]
+            {**request, "temperature": request["temperature"] / HOTTER}
+            for request in sampled_by_hf[0]
         ]
-        add(f"HF's samples at {HOTTER:g} times the temperature", colder, foreign[1], foreign=True)
+        add(
+            f"HF's samples at {HOTTER:g} times the temperature",
+            colder,
+            sampled_by_hf[1],
+            unknown_noise=True,
+        )
         return lines
 
     def lower_precision(self) -> Line:
@@ -143,8 +154,8 @@ class Judge:
         requests = [request for name in job.logprobs for request in self.work[name]]
         outputs = [output for name in job.logprobs for output in served[name]["outputs"]]
         values = [value for name in job.logprobs for value in served[name]["logprobs"]]
-        foreign = job.engine not in NATIVE_ENGINES
-        scores = self.rescorer(job.dtype).score(requests, outputs, foreign=foreign)
+        unknown_noise = job.engine not in NATIVE_ENGINES
+        scores = self.rescorer(job.dtype).score(requests, outputs, unknown_noise=unknown_noise)
         result = compare_logprobs(scores, values, job.dtype, self.params)
         return {
             "status": result.status,

@@ -37,8 +37,8 @@ def pairwise(
     allowed: Callable[[Choice], bool] = lambda choice: True,
     first: Sequence[Choice] = (),
 ) -> list[Choice]:
-    """`first`, and further choices until every pair of levels that any allowed choice has is
-    covered. Raises ValueError if `first` holds a choice that is not allowed.
+    """`first`, extended by further choices until it covers every pair of levels that occurs in any
+    allowed choice. Raises ValueError if `first` holds a choice that is not allowed.
     """
     pool = list(combinations(levels, allowed))
     if foreign := [choice for choice in first if choice not in pool]:

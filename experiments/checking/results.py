@@ -23,8 +23,8 @@ class Served(TypedDict):
 
 
 class JobResult(TypedDict):
-    """What a job has served; only `job` and `error` of one that failed. problems: toggles that did
-    not run as requested.
+    """The outputs of a job; if it failed, only `job` and `error`. problems: toggles that did not
+    run as requested.
     """
 
     job: str

@@ -50,7 +50,7 @@ _OBJECT_STORE_BYTES = 256 << 20
 
 
 class Context(TypedDict):
-    """What a worker must know of the machine that runs the command."""
+    """What a worker needs to know about the machine on which the command runs."""
 
     pythons: dict[str, str]
     boot_id: str

@@ -42,19 +42,23 @@ def rescore(
     outputs: Sequence[Sequence[int]],
     params: GateParams | None = None,
     *,
-    foreign: bool = False,
+    unknown_noise: bool = False,
     mutate: Mutation | None = None,
 ) -> GateResult:
     """Judges outputs (token ids, in the order of the requests) of an engine that ran `model_dir` in
     `dtype`.
 
-    dtype: "float32" or "bfloat16". foreign: tokens were sampled with a random generator other than
+    dtype: "float32" or "bfloat16". unknown_noise: tokens were sampled with a random generator other than
     ours. mutate: breaks the reference (negative controls). To judge many outputs of one model, keep
     a `Rescorer` and call `judge_outputs`.
     """
     params = params or GateParams()
     return judge_outputs(
-        make_rescorer(model_dir, dtype, params, mutate), requests, outputs, params, foreign=foreign
+        make_rescorer(model_dir, dtype, params, mutate),
+        requests,
+        outputs,
+        params,
+        unknown_noise=unknown_noise,
     )
 
 
@@ -76,11 +80,11 @@ def judge_outputs(
     outputs: Sequence[Sequence[int]],
     params: GateParams,
     *,
-    foreign: bool = False,
+    unknown_noise: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> GateResult:
     started = time.perf_counter()
-    scores = rescorer.score(requests, outputs, foreign=foreign, progress=progress)
+    scores = rescorer.score(requests, outputs, unknown_noise=unknown_noise, progress=progress)
     result = judge(scores, rescorer.dtype, params)
     return dataclasses.replace(result, duration_s=time.perf_counter() - started)
 
@@ -170,8 +174,8 @@ class Gate:
         return self._rescorer
 
     def pending(self, resume: bool) -> list[Work]:
-        """What is to be judged: without `resume`, everything. A later gate record of the same tokens
-        replaces an earlier one.
+        """The outputs that are to be judged; without `resume`, all of them. A later gate record of
+        the same tokens replaces an earlier one.
         """
         judged = self.verdicts()
         return [
@@ -208,7 +212,7 @@ class Gate:
             requests,
             outputs,
             self.params,
-            foreign=work.foreign,
+            unknown_noise=work.unknown_noise,
             progress=Progress(str(work)).report,
         )
         return gate_record(self.plan, work, result)
@@ -217,7 +221,7 @@ class Gate:
         """A gate record for each way of breaking the reference or the tokens; all have to fail."""
         from experiments.gate.negative_controls import controls, tamper
 
-        native = [work for work in self.all_work() if not work.foreign]
+        native = [work for work in self.all_work() if not work.unknown_noise]
         if not native:
             raise GateError(
                 "this folder has no valid launch of nanovllm; negative controls need tokens that it generated"

@@ -35,7 +35,7 @@ class Rows:
     temperature: float, 0 is greedy. top_k: int64, 0 or -1 keeps all. top_p: float. seed: int64.
     position: int64, the index in its sequence of the token that was sampled (the number of tokens
     before it).
-    foreign: bool, sampled by another random generator, so that the noise is not known.
+    unknown_noise: bool, sampled by another random generator, so that the noise is not known.
     """
 
     temperature: Tensor
@@ -43,7 +43,7 @@ class Rows:
     top_p: Tensor
     seed: Tensor
     position: Tensor
-    foreign: Tensor
+    unknown_noise: Tensor
 
     def __getitem__(self, index: Tensor | slice) -> Rows:
         return Rows(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
@@ -73,11 +73,11 @@ class Rows:
         return k[:, None], p[:, None]
 
     def noise(self, vocab_size: int) -> Tensor:
-        """Gumbel noise [n, vocab_size], float32: the engine's own; 0 in greedy and foreign rows."""
+        """Gumbel noise [n, vocab_size], float32: the engine's own; 0 in greedy rows and where it is unknown."""
         # the shared generator; torch is all it loads
         from nanovllm.kernels.torch.sampling import gumbel_noise
 
-        ours = ~self.greedy & ~self.foreign
+        ours = ~self.greedy & ~self.unknown_noise
         if len(ours) and bool(ours.all()):
             return gumbel_noise(self.seed, self.position, vocab_size)
         noise = torch.zeros(len(self.seed), vocab_size, device=self.seed.device)
@@ -100,7 +100,7 @@ def smallest_explaining_noise(scaled: Tensor, rows: Rows, tokens: Tensor) -> Ten
 
     Masses are of the reference's own top-k set; the quotients are computed as sigmoid(logit(a) - d)
     and sigmoid(logit(b) + d), of which no underflow makes 0 / 0. Both conditions grow with d, so d
-    is found by bisection. For foreign rows only the first counts. The most likely tokens nearly
+    is found by bisection. Where the noise is unknown, only the first counts. The most likely tokens nearly
     always suffice; where one beyond them could matter, all are looked at.
     """
     vocab_size = scaled.shape[1]
@@ -119,7 +119,7 @@ def _explaining_noise(
     k, p = rows.limits(scaled.shape[1])
     ordered, order = scaled.topk(width)
     noise = torch.zeros(len(tokens), width + 1, device=scaled.device)
-    if len(ours := (~rows.foreign).nonzero().flatten()):
+    if len(ours := (~rows.unknown_noise).nonzero().flatten()):
         named = torch.cat((order, tokens[:, None]), -1)
         noise[ours] = noise_of(rows.seed[ours], rows.position[ours], named[ours])
     ascending = -ordered  # searchsorted wants ascending values
@@ -143,7 +143,7 @@ def _explaining_noise(
     rivals = scores > torch.maximum(
         own_score, torch.nn.functional.pad(best_of_first[:, :-1], (1, 0), value=-torch.inf)
     )
-    rivals &= ~rows.foreign[:, None]
+    rivals &= ~rows.unknown_noise[:, None]
     count = int(rivals.sum(-1).max())
     # [m, R], and others in the place of rivals that are too few
     at = rivals.byte().topk(max(1, count)).indices

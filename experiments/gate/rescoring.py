@@ -110,10 +110,10 @@ class Rescorer:
         requests: Sequence[Request],
         outputs: Sequence[Sequence[int]],
         *,
-        foreign: bool = False,
+        unknown_noise: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Scores]:
-        """One Scores per request. foreign: tokens were sampled with another random generator.
+        """One Scores per request. unknown_noise: tokens were sampled with another random generator.
         progress: called with (done, total) tokens.
         """
         if empty := [i for i, output in enumerate(outputs) if not output]:
@@ -121,7 +121,7 @@ class Rescorer:
                 f"the output of request {empty[0]} is empty; every output must have at least one token"
             )
         keys = [
-            _key(request, output, foreign)
+            _key(request, output, unknown_noise)
             for request, output in zip(requests, outputs, strict=True)
         ]
         found = {key: self._known[key] for key in keys if key in self._known}
@@ -134,7 +134,7 @@ class Rescorer:
             scores = self._score_batch(
                 [request for _, request, _ in members],
                 [output for _, _, output in members],
-                foreign,
+                unknown_noise,
             )
             for (key, _, _), result in zip(members, scores, strict=True):
                 found[key] = result
@@ -156,7 +156,7 @@ class Rescorer:
             kept -= len(self._known.pop(key))
 
     def _score_batch(
-        self, requests: list[Request], outputs: list[list[int]], foreign: bool
+        self, requests: list[Request], outputs: list[list[int]], unknown_noise: bool
     ) -> list[Scores]:
         sequences = [
             request["prompt_token_ids"] + output
@@ -181,7 +181,7 @@ class Rescorer:
             )
         )
         tokens = torch.tensor([token for output in outputs for token in output], device=self.device)
-        rows = rows_of(requests, outputs, foreign, self.device)
+        rows = rows_of(requests, outputs, unknown_noise, self.device)
         vocab_size = self.reference.get_output_embeddings().weight.shape[0]
         row_bytes = REFERENCE_DTYPE[self.dtype].itemsize * vocab_size
         step = max(1, self.logits_bytes // row_bytes)
@@ -213,7 +213,7 @@ def one_thread() -> Iterator[None]:
 
 
 def rows_of(
-    requests: Sequence[Request], outputs: Sequence[Sequence[int]], foreign: bool, device: str
+    requests: Sequence[Request], outputs: Sequence[Sequence[int]], unknown_noise: bool, device: str
 ) -> Rows:
     """The sampling parameters of every output position, all requests in order."""
     counts = torch.tensor([len(output) for output in outputs])
@@ -237,7 +237,7 @@ def rows_of(
         top_p=column("top_p", torch.float32),
         seed=column("seed", torch.int64),
         position=position.to(device),
-        foreign=torch.full((len(position),), foreign, device=device),
+        unknown_noise=torch.full((len(position),), unknown_noise, device=device),
     )
 
 
@@ -255,7 +255,7 @@ def batches_of_similar_length(lengths: Sequence[int], batch_tokens: int) -> Iter
         yield batch
 
 
-def _key(request: Request, output: Sequence[int], foreign: bool) -> str:
+def _key(request: Request, output: Sequence[int], unknown_noise: bool) -> str:
     return hashlib.sha256(
-        json.dumps([request, list(output), foreign], sort_keys=True).encode()
+        json.dumps([request, list(output), unknown_noise], sort_keys=True).encode()
     ).hexdigest()

@@ -150,19 +150,19 @@ def judge(scores: Sequence[Scores], dtype: str, params: GateParams) -> GateResul
     """Applies the rules. scores: one entry per request. dtype: the engine's. Raises ValueError if
     there is no token to judge.
     """
-    everything = _all(scores)
-    margin, sampled_elsewhere = everything.margin, everything.foreign
-    differs = ~everything.agrees
-    floor, bound, typical = _bounds(everything.error, everything, dtype, params)
+    tokens = _concatenated(scores)
+    margin, unknown_noise = tokens.margin, tokens.unknown_noise
+    differs = ~tokens.agrees
+    floor, bound, typical = _bounds(tokens.error, tokens, dtype, params)
 
     beyond = margin > bound
     above_typical = int((margin > typical).sum())
-    allowed_above = binomial_limit(len(everything), 1 - params.quantile, params.alpha)
-    hf_differs = ~everything.hf_agrees & ~sampled_elsewhere
+    allowed_above = binomial_limit(len(tokens), 1 - params.quantile, params.alpha)
+    hf_differs = ~tokens.hf_agrees & ~unknown_noise
     excess_z = self_normalized_excess(
         [
-            int((~s.agrees & ~s.foreign).sum())
-            - params.factor * int((~s.hf_agrees & ~s.foreign).sum())
+            int((~s.agrees & ~s.unknown_noise).sum())
+            - params.factor * int((~s.hf_agrees & ~s.unknown_noise).sum())
             for s in scores
         ]
     )
@@ -171,7 +171,7 @@ def judge(scores: Sequence[Scores], dtype: str, params: GateParams) -> GateResul
     reasons = []
     if beyond.any():
         reasons.append(
-            f"{int(beyond.sum())} of {len(everything)} tokens exceed the noise bound of {bound:.3g} logits (largest margin "
+            f"{int(beyond.sum())} of {len(tokens)} tokens exceed the noise bound of {bound:.3g} logits (largest margin "
             f"{float(margin.max()):.3g})"
         )
     if above_typical > allowed_above:
@@ -180,18 +180,18 @@ def judge(scores: Sequence[Scores], dtype: str, params: GateParams) -> GateResul
         )
     if excess_z > z_limit:
         reasons.append(
-            f"{int((differs & ~sampled_elsewhere).sum())} tokens differ from the reference's choice, more than {params.factor:g} "
+            f"{int((differs & ~unknown_noise).sum())} tokens differ from the reference's choice, more than {params.factor:g} "
             f"times the {int(hf_differs.sum())} of HF in {dtype} (z = {excess_z:.1f}, limit {z_limit:.1f})"
         )
     distribution = None
-    if sampled_elsewhere.any():
+    if unknown_noise.any():
         distribution, distribution_reasons = judge_distribution(scores, params)
         reasons += distribution_reasons
 
     return GateResult(
         status="fail" if reasons else "pass",
         reason="; ".join(reasons) or None,
-        tokens_checked=len(everything),
+        tokens_checked=len(tokens),
         mismatches=int(differs.sum()),
         within_bound=int((differs & ~beyond).sum()),
         max_margin=float(margin.max()),
@@ -201,7 +201,7 @@ def judge(scores: Sequence[Scores], dtype: str, params: GateParams) -> GateResul
             "factor": params.factor,
             "alpha": params.alpha,
             "floor": floor,
-            "hf_error": quantiles(everything.error),
+            "hf_error": quantiles(tokens.error),
             "hf_mismatches": int(hf_differs.sum()),
             "typical_bound": typical,
             "above_typical_bound": above_typical,
@@ -210,7 +210,7 @@ def judge(scores: Sequence[Scores], dtype: str, params: GateParams) -> GateResul
             "z_limit": z_limit,
             "margin": quantiles(margin),
             "by_position": by_position(scores),
-            "hf_logprob_error": quantiles((everything.hf_logprob - everything.logprob).abs()),
+            "hf_logprob_error": quantiles((tokens.hf_logprob - tokens.logprob).abs()),
             "repeated_tokens": _repeats(scores),
             "distribution": distribution,
         },
@@ -223,19 +223,19 @@ def by_position(scores: Sequence[Scores]) -> list[PositionErrors]:
     of mismatches, and quantiles of the margin and of HF's error. Shows engines that go wrong late.
     """
     position = torch.cat([torch.arange(len(s)) for s in scores])
-    everything = Scores.cat(scores)
+    tokens = Scores.cat(scores)
     result: list[PositionErrors] = []
     first, end = 0, int(position.max()) + 1
     while first < end:
         last = min(end, 2 * first + 16) - 1
-        here = everything[((position >= first) & (position <= last)).nonzero().flatten()]
+        here = tokens[((position >= first) & (position <= last)).nonzero().flatten()]
         result.append(
             {
                 "first": first,
                 "last": last,
                 "tokens": len(here),
                 "mismatches": int((~here.agrees).sum()),
-                "hf_mismatches": int((~here.hf_agrees & ~here.foreign).sum()),
+                "hf_mismatches": int((~here.hf_agrees & ~here.unknown_noise).sum()),
                 "margin": quantiles(here.margin),
                 "hf_error": quantiles(here.error),
             }
@@ -261,22 +261,22 @@ def judge_distribution(
 
     Tokens outside what top-k and top-p keep are left out here; they are judged by their margin.
     """
-    everything = _all(scores)
-    used = everything.foreign & everything.agrees
-    total = float((everything.log_p + everything.entropy)[used].sum())
-    deviation = math.sqrt(float(everything.variance[used].sum()))
+    tokens = _concatenated(scores)
+    used = tokens.unknown_noise & tokens.agrees
+    total = float((tokens.log_p + tokens.entropy)[used].sum())
+    deviation = math.sqrt(float(tokens.variance[used].sum()))
     # no variance: one token was possible everywhere
     z = total / deviation if deviation > 0 else 0.0
-    drift_z = float(everything.drift[used].sum()) / deviation if deviation > 0 else 0.0
+    drift_z = float(tokens.drift[used].sum()) / deviation if deviation > 0 else 0.0
     limit = normal_limit(params.alpha / 2) + params.factor * abs(drift_z)
 
     evidence = [
-        _largest_rise(torch.where(s.foreign & s.agrees, -s.log_p / 2 - s.root_sum, 0.0))
+        _largest_rise(torch.where(s.unknown_noise & s.agrees, -s.log_p / 2 - s.root_sum, 0.0))
         for s in scores
     ]
     worst, evidence_limit = (
         int(torch.stack(evidence).argmax()),
-        math.log(len(everything) / params.alpha),
+        math.log(len(tokens) / params.alpha),
     )
     reasons = []
     if abs(z) > limit:
@@ -322,11 +322,11 @@ def compare_logprobs(
         raise ValueError(
             f"got log-probabilities of {lengths} tokens for outputs of {[len(s) for s in scores]} tokens"
         )
-    everything = _all(scores)
+    tokens = _concatenated(scores)
     ours = torch.tensor([value for values in logprobs for value in values], dtype=torch.float64)
-    error = (ours - everything.logprob).abs()
-    hf_error = (everything.hf_logprob - everything.logprob).abs()
-    floor = params.floor_ulps * torch.finfo(DTYPE[dtype]).eps * float(everything.scale.max())
+    error = (ours - tokens.logprob).abs()
+    hf_error = (tokens.hf_logprob - tokens.logprob).abs()
+    floor = params.floor_ulps * torch.finfo(DTYPE[dtype]).eps * float(tokens.scale.max())
     engine, hf = quantiles(error), quantiles(hf_error)
     bound = {name: params.factor * value + floor for name, value in hf.items()}
     broken = [name for name in engine if not engine[name] <= bound[name]]  # NaN is broken
@@ -337,13 +337,13 @@ def compare_logprobs(
             f"log-probabilities differ from the reference by {engine[worst]:.3g} nats ({worst}); the bound is "
             f"{bound[worst]:.3g}, HF in {dtype} differs by {hf[worst]:.3g}"
         )
-    return LogprobResult("fail" if broken else "pass", reason, len(everything), engine, hf, bound)
+    return LogprobResult("fail" if broken else "pass", reason, len(tokens), engine, hf, bound)
 
 
 def _bounds(
-    error: Tensor, everything: Scores, dtype: str, params: GateParams
+    error: Tensor, tokens: Scores, dtype: str, params: GateParams
 ) -> tuple[float, float, float]:
-    floor = params.floor_ulps * torch.finfo(DTYPE[dtype]).eps * float(everything.scale.max())
+    floor = params.floor_ulps * torch.finfo(DTYPE[dtype]).eps * float(tokens.scale.max())
     typical = quantile(error.sort().values, params.quantile)
     return floor, params.factor * float(error.max()) + floor, params.factor * typical + floor
 
@@ -354,7 +354,7 @@ def _repeats(scores: Sequence[Scores]) -> float:
     return sum(int((s.tokens[1:] == s.tokens[:-1]).sum()) for s in scores) / max(1, pairs)
 
 
-def _all(scores: Sequence[Scores]) -> Scores:
+def _concatenated(scores: Sequence[Scores]) -> Scores:
     if not any(len(s) for s in scores):
         raise ValueError("there is no output token to judge")
     return Scores.cat(scores)

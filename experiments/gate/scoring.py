@@ -52,7 +52,7 @@ class Scores:
     hf_agrees: HF in the engine's dtype chooses what the reference chooses. scale: largest
     |logit| of those five. best, best_scores, hf_best, hf_best_scores: [n, 5], the top candidates of both.
     logprob, hf_logprob: log softmax(logits)[token]; no temperature.
-    foreign: sampled by another generator; then, of the distribution that was sampled (0 elsewhere):
+    unknown_noise: sampled by another generator; then, of the distribution that was sampled (0 elsewhere):
     log_p of the token (0 if outside what is kept), entropy, variance of log p, root_sum = log sum_i
     sqrt(p_i), and drift: the mean of log p + entropy if tokens were drawn from HF's distribution in
     the engine's dtype instead.
@@ -70,7 +70,7 @@ class Scores:
     hf_best_scores: Tensor
     logprob: Tensor
     hf_logprob: Tensor
-    foreign: Tensor
+    unknown_noise: Tensor
     log_p: Tensor
     entropy: Tensor
     variance: Tensor
@@ -103,7 +103,7 @@ def score_rows(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) ->
 
     Raises FloatingPointError for logits that are not finite.
     """
-    noisy = ~rows.greedy & ~rows.foreign
+    noisy = ~rows.greedy & ~rows.unknown_noise
     kinds = [
         (noisy & ~rows.truncated, _noisy),
         (noisy & rows.truncated, _noisy),
@@ -169,27 +169,27 @@ def _noiseless(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) ->
 
 def _noiseless_few(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor) -> Scores:
     scaled, hf_scaled = over_temperature(logits, hf_logits, rows)
-    foreign = rows.foreign & ~rows.greedy
+    unknown_noise = rows.unknown_noise & ~rows.greedy
     least = least_kept((scaled, hf_scaled), rows)
     own = scaled.gather(1, tokens[:, None])[:, 0]
     candidates, candidate_scores = _five(scaled)
     hf_best, hf_best_scores = _five(hf_scaled)
     error = _error(candidate_scores, hf_scaled.gather(1, candidates), rows)
-    possible, best_scores = foreign, candidate_scores
+    possible, best_scores = unknown_noise, candidate_scores
     if least is not None:  # no token that is kept lies below one that is dropped
-        possible = foreign & (own >= least[0][:, 0])
+        possible = unknown_noise & (own >= least[0][:, 0])
         best_scores = candidate_scores.masked_fill(candidate_scores < least[0], -torch.inf)
         hf_best_scores = hf_best_scores.masked_fill(hf_best_scores < least[1], -torch.inf)
-    agrees = possible | (~foreign & (candidates[:, 0] == tokens))
+    agrees = possible | (~unknown_noise & (candidates[:, 0] == tokens))
     distance = torch.where(agrees, 0.0, best_scores[:, 0] - own)
     terms = None
-    if bool(foreign.any()):
+    if bool(unknown_noise.any()):
         terms = distribution(
             scaled,
             hf_scaled,
             None if least is None else least[0],
             torch.where(possible, own, torch.nan),
-            foreign,
+            unknown_noise,
         )
     return _scores(
         rows,
@@ -478,7 +478,7 @@ def _scores(
         "hf_agrees": hf_best[:, 0] == best[:, 0],
         "best": best,
         "hf_best": hf_best,
-        "foreign": rows.foreign & ~rows.greedy,
+        "unknown_noise": rows.unknown_noise & ~rows.greedy,
     }
     columns = {name: column.double() for name, column in in_double.items()} | as_it_is
     return Scores(**{name: column.cpu() for name, column in columns.items()})

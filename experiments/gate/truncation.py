@@ -91,10 +91,10 @@ def descending(values: Tensor, width: int | None = None) -> Tensor:
 
 
 def distribution(
-    scaled: Tensor, hf_scaled: Tensor, least: Tensor | None, own: Tensor, foreign: Tensor
+    scaled: Tensor, hf_scaled: Tensor, least: Tensor | None, own: Tensor, unknown_noise: Tensor
 ) -> tuple[Tensor, ...]:
     """log_p, entropy, variance, root_sum, drift of Scores, [n] each, over the tokens whose logit
-    over temperature [n, V] is `least` [n, 1] or more; 0 where not foreign.
+    over temperature [n, V] is `least` [n, 1] or more; 0 where the noise is known.
 
     own [n]: the token's logit over temperature; NaN if it is not kept.
     """
@@ -117,4 +117,4 @@ def distribution(
         roots.sum(-1).log() - log_weight / 2,
         (hf_scaled.softmax(-1) * centred).sum(-1),
     )
-    return tuple(torch.where(foreign, column, 0.0) for column in columns)
+    return tuple(torch.where(unknown_noise, column, 0.0) for column in columns)

@@ -34,7 +34,7 @@ class Work:
         return self.workload, self.tokens_digest
 
     @property
-    def foreign(self) -> bool:
+    def unknown_noise(self) -> bool:
         return all(launch["engine"] not in NATIVE_ENGINES for launch in self.launches)
 
     def __str__(self) -> str:

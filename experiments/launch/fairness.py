@@ -83,7 +83,7 @@ def pairs(plan: Plan, comparison: PlannedComparison) -> Iterator[tuple[str, str]
 
 
 def breaches(plan: Plan, rule: str, mine: LaunchRecord, other: LaunchRecord) -> Iterator[str]:
-    """What two launches must share but do not, as text."""
+    """Describes each setting that two launches must share but do not."""
     left, right = mine["resolved"], other["resolved"]
     if left.get("dtype") != right.get("dtype"):
         yield _differ("dtype", left.get("dtype"), right.get("dtype"))

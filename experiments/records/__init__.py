@@ -1,6 +1,7 @@
 """Records of what was run and measured: append-only JSON lines. Standard library only.
 
     store           reads, writes and repairs records and plans
+    reading         the readers behind it: strict for a run, lenient for a report
     ledger          tracks which launches of a plan are done and which are pending
     merged_folders  merges several folders of one plan into one
     types           the types of plans and records, as TypedDicts

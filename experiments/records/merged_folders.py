@@ -62,7 +62,7 @@ def merge(folders: Iterable[Path], out: Path) -> list[str]:
 
 
 def of_one_plan(folders: Iterable[Path]) -> list[Path]:
-    """The folders whose plan another folder has, too. Raises RecordError."""
+    """The folders whose plan is also that of another folder. Raises RecordError."""
     hashes = {folder: store.read_plan(folder / store.PLAN)["plan_hash"] for folder in folders}
     return [folder for folder, plan in hashes.items() if list(hashes.values()).count(plan) > 1]
 

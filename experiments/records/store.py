@@ -27,8 +27,10 @@ from experiments.records.reading import (
     SCHEMA,
     TOKENS,
     RecordError,
+    RecordFile,
     json_object,
     read,
+    read_records,
     token_lines,
 )
 from experiments.records.types import JsonObject, LaunchRecord, Plan, Record, TokenLine, Tokens
@@ -51,6 +53,7 @@ __all__ = [
     "launches",
     "plan_hash",
     "read",
+    "read_for_report",
     "read_json",
     "read_plan",
     "superseded",
@@ -249,6 +252,14 @@ def read_plan(path: Path) -> Plan:
             f"{path}: plan_hash does not match the content, so the plan was edited; make it again from its study"
         )
     return plan
+
+
+def read_for_report(folder: Path) -> tuple[Plan, RecordFile]:
+    """The plan and the records of a finished, killed or copied execution. What cannot be trusted is
+    left out and named in `RecordFile.notes`, which the report prints. Raises RecordError if either
+    file cannot be used at all.
+    """
+    return read_plan(folder / PLAN), read_records(folder / RECORDS)
 
 
 def write_plan(plan: Plan, path: Path) -> None:

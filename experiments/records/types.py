@@ -329,7 +329,7 @@ class PeakMemory(TypedDict):
 
 
 class Telemetry(TypedDict):
-    """What the machine did meanwhile. summary: {series: {"min", "mean", "max"}}."""
+    """What was observed on the machine during a launch. summary: {series: {"min", "mean", "max"}}."""
 
     sources: dict[str, str | None]
     interval_s: float
@@ -391,7 +391,7 @@ class Provenance(MachineProvenance):
 
 
 class Head(TypedDict):
-    """What every record says after its kind."""
+    """The fields that follow the kind in every record."""
 
     schema: int
     study: str

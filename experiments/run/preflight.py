@@ -53,8 +53,8 @@ def check_folder(plan: Plan, folder: Path) -> None:
 
 
 def check_end(root: Path = ROOT) -> str | None:
-    """What MLflow will object to, None if nothing. Raises RecordError if the gate or the report
-    could not run.
+    """Why MLflow will not be able to record the study; None if nothing is known to prevent it.
+    Raises RecordError if the gate or the report could not run.
     """
     if missing := [name for name in GATE_PACKAGES if importlib.util.find_spec(name) is None]:
         raise RecordError(

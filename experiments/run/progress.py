@@ -70,8 +70,9 @@ class ProgressBar:
             print_event(event, details)
 
     def remaining_s(self) -> float:
-        """Expected time of the remaining launches, divided by the number of workers. A launch is
-        expected to take the median of its cell so far, else of all cells, else what the plan says.
+        """The expected time of the remaining launches, divided by the number of workers. A launch
+        is expected to take the median of its cell so far; without one, the median of all cells;
+        without any, what the plan expects.
         """
         every = [seconds for times in self._times.values() for seconds in times]
         fallback = statistics.median(every) if every else self._expected_s

@@ -150,8 +150,8 @@ def _on_top(
     levels: Mapping[str, Sequence[Level]],
     apart: Collection[str],
 ) -> Iterator[Levels]:
-    """Everything on and a factor that stands apart; then with another such factor, at each of its
-    levels.
+    """Yields everything on plus a factor that stands apart; then also with one other such factor,
+    at each of its levels.
     """
     yield {**everything, factor: level}
     for other in levels:

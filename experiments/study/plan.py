@@ -14,7 +14,7 @@ import os
 import random
 import shutil
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from experiments import workloads
@@ -39,6 +39,9 @@ from experiments.study.protocol import Statistics
 from experiments.study.spec import FACTORS, Cell, ModelChoice, Profile, Study
 from experiments.study.yaml_files import SpecError
 from nanovllm.config import BASELINE
+
+ReasonAgainst = Callable[[Mapping[str, Level]], str | None]
+"""Why a combination of levels cannot run here; None if it can."""
 
 
 class NotHereError(SpecError):
@@ -215,48 +218,24 @@ def _cells(
     study: Study, profile: PlannedProfile, shape: ModelShape | None
 ) -> tuple[dict[str, Cell], list[NotApplicable], dict[str, list[str]]]:
     """The cells that can run, by name; what cannot run; the generators of a fractional factorial."""
-    kind, off, where = study.design.kind, study.baselines(), f"on profile {profile['name']}"
-
-    def impossible(point: Mapping[str, Level]) -> str | None:
-        return why_not({**study.fixed, **point}, profile, whole=True)
-
-    for factor, level in study.fixed.items():
-        if reason := inapplicable(factor, level, profile, shape):
-            raise NotHereError(
-                f"{study.source}: fixed.{factor}: {level} cannot run {where}: {reason}"
-            )
-    for factor, level in off.items():
-        if reason := inapplicable(factor, level, profile, shape):
-            raise NotHereError(
-                f"{study.source}: the baseline of {factor} cannot run {where}: {reason}"
-            )
-    absent = {
-        (factor, level): reason
-        for factor, spec in study.factors.items()
-        for level in spec.levels
-        if (reason := inapplicable(factor, level, profile, shape))
-    }
-    if absent and kind in designs.FACTORIALS:
-        (factor, level), reason = next(iter(absent.items()))
-        raise NotHereError(
-            f"{study.source}: factors.{factor}.levels: {level} cannot run {where}: {reason.rstrip('.')}. design.kind: {kind} needs "
-            f"every level: remove this one, or use another kind: {_others()}"
-        )
+    kind, where = study.design.kind, f"on profile {profile['name']}"
+    _check_fixed_and_baselines(study, profile, shape)
+    absent = _absent_levels(study, profile, shape)
     not_applicable: list[NotApplicable] = [
         {"factor": factor, "level": level, "reason": reason}
         for (factor, level), reason in absent.items()
     ]
     levels = {
-        f: [level for level in spec.levels if (f, level) not in absent]
-        for f, spec in study.factors.items()
+        factor: [level for level in spec.levels if (factor, level) not in absent]
+        for factor, spec in study.factors.items()
     }
     generators = study.generators(levels)
 
-    def can_run(point: Mapping[str, Level]) -> bool:
-        return impossible(point) is None
+    def reason_against(point: Mapping[str, Level]) -> str | None:
+        return why_not({**study.fixed, **point}, profile, whole=True)
 
-    name, point = designs.reference(kind, off, levels, study.apart())
-    if reason := impossible(point):
+    name, point = designs.reference(kind, study.baselines(), levels, study.apart())
+    if reason := reason_against(point):
         raise NotHereError(
             f"{study.source}: the reference, {name} ({_described(point)}), cannot run {where}: {reason}"
         )
@@ -264,44 +243,120 @@ def _cells(
         name: Cell.model_construct(engine=study.engine, role="baseline", levels=point, config={}),
         "aa": Cell.model_construct(engine=study.engine, role="aa", levels=point, config={}),
     }
-    made_cells = designs.cells(kind, off, levels, generators, apart=study.apart(), can_run=can_run)
-    for made, (role, point) in made_cells.items():
-        reason = impossible(point)
-        if reason and kind in designs.FACTORIALS:
-            raise NotHereError(
-                f"{study.source}: cell {made} cannot run {where}: {reason.rstrip('.')}. design.kind: {kind} needs every cell: "
-                f"remove a factor, or use another kind: {_others()}"
-            )
-        if reason:
-            changed = {factor: level for factor, level in point.items() if level != off[factor]}
-            not_applicable.append({"factor": made, "level": _described(changed), "reason": reason})
-        else:
-            cells[made] = Cell(engine=study.engine, role=role, levels=point)
-    for given, cell in study.cells.items():
-        missing = [pair for pair in cell.levels.items() if pair in absent]
-        ranks = cell.config.get("tensor_parallel_size", 1)  # of another engine
-        if missing:
-            reason = absent[missing[0]]
-        else:
-            reason = (
-                impossible(off | cell.levels)
-                if cell.engine == study.engine
-                else _too_few_devices(ranks, profile)
-            )
-        if reason:
-            lacking = (
-                "{}={}".format(*missing[0])
-                if missing
-                else _described(cell.levels or {"tensor_parallel_size": ranks})
-            )
-            not_applicable.append({"factor": given, "level": lacking, "reason": reason})
-        else:
-            cells[given] = cell
+    for found, skipped in (
+        _cells_of_design(study, profile, levels, generators, reason_against),
+        _cells_of_study(study, profile, absent, reason_against),
+    ):
+        cells |= found
+        not_applicable += skipped
     if len(cells) == 2:
         raise NotHereError(
             f"{study.source}: nothing to compare {name} with {where}: {not_applicable[0]['reason']}"
         )
     return cells, not_applicable, generators
+
+
+def _check_fixed_and_baselines(
+    study: Study, profile: PlannedProfile, shape: ModelShape | None
+) -> None:
+    """Raises NotHereError for a fixed level or a baseline that cannot run: every cell needs them."""
+    where = f"on profile {profile['name']}"
+    for factor, level in study.fixed.items():
+        if reason := inapplicable(factor, level, profile, shape):
+            raise NotHereError(
+                f"{study.source}: fixed.{factor}: {level} cannot run {where}: {reason}"
+            )
+    for factor, level in study.baselines().items():
+        if reason := inapplicable(factor, level, profile, shape):
+            raise NotHereError(
+                f"{study.source}: the baseline of {factor} cannot run {where}: {reason}"
+            )
+
+
+def _absent_levels(
+    study: Study, profile: PlannedProfile, shape: ModelShape | None
+) -> dict[tuple[str, Level], str]:
+    """The levels of factors that cannot run on the profile, each with the reason. Raises NotHereError
+    if there is one and the design needs every level.
+    """
+    absent = {
+        (factor, level): reason
+        for factor, spec in study.factors.items()
+        for level in spec.levels
+        if (reason := inapplicable(factor, level, profile, shape))
+    }
+    kind = study.design.kind
+    if absent and kind in designs.FACTORIALS:
+        (factor, level), reason = next(iter(absent.items()))
+        raise NotHereError(
+            f"{study.source}: factors.{factor}.levels: {level} cannot run on profile {profile['name']}: "
+            f"{reason.rstrip('.')}. design.kind: {kind} needs every level: remove this one, or use another kind: {_others()}"
+        )
+    return absent
+
+
+def _cells_of_design(
+    study: Study,
+    profile: PlannedProfile,
+    levels: Mapping[str, Sequence[Level]],
+    generators: designs.Generators,
+    reason_against: ReasonAgainst,
+) -> tuple[dict[str, Cell], list[NotApplicable]]:
+    """The cells that the design adds to its reference, and those of them that cannot run. Raises
+    NotHereError if there is one and the design needs every cell.
+    """
+    kind, baselines = study.design.kind, study.baselines()
+    cells: dict[str, Cell] = {}
+    not_applicable: list[NotApplicable] = []
+    designed = designs.cells(
+        kind,
+        baselines,
+        levels,
+        generators,
+        apart=study.apart(),
+        can_run=lambda point: reason_against(point) is None,
+    )
+    for name, (role, point) in designed.items():
+        reason = reason_against(point)
+        if reason is None:
+            cells[name] = Cell(engine=study.engine, role=role, levels=point)
+            continue
+        if kind in designs.FACTORIALS:
+            raise NotHereError(
+                f"{study.source}: cell {name} cannot run on profile {profile['name']}: {reason.rstrip('.')}. "
+                f"design.kind: {kind} needs every cell: remove a factor, or use another kind: {_others()}"
+            )
+        changed = {factor: level for factor, level in point.items() if level != baselines[factor]}
+        not_applicable.append({"factor": name, "level": _described(changed), "reason": reason})
+    return cells, not_applicable
+
+
+def _cells_of_study(
+    study: Study,
+    profile: PlannedProfile,
+    absent: Mapping[tuple[str, Level], str],
+    reason_against: ReasonAgainst,
+) -> tuple[dict[str, Cell], list[NotApplicable]]:
+    """The cells that the study lists itself (`cells`), and those of them that cannot run."""
+    cells: dict[str, Cell] = {}
+    not_applicable: list[NotApplicable] = []
+    for name, cell in study.cells.items():
+        missing = next((pair for pair in cell.levels.items() if pair in absent), None)
+        levels = cell.levels
+        if missing is not None:
+            reason: str | None = absent[missing]
+            levels = dict([missing])
+        elif cell.engine == study.engine:
+            reason = reason_against(study.baselines() | cell.levels)
+        else:
+            reason = _too_few_devices(cell.config.get("tensor_parallel_size", 1), profile)
+        if reason is None:
+            cells[name] = cell
+            continue
+        if not levels:  # of another engine, which only needs its devices
+            levels = {"tensor_parallel_size": cell.config.get("tensor_parallel_size", 1)}
+        not_applicable.append({"factor": name, "level": _described(levels), "reason": reason})
+    return cells, not_applicable
 
 
 def _described(levels: Mapping[str, Level]) -> str:
@@ -362,8 +417,8 @@ def _seed(text: str) -> int:
 def _kv_cache_bytes(
     study: Study, profile: PlannedProfile, model: PlannedModel, work: dict[str, Workload]
 ) -> int:
-    """The size of the KV cache: the study's, else the profile's, else what is free on the device
-    now, but no more than the workloads can fill.
+    """The size of the KV cache: as given by the study or the profile; otherwise the memory that is
+    free on the device now, but no more than the workloads can fill.
     """
     settings, shape = study.settings, model["shape"]
     given: int | str = settings.kv_cache_memory_bytes or profile["kv_cache_memory_bytes"]

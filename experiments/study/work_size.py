@@ -146,8 +146,8 @@ def launch_seconds(study: Study, cell: Cell, profile: PlannedProfile, model: Pla
 
 
 def first_seconds(study: Study, cell: Cell, profile: PlannedProfile) -> float:
-    """What the first launch of a cell takes beyond `launch_seconds`: its Triton kernels are
-    compiled, and HF transformers is read from the disk for the first time.
+    """How much longer than `launch_seconds` the first launch of a cell takes: its Triton kernels
+    are compiled, and HF transformers is read from disk for the first time.
     """
     levels = {**study.baselines(), **study.fixed, **cell.levels}
     compiles = cell.engine != study.engine or levels.get("kernels") == "triton"

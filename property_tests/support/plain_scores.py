@@ -37,7 +37,7 @@ def plain_scores(
     """
     divisor = rows.divisor[:, None]
     scaled, hf_scaled = logits / divisor.to(logits.dtype), hf_logits.float() / divisor.float()
-    foreign = rows.foreign & ~rows.greedy
+    unknown_noise = rows.unknown_noise & ~rows.greedy
     keep, hf_keep = kept(scaled, rows), kept(hf_scaled, rows)
     noise = rows.noise(logits.shape[1])
     scores, hf_scores = scaled + noise, hf_scaled + noise
@@ -48,7 +48,7 @@ def plain_scores(
     best, hf_best = of_kept.argmax(-1), hf_of_kept.argmax(-1)
     own = tokens[:, None]
     is_kept = keep.gather(1, own)[:, 0]
-    agrees = torch.where(foreign, is_kept, best == tokens)
+    agrees = torch.where(unknown_noise, is_kept, best == tokens)
     distance = of_kept.amax(-1) - scores.gather(1, own)[:, 0]
     margin = torch.where(
         agrees, 0.0, torch.where(rows.truncated, explaining_noise(scaled, rows, tokens), distance)
@@ -83,8 +83,11 @@ def plain_scores(
         "hf_best_scores": hf_of_kept.amax(-1),
         "logprob": logits.log_softmax(-1).gather(1, own)[:, 0],
         "hf_logprob": hf_logits.float().log_softmax(-1).gather(1, own)[:, 0],
-        "foreign": foreign,
-        **{name: torch.where(foreign, column, 0.0) for name, column in of_distribution.items()},
+        "unknown_noise": unknown_noise,
+        **{
+            name: torch.where(unknown_noise, column, 0.0)
+            for name, column in of_distribution.items()
+        },
     }
 
 
@@ -112,7 +115,7 @@ def explaining_noise(scaled: Tensor, rows: Rows, tokens: Tensor) -> Tensor:
         b = (mass[:, None, :] * above_each).sum(-1).clamp(max=1.0)
         is_certain = (above_each.sum(-1) < k) & (b / (b + (1 - b) * (-d).exp()) < p)
         beaten = scores.masked_fill(~is_certain, -torch.inf).amax(-1, keepdim=True) - own_score <= d
-        return may_be_kept & (beaten | rows.foreign[:, None])
+        return may_be_kept & (beaten | rows.unknown_noise[:, None])
 
     low = torch.zeros_like(own, dtype=torch.float64)
     high = low + 200.0

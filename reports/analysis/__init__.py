@@ -1,7 +1,7 @@
 """From records and their plan to the result of a study.
 
+    types              the types of an analysis: Effect, Counts, Analysis
     analyse            the whole analysis: one JSON-able dict, the same for the same input
-    study_records      reads the records of a study for its report
     counting           which launches count, with a reason for every one left out
     consistency        checks of a launch record against itself and its plan
     compare            comparisons of engines: pair by pair, and whether they were fair

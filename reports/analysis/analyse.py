@@ -23,10 +23,11 @@ from reports.analysis.counting import Counted, Gate, count
 from reports.analysis.gate_and_launches import equivalence, hardware, run_order, toggles
 from reports.analysis.names import shown_names
 from reports.analysis.noise import Priors, described, priors, question, scale_of
+from reports.analysis.types import Analysis, Company, Counts, Effect, LinearEffect, Rate
 from reports.analysis.unjudged import measured
 from reports.statistics import ceiling
 from reports.statistics.contrasts import Contrast, Lattice, Toggle, evaluate
-from reports.statistics.intervals import Effect, Rule, estimate, judge
+from reports.statistics.intervals import Rule, estimate, judge
 from reports.statistics.linear_model import fit
 from reports.statistics.metrics import METRICS, THROUGHPUT, Metric, harmonic_mean, of_launch
 from reports.statistics.moderation import Prior
@@ -50,9 +51,9 @@ PAIR_VERDICTS = {
 Values = dict[str, dict[str, dict[str, dict[int, float]]]]
 
 
-def analyse(records: Sequence[Record], plan: Plan, notes: Sequence[str] = ()) -> dict[str, Any]:
+def analyse(records: Sequence[Record], plan: Plan, notes: Sequence[str] = ()) -> Analysis:
     """Everything a report shows. `notes`: what was noticed while reading the records
-    (reports/analysis/study_records.py).
+    (experiments/records/reading.py).
 
     Raises ValueError for a plan without exactly one baseline, and for a workload that this version
     draws differently.
@@ -71,7 +72,7 @@ def analyse(records: Sequence[Record], plan: Plan, notes: Sequence[str] = ()) ->
     values = _values(counted, drawn)
     noise = priors(values, plan)
 
-    result: dict[str, Any] = {
+    result: Analysis = {
         "schema": ANALYSIS_SCHEMA,
         "study": dict(study),
         "plan_hash": plan["plan_hash"],
@@ -213,7 +214,7 @@ def _values(counted: Counted, drawn: Mapping[str, Mapping[str, Any]]) -> Values:
     return values
 
 
-def _counts(plan: Plan, counted: Counted) -> dict[str, Any]:
+def _counts(plan: Plan, counted: Counted) -> Counts:
     cells = set(plan["cells"])
     by_block: dict[int, set[str]] = {}
     ran: dict[int, set[str]] = {}
@@ -233,11 +234,11 @@ def _counts(plan: Plan, counted: Counted) -> dict[str, Any]:
     }
 
 
-def _rates(values: Values, plan: Plan) -> list[dict[str, Any]]:
+def _rates(values: Values, plan: Plan) -> list[Rate]:
     """Each metric of each cell over its counted blocks: throughput by harmonic mean, times by
     arithmetic mean.
     """
-    rows = []
+    rows: list[Rate] = []
     for key, metric in METRICS.items():
         for workload in _workloads(values, plan, key):
             for cell in plan["cells"]:
@@ -294,7 +295,7 @@ def _effects(
                 if entry["role"] in ("baseline", "reference"):
                     continue
                 log_ratios = _log_ratios(values[key].get(workload, {}), cell, lattice.baseline)
-                effect = {
+                effect: Effect = {
                     "metric": key,
                     "workload": workload,
                     "cell": cell,
@@ -336,7 +337,7 @@ def _references(
         lattice.baseline,
         *(name for name, cell in plan["cells"].items() if cell["role"] == "all"),
     ]
-    family = []
+    family: list[Effect] = []
     for workload in _workloads(values, plan, metric.key):
         for reference in (
             name for name, cell in plan["cells"].items() if cell["role"] == "reference"
@@ -391,13 +392,13 @@ def _contrast_effect(
 def _factors(
     values: Values, lattice: Lattice, rule: Rule, metric: Metric, noise: Priors
 ) -> list[Effect]:
-    """What each factor buys alone, when left out, on average and by Shapley's share; where the
-    design can tell.
+    """The effect of each factor: alone, added last (`left out`), on average, and by Shapley's
+    share, as far as the design can tell.
     """
-    effects = []
+    effects: list[Effect] = []
     everything = lattice.cell.get(lattice.everything or frozenset(), lattice.baseline)
     for kind, contrasts in lattice.factor_contrasts().items():
-        family = []
+        family: list[Effect] = []
         shared = everything if kind == "left out" else lattice.baseline
         for workload in sorted(set(values[metric.key]) - {ALL_WORKLOADS}):
             for (factor, level), contrast in contrasts.items():
@@ -410,36 +411,37 @@ def _factors(
                     f"{kind}/{factor}={level}",
                     noise.get((metric.key, workload, shared)),
                 )
-                family.append({"kind": kind, "factor": factor, "level": level, **effect})
+                row: Effect = {"kind": kind, "factor": factor, "level": level, **effect}
                 if kind in ("alone", "left out"):  # one cell over another
-                    family[-1] |= {
-                        ("on" if weight > 0 else "off"): cell for cell, weight in contrast.items()
-                    }
+                    for cell, weight in contrast.items():
+                        if weight > 0:
+                            row["on"] = cell
+                        else:
+                            row["off"] = cell
                 if kind == "left out":
-                    family[-1] |= _company(lattice, (factor, level))
+                    row = {**row, **_company(lattice, (factor, level))}
+                family.append(row)
         judge(family, rule, metric.better)
         effects += family
     return effects
 
 
-def _company(lattice: Lattice, toggle: Toggle) -> dict[str, Any]:
-    """In what a comparison with everything on differs from it on both its sides (`without`,
-    `beside`: toggles), and whether the toggle is part of everything on; nothing is said where it
-    is, and nothing differs.
+def _company(lattice: Lattice, toggle: Toggle) -> Company:
+    """How both sides of a comparison with everything on differ from it (`without`, `beside`), and
+    whether the toggle is part of everything on. Empty if it is and nothing else differs.
     """
     everything, background = (
         lattice.everything or frozenset(),
         lattice.company(toggle) or frozenset(),
     )
-    said: dict[str, Any] = {
-        name: sorted(map(_label, found))
-        for name, found in (
-            ("without", everything - {toggle} - background),
-            ("beside", background - everything),
-        )
-        if found
-    }
-    return said if toggle in everything else {**said, "part_of_all": False}
+    said: Company = {}
+    if without := everything - {toggle} - background:
+        said["without"] = sorted(map(_label, without))
+    if beside := background - everything:
+        said["beside"] = sorted(map(_label, beside))
+    if toggle not in everything:
+        said["part_of_all"] = False
+    return said
 
 
 def _interactions(
@@ -448,7 +450,7 @@ def _interactions(
     """Two-way interactions: how many times more (or less) a pair buys than the product of what each
     buys.
     """
-    family = []
+    family: list[Effect] = []
     for workload in sorted(set(values[metric.key]) - {ALL_WORKLOADS}):
         for (first, second), contrast in lattice.interactions().items():
             effect = _contrast_effect(
@@ -467,11 +469,14 @@ def _interactions(
     return family
 
 
-def _linear_model(values: Values, lattice: Lattice, rule: Rule, metric: Metric) -> list[Effect]:
+def _linear_model(
+    values: Values, lattice: Lattice, rule: Rule, metric: Metric
+) -> list[LinearEffect]:
     """Main effects and pairs of a two-level factorial, gathered by what a fraction cannot tell
     apart; [] of any other.
     """
-    runs, family = lattice.factorial_cells(), []
+    runs = lattice.factorial_cells()
+    family: list[LinearEffect] = []
     for workload in sorted(set(values[metric.key]) - {ALL_WORKLOADS}) if runs else ():
         by_cell = values[metric.key][workload]
         log_values = {

@@ -6,21 +6,20 @@ numbers.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from reports import text
 from reports.analysis import compare, names
+from reports.analysis.types import Analysis, Answer, Effect, WorkloadAnswer
+from reports.statistics.intervals import measured_ratio
 from reports.statistics.metrics import METRICS
 from reports.text import count_of, interval, percent, ratio
 
-Analysis = Mapping[str, Any]
-Effect = Mapping[str, Any]
 NOTICED_FOREIGN_CPU = 0.2
 """The mean share of the CPU that other processes took during a launch, from which on it is said."""
 
 
-def answer(analysis: Analysis) -> dict[str, Any]:
+def answer(analysis: Analysis) -> Answer:
     """From a finished analysis:
 
     sentence: the whole answer. by_workload: {"workload", "sentence", "verdict"}, the same answer
@@ -29,7 +28,9 @@ def answer(analysis: Analysis) -> dict[str, Any]:
     caveats: what a reader must know before believing it.
     """
     if reason := _no_answer(analysis):
-        parts = [{"workload": "", "sentence": reason, "verdict": "inconclusive"}]
+        parts: list[WorkloadAnswer] = [
+            {"workload": "", "sentence": reason, "verdict": "inconclusive"}
+        ]
     elif compare.headline(analysis):
         parts = compare.by_workload(analysis)
     else:
@@ -85,7 +86,7 @@ def _no_answer(analysis: Analysis) -> str | None:
     return None
 
 
-def _of_workload(analysis: Analysis, workload: str) -> dict[str, Any]:
+def _of_workload(analysis: Analysis, workload: str) -> WorkloadAnswer:
     """The answer for one workload: everything on, what helps most by itself, the strongest
     interaction; or, in a study without everything on, the largest gain or loss.
     """
@@ -125,14 +126,15 @@ def _together(
         if row["workload"] == workload and row["verdict"] in _INTERACTS
     ]
     if pairs:
-        pair = max(pairs, key=lambda row: abs(math.log(row["ratio"])))
+        pair = max(pairs, key=lambda row: abs(math.log(measured_ratio(row))))
         said += f"; strongest interaction: {pair['first']} and {pair['second']} {pair['verdict']} ({_short(pair)})"
     return said
 
 
 def _better_without(analysis: Analysis, everything: Effect) -> str:
-    """The switch without which everything on would be fastest, where that is faster than everything
-    on by more than is too small to matter; from the point estimate, whose verdict is said.
+    """Names the toggle without which everything on would be fastest, if that is faster by more
+    than the smallest effect that matters. The choice uses point estimates; the sentence states the
+    verdict.
     """
     ratios = {
         effect["cell"]: effect
@@ -148,7 +150,7 @@ def _better_without(analysis: Analysis, everything: Effect) -> str:
         and row["on"] == everything["cell"]
         and row["off"] in ratios
         and row["n"]
-        and not low <= row["ratio"] <= high
+        and not low <= measured_ratio(row) <= high
         and not _gains(analysis, row)
     ]
     worst = _largest(analysis, worse, turned=True)
@@ -190,13 +192,13 @@ def _apart(analysis: Analysis, others: Sequence[Effect]) -> tuple[str, str]:
 
 
 def _gains(analysis: Analysis, effect: Effect) -> bool:
-    return bool((effect["ratio"] > 1) == (analysis["metric"]["better"] == "higher"))
+    return bool((measured_ratio(effect) > 1) == (analysis["metric"]["better"] == "higher"))
 
 
 def _largest(analysis: Analysis, effects: Sequence[Effect], turned: bool = False) -> Effect | None:
     """The effect with the best ratio; turned: with the worst."""
     best = max if (analysis["metric"]["better"] == "higher") != turned else min
-    return best(effects, key=lambda effect: effect["ratio"]) if effects else None
+    return best(effects, key=measured_ratio) if effects else None
 
 
 def _name(effect: Effect, analysis: Analysis) -> str:
@@ -211,7 +213,7 @@ def _spelled(label: str) -> str:
 
 
 def _start(analysis: Analysis) -> str:
-    """What everything is compared with, as it stands in a sentence."""
+    """The name of the configuration that all others are compared with, for use in a sentence."""
     shown = str(analysis["shown"][analysis["baseline"]])
     return f"the {shown}" if shown == "baseline" else shown
 
@@ -311,14 +313,14 @@ def _caveats(analysis: Analysis) -> Iterator[str]:
 
 
 def _noise(analysis: Analysis) -> Iterator[str]:
-    """What a noisy machine has done to the numbers: an undecided A/A twin, other programs' load."""
+    """Warns of a noisy machine: an undecided A/A twin, or load from other programs."""
     twins = [
         effect
         for effect in _primary(analysis)
         if effect["role"] == "aa" and effect["verdict"] == "inconclusive" and effect["low"]
     ]
     if twins:
-        furthest = max(twins, key=lambda effect: abs(math.log(effect["ratio"])))
+        furthest = max(twins, key=lambda effect: abs(math.log(measured_ratio(effect))))
         yield (
             f"Noise: the A/A twin, which is {_start(analysis)} run a second time, reads "
             f"{ratio(furthest['ratio'])} ({interval(furthest['low'], furthest['high'])}) on {furthest['workload']}. "

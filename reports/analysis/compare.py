@@ -18,11 +18,11 @@ from experiments.launch import fairness
 from experiments.records.types import Plan
 from reports.analysis import names
 from reports.analysis.noise import Priors
+from reports.analysis.types import Analysis, Comparison, Effect, WorkloadAnswer
 from reports.statistics.intervals import Rule, estimate, judge
 from reports.statistics.metrics import METRICS, THROUGHPUT
 from reports.text import count_of, interval, percent, ratio, verdict
 
-Analysis = Mapping[str, Any]
 # {metric: {workload: {cell: {block: value}}}}
 Values = Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]]
 Launches = Sequence[Mapping[str, Any]]
@@ -30,7 +30,7 @@ Launches = Sequence[Mapping[str, Any]]
 
 def compared(
     values: Values, launches: Launches, plan: Plan, rule: Rule, noise: Priors
-) -> list[dict[str, Any]]:
+) -> list[Comparison]:
     """One entry for each pair of each comparison, in the study's order; [] for a study without
     comparisons.
 
@@ -40,7 +40,7 @@ def compared(
     its place: the same cell run twice. They are no tests, and have no verdict.
     """
     twin = next((cell for cell, entry in plan["cells"].items() if entry["role"] == "aa"), None)
-    entries = []
+    entries: list[Comparison] = []
     for name, comparison in plan["study"].get("comparisons", {}).items():
         for ours, theirs in fairness.pairs(dict(plan), comparison):  # type: ignore[arg-type]
             entries.append(_pair(name, comparison["rule"], ours, theirs, launches, plan))
@@ -66,7 +66,7 @@ def compared(
 
 def _pair(
     name: str, rule: str, ours: str, theirs: str, launches: Launches, plan: Plan
-) -> dict[str, Any]:
+) -> Comparison:
     mine, other = (
         [record for record in launches if record["cell"] == cell] for cell in (ours, theirs)
     )
@@ -96,7 +96,7 @@ def _pair(
 
 def paired(
     values: Values, key: str, workload: str, ours: str, theirs: str, rule: Rule, noise: Priors
-) -> dict[str, Any]:
+) -> Effect:
     """The Effect of one cell over another on a workload, over the blocks that have both; without a
     verdict.
     """
@@ -121,8 +121,8 @@ def paired(
 
 
 def costs(launches: Launches, plan: Plan) -> dict[str, list[dict[str, Any]]]:
-    """What a cell costs beside time: {"launch": one row a cell, "work": one row a cell and
-    workload}; medians over launches.
+    """The costs of each cell other than serving time: {"launch": one row per cell, "work": one row
+    per cell and workload}; medians over launches.
 
     first_load_s is that of the cell's first counted launch, when nothing was compiled or cached
     yet; load_s of the later ones.
@@ -177,7 +177,7 @@ def costs(launches: Launches, plan: Plan) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def against_engines(analysis: Analysis) -> list[Mapping[str, Any]]:
+def against_engines(analysis: Analysis) -> list[Comparison]:
     """The pairs whose other side is another engine."""
     return [
         entry
@@ -186,7 +186,7 @@ def against_engines(analysis: Analysis) -> list[Mapping[str, Any]]:
     ]
 
 
-def among_ours(analysis: Analysis) -> list[Mapping[str, Any]]:
+def among_ours(analysis: Analysis) -> list[Comparison]:
     """The pairs of two cells of one engine: what one change adds to another."""
     return [
         entry
@@ -195,14 +195,14 @@ def among_ours(analysis: Analysis) -> list[Mapping[str, Any]]:
     ]
 
 
-def headline(analysis: Analysis) -> Mapping[str, Any] | None:
+def headline(analysis: Analysis) -> Comparison | None:
     """The pair that the first sentence is about: the study's first against another engine. None for
     a study without one.
     """
     return next(iter(against_engines(analysis)), None)
 
 
-def by_workload(analysis: Analysis) -> list[dict[str, Any]]:
+def by_workload(analysis: Analysis) -> list[WorkloadAnswer]:
     """The answer of a study that compares engines, workload by workload: faster, slower, equivalent or
     inconclusive, and by how much; made from verdicts by fixed rules.
     """
@@ -219,7 +219,7 @@ def by_workload(analysis: Analysis) -> list[dict[str, Any]]:
         pair = " and ".join(str(analysis["shown"][entry[side]]) for side in ("ours", "theirs"))
         return _no_answer(f"{against}: no answer, no block holds both {pair}.")
     confidence = percent(analysis["rule"]["confidence"], 0)
-    parts = []
+    parts: list[WorkloadAnswer] = []
     for effect in effects:
         where = f"{against}, {entry['our_engine']} is {verdict(effect)} on {effect['workload']}"
         blocks = count_of(effect["n"], "block")
@@ -238,7 +238,7 @@ def by_workload(analysis: Analysis) -> list[dict[str, Any]]:
     return parts
 
 
-def _no_answer(sentence: str) -> list[dict[str, Any]]:
+def _no_answer(sentence: str) -> list[WorkloadAnswer]:
     return [{"workload": "", "sentence": sentence, "verdict": "inconclusive"}]
 
 
@@ -258,8 +258,8 @@ def said(comparison: str) -> str:
 
 
 def throughput_rows(
-    analysis: Analysis, entries: Sequence[Mapping[str, Any]]
-) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    analysis: Analysis, entries: Sequence[Comparison]
+) -> Iterator[tuple[Comparison, Effect]]:
     """(pair, effect on throughput), workload by workload, of every fair one of these pairs."""
     for workload in analysis["workloads"]:
         for entry in entries:

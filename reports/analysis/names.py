@@ -11,6 +11,7 @@ from typing import Any
 
 from experiments.records.types import Plan
 from nanovllm.config import LEVELS
+from reports.analysis.types import Analysis
 
 TWIN, ALL_OFF, ALL_ON = "A/A twin", "all off", "all on"
 ENGINES = {"hf": "HF", "vllm": "vLLM"}
@@ -65,15 +66,15 @@ def engine(name: str, version: str | None = None) -> str:
     return f"{ENGINES.get(name, name.rpartition('.')[2])}{f' {version}' if version else ''}"
 
 
-def settings(analysis: Mapping[str, Any], cell: str) -> str:
+def settings(analysis: Analysis, cell: str) -> str:
     """The levels of a cell: "prefix_cache=on, batching=chunked"."""
     return ", ".join(
         f"{factor}={level}" for factor, level in analysis["cells"][cell]["levels"].items()
     )
 
 
-def changes(analysis: Mapping[str, Any], cell: str) -> list[str]:
-    """What a cell sets otherwise than the baseline does: ["prefix_cache=on"]."""
+def changes(analysis: Analysis, cell: str) -> list[str]:
+    """The settings in which a cell differs from the baseline: ["prefix_cache=on"]."""
     start = analysis["cells"][analysis["baseline"]]["levels"]
     return [
         f"{factor}={level}"
@@ -82,7 +83,35 @@ def changes(analysis: Mapping[str, Any], cell: str) -> list[str]:
     ]
 
 
-def not_applicable(analysis: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+def left_out_together(analysis: Analysis) -> list[str]:
+    """A sentence for the cells `all-but-...` that lack more than the toggle in their name, because
+    another toggle of everything on needs it.
+    """
+    cells = analysis["cells"]
+    whole = next((entry for entry in cells.values() if entry["role"] == "all"), None)
+    everything = (whole or cells[analysis["baseline"]])["levels"]
+    found: dict[tuple[str, ...], list[str]] = {}
+    for cell, entry in cells.items():
+        factor = cell.removeprefix("all-but-")
+        lacking = [
+            other for other, level in everything.items() if entry["levels"].get(other) != level
+        ]
+        if factor != cell and factor in lacking and len(lacking) > 1:
+            also = tuple(other for other in lacking if other != factor)
+            found.setdefault(also, []).append(factor)
+    return [
+        f"{_listed([f'all-but-{factor}' for factor in factors])} "
+        f"{'switches' if len(factors) == 1 else 'switch'} {_listed(also)} off as well: "
+        f"{_listed(also)} {'needs' if len(also) == 1 else 'need'} {_listed(factors)}."
+        for also, factors in found.items()
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def not_applicable(analysis: Analysis) -> list[tuple[str, list[str]]]:
     """(reason, everything that it keeps from running here): one entry a reason, in the order of the
     plan.
     """

@@ -61,8 +61,8 @@ def scale_of(contrast: Contrast) -> float:
 
 
 def question(cell: str, plan: Plan, lattice: Lattice) -> str:
-    """The question that a cell's ratio to the baseline belongs to; one and the same for all cells in
-    a study whose families are joint.
+    """The question that a cell's ratio to the baseline belongs to. In a study with joint families
+    it is the same for all cells.
     """
     if _asked(plan).get("families") != "by_question":
         return ""
@@ -74,7 +74,7 @@ def question(cell: str, plan: Plan, lattice: Lattice) -> str:
 
 
 def described(plan: Plan, found: Priors) -> dict[str, Any]:
-    """What a report says about it. d0 is None where it is infinite."""
+    """The variance that the intervals rest on, as a report shows it. d0 is None if it is infinite."""
     asked = _asked(plan)
     return {
         "variance": asked.get("variance", "per_effect"),

@@ -17,7 +17,7 @@ from reports.analysis.unjudged import decode_steps_s
 from reports.claims.prefix_work import saved
 from reports.claims.published_studies import Library, Study
 from reports.claims.scaling_model import AllReduce, Step
-from reports.statistics.intervals import Rule, estimate
+from reports.statistics.intervals import Rule, estimate, measured_ratio
 
 Levels = Mapping[str, Any]
 
@@ -74,7 +74,7 @@ def reference_ratio(
             for row in ratios(found.records, found.plan, ours, theirs)
             if row["n"] and row["workload"] in names
         ]
-        least = min((row["ratio"] for row in rows), default=None)
+        least = min(map(measured_ratio, rows), default=None)
         devices = _devices(found)
         for row in rows:
             memory = found.plan["profile"]["kv_cache_memory_bytes"] / 2**30
@@ -145,9 +145,11 @@ def scaling(library: Library, devices: int, all_reduce: str | None = None) -> It
                 and effect["n"]
                 and change == {"tensor_parallel_size": (1, devices)}
             ):
-                scaled = effect | {
-                    key: effect[key] and effect[key] / devices for key in ("ratio", "low", "high")
-                }
+                low, high = effect["low"], effect["high"]
+                scaled = effect.copy()
+                scaled["ratio"] = measured_ratio(effect) / devices
+                scaled["low"] = low and low / devices
+                scaled["high"] = high and high / devices
                 yield _of_blocks(
                     study, f"{devices} GPUs on {effect['workload']}, {_model(study)}", scaled, True
                 )
@@ -285,8 +287,8 @@ def prefix_hit_rate(library: Library, study: str, workload: str) -> Iterator[Fin
 
 
 def prefix_saving(library: Library, study: str, workload: str) -> Iterator[Finding]:
-    """What prefix_cache=on saves, counted in FLOPs and measured in time; of the prefill alone and
-    of the whole service.
+    """The savings of prefix_cache=on, counted in FLOPs and measured in time: of the prefill alone,
+    and of the whole service.
     """
     for found, cell in _with_prefix_cache(library, study):
         for name in found.plan["workloads"]:
@@ -412,19 +414,21 @@ def _benchmark_files(library: Library) -> dict[str, list[dict[str, Any]]]:
 
 
 def _benchmark_rows(result: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """What each entry says of itself, with its group; under pytest the rows of all implementations
-    are in one entry.
+    """The values that each benchmark entry recorded, with its group. Under pytest, one entry holds
+    the rows of all implementations.
     """
     for entry in result["benchmarks"]:
         info = entry.get("extra_info", {})
         yield from info["rows"] if "rows" in info else [{**info, "group": entry.get("group")}]
 
 
-def _over_processes(ratios: Sequence[float], folder: str, what: str) -> tuple[float, float, float]:
+def _over_processes(
+    ratios: Sequence[float], folder: str, what: str
+) -> tuple[float, float | None, float | None]:
     effect = estimate(
         {i: math.log(ratio) for i, ratio in enumerate(ratios)}, Rule(seed=folder), what
     )
-    return effect["ratio"], effect["low"], effect["high"]
+    return measured_ratio(effect), effect["low"], effect["high"]
 
 
 MEASUREMENTS: dict[str, Callable[..., Iterator[Finding]]] = {
@@ -450,8 +454,8 @@ def _serving_s(work: ServedWorkload) -> float | None:
 
 
 def _prefill_s(work: ServedWorkload) -> float | None:
-    """Seconds of the steps that prefilled; None where a step did both, so that its time belongs to
-    neither.
+    """Seconds spent in prefill steps; None if a step mixed prefill and decode, so that its time
+    cannot be attributed.
     """
     steps = [
         (duration, decodes) for duration, prefills, decodes in work["step_times_s"] if prefills
@@ -474,12 +478,12 @@ def _saving(
     }
     if log_ratios:
         effect = estimate(log_ratios, Rule(seed=study.plan["plan_hash"]), what)
-        low, high = (None if effect[key] is None else 1 - effect[key] for key in ("high", "low"))
+        low, high = (None if end is None else 1 - end for end in (effect["high"], effect["low"]))
         n = len(log_ratios)
         yield _finding(
             study,
             what,
-            1 - effect["ratio"],
+            1 - measured_ratio(effect),
             low,
             high,
             f"measured, {text.count_of(n, 'block')}",

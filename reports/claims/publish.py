@@ -12,9 +12,8 @@ import shutil
 from pathlib import Path
 
 from experiments.host import provenance
-from experiments.records.store import PLAN, RECORDS
+from experiments.records.store import PLAN, RECORDS, RecordError, read_for_report
 from reports.analysis.analyse import analyse
-from reports.analysis.study_records import RecordError, read_folder
 from reports.claims.published_studies import PUBLISHED
 
 _README = """# {title}, {when}
@@ -43,7 +42,7 @@ def publish(folder: Path, name: str, command: str, root: Path = PUBLISHED) -> Pa
         raise RecordError(
             f"{name!r}: give a place under {root.name}/ in small letters and slashes, e.g. cpu-two-cores/embedded"
         )
-    plan, file = read_folder(folder)
+    plan, file = read_for_report(folder)
     analysis = analyse(file.records, plan, file.notes)
     if not analysis["counts"]["counted_launches"] and not analysis["unjudged"]:
         raise RecordError(

@@ -13,10 +13,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from experiments.records.store import PLAN, RECORDS
+from experiments.records.store import PLAN, RECORDS, read_for_report
 from experiments.records.types import Plan, Record
 from reports.analysis.analyse import analyse
-from reports.analysis.study_records import read_folder
+from reports.analysis.types import Analysis
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "published"
 
@@ -29,7 +29,7 @@ class Study:
     folder: Path
     plan: Plan
     records: list[Record]
-    analysis: Mapping[str, Any]
+    analysis: Analysis
 
     @property
     def hardware(self) -> str:
@@ -69,7 +69,7 @@ def library(root: Path = PUBLISHED) -> Library:
 
 def _read(root: Path) -> Any:
     def read(folder: Path) -> Study:
-        plan, file = read_folder(folder)
+        plan, file = read_for_report(folder)
         analysis = analyse(file.records, plan, file.notes)
         return Study(folder.relative_to(root).as_posix(), folder, plan, file.records, analysis)
 

@@ -21,7 +21,7 @@ NOT_MEASURED = "not measured"
 
 
 def values(library: Library) -> Mapping[str, Callable[..., str]]:
-    """What the template may call."""
+    """The functions that the template may call."""
 
     def executions(name: str) -> Iterator[Study]:
         return (study for study in library.studies.values() if study.plan["study"]["name"] == name)
@@ -89,7 +89,7 @@ def values(library: Library) -> Mapping[str, Callable[..., str]]:
         )
 
     def gate() -> str:
-        """What the gate has judged in all published records."""
+        """A summary of what the gate judged in all published records."""
         lines = [study.analysis["gate"] for study in library.studies.values()]
         passed, rows, tokens = (
             sum(one["passed"] for one in lines),

@@ -64,7 +64,7 @@ def day(study: Study) -> str:
 
 
 def write(out: Path, library: Library) -> None:
-    """out: a folder that stands for the repository's root."""
+    """Writes docs/results.md below `out`, which stands for the repository's root."""
     path = out / PAGE.relative_to(ROOT)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page(library), encoding="utf-8")

@@ -64,8 +64,8 @@ class AllReduce:
 
 @dataclass(frozen=True)
 class Step:
-    """A decode step: what every rank does whatever their number, what they share, and its sums over
-    ranks.
+    """The model of a decode step: work that every rank repeats, work that ranks share, and all-
+    reduces.
     """
 
     fixed_s: float

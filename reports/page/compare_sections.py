@@ -5,17 +5,17 @@ own configurations.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from reports import text
 from reports.analysis.compare import RULE_WORDS, against_engines, among_ours, throughput_rows
+from reports.analysis.types import Analysis, Comparison, Effect
 from reports.page.document import Column, Section, Table
 from reports.page.overview import name
 from reports.statistics.metrics import LATENCIES
 
-Analysis = Mapping[str, Any]
 LINES = Path(__file__).resolve().parents[1] / "published" / "code-lines" / "lines.json"
 NOT_COMPARED = (
     "Not compared: serving over a network and streaming, text input and output (both engines get and return token ids), "
@@ -48,7 +48,7 @@ def compare_sections(analysis: Analysis) -> Iterator[Section]:
         yield _costs(analysis)
 
 
-def _latencies(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> str:
+def _latencies(analysis: Analysis, entries: Sequence[Comparison]) -> str:
     """Which configurations of the comparisons have latencies in the report, and why the others have
     none.
     """
@@ -84,7 +84,7 @@ def pairs_of_ours(analysis: Analysis) -> Iterator[Section]:
         yield Section("pairs", "What one change adds to another", lead, None, tables)
 
 
-def _verdicts(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Table:
+def _verdicts(analysis: Analysis, entries: Sequence[Comparison]) -> Table:
     code, number = (lambda title: Column(title, "code")), (lambda title: Column(title, "number"))
     confidence = text.percent(analysis["rule"]["confidence"], 0)
     twins = any(entry["twins"] for entry in entries)
@@ -118,7 +118,7 @@ def _verdicts(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Table
     return Table("Comparisons", columns, rows, grouped=True)
 
 
-def _durations(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Table:
+def _durations(analysis: Analysis, entries: Sequence[Comparison]) -> Table:
     took = {(row["workload"], row["cell"]): row["duration_s"] for row in analysis["costs"]["work"]}
     shown = throughput_rows(analysis, entries)
     pairs = dict.fromkeys(
@@ -148,13 +148,13 @@ def _against(analysis: Analysis, cell: str) -> str:
     return name(analysis, cell).removeprefix("reference: ")
 
 
-def _twin(effect: Mapping[str, Any] | None) -> str:
+def _twin(effect: Effect | None) -> str:
     if effect is None or effect["ratio"] is None:
         return text.ABSENT
     return f"{text.ratio(effect['ratio'])} ({text.interval(effect['low'], effect['high'])})"
 
 
-def _fairness(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Section:
+def _fairness(analysis: Analysis, entries: Sequence[Comparison]) -> Section:
     rules = [
         [
             entry["name"],

@@ -9,10 +9,9 @@ from experiments.records.types import Plan
 from nanovllm.models.checkpoint import DIGESTS
 from reports import text
 from reports.analysis import names
+from reports.analysis.types import Analysis
 from reports.page.document import Column, Section, Table
 from reports.page.overview import CONFIGURATION, VERDICT, WORKLOAD, name, numbers
-
-Analysis = Mapping[str, Any]
 
 
 def evidence(plan: Plan, analysis: Analysis, digest: str) -> Iterator[Section]:

@@ -2,14 +2,12 @@
 the results and the evidence.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from reports import text
+from reports.analysis.types import Analysis
 from reports.page.document import Column, Section, Table
 from reports.page.overview import WORKLOAD, confidence, name, numbers
-
-Analysis = Mapping[str, Any]
 
 
 def modelled(analysis: Analysis) -> Iterator[Section]:

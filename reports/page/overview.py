@@ -10,10 +10,10 @@ from experiments.records.types import Plan
 from reports import text
 from reports.analysis import names
 from reports.analysis.compare import against_engines, said, throughput_rows
+from reports.analysis.types import Analysis, Comparison, Effect
 from reports.page.document import Column, Section, Table
 from reports.statistics.metrics import THROUGHPUT
 
-Analysis = Mapping[str, Any]
 CONFIGURATION, WORKLOAD, VERDICT = (
     Column("configuration", "code"),
     Column("workload", "code"),
@@ -35,8 +35,8 @@ def confidence(analysis: Analysis) -> str:
 
 
 def gate(analysis: Analysis, cells: Sequence[str], workload: str) -> str:
-    """What the gate said of the outputs of these cells: "pass", "fail" or both; of all workloads
-    where it is none of them.
+    """The gate's result for the outputs of these cells: "pass", "fail" or both. Covers all
+    workloads if `workload` names none of them.
     """
     rows = [
         row
@@ -95,7 +95,12 @@ def _results(analysis: Analysis) -> Section:
         effect for key, effect in effects.items() if effect["n"] and key[0] in analysis["workloads"]
     ]
     tests = max((effect["tests"] for effect in tested), default=0)
-    lead = [_ratio_words(analysis, throughput), _verdict_words(analysis, tested, tests)]
+    lead = [
+        _ratio_words(analysis, throughput),
+        *names.left_out_together(analysis),
+        _verdict_words(analysis, tested, tests),
+        *_correction_words(analysis, tested, tests),
+    ]
     return Section(
         "results",
         "Results",
@@ -106,7 +111,7 @@ def _results(analysis: Analysis) -> Section:
     )
 
 
-def _rates(analysis: Analysis, workload: str) -> dict[str, float]:
+def _rates(analysis: Analysis, workload: str) -> dict[str, float | None]:
     return {
         row["cell"]: row["mean"]
         for row in analysis["rates"]
@@ -127,14 +132,15 @@ def _ratio_words(analysis: Analysis, throughput: bool) -> str:
     )
 
 
-def _verdict_words(analysis: Analysis, effects: Sequence[Mapping[str, Any]], tests: int) -> str:
+def _verdict_words(analysis: Analysis, effects: Sequence[Effect], tests: int) -> str:
     """What the verdicts that occur here mean; tests: how many are made together."""
-    band = text.interval(*analysis["rule"]["band"])
+    low, high = analysis["rule"]["band"]
+    band = text.interval(low, high)
     found = {text.verdict(effect) for effect in effects}
     said = []
     if found & {"faster", "slower"}:
         said.append(
-            "faster, slower: statistically significant, after correction for testing several configurations"
+            "faster, slower: statistically significant, also after correction for the number of tests"
         )
     if "equivalent" in found:
         said.append(f"equivalent: the whole interval lies within {band}, too small to matter")
@@ -151,7 +157,22 @@ def _verdict_words(analysis: Analysis, effects: Sequence[Mapping[str, Any]], tes
     return "; ".join(said) + "."
 
 
-def _compared(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Section:
+def _correction_words(analysis: Analysis, effects: Sequence[Effect], tests: int) -> list[str]:
+    """What `after correction` means, where a verdict depends on it."""
+    if tests < 2 or not {text.verdict(effect) for effect in effects} & {
+        "faster",
+        "slower",
+        "suggestive",
+    }:
+        return []
+    return [
+        f"Correction: each of {tests} tests may find a difference by chance alone. Holm's method therefore asks for "
+        "stronger evidence from each, so that the probability of even one false faster or slower among them is at most "
+        f"{text.percent(analysis['rule']['alpha'], 0)}. An example is in docs/reading-a-report.md#the-correction."
+    ]
+
+
+def _compared(analysis: Analysis, entries: Sequence[Comparison]) -> Section:
     """One row for each pair of engines that is compared: both throughputs, their ratio, verdict,
     gate.
     """
@@ -165,6 +186,7 @@ def _compared(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Secti
     rows = []
     shown = list(throughput_rows(analysis, entries))
     effects = [effect for _, effect in throughput_rows(analysis, analysis["comparisons"])]
+    tests = sum(effect["p"] is not None for effect in effects)
     for entry, effect in shown:
         workload, pair = effect["workload"], [entry["ours"], entry["theirs"]]
         rates = _rates(analysis, workload)
@@ -187,7 +209,8 @@ def _compared(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Secti
             f"{name(analysis, cell)}, of nanovllm: {names.settings(analysis, cell)}."
             for cell in dict.fromkeys(entry["ours"] for entry in entries)
         ),
-        _verdict_words(analysis, effects, sum(effect["p"] is not None for effect in effects)),
+        _verdict_words(analysis, effects, tests),
+        *_correction_words(analysis, effects, tests),
     ]
     return Section(
         "results",
@@ -199,7 +222,7 @@ def _compared(analysis: Analysis, entries: Sequence[Mapping[str, Any]]) -> Secti
     )
 
 
-def pair_name(analysis: Analysis, entry: Mapping[str, Any]) -> str:
+def pair_name(analysis: Analysis, entry: Comparison) -> str:
     """A pair of a comparison: "all on / vLLM 0.32.0, both at their best"."""
     theirs = names.engine(entry["engine"], entry["version"])
     return f"{name(analysis, entry['ours'])} / {theirs}, {said(entry['name'])}"

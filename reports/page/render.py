@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 
 from experiments.records.types import Plan
 from reports import text
+from reports.analysis.types import Analysis
 from reports.figures import pictures, svg
 from reports.figures.layout import NARROW, WIDE
 from reports.page.document import VERDICT_WORDS, Document
@@ -34,7 +35,7 @@ MARKDOWN, HTML, FIGURES = "report.md", "report.html", "figures"
 def render(
     plan: Plan,
     records: Sequence[Mapping[str, Any]],
-    analysis: Mapping[str, Any],
+    analysis: Analysis,
     out_dir: Path,
 ) -> tuple[Path, Path]:
     """Write `report.md`, `report.html` and `figures/*.svg` into out_dir; returns the paths of the
@@ -85,9 +86,7 @@ def write_markdown(path: Path, template: str, **values: Any) -> None:
     path.write_text(re.sub(r"\n{3,}", "\n\n", page), encoding="utf-8")
 
 
-def document(
-    plan: Plan, records: Sequence[Mapping[str, Any]], analysis: Mapping[str, Any]
-) -> Document:
+def document(plan: Plan, records: Sequence[Mapping[str, Any]], analysis: Analysis) -> Document:
     """The report as data."""
     study, counts, gate = plan["study"], analysis["counts"], analysis["gate"]
     arms = [
@@ -153,13 +152,13 @@ def _passed(gate: Mapping[str, Any]) -> str:
     return f"{gate['passed']} of {outputs} passed"
 
 
-def _dates(analysis: Mapping[str, Any]) -> str:
+def _dates(analysis: Analysis) -> str:
     """The day on which the launches ran, or the first and the last."""
     days = analysis["days"]
     return text.ABSENT if not days else days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
 
 
-def _machine(plan: Plan, analysis: Mapping[str, Any]) -> str:
+def _machine(plan: Plan, analysis: Analysis) -> str:
     """The machine by name: the title of its profile, or for a CPU the model that the launches
     found.
     """

@@ -6,19 +6,17 @@ overview.py holds what comes before them, evidence.py what comes after.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from reports import text
 from reports.analysis.compare import against_engines
+from reports.analysis.types import Analysis, Effect
 from reports.page.compare_sections import compare_sections, pairs_of_ours
 from reports.page.document import Column, Section, Table
 from reports.page.overview import CONFIGURATION, VERDICT, WORKLOAD, confidence, name, numbers
 from reports.statistics.intervals import MIN_BLOCKS_BOOTSTRAP
 from reports.statistics.metrics import LATENCIES, METRICS, PERCENTILES
 from reports.statistics.moderation import MOST_PRIOR
-
-Analysis = Mapping[str, Any]
 
 
 def results(analysis: Analysis) -> Iterator[Section]:
@@ -43,7 +41,7 @@ def _ratio_columns(analysis: Analysis) -> list[Column]:
     ]
 
 
-def _ratio_cells(effect: Mapping[str, Any]) -> list[str]:
+def _ratio_cells(effect: Effect) -> list[str]:
     return [
         text.ratio(effect["ratio"]),
         text.interval(effect["low"], effect["high"]),
@@ -104,7 +102,7 @@ def moderated(analysis: Analysis) -> bool:
     return bool(analysis["statistics"]["variance"] == "moderated")
 
 
-def _freedom(effect: Mapping[str, Any]) -> str:
+def _freedom(effect: Effect) -> str:
     """Degrees of freedom of an effect's interval: those of the moderated variance, or its own."""
     return f"{effect.get('df', effect['n'] - 1):.3g}" if effect["n"] > 1 else text.ABSENT
 
@@ -132,7 +130,9 @@ def _variance_words(analysis: Analysis) -> list[str]:
 
 
 def _variances(analysis: Analysis) -> Table:
-    """The priors of the study's metric: noise that all effects share, and what it counts for."""
+    """The priors of the study's metric: the noise that all effects share, and how many degrees of
+    freedom it adds.
+    """
     blocks = {
         effect["n"]
         for effect in analysis["effects"]
@@ -202,8 +202,8 @@ def _factors(analysis: Analysis) -> Iterator[Section]:
         f"Alone: switched on, compared with {name(analysis, analysis['baseline'])}. Added last: all on over all on without it. "
         "On average: over all settings of the other factors. Shapley's share: the mean over all orders in which the factors "
         "can be switched on; the shares multiply to the whole effect.",
-        "Each of these is a family of tests of its own, corrected apart from the table of effects: the same ratio can have another p "
-        "and another verdict there.",
+        "Each of these is a family of tests of its own, corrected apart from the table of effects: the same ratio can have "
+        "another p and another verdict there.",
     ]
     if any(row.get("without") for row in rows):
         lead.append(
@@ -217,7 +217,7 @@ def _factors(analysis: Analysis) -> Iterator[Section]:
     yield Section("factors", "Each optimization alone and together", lead, "factors", [table])
 
 
-def _measured(row: Mapping[str, Any]) -> str:
+def _measured(row: Effect) -> str:
     """How an effect of a factor was measured, in the words of the table."""
     if not row.get("part_of_all", True):
         beside = f", beside {', '.join(row['beside'])}" if row.get("beside") else ""

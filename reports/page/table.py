@@ -4,8 +4,7 @@ and what each of these stands for.
 
 import io
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +13,7 @@ from rich.text import Text
 from reports import text
 from reports.analysis import names
 from reports.analysis.compare import against_engines, throughput_rows
+from reports.analysis.types import Analysis, Effect
 from reports.page.overview import gate, name
 from reports.statistics.metrics import THROUGHPUT
 
@@ -27,7 +27,7 @@ COLORS = {
 }
 
 
-def print_table(analysis: Mapping[str, Any], console: Console | None = None) -> None:
+def print_table(analysis: Analysis, console: Console | None = None) -> None:
     """Print the answer, a row for each effect on the study's metric, the references, and the
     caveats.
     """
@@ -70,13 +70,13 @@ def print_table(analysis: Mapping[str, Any], console: Console | None = None) -> 
                     name(analysis, effect["cell"]),
                     _counters(analysis, effect["cell"], workload),
                 )
-        for effect, switch in switches.get(workload, []):
+        for added, switch in switches.get(workload, []):
             _add_row(
                 table,
                 analysis,
-                effect,
+                added,
                 switch,
-                _counters(analysis, effect["cell"], workload, effect["factor"]),
+                _counters(analysis, added["cell"], workload, added["factor"]),
             )
         pairs = [effect for _, effect in throughput_rows(analysis, analysis["comparisons"])]
         for effect in pairs if against_engines(analysis) else [*pairs, *analysis["references"]]:
@@ -89,12 +89,11 @@ def print_table(analysis: Mapping[str, Any], console: Console | None = None) -> 
     _print_notes(console, analysis)
 
 
-def _by_switch(analysis: Mapping[str, Any], workload: str) -> list[tuple[dict[str, Any], str]]:
-    """(effect, its name) of every switch alone and added last, of a study that has both; else
-    nothing.
+def _by_switch(analysis: Analysis, workload: str) -> list[tuple[Effect, str]]:
+    """(effect, its name) of every toggle alone and added last, in a study that measured both;
+    otherwise empty.
 
-    Such a study has a cell for each; their ratios to everything off say little of those from which
-    one switch was left out.
+    The ratio of `all-but-...` to everything off says little about the toggle that it leaves out.
     """
     rows = [
         row for row in analysis["factors"] if row["kind"] in WAYS and row["workload"] == workload
@@ -107,7 +106,7 @@ def _by_switch(analysis: Mapping[str, Any], workload: str) -> list[tuple[dict[st
         for row in rows
         if len({other["level"] for other in rows if other["factor"] == row["factor"]}) > 1
     }
-    found = []
+    found: list[tuple[Effect, str]] = []
     for row in sorted(
         rows, key=lambda row: (order.index(row["factor"]), str(row["level"]), row["kind"])
     ):
@@ -119,8 +118,8 @@ def _by_switch(analysis: Mapping[str, Any], workload: str) -> list[tuple[dict[st
 
 def _add_row(
     table: Table,
-    analysis: Mapping[str, Any],
-    effect: Mapping[str, Any],
+    analysis: Analysis,
+    effect: Effect,
     name: str,
     counters: str = "",
 ) -> None:
@@ -134,9 +133,7 @@ def _add_row(
     )
 
 
-def _counters(
-    analysis: Mapping[str, Any], cell: str, workload: str, factor: str | None = None
-) -> str:
+def _counters(analysis: Analysis, cell: str, workload: str, factor: str | None = None) -> str:
     """How often a factor ran and could have run, or the one factor that a cell has on; the report
     lists those of cells with several.
     """
@@ -154,7 +151,7 @@ def _counters(
     return f"{text.number(engaged)} / {text.number(opportunity)}"
 
 
-def _variance(analysis: Mapping[str, Any]) -> str:
+def _variance(analysis: Analysis) -> str:
     """Which variance the intervals rest on, with its degrees of freedom."""
     effects = [
         effect for effect in analysis["effects"] if effect["metric"] == analysis["metric"]["key"]
@@ -177,8 +174,8 @@ def _variance(analysis: Mapping[str, Any]) -> str:
 
 def _print_legend(
     console: Console,
-    analysis: Mapping[str, Any],
-    effects: Sequence[Mapping[str, Any]],
+    analysis: Analysis,
+    effects: Sequence[Effect],
     switches: bool,
 ) -> None:
     """What the names, the verdicts and the counters of the table stand for."""
@@ -191,11 +188,12 @@ def _print_legend(
             lines.append(
                 f"{name(analysis, cell)}: {name(analysis, start)} run a second time; what it shows is noise"
             )
+    lines += names.left_out_together(analysis)
     if switches:
         lines.append("alone: switched on over all off; added last: all on over all on without it")
     if any(text.verdict(effect) == "suggestive" for effect in effects):
         lines.append(
-            "suggestive: the interval excludes 1, but not significant after correction for several tests"
+            "suggestive: the interval excludes 1, but not significant once corrected for the number of tests"
         )
     lines.append(
         "gate: were the timed outputs right?  ran / chances: how often it ran / could have (most)"
@@ -204,7 +202,7 @@ def _print_legend(
         console.print(Text(line, style="dim"))
 
 
-def _print_notes(console: Console, analysis: Mapping[str, Any]) -> None:
+def _print_notes(console: Console, analysis: Analysis) -> None:
     notes: Sequence[str] = analysis["answer"]["caveats"]
     for note in notes:
         console.print(Text(f"! {note}", style="yellow"))

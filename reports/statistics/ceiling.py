@@ -123,7 +123,9 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Work:
-    """What a workload asks of any engine, counted in tokens, positions and pairs of positions."""
+    """The work that a workload requires of any engine, counted in tokens, positions and pairs of
+    positions.
+    """
 
     num_requests: int
     prompt_tokens: int

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,41 @@ BOOTSTRAP_RESAMPLES = 9_999
 _LARGEST_LOG = math.log(sys.float_info.max)
 
 Better = Literal["higher", "lower"]
-Effect = dict[str, Any]
+
+
+class Judged(TypedDict):
+    """An interval and a p-value; `judge` writes p_holm, corrected for its family, and the verdict.
+    None: too few blocks to tell.
+    """
+
+    low: float | None
+    high: float | None
+    p: float | None
+    p_holm: NotRequired[float | None]
+    verdict: NotRequired[str]
+
+
+class Estimate(Judged):
+    """One effect, as `estimate` describes it."""
+
+    n: int
+    ratio: float | None
+    boot_low: float | None
+    boot_high: float | None
+    sd_log: float | None
+    detectable: float | None
+    by_block: dict[str, float]
+    sd_used: NotRequired[float]
+    df: NotRequired[float]
+
+
+class _Moderated(TypedDict):
+    low: float
+    high: float
+    p: float
+    detectable: float
+    sd_used: float
+    df: float
 
 
 @dataclass(frozen=True)
@@ -56,6 +90,12 @@ class Rule:
     def band(self) -> tuple[float, float]:
         """Ratios that do not matter: symmetric on the log scale."""
         return 1 / (1 + self.smallest_effect), 1 + self.smallest_effect
+
+
+def measured_ratio(effect: Estimate) -> float:
+    """The ratio of an effect that was measured in at least one block."""
+    assert effect["ratio"] is not None
+    return effect["ratio"]
 
 
 def t_interval(
@@ -134,7 +174,7 @@ def estimate(
     name: str,
     prior: Prior | None = None,
     scale: float = 1.0,
-) -> Effect:
+) -> Estimate:
     """Estimate one effect from {block: log-ratio}; everything in it is a ratio (1.0: no effect)
     unless it says otherwise.
 
@@ -151,7 +191,7 @@ def estimate(
     blocks = sorted(log_ratios)
     samples = np.array([log_ratios[block] for block in blocks], dtype=np.float64)
     n = len(blocks)
-    effect: Effect = {
+    effect: Estimate = {
         "n": n,
         "ratio": math.exp(samples.mean()) if n else None,
         "low": None,
@@ -177,7 +217,7 @@ def estimate(
         "detectable": detectable(sd, n, rule.alpha, rule.power),
     }
     if prior is not None:
-        effect |= _moderated(samples, rule, prior, scale)
+        effect = {**effect, **_moderated(samples, rule, prior, scale)}
     if n >= MIN_BLOCKS_BOOTSTRAP:
         if (boot := bootstrap_interval(samples, rule.alpha, f"{rule.seed}/{name}")) is None:
             return effect
@@ -186,9 +226,7 @@ def estimate(
     return effect
 
 
-def _moderated(
-    samples: NDArray[np.float64], rule: Rule, prior: Prior, scale: float
-) -> dict[str, float]:
+def _moderated(samples: NDArray[np.float64], rule: Rule, prior: Prior, scale: float) -> _Moderated:
     """What a moderated variance changes of an effect."""
     n, mean, own = len(samples), float(samples.mean()), float(samples.var(ddof=1))
     variance, df = map(float, settle(own, n - 1, prior.df, scale * prior.variance))
@@ -203,10 +241,10 @@ def _moderated(
     }
 
 
-def judge(family: Sequence[Effect], rule: Rule, better: Better = "higher") -> None:
+def judge(family: Sequence[Judged], rule: Rule, better: Better = "higher") -> None:
     """Write `p_holm` and `verdict` into every effect of one family (effects judged together)."""
-    tested = [effect for effect in family if effect["p"] is not None]
-    for effect, p in zip(tested, holm([effect["p"] for effect in tested]), strict=True):
+    tested = [(effect, p) for effect in family if (p := effect["p"]) is not None]
+    for (effect, _), p in zip(tested, holm([p for _, p in tested]), strict=True):
         effect["p_holm"] = p
     for effect in family:
         effect.setdefault("p_holm", None)

@@ -19,7 +19,17 @@ import numpy as np
 import statsmodels.api as sm
 
 from experiments.study import designs
-from reports.statistics.intervals import Effect, Rule, ratio_of
+from reports.statistics.intervals import Judged, Rule, ratio_of
+
+
+class Column(Judged):
+    """The effect of one column of the design: a main effect (order 1) or a pair (order 2)."""
+
+    terms: list[str]
+    order: int
+    n: int
+    df: int
+    ratio: float
 
 
 def fit(
@@ -28,8 +38,9 @@ def fit(
     factors: Sequence[str],
     generators: Mapping[str, Sequence[str]],
     rule: Rule,
-) -> list[Effect]:
-    """One effect for each column of main effects and pairs; `judge` has still to give the verdicts.
+) -> list[Column]:
+    """Estimates one effect for each column of main effects and pairs; `judge` adds the verdicts
+    later.
 
     log_values: {cell: {block: log metric}}; runs: {cell: the factors that are on}. terms: the
     effects whose sum the column is, e.g. ["kernels*overlap", "-batching*cuda_graphs"]. [] where too
@@ -52,7 +63,7 @@ def fit(
     with np.errstate(all="ignore"):
         result = sm.OLS(np.array([value for _, _, value in rows]), design).fit()
         intervals, p_values = result.conf_int(rule.alpha), np.nan_to_num(result.pvalues, nan=1.0)
-    effects = []
+    effects: list[Column] = []
     for group in designs.alias_groups(factors, generators):
         effect = group[0][1]
         index, scale = len(blocks) + columns.index(effect), 2 ** len(effect)

@@ -33,7 +33,7 @@ class WithAToy(Optimizations):
         gpu_only={"large": "a large toy runs on a GPU"},
         by_triton=("large",),
         needs=(lambda on: on["prefix_cache"], "prefix_cache=True, which it reads"),
-        vllm=("enable_toy", lambda on: "small" if on else "off"),
+        vllm=("enable_toy", {True: "small", False: "off"}),
         engaged=lambda stats: stats.overlapped_steps,
         opportunity=lambda stats: stats.refills,
     )

@@ -93,7 +93,7 @@ def make_requests(
     ]
 
 
-def rows_of(requests: list[Request], positions: list[int], foreign: bool = False) -> Rows:
+def rows_of(requests: list[Request], positions: list[int], unknown_noise: bool = False) -> Rows:
     columns = {
         "temperature": torch.float32,
         "top_k": torch.int64,
@@ -106,7 +106,7 @@ def rows_of(requests: list[Request], positions: list[int], foreign: bool = False
             for name, dtype in columns.items()
         },
         position=torch.tensor(positions),
-        foreign=torch.full((len(positions),), foreign),
+        unknown_noise=torch.full((len(positions),), unknown_noise),
     )
 
 
@@ -151,7 +151,7 @@ def generate(
     *,
     batch_size: int = 8,
     break_it: Callable[[Any], None] | None = None,
-    foreign: bool = False,
+    unknown_noise: bool = False,
 ) -> tuple[list[list[int]], list[list[float]]]:
     """An engine made of HF and its KV cache: (tokens, log-probabilities), in batches of prompts of
     one length.
@@ -159,7 +159,7 @@ def generate(
     model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=DTYPE[dtype]).eval()
     if break_it is not None:
         break_it(model)
-    generator = torch.Generator().manual_seed(1) if foreign else None
+    generator = torch.Generator().manual_seed(1) if unknown_noise else None
     outputs: list[list[int]] = [[] for _ in requests]
     logprobs: list[list[float]] = [[] for _ in requests]
     lengths = [len(request["prompt_token_ids"]) for request in requests]
@@ -182,9 +182,14 @@ def generate(
 
 
 def judged(
-    rescorer: Rescorer, requests: list[Request], outputs: list[list[int]], foreign: bool = False
+    rescorer: Rescorer,
+    requests: list[Request],
+    outputs: list[list[int]],
+    unknown_noise: bool = False,
 ) -> GateResult:
-    return judge(rescorer.score(requests, outputs, foreign=foreign), rescorer.dtype, PARAMS)
+    return judge(
+        rescorer.score(requests, outputs, unknown_noise=unknown_noise), rescorer.dtype, PARAMS
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -267,47 +272,48 @@ def test_another_generator_is_judged_by_its_distribution(
     tiny: Path, rescorers: Any, dtype: str, sampling: dict[str, float]
 ) -> None:
     requests = make_requests(sampling, each=24)
-    outputs, _ = generate(tiny, dtype, requests, batch_size=16, foreign=True)
+    outputs, _ = generate(tiny, dtype, requests, batch_size=16, unknown_noise=True)
     # they are not our generator's
     assert judged(rescorers(dtype), requests, outputs).status == "fail"
-    result = judged(rescorers(dtype), requests, outputs, foreign=True)
+    result = judged(rescorers(dtype), requests, outputs, unknown_noise=True)
     assert result.passed, result.reason
     assert result.calibration["distribution"]["tokens"] >= 0.95 * 24 * 24
     hotter = [request | {"temperature": request["temperature"] * 1.33} for request in requests]
-    assert judged(rescorers(dtype), hotter, outputs, foreign=True).status == "fail"
+    assert judged(rescorers(dtype), hotter, outputs, unknown_noise=True).status == "fail"
 
 
 def test_one_wrong_request_among_many_is_incredible(tiny: Path, rescorers: Any) -> None:
     """Ville's bound looks at each request alone, where the z-test looks at all tokens."""
     requests = make_requests(SAMPLED, each=32)
-    outputs, _ = generate(tiny, "float32", requests, batch_size=16, foreign=True)
+    outputs, _ = generate(tiny, "float32", requests, batch_size=16, unknown_noise=True)
     rng = random.Random(1)
     outputs[7] = [rng.randrange(2048) for _ in range(24)]
-    result = judged(rescorers("float32"), requests, outputs, foreign=True)
+    result = judged(rescorers("float32"), requests, outputs, unknown_noise=True)
     assert "request 7: its tokens are too unlikely" in str(result.reason)
 
 
 def test_a_garbled_end_of_one_answer_is_incredible(tiny: Path, rescorers: Any) -> None:
     """However credible what came before it was."""
     requests = [request | {"max_tokens": 150} for request in make_requests(SAMPLED, each=16)]
-    outputs, _ = generate(tiny, "float32", requests, batch_size=16, foreign=True)
-    assert judged(rescorers("float32"), requests, outputs, foreign=True).passed
+    outputs, _ = generate(tiny, "float32", requests, batch_size=16, unknown_noise=True)
+    assert judged(rescorers("float32"), requests, outputs, unknown_noise=True).passed
     outputs[7][-12:] = random.Random(0).sample(range(2000), 12)
-    result = judged(rescorers("float32"), requests, outputs, foreign=True)
+    result = judged(rescorers("float32"), requests, outputs, unknown_noise=True)
     assert "request 7: its tokens are too unlikely" in str(result.reason)
 
 
 @pytest.mark.parametrize(
-    ("sampling", "foreign"), [(GREEDY, False), (SAMPLED, False), (SAMPLED, True)]
+    ("sampling", "unknown_noise"), [(GREEDY, False), (SAMPLED, False), (SAMPLED, True)]
 )
 def test_permuted_outputs_fail(
-    tiny: Path, rescorers: Any, sampling: dict[str, float], foreign: bool
+    tiny: Path, rescorers: Any, sampling: dict[str, float], unknown_noise: bool
 ) -> None:
     requests = make_requests(sampling, each=4)
-    outputs, _ = generate(tiny, "bfloat16", requests, foreign=foreign)
-    assert judged(rescorers("bfloat16"), requests, outputs, foreign).passed
+    outputs, _ = generate(tiny, "bfloat16", requests, unknown_noise=unknown_noise)
+    assert judged(rescorers("bfloat16"), requests, outputs, unknown_noise).passed
     assert (
-        judged(rescorers("bfloat16"), requests, outputs[1:] + outputs[:1], foreign).status == "fail"
+        judged(rescorers("bfloat16"), requests, outputs[1:] + outputs[:1], unknown_noise).status
+        == "fail"
     )
 
 
@@ -444,7 +450,7 @@ def test_margin_at_the_edges_of_top_k_and_top_p() -> None:
         rows = rows_of(
             [{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0} | parameters],
             [0],
-            foreign=True,
+            unknown_noise=True,
         )
         return float(score_rows(logits, logits.float(), rows, torch.tensor([token])).margin)
 
@@ -518,8 +524,8 @@ def test_a_few_candidates_tell_what_the_whole_vocabulary_tells(
     assert 0.2 < float((~ours.agrees).double().mean()) < 0.4
 
 
-@pytest.mark.parametrize("foreign", [False, True])
-def test_what_is_kept_is_what_a_sort_of_tokens_keeps(foreign: bool) -> None:
+@pytest.mark.parametrize("unknown_noise", [False, True])
+def test_what_is_kept_is_what_a_sort_of_tokens_keeps(unknown_noise: bool) -> None:
     parameters = (
         {"top_k": 5},
         {"top_p": 0.5},
@@ -534,13 +540,13 @@ def test_what_is_kept_is_what_a_sort_of_tokens_keeps(foreign: bool) -> None:
     assert least is not None
     keep = scaled >= least[0]
     assert torch.equal(keep, kept(scaled, rows))
-    rows = dataclasses.replace(rows, foreign=torch.full((300,), foreign))
+    rows = dataclasses.replace(rows, unknown_noise=torch.full((300,), unknown_noise))
     scores = score_rows(logits, hf_logits, rows, tokens)
     expected = (truncate(scaled, scaled, rows) + rows.noise(500)).argmax(-1)
     assert torch.equal(scores.best[:, 0], expected)
     own = keep.gather(1, tokens[:, None])[:, 0]
-    assert torch.equal(scores.agrees, own if foreign else expected == tokens)
-    if foreign:
+    assert torch.equal(scores.agrees, own if unknown_noise else expected == tokens)
+    if unknown_noise:
         logs = scaled.masked_fill(~keep, -torch.inf).log_softmax(-1)
         p, logs_or_0 = logs.exp(), logs.masked_fill(~keep, 0.0)
         torch.testing.assert_close(scores.entropy, -(p * logs_or_0).sum(-1), rtol=0, atol=1e-12)
@@ -623,7 +629,7 @@ def synthetic_scores(
     flags = {
         "agrees": ~differs,
         "hf_agrees": torch.rand(n) >= hf_differing,
-        "foreign": torch.zeros(n, dtype=torch.bool),
+        "unknown_noise": torch.zeros(n, dtype=torch.bool),
     }
     measured = {"margin": differs * margin, "error": torch.linspace(0, 1, n, dtype=torch.float64)}
     return Scores(**columns | top | flags | measured).split([tokens] * requests)

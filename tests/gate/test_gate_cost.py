@@ -58,12 +58,12 @@ def generate(model: Path, dtype: str, requests: list[Any]) -> list[list[int]]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("sampling", SAMPLING)
-@pytest.mark.parametrize("foreign", [False, True])
+@pytest.mark.parametrize("unknown_noise", [False, True])
 @torch.inference_mode()
 def test_the_gate_costs_little_more_than_its_forwards(
-    tiny: Path, dtype: str, sampling: str, foreign: bool, capsys: pytest.CaptureFixture[str]
+    tiny: Path, dtype: str, sampling: str, unknown_noise: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if foreign and sampling == "greedy":
+    if unknown_noise and sampling == "greedy":
         pytest.skip("a greedy token has no generator")
     work = workloads.build("cost", "random", {"num_requests": 24, **SAMPLING[sampling]})
     requests = [request for wave in work["waves"] for request in wave]
@@ -86,7 +86,7 @@ def test_the_gate_costs_little_more_than_its_forwards(
 
     def gate() -> None:
         rescorer._known.clear()
-        rescorer.score(requests, outputs, foreign=foreign)
+        rescorer.score(requests, outputs, unknown_noise=unknown_noise)
 
     forwards(), gate()
     ratios = []
@@ -96,7 +96,7 @@ def test_the_gate_costs_little_more_than_its_forwards(
         ratios.append(b / a if pair % 2 else a / b)
     ratio = statistics.median(ratios)
     with capsys.disabled():
-        generator = "foreign" if foreign else "our generator"
+        generator = "another generator" if unknown_noise else "our generator"
         print(
             f"\n{dtype}, {sampling}, {generator}: {ratio:.2f} times two forwards ({min(ratios):.2f} to {max(ratios):.2f})"
         )

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from experiments import workloads
+from experiments.records.reading import read_records
 from experiments.records.store import RecordError
 from experiments.study import designs
 from experiments.study.designs import choose_generators
 from reports.analysis.analyse import ALL_WORKLOADS, analyse
-from reports.analysis.study_records import read_records
+from reports.analysis.names import left_out_together
 from reports.page.render import render
 from reports.page.sections import results
 from reports.statistics import ceiling
@@ -271,6 +272,9 @@ def test_a_factor_that_another_needs_is_compared_without_both() -> None:
         "no part of everything on: on top of it"
     )
     assert lattice.company(("base", "on")) == {("other", "on")}
+    assert left_out_together({"baseline": "baseline", "cells": cells}) == [
+        "all-but-base switches deep off as well: deep needs base."
+    ]
 
 
 def test_the_table_of_factors_says_in_what_company_each_was_measured() -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from experiments.records.store import RecordError
 from reports.__main__ import LINES, app, write_claims, write_questions
-from reports.analysis.study_records import RecordError
 from reports.claims import claims, questions
 from reports.claims import published_studies as shelf
 from reports.claims.publish import publish

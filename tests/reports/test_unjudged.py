@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from experiments.records.store import read_for_report
 from reports.__main__ import app
 from reports.analysis.analyse import analyse, ratios
-from reports.analysis.study_records import read_folder
 from reports.claims.measurements import scaling
 from reports.claims.publish import publish
 from reports.claims.published_studies import PUBLISHED, Library, library
@@ -28,7 +28,7 @@ def without_verdicts(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def test_every_launch_is_shown_and_none_counts() -> None:
-    plan, file = read_folder(FOLDER)
+    plan, file = read_for_report(FOLDER)
     analysis = analyse(file.records, plan)
     assert analysis["counts"]["counted_launches"] == 0
     assert all(effect["ratio"] is None for effect in analysis["effects"])
@@ -48,7 +48,7 @@ def test_every_launch_is_shown_and_none_counts() -> None:
 
 
 def test_its_head_says_what_ran_and_that_nothing_was_judged(tmp_path: Path) -> None:
-    plan, file = read_folder(FOLDER)
+    plan, file = read_for_report(FOLDER)
     analysis = analyse(file.records, plan)
     head = render(plan, file.records, analysis, tmp_path)[0].read_text().split("## Evidence")[0]
     for line in (
@@ -77,7 +77,7 @@ def test_published_it_says_that_no_gate_judged_it(tmp_path: Path) -> None:
 
 
 def test_one_verdict_ends_the_exception() -> None:
-    plan, file = read_folder(FOLDER)
+    plan, file = read_for_report(FOLDER)
     launch = next(record for record in file.records if record["kind"] == "launch")
     verdict = {
         "kind": "gate",
@@ -88,21 +88,21 @@ def test_one_verdict_ends_the_exception() -> None:
         "status": "fail",
         "reason": "wrong",
     }
-    gated = next(record for record in read_folder(TWO)[1].records if record["kind"] == "gate")
+    gated = next(record for record in read_for_report(TWO)[1].records if record["kind"] == "gate")
     analysis = analyse([*file.records, gated | verdict], plan)
     assert analysis["unjudged"] == []
     assert analysis["answer"]["sentence"].startswith("No answer")
 
 
 def test_a_model_that_can_be_judged_is_never_shown_so() -> None:
-    plan, file = read_folder(TWO)
+    plan, file = read_for_report(TWO)
     analysis = analyse(without_verdicts(file.records), plan)
     assert analysis["counts"]["counted_launches"] == 0
     assert analysis["unjudged"] == []
 
 
 def test_a_ratio_asked_for_afterwards_is_that_of_the_report() -> None:
-    plan, file = read_folder(TWO)
+    plan, file = read_for_report(TWO)
     effects = {
         e["workload"]: e
         for e in analyse(file.records, plan)["effects"]

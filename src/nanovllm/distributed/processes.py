@@ -103,7 +103,7 @@ class Child:
         return message[len(word) :]
 
     def failure(self) -> str:
-        """What is known about its failure."""
+        """What is known about the failure of the process."""
         if self.said:
             return f"{self.title} failed:\n{self.said}"
         status = self.process.poll()

@@ -51,7 +51,7 @@ class BlockManager:
         """
 
     def forget_prefixes(self) -> None:
-        """Forgets cached prefixes that no request uses. There are none here."""
+        """Forgets cached prefixes that no request uses. Without the prefix cache there are none."""
 
     def _take(self) -> int:
         return self.blank.pop()

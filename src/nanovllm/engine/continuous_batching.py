@@ -38,9 +38,9 @@ class ContinuousScheduler(Scheduler):
         self.found_full = (0, 0)
 
     def _admit(self, plan: StepPlan) -> None:
-        """Oldest first, while rows, blocks, the forecast and the token budget of the next step
-        allow. A request whose prefix is being computed by another request waits until that prefix
-        is cached.
+        """Admits waiting requests, oldest first, as long as there are rows and blocks,
+        admission.py predicts that they fit, and the next step has token budget left. A request
+        whose prefix is being computed by another request waits until that prefix is cached.
         """
         running = [*self.prefilling.values(), *self.decoding.values()]
         if not self.waiting or (len(running), len(self.waiting)) == self.found_full:
@@ -82,8 +82,8 @@ class ContinuousScheduler(Scheduler):
             self.waiting.move_to_end(seq.request_id, last=False)
 
     def _room_for_some(self, running: list[Sequence]) -> bool:
-        """Whether all waiting requests can join, or enough of them to be worth a step that cannot
-        be replayed.
+        """Whether it is worth admitting now although the step then cannot be replayed from a CUDA
+        graph: all waiting requests can join, or enough of them.
         """
         enough = max(1, len(running) // GATHERED) if self.config.optimizations.cuda_graphs else 1
         first = list(islice(self.waiting.values(), enough))

@@ -48,7 +48,7 @@ class EngineDeadError(RuntimeError):
 
 
 def one_at_a_time(method: Method) -> Method:
-    """Serializes calls from several threads: a step belongs to one of them."""
+    """Serializes calls from several threads: only one of them runs a step at a time."""
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -263,7 +263,7 @@ class LLMEngine:
     # -- evidence ----------------------------------------------------------------------------------
 
     def resolved_config(self) -> dict[str, Any]:
-        """What runs, JSON-able, for records."""
+        """The configuration that runs, as JSON-able values for records."""
         return dataclasses.asdict(self.config)
 
     def stats(self) -> dict[str, int]:

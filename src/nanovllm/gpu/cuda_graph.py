@@ -72,8 +72,8 @@ def buckets_for(max_num_seqs: int) -> list[int]:
 
 
 def halves(plan: StepPlan) -> tuple[StepPlan, StepPlan]:
-    """The decodes and the prefills of a mixed step, each as a step of its own, in this order. The
-    first brings all changes of rows and blocks.
+    """Splits a mixed step into a step of its decodes and a step of its prefills, in this order.
+    The first carries all changes of rows and blocks.
     """
     n = plan.num_decodes
     decodes = replace(
@@ -242,8 +242,8 @@ class GraphRunner(GpuRunner):
         return {variant: self._capture(variant, pool, stream) for variant in self.variants}
 
     def _second_read_is_cheap(self) -> bool:
-        """Whether a mixed step of few prefill tokens is faster as two replays: the same for all
-        ranks, as each half has sums of its own over them.
+        """Whether a mixed step with few prefill tokens is faster as two replays. All ranks must
+        decide alike, because each half has all-reduces of its own.
         """
         # with other backends no prefill is captured
         if self.device.type != "cuda" or self.config.optimizations.attention_backend != "triton":

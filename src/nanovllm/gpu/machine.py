@@ -183,8 +183,8 @@ def _what_is_missing(error: Exception) -> str:
 
 
 def _without_triton_where_it_cannot_run(asked: Optimizations) -> Optimizations:
-    """Where Triton cannot run: raises ValueError if it was asked for; replaces 'auto' by torch's
-    operations, with a warning.
+    """Handles a machine where Triton cannot run: raises ValueError if Triton was asked for
+    explicitly; replaces 'auto' by PyTorch operations, with a warning.
     """
     by_triton = {name: row for name, row in toggles_of(asked).items() if row.by_triton}
     levels = {name: getattr(asked, name) for name in by_triton}
@@ -258,7 +258,7 @@ def tell(line: str) -> None:
 
 
 def describe(config: Any, where: str) -> str:
-    """What was chosen, in one line. config: a ResolvedConfig."""
+    """One line that says what was chosen. config: a ResolvedConfig."""
     named, switched_on, switched_off = [], [], []
     for name, row in toggles_of(config.optimizations).items():
         level = getattr(config.optimizations, name)

@@ -8,7 +8,9 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class ForwardBatch:
-    """Entries of a step, decodes (one query token each) first. Their query tokens are concatenated."""
+    """The entries of a step; decodes, which have one query token each, come first. The query
+    tokens of all entries are concatenated.
+    """
 
     token_ids: Tensor  # [tokens] int64
     positions: Tensor  # [tokens] int64, in their sequence

@@ -131,8 +131,8 @@ class FlashAttention:
         )
 
     def prepare(self, batch: ForwardBatch) -> None:
-        """Once per step: offsets in the library's type. Decodes and prefills are two calls, each
-        with tiles of its own shape.
+        """Computes offsets in the type that the library expects, once per step. Decodes and
+        prefills are separate calls, each with its own tile shapes.
         """
         prepared = batch.attention = _Prepared()
         n = batch.num_decodes

@@ -9,8 +9,8 @@ The operations are those of kernels/. A model owns the projections and the norms
 
 from collections import Counter
 from importlib import import_module
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nanovllm.config import Optimizations
@@ -30,17 +30,28 @@ _BACKENDS = {
 class Attention:
     """The attention of a model, one object for all its layers. `prepare` once a step, then a call per layer.
 
-    optimizations.attention_backend chooses who attends; each call of attend adds one to calls[level]. geometry:
-    num_kv_heads, block_size, head_dim and dtype of this rank's cache. Raises ImportError where the backend's library
+    optimizations.attention_backend chooses who attends; each call of attend adds one to calls[level]. The
+    other arguments describe this rank's KV cache. Raises ImportError where the backend's library
     is missing, ValueError for a geometry that it does not compute.
     """
 
-    def __init__(self, optimizations: Optimizations, calls: Counter[str], **geometry: Any) -> None:
+    def __init__(
+        self,
+        optimizations: Optimizations,
+        calls: Counter[str],
+        *,
+        num_kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+    ) -> None:
         level = optimizations.attention_backend
         module, name = _BACKENDS[level]
-        if optimizations.cascade_attention:
-            geometry["cascade"] = calls  # the backend counts the prefixes that it reads once
-        backend = getattr(import_module(module), name)(**geometry)
+        # a backend that reads shared prefixes once counts them
+        shared = {"cascade": calls} if optimizations.cascade_attention else {}
+        backend = getattr(import_module(module), name)(
+            num_kv_heads, block_size, head_dim, dtype, **shared
+        )
         self.prepare = backend.prepare
         self.attend = counted(backend.attend, level, calls)
 

@@ -19,8 +19,8 @@ class Toggle:
     best: what 'auto' becomes on a device; the baseline where the device is not named.
     gpu_only: a level -> why it runs on a GPU alone.
     by_triton: levels that need Triton to work.
-    needs: (what the other levels must be for this one to leave its baseline in an engine, how an error says it).
-    vllm: (the argument of vLLM's that sets it, that argument's value -> level).
+    needs: (whether the other levels allow this one to leave its baseline in an engine, what they must be in words).
+    vllm: (vLLM's argument for it, {that argument's value: our level}). A value that is not listed is the level.
     engaged: how often something happened that only happens above the baseline.
     opportunity: how often it could have helped; None where `engaged` says it all.
     """
@@ -31,12 +31,12 @@ class Toggle:
     gpu_only: Mapping[Any, str] = field(default_factory=dict)
     by_triton: tuple[Any, ...] = ()
     needs: tuple[Callable[[Mapping[str, Any]], bool], str] | None = None
-    vllm: tuple[str, Callable[[Any], Any]] | None = None
+    vllm: tuple[str, Mapping[Any, Any]] | None = None
     engaged: Callable[[StepStats], int]
     opportunity: Callable[[StepStats], int] | None = None
 
     def refuses(self, level: Any) -> str:
-        """What a level must be, where the given one is not that; else ""."""
+        """What a level must be, if the given one is not allowed; else an empty string."""
         if type(self.levels[0]) is int:
             fits = type(level) is int and 1 <= level <= 1024
             return "" if fits else "a whole number of processes, 1 to 1024"

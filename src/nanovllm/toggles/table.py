@@ -50,7 +50,7 @@ class Optimizations:
         True,
         title="prefix cache",
         best={"cpu": True, "cuda": True},
-        vllm=("enable_prefix_caching", lambda on: on),
+        vllm=("enable_prefix_caching", {}),
         engaged=lambda stats: stats.admissions if stats.prefix_lookup_tokens else 0,
         opportunity=lambda stats: stats.prefix_hit_tokens,
     )
@@ -68,7 +68,7 @@ class Optimizations:
             "attention_backend='triton', which computes it; prefix_cache=True, without which no two requests share a "
             "block; and cuda_graphs=True, as steps that share prefixes are captured",
         ),
-        vllm=("disable_cascade_attn", lambda off: False if off else "auto"),
+        vllm=("disable_cascade_attn", {True: False, False: "auto"}),
         engaged=lambda stats: stats.attention_calls["cascade"],
         opportunity=lambda stats: stats.attention_calls["shared"],
     )
@@ -78,7 +78,7 @@ class Optimizations:
         "chunked",
         title="batching",
         best={"cpu": "chunked", "cuda": "chunked"},
-        vllm=("enable_chunked_prefill", lambda on: "chunked" if on else "continuous"),
+        vllm=("enable_chunked_prefill", {True: "chunked", False: "continuous"}),
         engaged=lambda stats: stats.policy_steps["continuous"] + stats.policy_steps["chunked"],
         opportunity=lambda stats: (
             stats.mixed_steps if stats.policy_steps["chunked"] else stats.refills
@@ -90,7 +90,7 @@ class Optimizations:
         title="CUDA graphs",
         best={"cuda": True},
         gpu_only={True: "a CUDA graph is captured on a GPU"},
-        vllm=("enforce_eager", lambda on: False if on else "auto"),
+        vllm=("enforce_eager", {True: False, False: "auto"}),
         engaged=lambda stats: stats.graph_replays,
     )
     overlap: bool | Literal["auto"] = toggle(
@@ -98,7 +98,7 @@ class Optimizations:
         True,
         title="overlap",
         best={"cuda": True},
-        vllm=("async_scheduling", lambda on: on),
+        vllm=("async_scheduling", {}),
         engaged=lambda stats: stats.overlapped_steps,
     )
     tensor_parallel_size: int = toggle(
@@ -106,7 +106,7 @@ class Optimizations:
         2,
         4,
         8,
-        vllm=("tensor_parallel_size", lambda degree: degree),
+        vllm=("tensor_parallel_size", {}),
         engaged=lambda stats: sum(stats.all_reduces.values()),
     )
     all_reduce: str = toggle(
@@ -128,7 +128,7 @@ class Optimizations:
             lambda on: False,
             "LLM.generate, which shares requests out to replicas: an engine that is stepped is one of them",
         ),
-        vllm=("data_parallel_size", lambda degree: degree),
+        vllm=("data_parallel_size", {}),
         engaged=lambda stats: 0,  # of one replica; distributed/data_parallel.py counts over all
     )
 

@@ -3,15 +3,15 @@ another name.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from nanovllm.toggles.row import Toggle, toggles_of
 from nanovllm.toggles.table import ALL
 
 
-def switches(toggles: Mapping[str, Toggle]) -> dict[str, tuple[str, Callable[[Any], Any]]]:
-    """vLLM's name -> (ours, vLLM's value -> our level)."""
+def switches(toggles: Mapping[str, Toggle]) -> dict[str, tuple[str, Mapping[Any, Any]]]:
+    """{vLLM's name: (our name, {vLLM's value: our level})}; a value that is not listed is the level."""
     return {row.vllm[0]: (name, row.vllm[1]) for name, row in toggles.items() if row.vllm}
 
 
@@ -41,10 +41,10 @@ def translate(kwargs: dict[str, Any], own: Collection[str]) -> dict[str, Any]:
         )
     changes = {}
     for name, value in given.items():
-        ours, level_of = SWITCHES[name]
+        ours, levels = SWITCHES[name]
         is_count = type(TOGGLES[ours].levels[0]) is int
         if not is_count and type(value) is not bool:
             raise ValueError(f"{name}={value!r} is not allowed; it must be True, False or None")
-        changes[ours] = level_of(value)
+        changes[ours] = levels.get(value, value)
     others = {name: value for name, value in kwargs.items() if name in own}
     return {**others, "optimizations": dataclasses.replace(ALL, **changes)}

@@ -83,8 +83,8 @@ def cut_kernel(
     SHARED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Where each program's piece begins, one program per program of the decode kernel; number 0
-    also writes the totals.
+    """Computes where each program's piece begins; runs as many programs as the decode kernel, and
+    program 0 also writes the totals.
     """
     program = tl.program_id(0)
     entries = tl.arange(0, BLOCK)
