@@ -22,7 +22,7 @@ from experiments.checking.jobs import Scope
 from experiments.cluster.dispatch import WorkerError
 from experiments.cluster.executor import EXECUTORS, Options
 from experiments.engines import ENGINES
-from experiments.host import model_files, provenance
+from experiments.host import environment, model_files, provenance
 from experiments.host.model_files import ModelError, download
 from experiments.records import merged_folders, store
 from experiments.records.store import RecordError
@@ -50,8 +50,9 @@ app = typer.Typer(
     help="Measure what each optimization buys.",
 )
 console = Console()
+ABLATE = "make ablate" if environment.IN_REPOSITORY else "nanovllm ablate"
 Act = Callable[[Plan, Path, Options, Console], bool]
-OWN_VLLM = provenance.ROOT / ".venv-vllm" / "bin" / "python"
+OWN_VLLM = environment.WORKPLACE / ".venv-vllm" / "bin" / "python"
 KNOWN_ERRORS = (
     SpecError,
     ModelError,
@@ -487,17 +488,28 @@ def check_interpreters(plan: Plan, pythons: dict[str, str]) -> None:
             fail(
                 f"--python {engine}={python}: no such program; give an interpreter that has {engine} installed"
             )
-        probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({engine.split('.')[0]!r}) is None)"
-        if engine in ENGINES and subprocess.run([python, "-c", probe], check=False).returncode:
+        # a clone puts its own engine on the path of every interpreter; a wheel has nothing to put there
+        if not environment.IN_REPOSITORY and not _has(python, "nanovllm"):
+            fail(
+                f"{python} has no nanovllm, which its launches need: install it there too, `{python} -m pip install --no-deps` "
+                "and what was installed here"
+            )
+        if engine in ENGINES and not _has(python, engine.split(".")[0]):
             fail(
                 f"{python} has no {engine}: run `make compare-vllm`, which installs vLLM, or name an interpreter that has it "
                 "with VLLM_PYTHON=PATH (--python vllm=PATH)"
             )
 
 
+def _has(python: str, module: str) -> bool:
+    """Whether an interpreter can import a module of this name."""
+    probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    return subprocess.run([python, "-c", probe], check=False).returncode == 0
+
+
 def latest(folder: Path | None) -> Path:
     if folder is None and not execution.executions():
-        raise ExecutionError("runs/ holds no execution yet; run `make ablate` first")
+        raise ExecutionError(f"runs/ holds no execution yet; run `{ABLATE}` first")
     return folder or execution.executions()[-1]
 
 
@@ -516,8 +528,12 @@ def fail(message: str) -> NoReturn:
     raise typer.Exit(2)
 
 
-if __name__ == "__main__":
+def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that knows no … must not end a study
     app()
+
+
+if __name__ == "__main__":
+    main()

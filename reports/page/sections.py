@@ -202,8 +202,8 @@ def _factors(analysis: Analysis) -> Iterator[Section]:
         f"Alone: switched on, compared with {name(analysis, analysis['baseline'])}. Added last: all on over all on without it. "
         "On average: over all settings of the other factors. Shapley's share: the mean over all orders in which the factors "
         "can be switched on; the shares multiply to the whole effect.",
-        "Each of these is a family of tests of its own, corrected apart from the table of effects: the same ratio can have another p "
-        "and another verdict there.",
+        "Each of these is a family of tests of its own, corrected apart from the table of effects: the same ratio can have another "
+        "p and another verdict there.",
     ]
     if any(row.get("without") for row in rows):
         lead.append(
