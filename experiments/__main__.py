@@ -208,7 +208,7 @@ def compare(
     python: PythonOption = None,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Compare nanovllm with another engine on the same checkpoint and the same work.
+    """Compare nanovllm with another engine on the same model and the same work.
 
     The launches of both engines are interleaved, and the outputs of both go through the gate.
     """

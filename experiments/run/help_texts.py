@@ -21,13 +21,13 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "run": (
         ("run --study conversation", "any study, by name or path"),
         (
-            "run --study gpu-latency --profile h200 --dry-run --write-plan plan.json",
+            "run --study embedded --dry-run --write-plan plan.json",
             "a plan for another machine",
         ),
     ),
     "compare": (
         ("compare --with hf", "HF transformers, in this environment"),
-        ("compare --with vllm --python vllm=.venv-vllm/bin/python", "vLLM, in its own"),
+        ("compare --with vllm --python vllm=~/vllm/bin/python", "vLLM, in an environment of its own"),
     ),
     "check": (
         ("check", "pairs of optimizations and HF, on the model tiny"),
