@@ -27,7 +27,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "compare": (
         ("compare --with hf", "HF transformers, in this environment"),
-        ("compare --with vllm --python vllm=~/vllm/bin/python", "vLLM, in an environment of its own"),
+        (
+            "compare --with vllm --python vllm=~/vllm/bin/python",
+            "vLLM, in an environment of its own",
+        ),
     ),
     "check": (
         ("check", "pairs of optimizations and HF, on the model tiny"),

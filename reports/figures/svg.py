@@ -14,19 +14,8 @@ from html import escape
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-# name: (light, dark). The verdicts differ in lightness as well as in hue, and are always written
-# out beside the colour.
-PALETTE = {
-    "paper": ("#fdfcf9", "#15181b"),
-    "ink": ("#1e2227", "#e7e4dd"),
-    "muted": ("#69707a", "#9ba3ac"),
-    "rule": ("#dfdcd4", "#30363c"),
-    "band": ("#ece8de", "#262c31"),
-    "faster": ("#0d766c", "#4fc4b5"),
-    "slower": ("#b4500b", "#f0a25c"),
-    "equivalent": ("#4a5462", "#aab4bf"),
-    "inconclusive": ("#6f619a", "#b7a9dc"),
-}
+from experiments.look import PALETTE
+
 LIGHT = {name: light for name, (light, _) in PALETTE.items()}
 
 STYLE = {

@@ -58,6 +58,8 @@ def test_the_wheel_adds_two_names_and_leaves_out_what_is_published(installed: Pa
     assert "nanovllm_lab/ablations/studies/embedded.yaml" in files
     assert "nanovllm_lab/experiments/study/profiles/cpu.yaml" in files
     assert "nanovllm_lab/reports/templates/report.html.j2" in files
+    assert "nanovllm_lab/experiments/look/style.css" in files
+    assert "nanovllm_lab/experiments/checking/check.html.j2" in files
     assert "nanovllm/models/merges.txt" in files
     assert not [name for name in files if "/published/" in name]
 

@@ -17,13 +17,14 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from experiments.look import escape_markdown
 from experiments.records.store import plan_hash
 from nanovllm.models.checkpoint import DIGESTS
 from reports.__main__ import app
 from reports.analysis.analyse import analyse
 from reports.page.evidence import reproduce_command
 from reports.page.overview import overview
-from reports.page.render import escape_markdown, print_table, render
+from reports.page.render import print_table, render
 from tests.support.synthetic import cell_of, factorial, make_plan, make_records, one_at_a_time
 
 SPEEDUPS = {"prefix_cache": 1.0, "batching": 2.5, "tensor_parallel_size": 0.7, "hf": 0.8}
