@@ -64,6 +64,7 @@ def test_the_wheel_adds_two_names_and_leaves_out_what_is_published(installed: Pa
     assert not [name for name in files if "/published/" in name]
 
 
+@pytest.mark.slow
 def test_studies_are_listed_and_planned_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     listed = nanovllm(installed, tmp_path / "list", "list", "--profile", "h200")
     assert "embedded" in listed
