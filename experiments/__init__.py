@@ -1,8 +1,8 @@
 """The laboratory: runs studies described in YAML and records what they measure.
 
-It is not installed. It measures the engine in the src/ folder next to it, even if the interpreter
-has another nanovllm installed. Its packages from top to bottom; each imports only from those below
-it (checked by import-linter):
+In a clone it measures the engine in the src/ folder next to it, even if the interpreter has another
+nanovllm installed; in an installed wheel, the engine of that wheel (docs/adr/0013). Its packages
+from top to bottom; each imports only from those below it (checked by import-linter):
 
     __main__     the command line: ablate, compare, check, report, import, list, validate
     checking/    `make check`: every pair of optimization levels, HF and vLLM through the gate
@@ -15,6 +15,7 @@ it (checked by import-linter):
     host/        the machine: telemetry, provenance, locks, environment of subprocesses
     workloads    the requests that every engine serves
     records/     plans and records: their types, and append-only JSON lines
+    look/        what all pages share: colours, style sheet, escaping
     equivalence  the former name of `python -m experiments.gate`
 """
 
@@ -22,5 +23,5 @@ import sys
 from pathlib import Path
 
 _ENGINE = str(Path(__file__).resolve().parent.parent / "src")
-if _ENGINE not in sys.path:
+if Path(_ENGINE).is_dir() and _ENGINE not in sys.path:
     sys.path.insert(0, _ENGINE)

@@ -22,13 +22,14 @@ from experiments.checking.jobs import Scope
 from experiments.cluster.dispatch import WorkerError
 from experiments.cluster.executor import EXECUTORS, Options
 from experiments.engines import ENGINES
-from experiments.host import model_files, provenance
+from experiments.host import environment, model_files, provenance
 from experiments.host.model_files import ModelError, download
 from experiments.records import merged_folders, store
 from experiments.records.store import RecordError
 from experiments.records.types import Plan, PlannedProfile
 from experiments.run import execution
 from experiments.run.execution import ExecutionError, say
+from experiments.run.help_texts import epilog
 from experiments.run.tracking import TrackingError, import_folder
 from experiments.study import machine, plan_view
 from experiments.study.plan import build_plan
@@ -41,17 +42,20 @@ from experiments.study.spec import (
     load_profile,
     load_study,
 )
-from experiments.study.yaml_files import SpecError, names
+from experiments.study.yaml_files import SpecError, names, suggest
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Measure what each optimization buys.",
+    rich_markup_mode=None,  # plain text: examples keep their lines
+    help="Measure what each optimization buys, and check that the output stays the same.",
+    epilog="COMMAND --help shows examples, and the studies, profiles and presets that there are.",
 )
 console = Console()
+ABLATE = "make ablate" if environment.IN_REPOSITORY else "nanovllm ablate"
 Act = Callable[[Plan, Path, Options, Console], bool]
-OWN_VLLM = provenance.ROOT / ".venv-vllm" / "bin" / "python"
+OWN_VLLM = environment.WORKPLACE / ".venv-vllm" / "bin" / "python"
 KNOWN_ERRORS = (
     SpecError,
     ModelError,
@@ -117,7 +121,7 @@ FolderArgument = Annotated[
 ]
 
 
-@app.command()
+@app.command(epilog=epilog("ablate"))
 def ablate(
     study: Annotated[
         str | None,
@@ -152,7 +156,7 @@ def ablate(
         go(plan, out, make_options(python, deadline_s, executor, ray_address))
 
 
-@app.command()
+@app.command(epilog=epilog("run"))
 def run(
     study: Annotated[
         str, typer.Option("--study", help="name of a file in ablations/studies, or a path")
@@ -186,7 +190,7 @@ def run(
         go(plan, out, make_options(python, deadline_s, executor, ray_address))
 
 
-@app.command()
+@app.command(epilog=epilog("compare"))
 def compare(
     other: Annotated[str, typer.Option("--with", help="engine to compare with: hf or vllm")] = "hf",
     study: Annotated[
@@ -204,7 +208,7 @@ def compare(
     python: PythonOption = None,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Compare nanovllm with another engine on the same checkpoint and the same work.
+    """Compare nanovllm with another engine on the same model and the same work.
 
     The launches of both engines are interleaved, and the outputs of both go through the gate.
     """
@@ -218,7 +222,7 @@ def compare(
         go(plan, out, Options(pythons=parse_pythons(python)))
 
 
-@app.command()
+@app.command(epilog=epilog("check"))
 def check(
     profile: ProfileOption = None,
     model: ModelOption = None,
@@ -236,7 +240,7 @@ def check(
     conclude_check(profile, model, out, parse_pythons(python), drawn)
 
 
-@app.command()
+@app.command(epilog=epilog("report"))
 def report(folder: FolderArgument = None) -> None:
     """Render the report of an execution from its records and print its table."""
     chosen = guarded(lambda: latest(folder))
@@ -244,7 +248,7 @@ def report(folder: FolderArgument = None) -> None:
     say(console, f"\nreport   {execution.shown(chosen / execution.REPORT / 'report.html')}")
 
 
-@app.command("import")
+@app.command("import", epilog=epilog("import"))
 def import_command(
     folders: Annotated[
         list[Path], typer.Argument(help="folders of records, e.g. copied from a GPU host")
@@ -259,6 +263,8 @@ def import_command(
     ] = None,
 ) -> None:
     """Write reports and MLflow runs from records. Importing the same records again changes nothing."""
+    for folder in folders:
+        guarded(lambda folder=folder: check_records(folder))
     if merge:
         for note in guarded(lambda: merged_folders.merge(folders, merge)):
             say(console, note, "yellow")
@@ -283,7 +289,7 @@ def import_command(
         guarded(work)
 
 
-@app.command()
+@app.command(epilog=epilog("validate"))
 def validate(
     files: Annotated[
         list[str] | None,
@@ -318,36 +324,40 @@ def validate(
     raise typer.Exit(1 if problems else 0)
 
 
-@app.command("list")
+@app.command("list", epilog=epilog("list"))
 def list_command(profile: ProfileOption = None) -> None:
-    """List studies, profiles and executions.
+    """List studies, profiles, presets and executions.
 
-    Shows what each study would launch on this machine or on --profile.
+    Shows what each study would launch on this machine or on --profile. For the question and the
+    factors of a study: ablate --dry-run --study NAME.
     """
     hardware = guarded(lambda: choose_profile(profile))
-    table = Table("study", "question", "factors", f"on {hardware.name}", box=None, pad_edge=False)
+    table = Table(
+        "study", "launches", "time", f"title (on {hardware.name})", box=None, pad_edge=False
+    )
     for name in names(STUDIES):
         study: Study = guarded(lambda name=name: load_study(name)[0])
-        factors = ", ".join(
-            f"{factor}={level}" for factor, f in study.factors.items() for level in f.levels
-        )
-        plan = guarded(lambda study=study: plan_view.in_short(study, hardware))
-        table.add_row(
-            name,
-            study.question,
-            factors,
-            "cannot run; see `validate`" if plan.startswith("not on") else plan,
-        )
-    console.print(table, "\nprofiles: " + ", ".join(names(PROFILES)), highlight=False)
-    for folder in execution.executions():
+        cost = guarded(lambda study=study: plan_view.cost(study, hardware))
+        table.add_row(name, *(cost or ("cannot", "run")), study.title)
+    console.print(table, highlight=False)
+    if any(cell == "cannot" for cell in table.columns[1].cells):
+        say(console, f"why a study cannot run: {environment.COMMAND} validate NAME")
+    for kind, known in (("profiles", names(PROFILES)), ("presets", model_files.PRESETS)):
+        console.print(f"\n{kind}: {', '.join(known)}", highlight=False)
+    found = execution.executions()
+    say(
+        console,
+        f"\nexecutions in {execution.shown(execution.RUNS)}:" if found else "\nno executions yet",
+    )
+    for folder in found:
         state = "finished" if (folder / execution.FINISHED).exists() else "interrupted"
         try:
             say(
                 console,
-                f"{execution.shown(folder)}  {state}, {len(store.counted(store.read(folder)))} launches counted",
+                f"  {folder.name}  {state}, {len(store.counted(store.read(folder)))} launches counted",
             )
         except store.RecordError as error:
-            say(console, f"{execution.shown(folder)}  {state}, damaged: {error}", "yellow")
+            say(console, f"  {folder.name}  {state}, damaged: {error}", "yellow")
 
 
 def make_plan(
@@ -394,7 +404,14 @@ def find_checkpoint(given: str) -> tuple[str | None, str | None]:
     """(preset, None) or (None, folder) of --model, which is a folder, a Hugging Face id or a preset."""
     if (Path(given) / "config.json").is_file():
         return None, str(Path(given).resolve())
-    return (None, str(download(given))) if "/" in given else (given, None)
+    if "/" in given:
+        return None, str(download(given))
+    if given not in model_files.PRESETS:
+        raise ModelError(
+            f"--model {given}: no folder with a config.json and no preset{suggest(given, model_files.PRESETS)}; give a "
+            f"folder, a hub id such as Qwen/Qwen3-0.6B, or a preset: {', '.join(model_files.PRESETS)}"
+        )
+    return given, None
 
 
 def go(plan: Plan, out: Path | None, options: Options) -> NoReturn:
@@ -487,18 +504,48 @@ def check_interpreters(plan: Plan, pythons: dict[str, str]) -> None:
             fail(
                 f"--python {engine}={python}: no such program; give an interpreter that has {engine} installed"
             )
-        probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({engine.split('.')[0]!r}) is None)"
-        if engine in ENGINES and subprocess.run([python, "-c", probe], check=False).returncode:
+        # a clone puts its own engine on the path of every interpreter; a wheel has nothing to put there
+        if not environment.IN_REPOSITORY and not _has(python, "nanovllm"):
+            fail(
+                f"{python} has no nanovllm, which its launches need: install it there too, `{python} -m pip install --no-deps` "
+                "and what was installed here"
+            )
+        if engine in ENGINES and not _has(python, engine.split(".")[0]):
             fail(
                 f"{python} has no {engine}: run `make compare-vllm`, which installs vLLM, or name an interpreter that has it "
                 "with VLLM_PYTHON=PATH (--python vllm=PATH)"
             )
 
 
+def _has(python: str, module: str) -> bool:
+    """Whether an interpreter can import a module of this name."""
+    probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    return subprocess.run([python, "-c", probe], check=False).returncode == 0
+
+
 def latest(folder: Path | None) -> Path:
     if folder is None and not execution.executions():
-        raise ExecutionError("runs/ holds no execution yet; run `make ablate` first")
-    return folder or execution.executions()[-1]
+        raise ExecutionError(f"runs/ holds no execution yet; run `{ABLATE}` first")
+    if folder is None:
+        return execution.executions()[-1]
+    check_records(folder)
+    return folder
+
+
+def check_records(folder: Path) -> None:
+    """Raises ExecutionError for a folder that is not there, or holds no execution."""
+    known = [path.name for path in execution.executions()[-5:]]
+    remedy = (
+        f"executions in {execution.shown(execution.RUNS)}: {', '.join(known)}"
+        if known
+        else f"`{ABLATE}` makes one"
+    )
+    if not folder.is_dir():
+        raise ExecutionError(f"{folder}: there is no such folder; {remedy}")
+    if not (folder / store.PLAN).is_file():
+        raise ExecutionError(
+            f"{folder}: no execution, as it holds no {store.PLAN} and {store.RECORDS}; {remedy}"
+        )
 
 
 def guarded(work: Any) -> Any:
@@ -516,8 +563,12 @@ def fail(message: str) -> NoReturn:
     raise typer.Exit(2)
 
 
-if __name__ == "__main__":
+def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that knows no … must not end a study
     app()
+
+
+if __name__ == "__main__":
+    main()

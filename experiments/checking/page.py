@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.checking.results import CheckResult, Line
+from experiments.look import html_environment, markdown_environment
 
 COLUMNS = (
     "",
@@ -23,13 +23,9 @@ COLUMNS = (
     "identical outputs",
     "note",
 )
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem;color:#1b1b1b;background:#fff}
-table{border-collapse:collapse;width:100%;font-size:.86rem}td,th{padding:.3rem .5rem;border-bottom:1px solid #ddd;text-align:left;
-vertical-align:top}th{border-bottom:2px solid #888}td.n{text-align:right;font-variant-numeric:tabular-nums}
-tr.bad{background:#fde8e6}small{color:#555}@media(prefers-color-scheme:dark){body{background:#161616;color:#e6e6e6}
-td,th{border-color:#333}tr.bad{background:#4a1d1a}small{color:#aaa}}
-"""
+NUMBERS = range(3, 9)
+"""The columns of numbers, which are aligned to the right."""
+_TEMPLATES = Path(__file__).resolve().parent
 
 
 def number(value: Any) -> str:
@@ -97,62 +93,24 @@ def facts(result: CheckResult) -> list[str]:
 
 
 def markdown(result: CheckResult) -> str:
-    def cells(values: list[str]) -> str:
-        return (
-            "| "
-            + " | ".join(value.replace("|", "\\|").replace("\n", " ") for value in values)
-            + " |"
-        )
-
-    table = [
-        cells(list(COLUMNS)),
-        cells(["---"] * len(COLUMNS)),
-        *(cells(row(line)) for line in result["lines"]),
-    ]
-    meaning = [
-        f"- **{name}**: {group}"
-        for name, group in {x["name"]: x["group"] for x in result["lines"]}.items()
-    ]
-    return "\n".join(
-        [
-            "# Output check (make check)",
-            "",
-            f"**{headline(result)}**",
-            "",
-            *(f"- {fact}" for fact in facts(result)),
-            "",
-            *table,
-            "",
-            "## Jobs",
-            "",
-            *meaning,
-            "",
-        ]
-    )
+    return markdown_environment(_TEMPLATES).get_template("check.md.j2").render(_values(result))
 
 
 def page(result: CheckResult) -> str:
-    def cell(column: int, value: str) -> str:
-        return f"<td{' class=n' if 3 <= column <= 8 else ''}>{html.escape(value)}</td>"
+    return html_environment(_TEMPLATES).get_template("check.html.j2").render(_values(result))
 
-    rows = []
-    for line in result["lines"]:
-        cells = row(line)
-        cells_html = "".join(
-            f"<td>{html.escape(value)}<br><small>{html.escape(line['group'])}</small></td>"
-            if column == 1
-            else cell(column, value)
-            for column, value in enumerate(cells)
-        )
-        rows.append(f"<tr{'' if line['good'] else ' class=bad'}>{cells_html}</tr>")
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS)
-    listed = "".join(f"<li>{html.escape(fact)}</li>" for fact in facts(result))
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        "<title>Output check</title>"
-        f"<style>{_STYLE}</style><h1>Output check</h1><p><b>{html.escape(headline(result))}</b></p><ul>{listed}</ul>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></html>\n"
-    )
+
+def _values(result: CheckResult) -> dict[str, Any]:
+    """What both templates show."""
+    return {
+        "good": result["good"],
+        "headline": headline(result),
+        "facts": facts(result),
+        "columns": COLUMNS,
+        "numbers": NUMBERS,
+        "rows": [(line, row(line)) for line in result["lines"]],
+        "jobs": {line["name"]: line["group"] for line in result["lines"]},
+    }
 
 
 def write(result: CheckResult, folder: Path) -> None:
@@ -165,7 +123,7 @@ def show(result: CheckResult, console: Console) -> None:
     for index, name in enumerate(COLUMNS[:7]):
         table.add_column(
             name,
-            justify="right" if index >= 3 else "left",
+            justify="right" if index in NUMBERS else "left",
             overflow="fold" if index == 1 else "ellipsis",
         )
     for line in result["lines"]:

@@ -20,6 +20,7 @@ from typing import Any, Self, TypedDict
 
 from experiments.cluster.dispatch import Job, WorkerError, WorkerEvent
 from experiments.host import provenance
+from experiments.host.environment import WORKPLACE
 from experiments.host.machine_lock import gpus_needed
 from experiments.host.model_files import ModelError
 from experiments.launch.runner import Runner
@@ -160,8 +161,7 @@ class RayWorkers:
             "pythons": self._pythons,
             "boot_id": provenance.boot_id(),
             "threads": os.environ.get("OMP_NUM_THREADS"),
-            "cache": os.environ.get("NANOVLLM_CACHE")
-            or str(provenance.ROOT / ".cache" / "nanovllm"),
+            "cache": os.environ.get("NANOVLLM_CACHE") or str(WORKPLACE / ".cache" / "nanovllm"),
         }
         self._streams[task.remote(job, context)] = slot
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 from torch import Tensor
 
@@ -21,6 +22,7 @@ def quantiles(values: Tensor) -> dict[str, float]:
 
 def binomial_limit(n: int, p: float, alpha: float) -> int:
     """The smallest k with P(X > k) <= alpha for X ~ Binomial(n, p)."""
+    # own code: the standard library has no binomial distribution, and hosts of the gate have no SciPy
     tail = 1.0
     for k in range(n + 1):
         log_choose = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
@@ -31,14 +33,8 @@ def binomial_limit(n: int, p: float, alpha: float) -> int:
 
 
 def normal_limit(alpha: float) -> float:
-    """The z with P(Z > z) = alpha, by bisection of the complementary error function."""
-    low, high = 0.0, 40.0
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (
-            (middle, high) if math.erfc(middle / math.sqrt(2)) / 2 > alpha else (low, middle)
-        )
-    return high
+    """The z with P(Z > z) = alpha."""
+    return -NormalDist().inv_cdf(alpha)
 
 
 def self_normalized_excess(differences: Sequence[float]) -> float:

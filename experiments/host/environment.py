@@ -16,7 +16,12 @@ from pathlib import Path
 from nanovllm import host_limits
 
 ROOT = Path(__file__).resolve().parents[2]
-"""The repository: the folder that holds `experiments/` and `src/`."""
+"""The folder that holds `experiments/`: the repository, or `nanovllm_lab/` of an installed wheel."""
+IN_REPOSITORY = (ROOT / "src" / "nanovllm").is_dir()
+WORKPLACE = ROOT if IN_REPOSITORY else Path.cwd()
+"""Where runs, MLflow's database and caches go: the repository, or the working directory of an installed wheel."""
+COMMAND = "python -m experiments" if IN_REPOSITORY else "nanovllm"
+"""How messages call the command line."""
 SET = {
     # a notebook sets its own backend, which other interpreters cannot import
     "MPLBACKEND": "Agg",

@@ -6,6 +6,9 @@ locks are files in the system's temporary folder (or $NANOVLLM_LOCKS). The kerne
 their process ends, even if it is killed.
 """
 
+# Own code instead of the package filelock: studies on different GPUs share the machine (LOCK_SH) while one on the CPU has it
+# alone (LOCK_EX), and a FileLock is always exclusive. A host that runs launches needs no further package.
+
 from __future__ import annotations
 
 import contextlib

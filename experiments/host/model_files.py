@@ -15,6 +15,15 @@ from pathlib import Path
 from experiments.host.environment import for_subprocess
 from experiments.records.types import ModelFiles, ModelShape, PlannedModel
 
+PRESETS = (
+    "tiny",
+    "qwen3-0.6b",
+    "qwen3-8b",
+    "qwen3-32b",
+    "qwen3-8b-4-layers",
+    "qwen3-32b-4-layers",
+)
+"""The names of nanovllm.models.checkpoint, which cannot be imported here: it needs torch."""
 _PREPARE = (
     "import json, sys; from experiments.host.model_files import prepare; "
     "print(json.dumps(prepare(*json.loads(sys.argv[1]))))"

@@ -170,12 +170,23 @@ def git_state(root: Path = ROOT) -> GitState | None:
 
 
 def code_digest(root: Path = ROOT) -> str:
-    """SHA-256 of the measured and the measuring code; independent of the machine."""
+    """SHA-256 of the measured and the measuring code; independent of the machine, and the same in
+    an installed wheel, whose engine is beside the laboratory instead of in its src/.
+    """
+    engine = root if (root / "src").is_dir() else Path(host_limits.__file__).parents[1]
+    files = {
+        path.relative_to(root).as_posix(): path
+        for pattern in _MEASURED_CODE
+        for path in root.glob(pattern)
+    }
+    if engine != root:
+        files |= {
+            f"src/{path.relative_to(engine).as_posix()}": path
+            for path in engine.glob("nanovllm/**/*.py")
+        }
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in _MEASURED_CODE for path in root.glob(pattern)}):
-        digest.update(
-            path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"
-        )
+    for name, path in sorted(files.items(), key=lambda item: Path(item[0])):
+        digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 

@@ -6,6 +6,10 @@ Sampled by a thread of the *runner*, so that the measured engine process is not 
 installed).
 """
 
+# Own code instead of a package that monitors: a host that runs launches needs an engine and the standard library, nothing else.
+# The share of the CPU that other processes use, by which launches are judged, is the difference of two readings (/proc/stat and
+# the process tree) that must be taken together.
+
 from __future__ import annotations
 
 import importlib

@@ -23,7 +23,8 @@ from experiments.records.types import Plan
 from experiments.run import preflight, tracking
 from experiments.run.progress import ProgressBar
 
-RUNS = provenance.ROOT / "runs"
+RUNS = environment.WORKPLACE / "runs"
+UI = "make ui" if environment.IN_REPOSITORY else "mlflow ui --backend-store-uri sqlite:///mlflow.db"
 REPORT, FINISHED = "report", "finished"
 _FOREIGN_SHARE = 0.1
 
@@ -164,11 +165,11 @@ def publish(folder: Path, console: Console) -> None:
         run_id, fresh = tracking.import_folder(folder, folder / REPORT)
     except tracking.TrackingError as error:
         say(console, f"MLflow   not written: {error}", "yellow")
-        say(console, f"         to retry: python -m experiments import {shown(folder)}", "yellow")
+        say(console, f"         to retry: {environment.COMMAND} import {shown(folder)}", "yellow")
         return
     say(
         console,
-        f"MLflow   run {run_id} {'written' if fresh else 'already up to date'}; open it with `make ui`",
+        f"MLflow   run {run_id} {'written' if fresh else 'already up to date'}; open it with `{UI}`",
     )
 
 
@@ -186,7 +187,7 @@ def render(folder: Path) -> None:
     if _run(command) != 0:
         raise ExecutionError(
             f"the report could not be rendered; see the message above. The records are in {shown(folder)}; "
-            f"to retry: python -m experiments report {shown(folder)}"
+            f"to retry: {environment.COMMAND} report {shown(folder)}"
         )
 
 

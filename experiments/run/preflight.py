@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from experiments.host.environment import ROOT, for_subprocess
+from experiments.host.environment import WORKPLACE, for_subprocess
 from experiments.records.store import RecordError
 from experiments.records.types import Plan
 
@@ -52,7 +52,7 @@ def check_folder(plan: Plan, folder: Path) -> None:
         )
 
 
-def check_end(root: Path = ROOT) -> str | None:
+def check_end(root: Path = WORKPLACE) -> str | None:
     """Why MLflow will not be able to record the study; None if nothing is known to prevent it.
     Raises RecordError if the gate or the report could not run.
     """

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from experiments.host.provenance import ROOT
+from experiments.host.environment import WORKPLACE
 from experiments.records import store
 from experiments.records.types import JsonObject, Plan, PlannedStudy, Record
 from experiments.run.mlflow_view import View, launch_view, parent_view
@@ -38,7 +38,9 @@ class TrackingError(Exception):
     """An import that failed; the message says what to do."""
 
 
-def import_folder(folder: Path, report: Path | None = None, root: Path = ROOT) -> tuple[str, bool]:
+def import_folder(
+    folder: Path, report: Path | None = None, root: Path = WORKPLACE
+) -> tuple[str, bool]:
     """Imports the records of a folder into MLflow: (id of the parent run, whether runs were
     written).
 
@@ -59,7 +61,7 @@ def import_folder(folder: Path, report: Path | None = None, root: Path = ROOT) -
         raise TrackingError(_explained(error, root)) from error
 
 
-def objection(root: Path = ROOT) -> str | None:
+def objection(root: Path = WORKPLACE) -> str | None:
     """Why an import into `root` would fail, as far as can be known beforehand; None if nothing
     speaks against it.
     """

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.host import provenance, telemetry
-from experiments.host.environment import for_subprocess
+from experiments.host.environment import WORKPLACE, for_subprocess
 from experiments.records.types import JsonObject, PlannedProfile
 from experiments.study.spec import PROFILES, Profile, load_profile
 from experiments.study.yaml_files import SpecError, names
@@ -349,7 +349,7 @@ def _kept(what: list[Any], command: list[str]) -> JsonObject:
     """The JSON that a command prints, cached per hardware if it holds a measurement. Raises
     SpecError if the command fails.
     """
-    cache = Path(os.environ.get("NANOVLLM_CACHE") or provenance.ROOT / ".cache" / "nanovllm")
+    cache = Path(os.environ.get("NANOVLLM_CACHE") or WORKPLACE / ".cache" / "nanovllm")
     kept = cache / f"machine-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}.json"
     if kept.exists():
         return json.loads(kept.read_text())  # type: ignore[no-any-return]

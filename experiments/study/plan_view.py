@@ -4,7 +4,6 @@ run on this machine, aliases, and the smallest effect it can detect.
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -66,6 +65,7 @@ def lines(plan: Plan, earlier: Iterable[Path]) -> list[tuple[str, str | None]]:
     return said + [(line, "yellow") for line in skipped(plan["not_applicable"], everything)]
 
 
+_MOST_DETECTABLE = 10.0
 _DESIGNS = {
     "one_at_a_time": "each level alone",
     "add_one_in": "each level alone, and everything on",
@@ -133,6 +133,19 @@ def in_short(study: Study, profile: Profile) -> str:
     )
 
 
+def cost(study: Study, profile: Profile) -> tuple[str, str] | None:
+    """The number of launches and the time of a study on a profile; None if it cannot run there.
+    Raises SpecError.
+    """
+    hardware: PlannedProfile = profile.model_dump(exclude={"match"})  # type: ignore[assignment]
+    hardware["cpu_cores"] = profile.cpu_cores or cpu_cores()
+    try:
+        shape = outline(study, hardware)
+    except NotHereError:
+        return None
+    return str(shape.launches), duration(shape.expected_s)
+
+
 def duration(seconds: float) -> str:
     """Seconds as minutes or hours."""
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -141,8 +154,11 @@ def duration(seconds: float) -> str:
 def _power(study: PlannedStudy, noise: float, folder: Path) -> str:
     """The smallest effect that the study can detect if it is as noisy as the last one."""
     least = block_count.detectable(noise, study["design"]["blocks"], study["alpha"])
-    if math.isinf(least):
-        return f"{study['design']['blocks']} blocks are too few to detect any change at alpha = {study['alpha']:g}"
+    if least > _MOST_DETECTABLE:  # a percentage of that size tells nothing
+        return (
+            f"{study['design']['blocks']} blocks are too few to detect any change at alpha = {study['alpha']:g}, if the "
+            f"noise between blocks is as in {folder.name} ({noise:.1%})"
+        )
     return (
         f"detects changes of {least:.1%} or more with probability {block_count.POWER:.0%}, if the noise between blocks is as "
         f"in {folder.name} ({noise:.1%})"

@@ -121,7 +121,8 @@ class Cell(Strict):
     def _known_engine(cls, engine: str) -> str:
         if engine not in ENGINES and "." not in engine:
             raise ValueError(
-                f"unknown engine {engine!r}; allowed: {', '.join(ENGINES)}, or the dotted path of a module with an Adapter"
+                f"unknown engine {engine!r}{suggest(engine, ENGINES)}; "
+                f"allowed: {', '.join(ENGINES)}, or the dotted path of a module with an Adapter"
             )
         return engine
 
@@ -220,16 +221,18 @@ class Study(Strict):
             free = [factor for factor in FACTORS if factor not in self.factors]
             if name not in free:
                 raise ValueError(
-                    f"fixed.{name}: not an optimization, or already a factor of this study; allowed: {', '.join(free)}"
+                    f"fixed.{name}: not an optimization, or already a factor of this study"
+                    f"{suggest(name, free)}; allowed: {', '.join(free)}"
                 )
             if level not in FACTORS[name]:
                 raise ValueError(
-                    f"fixed.{name}: {level!r} is not a level; allowed: {_listed(FACTORS[name])}"
+                    f"fixed.{name}: {level!r} is not a level{_meant(level, FACTORS[name])}; allowed: {_listed(FACTORS[name])}"
                 )
         for name, factor in self.factors.items():
             if missing := [w for w in factor.workloads if w not in self.workloads]:
                 raise ValueError(
-                    f"factors.{name}.workloads: {missing[0]!r} is not a workload of this study; "
+                    f"factors.{name}.workloads: {missing[0]!r} is not a workload of this study"
+                    f"{suggest(missing[0], self.workloads)}; "
                     f"allowed: {', '.join(self.workloads)}"
                 )
         if self.design.kind in designs.FACTORIALS and (alone := sorted(self.apart())):
@@ -256,11 +259,13 @@ class Study(Strict):
                 where = f"cells.{name}.levels"
                 if varied not in self.factors:
                     raise ValueError(
-                        f"{where}: {varied!r} is not a factor of this study; allowed: {', '.join(self.factors)}"
+                        f"{where}: {varied!r} is not a factor of this study{suggest(varied, self.factors)}; "
+                        f"allowed: {', '.join(self.factors)}"
                     )
                 if level not in FACTORS[varied]:
                     raise ValueError(
-                        f"{where}.{varied}: {level!r} is not a level; allowed: {_listed(FACTORS[varied])}"
+                        f"{where}.{varied}: {level!r} is not a level{_meant(level, FACTORS[varied])}; "
+                        f"allowed: {_listed(FACTORS[varied])}"
                     )
             if cell.role != "reference" and not cell.levels:
                 raise ValueError(f"cells.{name}: a cell of role {cell.role} needs `levels`")
@@ -390,13 +395,19 @@ def _check_levels(name: str, factor: Factor) -> Level:
     baseline = allowed[0] if factor.baseline is None else factor.baseline
     for level in (baseline, *factor.levels):
         if level not in allowed:
-            raise ValueError(f"{name}: {level!r} is not a level; allowed: {_listed(allowed)}")
+            raise ValueError(
+                f"{name}: {level!r} is not a level{_meant(level, allowed)}; allowed: {_listed(allowed)}"
+            )
     if baseline in factor.levels or len(set(factor.levels)) < len(factor.levels):
         raise ValueError(
             f"{name}: levels {_listed(factor.levels)} must differ from each other and from the baseline, {baseline}, "
             "which runs anyway"
         )
     return baseline
+
+
+def _meant(level: Level, allowed: Iterable[Level]) -> str:
+    return suggest(str(level), map(str, allowed))
 
 
 def _listed(levels: Iterable[Level]) -> str:

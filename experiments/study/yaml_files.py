@@ -55,6 +55,35 @@ def parse(text: str) -> Any:
         raise yaml.YAMLError("it is nested too deeply") from error
 
 
+Place = tuple[str, ...]
+"""The keys that lead to a value."""
+
+
+def places(text: str) -> dict[Place, tuple[int, yaml.Node]]:
+    """The line and the node of every key and list item of a YAML text that can be parsed. What an
+    alias repeats has the place of its anchor, so that a node that holds itself ends.
+    """
+    found: dict[Place, tuple[int, yaml.Node]] = {}
+    seen: set[int] = set()
+
+    def walk(node: yaml.Node, place: Place) -> None:
+        if id(node) in seen:
+            return
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                found[(*place, str(key.value))] = (key.start_mark.line + 1, value)
+                walk(value, (*place, str(key.value)))
+        elif isinstance(node, yaml.SequenceNode):
+            for index, item in enumerate(node.value):
+                found[(*place, str(index))] = (item.start_mark.line + 1, item)
+                walk(item, (*place, str(index)))
+
+    if (top := yaml.compose(text, yaml.SafeLoader)) is not None:
+        walk(top, ())
+    return found
+
+
 def names(folder: Path) -> list[str]:
     """The names of the YAML files in a folder, without suffix."""
     return sorted(path.stem for path in folder.glob("*.yaml"))
@@ -68,7 +97,8 @@ def find(source: str | Path, folder: Path, what: str) -> Path:
     if not path.is_file():
         known = ", ".join(names(folder)) or "(none)"
         raise SpecError(
-            f"{source}: no such {what}; give the path of a YAML file, or a name from {_shown(folder)}: {known}"
+            f"{source}: no such {what}{suggest(str(source), names(folder))}; "
+            f"give the path of a YAML file, or a name from {_shown(folder)}: {known}"
         )
     return path
 
@@ -78,7 +108,8 @@ def load(model: type[M], path: Path, overrides: Iterable[str] = ()) -> tuple[M, 
     mapping. Raises SpecError.
     """
     try:
-        raw = parse(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        raw = parse(text)
     # ValueError: 2026-99-99 is read as a date
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
         raise SpecError(f"{_shown(path)}: not valid YAML: {error}") from error
@@ -90,16 +121,51 @@ def load(model: type[M], path: Path, overrides: Iterable[str] = ()) -> tuple[M, 
     try:
         return model.model_validate(raw), applied
     except ValidationError as error:
-        lines = [
-            f"{named(path, applied)}: {_explain(model, problem)}" for problem in error.errors()
-        ]
+        where = places(text)
+        lines = []
+        for problem in error.errors():
+            line = _line(where, problem, list(applied))
+            lines.append(f"{named(path, applied, line)}: {_explain(model, problem)}")
         raise SpecError("\n".join(lines)) from error
 
 
-def named(path: Path, applied: Iterable[str]) -> str:
-    """The name, in messages, of a file that was read with overrides."""
+def named(path: Path, applied: Iterable[str], line: int | None = None) -> str:
+    """The name, in messages, of a file that was read with overrides, and of a line in it."""
     given = ", ".join(applied)
-    return _shown(path) + (f" (with overrides {given})" if given else "")
+    return (
+        _shown(path)
+        + (f":{line}" if line else "")
+        + (f" (with overrides {given})" if given else "")
+    )
+
+
+def _line(
+    where: dict[Place, tuple[int, yaml.Node]], problem: Any, overridden: list[str]
+) -> int | None:
+    """The line of a validation error. None where the value comes from an override, and where the
+    error is about the whole file.
+    """
+    place = tuple(map(str, problem["loc"]))
+    # our own checks of several keys begin with the key, such as "cells.all.levels: ..."
+    message = problem["msg"].removeprefix("Value error, ")
+    for key in message.partition(":")[0].split("."):
+        if (*place, key) not in where and ".".join((*place, key)) not in overridden:
+            break
+        place = (*place, key)
+    for key in overridden:
+        if (".".join(place) + ".").startswith(f"{key}."):
+            return None
+    while place and place not in where:
+        place = place[:-1]
+    if not place:
+        return None
+    line, _ = where[place]
+    if quoted := re.search(r": '([^']*)'", message):
+        # of a factor whose level is wrong: the line of the level
+        for inner, (inner_line, value) in where.items():
+            if inner[: len(place)] == place and getattr(value, "value", None) == quoted[1]:
+                return inner_line
+    return line
 
 
 def suggest(name: str, allowed: Iterable[str]) -> str:

@@ -10,23 +10,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
+from xml.etree import ElementTree
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-# name: (light, dark). The verdicts differ in lightness as well as in hue, and are always written
-# out beside the colour.
-PALETTE = {
-    "paper": ("#fdfcf9", "#15181b"),
-    "ink": ("#1e2227", "#e7e4dd"),
-    "muted": ("#69707a", "#9ba3ac"),
-    "rule": ("#dfdcd4", "#30363c"),
-    "band": ("#ece8de", "#262c31"),
-    "faster": ("#0d766c", "#4fc4b5"),
-    "slower": ("#b4500b", "#f0a25c"),
-    "equivalent": ("#4a5462", "#aab4bf"),
-    "inconclusive": ("#6f619a", "#b7a9dc"),
-}
+from experiments.look import PALETTE
+
 LIGHT = {name: light for name, (light, _) in PALETTE.items()}
 
 STYLE = {
@@ -84,6 +74,7 @@ def to_svg(figure: Figure) -> str:
         figure.savefig(
             buffer, format="svg", dpi=PIXELS_PER_INCH, metadata={"Date": None, "Creator": None}
         )
+    # Text is cut here instead of parsed: published figures keep the bytes that matplotlib wrote.
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -99,16 +90,28 @@ def inline(svg: str, name: str, title: str, description: str, css_class: str) ->
     """The element made ready for a page: named for screen readers, themed, its ids unique on the
     page.
     """
-    svg = re.sub(r'\bid="([^"]*)"', rf'id="{name}-\1"', svg)
-    svg = re.sub(r"url\(#([^)]*)\)", rf"url(#{name}-\1)", svg)
-    svg = re.sub(r'href="#([^"]*)"', rf'href="#{name}-\1"', svg)
-    for color, light in LIGHT.items():
-        svg = _in_styles(svg, light, f"var(--{color})")
-    size = re.search(r'viewBox="[^"]*"', svg)
-    assert size is not None, "matplotlib wrote an SVG without a viewBox"
-    labels = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-desc">{escape(description)}</desc>'
-    opening = f'<svg {size[0]} class="{css_class}" role="img" aria-labelledby="{name}-title {name}-desc">{labels}'
-    return opening + svg[svg.index(">") + 1 :]
+    root = ElementTree.fromstring(svg)
+    for element in root.iter():
+        for key, value in element.items():
+            if key == "id":
+                value = f"{name}-{value}"
+            elif key == "href":
+                value = value.replace("#", f"#{name}-", 1)
+            elif key == "style":
+                for color, light in LIGHT.items():
+                    value = value.replace(light, f"var(--{color})")
+            element.set(key, value.replace("url(#", f"url(#{name}-"))
+    root.attrib = {
+        "viewBox": root.attrib["viewBox"],
+        "class": css_class,
+        "role": "img",
+        "aria-labelledby": f"{name}-title {name}-desc",
+    }
+    for tag, words in (("desc", description), ("title", title)):
+        label = ElementTree.Element(tag, id=f"{name}-{tag}")
+        label.text = words
+        root.insert(0, label)
+    return ElementTree.tostring(root, encoding="unicode")
 
 
 def standalone(svg: str, title: str, description: str) -> str:

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
+from experiments.look import html_environment, markdown_environment
 from experiments.records.types import Plan
 from reports import text
 from reports.analysis.types import Analysis
@@ -63,14 +63,12 @@ def render(
             svg.standalone(wide, picture.title, picture.description), encoding="utf-8"
         )
     html = (
-        _environment()
+        html_environment(TEMPLATES)
         .get_template("report.html.j2")
         .render(
             report=report,
             pictures=inline,
-            palette=svg.PALETTE,
             verdicts=VERDICT_WORDS,
-            css=Markup((TEMPLATES / "style.css").read_text(encoding="utf-8")),
         )
     )
     (out_dir / HTML).write_text(html, encoding="utf-8")
@@ -82,7 +80,7 @@ def render(
 
 def write_markdown(path: Path, template: str, **values: Any) -> None:
     """Write a page from a template; printed values are escaped, runs of blank lines collapsed."""
-    page = _markdown_environment().get_template(template).render(**values)
+    page = markdown_environment(TEMPLATES).get_template(template).render(**values)
     path.write_text(re.sub(r"\n{3,}", "\n\n", page), encoding="utf-8")
 
 
@@ -166,53 +164,3 @@ def _machine(plan: Plan, analysis: Analysis) -> str:
     if profile["device"] == "cpu" and "cpu.model" in found and "cpu.cores" in found:
         return f"{found['cpu.model']}, {text.count_of(int(found['cpu.cores']), 'core')}"
     return profile.get("title") or str(profile["name"])
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES, encoding="utf-8"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["breakable"] = breakable
-    return environment
-
-
-def breakable(value: object) -> Markup:
-    """Text as HTML in which a line may break after the characters that join the words of a name."""
-    return Markup(re.sub(r"([_=+/-])", r"\1<wbr />", str(escape(value))))
-
-
-def _markdown_environment() -> Environment:
-    """An environment that escapes every printed value for Markdown, so that a pipe in a name
-    cannot end a table cell.
-    """
-    environment = _environment()
-    environment.finalize = escape_markdown
-    environment.filters["code"] = code
-    return environment
-
-
-def escape_markdown(value: object) -> Markup:
-    """Text as Markdown that shows it literally, on one line."""
-    if isinstance(value, Markup):
-        return value
-    line = " ".join(str(value).split())
-    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    line = re.sub(r"([\\`*\[\]|~$])", r"\\\1", line)
-    return Markup(re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", line))
-
-
-def code(value: object) -> Markup:
-    """Text as a code span. Pipes are replaced, since they end a table cell even in code; the fence
-    is longer than any run of backticks within.
-    """
-    line = " ".join(str(value).split()).replace("|", "¦")
-    if not line:
-        return Markup("")
-    fence = "`" * (1 + max((len(run) for run in re.findall(r"`+", line)), default=0))
-    pad = " " if "`" in line else ""
-    return Markup(f"{fence}{pad}{line}{pad}{fence}")

@@ -32,10 +32,13 @@ def _whole(high: int, optional: bool = False) -> tuple[Callable[[Any], bool], st
 
 # What each argument of `EngineConfig` must be, and how an error says it.
 ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "model": (lambda value: isinstance(value, str) and value != "", "a folder or a hub id"),
+    "model": (
+        lambda value: isinstance(value, str) and value != "",
+        "a folder, a preset or a hub id",
+    ),
     "tokenizer": (
         lambda value: value is None or (isinstance(value, str) and value != ""),
-        "None, a folder or a hub id",
+        "None, a folder, a preset or a hub id",
     ),
     "skip_tokenizer_init": (lambda value: type(value) is bool, "True or False"),
     "dtype": (

@@ -16,6 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import experiments.__main__ as cli
+from experiments import look
 from experiments.checking import jobs, judging, page, run, work
 from experiments.checking.jobs import CONTROL, SAMPLED, TRUNCATED, Job, Scope
 from experiments.checking.pairs import combinations, pairs_of, pairwise
@@ -176,6 +177,41 @@ def test_good_engines_pass_and_the_broken_one_fails(
         result
     )
     assert "<script" not in page.page(result)
+
+
+def test_the_page_of_a_check_escapes_what_it_shows_and_looks_like_a_report() -> None:
+    line = {
+        "name": "batching=chunked, a|b",
+        "group": "pairs <all>",
+        "dtype": "float32",
+        "expected": "fail",
+        "status": "pass",
+        "good": False,
+        "reason": "not *seen*",
+        "gate": None,
+    }
+    result: Any = {
+        "lines": [line],
+        "good": False,
+        "noise": {},
+        "absent": ["cuda_graphs: no GPU"],
+        "model": {"name": "tiny", "digest": "d" * 64},
+        "device": "cpu",
+        "hardware": "a CPU",
+        "workloads": {"drawn": 1, "requests": 59},
+        "duration_s": 1.0,
+    }
+    html = page.page(result)
+    assert "1 of 1 verdicts are not as expected: batching=chunked, a|b" in html
+    assert "<small>pairs &lt;all&gt;</small>" in html
+    assert '<tr class="bad">' in html
+    assert all(f"--{name}: {light};" in html for name, (light, _) in look.PALETTE.items())
+    assert (look.LOOK / "style.css").read_text().strip() in html
+    markdown = page.markdown(result)
+    assert "| NOT OK | batching=chunked, a\\|b | passes |" in markdown
+    assert "| not \\*seen\\* |" in markdown
+    assert "- Skipped on this machine: cuda_graphs: no GPU\n" in markdown
+    assert "- **batching=chunked, a\\|b**: pairs &lt;all&gt;\n" in markdown
 
 
 def test_what_is_tampered_with_afterwards_fails(

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config
 
+from nanovllm import LLM, SamplingParams
 from nanovllm.config import BASELINE
 from nanovllm.kernels.registry import load_kernels
 from nanovllm.layers.linear import TensorParallel
@@ -350,7 +351,7 @@ def test_a_hub_id_is_fetched_without_code_or_pickles(
     assert all(pattern.endswith((".safetensors", ".json")) for pattern in asked["allow_patterns"])
 
 
-@pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "no/such/folder", "/nowhere", "tiny"])
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "no/such/folder", "/nowhere", "tinny"])
 def test_a_name_that_leads_nowhere_says_what_to_do(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -360,5 +361,26 @@ def test_a_name_that_leads_nowhere_says_what_to_do(
     with pytest.raises(
         FileNotFoundError,
         match=rf"{name}.* is neither a folder here nor a hub id .*: give a folder with",
-    ):
+    ) as raised:
         resolve_model(name)
+    assert "or a preset, which needs no hub" in str(raised.value)
+    assert ("(did you mean tiny?)" in str(raised.value)) == (name == "tinny")
+
+
+def test_a_preset_is_built_and_found_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("tiny") == tiny
+    monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path / "cache"))
+    large = resolve_model("qwen3-8b")
+    assert load_hf_config(large).hidden_size == 4096
+    assert not list(large.glob("*.safetensors")), "weights of large presets are never stored"
+    (tmp_path / "tiny").mkdir()
+    assert resolve_model("tiny") == Path("tiny"), "a folder here has precedence"
+
+
+def test_the_engine_takes_a_preset_by_name() -> None:
+    with LLM("tiny", device="cpu", max_model_len=64, max_num_seqs=2) as llm:
+        (output,) = llm.generate("one two", SamplingParams(max_tokens=2), use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 2

@@ -17,13 +17,15 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from experiments.look import escape_markdown
 from experiments.records.store import plan_hash
 from nanovllm.models.checkpoint import DIGESTS
 from reports.__main__ import app
 from reports.analysis.analyse import analyse
+from reports.figures.svg import LIGHT, inline
 from reports.page.evidence import reproduce_command
 from reports.page.overview import overview
-from reports.page.render import escape_markdown, print_table, render
+from reports.page.render import print_table, render
 from tests.support.synthetic import cell_of, factorial, make_plan, make_records, one_at_a_time
 
 SPEEDUPS = {"prefix_cache": 1.0, "batching": 2.5, "tensor_parallel_size": 0.7, "hf": 0.8}
@@ -512,3 +514,27 @@ def test_the_command_to_reproduce_names_overrides_and_quotes_them() -> None:
     words = shlex.split(reproduce_command(plan))
     assert words[:2] == ["make", "ablate"]
     assert words[-1] == "SET=workloads.scaled.prompt_tokens=[4,8] workloads.scaled.ignore_eos=true"
+
+
+def test_a_figure_on_a_page_is_named_themed_and_has_ids_of_its_own() -> None:
+    drawn = (
+        '<svg width="720pt" height="90pt" viewBox="0 0 720 90"><defs><clipPath id="p1"/></defs>'
+        f'<g clip-path="url(#p1)"><use href="#m1" style="fill: {LIGHT["ink"]}"/>'
+        f"<text>a &lt; b {LIGHT['ink']}</text></g></svg>"
+    )
+    root = ElementTree.fromstring(inline(drawn, "forest", "T & t", "D <d>", "wide"))
+    assert root.attrib == {
+        "viewBox": "0 0 720 90",
+        "class": "wide",
+        "role": "img",
+        "aria-labelledby": "forest-title forest-desc",
+    }
+    assert [(child.tag, child.get("id"), child.text) for child in root[:2]] == [
+        ("title", "forest-title", "T & t"),
+        ("desc", "forest-desc", "D <d>"),
+    ]
+    assert root.find("defs/clipPath").get("id") == "forest-p1"  # type: ignore[union-attr]
+    (group,) = root.findall("g")
+    assert group.get("clip-path") == "url(#forest-p1)"
+    assert group[0].attrib == {"href": "#forest-m1", "style": "fill: var(--ink)"}
+    assert group[1].text == f"a < b {LIGHT['ink']}", "text with a colour's characters stays"

@@ -5,20 +5,23 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
 import experiments.__main__ as cli
 from experiments.cluster.executor import Options
 from experiments.host import model_files, provenance
+from experiments.host.environment import COMMAND
 from experiments.launch.runner import Runner
 from experiments.records import store
-from experiments.run import execution
+from experiments.run import execution, help_texts
 from experiments.run.progress import ProgressBar
 from experiments.study import machine
+from nanovllm.models import checkpoint
 from tests.study.test_plan import SHAPE
 from tests.support.fake_engine import make_plan
 
@@ -50,17 +53,71 @@ def test_validate_names_what_is_wrong(tmp_path: Path) -> None:
     result = invoke("validate", "embedded", str(wrong))
     assert result.exit_code == 1
     assert "ok       embedded" in result.output
-    assert "wrong.yaml: factor: unknown key (did you mean factors?)" in result.output
+    assert "wrong.yaml:2: factor: unknown key (did you mean factors?)" in result.output
 
 
 def test_an_error_is_one_message_and_status_2(runs: Path) -> None:
     result = invoke("ablate", "--study", "embeded")
     assert (result.exit_code, "Traceback" in result.output) == (2, False)
-    assert "embeded: no such study" in result.output
+    assert "embeded: no such study (did you mean embedded?)" in result.output
     result = invoke("ablate", "--profile", "gpu")
     assert (result.exit_code, "8gpu, cpu, h100" in result.output) == (2, True)
     result = invoke("report")
     assert (result.exit_code, "run `make ablate` first" in result.output) == (2, True)
+
+
+@pytest.mark.parametrize("command", ["report", "import"])
+def test_a_folder_that_holds_no_execution_is_named(
+    command: str, tmp_path: Path, runs: Path
+) -> None:
+    result = invoke(command, str(tmp_path / "nosuch"))
+    assert (result.exit_code, "Traceback" in result.output) == (2, False)
+    assert "nosuch: there is no such folder; `make ablate` makes one" in result.output
+    result = invoke(command, str(tmp_path))
+    assert (result.exit_code, "holds no plan.json" in result.output) == (2, True)
+
+
+def test_a_model_that_is_neither_folder_nor_preset_is_named(runs: Path) -> None:
+    result = invoke("ablate", "--study", "embedded", "--model", "tinny", "--dry-run")
+    assert result.exit_code == 2
+    assert (
+        "--model tinny: no folder with a config.json and no preset (did you mean tiny?)"
+        in result.output
+    )
+    assert set(model_files.PRESETS) == {*checkpoint.PRESETS, *checkpoint.GENERATED}
+
+
+COMMANDS = ("ablate", "run", "compare", "check", "report", "import", "validate", "list")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_examples_that_parse(command: str) -> None:
+    shown = invoke(command, "--help").output
+    assert "Examples:" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    group: Any = typer.main.get_command(cli.app)
+    for example, _ in help_texts.EXAMPLES[command]:
+        assert f"{COMMAND} {example}" in map(str.strip, shown.splitlines())
+        name, *arguments = example.split()
+        group.commands[name].make_context(name, arguments)  # an unknown option raises
+
+
+def test_help_lists_studies_profiles_and_presets() -> None:
+    shown = " ".join(invoke("ablate", "--help").output.split())
+    assert "conversation, embedded, gpu-8gb" in shown
+    assert "cpu, h100, h100-x2" in shown
+    assert "tiny, qwen3-0.6b" in shown
+    assert set(COMMANDS) == set(cast(Any, typer.main.get_command(cli.app)).commands)
+
+
+def test_the_list_is_readable_at_80_columns(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "console", Console(width=80))
+    shown = invoke("list", "--profile", "h200")
+    assert shown.exit_code == 0
+    lines = shown.output.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) < 60
+    assert any(line.startswith("embedded") and " min " in line for line in lines)
 
 
 def test_a_dry_run_writes_a_plan_for_another_host(

@@ -14,7 +14,7 @@ import experiments.__main__ as cli
 from experiments.host import model_files, provenance
 from experiments.records import store
 from experiments.records.factor_levels import level_name
-from experiments.study import machine, plan_view
+from experiments.study import block_count, machine, plan_view
 from experiments.study.plan import NotHereError, build_plan
 from experiments.study.spec import ModelChoice, Profile, load_profile, load_study
 from experiments.study.yaml_files import SpecError
@@ -361,6 +361,16 @@ def test_a_plan_says_what_it_will_find_if_noise_is_as_before(
     assert 1 < float(found[1]) / float(found[2]) < 2, (
         "six blocks find about one and a half standard deviations"
     )
+
+
+def test_a_detectable_effect_is_a_percentage_or_is_not_said(
+    cpu: Profile, model: ModelChoice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = provenance.ROOT / "reports" / "published" / "cpu-two-cores" / "embedded"
+    monkeypatch.setattr(block_count, "detectable", lambda *_: 53.1)
+    text = said(plan_of(cpu, model), published)
+    assert "power    6 blocks are too few to detect any change at alpha = 0.05" in text
+    assert "5310" not in text
 
 
 def test_validate_shows_launches_and_time_and_what_cannot_run_here() -> None:

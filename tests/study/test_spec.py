@@ -75,7 +75,7 @@ def test_overrides_are_applied_and_returned(study: Path) -> None:
         ),
         (
             "factors.batching.levels=[chunky]",
-            "batching: 'chunky' is not a level; allowed: static, continuous, chunked",
+            "batching: 'chunky' is not a level .did you mean chunked..; allowed: static, continuous, chunked",
         ),
         ("factors.batching.levels=[static]", "batching: levels static must differ"),
         (
@@ -154,8 +154,46 @@ def test_overrides_are_applied_and_returned(study: Path) -> None:
 def test_errors_name_the_file_the_key_and_what_is_allowed(
     study: Path, override: str, message: str
 ) -> None:
-    with pytest.raises(SpecError, match=f"five-lines.yaml .with overrides.*{message}"):
+    with pytest.raises(SpecError, match=rf"five-lines.yaml(:\d+)? .with overrides.*{message}"):
         spec.load_study(study, [override])
+
+
+def test_errors_name_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "lines.yaml"
+    path.write_text(
+        "name: lines\n"
+        "factors:\n"
+        "  batching:\n"
+        "    levels:\n"
+        "      - continuous\n"
+        "      - chunky\n"
+        "workloads:\n"
+        "  short:\n"
+        "    kind: random\n"
+        "    num_requests: many\n"
+        "metrik: x\n"
+        "design:\n"
+        "  blocks: 1\n"
+    )
+    with pytest.raises(SpecError) as raised:
+        spec.load_study(path)
+    found = str(raised.value)
+    assert (
+        "lines.yaml:6: factors: batching: 'chunky' is not a level (did you mean chunked?)" in found
+    )
+    assert "lines.yaml:10: workloads.short: num_requests: 'many' is not allowed" in found
+    assert "lines.yaml:11: metrik: unknown key (did you mean metric?)" in found
+    assert "lines.yaml:13: design.blocks: Input should be greater" in found
+    overrides = [
+        "metrik=x",
+        "factors.batching.levels=[chunked, static]",
+        "workloads.short.num_requests=4",
+    ]
+    with pytest.raises(SpecError) as raised:
+        spec.load_study(path, overrides)
+    found = str(raised.value)
+    assert "lines.yaml (with overrides metrik, " in found, "a value of the command line has no line"
+    assert "lines.yaml:13 (with overrides metrik, " in found
 
 
 THREE = (
@@ -213,7 +251,7 @@ def test_stated_generators_are_taken(study: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         SpecError,
-        match=r"embeded: no such study; give the path of a YAML file, or a name from .*embedded",
+        match=r"embeded: no such study .did you mean embedded..; give the path of a YAML file, or a name from .*embedded",
     ):
         spec.load_study("embeded")
     broken = tmp_path / "broken.yaml"

@@ -4,13 +4,13 @@ families            the registry: architecture -> file of its family
 qwen3               Qwen3ForCausalLM                         (loaded when a checkpoint names it)
 config              config.json -> ModelConfig
 loader              safetensors -> this rank's shards
-hub                 fetches a checkpoint                     (loaded when the name is no folder)
+hub                 a preset or a hub id -> its folder       (loaded when the name is no folder)
 weight_files        shards, indexes and leftovers of weights (loaded when there are several files)
 generated           weights made on the device               (loaded when the checkpoint has none)
 tokenizer_files     files beside tokenizer.json              (loaded when they say more than it does)
 sampling_defaults   generation_config.json -> SamplingParams (loaded when none are given)
 checkpoint          builds small seeded checkpoints; for tests and studies
 
-Imports point down: loader -> weight_files, generated -> layers; qwen3 -> layers; config ->
+Imports point down: loader -> hub -> checkpoint -> weight_files, generated -> layers; qwen3 -> layers; config ->
 families. Nothing here imports the engine.
 """

@@ -1,5 +1,9 @@
-"""Where a model's files are: a folder, or a hub id. Loaded only when the name is not a folder."""
+"""Where the files of a model that is no folder are: of a preset in the cache, of a hub id in the hub's
+cache. Loaded only when the name is not a folder.
+"""
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 import huggingface_hub
@@ -9,6 +13,8 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
 )
+
+from nanovllm.models.checkpoint import GENERATED, PRESETS, ensure_checkpoint
 
 PATTERNS = [
     "*.safetensors",
@@ -21,12 +27,14 @@ PATTERNS = [
 ]
 
 
-def fetch(hub_id: str) -> Path:
-    """Downloads what the engine reads (no code, no pickles) into the hub's own cache. Raises
-    FileNotFoundError, saying what to do instead.
+def fetch(name: str) -> Path:
+    """Builds a preset, or downloads what the engine reads of a hub id (no code, no pickles) into the
+    hub's own cache. Raises FileNotFoundError, saying what to do instead.
     """
+    if name in (presets := PRESETS | GENERATED):
+        return ensure_checkpoint(name)
     try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=PATTERNS))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=PATTERNS))
     except (
         HFValidationError,
         HfHubHTTPError,
@@ -35,7 +43,12 @@ def fetch(hub_id: str) -> Path:
         OSError,
     ) as error:
         raise FileNotFoundError(
-            f"model {hub_id!r} is neither a folder here nor a hub id that can be fetched from here ({type(error).__name__}): "
-            "give a folder with config.json and *.safetensors, or build one that needs no hub with "
-            "`python -m nanovllm.models.checkpoint tiny`"
+            f"model {name!r} is neither a folder here nor a hub id that can be fetched from here ({type(error).__name__}): "
+            "give a folder with config.json and *.safetensors, or a preset, which needs no hub"
+            f"{_suggestion(name, presets)}: {', '.join(presets)}"
         ) from error
+
+
+def _suggestion(name: str, presets: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(presets), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

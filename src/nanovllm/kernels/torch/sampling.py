@@ -51,6 +51,8 @@ def philox4x32(
     All arguments are int64 holding values in [0, 2^32) and broadcast against each other; so do the
     results.
     """
+    # Own code instead of torch.Generator: a token's random numbers depend on its request and position alone, whatever is in
+    # the batch, and are the same bits on CPUs and GPUs and in every version of torch (docs/adr/0003-random-numbers.md).
     multiplier0, multiplier1 = _PHILOX_MULTIPLIERS
     steps = torch.arange(rounds, device=key0.device).view(-1, *[1] * key0.dim())
     round_keys = (

@@ -1,0 +1,87 @@
+"""What `--help` says after the options: examples of each command, and the names that it accepts."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+
+from experiments.host.environment import COMMAND
+from experiments.host.model_files import PRESETS
+from experiments.study.spec import PROFILES, STUDIES
+from experiments.study.yaml_files import names
+
+WIDTH = 78
+EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
+    "ablate": (
+        ("ablate", "the study that fits this machine"),
+        ("ablate --dry-run", "only its plan: launches, time, detectable effect"),
+        ("ablate --study my.yaml --model tiny", "a study of your own, on another model"),
+        ("ablate --set design.blocks=2", "two blocks instead of the study's number"),
+    ),
+    "run": (
+        ("run --study conversation", "any study, by name or path"),
+        (
+            "run --study embedded --dry-run --write-plan plan.json",
+            "a plan for another machine",
+        ),
+    ),
+    "compare": (
+        ("compare --with hf", "HF transformers, in this environment"),
+        (
+            "compare --with vllm --python vllm=~/vllm/bin/python",
+            "vLLM, in an environment of its own",
+        ),
+    ),
+    "check": (
+        ("check", "pairs of optimizations and HF, on the model tiny"),
+        ("check --model Qwen/Qwen3-0.6B --workloads 20", "a model of the hub, less work"),
+    ),
+    "report": (
+        ("report", "of the latest execution"),
+        ("report runs/20261129-101500-embedded-1a2b3c4d", "of that one"),
+    ),
+    "import": (
+        ("import runs/20261129-101500-embedded-1a2b3c4d", "again into MLflow"),
+        ("import visit-1 visit-2 --merge whole", "two parts of one study as one"),
+    ),
+    "validate": (
+        ("validate", "all studies and profiles"),
+        ("validate my.yaml --profile h200", "what it would launch on an H200"),
+    ),
+    "list": (("list", "for this machine"), ("list --profile h200", "for an H200")),
+}
+_NAMES = {
+    "studies": lambda: names(STUDIES),
+    "profiles": lambda: names(PROFILES),
+    "presets": lambda: list(PRESETS),
+}
+_ACCEPTED = {
+    "ablate": ("studies", "profiles", "presets"),
+    "run": ("studies", "profiles", "presets"),
+    "compare": ("profiles", "presets"),
+    "check": ("profiles", "presets"),
+    "validate": ("studies", "profiles"),
+    "list": ("profiles",),
+}
+
+
+def epilog(command: str) -> str:
+    """The examples of a command and the names that its options accept, as click shows them
+    unchanged: a block after a backspace is not wrapped.
+    """
+    lines = ["Examples:"]
+    for example, meaning in EXAMPLES[command]:
+        lines += [f"  # {meaning}", f"  {COMMAND} {example}"]
+    blocks = ["\n".join(lines)]
+    for kind in _ACCEPTED.get(command, ()):
+        blocks.append("\n".join(_listed(kind, _NAMES[kind]())))
+    return "\n\n".join(f"\b\n{block}" for block in blocks)
+
+
+def _listed(kind: str, found: Iterable[str]) -> list[str]:
+    return textwrap.wrap(
+        f"{kind.capitalize()}: {', '.join(found)}",
+        WIDTH,
+        subsequent_indent="  ",
+        break_on_hyphens=False,
+    )
