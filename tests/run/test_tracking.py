@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -511,3 +512,15 @@ def test_two_imports_at_once_into_a_fresh_store(execution: Path, tmp_path: Path)
         _, err = importer.communicate(timeout=120)
         assert importer.returncode == 0, err
     assert len(runs(tmp_path)) == 1 + 4 + 8
+
+
+def test_the_link_finds_the_cells_of_a_study(execution: Path, root: Path) -> None:
+    run_id, _ = tracking.import_folder(execution / "out", execution / "report", root)
+    address = tracking.link(run_id, root)
+    query = urllib.parse.parse_qs(address.partition("?")[2])
+    client = mlflow.MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("fake").experiment_id
+    assert f"/#/experiments/{experiment}/runs?" in address
+    assert len(client.search_runs([experiment], query["searchFilter"][0])) == 4
+    assert query["orderByKey"] == ["metrics.`a/speedup`"]
+    assert list(tracking.links(root)) == ["fake"]
