@@ -115,8 +115,8 @@ docs: $(DOCS_READY)  ## build the documentation in site/, strictly (in an enviro
 	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
 	@echo "site/index.html; with search: python -m http.server -d site"
 
-ui: $(READY)  ## start the MLflow UI on 127.0.0.1:5000
-	@$(BIN)/mlflow ui --host 127.0.0.1
+ui: $(READY)  ## print a link to the runs table of each study, and start the MLflow UI on 127.0.0.1:5000
+	@$(BIN)/python -m experiments.run.ui
 
 clean:  ## remove caches, built checkpoints and the site; records in runs/ and mlflow.db are kept
 	rm -rf .cache .strangers .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks build dist site

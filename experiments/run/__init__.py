@@ -5,6 +5,7 @@
     progress     progress of a run and the time left
     tracking     writes MLflow runs from records
     mlflow_view  the params, metrics and tags of MLflow runs
+    ui           MLflow's interface, with the address of each study's table
 
 May import cluster and everything below it. The report is rendered in a separate process, because
 `reports` is a layer above.

@@ -163,6 +163,7 @@ def publish(folder: Path, console: Console) -> None:
     say(console, f"records  {shown(folder)}")
     try:
         run_id, fresh = tracking.import_folder(folder, folder / REPORT)
+        table = tracking.link(run_id)
     except tracking.TrackingError as error:
         say(console, f"MLflow   not written: {error}", "yellow")
         say(console, f"         to retry: {environment.COMMAND} import {shown(folder)}", "yellow")
@@ -171,6 +172,7 @@ def publish(folder: Path, console: Console) -> None:
         console,
         f"MLflow   run {run_id} {'written' if fresh else 'already up to date'}; open it with `{UI}`",
     )
+    say(console, f"         its configurations: {table}")
 
 
 def render(folder: Path) -> None:

@@ -1,15 +1,19 @@
-"""The params, metrics and tags of MLflow runs, as pure functions of records, without MLflow.
+"""The content of MLflow runs, as pure functions of records and their analysis, without MLflow.
 
-A metric's name holds the workload and, in the parent run, the cell. The parent run has a value per
-block, with the block as the step.
+A study has three kinds of runs, told apart by the tag `role`: one of the study, below it one for
+each cell (a configuration), below that one for each of its launches. The numbers of a cell are
+those of the report: they are read from `by_cell` in its analysis.json, never computed here.
 """
 
 from __future__ import annotations
 
+import getpass
 import statistics
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 from experiments.records import store
 from experiments.records.types import (
@@ -27,14 +31,19 @@ _SYSTEM = {
     "cpu_mhz": ("system/cpu_clock_mhz", 1.0),
     "rss_bytes": ("system/process_memory_megabytes", 1e-6),
     "gpu_memory_bytes": ("system/gpu_memory_usage_megabytes", 1e-6),
-    "gpu0_busy_percent": ("system/gpu_0_utilization_percentage", 1.0),
-    "gpu0_watts": ("system/gpu_0_power_usage_watts", 1.0),
-    "gpu0_sm_mhz": ("system/gpu_0_sm_clock_mhz", 1.0),
-    "gpu0_celsius": ("system/gpu_0_temperature_celsius", 1.0),
 }
 """Telemetry series -> MLflow's name of a system metric, and the factor that gives its unit."""
+_GPU = {
+    "busy_percent": "utilization_percentage",
+    "watts": "power_usage_watts",
+    "sm_mhz": "sm_clock_mhz",
+    "celsius": "temperature_celsius",
+}
+"""The same of a single GPU: system/gpu_<number>_<name>."""
 
 _NOTE_LIMIT = 7_900  # MLflow cuts tags at 8,000 characters
+_ABSENT = "n/a"
+"""The level of a factor that an engine does not have: MLflow draws a missing parameter as unknown."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ class Point:
 
 @dataclass(frozen=True)
 class View:
-    """The content of one MLflow run."""
+    """The content of one MLflow run. details: what is too much for columns, a JSON artifact."""
 
     name: str
     started_at: str
@@ -56,86 +65,116 @@ class View:
     params: JsonObject
     metrics: list[Point]
     tags: dict[str, str]
+    details: JsonObject = field(default_factory=dict)
     workloads: dict[str, PlannedWorkload] = field(default_factory=dict)
 
 
-def parent_view(plan: Plan, found: list[Record], analysis: JsonObject | None) -> View:
-    """The run of an execution: its design, every counted figure by block, effects and verdicts."""
-    study, model, profile = plan["study"], plan["model"], plan["profile"]
+def study_view(plan: Plan, found: list[Record], analysis: JsonObject | None) -> View:
+    """The run of an execution: its design and its answer. Its numbers are those of its cells."""
+    study, profile = plan["study"], plan["profile"]
     all_launches = [record for record in found if record["kind"] == "launch"]
-    # Records of a cluster, or of merged folders, are not in chronological order.
-    first = min(all_launches, key=lambda record: str(record["started_at"]))
-    last = max(all_launches, key=lambda record: str(record["started_at"]))
+    first = _earliest(all_launches)
     counted = store.counted(found)
-    gate = [r["status"] for r in found if r["kind"] == "gate" and not r["is_negative_control"]]
+    rows = analysis["by_cell"].values() if analysis else ()
     return View(
         name=f"{study['name']} {first['started_at'][:16].replace('T', ' ')}",
         started_at=first["started_at"],
-        duration_s=_seconds_between(first["started_at"], last["started_at"])
-        + (last["total_s"] or 0.0),
+        duration_s=_duration_s(all_launches),
         status="FINISHED" if len(counted) == len(plan["launches"]) else "FAILED",
-        params={
-            **{
-                f"factor.{name}": " | ".join(map(str, [f["baseline"], *f["levels"]]))
-                for name, f in study["factors"].items()
-            },
-            **{f"design.{key}": value for key, value in study["design"].items()},
-            **{f"override.{key}": value for key, value in study["overrides"].items()},
-            "profile": profile["name"],
-            "model": model["preset"] or model["path"],
-            "dtype": model["dtype"],
-            "metric": study["metric"],
-            "smallest_effect": study["smallest_effect"],
-            "alpha": study["alpha"],
-            "launches": len(plan["launches"]),
-        },
-        metrics=[*_by_block(counted), *_effects(analysis)],
-        tags={
-            **_common_tags(plan, first),
-            "nanovllm.counted": f"{len(counted)} of {len(plan['launches'])} launches",
-            "nanovllm.gate": ", ".join(f"{gate.count(s)} {s}" for s in ("pass", "fail", "error"))
-            if gate
-            else "not run",
-            "mlflow.note.content": describe(plan, analysis),
-        },
+        params=_filled(
+            {
+                **{
+                    f"factor.{name}": " | ".join(map(str, [f["baseline"], *f["levels"]]))
+                    for name, f in study["factors"].items()
+                },
+                **{f"design.{key}": value for key, value in study["design"].items()},
+                **{f"override.{key}": value for key, value in study["overrides"].items()},
+                "profile": profile["name"],
+                "dtype": plan["model"]["dtype"],
+                "metric": study["metric"],
+                "smallest_effect": study["smallest_effect"],
+                "alpha": study["alpha"],
+                "launches": len(plan["launches"]),
+            }
+        ),
+        metrics=[],
+        tags=_filled(
+            {
+                **_common_tags(plan, first),
+                **_provenance_tags(plan, first),
+                "role": "study",
+                "gate": _gate_of_all({row["gate"] for row in rows}) if analysis else None,
+                "verdict": analysis["answer"]["verdict"] if analysis else None,
+                "evidence": _weakest({row["evidence"] for row in rows}),
+                "caveats": _caveats(analysis),
+                "nanovllm.counted": f"{len(counted)} of {len(plan['launches'])} launches",
+                "mlflow.note.content": describe(plan, analysis),
+            }
+        ),
         workloads=plan["workloads"],
     )
 
 
+def cell_view(plan: Plan, cell: str, found: list[Record], analysis: JsonObject | None) -> View:
+    """The run of a configuration: what it came to, as the report says it. The cell has a launch."""
+    launches = [r for r in found if r["kind"] == "launch" and r["cell"] == cell]
+    first = _earliest(launches)
+    planned = plan["cells"][cell]
+    counted = [record for record in store.counted(found) if record["cell"] == cell]
+    row: JsonObject = analysis["by_cell"][cell] if analysis else {}
+    start = analysis["shown"][analysis["baseline"]] if analysis else None
+    levels = dict.fromkeys(plan["study"]["factors"], _ABSENT) | planned["levels"]
+    return View(
+        name=row.get("shown", cell),
+        started_at=first["started_at"],
+        duration_s=_duration_s(launches),
+        status="FINISHED" if counted else "FAILED",
+        params=_filled({**levels, "cell": cell, "engine": planned["engine"]}),
+        metrics=[Point(_key(name), value) for name, value in row.get("metrics", {}).items()],
+        tags=_filled(
+            {
+                **_common_tags(plan, first),
+                "role": "cell",
+                "cell_role": planned["role"],
+                "gate": row.get("gate"),
+                "verdict": row.get("verdict"),
+                **{f"verdict.{_key(w)}": said for w, said in row.get("verdicts", {}).items()},
+                "evidence": row.get("evidence"),
+                "compared_with": start if row.get("verdict") else None,
+                "caveats": _caveats(analysis),
+                "nanovllm.counted": f"{len(counted)} of {sum(entry['cell'] == cell for entry in plan['launches'])} launches",
+                "mlflow.note.content": "\n".join(f"- {line}" for line in row.get("says", ())),
+            }
+        ),
+        details={"cell": cell, **planned, "report": row},
+    )
+
+
 def launch_view(plan: Plan, record: LaunchRecord, found: list[Record]) -> View:
-    """The run of one launch: levels of its factors, measurements and telemetry."""
-    cell = plan["cells"][record["cell"]]
-    config = {key: value for key, value in record["requested"].items() if key != "optimizations"}
+    """The run of one launch: what it measured, and what the machine did meanwhile."""
     is_counted = any(
         r["launch"] == record["launch"] and r["attempt"] == record["attempt"]
         for r in store.counted(found)
     )
     attempt = f" (attempt {record['attempt']})" if record["attempt"] > 1 else ""
+    reason = f"{record['status']}: {record['reason']}"[:5000] if record["reason"] else None
     return View(
         name=f"{record['launch']}{attempt}",
         started_at=record["started_at"],
         duration_s=record["total_s"] or 0.0,
         status="FINISHED" if record["status"] == "ok" else "FAILED",
-        params={
-            **cell["levels"],
-            "cell": record["cell"],
-            "engine": record["engine"],
-            "block": record["block"],
-            "order": record["order"],
-            "seed": record["seed"],
-            **{f"config.{key}": value for key, value in config.items()},
-        },
+        params={"cell": record["cell"], "block": record["block"], "order": record["order"]},
         metrics=list(_of_launch(record)),
-        tags={
-            **_common_tags(plan, record),
-            "nanovllm.status": record["status"],
-            "nanovllm.counted": str(is_counted).lower(),
-            **(
-                {"mlflow.note.content": f"{record['status']}: {record['reason']}"[:5000]}
-                if record["reason"]
-                else {}
-            ),
-        },
+        tags=_filled(
+            {
+                **_common_tags(plan, record),
+                "role": "launch",
+                "nanovllm.status": record["status"],
+                "nanovllm.counted": str(is_counted).lower(),
+                "mlflow.note.content": reason,
+            }
+        ),
+        details=_details(record),
         workloads={name: plan["workloads"][name] for name in record["workloads"]},
     )
 
@@ -145,28 +184,31 @@ def figures(work: ServedWorkload) -> dict[str, float]:
     to_first = [first - arrival for arrival, first, _ in work["request_times_s"]]
     return {
         "output_tokens_per_s": work["output_tokens"] / work["duration_s"],
-        "duration_s": work["duration_s"],
-        **({"time_to_first_token_p50_s": statistics.median(to_first)} if to_first else {}),
+        **({"ttft_p50_s": statistics.median(to_first)} if to_first else {}),
     }
 
 
 def describe(plan: Plan, analysis: JsonObject | None) -> str:
-    """The verdicts as a Markdown table: the description of the parent run."""
+    """The answer, the verdicts as a Markdown table, and the caveats: the description of a study's run."""
     head = f"**{plan['study']['question'].strip()}**\n\n"
     if analysis is None:
         return head + "Not analysed yet: run `python -m experiments report`, then `import`."
     effects = [e for e in analysis["effects"] if e["metric"] == analysis["metric"]["key"]]
     rows = [
-        "| workload | cell | ratio to baseline | interval | blocks | verdict |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| workload | configuration | ratio to baseline | interval | blocks | verdict | gate |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for e in effects:
+        cell = analysis["by_cell"][e["cell"]]
         ratio = "-" if e["ratio"] is None else f"{e['ratio']:.3f}"
         interval = "-" if e["low"] is None else f"{e['low']:.3f} to {e['high']:.3f}"
+        verdict = cell["verdicts"].get(e["workload"], "-")
         rows.append(
-            f"| {e['workload']} | {e['cell']} | {ratio} | {interval} | {e['n']} | {e['verdict']} |"
+            f"| {e['workload']} | {cell['shown']} | {ratio} | {interval} | {e['n']} | {verdict} | {cell['gate']} |"
         )
-    text = f"{head}{analysis['answer']['sentence']}\n\n" + "\n".join(rows)
+    text = f"{head}{analysis['answer']['sentence']}\n\n"
+    text += "".join(f"- {caveat}\n" for caveat in analysis["answer"]["caveats"]) + "\n"
+    text += "\n".join(rows)
     return (
         text
         if len(text) < _NOTE_LIMIT
@@ -174,14 +216,46 @@ def describe(plan: Plan, analysis: JsonObject | None) -> str:
     )
 
 
-def _common_tags(plan: Plan, record: LaunchRecord) -> dict[str, str]:
+def hardware(record: LaunchRecord) -> str:
+    """The devices of a launch as a tag to group by: "2 x NVIDIA H200"."""
+    provenance = record["provenance"]
+    gpus = Counter(gpu["name"] for gpu in provenance["gpus"])
+    named = " + ".join(f"{n} x {name}" if n > 1 else name for name, n in gpus.items())
+    return named or f"{provenance['cpu']['model']}, {provenance['cpu']['cores']} cores"
+
+
+def gpu_summaries(record: LaunchRecord) -> dict[str, dict[str, dict[str, float]]]:
+    """{"gpu_0": {"watts": {"min", "mean", "max"}}} of every GPU of a launch."""
+    series: dict[str, dict[str, list[float]]] = {}
+    for sample in record["telemetry"]["samples"]:
+        for number, gpu in enumerate(sample.get("gpus") or ()):
+            for name, value in gpu.items():
+                if isinstance(value, int | float):
+                    series.setdefault(f"gpu_{number}", {}).setdefault(name, []).append(value)
+    return {
+        gpu: {
+            name: {"min": min(values), "mean": statistics.fmean(values), "max": max(values)}
+            for name, values in of_gpu.items()
+        }
+        for gpu, of_gpu in series.items()
+    }
+
+
+def _common_tags(plan: Plan, record: LaunchRecord) -> dict[str, str | None]:
+    """What people search and group by, on every run."""
+    return {
+        "hardware": hardware(record),
+        "model": plan["model"]["preset"] or plan["model"]["path"],
+        "mlflow.source.name": f"ablations/studies/{plan['study']['name']}.yaml",
+        "mlflow.user": _user(),
+    }
+
+
+def _provenance_tags(plan: Plan, record: LaunchRecord) -> dict[str, str | None]:
     provenance = record["provenance"]
     git: GitState | JsonObject = provenance["git"] or {}
-    gpus = [gpu["name"] for gpu in provenance["gpus"]]
-    tags = {
+    return {
         "nanovllm.plan_hash": plan["plan_hash"],
-        "nanovllm.hardware": " + ".join(gpus)
-        or f"{provenance['cpu']['model']}, {provenance['cpu']['cores']} cores",
         "nanovllm.hostname": provenance["hostname"],
         "nanovllm.code_digest": provenance["code_digest"],
         "nanovllm.model_digest": plan["model"]["digest"],
@@ -189,65 +263,83 @@ def _common_tags(plan: Plan, record: LaunchRecord) -> dict[str, str]:
         "git.dirty_digest": git.get("dirty_digest"),
         "git.branch": git.get("branch"),
         "mlflow.source.git.commit": git.get("commit"),
-        "mlflow.source.name": f"ablations/studies/{plan['study']['name']}.yaml",
-        "mlflow.user": "nanovllm",
         **{
             f"nanovllm.fingerprint.{name}": work["fingerprint"]
             for name, work in plan["workloads"].items()
         },
     }
-    return {name: value for name, value in tags.items() if value}
 
 
-def _by_block(counted: list[LaunchRecord]) -> Iterator[Point]:
-    for record in counted:
-        for workload, work in record["workloads"].items():
-            for name, value in figures(work).items():
-                yield Point(
-                    f"{workload}/{name}/{_key(record['cell'])}", value, step=record["block"]
-                )
+def _user() -> str | None:
+    """The user of this process. Records do not name the user; who runs a study imports it too."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container whose user has no name
+        return None
 
 
-def _effects(analysis: JsonObject | None) -> Iterator[Point]:
-    for effect in analysis["effects"] if analysis else ():
-        if effect["metric"] == analysis["metric"]["key"]:  # type: ignore[index]
-            for bound in ("ratio", "low", "high"):
-                if effect[bound] is not None:
-                    yield Point(
-                        f"effect/{effect['workload']}/{_key(effect['cell'])}/{bound}", effect[bound]
-                    )
+def _caveats(analysis: JsonObject | None) -> str | None:
+    return "; ".join(analysis["answer"]["caveats"])[:5000] if analysis else None
+
+
+def _gate_of_all(found: set[str]) -> str:
+    return next((said for said in ("fail", "pass") if said in found), "descriptive")
+
+
+def _weakest(found: set[str]) -> str | None:
+    """The evidence of a study: that of its weakest cell that has any."""
+    return next(
+        (e for e in ("single block", "descriptive", "intervals", "none") if e in found), None
+    )
 
 
 def _of_launch(record: LaunchRecord) -> Iterator[Point]:
-    times = {
-        "process_start_s": record["process_start_s"],
-        "load_s": record["load_s"],
-        "warm_up_s": record["warm_up_s"],
-        "total_s": record["total_s"],
-    }
-    for name, seconds in times.items():
-        if seconds is not None:
-            yield Point(name, seconds)
-    peak = record["peak_memory_bytes"]
-    for where, size in (("host", peak["host"]), ("device", peak["device"])):
-        if size is not None:
-            yield Point(f"peak_memory_bytes/{where}", size)
     for workload, work in record["workloads"].items():
         for name, value in figures(work).items():
             yield Point(f"{workload}/{name}", value)
-    for factor, toggle in record["toggles"].items():
-        yield Point(f"toggle/{factor}/engaged", toggle["engaged"])
-        if toggle["opportunity"] is not None:
-            yield Point(f"toggle/{factor}/opportunity", toggle["opportunity"])
     for step, sample in enumerate(record["telemetry"]["samples"]):
         for series, (name, scale) in _SYSTEM.items():
             if sample.get(series) is not None:
                 yield Point(name, sample[series] * scale, step, sample["time_s"])
+        for number, gpu in enumerate(sample.get("gpus") or ()):
+            for series, name in _GPU.items():
+                if gpu.get(series) is not None:
+                    key = f"system/gpu_{number}_{name}"
+                    yield Point(key, gpu[series], step, sample["time_s"])
 
 
-def _key(cell: str) -> str:
-    """A cell's name as MLflow allows it in the name of a metric: no equals sign."""
-    return cell.replace("=", ":").replace("+", " and ")
+def _details(record: LaunchRecord) -> JsonObject:
+    """Everything of a launch but its series: requests, steps and samples stay in records.jsonl."""
+    series = ("request_times_s", "step_times_s")
+    telemetry = {k: v for k, v in record["telemetry"].items() if k != "samples"}
+    return {
+        **record,
+        "workloads": {
+            name: {key: value for key, value in work.items() if key not in series}
+            for name, work in record["workloads"].items()
+        },
+        "telemetry": {**telemetry, "gpus": gpu_summaries(record)},
+    }
+
+
+def _filled(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Without those that say nothing."""
+    return {name: value for name, value in entries.items() if value not in (None, "", [], {}, ())}
+
+
+def _key(name: str) -> str:
+    """A name as MLflow allows it for a metric: no equals sign."""
+    return name.replace("=", ":").replace("+", " and ")
+
+
+def _earliest(launches: list[LaunchRecord]) -> LaunchRecord:
+    """Records of a cluster, or of merged folders, are not in chronological order."""
+    return min(launches, key=lambda record: record["started_at"])
+
+
+def _duration_s(launches: list[LaunchRecord]) -> float:
+    first, last = _earliest(launches), max(launches, key=lambda record: record["started_at"])
+    return _seconds_between(first["started_at"], last["started_at"]) + (last["total_s"] or 0.0)
 
 
 def _seconds_between(first: str, last: str) -> float:

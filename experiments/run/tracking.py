@@ -1,36 +1,42 @@
 """Writes MLflow runs from records. Records are the source of truth: the runs can be rebuilt from
 them at any time, with the same result.
 
-The store is `sqlite:///mlflow.db` at the repository's root, with artifacts under `mlartifacts/` by
-a *relative* path, so that a plain `mlflow ui` at the root shows everything and the repository can
-be moved. There is one experiment per study, one parent run per execution (a folder of records) and
-one nested run per launch. Imports take a lock, because concurrent initialization of an SQLite file
-fails.
+The store is `sqlite:///mlflow.db` at the repository's root, as a plain `mlflow ui` there uses it.
+Artifacts have locations `mlflow-artifacts:/...`, which the server finds under its working
+directory, in `mlartifacts/`: the repository can be moved. There is one experiment per study, one
+run per execution (a folder of records), below it one per cell, and below that one per launch.
+Imports take a lock, because concurrent initialization of an SQLite file fails.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote, urlencode, urlsplit
+
+from filelock import FileLock
 
 from experiments.host.environment import WORKPLACE
 from experiments.records import store
 from experiments.records.types import JsonObject, Plan, PlannedStudy, Record
-from experiments.run.mlflow_view import View, launch_view, parent_view
+from experiments.run.mlflow_view import View, cell_view, launch_view, study_view
 
 ARTIFACTS, DATABASE = "mlartifacts", "mlflow.db"
+PROXIED = "mlflow-artifacts"
+"""The scheme of artifacts that the server serves from its own folder, which is `ARTIFACTS`."""
 EXECUTION, DIGEST = "nanovllm.execution", "nanovllm.records_digest"
-_VIEW_VERSION = 1
+PARENT = "mlflow.parentRunId"
+DETAILS = "details.json"
+"""The artifact of a cell or launch that holds what is no column of the runs table."""
+ADDRESS = "http://127.0.0.1:5000"
+"""Where `make ui` and a plain `mlflow ui` listen."""
+_VIEW_VERSION = 2
 """Raise it when the shape of the runs changes: an import then replaces what an older version wrote."""
 
 
@@ -77,6 +83,53 @@ def objection(root: Path = WORKPLACE) -> str | None:
     return None
 
 
+def link(run_id: str, root: Path = WORKPLACE, address: str = ADDRESS) -> str:
+    """The address of the runs table with the cells of an execution, given the id of its run. Raises
+    TrackingError.
+    """
+    try:
+        client = _client(root)
+        experiment = client.get_run(run_id).info.experiment_id
+        return _table(client, experiment, f"tags.`{PARENT}` = '{run_id}'", address)
+    except TrackingError:
+        raise
+    except Exception as error:
+        raise TrackingError(_explained(error, root)) from error
+
+
+def links(root: Path = WORKPLACE, address: str = ADDRESS) -> dict[str, str]:
+    """{study: address of the runs table with its cells, of all executions}, the latest study first.
+    Raises TrackingError.
+    """
+    if not (root / DATABASE).exists():
+        return {}
+    try:
+        client = _client(root)
+        by_id = {found.experiment_id: found.name for found in client.search_experiments()}
+        studies = client.search_runs(
+            list(by_id), "tags.role = 'study'", order_by=["attributes.start_time DESC"]
+        )
+        latest = dict.fromkeys(run.info.experiment_id for run in studies)
+        return {
+            by_id[found]: _table(client, found, "tags.role = 'cell'", address) for found in latest
+        }
+    except TrackingError:
+        raise
+    except Exception as error:
+        raise TrackingError(_explained(error, root)) from error
+
+
+def _table(client: Any, experiment: str, search: str, address: str) -> str:
+    """The page of an experiment's runs, filtered and sorted by speedup. In its usual order, by time,
+    MLflow folds cells into the run of their study.
+    """
+    cells = client.search_runs([experiment], search, max_results=100)
+    speedups = {name for run in cells for name in run.data.metrics if name.endswith("/speedup")}
+    order = f"metrics.`{min(speedups)}`" if speedups else "attributes.run_name"
+    shown = {"searchFilter": search, "orderByKey": order, "orderByAsc": str(not speedups).lower()}
+    return f"{address}/#/experiments/{experiment}/runs?{urlencode(shown, quote_via=quote)}"
+
+
 def _explained(error: Exception, root: Path) -> str:
     """The error of MLflow, SQLAlchemy or the file system, and what to do about it."""
     said = (str(error).strip().splitlines() or [""])[0][:300]
@@ -102,30 +155,50 @@ def _import(
 ) -> tuple[str, bool]:
     _check_writable(root)
     execution, digest = _identity(found, analysis)
-    with _exclusive(root):
+    with FileLock(root / f"{DATABASE}.lock"):
         client = _client(root)
-        experiment = _experiment(client, root, plan["study"])
+        experiment = _experiment(client, plan["study"])
         existing = client.search_runs(
             [experiment], f"tags.`{EXECUTION}` = '{execution}'", max_results=50_000
         )
-        parents = [run for run in existing if "mlflow.parentRunId" not in run.data.tags]
-        parent = next((run for run in parents if run.data.tags.get(DIGEST) == digest), None)
-        fresh = parent is None
-        if parent is None:
+        study = next((run for run in existing if run.data.tags.get(DIGEST) == digest), None)
+        fresh = study is None
+        if study is None:
             for run in existing:
                 client.delete_run(run.info.run_id)
-            parent = _write(
-                client, experiment, parent_view(plan, found, analysis), {EXECUTION: execution}
+            study = _write_all(
+                client, experiment, root, plan, found, analysis, {EXECUTION: execution}
             )
-            for record in found:
-                if record["kind"] == "launch":
-                    tags = {EXECUTION: execution, "mlflow.parentRunId": parent.info.run_id}
-                    _write(client, experiment, launch_view(plan, record, found), tags)
-        run_id = str(parent.info.run_id)
-        _copy_artifacts(root / parent.info.artifact_uri, folder, report)
+        run_id = str(study.info.run_id)
+        _copy_artifacts(_folder(root, study), folder, report)
         if fresh:
             client.set_tag(run_id, DIGEST, digest)  # last: an import without it was interrupted
     return run_id, fresh
+
+
+def _write_all(
+    client: Any,
+    experiment: str,
+    root: Path,
+    plan: Plan,
+    found: list[Record],
+    analysis: JsonObject | None,
+    tags: dict[str, str],
+) -> Any:
+    """The runs of an execution; returns that of the study."""
+    study = _write(client, experiment, root, study_view(plan, found, analysis), tags)
+    cells: dict[str, Any] = {}
+    for record in found:
+        if record["kind"] != "launch":
+            continue
+        cell = record["cell"]
+        if cell not in cells:
+            below = {**tags, PARENT: study.info.run_id}
+            view = cell_view(plan, cell, found, analysis)
+            cells[cell] = _write(client, experiment, root, view, below)
+        below = {**tags, PARENT: cells[cell].info.run_id}
+        _write(client, experiment, root, launch_view(plan, record, found), below)
+    return study
 
 
 def _identity(found: list[Record], analysis: JsonObject | None) -> tuple[str, str]:
@@ -134,19 +207,16 @@ def _identity(found: list[Record], analysis: JsonObject | None) -> tuple[str, st
     """
     first = next(record for record in found if record["kind"] == "launch")
     shown = json.dumps(
-        [_VIEW_VERSION, found, analysis and [analysis["answer"], analysis["effects"]]],
+        [
+            _VIEW_VERSION,
+            found,
+            analysis and [analysis["answer"], analysis["effects"], analysis["by_cell"]],
+        ],
         sort_keys=True,
     )
     return hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()[
         :16
     ], hashlib.sha256(shown.encode()).hexdigest()
-
-
-@contextmanager
-def _exclusive(root: Path) -> Iterator[None]:
-    with (root / f"{DATABASE}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _client(root: Path) -> Any:
@@ -172,30 +242,39 @@ def _client(root: Path) -> Any:
     return client
 
 
-def _experiment(client: Any, root: Path, study: PlannedStudy) -> str:
-    """The id of a study's experiment, which is created or restored if necessary.
-
-    MLflow makes every local artifact location absolute. A relative one, which `mlflow ui` and
-    clients resolve against their working directory, can only be set in the database.
-    """
+def _experiment(client: Any, study: PlannedStudy) -> str:
+    """The id of a study's experiment, which is created or restored if necessary."""
     experiment = client.get_experiment_by_name(study["name"])
     if experiment is None:
         client.create_experiment(
-            study["name"], tags={"mlflow.note.content": f"{study['title']}. {study['question']}"}
+            study["name"],
+            artifact_location=f"{PROXIED}:/{quote(study['name'], safe='')}",
+            tags={"mlflow.note.content": f"{study['title']}. {study['question']}"},
         )
         experiment = client.get_experiment_by_name(study["name"])
     elif experiment.lifecycle_stage == "deleted":
         client.restore_experiment(experiment.experiment_id)
-    with closing(sqlite3.connect(root / DATABASE)) as database, database:
-        location = f"{ARTIFACTS}/{experiment.experiment_id}"
-        database.execute(
-            "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?",
-            (location, experiment.experiment_id),
-        )
+    # or MLflow opens it on an overview of traces, which is empty
+    client.set_experiment_tag(
+        experiment.experiment_id, "mlflow.experimentKind", "custom_model_development"
+    )
     return str(experiment.experiment_id)
 
 
-def _write(client: Any, experiment: str, view: View, tags: dict[str, str]) -> Any:
+def _folder(root: Path, run: Any) -> Path:
+    """Where the artifacts of a run lie. A client of the database cannot ask: the server knows."""
+    location = urlsplit(run.info.artifact_uri)
+    if location.scheme == PROXIED and not location.netloc:
+        return root / ARTIFACTS / location.path.lstrip("/")
+    if location.scheme in ("", "file"):  # by an older version, or an experiment made by hand
+        return root / unquote(location.path)
+    raise TrackingError(
+        f"the artifacts of experiment {run.info.experiment_id} lie at {run.info.artifact_uri}, where an import "
+        "cannot write: rename the experiment"
+    )
+
+
+def _write(client: Any, experiment: str, root: Path, view: View, tags: dict[str, str]) -> Any:
     """One finished run."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
 
@@ -238,6 +317,11 @@ def _write(client: Any, experiment: str, view: View, tags: dict[str, str]) -> An
     ]
     if inputs:
         client.log_inputs(run.info.run_id, inputs)
+    if view.details:
+        target = _folder(root, run)
+        target.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(view.details, indent=1)
+        (target / DETAILS).write_text(text + "\n", encoding="utf-8")
     client.set_terminated(
         run.info.run_id, view.status, _milliseconds(view.started_at) + int(view.duration_s * 1000)
     )

@@ -9,6 +9,7 @@
     noise              whose variance an effect is judged by, and its family: a study's `statistics`
     unjudged           launches without a reference: measured, nothing concluded
     answer             a sentence for each workload, and what to know before believing it
+    cells              one flat row for each configuration, for tools that show runs side by side
     names              what configurations are called: all off, all on, A/A twin, reference
 
 May import statistics and text.

@@ -18,6 +18,7 @@ from typing import Any
 from experiments import workloads
 from experiments.records.types import Plan, Record
 from reports.analysis.answer import answer
+from reports.analysis.cells import by_cell
 from reports.analysis.compare import compared, costs, paired
 from reports.analysis.counting import Counted, Gate, count
 from reports.analysis.gate_and_launches import equivalence, hardware, run_order, toggles
@@ -127,6 +128,7 @@ def analyse(records: Sequence[Record], plan: Plan, notes: Sequence[str] = ()) ->
         ),
     }
     result["answer"] = answer(result)
+    result["by_cell"] = by_cell(result)
     return result
 
 

@@ -165,3 +165,4 @@ class Analysis(TypedDict):
     notes: list[str]
     days: list[str]
     answer: NotRequired[Answer]
+    by_cell: NotRequired[dict[str, dict[str, Any]]]

@@ -160,10 +160,12 @@ def test_a_gate_that_cannot_run_leaves_the_report(
     monkeypatch.setattr(execution, "run_launches", lambda *_: True)
     monkeypatch.setattr(execution, "run_gate", fails)
     monkeypatch.setattr(tracking, "import_folder", lambda *_: ("id", True))
+    monkeypatch.setattr(tracking, "link", lambda run_id: f"http://the/table/of/{run_id}")
     plan = store.read_plan(finished / store.PLAN)
     with pytest.raises(execution.ExecutionError, match="the gate broke"):
         execution.execute(plan, finished, Options(), console)
     assert "report.html" in said(console)
+    assert "http://the/table/of/id" in said(console)
     assert not (finished / execution.FINISHED).exists()
 
 

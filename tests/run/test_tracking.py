@@ -5,16 +5,17 @@ lies.
 from __future__ import annotations
 
 import contextlib
+import getpass
 import itertools
 import json
 import os
 import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,16 @@ from experiments.host import provenance
 from experiments.launch.runner import Runner
 from experiments.records import store
 from experiments.run import tracking
-from experiments.run.mlflow_view import launch_view
+from experiments.run.mlflow_view import cell_view, launch_view
+from reports import text
+from reports.analysis.analyse import analyse
+from reports.page.render import render
 from tests.support.fake_engine import make_plan
 
 mlflow = pytest.importorskip("mlflow")
 # MLflow and alembic deprecate things of their own
 pytestmark = pytest.mark.filterwarnings("ignore")
+RATE = "output_tokens_per_s"
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +59,32 @@ def execution(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "high": 1.4,
         "verdict": "faster",
     }
+    row = {
+        "shown": "prefix_cache=on",
+        "metrics": {"a/speedup": 1.25, "a/speedup_low": 1.1, "a/output_tokens_per_s": 340.2},
+        "verdicts": {"a": "faster"},
+        "verdict": "faster",
+        "gate": "pass",
+        "evidence": "intervals",
+        "says": ["a: ×1.25 (1.1 to 1.4) relative to all off: faster"],
+    }
+    nothing = {"metrics": {}, "verdicts": {}, "verdict": None, "evidence": "none", "says": []}
     analysis = {
         "metric": {"key": "output_tokens_per_s"},
-        "answer": {"sentence": "It is faster."},
+        "answer": {
+            "sentence": "It is faster.",
+            "verdict": "faster",
+            "caveats": ["A noisy machine."],
+        },
         "effects": [effect],
+        "baseline": "baseline",
+        "shown": {"baseline": "all off"},
+        "by_cell": {
+            "baseline": {**nothing, "shown": "all off", "gate": "pass"},
+            "aa": {**nothing, "shown": "A/A twin", "gate": "pass"},
+            "prefix_cache=on": row,
+            "crash": {**nothing, "shown": "crash", "gate": "descriptive"},
+        },
     }
     (report / "analysis.json").write_text(json.dumps(analysis))
     (report / "report.html").write_text("<p>report</p>")
@@ -86,35 +113,205 @@ def runs(root: Path) -> list[Any]:
     return list(client.search_runs([e.experiment_id for e in client.search_experiments()]))
 
 
-def test_a_study_is_a_parent_run_and_a_nested_run_each_launch(execution: Path, root: Path) -> None:
+def by_role(root: Path) -> dict[str, dict[str, Any]]:
+    """{role: {name of the run: run}}"""
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs(root):
+        found.setdefault(run.data.tags["role"], {})[run.info.run_name] = run
+    return found
+
+
+def test_a_study_has_a_run_for_each_cell_and_below_it_one_for_each_launch(
+    execution: Path, root: Path
+) -> None:
     run_id, fresh = tracking.import_folder(execution / "out", execution / "report", root)
     assert fresh
-    found = {run.info.run_id: run for run in runs(root)}
-    parent = found.pop(run_id)
-    assert len(found) == 8
-    assert {run.data.tags["mlflow.parentRunId"] for run in found.values()} == {run_id}
-    assert parent.data.params["factor.prefix_cache"] == "off | on"
-    assert parent.data.metrics["effect/a/prefix_cache:on/low"] == 1.1
-    assert (
-        "| a | prefix_cache=on | 1.250 | 1.100 to 1.400 | 2 | faster |"
-        in parent.data.tags["mlflow.note.content"]
-    )
-    assert {"nanovllm.hardware", "nanovllm.fingerprint.a", "git.dirty"} <= set(parent.data.tags)
-    assert {i.dataset.name for i in parent.inputs.dataset_inputs} == {"a", "b"}
-    client = mlflow.MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
-    history = client.get_metric_history(run_id, "a/output_tokens_per_s/baseline")
-    assert sorted(point.step for point in history) == [0, 1]
-    by_name = {run.info.run_name: run for run in found.values()}
-    on = by_name["b00-o02-prefix_cache=on"]
-    assert (on.data.params["prefix_cache"], on.data.params["block"], on.info.status) == (
-        "on",
-        "0",
-        "FINISHED",
-    )
-    assert on.data.metrics["toggle/prefix_cache/engaged"] == 8
-    failed = by_name["b00-o03-crash"]
-    assert failed.info.status == "FAILED"
+    found = by_role(root)
+    (study,) = found["study"].values()
+    cells, launches = found["cell"], found["launch"]
+    assert (study.info.run_id, len(cells), len(launches)) == (run_id, 4, 8)
+    assert {run.data.tags["mlflow.parentRunId"] for run in cells.values()} == {run_id}
+    assert set(cells) == {"all off", "A/A twin", "prefix_cache=on", "crash"}
+    for launch in launches.values():
+        above = next(
+            cell
+            for cell in cells.values()
+            if cell.info.run_id == launch.data.tags["mlflow.parentRunId"]
+        )
+        assert above.data.params["cell"] == launch.data.params["cell"]
+
+
+def test_a_study_shows_its_answer(execution: Path, root: Path) -> None:
+    tracking.import_folder(execution / "out", execution / "report", root)
+    (study,) = by_role(root)["study"].values()
+    assert study.data.params["factor.prefix_cache"] == "off | on"
+    note = study.data.tags["mlflow.note.content"]
+    assert "| a | prefix_cache=on | 1.250 | 1.100 to 1.400 | 2 | faster | pass |" in note
+    assert "- A noisy machine." in note
+    assert study.data.metrics == {}  # its numbers are those of its cells
+    assert {"nanovllm.plan_hash", "nanovllm.fingerprint.a", "git.dirty"} <= set(study.data.tags)
+    assert (study.data.tags["verdict"], study.data.tags["gate"]) == ("faster", "pass")
+    assert {i.dataset.name for i in study.inputs.dataset_inputs} == {"a", "b"}
+
+
+def test_a_cell_shows_the_numbers_of_the_analysis(execution: Path, root: Path) -> None:
+    tracking.import_folder(execution / "out", execution / "report", root)
+    cells = by_role(root)["cell"]
+    on, crash = cells["prefix_cache=on"], cells["crash"]
+    assert on.data.metrics == {
+        "a/speedup": 1.25,
+        "a/speedup_low": 1.1,
+        "a/output_tokens_per_s": 340.2,
+    }
+    asked = ("gate", "verdict", "verdict.a", "evidence", "compared_with", "caveats", "model")
+    told = ("pass", "faster", "faster", "intervals", "all off", "A noisy machine.")
+    assert tuple(on.data.tags[name] for name in asked) == (*told, on.data.tags["model"])
+    assert on.data.tags["hardware"]
+    assert on.data.tags["mlflow.user"] == getpass.getuser()
+    assert on.data.params == {
+        "prefix_cache": "on",
+        "cell": "prefix_cache=on",
+        "engine": "tests.support.fake_engine",
+    }
+    assert (on.info.status, crash.info.status) == ("FINISHED", "FAILED")
+
+
+def test_a_launch_has_few_columns_and_the_rest_in_a_file(execution: Path, root: Path) -> None:
+    tracking.import_folder(execution / "out", execution / "report", root)
+    launches = by_role(root)["launch"]
+    on, failed = launches["b00-o02-prefix_cache=on"], launches["b00-o03-crash"]
+    assert set(on.data.params) == {"cell", "block", "order"}
+    columns = {name for name in on.data.metrics if not name.startswith("system/")}
+    assert columns == {f"{w}/{n}" for w in "ab" for n in ("output_tokens_per_s", "ttft_p50_s")}
+    details = json.loads((tracking._folder(root, on) / tracking.DETAILS).read_text())
+    assert details["toggles"]["prefix_cache"]["engaged"] == 8
+    assert (on.info.status, failed.info.status) == ("FINISHED", "FAILED")
     assert "crashes as told" in failed.data.tags["mlflow.note.content"]
+
+
+def test_no_parameter_is_empty(execution: Path, root: Path) -> None:
+    tracking.import_folder(execution / "out", execution / "report", root)
+    found = runs(root)
+    assert not [
+        (run.info.run_name, name)
+        for run in found
+        for name, value in run.data.params.items()
+        if value in ("", "None", "{}", "[]")
+    ]
+
+
+PUBLISHED = [
+    "cpu-two-cores/embedded",
+    "cpu-two-cores/compare-vllm",
+    "h200/gpu-latency",
+    "h200-x2/ablate",
+]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_mlflow_shows_the_numbers_of_the_report(name: str) -> None:
+    """Of real studies, each number that MLflow shows of a cell against the analysis that its report
+    is rendered from.
+    """
+    plan, file = store.read_for_report(provenance.ROOT / "reports" / "published" / name)
+    analysis = analyse(file.records, plan, file.notes)
+    rates = {(row["cell"], row["workload"], row["metric"]): row for row in analysis["rates"]}
+    effects = {(e["cell"], e["workload"]): e for e in analysis["effects"] if e["metric"] == RATE}
+    compared = 0
+    for cell in plan["cells"]:
+        view = cell_view(plan, cell, file.records, analysis)
+        shown = {point.key: point.value for point in view.metrics}
+        for workload in plan["workloads"]:
+            mean = rates[cell, workload, RATE]["mean"]
+            assert shown.get(f"{workload}/output_tokens_per_s") == mean
+            for short, key in (("ttft", "time_to_first_token"), ("tpot", "time_per_output_token")):
+                mean = rates[cell, workload, f"{key}_p50_s"]["mean"]
+                assert shown.get(f"{workload}/{short}_p50_s") == mean
+            effect = effects.get((cell, workload))
+            if effect is not None:
+                for end, bound in (("", "ratio"), ("_low", "low"), ("_high", "high")):
+                    assert shown.get(f"{workload}/speedup{end}") == effect[bound]
+                compared += effect["ratio"] is not None
+                if analysis["metric"]["key"] == RATE and effect["n"]:
+                    assert view.tags[f"verdict.{workload}"] == text.verdict(effect)
+        assert set(plan["study"]["factors"]) <= set(view.params)  # n/a for engines without them
+    assert compared
+
+
+def test_mlflow_says_what_the_page_says(tmp_path: Path) -> None:
+    """The rows of the report's table, as people read them, against the numbers of the runs."""
+    plan, file = store.read_for_report(provenance.ROOT / "reports" / "published" / PUBLISHED[0])
+    analysis = analyse(file.records, plan, file.notes)
+    page = render(plan, file.records, analysis, tmp_path)[0].read_text()
+    for cell in plan["cells"]:
+        view = cell_view(plan, cell, file.records, analysis)
+        shown = {point.key: point.value for point in view.metrics}
+        for workload in plan["workloads"]:
+            rate = text.number(shown[f"{workload}/output_tokens_per_s"])
+            row = next(
+                line
+                for line in page.splitlines()
+                if line.startswith("|") and f"`{view.name}`" in line and f"| {rate} |" in line
+            )
+            if f"{workload}/speedup_low" in shown:
+                low, high = (shown[f"{workload}/speedup_{end}"] for end in ("low", "high"))
+                assert text.ratio(shown[f"{workload}/speedup"]) in row
+                assert text.interval(low, high) in row
+                assert view.tags[f"verdict.{workload}"] in row
+
+
+def test_a_comparison_of_engines_shows_the_ratio_to_the_other_one() -> None:
+    plan, file = store.read_for_report(provenance.ROOT / "reports" / "published" / PUBLISHED[1])
+    analysis = analyse(file.records, plan, file.notes)
+    shown = analysis["by_cell"]["all"]["metrics"]
+    found = {
+        entry["theirs"]: entry["effects"][RATE]
+        for entry in analysis["comparisons"]
+        if entry["ours"] == "all"
+    }
+    assert found
+    for theirs, of_workloads in found.items():
+        for workload, effect in of_workloads.items():
+            assert shown[f"{workload}/speedup_over_{theirs}"] == effect["ratio"]
+            assert shown[f"{workload}/speedup_over_{theirs}_low"] == effect["low"]
+
+
+def test_outputs_that_fail_the_gate_are_no_pass() -> None:
+    """A launch whose outputs fail does not count; its cell says fail, and has no speedup."""
+    plan, file = store.read_for_report(provenance.ROOT / "reports" / "published" / PUBLISHED[0])
+    cell = "prefix_cache=on"
+    digests = {
+        work["tokens_digest"]
+        for record in file.records
+        if record["kind"] == "launch" and record["cell"] == cell
+        for work in record["workloads"].values()
+    }
+    records: list[Any] = [
+        {**record, "status": "fail", "reason": "as told"}
+        if record["kind"] == "gate" and record["tokens_digest"] in digests
+        else record
+        for record in file.records
+    ]
+    view = cell_view(plan, cell, records, analyse(records, plan))
+    assert (view.tags["gate"], view.tags["evidence"], view.metrics) == ("fail", "none", [])
+    ungated = [record for record in records if record["kind"] != "gate"]
+    view = cell_view(plan, cell, ungated, analyse(ungated, plan))
+    assert view.tags["gate"] == "descriptive"
+
+
+def test_every_gpu_has_its_series_and_its_summary() -> None:
+    folder = provenance.ROOT / "reports" / "published" / "h200-x2" / "ablate"
+    plan, file = store.read_for_report(folder)
+    record = next(record for record in file.records if record["kind"] == "launch")
+    view = launch_view(plan, record, file.records)
+    for gpu in ("gpu_0", "gpu_1"):
+        watts = [
+            point.value for point in view.metrics if point.key == f"system/{gpu}_power_usage_watts"
+        ]
+        summary = view.details["telemetry"]["gpus"][gpu]["watts"]
+        assert len(watts) > 3
+        assert (summary["min"], summary["max"]) == (min(watts), max(watts))
+    assert view.tags["hardware"].startswith("2 x NVIDIA H200")
 
 
 @pytest.mark.parametrize(
@@ -172,33 +369,28 @@ def test_a_grown_or_interrupted_import_is_replaced(
         tracking.import_folder(part, None, root)
     monkeypatch.setattr(tracking, "_write", real)
     tracking.import_folder(part, None, root)
-    assert len(runs(root)) == 1 + 3
+    assert len(runs(root)) == 1 + 3 + 3
     (part / store.RECORDS).write_text("".join(lines))
     tracking.import_folder(part, None, root)
-    assert len(runs(root)) == 1 + 8
+    assert len(runs(root)) == 1 + 4 + 8
 
 
-def test_a_moved_repository_keeps_its_artifacts(
-    execution: Path, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_moved_repository_keeps_its_artifacts(execution: Path, root: Path) -> None:
     run_id, _ = tracking.import_folder(execution / "out", execution / "report", root)
-    with contextlib.closing(sqlite3.connect(root / "mlflow.db")) as database:
-        ours = "SELECT artifact_location FROM experiments WHERE name = 'fake' UNION SELECT artifact_uri FROM runs"
-        stored = database.execute(ours).fetchall()
-    assert len(stored) == 1 + 1 + 8
-    assert all(path.startswith("mlartifacts/") for (path,) in stored)
+    client = mlflow.MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    location = client.get_experiment_by_name("fake").artifact_location
+    assert location == "mlflow-artifacts:/fake"
+    assert all(run.info.artifact_uri.startswith(f"{location}/") for run in runs(root))
     moved = root.with_name("moved")
     root.rename(moved)
-    monkeypatch.chdir(moved)
     client = mlflow.MlflowClient(f"sqlite:///{moved / 'mlflow.db'}")
-    assert {entry.path for entry in client.list_artifacts(run_id)} == {
+    folder = moved / "mlartifacts" / "fake" / run_id / "artifacts"
+    assert {path.name for path in folder.iterdir()} == {
         "plan.json",
         "records.jsonl",
         "tokens.jsonl",
         "report",
     }
-    report = client.download_artifacts(run_id, "report/report.html", str(moved))
-    assert Path(report).read_text() == "<p>report</p>"
     assert tracking.import_folder(execution / "out", execution / "report", moved) == (run_id, False)
 
 
@@ -230,11 +422,11 @@ def test_what_a_kill_left_is_imported_as_far_as_it_goes(execution: Path, root: P
     tracking.import_folder(killed, None, root)
     by_status = [run.info.status for run in runs(root) if "mlflow.parentRunId" not in run.data.tags]
     assert by_status == ["FAILED"]  # not everything that was planned counts
-    assert len(runs(root)) == 1 + 3
+    assert len(runs(root)) == 1 + 3 + 3
     (killed / store.RECORDS).write_bytes(whole)
     tracking.import_folder(killed, execution / "report", root)
     assert tracking.import_folder(execution / "out", execution / "report", root)[1] is False
-    assert len(runs(root)) == 1 + 8
+    assert len(runs(root)) == 1 + 4 + 8
 
 
 def test_two_studies_share_a_store(execution: Path, root: Path) -> None:
@@ -249,7 +441,7 @@ def test_two_studies_share_a_store(execution: Path, root: Path) -> None:
     (other / store.RECORDS).write_text(lines)
     first = tracking.import_folder(execution / "out", execution / "report", root)[0]
     second = tracking.import_folder(other, None, root)[0]
-    assert len(runs(root)) == 2 * (1 + 8)
+    assert len(runs(root)) == 2 * (1 + 4 + 8)
     by_id = {run.info.run_id: run for run in runs(root)}
     assert by_id[first].info.experiment_id != by_id[second].info.experiment_id
 
@@ -318,4 +510,16 @@ def test_two_imports_at_once_into_a_fresh_store(execution: Path, tmp_path: Path)
     for importer in importers:
         _, err = importer.communicate(timeout=120)
         assert importer.returncode == 0, err
-    assert len(runs(tmp_path)) == 1 + 8
+    assert len(runs(tmp_path)) == 1 + 4 + 8
+
+
+def test_the_link_finds_the_cells_of_a_study(execution: Path, root: Path) -> None:
+    run_id, _ = tracking.import_folder(execution / "out", execution / "report", root)
+    address = tracking.link(run_id, root)
+    query = urllib.parse.parse_qs(address.partition("?")[2])
+    client = mlflow.MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("fake").experiment_id
+    assert f"/#/experiments/{experiment}/runs?" in address
+    assert len(client.search_runs([experiment], query["searchFilter"][0])) == 4
+    assert query["orderByKey"] == ["metrics.`a/speedup`"]
+    assert list(tracking.links(root)) == ["fake"]

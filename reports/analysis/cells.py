@@ -1,0 +1,134 @@
+"""What each configuration of a study came to, in the few numbers that people compare: one flat row
+a cell, for tools that show runs side by side.
+
+Every number is taken from the analysis as it stands; nothing is computed again.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from reports.analysis.compare import against_engines, throughput_rows
+from reports.analysis.types import Analysis
+from reports.statistics.metrics import THROUGHPUT
+from reports.text import interval, ratio, verdict
+
+SHORT = {
+    THROUGHPUT.key: "output_tokens_per_s",
+    "time_to_first_token_p50_s": "ttft_p50_s",
+    "time_per_output_token_p50_s": "tpot_p50_s",
+}
+"""The rates that a row has, by the names that they have there."""
+
+
+def by_cell(analysis: Analysis) -> dict[str, dict[str, Any]]:
+    """{cell: its row}, in the order of the plan.
+
+    metrics: {"<workload>/speedup", "_low", "_high", "/output_tokens_per_s", "/ttft_p50_s",
+    "/tpot_p50_s": number}, and ratios to other engines. A study of another metric than throughput
+    has the ratio of its own metric too.
+    verdicts: {workload: verdict} on the study's metric; verdict: the one for all workloads
+    together where there is one, else what all of them share, `mixed` where they do not; None for a
+    cell that is not compared with the baseline.
+    gate: pass, fail, or descriptive where its outputs were not judged.
+    evidence: `intervals` (two blocks or more), `single block`, `descriptive` (not judged), `none`.
+    says: the ratios as a reader sees them, one line each.
+    """
+    pairs = _pairs(analysis)
+    return {cell: _row(analysis, cell, pairs) for cell in analysis["cells"]}
+
+
+def _row(
+    analysis: Analysis, cell: str, pairs: Sequence[tuple[str, Mapping[str, Any]]]
+) -> dict[str, Any]:
+    effects = [effect for effect in analysis["effects"] if effect["cell"] == cell and effect["n"]]
+    own = [effect for effect in effects if effect["metric"] == analysis["metric"]["key"]]
+    verdicts = {effect["workload"]: verdict(effect) for effect in own}
+    together = next((v for name, v in verdicts.items() if name not in analysis["workloads"]), None)
+    distinct = set(verdicts.values())
+    ours = [(name, effect) for name, effect in pairs if effect["cell"] == cell and effect["n"]]
+    return {
+        "shown": analysis["shown"][cell],
+        "role": analysis["cells"][cell]["role"],
+        "metrics": dict(_metrics(analysis, cell, effects, ours)),
+        "verdicts": verdicts,
+        "verdict": together
+        or (next(iter(distinct)) if len(distinct) == 1 else "mixed" if distinct else None),
+        "gate": _gate(analysis, cell),
+        "evidence": _evidence(analysis, cell),
+        "says": [
+            *(_says(analysis["shown"][analysis["baseline"]], effect) for effect in own),
+            *(_says(analysis["shown"][effect["reference"]], effect) for _, effect in ours),
+        ],
+    }
+
+
+def _metrics(
+    analysis: Analysis,
+    cell: str,
+    effects: Sequence[Mapping[str, Any]],
+    ours: Sequence[tuple[str, Mapping[str, Any]]],
+) -> Iterator[tuple[str, float]]:
+    if cell == analysis["baseline"]:
+        for row in analysis["rates"]:  # ×1 by definition, as the report says
+            if row["cell"] == cell and row["metric"] == THROUGHPUT.key and row["n"]:
+                yield f"{row['workload']}/speedup", 1.0
+    for effect in effects:
+        if effect["metric"] == THROUGHPUT.key:
+            yield from _bounds("speedup", effect)
+        elif effect["metric"] == analysis["metric"]["key"]:
+            yield from _bounds(f"{effect['metric']}_ratio", effect)
+    for name, effect in ours:
+        yield from _bounds(name, effect)
+    for row in analysis["rates"]:
+        if row["cell"] == cell and row["metric"] in SHORT and row["mean"] is not None:
+            yield f"{row['workload']}/{SHORT[row['metric']]}", row["mean"]
+    for row in analysis["unjudged"]:
+        if row["cell"] == cell:
+            yield f"{row['workload']}/{SHORT[THROUGHPUT.key]}", row["median"]
+
+
+def _pairs(analysis: Analysis) -> list[tuple[str, Mapping[str, Any]]]:
+    """(name of the metric, effect) of ratios to other cells than the baseline: those that the report
+    shows.
+    """
+    compared = [effect for _, effect in throughput_rows(analysis, analysis["comparisons"])]
+    if not against_engines(analysis):
+        compared += analysis["references"]
+    kind = {THROUGHPUT.key: "speedup"}
+    return [
+        (
+            f"{kind.get(effect['metric'], effect['metric'] + '_ratio')}_over_{effect['reference']}",
+            effect,
+        )
+        for effect in compared
+    ]
+
+
+def _bounds(name: str, effect: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for key, bound in (("", "ratio"), ("_low", "low"), ("_high", "high")):
+        if effect[bound] is not None:
+            yield f"{effect['workload']}/{name}{key}", effect[bound]
+
+
+def _says(start: str, effect: Mapping[str, Any]) -> str:
+    within = "" if effect["low"] is None else f" ({interval(effect['low'], effect['high'])})"
+    return f"{effect['workload']}: {ratio(effect['ratio'])}{within} relative to {start}: {verdict(effect)}"
+
+
+def _gate(analysis: Analysis, cell: str) -> str:
+    """A launch whose outputs failed is excluded, and its cell is not among those of a gate's row."""
+    failed = any(
+        row["cell"] == cell and row["reason"].startswith("gate:") for row in analysis["excluded"]
+    )
+    statuses = {row["status"] for row in analysis["gate"]["rows"] if cell in row["cells"]}
+    if failed or statuses - {"pass"}:
+        return "fail"
+    return "pass" if statuses else "descriptive"
+
+
+def _evidence(analysis: Analysis, cell: str) -> str:
+    blocks = max((row["n"] for row in analysis["rates"] if row["cell"] == cell), default=0)
+    if blocks:
+        return "intervals" if blocks > 1 else "single block"
+    unjudged = any(row["cell"] == cell for row in analysis["unjudged"])
+    return "descriptive" if unjudged else "none"
