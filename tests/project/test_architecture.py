@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import graphlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import grimp
 import pytest
 
 from reports.claims.code_lines import count_code_lines, count_statements
@@ -143,3 +145,11 @@ def test_no_room_is_crowded(floor: str) -> None:
     rooms = {file.parent for file in (ROOT / floor).rglob("*.py")}
     crowded = {str(room): n for room in rooms if (n := len(list(room.glob("*.py")))) > 15}
     assert not crowded
+
+
+def test_no_circle_of_imports_between_files() -> None:
+    """Imports inside functions count as well."""
+    graph = grimp.build_graph("nanovllm", "experiments", "reports")
+    assert len(graph.modules) > 150
+    imports = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
+    graphlib.TopologicalSorter(imports).prepare()  # CycleError names the circle
