@@ -30,7 +30,7 @@ from experiments.records.types import Plan, PlannedProfile
 from experiments.run import execution
 from experiments.run.execution import ExecutionError, say
 from experiments.run.help_texts import epilog
-from experiments.run.tracking import TrackingError, import_folder
+from experiments.run.tracking import TrackingError, import_folder, link
 from experiments.study import machine, plan_view
 from experiments.study.plan import build_plan
 from experiments.study.spec import (
@@ -285,6 +285,7 @@ def import_command(
                 console,
                 f"{folder}: MLflow run {run_id} {'written' if fresh else 'already up to date'}",
             )
+            say(console, f"its configurations: {link(run_id)}")
 
         guarded(work)
 
