@@ -18,7 +18,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urlencode, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from filelock import FileLock
 
@@ -36,6 +36,7 @@ DETAILS = "details.json"
 """The artifact of a cell or launch that holds what is no column of the runs table."""
 ADDRESS = "http://127.0.0.1:5000"
 """Where `make ui` and a plain `mlflow ui` listen."""
+SHARED_VIEW, MOST_COLUMNS = "mlflow.sharedViewState", 24
 _VIEW_VERSION = 2
 """Raise it when the shape of the runs changes: an import then replaces what an older version wrote."""
 
@@ -120,14 +121,34 @@ def links(root: Path = WORKPLACE, address: str = ADDRESS) -> dict[str, str]:
 
 
 def _table(client: Any, experiment: str, search: str, address: str) -> str:
-    """The page of an experiment's runs, filtered and sorted by speedup. In its usual order, by time,
-    MLflow folds cells into the run of their study.
+    """The page of an experiment's runs, filtered, sorted by speedup, and with a column for each
+    speedup and its interval. In its usual order, by time, MLflow folds cells into the run of their
+    study.
+
+    The view is stored as MLflow's own "Share view" stores it, in a tag of the experiment. A version
+    of MLflow that does not know it shows all runs.
     """
     cells = client.search_runs([experiment], search, max_results=100)
-    speedups = {name for run in cells for name in run.data.metrics if name.endswith("/speedup")}
-    order = f"metrics.`{min(speedups)}`" if speedups else "attributes.run_name"
-    shown = {"searchFilter": search, "orderByKey": order, "orderByAsc": str(not speedups).lower()}
-    return f"{address}/#/experiments/{experiment}/runs?{urlencode(shown, quote_via=quote)}"
+    named = {name for run in cells for name in run.data.metrics}
+    speedups = sorted(name for name in named if name.endswith("/speedup"))
+    order = f"metrics.`{speedups[0]}`" if speedups else "attributes.run_name"
+    columns = [
+        f"metrics.`{name}`"
+        for speedup in speedups
+        for name in (speedup, f"{speedup}_low", f"{speedup}_high")
+        if name in named
+    ]
+    view = {
+        "searchFilter": search,
+        "orderByKey": order,
+        "orderByAsc": not speedups,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "selectedColumns": [*columns[:MOST_COLUMNS], "tags.`verdict`", "tags.`gate`"],
+    }
+    key = hashlib.sha256(search.encode()).hexdigest()[:12]
+    client.set_experiment_tag(experiment, f"{SHARED_VIEW}.{key}", json.dumps(view))
+    return f"{address}/#/experiments/{experiment}/runs?viewStateShareKey={key}"
 
 
 def _explained(error: Exception, root: Path) -> str:

@@ -314,6 +314,7 @@ def _effects(
                 # All workloads together is a summary of the others, not one more test: it has a
                 # family of its own. But in the A/A arm any difference at all is an alarm, and all
                 # of them are one family.
+                effect["question"] = asked
                 families.setdefault(
                     (group, asked, group != "aa" and workload == ALL_WORKLOADS), []
                 ).append(effect)
@@ -424,6 +425,9 @@ def _factors(
                     row = {**row, **_company(lattice, (factor, level))}
                 family.append(row)
         judge(family, rule, metric.better)
+        tests = sum(effect["p"] is not None for effect in family)
+        for effect in family:
+            effect["tests"] = tests
         effects += family
     return effects
 

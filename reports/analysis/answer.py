@@ -132,9 +132,9 @@ def _together(
 
 
 def _better_without(analysis: Analysis, everything: Effect) -> str:
-    """Names the toggle without which everything on would be fastest, if that is faster by more
-    than the smallest effect that matters. The choice uses point estimates; the sentence states the
-    verdict.
+    """Names the toggle that measures worst when it is added last, if that is worse by more than the
+    smallest effect that matters. A toggle that the study does not expect to act on this workload is
+    left out. The choice uses point estimates; the sentence states the verdict.
     """
     ratios = {
         effect["cell"]: effect
@@ -142,10 +142,13 @@ def _better_without(analysis: Analysis, everything: Effect) -> str:
         if effect["workload"] == everything["workload"] and effect["n"]
     }
     low, high = analysis["rule"]["band"]
+    factors = analysis["study"].get("factors", {})
     worse = [
         row
         for row in analysis["factors"]
         if row["kind"] == "left out"
+        and everything["workload"]
+        in (factors.get(row["factor"], {}).get("workloads") or analysis["workloads"])
         and row["workload"] == everything["workload"]
         and row["on"] == everything["cell"]
         and row["off"] in ratios
@@ -157,9 +160,10 @@ def _better_without(analysis: Analysis, everything: Effect) -> str:
     if worst is None:
         return ""
     without = ratio(ratios[worst["off"]]["ratio"])
+    makes = "makes" if worst["verdict"] in ("faster", "slower") else "may make"
     return (
-        f"; without {worst['factor']}={worst['level']} it would be {without} (added last, that measures "
-        f"{_short(worst)}, {text.verdict(worst)})"
+        f"; {worst['factor']}={worst['level']}, added last, {makes} it worse ({_short(worst)}, {text.verdict(worst)}; "
+        f"without it {without})"
     )
 
 

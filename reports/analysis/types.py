@@ -23,8 +23,9 @@ class Company(TypedDict, total=False):
 class Effect(Estimate, Company):
     """An effect on one metric and workload, with its verdict.
 
-    An effect of a cell: its `cell`, its `role` and the number of `tests` that its p-value is corrected
-    for; compared with another engine or cell: that cell is its `reference`. An effect of a factor:
+    An effect of a cell: its `cell`, its `role`, and the number of `tests` that its p-value is
+    corrected for, which are those of its `question` (empty where all questions are one family);
+    compared with another engine or cell: that cell is its `reference`. An effect of a factor:
     `kind` (a key of text.KINDS), `factor` and `level`; where it compares two cells: those (`on`,
     `off`), and what else differs from everything on (Company). An
     interaction: its two toggles, `first` and `second`.
@@ -36,6 +37,7 @@ class Effect(Estimate, Company):
     role: NotRequired[str]
     reference: NotRequired[str]
     tests: NotRequired[int]
+    question: NotRequired[str]
     kind: NotRequired[str]
     factor: NotRequired[str]
     level: NotRequired[Any]

@@ -99,7 +99,7 @@ def _equivalence(analysis: Analysis) -> Section:
             "Tokens that another engine sampled with its own random generator cannot be replayed and have no margin (shown as "
             "a dash). Given the tokens before it, log p(token) + entropy has mean 0 under the reference; z is the sum of these "
             f"over its standard deviation, a two-sided test at level {level:g}, whose limit is widened by the shift that HF's own "
-            "error causes. No single request may be incredible either."
+            "error causes. A single request whose tokens are too improbable fails as well."
         )
     columns = [
         WORKLOAD,

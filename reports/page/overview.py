@@ -1,6 +1,6 @@
 """What everybody reads of a report: the chart, one table of results, the workloads, the machine.
 
-The statistics behind the table follow, folded, in results.py and evidence.py.
+The statistics behind the table follow, folded, in sections.py and evidence.py.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,10 +10,13 @@ from experiments.records.types import Plan
 from reports import text
 from reports.analysis import names
 from reports.analysis.compare import against_engines, said, throughput_rows
+from reports.analysis.noise import ALONE, BETWEEN, TOGETHER
 from reports.analysis.types import Analysis, Comparison, Effect
 from reports.page.document import Column, Section, Table
 from reports.statistics.metrics import THROUGHPUT
 
+WAYS = {kind: text.KINDS[kind] for kind in ("alone", "left out")}
+"""How a study of single toggles measures each of them."""
 CONFIGURATION, WORKLOAD, VERDICT = (
     Column("configuration", "code"),
     Column("workload", "code"),
@@ -58,31 +61,30 @@ def overview(plan: Plan, analysis: Analysis) -> Iterator[Section]:
 
 
 def _results(analysis: Analysis) -> Section:
-    """One row for each configuration: throughput, ratio to the baseline, verdict, gate."""
+    """One row for each configuration: throughput, ratio to the baseline, verdict, gate. In a study
+    that measures every toggle alone and added last, a row for each of these takes the place of their
+    configurations, whose ratio to everything off says little about one toggle.
+    """
     metric = analysis["metric"]
     throughput = metric["key"] == THROUGHPUT.key
-    effects = {
-        (effect["workload"], effect["cell"]): effect
+    tested = [
+        effect
         for effect in analysis["effects"]
         if effect["metric"] == metric["key"]
-    }
-    rows, start = [], analysis["baseline"]
+        and effect["n"]
+        and effect["workload"] in analysis["workloads"]
+    ]
+    rows: list[list[str]] = []
+    tests: dict[str, int] = {}
     for workload in analysis["workloads"]:
-        rates = _rates(analysis, workload)
-        for cell in analysis["cells"]:
-            effect = effects.get((workload, cell))
-            if cell == start:
-                found = ["×1", "", ""]
-            elif effect is None or not effect["n"]:
-                found = [text.ABSENT, text.ABSENT, ""]
-            else:
-                found = [
-                    text.ratio(effect["ratio"]),
-                    text.interval(effect["low"], effect["high"]),
-                    text.verdict(effect),
-                ]
-            rate = [text.number(rates.get(cell)), *found]
-            rows.append([workload, name(analysis, cell), *rate, gate(analysis, [cell], workload)])
+        effects = {effect["cell"]: effect for effect in tested if effect["workload"] == workload}
+        switches = by_switch(analysis, workload)
+        rows += _configurations(analysis, workload, effects, switches)
+        rows += _switches(analysis, workload, switches)
+        for effect in effects.values():
+            if effect["role"] != "aa" and not (switches and effect["role"] != "all"):
+                tests[_ASKED.get(effect["question"], "")] = effect["tests"]
+        tests |= {_TESTED[effect["kind"]]: effect["tests"] for effect, _ in switches}
     ratio = "speedup" if throughput else f"ratio of {metric['label']}"
     columns = [
         WORKLOAD,
@@ -91,14 +93,11 @@ def _results(analysis: Analysis) -> Section:
         VERDICT,
         Column("gate", "verdict"),
     ]
-    tested = [
-        effect for key, effect in effects.items() if effect["n"] and key[0] in analysis["workloads"]
-    ]
-    tests = max((effect["tests"] for effect in tested), default=0)
     lead = [
         _ratio_words(analysis, throughput),
+        *([_SWITCH_WORDS] if _TESTED["alone"] in tests else ()),
         *names.left_out_together(analysis),
-        _verdict_words(analysis, tested, tests),
+        _verdict_words(analysis, tested),
         *_correction_words(analysis, tested, tests),
     ]
     return Section(
@@ -111,12 +110,99 @@ def _results(analysis: Analysis) -> Section:
     )
 
 
+def _configurations(
+    analysis: Analysis,
+    workload: str,
+    effects: Mapping[str, Effect],
+    switches: Sequence[tuple[Effect, str]],
+) -> Iterator[list[str]]:
+    """Rows of whole configurations; without those that rows of single toggles tell of."""
+    rates, start = _rates(analysis, workload), analysis["baseline"]
+    told = {effect[side] for effect, _ in switches for side in ("on", "off")}
+    if switches:
+        told |= {effect["reference"] for effect in analysis["references"]}
+    for cell, entry in analysis["cells"].items():
+        effect = effects.get(cell)
+        if cell == start:
+            found = ["×1", "", ""]
+        elif cell in told and entry["role"] != "all":
+            continue
+        elif effect is None:
+            found = [text.ABSENT, text.ABSENT, ""]
+        else:
+            found = [
+                text.ratio(effect["ratio"]),
+                text.interval(effect["low"], effect["high"]),
+                text.verdict(effect),
+            ]
+        rate = text.number(rates.get(cell))
+        yield [workload, name(analysis, cell), rate, *found, gate(analysis, [cell], workload)]
+
+
+def _switches(
+    analysis: Analysis, workload: str, switches: Sequence[tuple[Effect, str]]
+) -> Iterator[list[str]]:
+    """Rows of single toggles, and of everything on or off over another engine: two configurations
+    each.
+    """
+    rates = _rates(analysis, workload)
+    pairs = [(effect, title, effect["off"], effect["on"]) for effect, title in switches]
+    for effect in analysis["references"] if switches else ():
+        if effect["workload"] == workload:
+            theirs = name(analysis, effect["reference"]).removeprefix("reference: ")
+            title = f"{name(analysis, effect['cell'])} / {theirs}"
+            pairs.append((effect, title, effect["reference"], effect["cell"]))
+    for effect, title, below, above in pairs:
+        yield [
+            workload,
+            title,
+            f"{text.number(rates.get(below))} → {text.number(rates.get(above))}",
+            text.ratio(effect["ratio"]),
+            text.interval(effect["low"], effect["high"]),
+            text.verdict(effect),
+            gate(analysis, [below, above], workload),
+        ]
+
+
+def by_switch(analysis: Analysis, workload: str) -> list[tuple[Effect, str]]:
+    """(effect, its name) of every toggle alone and added last, in a study that measured both;
+    otherwise empty.
+
+    The ratio of `all-but-...` to everything off says little about the toggle that it leaves out.
+    """
+    rows = [
+        row for row in analysis["factors"] if row["kind"] in WAYS and row["workload"] == workload
+    ]
+    if {row["kind"] for row in rows} != set(WAYS):
+        return []
+    order = [*analysis["study"].get("factors", {}), *sorted({row["factor"] for row in rows})]
+    several = {
+        row["factor"]
+        for row in rows
+        if len({other["level"] for other in rows if other["factor"] == row["factor"]}) > 1
+    }
+    found: list[tuple[Effect, str]] = []
+    for row in sorted(
+        rows, key=lambda row: (order.index(row["factor"]), str(row["level"]), row["kind"])
+    ):
+        title = f"{row['factor']}={row['level']}" if row["factor"] in several else row["factor"]
+        way = "on top" if not row.get("part_of_all", True) else WAYS[row["kind"]]
+        found.append(({**row, "cell": row["on"]}, f"{title}, {way}"))
+    return found
+
+
 def _rates(analysis: Analysis, workload: str) -> dict[str, float | None]:
     return {
         row["cell"]: row["mean"]
         for row in analysis["rates"]
         if row["metric"] == THROUGHPUT.key and row["workload"] == workload and row["n"]
     }
+
+
+_SWITCH_WORDS = (
+    "Alone: the optimization on, over everything off. Added last: everything on, over everything on without it. On top: "
+    "everything on and this one, over everything on. tok/s: without → with it."
+)
 
 
 def _ratio_words(analysis: Analysis, throughput: bool) -> str:
@@ -127,49 +213,69 @@ def _ratio_words(analysis: Analysis, throughput: bool) -> str:
     held = names.settings(analysis, analysis["baseline"])
     return (
         f"tok/s: output tokens per second. {says}: relative to {start} ({held}) in the same block, {better} 1 is better. "
-        "A block is every configuration once, each in a fresh process, in random order; the numbers are means over "
-        f"{blocks}. The A/A twin is {start} run a second time: what it shows is noise."
+        f"A block is every configuration once, each in a fresh process, in random order; there are {blocks}. tok/s is the "
+        "harmonic mean over blocks, which is all tokens over all time; the ratio is the geometric mean of the ratios within "
+        f"blocks, so it differs a little from the quotient of two means. The A/A twin is {start} run a second time: what it "
+        "shows is noise."
     )
 
 
-def _verdict_words(analysis: Analysis, effects: Sequence[Effect], tests: int) -> str:
-    """What the verdicts that occur here mean; tests: how many are made together."""
+def _verdict_words(analysis: Analysis, effects: Sequence[Effect]) -> str:
+    """What the verdicts that occur here mean."""
     low, high = analysis["rule"]["band"]
     band = text.interval(low, high)
     found = {text.verdict(effect) for effect in effects}
     said = []
     if found & {"faster", "slower"}:
         said.append(
-            "faster, slower: statistically significant, also after correction for the number of tests"
+            "faster, slower: statistically significant, also after correction for several tests"
         )
     if "equivalent" in found:
         said.append(f"equivalent: the whole interval lies within {band}, too small to matter")
     if "suggestive" in found:
         said.append(
-            "suggestive: the interval excludes 1, but the difference is not significant after correction for "
-            f"{text.count_of(tests, 'test')}"
+            "suggestive: the interval excludes 1, but the difference is not significant after correction for several tests"
         )
     if "inconclusive" in found:
-        said.append("inconclusive: a difference that matters is as possible as none")
+        said.append("inconclusive: the data allow both a difference that matters and none")
     said.append(
         "gate: pass means that HF transformers, in a higher precision, confirmed the very tokens that were timed"
     )
     return "; ".join(said) + "."
 
 
-def _correction_words(analysis: Analysis, effects: Sequence[Effect], tests: int) -> list[str]:
-    """What `after correction` means, where a verdict depends on it."""
-    if tests < 2 or not {text.verdict(effect) for effect in effects} & {
+_ASKED = {
+    ALONE: "one optimization alone",
+    TOGETHER: "everything on",
+    BETWEEN: "the configurations between",
+}
+_TESTED = {"alone": "one optimization alone", "left out": "added last or on top"}
+
+
+def _correction_words(
+    analysis: Analysis, effects: Sequence[Effect], tests: Mapping[str, int]
+) -> list[str]:
+    """What `after correction` means, where a verdict depends on it. tests: of each question, how
+    many are made together.
+    """
+    if max(tests.values(), default=0) < 2 or not {text.verdict(effect) for effect in effects} & {
         "faster",
         "slower",
         "suggestive",
     }:
         return []
-    return [
-        f"Correction: each of {tests} tests may find a difference by chance alone. Holm's method therefore asks for "
+    among = text.count_of(max(tests.values()), "test")
+    if len(tests) > 1:
+        among = "the tests of one question"
+    said = (
+        f"Correction: each of {among} may find a difference by chance alone. Holm's method therefore asks for "
         "stronger evidence from each, so that the probability of even one false faster or slower among them is at most "
-        f"{text.percent(analysis['rule']['alpha'], 0)}. An example is in docs/reading-a-report.md#the-correction."
-    ]
+        f"{text.percent(analysis['rule']['alpha'], 0)}. "
+    )
+    if len(tests) > 1:
+        counts = [f"{question}: {n}" for question, n in tests.items()]
+        said += f"Tests of each question: {', '.join(counts)}. The fewer tests, the less evidence each needs. "
+    return [said + "An example is in docs/reading-a-report.md#the-correction."]
 
 
 def _compared(analysis: Analysis, entries: Sequence[Comparison]) -> Section:
@@ -186,7 +292,7 @@ def _compared(analysis: Analysis, entries: Sequence[Comparison]) -> Section:
     rows = []
     shown = list(throughput_rows(analysis, entries))
     effects = [effect for _, effect in throughput_rows(analysis, analysis["comparisons"])]
-    tests = sum(effect["p"] is not None for effect in effects)
+    tests = {"": sum(effect["p"] is not None for effect in effects)}
     for entry, effect in shown:
         workload, pair = effect["workload"], [entry["ours"], entry["theirs"]]
         rates = _rates(analysis, workload)
@@ -209,7 +315,7 @@ def _compared(analysis: Analysis, entries: Sequence[Comparison]) -> Section:
             f"{name(analysis, cell)}, of nanovllm: {names.settings(analysis, cell)}."
             for cell in dict.fromkeys(entry["ours"] for entry in entries)
         ),
-        _verdict_words(analysis, effects, tests),
+        _verdict_words(analysis, effects),
         *_correction_words(analysis, effects, tests),
     ]
     return Section(

@@ -117,9 +117,9 @@ def _variance_words(analysis: Analysis) -> list[str]:
     if not moderated(analysis):
         return []
     words = (
-        "The variance is moderated (Smyth 2004): what the ratios of all cells to the same one tell of this machine's noise "
-        "counts like d0 more degrees of freedom of each effect, at most half as many as the effect has by itself, and no "
-        "effect is taken to be less noisy than it looks. The method and its simulated coverage: docs/methodology.md."
+        "The variance of each effect is moderated (Smyth 2004): it is drawn towards the mean variance of all effects, which "
+        "adds d0 degrees of freedom, at most half as many as the effect has by itself; and it is never less than the "
+        "effect's own. The method and its simulated coverage: docs/methodology.md."
     )
     if not analysis["statistics"]["priors"]:
         words = (
@@ -207,12 +207,12 @@ def _factors(analysis: Analysis) -> Iterator[Section]:
     ]
     if any(row.get("without") for row in rows):
         lead.append(
-            "Added last, without another: the other one needs this one, so it is off on both sides of the comparison."
+            "Added last, without another: the other one needs this one, so it is off in both configurations."
         )
     if any(row.get("beside") or not row.get("part_of_all", True) for row in rows):
         lead.append(
             "On top of all: not part of all on, and compared with it. Beside another: it needs the other one, which is on "
-            "on both sides."
+            "in both configurations."
         )
     yield Section("factors", "Each optimization alone and together", lead, "factors", [table])
 

@@ -14,10 +14,9 @@ from reports import text
 from reports.analysis import names
 from reports.analysis.compare import against_engines, throughput_rows
 from reports.analysis.types import Analysis, Effect
-from reports.page.overview import gate, name
+from reports.page.overview import by_switch, gate, name
 from reports.statistics.metrics import THROUGHPUT
 
-WAYS = {kind: text.KINDS[kind] for kind in ("alone", "left out")}
 COLORS = {
     "faster": "green",
     "slower": "red",
@@ -44,7 +43,7 @@ def print_table(analysis: Analysis, console: Console | None = None) -> None:
         effect for effect in analysis["effects"] if effect["metric"] == analysis["metric"]["key"]
     ]
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
-    switches = {workload: _by_switch(analysis, workload) for workload in analysis["workloads"]}
+    switches = {workload: by_switch(analysis, workload) for workload in analysis["workloads"]}
     of_switches = {
         effect[side] for found in switches.values() for effect, _ in found for side in ("on", "off")
     } - {"all"}
@@ -87,33 +86,6 @@ def print_table(analysis: Analysis, console: Console | None = None) -> None:
     _print_legend(console, analysis, effects, bool(of_switches))
     console.print(Text(_variance(analysis), style="dim"))
     _print_notes(console, analysis)
-
-
-def _by_switch(analysis: Analysis, workload: str) -> list[tuple[Effect, str]]:
-    """(effect, its name) of every toggle alone and added last, in a study that measured both;
-    otherwise empty.
-
-    The ratio of `all-but-...` to everything off says little about the toggle that it leaves out.
-    """
-    rows = [
-        row for row in analysis["factors"] if row["kind"] in WAYS and row["workload"] == workload
-    ]
-    if {row["kind"] for row in rows} != set(WAYS):
-        return []
-    order = list(analysis["study"]["factors"])
-    several = {
-        row["factor"]
-        for row in rows
-        if len({other["level"] for other in rows if other["factor"] == row["factor"]}) > 1
-    }
-    found: list[tuple[Effect, str]] = []
-    for row in sorted(
-        rows, key=lambda row: (order.index(row["factor"]), str(row["level"]), row["kind"])
-    ):
-        name = f"{row['factor']}={row['level']}" if row["factor"] in several else row["factor"]
-        way = "on top" if not row.get("part_of_all", True) else WAYS[row["kind"]]
-        found.append(({**row, "cell": row["on"]}, f"{name}, {way}"))
-    return found
 
 
 def _add_row(

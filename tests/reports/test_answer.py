@@ -12,6 +12,7 @@ from reports import text
 from reports.analysis import names
 from reports.analysis.analyse import analyse
 from reports.analysis.answer import answer
+from reports.page.overview import overview
 from tests.support.synthetic import (
     BASE_LEVELS,
     ON,
@@ -80,9 +81,19 @@ def test_a_switch_that_slows_everything_on_is_named() -> None:
     slow = {"prefix_cache": 3.0, "batching": 0.5, "tensor_parallel_size": 1.5}
     analysis = analyse(make_records(plan, slow, sd=0.002), plan)
     sentence = analysis["answer"]["by_workload"][0]["sentence"]
-    assert "; without batching=continuous it would be ×4.5" in sentence
-    assert "(added last, that measures ×0.5" in sentence
-    assert sentence.endswith(", slower).")
+    assert "; batching=continuous, added last, makes it worse (×0.5" in sentence
+    assert ", slower; without it ×4.5" in sentence
+    elsewhere = make_plan(
+        designed("both", factors),
+        4,
+        factors={
+            name: {"baseline": off, "workloads": ["other"] if name == "batching" else []}
+            for name, off in BASE_LEVELS.items()
+        },
+        design={"kind": "both"},
+    )
+    said = analyse(make_records(elsewhere, slow, sd=0.002), elsewhere)["answer"]["sentence"]
+    assert "worse" not in said, "a switch that is not meant to act on this workload"
     helpful = analyse(make_records(plan, {**slow, "batching": 1.2}, sd=0.002), plan)
     assert "without" not in helpful["answer"]["sentence"]
 
@@ -153,3 +164,27 @@ def test_what_could_not_run_is_told_once_a_reason() -> None:
         ("needs 2 GPUs", ["tensor_parallel_size=2", "data_parallel_size=2", "tp2"]),
         ("needs a GPU", ["kernels=triton"]),
     ]
+
+
+def test_a_row_for_each_switch_in_place_of_all_but_one() -> None:
+    """Each ratio of the table is that of the two throughputs beside it, up to the kinds of mean."""
+    factors = list(ON)
+    plan = make_plan(
+        designed("both", factors),
+        4,
+        factors={name: {"baseline": off} for name, off in BASE_LEVELS.items()},
+        design={"kind": "both"},
+    )
+    effects = {"prefix_cache": 3.0, "batching": 0.5, "tensor_parallel_size": 1.5}
+    analysis = analyse(make_records(plan, effects, sd=0.002), plan)
+    results = next(section for section in overview(plan, analysis) if section.key == "results")
+    rows = {row[1]: row for row in results.tables[0].rows}
+    assert not [title for title in rows if "all-but" in title]
+    assert {f"{factor}, {way}" for factor in factors for way in ("alone", "added last")} <= {*rows}
+    for title, (_, _, rate, ratio, *_) in rows.items():
+        if "→" in rate:
+            below, above = (float(part.replace(",", "")) for part in rate.split(" → "))
+            assert float(ratio.removeprefix("×")) == pytest.approx(above / below, rel=0.02), title
+    words = " ".join(results.notes)
+    assert "one optimization alone: " in words
+    assert "added last or on top: " in words

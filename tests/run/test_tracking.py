@@ -520,6 +520,13 @@ def test_the_link_finds_the_cells_of_a_study(execution: Path, root: Path) -> Non
     client = mlflow.MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("fake").experiment_id
     assert f"/#/experiments/{experiment}/runs?" in address
-    assert len(client.search_runs([experiment], query["searchFilter"][0])) == 4
-    assert query["orderByKey"] == ["metrics.`a/speedup`"]
+    (key,) = query["viewStateShareKey"]
+    view = json.loads(client.get_experiment(experiment).tags[f"mlflow.sharedViewState.{key}"])
+    cells = client.search_runs([experiment], view["searchFilter"])
+    assert len(cells) == 4
+    assert view["orderByKey"] == "metrics.`a/speedup`"
+    assert not view["orderByAsc"], "the fastest first"
+    assert "metrics.`a/speedup_low`" in view["selectedColumns"]
+    columns = {name.split("`")[1] for name in view["selectedColumns"] if "metrics" in name}
+    assert columns <= {name for run in cells for name in run.data.metrics}
     assert list(tracking.links(root)) == ["fake"]
