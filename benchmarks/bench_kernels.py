@@ -57,22 +57,22 @@ class Case:
     num_bytes: int
     flop: float = 0.0
     calls: int = shapes.LAYERS  # in a graph; 0: no graph
-    recorded: dict[str, Callable[[], object]] = field(default_factory=dict)
+    captured: dict[str, Callable[[], object]] = field(default_factory=dict)
 
-    def record(self) -> dict[str, Callable[[], object]]:
+    def capture(self) -> dict[str, Callable[[], object]]:
         """What a round runs, of each implementation: a graph of `calls` calls, or a call."""
         for name, function in self.implementations.items():
             function(0)
             torch.cuda.synchronize()
             if not self.calls:
-                self.recorded[name] = partial(function, 0)
+                self.captured[name] = partial(function, 0)
                 continue
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
                 for i in range(self.calls):
                     function(i)
-            self.recorded[name] = graph.replay
-        return self.recorded
+            self.captured[name] = graph.replay
+        return self.captured
 
     def extra_info(self, name: str, call_s: float, copy_bytes_per_s: float) -> dict[str, Any]:
         rate = self.num_bytes / call_s
@@ -255,11 +255,11 @@ def measure(
     case: Case, clock: Callable[[Callable[[], object]], float], rng: random.Random
 ) -> dict[str, list[float]]:
     """Seconds of a call in each round, by implementation; in random order within a round."""
-    recorded = case.record()
+    captured = case.capture()
     times: dict[str, list[float]] = defaultdict(list)
     for i in range(ROUNDS + 3):
-        for name in rng.sample(sorted(recorded), len(recorded)):
-            seconds = clock(recorded[name]) / max(1, case.calls)
+        for name in rng.sample(sorted(captured), len(captured)):
+            seconds = clock(captured[name]) / max(1, case.calls)
             if i >= 3:  # the first ones warm up
                 times[name].append(seconds)
     return times
@@ -326,7 +326,7 @@ def test_kernels(name: str, request: pytest.FixtureRequest) -> None:
         "rows": [{**row["extra_info"], "group": row["group"]} for row in rows],
     }
     case = CASES[name]()[0]
-    function = case.record()["triton"]
+    function = case.capture()["triton"]
     benchmark.pedantic(
         lambda: (function(), torch.cuda.synchronize()), rounds=ROUNDS, warmup_rounds=3
     )
@@ -344,7 +344,7 @@ def main() -> None:
         for name in args.cases:
             for case in CASES[name]():
                 rows += entries(case, measure(case, device_s, random.Random(args.seed)), copy)
-                for row in rows[-len(case.recorded) :]:
+                for row in rows[-len(case.captured) :]:
                     info = row["extra_info"]
                     ratio = info.get("times_slower_than_triton")
                     beside = (

@@ -86,7 +86,7 @@ def child(model: str, rehearsed: bool, began: float) -> None:
     model_runner.load_weights = timed("weights", model_runner.load_weights)
     rehearsal.Rehearsal.wait = timed("wait for kernels", rehearsal.Rehearsal.wait)
     step_memory._peak_bytes = timed("largest steps", step_memory._peak_bytes)
-    cuda_graph.GraphRunner._capture_all = timed("recording", cuda_graph.GraphRunner._capture_all)
+    cuda_graph.GraphRunner._capture_all = timed("capturing", cuda_graph.GraphRunner._capture_all)
     folder = str(ensure_checkpoint(model))
     begin = time.perf_counter()
     llm = LLM(folder, max_model_len=4096, skip_tokenizer_init=True)

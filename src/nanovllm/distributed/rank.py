@@ -25,7 +25,7 @@ from nanovllm.engine.stats import StepStats
 
 def main(channel: Channel) -> None:
     """Entry point of a rank's process; returns when the channel closes."""
-    # the thread that sends tokens back must not wait long for the one that launches steps
+    # the thread that sends tokens back must not wait long for the one that submits steps
     sys.setswitchinterval(0.0005)
     Rank(channel).run()
 

@@ -1,7 +1,7 @@
 """tensor_parallel_size > 1: one process per rank, fed with flat StepPlans. Loaded only when on.
 
     engine's process   schedules, commits; no model, no GPU
-        plan  ---socketpair---> rank 0 .. n-1      each launches the same steps on its shard and samples the same tokens
+        plan  ---socketpair---> rank 0 .. n-1      each computes the same steps on its shard and samples the same tokens
         tokens <--socketpair--- rank 0
 
 Ranks sum over gloo (CPU), NCCL or symmetric memory (GPU): collectives.py. A rank ends when its
