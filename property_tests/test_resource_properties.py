@@ -82,13 +82,13 @@ def test_a_closed_engine_gives_everything_back(closing: str, shape: Shape) -> No
         if closing == "close":
             engine.close()
         elif closing == "failure":
-            engine.runner.launch = None
+            engine.runner.submit = None
             try:
                 engine.step()
             except TypeError:
                 pass
             else:
-                raise AssertionError("a step that cannot be launched raised nothing")
+                raise AssertionError("a step that cannot be submitted raised nothing")
     gc.collect()
     assert not any(ref() is not None for ref in held), (
         f"closed by {closing}, the engine still holds its tensors"
