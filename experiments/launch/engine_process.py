@@ -188,6 +188,7 @@ def serve_workload(adapter: Adapter, workload: Workload) -> tuple[ServedWorkload
     counters_after = adapter.counters()
     return {
         "fingerprint": workload["fingerprint"],
+        "requests_digest": workloads.requests_digest(workload["waves"]),
         "duration_s": duration_s,
         "num_requests": len(outputs),
         "prompt_tokens": sum(

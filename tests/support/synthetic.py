@@ -299,6 +299,7 @@ def _served(
     }
     return {
         "fingerprint": planned["fingerprint"],
+        "requests_digest": planned["requests_digest"],
         "duration_s": duration_s,
         "num_requests": len(lengths),
         "prompt_tokens": planned["prompt_tokens"],
