@@ -164,22 +164,35 @@ def _its_parts(figures: Mapping[str, Any], calibration: Record) -> Iterator[str]
     if figures["largest of the margins"] != margin:
         yield f"the largest margin is {margin:.3g} and {figures['largest of the margins']:.3g}"
     if drawn := calibration.get("distribution"):
-        z, limit = drawn["z"], drawn["z_limit"]
-        if not abs(z) <= limit:
-            yield f"its tokens do not follow the distribution (z = {z:.1f}, limit {limit:.1f})"
-        evidence, limit = drawn["largest_log_evidence"], drawn["log_evidence_limit"]
-        if not evidence <= limit:
-            yield f"a request is too unlikely (log evidence {evidence:.1f}, limit {limit:.1f})"
-        if not 0 <= drawn["tokens"] <= tokens:
-            yield f"the distribution is of {drawn['tokens']:,} of {tokens:,} tokens"
+        yield from _its_distribution(drawn, tokens)
     if ranges := calibration.get("by_position"):  # not in the oldest records
-        for name, stated in (
-            ("tokens", tokens),
-            ("mismatches", figures["mismatches"]),
-            ("hf_mismatches", figures["hf_mismatches"]),
-        ):
-            if (total := sum(part[name] for part in ranges)) != stated:
-                yield f"{name} add up to {total:,} by position, not {stated:,}"
-        for name, stated in (("margin", margin), ("hf_error", figures["hf_error"])):
-            if (most := max(part[name]["max"] for part in ranges)) != stated:
-                yield f"{name} reaches {most:.3g} by position, not {stated:.3g}"
+        yield from _its_ranges(ranges, figures)
+
+
+def _its_distribution(drawn: Record, tokens: int) -> Iterator[str]:
+    names = ("z", "z_limit", "largest_log_evidence", "log_evidence_limit", "tokens")
+    if not all(_is_figure(drawn.get(name)) for name in names):
+        yield "it does not state how its tokens follow the distribution"
+        return
+    z, limit, evidence, evidence_limit, judged = (drawn[name] for name in names)
+    if abs(z) > limit:
+        yield f"its tokens do not follow the distribution (z = {z:.1f}, limit {limit:.1f})"
+    if evidence > evidence_limit:
+        yield f"a request is too unlikely (log evidence {evidence:.1f}, limit {evidence_limit:.1f})"
+    if not 0 <= judged <= tokens:
+        yield f"the distribution is of {judged:,} of {tokens:,} tokens"
+
+
+def _its_ranges(ranges: Sequence[Record], figures: Mapping[str, Any]) -> Iterator[str]:
+    for name, total in (
+        ("tokens", "tokens_checked"),
+        ("mismatches", "mismatches"),
+        ("hf_mismatches", "hf_mismatches"),
+    ):
+        found: list[Any] = [part.get(name) for part in ranges]
+        if not all(map(_is_figure, found)) or sum(found) != figures[total]:
+            yield f"{name} by position do not add up to {figures[total]:,}"
+    for name, most in (("margin", "max_margin"), ("hf_error", "hf_error")):
+        found = [(part.get(name) or {}).get("max") for part in ranges]
+        if not all(map(_is_figure, found)) or max(found) != figures[most]:
+            yield f"{name} by position does not reach {figures[most]:.3g}"

@@ -147,6 +147,8 @@ EDITS: dict[str, tuple[tuple[str, ...], Any]] = {
     "many above the typical bound": (("calibration", "above_typical_bound"), lambda n: n + 5000),
     "many allowed": (("calibration", "allowed_above_typical_bound"), lambda n: n + 50),
     "another largest margin": (("calibration", "margin", "max"), lambda x: x + 0.5),
+    "no numbers by position": (("calibration", "by_position"), lambda _: [{"tokens": None}]),
+    "a distribution without figures": (("calibration", "distribution"), lambda _: {"z": 0.1}),
     "no calibration": (("calibration",), lambda _: {}),
 }
 
@@ -160,7 +162,7 @@ def test_an_edited_pass_contradicts_itself(name: str, chosen: tuple[Any, Any]) -
     place = line
     for key in path:
         place = place[key]
-    place[last] = edit(place[last])
+    place[last] = edit(place.get(last))
     assert list(contradictions(line, plan)) != []
 
 
