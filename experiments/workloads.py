@@ -130,6 +130,7 @@ def build(name: str, kind: str, params: Params) -> Workload:
         "kind": kind,
         "params": full,
         "fingerprint": fingerprint(waves),
+        "requests_digest": requests_digest(waves),
         "waves": waves,
     }
 
@@ -142,6 +143,12 @@ def rebuild(name: str, entry: PlannedWorkload) -> Workload:
             f"workload {name!r}: the tokens drawn here have fingerprint {workload['fingerprint']}, but the plan's is "
             f"{entry['fingerprint']}. The plan was made with another version of experiments/workloads.py: make it again."
         )
+    planned = entry.get("requests_digest")  # not in plans of older versions
+    if planned is not None and workload["requests_digest"] != planned:
+        raise ValueError(
+            f"workload {name!r}: the requests drawn here have digest {workload['requests_digest']}, but the plan's is "
+            f"{planned}: their sampling parameters or waves differ. Make the plan again."
+        )
     return workload
 
 
@@ -152,6 +159,7 @@ def summarize(workload: Workload) -> PlannedWorkload:
         "kind": workload["kind"],
         "params": workload["params"],
         "fingerprint": workload["fingerprint"],
+        "requests_digest": workload["requests_digest"],
         "num_requests": len(requests),
         "prompt_tokens": sum(len(r["prompt_token_ids"]) for r in requests),
         "output_tokens": sum(r["max_tokens"] for r in requests),
@@ -167,6 +175,16 @@ def fingerprint(waves: Waves) -> str:
     }
     return hashlib.sha256(
         json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
+
+
+def requests_digest(waves: Waves) -> str:
+    """SHA-256 of all that the requests are: prompts, output lengths, sampling parameters, seeds, and
+    which of them arrive together. `fingerprint` stays as published, so it tells of prompts and
+    output lengths only.
+    """
+    return hashlib.sha256(
+        json.dumps(waves, sort_keys=True, separators=(",", ":")).encode()
     ).hexdigest()
 
 

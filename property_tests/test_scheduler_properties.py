@@ -5,8 +5,9 @@ whatever happens around it.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from property_tests.support.checked_engine import (
@@ -33,6 +34,67 @@ def test_whole_workloads(workload: Workload) -> None:
     it would get alone.
     """
     serve(CheckedEngine(workload.shape), workload)
+
+
+@settings(max_examples=examples(60))
+@given(
+    shape=shapes(lags=(0, 1, 2)),
+    prompt=st.lists(st.integers(0, 1), min_size=1, max_size=LONGEST_PROMPT).map(tuple),
+    output=st.integers(1, LONGEST_OUTPUT),
+    arrivals=st.lists(st.sampled_from([0, 0, 0, 1, 2, 5]), min_size=2, max_size=9).map(sorted),
+    room=st.sampled_from([1, 2, 9]),
+)
+def test_equal_requests_start_in_order_of_arrival(
+    shape: Shape, prompt: tuple[int, ...], output: int, arrivals: list[int], room: int
+) -> None:
+    """Under every policy, also where they wait for the prefix that the first of them computes
+    (CheckedEngine says who starts); and where none is preempted, they end in that order.
+    """
+    needed = -(-(len(prompt) + output) // shape.block_size)
+    checked = CheckedEngine(replace(shape, num_blocks=room * needed))
+    ended: list[str] = []
+    for step in range(arrivals[-1] + 1):
+        for _ in range(arrivals.count(step)):
+            checked.add(prompt, output, frozenset())
+        checked.step()
+        ended += sorted(checked.finished - set(ended))
+    while checked.engine.busy:
+        checked.step()
+        ended += sorted(checked.finished - set(ended))
+    checked.finish()
+    if not checked.engine.stats.preemptions:
+        assert ended == sorted(ended)
+
+
+@settings(max_examples=examples(100))
+@given(
+    shape=shapes(lags=(0, 1), block_sizes=(1, 2, 4), batching=("continuous", "chunked")),
+    sizes=st.lists(st.tuples(st.integers(1, 5), st.integers(2, 5)), min_size=2, max_size=5),
+    extra=st.integers(0, 4),
+)
+def test_preempted_requests_find_some_tokens_and_compute_the_rest(
+    shape: Shape, sizes: list[tuple[int, int]], extra: int
+) -> None:
+    """Memory runs out all the time, and a part of what a preempted request had is still cached when
+    it comes back. sizes: blocks of prompt and output. The ledger of CheckedEngine must add up.
+    """
+    size = shape.block_size
+    num_blocks = max(map(sum, sizes)) + extra
+    checked = CheckedEngine(
+        replace(
+            shape,
+            prefix_cache=True,
+            foresees=False,
+            graphs=False,
+            max_num_seqs=8,
+            max_num_batched_tokens=200,
+            num_blocks=num_blocks,
+        )
+    )
+    for number, (prompt, output) in enumerate(sizes):
+        text = (number,) * (prompt * size)
+        checked.add(text, output * size, frozenset())
+    checked.finish()
 
 
 def serve(checked: CheckedEngine, workload: Workload) -> None:

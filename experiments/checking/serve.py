@@ -19,7 +19,8 @@ from typing import Any
 
 from experiments.checking.results import JobResult, Served
 from experiments.engines import Adapter, load_adapter
-from experiments.launch.engine_process import die_with_runner, named, wrong_toggles
+from experiments.host.validity import wrong_toggles
+from experiments.launch.engine_process import die_with_runner, named
 from experiments.records.types import JsonObject, LogprobAnswer, Request
 
 

@@ -1,4 +1,5 @@
-"""Rules that mark a launch invalid because of other activity on the machine. Standard library only.
+"""Rules that mark a launch invalid: other activity on the machine, and toggles that did not do what
+was asked. Standard library only.
 
 The limits are part of the plan, so they are fixed before anything runs, and none depends on how fast
 the launch was. An invalid launch is kept and listed with the reason, but never counted and never
@@ -7,7 +8,8 @@ repeated (docs/adr/0002).
 
 from __future__ import annotations
 
-from experiments.records.types import Telemetry, ValidityRules
+from experiments.records.factor_levels import level_name
+from experiments.records.types import Config, Telemetry, Toggles, ValidityRules
 
 HARMFUL = ("hw_slowdown", "sw_thermal", "hw_thermal", "hw_power_brake")
 THROTTLE_REASONS = (*HARMFUL, "power_cap")
@@ -37,3 +39,24 @@ def objections(telemetry: Telemetry, rules: ValidityRules | None) -> list[str]:
             f"other processes used {share:.0%} of the CPU; allowed: {rules['max_foreign_cpu']:.0%}"
         )
     return found
+
+
+def wrong_toggles(toggles: Toggles, config: Config) -> list[str]:
+    """Toggles that are not at the requested level, that are on but had no effect, or that are off
+    but had one.
+    """
+    problems = []
+    requested = {name: level_name(value) for name, value in config.get("optimizations", {}).items()}
+    for factor, toggle in toggles.items():
+        if factor in requested and toggle["level"] != requested[factor]:
+            problems.append(
+                f"{factor}={requested[factor]} was requested, but it ran at {toggle['level']}"
+            )
+        is_on = toggle["level"] != toggle["baseline"]
+        if is_on and toggle["engaged"] == 0:
+            problems.append(f"{factor}={toggle['level']} never engaged")
+        if not is_on and toggle["engaged"] > 0:
+            problems.append(
+                f"{factor} is at its baseline, {toggle['level']}, but engaged {toggle['engaged']} times"
+            )
+    return problems

@@ -20,9 +20,9 @@ from pathlib import Path
 from experiments import workloads
 from experiments.engines import Adapter, load_adapter
 from experiments.host import provenance, telemetry
+from experiments.host.validity import wrong_toggles
 from experiments.records.factor_levels import level_name
 from experiments.records.types import (
-    Config,
     LaunchResult,
     Measured,
     Plan,
@@ -188,6 +188,7 @@ def serve_workload(adapter: Adapter, workload: Workload) -> tuple[ServedWorkload
     counters_after = adapter.counters()
     return {
         "fingerprint": workload["fingerprint"],
+        "requests_digest": workloads.requests_digest(workload["waves"]),
         "duration_s": duration_s,
         "num_requests": len(outputs),
         "prompt_tokens": sum(
@@ -221,27 +222,6 @@ def wrong_work(workload: Workload, outputs: list[list[int]]) -> list[str]:
                 f"request {index} asked for {request['max_tokens']} tokens but got {len(output)}"
             ]
     return []
-
-
-def wrong_toggles(toggles: Toggles, config: Config) -> list[str]:
-    """Toggles that are not at the requested level, that are on but had no effect, or that are off
-    but had one.
-    """
-    problems = []
-    requested = {name: level_name(value) for name, value in config.get("optimizations", {}).items()}
-    for factor, toggle in toggles.items():
-        if factor in requested and toggle["level"] != requested[factor]:
-            problems.append(
-                f"{factor}={requested[factor]} was requested, but it ran at {toggle['level']}"
-            )
-        is_on = toggle["level"] != toggle["baseline"]
-        if is_on and toggle["engaged"] == 0:
-            problems.append(f"{factor}={toggle['level']} never engaged")
-        if not is_on and toggle["engaged"] > 0:
-            problems.append(
-                f"{factor} is at its baseline, {toggle['level']}, but engaged {toggle['engaged']} times"
-            )
-    return problems
 
 
 def named(toggles: Toggles) -> Toggles:

@@ -57,6 +57,7 @@ class Workload(TypedDict):
     kind: str
     params: Params
     fingerprint: str
+    requests_digest: str
     waves: list[Wave]
 
 
@@ -66,6 +67,7 @@ class PlannedWorkload(TypedDict):
     kind: str
     params: Params
     fingerprint: str
+    requests_digest: NotRequired[str]
     num_requests: int
     prompt_tokens: int
     output_tokens: int
@@ -305,6 +307,7 @@ class ServedWorkload(TypedDict):
     """A workload in the record of a launch."""
 
     fingerprint: str
+    requests_digest: NotRequired[str]
     duration_s: float
     num_requests: int
     prompt_tokens: int

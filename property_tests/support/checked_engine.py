@@ -12,6 +12,7 @@ from nanovllm.engine.invariants import check_invariants
 from nanovllm.engine.prefix_cache import CachedBlock, CachingBlockManager
 from nanovllm.engine.scheduler import StepPlan
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.stats import StepStats
 from nanovllm.sampling_params import SamplingParams
 from property_tests.support.model_free import VOCAB, ModelFreeEngine, extend, oracle
 from property_tests.support.strategies import Shape, endings, prompts, shapes
@@ -37,14 +38,33 @@ class CheckedEngine:
         self.aborted: set[str] = set()
         self.had: Counter[str] = Counter()  # leading tokens of each request whose KV it once had
         self.had_again = 0
-        plan_step = self.engine.scheduler.schedule
+        self.ledger = TokenLedger()
+        self.started: set[str] = set()
+        start, plan_step = self.engine.scheduler._start, self.engine.scheduler.schedule
+        self.engine.scheduler._start = lambda plan, seq, num_tokens: (  # type: ignore[method-assign]
+            start(plan, seq, num_tokens) and self._start_seen(seq)
+        )
         self.engine.scheduler.schedule = lambda: self._seen(plan_step())  # type: ignore[method-assign]
+
+    def _start_seen(self, seq: Sequence) -> bool:
+        self.ledger.admit(seq.request_id, found=seq.num_scheduled)
+        if seq.request_id not in self.started:
+            for request_id, other in self.requests.items():  # by arrival
+                if request_id == seq.request_id:
+                    break
+                waits = request_id not in self.started | self.finished | self.aborted
+                assert not (waits and _equal(other, seq)), (
+                    f"{seq.request_id} starts before {request_id}, which is equal and arrived earlier"
+                )
+            self.started.add(seq.request_id)
+        return True
 
     def _seen(self, plan: StepPlan | None) -> StepPlan | None:
         if plan is not None:
             for seq, start, length in zip(
                 self.engine.scheduler.in_flight[-1][1], plan.starts, plan.query_lens, strict=True
             ):
+                self.ledger.compute(seq.request_id, start, length)
                 had, end = self.had[seq.request_id], start + length
                 self.had_again += max(0, min(had, end) - start)
                 self.had[seq.request_id] = max(had, end)
@@ -119,10 +139,15 @@ class CheckedEngine:
             # The prefix cache may hold more of a request's first life than its second got to.
             right = again <= counted if self.shape.prefix_cache else again == counted
             assert right, f"{counted} recomputed tokens are counted, it was {again}"
+            asked = sum(
+                seq.num_prompt_tokens + seq.num_output_tokens - 1 for seq in self.requests.values()
+            )
+            self.ledger.close(asked, stats)
 
     def check(self) -> None:
         scheduler = self.engine.scheduler
         check_invariants(scheduler)
+        self.ledger.check(self.engine.stats)
         queued = {*scheduler.waiting, *scheduler.prefilling, *scheduler.decoding}
         assert queued == set(self.requests) - self.finished - self.aborted, (
             "a request was lost, or came back"
@@ -152,6 +177,73 @@ class CheckedEngine:
         kv = extend([], tokens)
         assert self.engine.runner.memory[block] == kv[-size:], (
             f"block {block} is findable under tokens whose KV it does not hold"
+        )
+
+
+def _equal(a: Sequence, b: Sequence) -> bool:
+    return (
+        a.token_ids[: a.num_prompt_tokens] == b.token_ids[: b.num_prompt_tokens]
+        and a.params == b.params
+        and a.stop_token_ids == b.stop_token_ids
+    )
+
+
+class TokenLedger:
+    """Where the KV of each request came from, seen from outside: computed in a step, found in the
+    prefix cache, or computed again after a preemption. The engine's counters must say the same.
+    """
+
+    def __init__(self) -> None:
+        self.reached: Counter[str] = (
+            Counter()
+        )  # leading tokens with KV, in its present life or last
+        self.extents = 0  # of all lives
+        self.computed = self.hits = self.refound = self.recomputed = self.surplus = 0
+
+    def admit(self, request_id: str, found: int) -> None:
+        lost = self.reached[request_id]
+        if lost:
+            self.refound += found
+        else:
+            self.hits += found
+        self.recomputed += max(0, lost - found)
+        # others may have cached more of its text meanwhile than it had
+        self.surplus += max(0, found - lost) if lost else 0
+        self.extents += found
+        self.reached[request_id] = found
+
+    def compute(self, request_id: str, start: int, length: int) -> None:
+        assert start == self.reached[request_id], (
+            f"{request_id} has the KV of {self.reached[request_id]} tokens and computes from {start}"
+        )
+        self.reached[request_id] += length
+        self.extents += length
+        self.computed += length
+
+    def check(self, stats: StepStats) -> None:
+        """After every step: what is counted is what was seen, to the token."""
+        counted = {
+            "computed": stats.prefill_tokens + stats.decode_tokens,
+            "found by a new request": stats.prefix_hit_tokens,
+            "found by a preempted one": stats.prefix_refound_tokens,
+            "recomputed": stats.recomputed_tokens,
+        }
+        seen = dict(
+            zip(counted, (self.computed, self.hits, self.refound, self.recomputed), strict=True)
+        )
+        assert counted == seen, f"tokens are counted as {counted}, it was {seen}"
+        assert self.extents == self.computed + self.hits + self.refound
+
+    def close(self, asked: int, stats: StepStats) -> None:
+        """At the end, if nothing was aborted: each token that was asked for was computed or found
+        once, and beyond that is only what was discarded or computed again. asked: prompts and
+        outputs, except for the last token of each, whose KV nobody needs.
+        """
+        fresh = stats.prefill_tokens + stats.decode_tokens - stats.recomputed_tokens
+        found = stats.prefix_hit_tokens + self.surplus
+        assert fresh + found == asked + stats.discarded_tokens, (
+            f"{asked} tokens were asked for and {stats.discarded_tokens} discarded; "
+            f"{fresh} were computed and {found} found"
         )
 
 

@@ -3,6 +3,8 @@
     types              the types of an analysis: Effect, Counts, Analysis
     analyse            the whole analysis: one JSON-able dict, the same for the same input
     counting           which launches count, with a reason for every one left out
+    promises           what the methodology promises of every launch, checked again from its record
+    gate_lines         the gate's word on each output, recomputed from the figures it states
     consistency        checks of a launch record against itself and its plan
     compare            comparisons of engines: pair by pair, and whether they were fair
     gate_and_launches  the gate, the toggles, the order of the launches, the machine

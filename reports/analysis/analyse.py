@@ -20,8 +20,9 @@ from experiments.records.types import Plan, Record
 from reports.analysis.answer import answer
 from reports.analysis.cells import by_cell
 from reports.analysis.compare import compared, costs, paired
-from reports.analysis.counting import Counted, Gate, count
+from reports.analysis.counting import Counted, count
 from reports.analysis.gate_and_launches import equivalence, hardware, run_order, toggles
+from reports.analysis.gate_lines import Gate
 from reports.analysis.names import shown_names
 from reports.analysis.noise import Priors, described, priors, question, scale_of
 from reports.analysis.types import Analysis, Company, Counts, Effect, LinearEffect, Rate
@@ -68,7 +69,7 @@ def analyse(records: Sequence[Record], plan: Plan, notes: Sequence[str] = ()) ->
     )
     lattice = Lattice(plan["cells"], _off(study), study.get("design", {}).get("generators"))
     drawn = _drawn(plan)
-    gate = Gate(records, plan["plan_hash"])
+    gate = Gate(records, plan)
     counted = count(records, plan, gate)
     values = _values(counted, drawn)
     noise = priors(values, plan)
@@ -151,7 +152,7 @@ def ratios(records: Sequence[Record], plan: Plan, ours: str, theirs: str) -> lis
         seed=plan["plan_hash"],
     )
     drawn = _drawn(plan)
-    values = _values(count(records, plan, Gate(records, plan["plan_hash"])), drawn)
+    values = _values(count(records, plan, Gate(records, plan)), drawn)
     noise = priors(values, plan)
     return [
         paired(values, THROUGHPUT.key, workload, ours, theirs, rule, noise)

@@ -2,8 +2,9 @@
 left out.
 
 A launch counts if it is in the plan, ran under this plan, has `status: ok`, was not superseded,
-contradicts neither the plan nor itself (consistency.py), and every one of its workloads produced
-tokens that passed the equivalence gate. Of several attempts the first that finished decides
+keeps what the methodology promises (promises.py), contradicts neither the plan nor itself
+(consistency.py), and every one of its workloads produced tokens that passed the equivalence gate
+(gate_lines.py). Of several attempts the first that finished decides
 (experiments/records/store.py), whatever came of it; whether a launch counts never depends on how fast it
 was.
 """
@@ -16,6 +17,8 @@ from typing import Any
 from experiments.records import store
 from experiments.records.types import LaunchRecord, Plan
 from reports.analysis.consistency import Check, check_workload
+from reports.analysis.gate_lines import Gate
+from reports.analysis.promises import Study, broken
 
 Record = Mapping[str, Any]
 
@@ -41,34 +44,6 @@ class Counted:
                 "reason": reason,
             }
         )
-
-
-class Gate:
-    """The gate's word on each (workload, tokens digest). Judged again, the later line replaces the
-    earlier (equivalence.py).
-    """
-
-    def __init__(self, records: Sequence[Record], plan_hash: str) -> None:
-        lines = [
-            record
-            for record in records
-            if record["kind"] == "gate" and record["plan_hash"] == plan_hash
-        ]
-        self.negative_controls = [line for line in lines if line["is_negative_control"]]
-        self.lines = {
-            (line["workload"], line["tokens_digest"]): line
-            for line in lines
-            if not line["is_negative_control"]
-        }
-
-    def objection(self, workload: str, digest: str) -> str | None:
-        """Why these tokens are not accepted, or None where they passed."""
-        line = self.lines.get((workload, digest))
-        if line is None:
-            return f"the gate did not check its tokens ({workload})"
-        if line["status"] == "pass":
-            return None
-        return f"gate: {line['status']} on {workload}: {line.get('reason') or 'no reason recorded'}"
 
 
 def count(records: Sequence[store.Record], plan: Plan, gate: Gate) -> Counted:
@@ -101,8 +76,10 @@ def count(records: Sequence[store.Record], plan: Plan, gate: Gate) -> Counted:
         else:
             own.append(record)
         seen.setdefault(key, record)
-    for record, reason in store.decided(own):
-        if reason := reason or _objection(record, plan, gate, counted):
+    judged = list(store.decided(own))
+    study = Study.of(plan, (record for record, reason in judged if reason is None))
+    for record, reason in judged:
+        if reason := reason or _objection(record, study, gate, counted):
             counted.exclude(record, reason)
         else:
             counted.launches.append(record)
@@ -125,16 +102,19 @@ def _foreign(record: Record, plan: Plan, planned: Mapping[str, Any]) -> str | No
     return None
 
 
-def _objection(record: Record, plan: Plan, gate: Gate, counted: Counted) -> str | None:
+def _objection(record: Record, study: Study, gate: Gate, counted: Counted) -> str | None:
     """The first rule that a launch of this plan breaks, or None."""
+    plan = study.plan
     missing = sorted(set(plan["workloads"]) - set(record["workloads"]))
     if missing:
         return f"did not serve {', '.join(missing)}"
+    if reason := next(broken(record, study), None):
+        return reason
     failed = _failed_checks(record, plan, counted)
     if failed:
         return f"contradicts itself: {failed[0].name} ({failed[0].detail})"
     for workload in sorted(plan["workloads"]):
-        objection = gate.objection(workload, record["workloads"][workload]["tokens_digest"])
+        objection = gate.objection(workload, record["workloads"][workload])
         if objection:
             return objection
     return None

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from experiments.records.types import Plan
-from reports.analysis.counting import Counted, Gate
+from reports.analysis.counting import Counted
+from reports.analysis.gate_lines import Gate
 
 # The telemetry series drawn under the run order: the first of each group that was recorded.
 TELEMETRY_SERIES = (("gpu0_sm_mhz", "cpu_mhz"), ("gpu0_celsius", "cpu_busy"))

@@ -13,7 +13,8 @@ from typing import Any
 
 from experiments.records.types import Plan
 from nanovllm.models.checkpoint import GENERATED
-from reports.analysis.counting import Counted, Gate
+from reports.analysis.counting import Counted
+from reports.analysis.gate_lines import Gate
 
 Record = Mapping[str, Any]
 

@@ -303,25 +303,32 @@ def test_tokens_of_another_generator_are_judged_by_z_and_have_no_margin(tmp_path
         for record in records
         if record["kind"] == "gate" and not record["is_negative_control"]
     ]
+    tokens = gated[0]["tokens_checked"]
     part = {
         "first": 0,
         "last": 15,
-        "tokens": 160,
+        "tokens": tokens,
         "mismatches": 0,
         "hf_mismatches": 0,
         "margin": {"q999": 0.0, "max": 0.0},
-        "hf_error": {"q999": 1e-6, "max": 2e-6},
+        "hf_error": {"q999": 1e-6, "max": 6.1e-6},
     }
     for record in gated:
         record["calibration"] |= {"alpha": 1e-6, "distribution": None, "by_position": [part]}
     assert "limit of z" not in rendered(plan, records, tmp_path)[0]
-    gated[0]["calibration"]["distribution"] = {"z": -1.234, "z_limit": 4.891, "tokens": 160}
+    gated[0]["calibration"]["distribution"] = {
+        "z": -1.234,
+        "z_limit": 4.891,
+        "tokens": tokens,
+        "largest_log_evidence": 2.0,
+        "log_evidence_limit": 20.0,
+    }
     markdown, _ = rendered(plan, records, tmp_path)
     table = markdown.split("The gate, in logits:")[1].split("The gate by output position")
     (sampled,) = [line for line in table[0].split("\n") if "-1.23" in line]
-    assert "| 160 | – | – | – | – | -1.23 | 4.89 | 6.1e-06 | 4e-06 |" in sampled
-    assert "| 160 | 0 | 0 | 0 | 3.2e-05 | – | – | 6.1e-06 | 4e-06 |" in table[0]
-    assert table[1].count("| 0 to 15 | 160 | – | – | – | – | 1e-06 | 2e-06 |") == 1
+    assert f"| {tokens} | – | – | – | – | -1.23 | 4.89 | 6.1e-06 | 4e-06 |" in sampled
+    assert f"| {tokens} | 0 | 0 | 0 | 1.42e-05 | – | – | 6.1e-06 | 4e-06 |" in table[0]
+    assert table[1].count(f"| 0 to 15 | {tokens} | – | – | – | – | 1e-06 | 6.1e-06 |") == 1
     assert "a two-sided test at level 1e-06" in markdown
 
 

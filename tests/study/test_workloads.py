@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from experiments import workloads
+from experiments.engines import nanovllm, vllm
+from experiments.study.spec import Workload
+from nanovllm.sampling_params import SamplingParams
 
 
 def test_the_canonical_workload_has_the_published_fingerprint() -> None:
@@ -31,6 +39,131 @@ def test_sampling_parameters_leave_the_fingerprint_alone() -> None:
         workloads.build("w", "random", {"num_requests": 4, "seed": 1})["fingerprint"]
         != greedy["fingerprint"]
     )
+
+
+RANGES = st.integers(1, 12) | st.lists(st.integers(1, 12), min_size=2, max_size=2).map(sorted)
+SAMPLING: dict[str, st.SearchStrategy[Any]] = {
+    "temperature": st.sampled_from([0, 0.25, 0.7, 1.0, 1.5]),
+    "top_k": st.integers(0, 50),
+    "top_p": st.sampled_from([0.1, 0.5, 0.93, 1.0]),
+    "ignore_eos": st.booleans(),
+}
+
+
+def drawn_params(kind: str) -> st.SearchStrategy[dict[str, Any]]:
+    """Sizes of a kind, so that it stays small, and any of its other parameters."""
+    own: dict[str, st.SearchStrategy[Any]] = {}
+    for name, default in workloads.DEFAULTS[kind].items():
+        if name in SAMPLING:
+            own[name] = SAMPLING[name]
+        elif name == "vocab_size":
+            own[name] = st.integers(2, 300)
+        elif name == "seed":
+            own[name] = st.integers(0, 2**63 - 1)
+        else:
+            a_range = isinstance(default, list) or name.endswith("_tokens")
+            own[name] = RANGES if a_range else st.integers(1, 5)
+    free = {*SAMPLING, "vocab_size", "seed"}
+    return st.fixed_dictionaries(
+        {name: values for name, values in own.items() if name not in free},
+        optional={name: values for name, values in own.items() if name in free},
+    )
+
+
+STUDIES = st.sampled_from(sorted(workloads.DEFAULTS)).flatmap(
+    lambda kind: st.tuples(st.just(kind), drawn_params(kind))
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(study=STUDIES)
+def test_every_parameter_of_a_study_arrives_at_every_request(
+    study: tuple[str, dict[str, Any]],
+) -> None:
+    """From the YAML of a study to what our engine and vLLM are called with."""
+    kind, given_params = study
+    workload = Workload.model_validate({"kind": kind, **given_params})
+    built = workloads.build("w", workload.kind, workload.params)
+    p = workloads.DEFAULTS[kind] | given_params
+    waves = built["waves"]
+    requests = [request for wave in waves for request in wave]
+
+    def bounds(name: str) -> tuple[int, int]:
+        low, high = p[name] if isinstance(p[name], (list, tuple)) else (p[name], p[name])
+        return low, high
+
+    if kind == "conversation":
+        assert [len(wave) for wave in waves] == [p["num_conversations"]] * p["turns"]
+        output, system, user = map(bounds, ("answer_tokens", "system_tokens", "user_tokens"))
+        # each turn adds a question, and the answer before it
+        prompt = [
+            (
+                system[0] + (turn + 1) * user[0] + turn * output[0],
+                system[1] + (turn + 1) * user[1] + turn * output[1],
+            )
+            for turn in range(p["turns"])
+            for _ in range(p["num_conversations"])
+        ]
+    else:
+        assert [len(wave) for wave in waves] == [p["num_requests"]]
+        output = bounds("output_tokens")
+        if kind == "shared_prefix":
+            parts = [bounds("prefix_tokens"), bounds("own_tokens")]
+            longest = parts[0][1]
+            starts = {tuple(r["prompt_token_ids"][:longest]) for r in requests}
+            if parts[0][0] == longest:
+                assert len(starts) <= p["num_prefixes"]
+            prompt = [(sum(low for low, _ in parts), sum(high for _, high in parts))]
+        else:
+            prompt = [bounds("prompt_tokens")]
+        prompt *= len(requests)
+    for request, (least, most) in zip(requests, prompt, strict=True):
+        assert least <= len(request["prompt_token_ids"]) <= most
+        assert output[0] <= request["max_tokens"] <= output[1]
+        assert all(0 <= token < p["vocab_size"] for token in request["prompt_token_ids"])
+        for name in SAMPLING:
+            assert request[name] == p[name]  # type: ignore[literal-required]
+    other = workloads.build("w", kind, workload.params | {"seed": p["seed"] ^ 1})
+    assert other["requests_digest"] != built["requests_digest"]
+
+    ours: Any = object.__new__(nanovllm.Adapter)
+    ours._sampling_params = SamplingParams
+    theirs: Any = object.__new__(vllm.Adapter)
+    theirs._sampling_params, theirs._eos_ids = lambda **given: SimpleNamespace(**given), [1]
+    theirs._config = {"per_request_seeds": True}
+    prompts, arrived = ours._inputs(requests)
+    for request, text, params in zip(requests, prompts, arrived, strict=True):
+        assert text["prompt_token_ids"] == request["prompt_token_ids"]
+        for each in (params, theirs._params(request)):
+            for name in ("max_tokens", "seed", *SAMPLING):
+                assert getattr(each, name) == request[name]  # type: ignore[literal-required]
+
+
+@settings(max_examples=25, deadline=None)
+@given(study=STUDIES, data=st.data())
+def test_the_digest_of_requests_holds_all_that_a_request_is(
+    study: tuple[str, dict[str, Any]], data: st.DataObject
+) -> None:
+    """One field of one request changed, or a request in another wave: another digest, and a plan
+    with the old one is refused.
+    """
+    built = workloads.build("w", *study)
+    entry = workloads.summarize(built)
+    assert workloads.rebuild("w", entry) == built
+    waves = copy.deepcopy(built["waves"])
+    wave = data.draw(st.sampled_from(waves))
+    request: Any = data.draw(st.sampled_from(wave))
+    name = data.draw(st.sampled_from([*sorted(request), "its wave"]))
+    if name == "its wave":
+        waves.append([wave.pop()])
+    elif name == "prompt_token_ids":
+        request[name][-1] += 1
+    else:
+        request[name] = not request[name] if name == "ignore_eos" else request[name] + 1
+    changed = workloads.requests_digest(waves)
+    assert changed != built["requests_digest"]
+    with pytest.raises(ValueError, match="sampling parameters or waves differ"):
+        workloads.rebuild("w", {**entry, "requests_digest": changed})
 
 
 @pytest.mark.parametrize("kind", workloads.DEFAULTS)

@@ -5,9 +5,11 @@ The noise is planted in the times of the launches, as a machine would: a factor 
 (it must cancel) and one of the launch's own. Everything is drawn from one seed.
 """
 
+import copy
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -219,6 +221,8 @@ def make_records(
 def gate_line(
     plan: Mapping[str, Any], workload: str, digest: str, status: str = "pass"
 ) -> dict[str, Any]:
+    """A verdict of the gate, with figures that say the same."""
+    tokens = plan["workloads"][workload]["output_tokens"]
     return {
         "kind": "gate",
         "schema": 1,
@@ -229,12 +233,36 @@ def gate_line(
         "dtype": "float32",
         "status": status,
         "reason": None if status == "pass" else "margin over the bound",
-        "tokens_checked": 160,
+        "tokens_checked": tokens,
         "mismatches": 0,
         "within_bound": 0,
         "max_margin": 0.0,
-        "bound": 3.2e-5,
-        "calibration": {"hf_error": {"q50": 1e-7, "q99": 2e-6, "q999": 4.0e-6, "max": 6.1e-6}},
+        "bound": 2 * 6.1e-6 + 2e-6,
+        "calibration": {
+            "reference_dtype": "float64",
+            "factor": 2.0,
+            "alpha": 1e-6,
+            "floor": 2e-6,
+            "hf_error": {"q50": 1e-7, "q99": 2e-6, "q999": 4.0e-6, "max": 6.1e-6},
+            "hf_mismatches": 0,
+            "typical_bound": 2 * 4.0e-6 + 2e-6,
+            "above_typical_bound": 0,
+            "allowed_above_typical_bound": 4,
+            "excess_mismatches_z": 0.0,
+            "z_limit": NormalDist().inv_cdf(1 - 1e-6),
+            "margin": {"q50": 0.0, "q99": 0.0, "q999": 0.0, "max": 0.0},
+            "by_position": [
+                {
+                    "first": 0,
+                    "last": 31,
+                    "tokens": tokens,
+                    "mismatches": 0,
+                    "hf_mismatches": 0,
+                    "margin": {"q50": 0.0, "q99": 0.0, "q999": 0.0, "max": 0.0},
+                    "hf_error": {"q50": 1e-7, "q99": 2e-6, "q999": 4.0e-6, "max": 6.1e-6},
+                }
+            ],
+        },
         "first_offender": None,
         "duration_s": 1.0,
         "is_negative_control": False,
@@ -271,6 +299,7 @@ def _served(
     }
     return {
         "fingerprint": planned["fingerprint"],
+        "requests_digest": planned["requests_digest"],
         "duration_s": duration_s,
         "num_requests": len(lengths),
         "prompt_tokens": planned["prompt_tokens"],
@@ -311,7 +340,7 @@ def _launch_record(
         "warm_up_s": 0.5,
         "total_s": 3.0,
         "workloads": dict(parts),
-        "toggles": next(iter(parts.values()))["toggles"],
+        "toggles": copy.deepcopy(next(iter(parts.values()))["toggles"]),
         "peak_memory_bytes": {"host": 500 << 20, "device": None},
         "telemetry": {
             "summary": {
@@ -321,6 +350,7 @@ def _launch_record(
             "throttle_reasons": [],
         },
         "provenance": {
+            "code_digest": "a" * 64,
             "git": {"commit": "c" * 40, "dirty": False},
             "cpu": {"model": "Synthetic 2-core", "cores": 2},
             "python": "3.11.7",
