@@ -197,7 +197,7 @@ def test_a_study_with_two_blocks_says_more_with_moderated_variances(tmp_path: Pa
 
     markdown, html = render(plan, records, pooled, tmp_path)
     page = markdown.read_text(encoding="utf-8")
-    assert "The variance is moderated (Smyth 2004)" in page
+    assert "The variance of each effect is moderated (Smyth 2004)" in page
     assert "The moderated variance" in page
     assert "d0, estimated" in page
     assert "d0, used" in html.read_text(encoding="utf-8")
