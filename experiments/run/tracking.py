@@ -275,10 +275,6 @@ def _experiment(client: Any, study: PlannedStudy) -> str:
         experiment = client.get_experiment_by_name(study["name"])
     elif experiment.lifecycle_stage == "deleted":
         client.restore_experiment(experiment.experiment_id)
-    # or MLflow opens it on an overview of traces, which is empty
-    client.set_experiment_tag(
-        experiment.experiment_id, "mlflow.experimentKind", "custom_model_development"
-    )
     return str(experiment.experiment_id)
 
 

@@ -107,6 +107,31 @@ def left_out_together(analysis: Analysis) -> list[str]:
     ]
 
 
+def on_both_sides(analysis: Analysis) -> list[str]:
+    """A sentence for the rows `added last` and `on top` whose two configurations share more than
+    everything on: a toggle that is off in both or on in both, because one needs the other.
+    """
+    found: dict[tuple[str, tuple[str, ...]], dict[str, None]] = {}
+    for row in analysis["factors"]:
+        if row["kind"] == "left out":
+            sides = (("without", row.get("without")), ("beside", row.get("beside")))
+            for side, others in sides:
+                if others:
+                    found.setdefault((side, tuple(others)), {})[row["factor"]] = None
+    sentences = []
+    for (side, shared), factors in found.items():
+        one, it = len(shared) == 1, len(factors) == 1
+        if side == "without":
+            why = f"{'needs' if one else 'need'} {'it' if it else 'them'}, so {'it is' if one else 'they are'} off"
+            sentences.append(
+                f"{_listed([*factors])}, added last: {_listed(shared)} {why} in both configurations."
+            )
+        else:
+            why = f"{'it needs' if it else 'they need'} {_listed(shared)}, which {'is' if one else 'are'} on"
+            sentences.append(f"{_listed([*factors])}, on top: {why} in both configurations.")
+    return sentences
+
+
 def _listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 

@@ -95,7 +95,7 @@ def _results(analysis: Analysis) -> Section:
     ]
     lead = [
         _ratio_words(analysis, throughput),
-        *([_SWITCH_WORDS] if _TESTED["alone"] in tests else ()),
+        *([_SWITCH_WORDS, *names.on_both_sides(analysis)] if _TESTED["alone"] in tests else ()),
         *names.left_out_together(analysis),
         _verdict_words(analysis, tested),
         *_correction_words(analysis, tested, tests),
@@ -201,7 +201,8 @@ def _rates(analysis: Analysis, workload: str) -> dict[str, float | None]:
 
 _SWITCH_WORDS = (
     "Alone: the optimization on, over everything off. Added last: everything on, over everything on without it. On top: "
-    "everything on and this one, over everything on. tok/s: without → with it."
+    "everything on and this one, over everything on. tok/s: without → with it. The chart shows whole configurations "
+    "instead: all-but-X is everything on without X."
 )
 
 

@@ -160,7 +160,7 @@ def _print_legend(
             lines.append(
                 f"{name(analysis, cell)}: {name(analysis, start)} run a second time; what it shows is noise"
             )
-    lines += names.left_out_together(analysis)
+    lines += names.on_both_sides(analysis) if switches else names.left_out_together(analysis)
     if switches:
         lines.append("alone: switched on over all off; added last: all on over all on without it")
     if any(text.verdict(effect) == "suggestive" for effect in effects):

@@ -9,6 +9,7 @@ import torch
 
 from experiments import workloads
 from experiments.gate.judge import rescore
+from experiments.host import model_files
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Optimizations
 from nanovllm.kernels.registry import load_kernels
@@ -133,3 +134,8 @@ def test_digest_and_missing_recipe(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no \*\.safetensors"):
         parameters(other, 0, 1)
     assert checkpoint.GENERATED.keys().isdisjoint(checkpoint.PRESETS)
+
+
+def test_the_command_line_lists_every_preset() -> None:
+    """It cannot ask: the list is printed without importing torch."""
+    assert set(model_files.PRESETS) == {*checkpoint.PRESETS, *checkpoint.GENERATED}

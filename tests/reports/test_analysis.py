@@ -20,7 +20,7 @@ from experiments.records.store import RecordError
 from experiments.study import designs
 from experiments.study.designs import choose_generators
 from reports.analysis.analyse import ALL_WORKLOADS, analyse
-from reports.analysis.names import left_out_together
+from reports.analysis.names import left_out_together, on_both_sides
 from reports.page.render import render
 from reports.page.sections import results
 from reports.statistics import ceiling
@@ -274,6 +274,23 @@ def test_a_factor_that_another_needs_is_compared_without_both() -> None:
     assert lattice.company(("base", "on")) == {("other", "on")}
     assert left_out_together({"baseline": "baseline", "cells": cells}) == [
         "all-but-base switches deep off as well: deep needs base."
+    ]
+
+
+def test_what_both_sides_of_added_last_share_is_said() -> None:
+    """One sentence for all toggles that share the same company."""
+    rows = [
+        {"kind": "left out", "factor": factor, **company}
+        for factor, company in (
+            ("graphs", {"without": ["cascade=on"]}),
+            ("prefix", {"without": ["cascade=on"]}),
+            ("overlap", {}),
+            ("all_reduce", {"beside": ["tp=2"], "part_of_all": False}),
+        )
+    ] + [{"kind": "alone", "factor": "graphs"}]
+    assert on_both_sides({"factors": rows}) == [
+        "graphs and prefix, added last: cascade=on needs them, so it is off in both configurations.",
+        "all_reduce, on top: it needs tp=2, which is on in both configurations.",
     ]
 
 
