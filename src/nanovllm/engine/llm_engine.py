@@ -415,7 +415,9 @@ def load_tokenizer(folder: str, eos_token_ids: tuple[int, ...] = ()) -> Tokenize
     """
     if not (file := resolve_model(folder) / "tokenizer.json").is_file():
         raise FileNotFoundError(
-            f"{file} is missing: give `tokenizer`, or skip_tokenizer_init=True and prompts as token ids"
+            f"{file} is missing: transformers makes it from tokenizer.model or vocab.json, if one is there, by "
+            f"AutoTokenizer.from_pretrained({str(file.parent)!r}).save_pretrained({str(file.parent)!r}); otherwise give "
+            "`tokenizer`, or skip_tokenizer_init=True and prompts as token ids"
         )
     try:
         tokenizer = Tokenizer.from_file(str(file))
