@@ -161,7 +161,7 @@ def test_the_default_sampling_is_not_greedy() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["logit_bias", "n", "best_of", "min_p", "repetition_penalty", "guided_decoding"]
+    "name", ["best_of", "guided_decoding", "allowed_token_ids", "logits_processors"]
 )
 def test_what_is_not_there_is_refused_and_not_dropped(name: str) -> None:
     """vLLM 17075 (top_k was dropped on the way), 16529 (logit_bias ended the engine)."""
