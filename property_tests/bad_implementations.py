@@ -1006,6 +1006,17 @@ def penalties_miss_the_last_token() -> list[Patch]:
 
 
 @bad("options_give_the_tokens_of_hf")
+def min_tokens_is_ignored() -> list[Patch]:
+    """An answer may end before it has min_tokens."""
+
+    def edits_of(*args: Any) -> dict[str, Any]:
+        return {name: edit for name, edit in real(*args).items() if name != "not_yet"}
+
+    real = sequences.edits_of
+    return [(sequences, "edits_of", edits_of)]
+
+
+@bad("logits_are_edited_as_defined")
 def min_tokens_ends_one_early() -> list[Patch]:
     """The end of sequence is allowed as the last of min_tokens."""
 

@@ -265,7 +265,7 @@ def test_rows_of_a_batch_do_not_meet(
 SMALL_VOCAB = 12
 
 
-@holds(fast=30, workload=workloads(longest_prompt=20, with_options=True))
+@holds(fast=24, workload=workloads(longest_prompt=20, with_options=True))
 def test_options_give_the_tokens_of_hf(workload: Workload) -> None:
     """Bias, penalties, min_p, min_tokens under any toggles, preempted, chunked, overlapped: each token is that of HF."""
     reference().assert_right(run(workload))

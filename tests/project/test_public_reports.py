@@ -42,7 +42,9 @@ def test_the_page_names_only_tests_that_there_are() -> None:
 
 def test_a_prompt_as_long_as_the_limit_is_refused_and_one_shorter_runs(llm: LLM) -> None:
     """vLLM 16445, lm-evaluation-harness 2880."""
-    with pytest.raises(ValueError, match=r"together more than max_model_len=64"):
+    with pytest.raises(
+        ValueError, match=r"64 prompt tokens, which leaves no room.*max_model_len=64"
+    ):
         llm.generate([[5] * 64], SamplingParams(max_tokens=1), use_tqdm=False)
     (output,) = llm.generate([[5] * 63], SamplingParams(max_tokens=1), use_tqdm=False)
     assert len(output.outputs[0].token_ids) == 1
