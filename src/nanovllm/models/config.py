@@ -23,6 +23,17 @@ COMPUTED: dict[str, Any] = {
     "compression_config": "none",
 }
 
+# What else an error says of a setting, or of the end of an architecture's name.
+HINTS = {
+    "quantization_config": ": the checkpoint is quantized, and this engine reads float32 and bfloat16 weights; take the "
+    "original, unquantized checkpoint",
+    "compression_config": ": the checkpoint is compressed; take the original, uncompressed one",
+    "Model": ". A model without a language modelling head makes embeddings, no text",
+    "ForSequenceClassification": ". It classifies or ranks texts and generates none",
+    "ForTokenClassification": ". It classifies tokens and generates no text",
+    "ForConditionalGeneration": ". It reads images or sound; only text models are computed here",
+}
+
 # What a value of each type must be.
 KINDS: dict[Any, tuple[str, Any]] = {
     int: ("a whole number, 1 or more", lambda value: type(value) is int and value >= 1),
@@ -78,6 +89,7 @@ def load_hf_config(folder: Path) -> ModelConfig:
         raise ValueError(
             f"{folder} has architectures={named!r}; this engine computes {', '.join(FAMILIES)} "
             "(models/families.py says how to add one)"
+            + "".join(hint for end, hint in HINTS.items() if str(named).endswith(end + "']"))
         )
     found = {
         "architecture": named[0],
@@ -95,7 +107,8 @@ def load_hf_config(folder: Path) -> ModelConfig:
             None,
         ):
             raise ValueError(
-                f"{folder} has {name}={there!r}; {found['architecture']} is computed here with {computed!r} only"
+                f"{folder} has {name}={there!r}; {found['architecture']} is computed here with {computed!r} "
+                f"only{HINTS.get(name, '')}"
             )
     if rope.get("rope_type", rope.get("type", "default")) not in ("default", None):
         from nanovllm.layers.rope_scaling import read_scaled_rope

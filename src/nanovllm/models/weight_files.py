@@ -97,6 +97,11 @@ def check_left_over(
     not COMPUTED_HERE, and for a stored head that is not the tied one. missing: parameters, with the part of each.
     left_over: tensors, with the file of each.
     """
+    if missing and (folder / "modules.json").is_file():
+        raise ValueError(
+            f"{folder} is a model of sentence-transformers (it holds modules.json): it makes embeddings, such as "
+            "Qwen3-Embedding, and has no language modelling head, so it generates no text"
+        )
     if missing:
         raise ValueError(
             f"{folder} lacks {shortened([name if part is None else f'{name} ({part})' for name, part in missing])}"
