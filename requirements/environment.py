@@ -363,7 +363,7 @@ def absent() -> list[str]:
     lines = []
     if not any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++")):
         lines.append(
-            "no C++ compiler here: the level kernels=compile (torch.compile) is left out of studies and its tests are skipped"
+            "no C++ compiler here: kernels=compile (torch.compile) and native are left out of studies and their tests are skipped"
         )
     if not any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")):
         lines.append("no Chromium here: the tests that look at reports in a browser are skipped")

@@ -74,6 +74,8 @@ _ENVIRONMENT = (
 _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 _MEASURED_CODE = (
     "src/nanovllm/**/*.py",
+    "src/nanovllm/kernels/native/*.cpp",
+    "src/nanovllm/kernels/native/*.h",
     "experiments/engines/*.py",
     "experiments/launch/engine_process.py",
     "experiments/launch/runner.py",
@@ -184,7 +186,9 @@ def code_digest(root: Path = ROOT, patterns: Sequence[str] = _MEASURED_CODE) -> 
     if engine != root:
         files |= {
             f"src/{path.relative_to(engine).as_posix()}": path
-            for path in engine.glob("nanovllm/**/*.py")
+            for pattern in _MEASURED_CODE
+            if pattern.startswith("src/")
+            for path in engine.glob(pattern.removeprefix("src/"))
         }
     digest = hashlib.sha256()
     for name, path in sorted(files.items(), key=lambda item: Path(item[0])):

@@ -61,6 +61,8 @@ def test_the_wheel_adds_two_names_and_leaves_out_what_is_published(installed: Pa
     assert "nanovllm_lab/experiments/look/style.css" in files
     assert "nanovllm_lab/experiments/checking/check.html.j2" in files
     assert "nanovllm/models/merges.txt" in files
+    assert "nanovllm/kernels/native/attention.cpp" in files
+    assert "nanovllm/kernels/native/vec.h" in files
     assert not [name for name in files if "/published/" in name]
 
 

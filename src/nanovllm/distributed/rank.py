@@ -53,6 +53,10 @@ class Rank:
 
             check_capability(job.rank)
             make_runner = GraphRunner if on.cuda_graphs else GpuRunner
+        elif on.kernels == "native":
+            from nanovllm.cpu.runner import CpuRunner
+
+            make_runner = CpuRunner
         self.group = DistributedTensorParallel(
             job.rank,
             on.tensor_parallel_size,

@@ -109,6 +109,8 @@ class LLMEngine:
             if on.cuda_graphs
             else _load("gpu.runner", "GpuRunner")
             if resolved.device == "cuda"
+            else _load("cpu.runner", "CpuRunner")
+            if on.overlap or on.kernels == "native"
             else ModelRunner
         )
         self.runner = make_runner(resolved, self.model_config, folder, self._stats)

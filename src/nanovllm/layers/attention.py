@@ -24,6 +24,7 @@ _BACKENDS = {
     "torch": ("nanovllm.kernels.torch.attention", "TorchAttention"),
     "triton": ("nanovllm.kernels.triton.attention", "TritonAttention"),
     "flash_attn": ("nanovllm.kernels.flash_attn", "FlashAttention"),
+    "native": ("nanovllm.kernels.native.attention", "NativeAttention"),
 }
 
 

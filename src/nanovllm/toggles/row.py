@@ -18,7 +18,9 @@ class Toggle:
     title: its name in the line that an engine prints when it starts; "" leaves it out.
     best: what 'auto' becomes on a device; the baseline where the device is not named.
     gpu_only: a level -> why it runs on a GPU alone.
+    cpu_only: a level -> why it runs on a CPU alone.
     by_triton: levels that need Triton to work.
+    by_compiler: levels that are compiled from the C++ sources of this package when they are first used.
     needs: (whether the other levels allow this one to leave its baseline in an engine, what they must be in words).
     vllm: (vLLM's argument for it, {that argument's value: our level}). A value that is not listed is the level.
     engaged: how often something happened that only happens above the baseline.
@@ -29,7 +31,9 @@ class Toggle:
     title: str = ""
     best: Mapping[str, Any] = field(default_factory=dict)
     gpu_only: Mapping[Any, str] = field(default_factory=dict)
+    cpu_only: Mapping[Any, str] = field(default_factory=dict)
     by_triton: tuple[Any, ...] = ()
+    by_compiler: tuple[Any, ...] = ()
     needs: tuple[Callable[[Mapping[str, Any]], bool], str] | None = None
     vllm: tuple[str, Mapping[Any, Any]] | None = None
     engaged: Callable[[StepStats], int]

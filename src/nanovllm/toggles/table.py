@@ -26,24 +26,34 @@ class Optimizations:
         "torch",
         "triton",
         "flash_attn",
+        "native",
         title="attention",
-        best={"cuda": "triton"},
+        best={"cpu": "native", "cuda": "triton"},
         gpu_only={
             "triton": "Triton kernels run on a GPU",
             "flash_attn": "FlashAttention runs on a GPU",
         },
+        cpu_only={"native": "its kernels are C++ for CPUs"},
         by_triton=("triton",),
-        engaged=lambda stats: stats.attention_calls["triton"] + stats.attention_calls["flash_attn"],
+        by_compiler=("native",),
+        engaged=lambda stats: sum(
+            stats.attention_calls[level] for level in ("triton", "flash_attn", "native")
+        ),
     )
     kernels: str = toggle(
         "torch",
         "compile",
         "triton",
+        "native",
         title="kernels",
-        best={"cuda": "triton"},
+        best={"cpu": "native", "cuda": "triton"},
         gpu_only={"triton": "Triton kernels run on a GPU"},
+        cpu_only={"native": "its kernels are C++ for CPUs"},
         by_triton=("triton", "compile"),
-        engaged=lambda stats: stats.kernel_calls["compile"] + stats.kernel_calls["triton"],
+        by_compiler=("native",),
+        engaged=lambda stats: sum(
+            stats.kernel_calls[level] for level in ("compile", "triton", "native")
+        ),
     )
     prefix_cache: bool | Literal["auto"] = toggle(
         False,
