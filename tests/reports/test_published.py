@@ -137,10 +137,16 @@ def test_publishing_keeps_what_is_needed_and_leaves_the_machine_behind(tmp_path:
     run.mkdir()
     (run / "plan.json").write_text(json.dumps(plan))
     (run / "records.jsonl").write_text("".join(lines))
-    (run / "tokens.jsonl").write_text("large")
+    (run / "tokens.jsonl").write_text("of every launch")
     kept = tmp_path / "published"
     target = publish(run, "here/it", "make ablate STUDY=x", kept)
-    assert {path.name for path in target.iterdir()} == {"plan.json", "records.jsonl", "README.md"}
+    files = {"plan.json", "records.jsonl", "README.md"}
+    assert {path.name for path in target.iterdir()} == files | {"tokens.jsonl"}
+    assert "audit --judge" in (target / "README.md").read_text()
+    (run / "tokens.jsonl").write_text("x" * 1_000_001)
+    large = publish(run, "here/large", "make ablate STUDY=x", kept)
+    assert {path.name for path in large.iterdir()} == files
+    assert "too\nlarge to be kept" in (large / "README.md").read_text()
     assert (
         json.loads((target / "records.jsonl").read_text().splitlines()[0])["provenance"][
             "executable"
