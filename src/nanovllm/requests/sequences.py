@@ -86,14 +86,8 @@ def _make(
     hides = params.prompt_logprobs is not None and params.logprobs is None
     if hides:
         params = dataclasses.replace(params, logprobs=0)
-    seq = SequenceWithOptions(
-        request_id,
-        token_ids,
-        params,
-        *rest,
-        num_prompt_logprobs=params.prompt_logprobs,
-        hides_logprobs=hides,
-    )
+    seq = SequenceWithOptions(request_id, token_ids, params, *rest)
+    seq.num_prompt_logprobs, seq.hides_logprobs = params.prompt_logprobs, hides
     edits = edits_of(params, model_config, tokenizer)
     named = [
         *edits.get("logit_bias", ()),
