@@ -1070,10 +1070,10 @@ def a_row_keeps_the_last_owners_options() -> list[Patch]:
 def a_rank_takes_the_first_part_of_the_vocabulary() -> list[Patch]:
     """Every rank samples from the first part of the edited logits."""
 
-    def edit(self: Any, logits: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+    def edit(self: Any, logits: torch.Tensor, hidden: Any, plan: StepPlan) -> torch.Tensor:
         tp = self.runner.tp
         with patch.object(tp, "rank", 0) if self.specs else ExitStack():
-            return real(self, logits, plan)
+            return real(self, logits, hidden, plan)
 
     real = logit_processors.LogitProcessors.edit
     return [(logit_processors.LogitProcessors, "edit", edit)]

@@ -259,6 +259,7 @@ class LLMEngine:
             seq.finish_reason is not None,
             seq.metrics,
             seq.num_cached_tokens,
+            getattr(seq, "prompt_logprobs", None),
         )
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
