@@ -1,7 +1,7 @@
 # The commands people type. `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check-lock test test-slow test-strangers property lint format bench ablate check compare-vllm compare-hf report docs ui clean FORCE
+.PHONY: help setup lock check-lock test test-slow test-strangers property lint format bench ablate check compare-vllm compare-hf report docs audit ui clean FORCE
 
 # make PYTHON=python3.12 setup: the Python of the environment. Without it: the one that .venv has, else the first that fits.
 PYTHON ?=
@@ -103,6 +103,9 @@ format: $(READY)  ## format all code with ruff
 
 bench: $(READY)  ## run the micro-benchmarks: scheduler, block manager, kernels
 	@$(BIN)/python -m pytest -m bench --benchmark-only --benchmark-columns=median,iqr,ops,rounds
+
+audit: $(READY)  ## judge all published records again, from scratch
+	@$(BIN)/python -m reports audit
 
 report: $(READY)  ## render all published reports, claims, questions and the index of results from their records (RUN=folder: only that execution)
 	@$(if $(RUN),$(BIN)/python -m experiments report $(RUN),PYTHONPATH=src:. $(BIN)/python -m reports published)

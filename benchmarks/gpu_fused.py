@@ -218,7 +218,7 @@ def gate_up_in_tiles(tiling: Tiling) -> GateUp:
 
 
 def qkv_in_tiles(tiling: Tiling) -> QKV:
-    return lambda x, weight, *rest: fused.fused_qkv(x, weight, *rest, tiling=tiling)
+    return lambda x, weight, *rest: fused.fused_qkv(x, weight, None, *rest, tiling=tiling)
 
 
 def graph_s(

@@ -55,6 +55,7 @@ app = typer.Typer(
 console = Console()
 ABLATE = "make ablate" if environment.IN_REPOSITORY else "nanovllm ablate"
 Act = Callable[[Plan, Path, Options, Console], bool]
+CANNOT_RUN = "cannot run"
 OWN_VLLM = environment.WORKPLACE / ".venv-vllm" / "bin" / "python"
 KNOWN_ERRORS = (
     SpecError,
@@ -333,15 +334,17 @@ def list_command(profile: ProfileOption = None) -> None:
     factors of a study: ablate --dry-run --study NAME.
     """
     hardware = guarded(lambda: choose_profile(profile))
-    table = Table(
-        "study", "launches", "time", f"title (on {hardware.name})", box=None, pad_edge=False
-    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column("study", no_wrap=True)
+    table.add_column("launches", no_wrap=True, justify="right")
+    table.add_column("time", no_wrap=True, justify="right")
+    table.add_column(f"title (on {hardware.name})")  # the only column that may wrap
     for name in names(STUDIES):
         study: Study = guarded(lambda name=name: load_study(name)[0])
         cost = guarded(lambda study=study: plan_view.cost(study, hardware))
-        table.add_row(name, *(cost or ("cannot", "run")), study.title)
+        table.add_row(name, *(cost or ("-", CANNOT_RUN)), study.title)
     console.print(table, highlight=False)
-    if any(cell == "cannot" for cell in table.columns[1].cells):
+    if CANNOT_RUN in table.columns[2].cells:
         say(console, f"why a study cannot run: {environment.COMMAND} validate NAME")
     for kind, known in (("profiles", names(PROFILES)), ("presets", model_files.PRESETS)):
         console.print(f"\n{kind}: {', '.join(known)}", highlight=False)

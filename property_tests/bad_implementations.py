@@ -38,6 +38,7 @@ from nanovllm.kernels.batch import ForwardBatch
 from nanovllm.kernels.torch import attention, filtering, kv_store, norm, rope, sampling
 from nanovllm.models import config as model_config
 from nanovllm.models import loader
+from nanovllm.requests import logit_processors, sequences, stop_strings
 from nanovllm.sampling_params import SamplingParams
 from property_tests.support.ranks import Group, collectives
 
@@ -960,3 +961,144 @@ def the_cache_takes_what_others_hold() -> list[Patch]:
 def a_closed_engine_keeps_its_memory() -> list[Patch]:
     """close() ends the engine and drops nothing."""
     return [(ModelRunner, "close", lambda self: None)]
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+@bad("options_give_the_tokens_of_hf")
+def the_repetition_penalty_forgets_the_prompt() -> list[Patch]:
+    """Only tokens of the answer are penalized for repetition."""
+
+    def of(spec: Any, vocab_size: int, device: Any) -> Any:
+        state = real(spec, vocab_size, device)
+        if state.in_prompt is not None:
+            state.in_prompt = torch.zeros_like(state.in_prompt)
+        return state
+
+    real = logit_processors.RowState.of
+    return [(logit_processors.RowState, "of", staticmethod(of))]
+
+
+@bad("logits_are_edited_as_defined")
+def penalties_forget_the_answer_at_a_preemption() -> list[Patch]:
+    """A request that starts again counts its tokens from zero."""
+
+    def of(spec: Any, vocab_size: int, device: Any) -> Any:
+        edits, num_prompt_tokens, token_ids = spec
+        return real((edits, num_prompt_tokens, token_ids[:num_prompt_tokens]), vocab_size, device)
+
+    real = logit_processors.RowState.of
+    return [(logit_processors.RowState, "of", staticmethod(of))]
+
+
+@bad("options_give_the_tokens_of_hf")
+def penalties_miss_the_last_token() -> list[Patch]:
+    """The token of the step before is counted one step late."""
+
+    def count(self: Any, token: torch.Tensor) -> None:
+        late, self.edits = self.edits.get("late"), {**self.edits, "late": token.clone()}
+        if late is not None:
+            real(self, late)
+
+    real = logit_processors.RowState.count
+    return [(logit_processors.RowState, "count", count)]
+
+
+@bad("options_give_the_tokens_of_hf")
+def min_tokens_is_ignored() -> list[Patch]:
+    """An answer may end before it has min_tokens."""
+
+    def edits_of(*args: Any) -> dict[str, Any]:
+        return {name: edit for name, edit in real(*args).items() if name != "not_yet"}
+
+    real = sequences.edits_of
+    return [(sequences, "edits_of", edits_of)]
+
+
+@bad("logits_are_edited_as_defined")
+def min_tokens_ends_one_early() -> list[Patch]:
+    """The end of sequence is allowed as the last of min_tokens."""
+
+    def edit(self: Any, logits: torch.Tensor, position: int) -> None:
+        real(self, logits, position + 1)
+
+    real = logit_processors.RowState.edit
+    return [(logit_processors.RowState, "edit", edit)]
+
+
+@bad("options_give_the_tokens_of_hf")
+def min_p_is_applied_before_the_temperature() -> list[Patch]:
+    """min_p compares the probabilities at temperature 1."""
+
+    def edits_of(params: Any, *rest: Any) -> dict[str, Any]:
+        edits = real(params, *rest)
+        if "min_p" in edits:
+            edits["min_p"] = params.min_p, 1.0
+        return edits
+
+    real = sequences.edits_of
+    return [(sequences, "edits_of", edits_of)]
+
+
+@bad("logits_are_edited_as_defined")
+def a_bad_word_is_banned_by_its_last_token_alone() -> list[Patch]:
+    """The tokens before the last one of a bad word are not compared."""
+
+    def of(spec: Any, *rest: Any) -> Any:
+        edits, *others = spec
+        words = [word[-1:] for word in edits.get("bad_words", ())]
+        return real(({**edits, **({"bad_words": words} if words else {})}, *others), *rest)
+
+    real = logit_processors.RowState.of
+    return [(logit_processors.RowState, "of", staticmethod(of))]
+
+
+@bad("options_give_the_tokens_of_hf")
+def a_row_keeps_the_last_owners_options() -> list[Patch]:
+    """A request without options inherits those of the row's last owner."""
+
+    def renew(self: Any, rows: list[int], specs: list[Any]) -> None:
+        some = [(row, spec) for row, spec in zip(rows, specs, strict=True) if spec is not None]
+        real(self, [row for row, _ in some], [spec for _, spec in some])
+
+    real = logit_processors.LogitProcessors.renew
+    return [(logit_processors.LogitProcessors, "renew", renew)]
+
+
+@bad("ranks_apply_options_alike")
+def a_rank_takes_the_first_part_of_the_vocabulary() -> list[Patch]:
+    """Every rank samples from the first part of the edited logits."""
+
+    def edit(self: Any, logits: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+        tp = self.runner.tp
+        with patch.object(tp, "rank", 0) if self.specs else ExitStack():
+            return real(self, logits, plan)
+
+    real = logit_processors.LogitProcessors.edit
+    return [(logit_processors.LogitProcessors, "edit", edit)]
+
+
+@bad("a_stop_string_ends_the_text")
+def a_stop_string_is_sought_in_the_new_text_alone() -> list[Patch]:
+    """A stop string that begins in one token and ends in another is missed."""
+
+    def add(self: Any, token_id: int) -> str | None:
+        before, self.text = self.text, ""
+        found = real(self, token_id)
+        self.text = before + self.text
+        return found
+
+    real = stop_strings.StopStrings.add
+    return [(stop_strings.StopStrings, "add", add)]
+
+
+@bad("a_stop_string_ends_the_text")
+def a_stop_string_is_found_before_min_tokens() -> list[Patch]:
+    """Stop strings count from the first token on."""
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        real(self, *args, **{**kwargs, "ignored_tokens": 0})
+
+    real = stop_strings.StopStrings.__init__
+    return [(stop_strings.StopStrings, "__init__", init)]

@@ -11,18 +11,30 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
+from tokenizers import Tokenizer
 
+from experiments.gate.edited_logits import FAR_BELOW, edited
+from nanovllm.engine.details import INCOMPLETE
 from nanovllm.kernels.torch import sampling
+from nanovllm.requests import logit_processors, stop_strings
 from nanovllm.sampling_params import SamplingParams
 from property_tests.support.profiles import holds
-from property_tests.support.real_engine import VOCAB, engine_of, reference
-from property_tests.support.strategies import BATCHING, SEEDS, Shape
+from property_tests.support.real_engine import VOCAB, engine_of, reference, run, serve, tiny
+from property_tests.support.strategies import (
+    BATCHING,
+    SEEDS,
+    Shape,
+    Workload,
+    options,
+    workloads,
+)
 
 LEVEL = 1e-7
 CELL = 50
@@ -246,3 +258,156 @@ def test_rows_of_a_batch_do_not_meet(
             assert together[i] == logits[i].argmax(), (
                 f"greedy row {i} does not take the largest logit"
             )
+
+
+# -- options: what few requests ask for ------------------------------------------------------------
+
+SMALL_VOCAB = 12
+
+
+@holds(fast=24, workload=workloads(longest_prompt=20, with_options=True))
+def test_options_give_the_tokens_of_hf(workload: Workload) -> None:
+    """Bias, penalties, min_p, min_tokens under any toggles, preempted, chunked, overlapped: each token is that of HF."""
+    reference().assert_right(run(workload))
+
+
+@holds(
+    fast=8,
+    workload=workloads(
+        max_requests=3, longest_output=10, graphs=(False,), ranks=2, with_options=True
+    ),
+)
+def test_ranks_apply_options_alike(workload: Workload) -> None:
+    """Two tensor-parallel ranks, each with half of the vocabulary: requests with options get the tokens of HF."""
+    reference().assert_right(run(workload))
+
+
+@holds(fast=8, workload=workloads(max_requests=4, graphs=(False,), with_options=True))
+def test_a_cached_prefix_keeps_its_tokens_in_mind(workload: Workload) -> None:
+    """Requests with options twice in one engine: penalties count prompts whose KV was found, too."""
+    requests = tuple(replace(r, abort=None) for r in workload.requests)
+    shape = replace(workload.shape, prefix_cache=True, num_blocks=workload.shape.num_blocks + 8)
+    with engine_of(shape) as engine:
+        cold, warm = serve(engine, requests, "cold"), serve(engine, requests, "warm")
+    for before, after in zip(cold, warm, strict=True):
+        reference().assert_same(before, after)
+    reference().assert_right(warm)
+
+
+TOKENS = st.lists(st.integers(0, SMALL_VOCAB - 1), min_size=1, max_size=8)
+
+
+@holds(
+    fast=150,
+    text=st.integers(0, 2**20),
+    prompt=TOKENS,
+    answer=TOKENS,
+    known=st.integers(0, 8),
+    some=options(SMALL_VOCAB),
+    words=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=3), max_size=4),
+)
+def test_logits_are_edited_as_defined(
+    text: int,
+    prompt: list[int],
+    answer: list[int],
+    known: int,
+    some: dict[str, Any],
+    words: list[list[int]],
+) -> None:
+    """Token by token, from a start in mid-answer as after a preemption, edited logits are those of the definition."""
+    known = min(known, len(answer))
+    edits: dict[str, Any] = {}
+    ends = [3, 5]
+    if words:
+        edits["bad_words"] = words
+    if "min_tokens" in some:
+        edits["not_yet"] = some["min_tokens"], ends
+    if "logit_bias" in some:
+        edits["logit_bias"] = some["logit_bias"]
+    penalties = tuple(
+        some.get(name, nothing)
+        for name, nothing in (
+            ("repetition_penalty", 1.0),
+            ("frequency_penalty", 0.0),
+            ("presence_penalty", 0.0),
+        )
+    )
+    if penalties != (1.0, 0.0, 0.0):
+        edits["penalties"] = penalties
+    state = logit_processors.RowState.of(
+        (edits, len(prompt), prompt + answer[:known]), SMALL_VOCAB, torch.device("cpu")
+    )
+    generator = torch.Generator().manual_seed(text)
+    request: Any = {"prompt_token_ids": prompt, "bad_words": words, "stop_token_ids": ends, **some}
+    for place in range(known, len(answer) + 1):
+        logits = torch.randn(SMALL_VOCAB, generator=generator) * 3
+        expected = edited(logits.double(), request, answer[:place], ())
+        banned = expected <= expected.max() - FAR_BELOW
+        found = logits.clone()
+        state.edit(found, len(prompt) + place)
+        assert ((found == -torch.inf) == banned).all(), (
+            f"banned are {found.isneginf().nonzero().flatten().tolist()}, "
+            f"should be {banned.nonzero().flatten().tolist()}"
+        )
+        difference = float((found - expected)[~banned].abs().max()) if not banned.all() else 0.0
+        assert difference < 1e-4, f"after {answer[:place]} a logit is off by {difference:.3g}"
+        if place < len(answer):
+            state.count(torch.tensor([answer[place]]))
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(tiny() / "tokenizer.json"))
+
+
+PIECES = ["the ", "end", "é", "日本", "🙂", "\n", "a", ".", "stop", "<", "x y"]
+TEXTS = st.lists(st.sampled_from(PIECES), min_size=1, max_size=14).map("".join)
+
+
+@holds(
+    fast=150,
+    text=TEXTS,
+    cuts=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 5)), min_size=1, max_size=3),
+    include=st.booleans(),
+    ignored=st.integers(0, 4),
+)
+def test_a_stop_string_ends_the_text(
+    text: str, cuts: list[tuple[int, int]], include: bool, ignored: int
+) -> None:
+    """Strings cut from the text, across tokens and characters of several bytes: it ends at the first that is complete."""
+    ids = tokenizer().encode(text, add_special_tokens=False).ids
+    whole = tokenizer().decode(ids)
+    stops = tuple(
+        whole[at % len(whole) : at % len(whole) + length] for at, length in cuts if whole
+    ) or ("?",)
+    watch = stop_strings.StopStrings(tokenizer(), stops, include=include, ignored_tokens=ignored)
+    for count in range(1, len(ids) + 1):
+        found = watch.add(ids[count - 1])
+        so_far = tokenizer().decode(ids[:count])
+        if so_far.endswith(INCOMPLETE) and not whole.startswith(so_far):
+            assert found is None, f"stopped at {found!r} within a character"
+            continue
+        assert INCOMPLETE not in watch.settled_text or INCOMPLETE in whole
+        ignored_text = tokenizer().decode(ids[: min(ignored, count)]).rstrip(INCOMPLETE)
+        # the definition: complete in what has been said, and not before the ignored tokens end
+        complete = [
+            stop
+            for stop in stops
+            if any(
+                so_far.startswith(stop, at) and at + len(stop) > len(ignored_text)
+                for at in range(len(so_far))
+            )
+        ]
+        if count <= ignored:
+            complete = []
+        assert (found is not None) == bool(complete), (
+            f"{stops} in {so_far!r} ({ignored} tokens ignored): found {found!r}, should be one of {complete}"
+        )
+        if found is not None:
+            assert found == complete[0]
+            at = len(watch.text) - (len(found) if include else 0)
+            assert so_far.startswith(watch.text)
+            assert so_far.startswith(found, at)
+            assert len(watch.settled_text) <= len(watch.text)
+            return
+        assert so_far.startswith(watch.settled_text)

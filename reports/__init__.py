@@ -3,6 +3,7 @@
 Its rooms, from the top down; each imports only from those below it (import-linter checks it):
 
     __main__     python -m reports publish | published | claims | questions | ratio | ...
+    audit/       published records, judged again from scratch
     claims/      everything made from all published records together
     page/        what a report says, and how it is shown
     figures/     the pictures

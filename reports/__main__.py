@@ -1,4 +1,4 @@
-"""python -m reports render | check | ratio | publish | published | claims | questions | lines | screenshot:
+"""python -m reports render | check | ratio | publish | published | audit | claims | questions | lines | screenshot:
 pages, rendered from records.
 """
 
@@ -17,12 +17,14 @@ from rich.progress import track
 from experiments.records.store import RecordError, read_for_report
 from reports import text
 from reports.analysis.analyse import analyse, ratios
+from reports.audit.checks import Outcome, audit
 from reports.claims import claims as claims_page
 from reports.claims import questions as questions_page
 from reports.claims import results_index
 from reports.claims.line_counts import CountError, count_lines
 from reports.claims.publish import publish as publish_records
 from reports.claims.published_studies import PUBLISHED, library
+from reports.claims.published_studies import folders as every_folder
 from reports.figures.browser import BrowserError, screenshot
 from reports.page.evidence import reproduce_command
 from reports.page.render import print_table, render, write_markdown
@@ -130,6 +132,40 @@ def published(check: CheckOption = False) -> None:
     questions, and the index of results.
     """
     guarded(lambda: settle(write_all, check))
+
+
+@app.command("audit")
+def audit_folders(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(help="folders of published records; all of reports/published if not given"),
+    ] = None,
+    judge: Annotated[
+        bool,
+        typer.Option(
+            "--judge", help="also rescore the tokens that were kept, with HF transformers (minutes)"
+        ),
+    ] = False,
+) -> None:
+    """Judge published records again, from scratch: the plan's workloads, each launch, each verdict
+    from its figures, the tokens, the page, and the code of the commit. Exit status 1 if anything is
+    broken.
+    """
+
+    def work() -> None:
+        broken = 0
+        for folder in folders or every_folder():
+            if not folder.is_dir():
+                raise RecordError(f"{folder}: there is no such folder")
+            print(folder)
+            for finding in audit(folder, judge=judge):
+                broken += finding.outcome is Outcome.BROKEN
+                print(f"  {finding.check:18} {finding.outcome:8} {finding.detail}", flush=True)
+        if broken:
+            print(f"{text.count_of(broken, 'check')} broken", file=sys.stderr)
+            raise typer.Exit(1)
+
+    guarded(work)
 
 
 @app.command()

@@ -31,6 +31,18 @@ ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "constraints.txt"
 MACHINES = {("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")}
 """What torch has wheels for."""
+_IMPORTED = (
+    "torch",
+    "transformers.models.qwen3.modeling_qwen3",
+    "mlflow",
+    "scipy.stats",
+    "matplotlib.pyplot",
+    "hypothesis",
+    "experiments.__main__",
+    "reports.__main__",
+    "nanovllm.engine.llm_engine",
+)
+"""Modules whose import loads most of what a study and its report load."""
 _REMAINS_OF_A_VENV = {"bin", "lib", "lib64", "include", "share", ".gitignore"}
 
 
@@ -129,9 +141,29 @@ def make_main(venv: Path, torch: str | None, extras: str | None) -> None:
             f"{ROOT / 'pyproject.toml'}:dev",
         ],
     )
+    if os.environ.get("PYTHONDONTWRITEBYTECODE"):
+        compile_imports(python)
     write_stamp(venv, wanted)
     for line in absent():
         say(line)
+
+
+def compile_imports(python: Path) -> None:
+    """Writes the bytecode of the modules that an engine or a report imports.
+
+    Python does so by itself, unless PYTHONDONTWRITEBYTECODE is set, as in many containers. Then
+    every process of a study would compile PyTorch and transformers again, which takes longer than
+    what it measures (8 s more for each engine of HF on two cores).
+    """
+    say("PYTHONDONTWRITEBYTECODE is set: compiling what every process imports, once")
+    environment = {**os.environ}
+    del environment["PYTHONDONTWRITEBYTECODE"]
+    code = f"import importlib\nfor name in {_IMPORTED}: importlib.import_module(name)"
+    command = [str(python), "-c", code]
+    if run_with_sign_of_life(command, environment, "compiling") != 0:
+        say(
+            "that failed, as the lines above say; the environment is complete, its processes start slowly"
+        )
 
 
 def make_docs(venv: Path) -> None:

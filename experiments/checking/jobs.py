@@ -14,6 +14,7 @@ from experiments.records.types import Config, Device, JsonObject, ModelShape, Pl
 from experiments.study.plan import inapplicable
 from nanovllm.config import ALL, BASELINE, LEVELS, Optimizations
 from nanovllm.gpu.cuda_graph import fewest_sharing
+from nanovllm.kernels import flash_attn
 
 MAX_NUM_SEQS, MAX_MODEL_LEN, BATCHED_TOKENS = 4, 256, 48
 """Small, so that requests wait, prompts are chunked, and requests are preempted (see `kv_cache_bytes`)."""
@@ -81,6 +82,19 @@ def never_shared(factor: str, level: Any, shape: ModelShape) -> str | None:
     )
 
 
+def lacks_library(factor: str, level: Any) -> str | None:
+    """Why a level cannot run with the packages of this environment, if so: FlashAttention is not
+    among those that `make setup` installs.
+    """
+    if (factor, level) != ("attention_backend", "flash_attn"):
+        return None
+    try:
+        flash_attn.find_library()
+    except ImportError:
+        return "no FlashAttention library is installed (`pip install flash-attn`, or vLLM, whose wheel carries one)"
+    return None
+
+
 def configurations(scope: Scope) -> tuple[list[Choice], list[str]]:
     """(configurations that cover every pair of levels that can run together on this machine, what
     cannot run here and why). The first configuration is the baseline, the second all best levels.
@@ -90,9 +104,11 @@ def configurations(scope: Scope) -> tuple[list[Choice], list[str]]:
     for factor, known in LEVELS.items():
         levels[factor] = []
         for level in known:
-            reason = inapplicable(
-                factor, level_name(level), scope.profile, scope.shape
-            ) or never_shared(factor, level, scope.shape)
+            reason = (
+                inapplicable(factor, level_name(level), scope.profile, scope.shape)
+                or never_shared(factor, level, scope.shape)
+                or lacks_library(factor, level)
+            )
             if reason:
                 absent.append(f"{factor}={level_name(level)}: {reason}")
             else:

@@ -8,7 +8,8 @@
     reference_model    turns an HF model into an exact reference
     scoring            scores of every token from the logits of two models
     logit_margins      how far a token is from what the reference would have chosen, in logits
-    truncation         top-k and top-p truncation of a vocabulary
+    truncation         min-p, top-k and top-p truncation of a vocabulary
+    edited_logits      logits after bias, penalties, bad words and min_tokens
     gumbel_noise       the engine's sampling noise, bit for bit, at lower cost
     significance       the statistical tests of the gate
     negative_controls  broken models and tokens, which the gate must reject

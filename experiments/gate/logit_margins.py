@@ -3,8 +3,8 @@
 A sampled token is as deterministic as a greedy one once the random numbers are known (the
 Gumbel-max trick): with logits z,
 
-    s = z / temperature;  s of tokens outside top-k, then top-p, is dropped;  token = argmax(s +
-    noise).
+    s = z / temperature;  s of tokens outside min-p, then top-k, then top-p, is dropped;
+    token = argmax(s + noise).
 
 The *margin* of a token is the smallest noise on the reference's logits that would explain it: the
 smallest d such that some change of z, none of whose differences z_i - z_j moves by more than d,
@@ -33,8 +33,8 @@ class Rows:
     """The sampling parameters of n positions. All [n], on the device of the logits.
 
     temperature: float, 0 is greedy. top_k: int64, 0 or -1 keeps all. top_p: float. seed: int64.
-    position: int64, the index in its sequence of the token that was sampled (the number of tokens
-    before it).
+    min_p: float, 0 keeps all. position: int64, the index in its sequence of the token that was
+    sampled (the number of tokens before it).
     unknown_noise: bool, sampled by another random generator, so that the noise is not known.
     """
 
@@ -44,6 +44,7 @@ class Rows:
     seed: Tensor
     position: Tensor
     unknown_noise: Tensor
+    min_p: Tensor
 
     def __getitem__(self, index: Tensor | slice) -> Rows:
         return Rows(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
@@ -59,12 +60,20 @@ class Rows:
 
     @property
     def truncated(self) -> Tensor:
-        """Rows [n] whose top-k or top-p may drop a token."""
-        return ~self.greedy & ((self.top_k > 0) | (self.top_p < 1))
+        """Rows [n] whose min-p, top-k or top-p may drop a token."""
+        return ~self.greedy & ((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0))
+
+    @property
+    def depth(self) -> Tensor:
+        """How far [n, 1] a logit over temperature may lie below the largest: -log(min_p), infinity
+        where min-p drops nothing.
+        """
+        drops = (self.min_p > 0) & ~self.greedy
+        return torch.where(drops, -self.min_p.double().log(), torch.inf)[:, None]
 
     def limits(self, vocab_size: int) -> tuple[Tensor, Tensor]:
         """(k, p) [n, 1]: at most k tokens are kept, those with less than p of the mass before them.
-        (V, infinity) means no limit.
+        (V, infinity) means no limit. Min-p aside.
         """
         k = torch.where(
             (self.top_k > 0) & ~self.greedy, self.top_k.clamp(max=vocab_size), vocab_size
@@ -98,6 +107,10 @@ def smallest_explaining_noise(scaled: Tensor, rows: Rows, tokens: Tensor) -> Ten
       which the others above
       s_i - d are fewer than k and their mass at its largest, b / (b + (1 - b) e^-d), is below p.
 
+    With min-p, y must moreover lie no deeper than `depth` + d below the largest, and i is kept for
+    certain only if no other token lies more than `depth` - d above it; masses are shares of the
+    largest, or smallest, set of tokens that min-p may leave.
+
     Masses are of the reference's own top-k set; the quotients are computed as sigmoid(logit(a) - d)
     and sigmoid(logit(b) + d), of which no underflow makes 0 / 0. Both conditions grow with d, so d
     is found by bisection. Where the noise is unknown, only the first counts. The most likely tokens nearly
@@ -106,6 +119,8 @@ def smallest_explaining_noise(scaled: Tensor, rows: Rows, tokens: Tensor) -> Ten
     vocab_size = scaled.shape[1]
     k, _ = rows.limits(vocab_size)
     width = min(vocab_size, max(_WIDTH, int(torch.where(k < vocab_size, k, 0).max())))
+    if bool((rows.min_p > 0).any()):
+        width = vocab_size
     margin, exact = _explaining_noise(scaled, rows, tokens, width)
     if len(rest := (~exact).nonzero().flatten()):
         margin[rest], _ = _explaining_noise(scaled[rest], rows[rest], tokens[rest], vocab_size)
@@ -133,6 +148,18 @@ def _explaining_noise(
     ).exp()
     # [m, width + 1]: of the first 0, 1, ... tokens
     mass_of_first = torch.nn.functional.pad(mass.cumsum(-1), (1, 0)).clamp(max=1.0)
+    depth = rows.depth
+    bounded = depth.isfinite()
+    any_bounded = bool(bounded.any())
+
+    def mass_within(d: Tensor) -> Tensor | float:
+        """[m, s]: of the tokens that min-p keeps if the depth is d more; 1 without min-p."""
+        if not any_bounded:
+            return 1.0
+        least = (depth + d) - ordered[:, :1].double()
+        count = torch.searchsorted(ascending.double(), least, right=True).clamp(min=1)
+        return torch.where(bounded, mass_of_first.gather(1, count), 1.0)
+
     scores = ordered + noise[:, :-1]
     # [m, width]: highest score of the first 1, 2, ... tokens
     best_of_first = scores.cummax(-1).values
@@ -154,9 +181,15 @@ def _explaining_noise(
         scores.gather(1, at),
     )
 
+    # how far the highest of the others lies above a rival
+    second = ordered[:, 1:2] if width > 1 else ordered
+    below = torch.where(at == 0, second, ordered[:, :1]) - rival_value
+
     def explains(d: Tensor) -> Tensor:  # [m, s] -> bool [m, s]
         above = torch.searchsorted(ascending, -(own + d), right=False)
-        may_be_kept = (above < k) & (torch.sigmoid(mass_of_first.gather(1, above).logit() - d) < p)
+        a = (mass_of_first.gather(1, above) / mass_within(d)).clamp(max=1.0)
+        may_be_kept = (above < k) & (torch.sigmoid(a.logit() - d) < p)
+        may_be_kept &= ordered[:, :1] - own <= depth + d
         if not count:
             return may_be_kept
         each = d[:, :, None]
@@ -166,12 +199,14 @@ def _explaining_noise(
             ).view(*d.shape, -1)
             - 1
         )
-        b = (
-            mass_of_first.gather(1, others.flatten(1) + 1).view(others.shape) - rival_mass[:, None]
-        ).clamp(0.0, 1.0)
+        b = mass_of_first.gather(1, others.flatten(1) + 1).view(others.shape) - rival_mass[:, None]
+        if any_bounded:
+            b = b / mass_within(-d)[:, :, None]  # type: ignore[index]
+        b = b.clamp(0.0, 1.0)
         certain = (
             (others < k[..., None])
             & (torch.sigmoid(b.logit() + each) < p[..., None])
+            & (below[:, None] + each <= depth[..., None])
             & rival[:, None]
         )
         return may_be_kept & ~(certain & (rival_score - own_score)[:, None].gt(each)).any(-1)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanovllm.layers.rope_scaling import read_scaled_rope
+
 
 def make_exact(model: Any) -> None:
     """Makes a model compute RMS norms in its own precision and rotary angles in float64. HF computes
@@ -34,18 +36,37 @@ def make_exact(model: Any) -> None:
 
     norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
     embedding = getattr(model.base_model, "rotary_emb", None)
-    if not norms or embedding is None or embedding.rope_type != "default":
+    if not norms or embedding is None:
         raise NotImplementedError(
-            f"the gate cannot make an exact reference of {type(model).__name__}: it needs RMS norms and rotary embeddings of type "
-            "'default', as in Qwen3"
+            f"the gate cannot make an exact reference of {type(model).__name__}: it needs RMS norms and rotary embeddings, "
+            "as in Qwen3"
         )
     for module in norms:
         module.forward = types.MethodType(norm, module)
-    half = len(embedding.inv_freq)
+    embedding.inv_freq = exact_frequencies(model, embedding)
+    embedding.forward = types.MethodType(rotary, embedding)
+
+
+def exact_frequencies(model: Any, embedding: Any) -> Tensor:
+    """The rotary frequencies of a model in float64: [head_dim / 2].
+
+    Those of a scaled rope are the engine's, and only if HF's are the same up to rounding to
+    float32: HF alone decides what they are. Raises NotImplementedError if they are not.
+    """
+    rope, half = model.config.rope_parameters, len(embedding.inv_freq)
     exponents = torch.arange(half, dtype=torch.float64, device=embedding.inv_freq.device) / half
     # Su et al., 2021, RoFormer, eq. 15
-    embedding.inv_freq = model.config.rope_parameters["rope_theta"] ** -exponents
-    embedding.forward = types.MethodType(rotary, embedding)
+    frequencies, amplitude = rope["rope_theta"] ** -exponents, 1.0
+    if embedding.rope_type != "default":
+        decided = read_scaled_rope(rope, model.config.to_dict(), type(model).__name__)
+        frequencies, amplitude = decided["scaled_rope"](frequencies, rope["rope_theta"])
+    same = torch.allclose(frequencies, embedding.inv_freq.double(), rtol=1e-5, atol=0.0)
+    if not same or abs(amplitude - embedding.attention_scaling) > 1e-6:
+        raise NotImplementedError(
+            f"the gate cannot make an exact reference of {type(model).__name__}: its rotary frequencies with {rope} are not "
+            "those that this engine computes"
+        )
+    return frequencies
 
 
 def check_decomposition(model: Any) -> None:

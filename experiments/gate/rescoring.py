@@ -12,6 +12,7 @@ logits of the canonical workload would take 81 GB.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +24,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from experiments.gate.edited_logits import edited, has_options
 from experiments.gate.logit_margins import Rows
 from experiments.gate.reference_model import check_decomposition, last_hidden_states, make_exact
-from experiments.gate.scoring import Scores, score_rows
+from experiments.gate.same_work import read_vocabulary
+from experiments.gate.scoring import Scores, logprob, score_rows
 from experiments.records.types import Request
 from nanovllm.models import generated
 from nanovllm.models.config import load_hf_config
@@ -83,6 +86,7 @@ class Rescorer:
             mutate(self.hf)
             mutate(self.reference)
         check_decomposition(self.reference)
+        self.eos, _ = read_vocabulary(Path(model_dir))
         self._known: dict[str, Scores] = {}
 
     def _load(self, model_dir: str | Path) -> Any:
@@ -182,6 +186,12 @@ class Rescorer:
         )
         tokens = torch.tensor([token for output in outputs for token in output], device=self.device)
         rows = rows_of(requests, outputs, unknown_noise, self.device)
+        # of every output token: the request and its number, where options edit its logits
+        edits = [
+            (i, j) if has_options(request) else None
+            for i, (request, output) in enumerate(zip(requests, outputs, strict=True))
+            for j in range(len(output))
+        ]
         vocab_size = self.reference.get_output_embeddings().weight.shape[0]
         row_bytes = REFERENCE_DTYPE[self.dtype].itemsize * vocab_size
         step = max(1, self.logits_bytes // row_bytes)
@@ -195,7 +205,22 @@ class Rescorer:
                 if self.device == "cpu" and row_bytes <= SMALL_ROW_BYTES
                 else nullcontext()
             ):
-                parts.append(score_rows(logits, hf_logits, rows[part], tokens[part]))
+                todo = [(at, *edit) for at, edit in enumerate(edits[part]) if edit is not None]
+                raw, hf_raw = logits, hf_logits
+                if todo:
+                    # HF's in float32, as engines edit them
+                    logits, hf_logits = logits.clone(), hf_logits.to(torch.float32, copy=True)
+                for at, i, j in todo:
+                    for table in (logits, hf_logits):
+                        table[at] = edited(table[at], requests[i], outputs[i][:j], self.eos)
+                scores = score_rows(logits, hf_logits, rows[part], tokens[part])
+                if todo:  # log-probabilities are the model's own
+                    scores = dataclasses.replace(
+                        scores,
+                        logprob=logprob(raw, tokens[part]).double().cpu(),
+                        hf_logprob=logprob(hf_raw.float(), tokens[part]).double().cpu(),
+                    )
+                parts.append(scores)
         return Scores.cat(parts).split([len(output) for output in outputs])
 
 
@@ -238,6 +263,9 @@ def rows_of(
         seed=column("seed", torch.int64),
         position=position.to(device),
         unknown_noise=torch.full((len(position),), unknown_noise, device=device),
+        min_p=torch.tensor([request.get("min_p", 0.0) for request in requests], dtype=torch.float32)
+        .repeat_interleave(counts)
+        .to(device),
     )
 
 

@@ -8,7 +8,7 @@ only what it needs:
   (0, 1), so only tokens with u_i < p_i e^c can reach a score of logsumexp(scores) - c: about fifty
   of them for c = 4, and the best score is hardly ever below that. Exact noise is computed for those
   only or, in a row where that is not enough, for the whole vocabulary;
-- truncated by top-k or top-p: sorting values without their indices gives the smallest score that is
+- truncated by min-p, top-k or top-p: sorting values without their indices gives the smallest score that is
   kept (`truncation`);
 - not the reference's choice, with top-k or top-p: the search for a margin handles all such rows of
   a batch together.

@@ -1,4 +1,4 @@
-"""Top-k and top-p truncation of a vocabulary, and statistics of the truncated distribution.
+"""Min-p, top-k and top-p truncation of a vocabulary, and statistics of the truncated distribution.
 
 On a CPU, an irregular mask (`masked_fill`, `where`) costs 3.5 ns per element, a sort 1.7 ns and an
 exponential 0.2 ns. So what is kept is described by a threshold, and masks are applied by
@@ -23,8 +23,8 @@ _FAR = 1e18
 def least_kept(
     tables: Sequence[Tensor], rows: Rows, masses: Sequence[Tensor] | None = None
 ) -> list[Tensor] | None:
-    """For each table of logits over temperature [n, V], the smallest value [n, 1] that top-k, then
-    top-p on what is left, keep. None if all tokens are kept.
+    """For each table of logits over temperature [n, V], the smallest value [n, 1] that min-p, top-k,
+    then top-p on what is left, keep. None if all tokens are kept.
 
     Tokens as likely as the last one that is kept are kept as well. masses: the sums [n, 1] of
     `exponentials` of each table, if known.
@@ -34,6 +34,11 @@ def least_kept(
     vocab_size = tables[0].shape[1]
     k, p = rows.limits(vocab_size)
     width = int(torch.where(k < vocab_size, k, _MOST_LIKELY).max())
+    if bool((rows.min_p > 0).any()):
+        return [
+            _least_of(descending(table), table, within_depth(table, rows, k), p)[0]
+            for table in tables
+        ]
     if 3 * width >= vocab_size:
         return [_least_of(descending(table), table, k, p)[0] for table in tables]
     result = []
@@ -43,6 +48,14 @@ def least_kept(
             least[rest], _ = _least_of(descending(table[rest]), table[rest], k[rest], p[rest])
         result.append(least)
     return result
+
+
+def within_depth(scaled: Tensor, rows: Rows, k: Tensor) -> Tensor:
+    """k [n, 1], where min-p keeps fewer tokens of scaled [n, V]: how many. What is kept are always
+    the most likely ones, so that min-p is a top-k whose k depends on the logits.
+    """
+    deep = scaled.amax(-1, True) - scaled > rows.depth
+    return torch.minimum(k, (~deep).sum(-1, keepdim=True))
 
 
 def _least_of(

@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.host.environment import ROOT, for_subprocess
@@ -171,14 +172,15 @@ def git_state(root: Path = ROOT) -> GitState | None:
     return state
 
 
-def code_digest(root: Path = ROOT) -> str:
+def code_digest(root: Path = ROOT, patterns: Sequence[str] = _MEASURED_CODE) -> str:
     """SHA-256 of the measured and the measuring code; independent of the machine, and the same in
-    an installed wheel, whose engine is beside the laboratory instead of in its src/.
+    an installed wheel, whose engine is beside the laboratory instead of in its src/. patterns: of
+    the files, for a tree of another version.
     """
     engine = root if (root / "src").is_dir() else Path(host_limits.__file__).parents[1]
     files = {
         path.relative_to(root).as_posix(): path
-        for pattern in _MEASURED_CODE
+        for pattern in patterns
         for path in root.glob(pattern)
     }
     if engine != root:

@@ -34,7 +34,20 @@ GateStatus = Literal["pass", "fail", "error"]
 # Workloads
 
 
-class Request(TypedDict):
+class Options(TypedDict, total=False):
+    """Sampling parameters that few requests have, as vLLM names them. bad_words: lists of token ids."""
+
+    min_p: float
+    min_tokens: int
+    stop_token_ids: list[int]
+    bad_words: list[list[int]]
+    logit_bias: dict[int, float]
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+
+
+class Request(Options):
     """One request, as every engine gets it."""
 
     prompt_token_ids: list[int]

@@ -40,7 +40,10 @@ the memory use of a desktop do not change the plan."""
 # The best of one core times the number of cores: an upper bound even when other processes run
 # meanwhile. The best of several sizes, because a small model fits into the caches.
 _MEASURE_CPU = """
-import json, sys, time, torch
+import json, sys, time
+begin = time.perf_counter()
+import torch
+import_s = time.perf_counter() - begin
 torch.set_num_threads(1)
 cores = int(sys.argv[1])
 def best(work, call):
@@ -58,7 +61,8 @@ for name in ("float32", "bfloat16"):
     dtype = getattr(torch, name)
     flops[name] = max(best(2 * n**3, lambda: a @ b) for n in (256, 512, 1024)
                       for a, b in [(torch.ones(n, n, dtype=dtype), torch.ones(n, n, dtype=dtype))])
-print(json.dumps({"bandwidth_bytes_per_s": max(copies.values()), "copy_bytes_per_s_by_mib": copies, "peak_flops": flops}))
+print(json.dumps({"bandwidth_bytes_per_s": max(copies.values()), "copy_bytes_per_s_by_mib": copies, "peak_flops": flops,
+                  "import_s": import_s}))
 """
 
 # Copies larger than any cache, matmuls on random data (zeros would run faster than real data), each
@@ -340,8 +344,16 @@ def measure_gpus(listed: list[str]) -> JsonObject:
 
 
 def measure() -> JsonObject:
-    """The copy bandwidth and matmul peak of this CPU, measured once (about 5 s) and then cached."""
-    hardware = [provenance.cpu_model(), provenance.cpu_cores(), provenance.memory_bytes()]
+    """The copy bandwidth and matmul peak of this CPU, and how long it takes to import PyTorch,
+    measured once (about 5 s) and then cached.
+    """
+    hardware = [
+        provenance.cpu_model(),
+        provenance.cpu_cores(),
+        provenance.memory_bytes(),
+        metadata.version("torch"),
+        sys.version_info[:2],
+    ]
     return _kept(hardware, [sys.executable, "-c", _MEASURE_CPU, str(provenance.cpu_cores())])
 
 

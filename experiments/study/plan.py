@@ -150,6 +150,8 @@ def outline(study: Study, profile: PlannedProfile, shape: ModelShape | None = No
         )
     except ValueError as error:
         raise SpecError(f"{study.source}: {error}") from error
+    if study.sizing and design.blocks is None:  # work_size.fit then estimates each launch
+        blocks = min(blocks, study.sizing.most_blocks)
     return Outline(cells, not_applicable, blocks, generators, launch_s)
 
 

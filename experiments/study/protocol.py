@@ -71,11 +71,11 @@ class Design(Strict):
 
 
 class Sizing(Strict):
-    """Adapts the work of a study to the speed of a GPU and its host (experiments/study/work_size.py).
+    """Adapts the work of a study to the speed of the machine (experiments/study/work_size.py).
 
-    The outputs of every workload are cut to the largest of `shares` with which `blocks` blocks fit
-    into design.budget_s; then as many blocks run as fit, from least_blocks to most_blocks. On a CPU
-    workloads stay as written.
+    On a GPU the outputs of every workload are cut to the largest of `shares` with which `blocks`
+    blocks fit into design.budget_s. On a CPU workloads stay as written. On both, as many blocks run
+    as fit into the budget, from least_blocks to most_blocks.
     """
 
     blocks: int = Field(default=4, ge=block_count.MIN_BLOCKS, le=block_count.MAX_BLOCKS)

@@ -1,14 +1,16 @@
-"""Sizes the work of a study for a GPU: shortens outputs so that enough blocks fit into the time
-budget.
+"""Sizes the work of a study for the machine: chooses how many blocks fit into the time budget, and
+on a GPU shortens outputs so that enough of them do.
 
 A study with `sizing` states its workloads at full size. With all optimizations off, an engine on a
 GPU takes ten to fifty times as long as with all of them on, and how long depends on the host's
 speed more than on the GPU's. So the duration of every launch is estimated from the measured speeds
-of this machine, and all outputs are cut to the same share. The plan holds what was chosen.
+of this machine, and all outputs are cut to the same share. On a CPU all engines take about as long,
+so only the number of blocks is chosen. The plan holds what was chosen.
 
 The estimate decides how much is measured, never what is reported. Its constants were fitted on an
 H100 and H200s (ablations/LOG.md, 2026-11-28), in units that carry over to other machines:
-operations issued by the host, and bytes and FLOPs of the GPU.
+operations issued by the host, and bytes and FLOPs of the GPU. Those for CPUs were fitted on two
+cores of an Intel and of an AMD server (2026-11-29).
 """
 
 from __future__ import annotations
@@ -51,6 +53,14 @@ HF_IMPORTS, COMPILE_IMPORTS = 3.0, 1.8
 compiled on a machine that has none of them yet.
 """
 READ_BYTES_PER_S = 4e9
+CPU_PEAK_SHARE, CPU_TOKEN_S = 0.6, 2e-5
+"""On a CPU: the share of one core's measured matmul peak that products reach, and the time of
+everything else per layer and token. All tokens of a wave count, those of the prompts too.
+"""
+CPU_START_S, CPU_PARALLEL_START_S = 1.2, 1.5
+"""Start-up times on a CPU: weights and warm-up of an engine whose libraries are imported; ranks."""
+CPU_HF_COST, CPU_RANKS_COST = 1.9, 1.4
+"""Duration of a wave on a CPU with HF, and with ranks that share the cores, relative to one engine."""
 USUAL_OP_S = 1e-5
 """`host_op_s` of the host on which the start-up times were measured."""
 
@@ -59,18 +69,21 @@ def fit(
     study: Study, profile: PlannedProfile, model: PlannedModel, cells: Mapping[str, Cell]
 ) -> tuple[Study, Sized | None]:
     """The study with its outputs cut for this machine, and what was chosen. Returns the study
-    unchanged, and None, on a CPU and for a study without `sizing`.
+    unchanged, and None, for a study without `sizing`.
 
     Takes the largest share with which `sizing.blocks` blocks fit into `design.budget_s`, or the
-    smallest if none does. If the study states its number of blocks, only outputs are cut.
+    smallest if none does; on a CPU outputs are not cut. If the study states its number of blocks,
+    only outputs are cut.
     """
     sizing = study.sizing
-    if sizing is None or profile["device"] != "cuda":
+    if sizing is None:
         return study, None
     budget_s = study.design.budget_s or math.inf
-    for share in sorted(sizing.shares, reverse=True):
+    on_cpu = profile["device"] == "cpu"
+    shares, seconds = ([1.0], cpu_seconds) if on_cpu else (sizing.shares, launch_seconds)
+    for share in sorted(shares, reverse=True):
         cut = shortened(study, share)
-        launch_s = {name: launch_seconds(cut, cell, profile, model) for name, cell in cells.items()}
+        launch_s = {name: seconds(cut, cell, profile, model) for name, cell in cells.items()}
         block_s = sum(launch_s.values())
         once_s = sum(first_seconds(cut, cell, profile) for cell in cells.values())
         if once_s + (study.design.blocks or sizing.blocks) * block_s <= budget_s:
@@ -90,7 +103,7 @@ def fit(
         "share_of_answers": share,
         "blocks": blocks,
         "budget_s": study.design.budget_s,
-        "expected_launch_s": {name: round(seconds, 1) for name, seconds in launch_s.items()},
+        "expected_launch_s": {name: round(expected, 1) for name, expected in launch_s.items()},
     }
     return cut.model_copy(update={"measurement": measurement, "design": design}), chosen
 
@@ -145,10 +158,32 @@ def launch_seconds(study: Study, cell: Cell, profile: PlannedProfile, model: Pla
     return float(start + warm_up + sum(2 * s + again if s < again else s for s in timed))
 
 
+def cpu_seconds(study: Study, cell: Cell, profile: PlannedProfile, model: PlannedModel) -> float:
+    """The estimated total duration of a launch of a cell on a CPU, where one thread of one core
+    computes, as the studies for CPUs set it (OMP_NUM_THREADS=1).
+    """
+    levels = {**study.baselines(), **study.fixed, **cell.levels}
+    ours = cell.engine == study.engine
+    ranks = int(levels.get("tensor_parallel_size", 1)) * int(levels.get("data_parallel_size", 1))
+    forked = ours and ranks == 1 and study.measurement.preload
+    imports = 0.0 if forked else profile["import_s"] * (1.0 if ours else HF_IMPORTS)
+    start = CPU_START_S + imports + (CPU_PARALLEL_START_S if ranks > 1 else 0.0)
+    built = [workloads.build(name, w.kind, w.params) for name, w in study.workloads.items()]
+    requests = [request for work in built for wave in work["waves"] for request in wave]
+    tokens = sum(len(r["prompt_token_ids"]) + r["max_tokens"] for r in requests)
+    shape, cores = model["shape"], profile["cpu_cores"] or 1
+    flops_per_s = CPU_PEAK_SHARE * profile["peak_flops"] / cores
+    token_s = 2 * parameters(shape) / flops_per_s + shape["num_hidden_layers"] * CPU_TOKEN_S
+    cost = 1.0 if ours else CPU_HF_COST
+    return float(start + tokens * token_s * (CPU_RANKS_COST if ranks > 1 else cost))
+
+
 def first_seconds(study: Study, cell: Cell, profile: PlannedProfile) -> float:
     """How much longer than `launch_seconds` the first launch of a cell takes: its Triton kernels
     are compiled, and HF transformers is read from disk for the first time.
     """
+    if profile["device"] == "cpu":
+        return 0.0
     levels = {**study.baselines(), **study.fixed, **cell.levels}
     compiles = cell.engine != study.engine or levels.get("kernels") == "triton"
     return float(COMPILE_IMPORTS * profile["import_s"]) if compiles else 0.0

@@ -12,12 +12,13 @@ from experiments.gate.logit_margins import Rows
 
 
 def kept(scaled: Tensor, rows: Rows, factor: float = 1.0) -> Tensor:
-    """Which tokens top-k, then top-p (times `factor`) on what is left, keep: bool [n, V] from
+    """Which tokens min-p, top-k, then top-p (times `factor`) on what is left, keep: bool [n, V] from
     logits over temperature [n, V].
     """
     k, p = rows.limits(scaled.shape[1])
     ordered = scaled.sort(dim=-1, descending=True).values
     within_k = torch.arange(scaled.shape[1]) < k
+    within_k &= (ordered - ordered[:, :1]).exp() >= (rows.min_p * ~rows.greedy)[:, None] / factor
     mass = ordered.masked_fill(~within_k, -torch.inf).softmax(-1)
     count = (within_k & (mass.cumsum(-1) - mass < p * factor)).sum(-1, keepdim=True).clamp_(min=1)
     return scaled >= ordered.gather(1, count - 1)
@@ -103,17 +104,31 @@ def explaining_noise(scaled: Tensor, rows: Rows, tokens: Tensor) -> Tensor:
     scores = scaled + rows.noise(scaled.shape[1])
     own, own_score = scaled.gather(1, tokens[:, None]), scores.gather(1, tokens[:, None])
 
+    depth = rows.depth
+    # [n, V]: the highest of all other tokens
+    alone = torch.eye(scaled.shape[1], dtype=torch.bool)
+    others = scaled[:, None, :].masked_fill(alone, -torch.inf).amax(-1)
+
+    def within(d: Tensor) -> Tensor:
+        """The mass [n, 1] of the tokens that min-p keeps if its depth is d more."""
+        kept_then = scaled.amax(-1, keepdim=True) - scaled <= torch.clamp(depth + d, min=0.0)
+        share = (mass * kept_then).sum(-1, keepdim=True)
+        return torch.where(depth.isfinite(), share, 1.0)
+
     def explains(d: Tensor) -> Tensor:  # [n, 1] -> bool [n, 1]
         above = scaled > own + d
-        a = (mass * above).sum(-1, keepdim=True).clamp(max=1.0)
+        a = (mass * above).sum(-1, keepdim=True)
+        a = (a / within(d)).clamp(max=1.0)
         may_be_kept = (above.sum(-1, keepdim=True) < k) & (
             a * (-d).exp() / (a * (-d).exp() + (1 - a)) < p
         )
+        may_be_kept &= scaled.amax(-1, keepdim=True) - own <= depth + d
         # [n, V, V]: of token i, the others that may lie above
         above_each = scaled[:, None, :] >= scaled[:, :, None] - d[..., None]
         above_each &= ~torch.eye(scaled.shape[1], dtype=torch.bool)
-        b = (mass[:, None, :] * above_each).sum(-1).clamp(max=1.0)
+        b = ((mass[:, None, :] * above_each).sum(-1) / within(-d)).clamp(max=1.0)
         is_certain = (above_each.sum(-1) < k) & (b / (b + (1 - b) * (-d).exp()) < p)
+        is_certain &= others - scaled + d <= depth
         beaten = scores.masked_fill(~is_certain, -torch.inf).amax(-1, keepdim=True) - own_score <= d
         return may_be_kept & (beaten | rows.unknown_noise[:, None])
 

@@ -24,6 +24,7 @@ from nanovllm.engine import llm_engine
 from nanovllm.engine.invariants import check_invariants
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.models.checkpoint import ensure_checkpoint
+from nanovllm.sampling_params import SamplingParams
 from property_tests.support.model_free import expect
 from property_tests.support.ranks import in_place_of_processes
 from property_tests.support.strategies import Request, Shape, Workload
@@ -139,6 +140,9 @@ def check_end(served: Served, eos_token_ids: Collection[int]) -> None:
         for i, token in enumerate(tokens)
         if token in params.stop_token_ids or token in eos_token_ids
     ]
+    assert not stops or stops[0] >= getattr(params, "min_tokens", 0), (
+        f"stop token at {stops[0]}, before min_tokens={getattr(params, 'min_tokens', 0)}"
+    )
     if served.finish_reason == "stop":
         assert stops == [len(tokens) - 1], (
             f"stopped with {len(tokens)} tokens, of which {stops} are stop tokens"
@@ -156,6 +160,17 @@ def check_end(served: Served, eos_token_ids: Collection[int]) -> None:
 def run(workload: Workload) -> list[Served]:
     with engine_of(workload.shape) as engine:
         return serve(engine, workload.requests)
+
+
+def options_of(params: Any) -> dict[str, Any]:
+    """The options of a request as the gate takes them; {} where it has none."""
+    if type(params) is SamplingParams:
+        return {}
+    names = ("min_p", "min_tokens", "repetition_penalty", "frequency_penalty", "presence_penalty")
+    return {name: getattr(params, name) for name in names} | {
+        "logit_bias": params.logit_bias or {},
+        "stop_token_ids": list(params.stop_token_ids),
+    }
 
 
 class Reference:
@@ -194,6 +209,7 @@ class Reference:
             }
             | {name: getattr(s.request.params, name) for name in ("temperature", "top_k", "top_p")}
             | {"seed": s.request.params.seed or 0}
+            | options_of(s.request.params)
             for s in served
         ]
         return self.rescorer.score(requests, [s.tokens for s in served])

@@ -132,6 +132,31 @@ def endings(draw: Any, vocab_size: int, longest: int) -> dict[str, Any]:
     return {"max_tokens": max_tokens, "stop_token_ids": stops, "ignore_eos": not stops}
 
 
+@st.composite
+def options(draw: Any, vocab_size: int) -> dict[str, Any]:
+    """Some of the options that edit logits. Tokens of small numbers are biased, so that they come
+    often, and again.
+    """
+    some: dict[str, Any] = {}
+    if draw(st.booleans()):
+        some["repetition_penalty"] = draw(st.sampled_from([0.5, 1.3, 5.0]))
+    if draw(st.booleans()):
+        some["frequency_penalty"] = draw(st.sampled_from([-1.0, 0.7, 2.0]))
+    if draw(st.booleans()):
+        some["presence_penalty"] = draw(st.sampled_from([-2.0, 1.5]))
+    if draw(st.booleans()):
+        every = draw(st.sampled_from([1, 7]))
+        some["logit_bias"] = {
+            token: draw(st.sampled_from([-3.0, 6.0]))
+            for token in range(0, min(vocab_size, 40), every)
+        }
+    if draw(st.booleans()):
+        some["min_p"] = draw(st.sampled_from([0.01, 0.2, 0.9]))
+    if draw(st.booleans()):
+        some["min_tokens"] = draw(st.integers(1, 5))
+    return some
+
+
 ABORTS = st.none() | st.none() | st.integers(0, 8)
 
 
@@ -180,9 +205,11 @@ def workloads(
     ranks: int = 1,
     batching: tuple[str, ...] = BATCHING,
     pools: tuple[int, ...] = POOLS,
+    with_options: bool = False,
 ) -> Workload:
     """Requests, and an engine in which each of them fits, some of them barely. Where graphs are on,
-    most workloads use no filter, so that they are replayed.
+    most workloads use no filter, so that they are replayed. with_options: most requests have options
+    that edit logits.
     """
     shape = draw(shapes(lags=lags, block_sizes=(2, 4, 8, 16), batching=batching))
     replayed = draw(st.sampled_from(graphs))
@@ -195,9 +222,13 @@ def workloads(
         prompt = draw(
             prompts([r.prompt for r in requests], vocab_size, shape.block_size, longest_prompt)
         )
-        params = SamplingParams(
-            **draw(samplings(filters)), **draw(endings(vocab_size, longest_output))
-        )
+        given = draw(samplings(filters)) | draw(endings(vocab_size, longest_output))
+        if with_options and draw(st.sampled_from([True, True, True, False])):
+            given |= draw(options(vocab_size))
+            given["min_tokens"] = min(given.get("min_tokens", 0), given["max_tokens"])
+            # of the small numbers, which are biased; few are short to print
+            given["stop_token_ids"] = [t for t in given["stop_token_ids"] if t < 60]
+        params = SamplingParams(**given)
         arrival = draw(st.sampled_from([0, 0, 0, 1, 2, 5, 12]))
         requests.append(Request(prompt, params, arrival, draw(ABORTS)))
     needed = [-(-(len(r.prompt) + r.params.max_tokens) // shape.block_size) for r in requests]

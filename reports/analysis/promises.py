@@ -8,7 +8,9 @@ because they look at each workload (consistency.py, gate_lines.py).
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 from experiments.host import validity
@@ -16,16 +18,21 @@ from experiments.records.types import Plan
 
 Record = Mapping[str, Any]
 
+CLOCK_SLACK_S = 0.5
+"""By how much two clocks of one launch may differ: they start and stop at different moments."""
+
 
 @dataclass(frozen=True)
 class Study:
-    """What launches are held against: the plan, and what most of the launches that finished have in
-    common: the measured code of the study, and the boot of each block.
+    """What launches are held against: the plan, what most of the launches that finished have in
+    common (the measured code of the study, and the boot of each block), and when the next launch on
+    the same boot started, by launch and attempt.
     """
 
     plan: Plan
     code: str
     boots: Mapping[int, str]
+    next_starts: Mapping[tuple[str, int], datetime] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: Plan, launches: Iterable[Record]) -> "Study":
@@ -38,6 +45,7 @@ class Study:
             plan,
             _usual(map(_code, found)),
             {block: _usual(boots) for block, boots in blocks.items()},
+            _next_starts(found),
         )
 
 
@@ -105,6 +113,47 @@ def _one_boot(record: Record, study: Study) -> str | None:
     return f"ran on boot {boot}, most of block {record['block']} on {usual}"
 
 
+def _clocks_agree(record: Record, study: Study) -> str | None:
+    """Three clocks tell how long a launch took: the runner's, which gives total_s and the times of
+    its parts; that of the thread which samples the machine; and the computer's, by which the next
+    launch started. None of them can have seen less than another.
+    """
+    total_s = record["total_s"]
+    parts_s = sum(
+        record.get(part) or 0.0 for part in ("process_start_s", "load_s", "warm_up_s")
+    ) + sum(
+        sum(work.get("servings_s") or [work["duration_s"]]) for work in record["workloads"].values()
+    )
+    samples = record["telemetry"].get("samples") or []
+    last_s = max((sample["time_s"] for sample in samples), default=0.0)
+    for what, seconds in (("its parts took", parts_s), ("samples of the machine span", last_s)):
+        if seconds > total_s + CLOCK_SLACK_S:
+            return f"clocks disagree: {what} {seconds:.1f} s, the whole launch {total_s:.1f} s"
+    following = study.next_starts.get((record["launch"], record["attempt"]))
+    if following is not None:
+        apart_s = (following - _start(record)).total_seconds()
+        if apart_s < total_s - CLOCK_SLACK_S:
+            return f"clocks disagree: it took {total_s:.1f} s, the next launch started {apart_s:.1f} s after it"
+    return None
+
+
+def _next_starts(launches: Iterable[Record]) -> dict[tuple[str, int], datetime]:
+    """When the launch that follows each on its boot started."""
+    by_boot: dict[str, list[Record]] = {}
+    for record in launches:
+        by_boot.setdefault(record["boot_id"], []).append(record)
+    return {
+        (record["launch"], record["attempt"]): _start(following)
+        for records in by_boot.values()
+        for ordered in [sorted(records, key=_start)]
+        for record, following in pairwise(ordered)
+    }
+
+
+def _start(record: Record) -> datetime:
+    return datetime.fromisoformat(record["started_at"])
+
+
 def _code(record: Record) -> str:
     return str(record["provenance"].get("code_digest"))
 
@@ -126,5 +175,6 @@ PROMISES = (
     ),
     Promise("undisturbed", "The machine kept the plan's rules of validity.", _undisturbed),
     Promise("one code", "All launches of a study ran the same measured code.", _one_code),
+    Promise("clocks", "No clock saw less of it than another one.", _clocks_agree),
     Promise("one boot", "All launches of a block ran on one machine and one boot.", _one_boot),
 )

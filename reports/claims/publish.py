@@ -2,8 +2,9 @@
 bytes as it takes.
 
 The plan goes as it is, since its hash is in every record. In the records, paths of this clone are
-written relative to it; nothing else is changed. Generated tokens stay behind: the records hold
-their digests, and the gate has judged them.
+written relative to it; nothing else is changed. Generated tokens are kept, compressed as they are,
+so that anyone can judge them again (`python -m reports audit --judge`); if they take more than a
+megabyte, their digests in the records have to do.
 """
 
 import json
@@ -12,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from experiments.host import provenance
-from experiments.records.store import PLAN, RECORDS, RecordError, read_for_report
+from experiments.records.store import PLAN, RECORDS, TOKENS, RecordError, read_for_report
 from reports.analysis.analyse import analyse
 from reports.claims.published_studies import PUBLISHED
 
@@ -25,10 +26,14 @@ _README = """# {title}, {when}
 
 Paths in the records are written relative to the clone; nothing else was changed. {tokens}
 """
-_JUDGED = """`tokens.jsonl`, which the gate judged, is not
-kept here; `records.jsonl` holds its digests."""
+_KEPT = """`tokens.jsonl` holds the
+generated tokens: `python -m reports audit --judge {folder}` judges them again."""
+_JUDGED = """`tokens.jsonl`, which the gate judged, is too
+large to be kept here; `records.jsonl` holds its digests."""
 _UNJUDGED = """No gate judged the outputs: the
 generated tokens are not kept here, `records.jsonl` holds their digests."""
+MOST_TOKEN_BYTES = 1_000_000
+"""The repository takes no larger file of generated tokens."""
 
 
 def publish(folder: Path, name: str, command: str, root: Path = PUBLISHED) -> Path:
@@ -63,6 +68,10 @@ def publish(folder: Path, name: str, command: str, root: Path = PUBLISHED) -> Pa
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / PLAN, target / PLAN)
     (target / RECORDS).write_text(text, encoding="utf-8")
+    judged, tokens = bool(analysis["gate"]["rows"]), folder / TOKENS
+    keep = judged and tokens.is_file() and tokens.stat().st_size <= MOST_TOKEN_BYTES
+    if keep:
+        shutil.copyfile(tokens, target / TOKENS)
     if not (target / "README.md").exists():
         when = min(record["started_at"] for record in file.records if record["kind"] == "launch")[
             :10
@@ -73,9 +82,14 @@ def publish(folder: Path, name: str, command: str, root: Path = PUBLISHED) -> Pa
             if target.is_relative_to(provenance.ROOT)
             else target
         )
-        tokens = _JUDGED if analysis["gate"]["rows"] else _UNJUDGED
+        of_tokens = (_KEPT.format(folder=shown) if keep else _JUDGED) if judged else _UNJUDGED
         readme = _README.format(
-            title=title, when=when, sentence=sentence, command=command, folder=shown, tokens=tokens
+            title=title,
+            when=when,
+            sentence=sentence,
+            command=command,
+            folder=shown,
+            tokens=of_tokens,
         )
         (target / "README.md").write_text(readme, encoding="utf-8")
     return target

@@ -50,6 +50,8 @@ def fit(
     rows = [
         (cell, block, value) for cell in runs for block, value in sorted(log_values[cell].items())
     ]
+    if not rows:
+        return []
     blocks = sorted({block for _, block, _ in rows})
     design = np.array(
         [

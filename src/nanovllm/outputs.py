@@ -25,7 +25,9 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One generated text. finish_reason: 'length', 'stop' or 'abort'; None while the request runs."""
+    """One generated text. finish_reason: 'length', 'stop' or 'abort'; None while the request runs.
+    stop_reason: the token of stop_token_ids, or the stop string, that ended it.
+    """
 
     index: int
     text: str
@@ -33,7 +35,7 @@ class CompletionOutput:
     cumulative_logprob: float | None
     logprobs: list[dict[int, Logprob]] | None
     finish_reason: str | None
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
 
 
 @dataclass(slots=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from numbers import Integral, Real
 from typing import Any
 
@@ -25,27 +26,34 @@ def _token_ids(given: Any) -> bool:
     )
 
 
-def _plain(value: Any) -> Any:
-    """A number of any library as a Python int or float."""
-    return value if value is None else (int if isinstance(value, Integral) else float)(value)
-
-
 # What each value must be, what becomes of it, and how an error says it.
 ALLOWED: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
     "temperature": (
         _number(1e-5, 1e30, Real, also=0),
-        _plain,
+        float,
         "0 (greedy), or a number from 1e-5 to 1e30",
     ),
     "top_k": (
         _number(-1, 2**31 - 1),
-        _plain,
+        int,
         "a whole number below 2**31, 1 or more, or 0 or -1 for all tokens",
     ),
-    "top_p": (_number(1e-30, 1, Real), _plain, "in (0, 1], no less than 1e-30"),
-    "max_tokens": (_number(1, 2**63), _plain, "a whole number, 1 or more"),
-    "seed": (_number(-(2**63), 2**63 - 1, also=None), _plain, "None or an integer of 64 bits"),
-    "logprobs": (_number(0, 2**63, also=None), _plain, "None or a whole number, 0 or more"),
+    "top_p": (_number(1e-30, 1, Real), float, "in (0, 1], no less than 1e-30"),
+    "max_tokens": (
+        _number(1, 2**63, also=None),
+        lambda value: 2**63 if value is None else int(value),
+        "a whole number, 1 or more, or None for what the context leaves",
+    ),
+    "seed": (
+        _number(-(2**63), 2**63 - 1, also=None),
+        lambda value: value if value is None else int(value),
+        "None or an integer of 64 bits",
+    ),
+    "logprobs": (
+        _number(0, 2**63, also=None),
+        lambda value: value if value is None else int(value),
+        "None or a whole number, 0 or more",
+    ),
     "stop_token_ids": (
         _token_ids,
         lambda given: tuple(map(int, given or ())),
@@ -61,7 +69,7 @@ class SamplingParams:
     Numbers of other libraries, such as numpy, become Python's.
 
     temperature: 0 is greedy, else 1e-5 or more. top_k: 0 or -1 keeps all tokens. top_p: 1e-30 to 1.
-    max_tokens: at least 1.
+    max_tokens: at least 1; None, or more than the context leaves, is what the context leaves.
 
     seed: any 64-bit integer; None derives one from the engine's seed and the request's number.
 
@@ -69,6 +77,9 @@ class SamplingParams:
     none.
 
     stop_token_ids: tokens that end the answer; None, as in vLLM, means no such tokens.
+
+    More arguments of vLLM's (n, stop, min_p, penalties, logit_bias, ...) are accepted and documented
+    in requests.options.SamplingParamsWithOptions, of which the result is then an instance.
     """
 
     temperature: float = 1.0
@@ -79,6 +90,12 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None
+
+    def __new__(cls, **kwargs: Any) -> Any:
+        """Where an argument is not a field here, an instance of the class that has more of them."""
+        if cls is SamplingParams and not kwargs.keys() <= cls.__dataclass_fields__.keys():
+            cls = import_module("nanovllm.requests.options").SamplingParamsWithOptions
+        return object.__new__(cls)
 
     def __post_init__(self) -> None:
         for name, (fits, of_python, allowed) in ALLOWED.items():

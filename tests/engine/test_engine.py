@@ -366,7 +366,7 @@ def test_an_interrupted_generate_leaves_the_engine_usable(
         ([[1, 2048 * 100]], {}, ValueError, "token id 204800; allowed are integers from 0 to"),
         ([[1, -1]], {}, ValueError, "token id -1"),
         ([[1, 2.5]], {}, ValueError, "token id 2.5"),
-        ([[1] * 250], {"max_tokens": 7}, ValueError, "max_model_len=256"),
+        ([[1] * 256], {"max_tokens": 7}, ValueError, "max_model_len=256"),
         ([{"prompt_tokens": [1]}], {}, TypeError, "prompt_token_ids"),
         ([1.5], {}, TypeError, "a prompt is a float"),
     ],

@@ -91,6 +91,31 @@ def test_what_a_check_on_a_gpu_is_too_small_for_is_named(tiny: Path) -> None:
     assert jobs.never_shared("cascade_attention", True, {"num_key_value_heads": 128}) is None
 
 
+def test_a_check_leaves_out_a_level_whose_library_is_not_installed(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlashAttention is not among what `make setup` installs, so most GPU hosts have none."""
+    gpu = Scope(
+        {"name": "gpu", "device": "cuda", "num_devices": 1, "cpu_cores": 8},
+        shape(tiny),
+        "cuda",
+        ("bfloat16",),
+        (),
+    )
+
+    def missing() -> None:
+        raise ImportError("No module named 'flash_attn'")
+
+    monkeypatch.setattr(jobs.flash_attn, "find_library", missing)
+    chosen, absent = jobs.configurations(gpu)
+    assert {choice["attention_backend"] for choice in chosen} == {"torch", "triton"}
+    assert any("attention_backend=flash_attn: no FlashAttention library" in why for why in absent)
+    monkeypatch.setattr(jobs.flash_attn, "find_library", lambda: None)
+    chosen, absent = jobs.configurations(gpu)
+    assert "flash_attn" in {choice["attention_backend"] for choice in chosen}
+    assert not any("flash_attn" in why for why in absent)
+
+
 def test_the_work_is_drawn_the_same_every_time_and_holds_what_trips_engines() -> None:
     drawn = work.draw(60, 2048)
     assert drawn == work.draw(60, 2048)

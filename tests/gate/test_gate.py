@@ -107,6 +107,7 @@ def rows_of(requests: list[Request], positions: list[int], unknown_noise: bool =
         },
         position=torch.tensor(positions),
         unknown_noise=torch.full((len(positions),), unknown_noise),
+        min_p=torch.tensor([r.get("min_p", 0.0) for r in requests]),
     )
 
 

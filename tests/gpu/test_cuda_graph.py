@@ -25,6 +25,7 @@ from nanovllm.gpu import cuda_graph
 from nanovllm.gpu.capture import Captured
 from nanovllm.gpu.cuda_graph import GraphRunner, Variant, buckets_for, halves, read_s
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.toggles.counters import reset
 
 ON_GPU = torch.cuda.is_available()
 LEVELS = ["torch", "triton"] if ON_GPU else ["torch"]
@@ -44,7 +45,7 @@ class FakeGraphRunner(GraphRunner):
     def _capture(self, variant: Variant, pool: Any, stream: Any) -> Any:
         self.inputs[: variant.bucket] = self.spare_row
         self.inputs[variant.bucket :] = 0
-        self.stats.reset()
+        reset(self.stats)
         captured = Captured(
             None,
             self._decode(variant).clone(),
@@ -199,7 +200,7 @@ def test_halves_of_a_mixed_step_hold_all_of_it() -> None:
         samples=[True, True, True, False],
         token_ids=[11, 12, 13, 21, 22],
         new_blocks=[(4, 1, 8), (3, 0, 2)],
-        new_rows=[(3, 0.5, 0, 1.0, 6)],
+        new_rows=[(3, 0.5, 0, 1.0, 6, None)],
         greedy_only=False,
     )
     decodes, prefills = halves(plan)

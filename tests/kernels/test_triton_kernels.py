@@ -136,6 +136,27 @@ def test_linear_in_tiles(rows: int, n: int, k: int, splits: int) -> None:
         )
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8, 16, 17, 40, 64])
+@pytest.mark.parametrize(("n", "k", "splits"), [(64, 1024, 1), (32, 2048, 2)])
+def test_linear_with_a_bias(
+    monkeypatch: pytest.MonkeyPatch, rows: int, n: int, k: int, splits: int
+) -> None:
+    """Added before the sum is rounded."""
+    module = sys.modules["nanovllm.kernels.triton.linear"]
+    monkeypatch.setattr(module.F, "linear", None)  # not left to the library
+    assert splits_of(n, k) == splits
+    dtype = DOT_DTYPES[1]
+    x, weight = draw(rows, k, dtype=dtype), draw(n, k, dtype=dtype, seed=1)
+    bias = draw(n, dtype=dtype, seed=2) * 30
+    exact = x.double() @ weight.double().T + bias.double()
+    for _ in range(2):
+        ours = triton_linear(x, weight, bias)
+        assert float((ours.double() - exact).norm() / exact.norm()) < (
+            4e-3 if ours.dtype == torch.bfloat16 else 5e-4
+        )
+
+
+@pytest.mark.parametrize("norms", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("few_tokens", [3, 1024])
 @pytest.mark.parametrize(
@@ -146,11 +167,13 @@ def test_linear_in_tiles(rows: int, n: int, k: int, splits: int) -> None:
         (3, 1, 16, 16),
         (2, 2, 80, 16),
         (1, 2, 96, 16),
+        (1, 2, 128, 16),
         (1, 1, 256, 16),
     ],
 )
 def test_rope_and_stores(
     monkeypatch: pytest.MonkeyPatch,
+    norms: bool,
     dtype: torch.dtype,
     few_tokens: int,
     kv_heads: int,
@@ -161,7 +184,9 @@ def test_rope_and_stores(
     monkeypatch.setattr(triton_rope, "_FEW_TOKENS", few_tokens)
     num_tokens, num_blocks = 6, 4
     qkv = draw(num_tokens, (group + 2) * kv_heads * head_dim, dtype=dtype)
-    q_weight, k_weight = draw(head_dim, dtype=dtype, seed=1), draw(head_dim, dtype=dtype, seed=2)
+    q_weight, k_weight = (
+        draw(head_dim, dtype=dtype, seed=seed) if norms else None for seed in (1, 2)
+    )
     angles = draw(num_tokens, head_dim // 2, seed=3)
     cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
     slots = torch.randperm(num_blocks * page, generator=torch.Generator().manual_seed(4))[
@@ -218,9 +243,18 @@ def test_gate_and_up_of_few_rows(
 
 
 def head_case(
-    rows: int, kv_heads: int, group: int, head_dim: int, page: int, k: int, dtype: torch.dtype
+    rows: int,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    page: int,
+    k: int,
+    dtype: torch.dtype,
+    *,
+    with_bias: bool = False,
+    with_norms: bool = True,
 ) -> tuple[Any, ...]:
-    """What a layer's linear_qk_norm_rope_store_kv is given, with no bias; the caches hold sevens."""
+    """What a layer's linear_qk_norm_rope_store_kv is given; the caches hold sevens."""
     x, weight = (
         draw(rows, k, dtype=dtype),
         draw((group + 2) * kv_heads * head_dim, k, dtype=dtype, seed=1) / 8,
@@ -234,11 +268,11 @@ def head_case(
     slots = torch.randperm(num_blocks * page, generator=torch.Generator().manual_seed(5))[:rows].to(
         DEVICE
     )
-    norms = draw(head_dim, dtype=dtype, seed=2), draw(head_dim, dtype=dtype, seed=3)
+    norms = (draw(head_dim, dtype=dtype, seed=seed) if with_norms else None for seed in (2, 3))
     return (
         x,
         weight,
-        None,
+        draw(len(weight), dtype=dtype, seed=9) if with_bias else None,
         *norms,
         1e-6,
         torch.cat((angles.cos(), angles.sin()), dim=1),
@@ -249,6 +283,10 @@ def head_case(
 
 def with_own_caches(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return *arguments[:7], arguments[7].clone(), arguments[8].clone(), arguments[9]
+
+
+# (with a bias, with norms), as in: Qwen3; Llama and Mistral; Qwen2; Qwen3 with attention_bias
+VARIANTS = [(False, True), (False, False), (True, False), (True, True)]
 
 
 @pytest.mark.usefixtures("fuse_always")
@@ -266,8 +304,34 @@ def test_heads_in_one_kernel(
     page: int,
     k: int,
 ) -> None:
+    check_heads(monkeypatch, head_case(rows, kv_heads, group, head_dim, page, k, DOT_DTYPES[1]))
+
+
+@pytest.mark.usefixtures("fuse_always")
+@pytest.mark.parametrize(("with_bias", "with_norms"), VARIANTS[1:])
+@pytest.mark.parametrize(("rows", "head_dim"), [(17, 64), (130, 64), (3, 128), (5, 256)])
+def test_heads_of_other_families_in_one_kernel(
+    monkeypatch: pytest.MonkeyPatch, rows: int, head_dim: int, with_bias: bool, with_norms: bool
+) -> None:
+    check_heads(
+        monkeypatch,
+        head_case(
+            rows,
+            2,
+            2,
+            head_dim,
+            16,
+            128,
+            DOT_DTYPES[1],
+            with_bias=with_bias,
+            with_norms=with_norms,
+        ),
+    )
+
+
+def check_heads(monkeypatch: pytest.MonkeyPatch, arguments: tuple[Any, ...]) -> None:
     monkeypatch.setattr(fused, "qk_norm_rope_store_kv", None)  # no fallback
-    arguments = head_case(rows, kv_heads, group, head_dim, page, k, DOT_DTYPES[1])
+    page = arguments[7].shape[2]
     theirs = with_own_caches(arguments)
     ours, twin = (
         fused.linear_qk_norm_rope_store_kv(*arguments),
@@ -338,6 +402,15 @@ def test_what_the_fused_kernels_do_not_do_falls_back(monkeypatch: pytest.MonkeyP
         close(fused.linear_silu_and_mul(*case[:3]), activation.linear_silu_and_mul(*case[:3]))
         assert len(fallbacks) == 2 * falls_back
 
+    def gate_and_up_have_a_bias() -> None:
+        x, weight, bias, *_ = head_case(5, 2, 2, 32, 16, 128, dtype, with_bias=True)
+        fallbacks.clear()
+        close(
+            fused.linear_silu_and_mul(x, weight, bias),
+            activation.linear_silu_and_mul(x, weight, bias),
+        )
+        assert len(fallbacks) == 1
+
     dtype = DOT_DTYPES[1]
     check(head_case(5, 2, 2, 32, 16, 128, dtype), False)
     check(head_case(257, 2, 2, 32, 16, 128, dtype), True)  # a prefill
@@ -345,10 +418,10 @@ def test_what_the_fused_kernels_do_not_do_falls_back(monkeypatch: pytest.MonkeyP
     check(head_case(5, 2, 2, 32, 16, 96, dtype), True)  # no multiple of a step
     # neither a head dimension nor a number of columns for tiles
     check(head_case(5, 1, 1, 24, 16, 128, dtype), True)
-    x, weight, _, *rest = head_case(5, 2, 2, 32, 16, 128, dtype)
-    check((x, weight, draw(len(weight), dtype=dtype, seed=9), *rest), True)
+    gate_and_up_have_a_bias()
+    x, weight, *rest = head_case(5, 2, 2, 32, 16, 128, dtype)
     monkeypatch.setattr(fused, "_FUSED_WEIGHTS", weight.numel())
-    check((x, weight, None, *rest), True)
+    check((x, weight, *rest), True)
 
 
 def test_products_are_fused_where_that_was_faster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,7 +458,7 @@ def test_large_products_are_left_to_the_library(monkeypatch: pytest.MonkeyPatch)
     tiles: list[int] = []
     module = sys.modules["nanovllm.kernels.triton.linear"]
     monkeypatch.setattr(
-        module, "_linear_in_tiles", lambda x, weight: tiles.append(1) or x @ weight.T
+        module, "_linear_in_tiles", lambda x, weight, _: tiles.append(1) or x @ weight.T
     )
     monkeypatch.setattr(module, "_LARGE", 64 * 1024)
     for n, expected in ((32, 1), (64, 0)):
@@ -914,6 +987,7 @@ def every_launch(dtype: torch.dtype, everything: bool) -> None:
         else ((1, 4096), (16, 3072))
     ):
         triton_linear(empty(rows, k), empty(4096, k))
+        triton_linear(empty(rows, k), empty(4096, k), empty(4096))
         if short and everything:
             fused.linear_silu_and_mul(empty(rows, k), empty(6144, k))
     for n, k in (
@@ -922,22 +996,23 @@ def every_launch(dtype: torch.dtype, everything: bool) -> None:
         else ((4096, 1024), (1024, 3072))
     ):
         triton_linear(empty(40, k), empty(n, k))
+        triton_linear(empty(40, k), empty(n, k), empty(n))
     for head_dim, page in (
-        itertools.product((64, 80, 128, 256), (16, 256)) if everything else ((80, 256),)
+        itertools.product((64, 80, 96, 128, 256), (16, 256)) if everything else ((80, 256),)
     ):
         cache, norm_weight = geometry(head_dim, page)
         kv = empty(tokens, kv_heads, head_dim)
         triton_kv_store.store_kv(kv, kv, cache, cache, empty(tokens, dtype=long))
-        triton_rope.qk_norm_rope_store_kv(
-            empty(tokens, 32 * head_dim),
-            norm_weight,
-            norm_weight,
-            1e-6,
-            empty(tokens, head_dim, dtype=torch.float32),
-            cache,
-            cache,
-            empty(tokens, dtype=long),
-        )
+        for norms in ((norm_weight, norm_weight), (None, None)):
+            triton_rope.qk_norm_rope_store_kv(
+                empty(tokens, 32 * head_dim),
+                *norms,
+                1e-6,
+                empty(tokens, head_dim, dtype=torch.float32),
+                cache,
+                cache,
+                empty(tokens, dtype=long),
+            )
     models = ((1024, 3072, 32), (4096, 12_288, 48)) if everything else ((1024, 3072, 32),)
     for rows, (k, intermediate, heads) in itertools.product(
         (32, 64, 128, 256) if everything else (64, 256), models
@@ -955,18 +1030,19 @@ def every_launch(dtype: torch.dtype, everything: bool) -> None:
             if rows < 128:  # those are not fused
                 continue
             cache, norm_weight = geometry(head_dim, page)
-            fused.fused_qkv(
-                empty(rows, k),
-                empty(heads * head_dim, k),
-                norm_weight,
-                norm_weight,
-                1e-6,
-                empty(rows, head_dim, dtype=torch.float32),
-                cache,
-                cache,
-                empty(rows, dtype=long),
-                fused.tiling_for(fused.QKV_TILINGS, rows),
-            )
+            for with_bias, with_norms in VARIANTS:
+                fused.fused_qkv(
+                    empty(rows, k),
+                    empty(heads * head_dim, k),
+                    empty(heads * head_dim) if with_bias else None,
+                    *([norm_weight if with_norms else None] * 2),
+                    1e-6,
+                    empty(rows, head_dim, dtype=torch.float32),
+                    cache,
+                    cache,
+                    empty(rows, dtype=long),
+                    fused.tiling_for(fused.QKV_TILINGS, rows),
+                )
     triton_sampling.sample(
         empty(tokens, vocab),
         floats,
@@ -1039,7 +1115,11 @@ def compile_every_launch(capability: int, everything: bool) -> dict[str, dict[st
         assert "enable_fp_fusion" in options, (
             f"{kernel.__name__} leaves it to Triton's default, which is another from 3.10 on"
         )
-        constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
+        constants = {
+            p.name: values[p.name]
+            for p in kernel.params
+            if p.is_constexpr or values[p.name] is None  # no bias, no norms
+        }
         signature = {
             name: "constexpr"
             if name in constants

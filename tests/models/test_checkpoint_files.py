@@ -19,10 +19,12 @@ from transformers import AutoTokenizer
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.llm_engine import load_tokenizer
+from nanovllm.layers import rope_scaling
 from nanovllm.models import config as model_config
 from nanovllm.models import sampling_defaults, tokenizer_files
 from nanovllm.models.checkpoint import EOS_TOKEN_ID, checkpoint_digest, ensure_checkpoint
 from nanovllm.models.config import load_hf_config
+from nanovllm.models.families import FAMILIES
 from nanovllm.models.sampling_defaults import default_params
 from tests.models.test_loader import SMALL, edit_config, edit_weights, load
 
@@ -47,13 +49,16 @@ def edit_json(file: Path, **changes: Any) -> None:
 
 
 def test_the_page_names_every_key_that_the_code_knows() -> None:
-    named = set(re.findall(r"`([a-z_]+)`", PAGE.read_text(encoding="utf-8")))
+    named = set(re.findall(r"`([a-z_0-9]+)`", PAGE.read_text(encoding="utf-8")))
     known = {
         *(name for name in model_config.COMPUTED if " " not in name),
         *(
             f.replace("eos_token_ids", "eos_token_id").replace("architecture", "architectures")
             for f in model_config.ModelConfig.__dataclass_fields__
+            if f != "scaled_rope"
         ),
+        *(key for kind in rope_scaling.TYPES.values() for key in kind.__dataclass_fields__),
+        *(key for _, settings in FAMILIES.values() for key in settings),
         *sampling_defaults.HONOURED,
         *sampling_defaults.LEFT_OUT,
         *tokenizer_files.REFUSED,
@@ -85,7 +90,7 @@ def test_the_page_names_every_key_that_the_code_knows() -> None:
         ),
         ({"rope_parameters": {"rope_theta": 1e6, "mrope_section": [1, 2]}}, r"mrope_section"),
         ({"partial_rotary_factor": 0.25}, r"partial_rotary_factor=0\.25"),
-        ({"rope_parameters": "yarn"}, r"rope type='yarn'"),
+        ({"rope_parameters": "yarn"}, r"lacks factor for rope_type='yarn'"),
         ({"layer_types": [1, "full_attention"]}, r"layer_types"),
         # Values of another type than the one that is meant.
         ({"num_hidden_layers": "2"}, r"num_hidden_layers='2'; it must be a whole number"),
@@ -384,6 +389,16 @@ def test_an_end_of_text_token_at_which_nothing_ends_is_warned_of(folder: Path) -
         match=rf"no answer ends at '<\|im_end\|>'.*stop_token_ids=\[{EOS_TOKEN_ID + 2}\]",
     ):
         load_tokenizer(str(folder), (EOS_TOKEN_ID,))
+
+
+def test_a_missing_tokenizer_says_how_to_make_it(folder: Path) -> None:
+    """Sentencepiece and vocab.json with merges.txt are formats that only transformers reads."""
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"tokenizer\.json is missing: .*tokenizer\.model.*save_pretrained\('.*model'\)",
+    ):
+        load_tokenizer(str(folder))
 
 
 def test_a_damaged_tokenizer_is_named(folder: Path) -> None:

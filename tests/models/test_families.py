@@ -7,18 +7,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
-import torch
-import transformers
 
 from nanovllm import BASELINE, LLM, SamplingParams
 from nanovllm.models.config import load_hf_config
 from nanovllm.models.families import FAMILIES, model_class
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
-from tests.docs.pages import block
 
 FAMILY = '''
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
@@ -97,60 +91,3 @@ def test_a_family_is_loaded_only_when_asked_for() -> None:
         check=False,
     )
     assert done.returncode == 0
-
-
-def test_a_family_without_norms_of_heads_computes_what_hf_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The module of docs/extending/model-family.md, in a Llama."""
-    module = ModuleType("llama_family")
-    exec(
-        block("docs/extending/model-family.md", "python", "class AttentionWithoutNorms"),
-        vars(module),
-    )
-
-    class LlamaForCausalLM(Qwen3ForCausalLM):
-        def __init__(self, config: Any, length: int, kernels: Any, attention: Any, tp: Any) -> None:
-            super().__init__(config, length, kernels, attention, tp)
-            for layer in self.model.layers:
-                layer.self_attn = module.AttentionWithoutNorms(config, kernels, attention, tp)
-
-    module.LlamaForCausalLM = LlamaForCausalLM  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "llama_family", module)
-    monkeypatch.setitem(
-        FAMILIES, "LlamaForCausalLM", ("llama_family", {"model_type": "llama", "mlp_bias": False})
-    )
-    torch.manual_seed(3)
-    hf = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=128,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            initializer_range=0.3,
-            eos_token_id=None,
-        )
-    ).eval()
-    hf.save_pretrained(tmp_path / "llama")
-    prompts = [[5, 6, 7], [9, 3, 100, 20, 41, 8]]
-    with LLM(
-        str(tmp_path / "llama"),
-        device="cpu",
-        dtype="float32",
-        max_num_seqs=2,
-        skip_tokenizer_init=True,
-        optimizations=BASELINE,
-    ) as llm:
-        outputs = llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
-            SamplingParams(temperature=0, max_tokens=16, ignore_eos=True),
-            use_tqdm=False,
-        )
-    for prompt, output in zip(prompts, outputs, strict=True):
-        expected = hf.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=16)[
-            0, len(prompt) :
-        ]
-        assert list(output.outputs[0].token_ids) == expected.tolist()

@@ -250,6 +250,7 @@ def test_a_ready_environment_is_not_touched_and_remembers_its_torch(
     monkeypatch.setattr(environment, "find_installer", lambda python: Recorded())
     monkeypatch.setattr(environment, "is_this_python", lambda venv: True)
     monkeypatch.setattr(environment.sys, "platform", "linux")
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     environment.make_main(tmp_path, "cpu", "ray")
     (torch, others), ran[:] = list(ran), []
     assert torch[1][:2] == ["--torch-backend", "cpu"]
@@ -266,6 +267,23 @@ def test_a_ready_environment_is_not_touched_and_remembers_its_torch(
         ["--reinstall-package", "torch", "-c", str(environment.LOCK), "torch"],
     )
     assert any(argument.endswith("[ray,research]") for argument in ran[1][1]), "extras stay"
+
+
+def test_bytecode_is_written_once_where_python_would_write_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A container's PYTHONDONTWRITEBYTECODE=1 made every process compile PyTorch's modules again."""
+    (tmp_path / "imported_by_all.py").write_text("answer = 42\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setattr(environment, "_IMPORTED", ("imported_by_all",))
+    environment.compile_imports(Path(sys.executable))
+    assert list((tmp_path / "__pycache__").glob("imported_by_all.*.pyc"))
+    monkeypatch.setattr(environment, "_IMPORTED", ("is_not_there",))
+    environment.compile_imports(Path(sys.executable))
+    said = capfd.readouterr().err
+    assert "No module named 'is_not_there'" in said
+    assert "the environment is complete" in said
 
 
 def test_the_site_has_a_small_environment_of_its_own(

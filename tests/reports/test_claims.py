@@ -14,6 +14,7 @@ import pytest
 from experiments import workloads
 from experiments.records.store import plan_hash
 from experiments.study.yaml_files import SpecError
+from nanovllm.toggles.counters import flat
 from reports.analysis.analyse import analyse
 from reports.claims import claims
 from reports.claims.claims import Claim, Judged, judge, read_claims, verdict_of
@@ -331,7 +332,7 @@ def conversation() -> Study:
     _, stats = _replay(work["waves"], resolved)
     for record in (record for record in records if record["kind"] == "launch"):
         record["resolved"] = resolved
-        record["workloads"]["conversation"]["counters"] = stats.flat()
+        record["workloads"]["conversation"]["counters"] = flat(stats)
     return Study("cpu/conversation", Path(), plan, records, analyse(records, plan))
 
 

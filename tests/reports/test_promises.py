@@ -233,6 +233,31 @@ def sets(path: str, value: Any) -> Any:
     return change
 
 
+def divides_all_times(record: Any) -> None:
+    """What makes an engine look 1.5 times as fast, in everything but the samples of the machine."""
+    for part in ("process_start_s", "load_s", "warm_up_s", "total_s"):
+        record[part] /= 1.5
+    for work in record["workloads"].values():
+        work["duration_s"] /= 1.5
+        work["request_times_s"] = [[t / 1.5 for t in r] for r in work["request_times_s"]]
+        work["step_times_s"] = [[s / 1.5, a, b] for s, a, b in work["step_times_s"]]
+
+
+def with_samples(change: Any) -> Any:
+    """The machine was sampled twice a second until shortly before the end, as the sampler does."""
+
+    def sampled(record: Any) -> None:
+        count = int(2 * record["total_s"])
+        record["telemetry"]["samples"] = [{"time_s": (i + 1) / 2} for i in range(count)]
+        change(record)
+
+    return sampled
+
+
+def takes_an_hour(record: Any) -> None:
+    record["total_s"] = 3600.0
+
+
 BREAKS: list[tuple[str, str, Any, str]] = [
     ("as planned", "baseline", sets("requested", {"batching": "continuous"}), "requested"),
     ("as planned", "baseline", sets("seed", -1), "seed is -1"),
@@ -249,6 +274,9 @@ BREAKS: list[tuple[str, str, Any, str]] = [
         sets("telemetry/summary/cpu_foreign", {"mean": 0.95}),
         "used 95% of the CPU",
     ),
+    ("clocks", "all", with_samples(divides_all_times), "samples of the machine span"),
+    ("clocks", "baseline", sets("load_s", 40.0), "its parts took"),
+    ("clocks", "baseline", takes_an_hour, "the next launch started 600.0 s after it"),
     ("one code", "all", sets("provenance/code_digest", "e" * 64), "ran code eeeeeeeeeeee"),
     ("one boot", "all", sets("boot_id", "boot-2"), "ran on boot boot-2"),
 ]
@@ -267,6 +295,21 @@ def test_a_launch_that_breaks_a_promise_is_excluded(
     assert row["launch"] == broken["launch"]
     assert reason in row["reason"]
     assert after["counts"]["counted_launches"] == before["counts"]["counted_launches"] - 1
+
+
+def test_a_sampled_launch_keeps_its_promises_and_one_that_was_scaled_does_not() -> None:
+    """All launches of a study divided by the same factor change its throughputs, and no ratio: only
+    another clock tells.
+    """
+    records = copy.deepcopy(RECORDS)
+    for record in records:
+        if record["kind"] == "launch":
+            with_samples(lambda record: None)(record)
+    assert analyse(records, PLAN)["counts"]["excluded_launches"] == 0
+    for record in records:
+        if record["kind"] == "launch":
+            divides_all_times(record)
+    assert analyse(records, PLAN)["counts"]["counted_launches"] == 0
 
 
 def test_every_promise_has_its_test_and_is_on_the_page() -> None:

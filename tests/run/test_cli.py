@@ -110,14 +110,26 @@ def test_help_lists_studies_profiles_and_presets() -> None:
     assert set(COMMANDS) == set(cast(Any, typer.main.get_command(cli.app)).commands)
 
 
-def test_the_list_is_readable_at_80_columns(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("profile", ["cpu", "h200"])
+def test_the_list_is_readable_at_80_columns(
+    profile: str, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cli, "console", Console(width=80))
-    shown = invoke("list", "--profile", "h200")
+    shown = invoke("list", "--profile", profile)
     assert shown.exit_code == 0
     lines = shown.output.splitlines()
     assert max(map(len, lines)) <= 80
     assert len(lines) < 60
     assert any(line.startswith("embedded") and " min " in line for line in lines)
+    here, head = cli.names(cli.STUDIES), lines[0].index("title (on")
+    rows = [line for line in lines if line.partition(" ")[0] in here]
+    assert [row.split()[0] for row in rows] == here, "no name is broken over two lines"
+    for row in rows:
+        launches, cost = row[:head].split()[1], row[:head].split(maxsplit=2)[2].strip()
+        assert (launches.isdigit() and cost.endswith((" min", " h"))) or (
+            (launches, cost) == ("-", "cannot run")
+        ), row
+    assert ("validate NAME" in shown.output) == ("cannot run" in shown.output)
 
 
 def test_a_dry_run_writes_a_plan_for_another_host(

@@ -92,7 +92,7 @@ def test_a_plan_is_written_and_read_whole(cpu: Profile, model: ModelChoice, tmp_
 def test_every_block_holds_every_cell_once_in_its_own_order(
     cpu: Profile, model: ModelChoice
 ) -> None:
-    plan = plan_of(cpu, model)
+    plan = plan_of(cpu, model, "design.blocks=6")
     blocks: dict[int, list[str]] = {}
     for entry in plan["launches"]:
         blocks.setdefault(entry["block"], []).append(entry["cell"])

@@ -1,5 +1,5 @@
-"""How much work a launch gets on a GPU: rules that hold for any hardware, and the plans that users
-ask for.
+"""How much work a study gets on a machine: rules that hold for any hardware, and the plans that
+users ask for.
 """
 
 from __future__ import annotations
@@ -110,11 +110,57 @@ def test_what_shares_the_work_over_gpus_stands_on_top_of_everything_on() -> None
     } <= four
 
 
-@pytest.mark.usefixtures("no_weights")
-def test_a_cpu_takes_the_work_as_it_is_written() -> None:
-    study = load_study("gpu-ablate")[0]
-    as_is, sized = work_size.fit(study, {"device": "cpu"}, MODEL, {})
-    assert (as_is, sized) == (study, None)
+TINY: Any = {
+    "dtype": "float32",
+    "shape": {
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "intermediate_size": 768,
+        "vocab_size": 2048,
+    },
+}
+
+
+def on_cpu(flops_of_a_core: float, import_s: float = 2.0) -> tuple[Any, Any]:
+    """The study of `make ablate`, sized for two cores, and what was chosen."""
+    study = load_study("embedded")[0]
+    machine: Any = {
+        "device": "cpu",
+        "cpu_cores": 2,
+        "peak_flops": 2 * flops_of_a_core,
+        "import_s": import_s,
+    }
+    cells = planning._cells(study, {**load_profile("cpu").model_dump(), "cpu_cores": 2}, None)[0]
+    return work_size.fit(study, machine, TINY, cells)
+
+
+def test_a_cpu_takes_the_work_as_it_is_written_in_fewer_blocks_if_it_is_slow() -> None:
+    written = load_study("embedded")[0].workloads
+    fast, slow, hopeless = on_cpu(218e9), on_cpu(85e9), on_cpu(1e9)
+    assert all(study.workloads == written for study, _ in (fast, slow, hopeless))
+    assert [sized["blocks"] for _, sized in (fast, slow, hopeless)] == [6, 4, 4]
+    for study, sized in (fast, slow):
+        planned_s = sized["blocks"] * sum(sized["expected_launch_s"].values())
+        assert planned_s <= sized["budget_s"] == 520
+        assert study.measurement.launch_s == pytest.approx(
+            planned_s / sized["blocks"] / len(sized["expected_launch_s"]), rel=0.02
+        )
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    flops=st.floats(1e9, 1e12),
+    import_s=st.floats(0.5, 20),
+    faster=st.floats(1.0, 4.0),
+)
+def test_a_faster_cpu_never_gets_fewer_blocks(flops: float, import_s: float, faster: float) -> None:
+    slow, fast = on_cpu(flops, import_s)[1], on_cpu(flops * faster, import_s / faster)[1]
+    assert fast["blocks"] >= slow["blocks"]
+    for cell, expected in slow["expected_launch_s"].items():
+        assert fast["expected_launch_s"][cell] <= expected
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -212,7 +258,7 @@ def test_weights_that_leave_no_room_are_refused_in_the_plan() -> None:
 
 def test_the_first_launch_of_a_cell_compiles_its_kernels() -> None:
     study = load_study("gpu-ablate")[0]
-    profile: Any = {"import_s": 5.0}
+    profile: Any = {"device": "cuda", "import_s": 5.0}
     first = {
         level: work_size.first_seconds(
             study, Cell(role="treatment", engine="nanovllm", levels={"kernels": level}), profile

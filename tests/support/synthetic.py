@@ -9,6 +9,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from statistics import NormalDist
 from typing import Any
 
@@ -314,6 +315,10 @@ def _served(
     }
 
 
+STARTED, APART = datetime(2026, 11, 22, 10, tzinfo=UTC), timedelta(minutes=10)
+"""When the first launch started, and how far apart launches are."""
+
+
 def _launch_record(
     plan: Mapping[str, Any],
     launch: Mapping[str, Any],
@@ -329,7 +334,7 @@ def _launch_record(
         **{key: launch[key] for key in ("launch", "block", "order", "cell", "seed")},
         "attempt": 1,
         "boot_id": "boot-1",
-        "started_at": f"2026-11-22T10:{number // 60 % 60:02d}:{number % 60:02d}Z",
+        "started_at": (STARTED + number * APART).isoformat(),
         "status": "ok",
         "reason": None,
         "engine": cell["engine"],
@@ -338,7 +343,7 @@ def _launch_record(
         "process_start_s": 0.4,
         "load_s": 0.8,
         "warm_up_s": 0.5,
-        "total_s": 3.0,
+        "total_s": 2.0 + sum(part["duration_s"] for part in parts.values()),
         "workloads": dict(parts),
         "toggles": copy.deepcopy(next(iter(parts.values()))["toggles"]),
         "peak_memory_bytes": {"host": 500 << 20, "device": None},

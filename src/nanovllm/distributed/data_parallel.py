@@ -15,6 +15,7 @@ import pickle
 import threading
 import time
 from collections.abc import Sequence as SequenceOf
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -28,6 +29,7 @@ from nanovllm.engine.llm_engine import (
     Params,
     Prompt,
     as_batch,
+    load_tokenizer,
     one_at_a_time,
 )
 from nanovllm.engine.sequence import Sequence
@@ -35,6 +37,7 @@ from nanovllm.gpu.machine import LOG, require_gpus
 from nanovllm.models.loader import resolve_model
 from nanovllm.models.sampling_defaults import default_params
 from nanovllm.outputs import RequestOutput
+from nanovllm.requests import several
 from nanovllm.sampling_params import SamplingParams
 
 START_TIMEOUT_S = 600.0
@@ -114,6 +117,18 @@ class ReplicatedLLM:
         """
         return default_params(resolve_model(self.config.model))
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The front end's own, for `chat`; None with skip_tokenizer_init."""
+        return (
+            None
+            if self.config.skip_tokenizer_init
+            else load_tokenizer(self.config.tokenizer or self.config.model)
+        )
+
+    get_tokenizer = LLM.get_tokenizer
+    chat = LLM.chat
+
     @one_at_a_time
     def generate(
         self,
@@ -127,11 +142,17 @@ class ReplicatedLLM:
         """
         self._check_alive()
         batch = as_batch(prompts, sampling_params, self.get_default_sampling_params)
+        if any(getattr(params, "n", 1) > 1 for _, params in batch):
+            return several.generate(self, batch, use_tqdm)
         requests = [
             (number, prompt, params)
             for number, (prompt, params) in enumerate(batch, self._num_requests)
         ]
-        work = [expected_work(_length(prompt), params.max_tokens) for prompt, params in batch]
+        longest = self._resolved["max_model_len"]
+        work = [
+            expected_work(_length(prompt), min(params.max_tokens, longest))
+            for prompt, params in batch
+        ]
         shares = share_out(work, self.size)
         checks = [("check", [requests[i] for i in share]) for share in shares]
         answers = self._ask(b"checked", checks)

@@ -21,6 +21,7 @@ from nanovllm.distributed.processes import report_failure
 from nanovllm.distributed.wire import Channel, Job, PlanCoder, counts_of
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.stats import StepStats
+from nanovllm.toggles.counters import reset
 
 
 def main(channel: Channel) -> None:
@@ -69,7 +70,7 @@ class Rank:
         self.runner = make_runner(
             job.resolved, job.model_config, job.folder, self.stats, self.group
         )
-        self.stats.reset()
+        reset(self.stats)
         gc.collect()
         # as in the engine's own process: a rank that collects garbage delays the others
         gc.freeze()

@@ -10,12 +10,12 @@ block_manager         which request owns which KV block
 prefix_cache          prefix_cache=True: blocks shared by equal prefixes    (loaded when on)
 model_runner          StepPlan -> model -> sampled tokens, eagerly
 kv_cache              size and tensors of the KV cache
-logprobs              log-probabilities as vLLM returns them                (loaded when asked for)
+details               log-probabilities, and texts of unfinished requests   (loaded when asked for)
 stats                 counters: the proof that a toggle did something
 invariants            what must hold between two calls; for tests
 
 Imports point down: llm_engine -> model_runner, overlap -> continuous_batching -> scheduler, admission ->
 prefix_cache -> block_manager -> sequence, stats. Everything but llm_engine, model_runner, kv_cache and
-logprobs works without torch. Parts that an optimization adds are loaded by llm_engine when it is on; those of
-other rooms are nanovllm.gpu and nanovllm.distributed.
+details works without torch. Parts that an optimization adds are loaded by llm_engine when it is on; those of
+other rooms are nanovllm.gpu, nanovllm.distributed and nanovllm.requests.
 """

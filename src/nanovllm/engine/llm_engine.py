@@ -156,25 +156,32 @@ class LLMEngine:
         seeds a request that has no seed.
         """
         text, token_ids = self._tokenize(prompt)
-        vocab_size, limit = self.model_config.vocab_size, self.config.max_model_len
-        if not token_ids:
-            raise ValueError(f"request {request_id!r} has an empty prompt; give at least one token")
-        if bad := [t for t in token_ids if not isinstance(t, int) or not 0 <= t < vocab_size]:
-            raise ValueError(
-                f"request {request_id!r} holds token id {bad[0]!r}; allowed are integers from 0 to {vocab_size - 1}"
+        vocab_size, room = (
+            self.model_config.vocab_size,
+            self.config.max_model_len - len(token_ids),
+        )
+        if (
+            not token_ids
+            or room < 1
+            or not all(isinstance(t, int) and 0 <= t < vocab_size for t in token_ids)
+        ):
+            raise _load("requests.refusals", "bad_prompt")(
+                request_id, token_ids, vocab_size, self.config.max_model_len
             )
-        if len(token_ids) + params.max_tokens > limit:
-            raise ValueError(
-                f"request {request_id!r} has {len(token_ids)} prompt tokens and max_tokens={params.max_tokens}, "
-                f"together more than max_model_len={limit}: shorten it or raise max_model_len"
-            )
+        if params.max_tokens > room:  # as in vLLM, the answer ends where the context does
+            params = dataclasses.replace(params, max_tokens=room)
         # The default seed is the same in every run.
         seed = (
             params.seed
             if params.seed is not None
             else (self.config.seed & 0x7FFFFFFF) << 32 | (number & 0xFFFFFFFF)
         )
-        return Sequence(
+        make = (
+            Sequence
+            if type(params) is SamplingParams
+            else _load("requests.sequences", "maker")(self.tokenizer, self.model_config)
+        )
+        return make(
             request_id,
             list(token_ids),
             params,
@@ -227,12 +234,23 @@ class LLMEngine:
 
     def output_of(self, seq: Sequence) -> RequestOutput:
         """The request as vLLM returns it."""
-        text = "" if self.tokenizer is None else self.tokenizer.decode(seq.output_token_ids)
+        # the token that ended the request is no part of the text, as in vLLM
+        text = (
+            self.tokenizer.decode(
+                seq.output_token_ids[: -1 if seq.finish_reason == "stop" else None]
+            )
+            if self.tokenizer is not None
+            else ""
+        )
         completion = CompletionOutput(
             0, text, seq.output_token_ids, None, None, seq.finish_reason, seq.stop_reason
         )
-        if seq.params.logprobs is not None:
-            _load("engine.logprobs", "attach_logprobs")(completion, seq, self.tokenizer)
+        if (
+            seq.finish_reason is None
+            or seq.params.logprobs is not None
+            or type(seq) is not Sequence
+        ):
+            _load("engine.details", "complete")(completion, seq, self.tokenizer)
         return RequestOutput(
             seq.request_id,
             seq.prompt,
@@ -244,22 +262,12 @@ class LLMEngine:
         )
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, dict):
-            if prompt.keys() not in ({"prompt_token_ids"}, {"prompt"}):
-                raise TypeError(
-                    f"a prompt has keys {sorted(prompt)}; give {{'prompt_token_ids': [...]}} or {{'prompt': text}}"
-                )
+        if isinstance(prompt, dict) and prompt.keys() in ({"prompt_token_ids"}, {"prompt"}):
             prompt = next(iter(prompt.values()))
         if isinstance(prompt, list):
             return None, prompt
-        if not isinstance(prompt, str):
-            raise TypeError(
-                f"a prompt is a {type(prompt).__name__}; give a string, a list of token ids, or a dict that holds one of them"
-            )
-        if self.tokenizer is None:
-            raise ValueError(
-                "skip_tokenizer_init=True: give prompts as {'prompt_token_ids': [...]}"
-            )
+        if not isinstance(prompt, str) or self.tokenizer is None:
+            raise _load("requests.refusals", "not_a_prompt")(prompt)
         return prompt, self.tokenizer.encode(prompt).ids
 
     # -- evidence ----------------------------------------------------------------------------------
@@ -270,7 +278,7 @@ class LLMEngine:
 
     def stats(self) -> dict[str, int]:
         """Counters by name, since the start or the last reset_stats."""
-        return self._stats.flat()
+        return _load("toggles.counters", "flat")(self._stats)  # type: ignore[no-any-return]
 
     def toggles(self) -> dict[str, dict[str, Any]]:
         """Level, baseline, engaged and opportunity of each optimization."""
@@ -285,7 +293,7 @@ class LLMEngine:
     @one_at_a_time
     def reset_stats(self) -> None:
         self._step_times.clear()
-        self._stats.reset()
+        _load("toggles.counters", "reset")(self._stats)
 
     @one_at_a_time
     def reset_prefix_cache(self) -> None:
@@ -338,6 +346,20 @@ class LLM(LLMEngine):
         """
         return _load("models.sampling_defaults", "default_params")(self._folder)
 
+    def get_tokenizer(self) -> Any:
+        """The checkpoint's tokenizer as transformers loads it, as in vLLM. `tokenizer` is the one
+        that the engine itself uses.
+        """
+        return _load("requests.chat", "hf_tokenizer")(self.config)
+
+    def chat(
+        self, messages: Any, sampling_params: Params = None, **how: Any
+    ) -> list[RequestOutput]:
+        """Answers a conversation, or each of several, as vLLM's `chat`. See requests/chat.py for the
+        arguments and errors.
+        """
+        return _load("requests.chat", "chat")(self, messages, sampling_params, **how)  # type: ignore[no-any-return]
+
     @one_at_a_time
     def generate(
         self,
@@ -351,6 +373,8 @@ class LLM(LLMEngine):
         """
         self._check_alive()
         batch = as_batch(prompts, sampling_params, self.get_default_sampling_params)
+        if any(getattr(params, "n", 1) > 1 for _, params in batch):
+            return _load("requests.several", "generate")(self, batch, use_tqdm)  # type: ignore[no-any-return]
         seqs = [
             self.make_sequence(str(number), prompt, params, number)
             for number, (prompt, params) in enumerate(batch, self._num_requests)
@@ -411,18 +435,16 @@ def _load(module: str, name: str) -> Any:
     return getattr(import_module(f"nanovllm.{module}"), name)
 
 
-def load_tokenizer(folder: str, eos_token_ids: tuple[int, ...] = ()) -> Tokenizer:
+def load_tokenizer(folder: str, eos_token_ids: tuple[int, ...] | None = None) -> Tokenizer:
     """tokenizer.json of a folder or hub id. Raises FileNotFoundError, saying what to do, where
-    there is none; ValueError for one that is damaged or that files beside it contradict.
+    there is none; ValueError for one that is damaged or that files beside it contradict. Warns where
+    eos_token_ids, those of the model, are known and none.
     """
-    if not (file := resolve_model(folder) / "tokenizer.json").is_file():
-        raise FileNotFoundError(
-            f"{file} is missing: give `tokenizer`, or skip_tokenizer_init=True and prompts as token ids"
-        )
+    file = resolve_model(folder) / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing more special
-        raise ValueError(f"{file} is not a tokenizer: {error}") from error
+        raise _load("models.tokenizer_files", "no_tokenizer")(file, error) from error
     tokenizer.no_truncation()  # both are settings of its last use, not of the model
     tokenizer.no_padding()
     config, names, added = (
@@ -430,7 +452,8 @@ def load_tokenizer(folder: str, eos_token_ids: tuple[int, ...] = ()) -> Tokenize
         for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
     )
     if (
-        not {**config, **names, **added, "model_max_length": None}.items()
+        eos_token_ids == ()
+        or not {**config, **names, **added, "model_max_length": None}.items()
         <= PLAIN_TOKENIZER.items()
     ):
         _load("models.tokenizer_files", "check_tokenizer")(file.parent, tokenizer, eos_token_ids)

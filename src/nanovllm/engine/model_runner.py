@@ -36,6 +36,7 @@ class ModelRunner:
     """
 
     spare = 0  # extra rows and blocks, which no request gets
+    processors: Any = None  # requests.logit_processors.LogitProcessors, once a request needs them
 
     def __init__(
         self,
@@ -120,8 +121,9 @@ class ModelRunner:
         params = (
             of_rows[rows] for of_rows in (self.temperatures, self.top_ks, self.top_ps, self.seeds)
         )
+        edited = logits if self.processors is None else self.processors.edit(logits, plan)
         token_ids = self.kernels.sample(
-            logits,
+            edited,
             *params,
             batch.seq_lens[samples].long(),
             all_greedy=plan.greedy_only,
@@ -157,9 +159,13 @@ class ModelRunner:
 
     def _update_rows(self, plan: StepPlan) -> None:
         if plan.new_rows:
-            rows, temperatures, top_ks, top_ps, seeds = (
+            rows, temperatures, top_ks, top_ps, seeds, processors = (
                 list(column) for column in zip(*plan.new_rows, strict=True)
             )
+            if self.processors is not None or any(processors):
+                from nanovllm.requests.logit_processors import renew
+
+                renew(self, rows, processors)
             index = self._tensor(rows)
             self.top_ks[index], self.seeds[index] = self._tensor([top_ks, seeds])
             self.temperatures[index], self.top_ps[index] = self._tensor(

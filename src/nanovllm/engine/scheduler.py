@@ -45,8 +45,8 @@ class StepPlan:
     token_ids: list[int] = field(default_factory=list)
     # (row, index in its table, block)
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
-    # (row, temperature, top_k, top_p, seed)
-    new_rows: list[tuple[int, float, int, float, int]] = field(default_factory=list)
+    # (row, temperature, top_k, top_p, seed, processors)
+    new_rows: list[tuple[int, float, int, float, int, object]] = field(default_factory=list)
     greedy_only: bool = True
     filtered: bool = False  # top-k or top-p is used
     num_logprobs: int | None = None  # the most that any sampling entry asks for
@@ -138,7 +138,14 @@ class Scheduler:
         self.prefilling[seq.request_id] = seq
         seq.row = self.free_rows.pop()
         plan.new_rows.append(
-            (seq.row, seq.params.temperature, seq.params.top_k, seq.params.top_p, seq.seed)
+            (
+                seq.row,
+                seq.params.temperature,
+                seq.params.top_k,
+                seq.params.top_p,
+                seq.seed,
+                seq.processors,
+            )
         )
         plan.new_blocks += [(seq.row, i, block) for i, block in enumerate(seq.block_table)]
         self.stats.admissions += 1

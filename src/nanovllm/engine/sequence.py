@@ -37,7 +37,9 @@ class Sequence:
     published_tail: object | None = None  # the cache entry of the last of them
     num_cached_tokens: int = 0
     finish_reason: str | None = None
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
+    # what requests/logit_processors.py does to its logits; None: nothing
+    processors: object = None
     # one per committed token, where they were asked for
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_prompt_tokens: int = field(init=False)

@@ -1,13 +1,14 @@
 """Counters of what an engine did, which prove that a toggle did something. No torch."""
 
 from collections import Counter
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
 class StepStats:
-    """Cumulative counts since the engine started; they only ever grow."""
+    """Cumulative counts since the engine started; they only ever grow. toggles/counters.py reads and
+    resets them.
+    """
 
     steps: int = 0
     prefill_tokens: int = 0
@@ -33,21 +34,3 @@ class StepStats:
     # by backend; 'cascade': steps that looked for shared prefixes, 'shared': steps that found some
     attention_calls: Counter[str] = field(default_factory=Counter)
     kernel_calls: Counter[str] = field(default_factory=Counter)  # by implementation
-
-    def reset(self) -> None:
-        """Sets all counters to zero in place, as other objects hold them."""
-        for name, value in self._items():
-            value.clear() if isinstance(value, Counter) else setattr(self, name, 0)
-
-    def flat(self) -> dict[str, int]:
-        """All counters as `name` or `name.key`, JSON-able."""
-        split = {
-            f"{name}.{key}": n[key]
-            for name, n in self._items()
-            if isinstance(n, Counter)
-            for key in sorted(n)
-        }
-        return {name: n for name, n in self._items() if not isinstance(n, Counter)} | split
-
-    def _items(self) -> list[tuple[str, Any]]:
-        return [(f.name, getattr(self, f.name)) for f in fields(self)]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.stats import StepStats
+from nanovllm.toggles.counters import reset
 
 
 @dataclass(slots=True)
@@ -47,7 +48,7 @@ def capture(
     with torch.cuda.stream(stream):
         forward()
         stream.synchronize()
-        stats.reset()
+        reset(stats)
         # Other threads (NCCL's watchdog) may go on asking the device how far it is.
         graph.capture_begin(pool, capture_error_mode="thread_local")
         try:

@@ -10,8 +10,8 @@ and advances the positions. A step with the same rows as the last one needs no i
 
 There is a graph for each bucket b of batch sizes. A batch between two buckets is padded with the
 spare row. Its K and V go to the spare block, its position stays 0 and its length is 0, so attention
-skips it. What a graph cannot do (prefill, top-k, top-p, log-probabilities) runs eagerly on the same
-state; the decodes of a step that has a short prefill as well (prefill_graph.py) are replayed where
+skips it. What a graph cannot do (prefill, top-k, top-p, log-probabilities, options that edit logits)
+runs eagerly on the same state; the decodes of a step that has a short prefill as well (prefill_graph.py) are replayed where
 reading the weights twice takes less than launching the kernels of the step one by one. With
 cascade_attention=True, larger batches have a second graph for steps in which many rows share their
 first block with another row; the host, which knows the block tables, chooses.
@@ -40,6 +40,7 @@ from nanovllm.gpu.step_memory import room_for
 from nanovllm.kernels.batch import ForwardBatch
 from nanovllm.layers.linear import TensorParallel
 from nanovllm.models.config import ModelConfig
+from nanovllm.toggles.counters import reset
 
 SHARING_KV_HEADS = 208
 """Reading prefixes once pays off from this many (sharing sequences x KV heads), summed over all
@@ -166,7 +167,7 @@ class GraphRunner(GpuRunner):
         ):
             self.captured = self._capture_all()
         self.splits = self._second_read_is_cheap()
-        stats.reset()
+        reset(stats)
 
     def make_rows(self) -> None:
         super().make_rows()
@@ -183,7 +184,10 @@ class GraphRunner(GpuRunner):
         """Replays a decode step, and both halves of a mixed step where that pays; runs any other
         step eagerly.
         """
-        if plan.num_decodes and not plan.filtered and plan.num_logprobs is None:
+        edits = self.processors is not None and any(
+            row in self.processors for row in plan.rows[: plan.num_decodes]
+        )
+        if plan.num_decodes and not plan.filtered and not edits and plan.num_logprobs is None:
             if plan.num_decodes == len(plan.rows):
                 return self._read_back(self._replay(plan))
             if self.splits and is_short(plan):

@@ -255,7 +255,7 @@ def first_steps(shadow: Any) -> None:
             )
     request = prefill(dataclasses.replace(config, max_num_seqs=1), 8)
     shadow.submit(
-        dataclasses.replace(request, new_blocks=[(0, 0, 0)], new_rows=[(0, 1.0, 0, 1.0, 0)])
+        dataclasses.replace(request, new_blocks=[(0, 0, 0)], new_rows=[(0, 1.0, 0, 1.0, 0, None)])
     )
 
 

@@ -12,6 +12,7 @@ from nanovllm.config import ResolvedConfig
 from nanovllm.engine.kv_cache import KVCacheSpec
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import StepPlan
+from nanovllm.toggles.counters import reset
 
 GRAPH_BYTES = 4 << 20
 """Driver memory of one captured decode step: a few hundred kernel nodes and their arguments."""
@@ -56,7 +57,7 @@ def bytes_for_steps(runner: ModelRunner, spec: KVCacheSpec) -> int:
                 reserved += GRAPH_BYTES * max(2 * len(runner.buckets), len(runner.variants))  # type: ignore[attr-defined]
     finally:
         runner.kv_caches = []
-    runner.stats.reset()
+    reset(runner.stats)
     torch.cuda.empty_cache()
     return reserved
 

@@ -29,9 +29,10 @@ class Kernels:
 
 def load_kernels(optimizations: Optimizations, calls: Counter[str]) -> Kernels:
     """The implementation of `optimizations.kernels`, which names its module; each call adds one to calls[level]."""
-    level = optimizations.kernels
-    module = import_module(f"nanovllm.kernels.{level}")
-    return Kernels(*(counted(getattr(module, f.name), level, calls) for f in fields(Kernels)))
+    module = import_module(f"nanovllm.kernels.{optimizations.kernels}")
+    return Kernels(
+        *(counted(getattr(module, f.name), optimizations.kernels, calls) for f in fields(Kernels))
+    )
 
 
 def counted(function: Operation, level: str, calls: Counter[str]) -> Operation:

@@ -5,6 +5,8 @@ linear             matmuls sharded over ranks; TensorParallel, the group of one
 embed_head         token embedding and output head
 layernorm          RMSNorm
 rotary_embedding   cosines and sines of positions
+rope_scaling       frequencies of an extended context       (loaded when config.json names one)
 
-Layers import kernels.registry, kernels.batch and each other's `linear`; models import layers.
+Layers import kernels.registry, kernels.batch and each other's `linear`; rope_scaling imports nothing. Models import
+layers.
 """

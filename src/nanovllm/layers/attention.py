@@ -46,36 +46,27 @@ class Attention:
         head_dim: int,
         dtype: torch.dtype,
     ) -> None:
-        level = optimizations.attention_backend
-        module, name = _BACKENDS[level]
+        module, name = _BACKENDS[optimizations.attention_backend]
         # a backend that reads shared prefixes once counts them
         shared = {"cascade": calls} if optimizations.cascade_attention else {}
         backend = getattr(import_module(module), name)(
             num_kv_heads, block_size, head_dim, dtype, **shared
         )
         self.prepare = backend.prepare
-        self.attend = counted(backend.attend, level, calls)
+        self.attend = counted(backend.attend, optimizations.attention_backend, calls)
 
     def __call__(
         self,
         qkv_proj: nn.Module,
-        q_norm: nn.Module,
-        k_norm: nn.Module,
+        norms: tuple[Tensor | None, Tensor | None, float],
         x: Tensor,
         cos_sin: Tensor,
         kv_cache: KVCache,
         batch: ForwardBatch,
     ) -> Tensor:
-        """qkv_proj: its matmul runs fused with what follows it, up to the KV store. q_norm, k_norm: of each head.
+        """qkv_proj: its matmul runs fused with what follows it, up to the KV store. norms: weights of the norms of
+        each head of q and of k, [head_dim], and their epsilon; None for weights: the family has no such norms.
         x: [tokens, hidden]; cos_sin: [tokens, head_dim] -> [tokens, this rank's q_heads * head_dim].
         """
-        q, k, v = qkv_proj(
-            x,
-            q_norm.weight,
-            k_norm.weight,
-            q_norm.eps,
-            cos_sin,
-            *kv_cache,
-            batch.slot_mapping,
-        )
+        q, k, v = qkv_proj(x, *norms, cos_sin, *kv_cache, batch.slot_mapping)
         return self.attend(q, k, v, *kv_cache, batch).flatten(1)  # type: ignore[no-any-return]

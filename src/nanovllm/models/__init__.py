@@ -1,7 +1,10 @@
 """Model families, and what is read from a checkpoint's folder.
 
 families            the registry: architecture -> file of its family
-qwen3               Qwen3ForCausalLM                         (loaded when a checkpoint names it)
+qwen3               Qwen3ForCausalLM                         (a family's file is loaded when a checkpoint names it)
+qwen2               Qwen2ForCausalLM: Qwen2 and Qwen2.5
+llama               LlamaForCausalLM: Llama 2 and 3, SmolLM2
+mistral             MistralForCausalLM
 config              config.json -> ModelConfig
 loader              safetensors -> this rank's shards
 hub                 a preset or a hub id -> its folder       (loaded when the name is no folder)
@@ -11,6 +14,6 @@ tokenizer_files     files beside tokenizer.json              (loaded when they s
 sampling_defaults   generation_config.json -> SamplingParams (loaded when none are given)
 checkpoint          builds small seeded checkpoints; for tests and studies
 
-Imports point down: loader -> hub -> checkpoint -> weight_files, generated -> layers; qwen3 -> layers; config ->
-families. Nothing here imports the engine.
+Imports point down: loader -> hub -> checkpoint -> weight_files, generated -> layers; a family's
+file -> layers; mistral -> llama; config -> families. Nothing here imports the engine.
 """

@@ -14,7 +14,6 @@ from nanovllm.models.families import FAMILIES
 COMPUTED: dict[str, Any] = {
     "hidden_act": "silu",
     "use_sliding_window": False,
-    "rope type": "default",
     "layer_types": ["full_attention"],
     "is_causal": True,
     "partial_rotary_factor": 1.0,
@@ -24,12 +23,24 @@ COMPUTED: dict[str, Any] = {
     "compression_config": "none",
 }
 
+# What else an error says of a setting, or of the end of an architecture's name.
+HINTS = {
+    "quantization_config": ": the checkpoint is quantized, and this engine reads float32 and bfloat16 weights; take the "
+    "original, unquantized checkpoint",
+    "compression_config": ": the checkpoint is compressed; take the original, uncompressed one",
+    "Model": ". A model without a language modelling head makes embeddings, no text",
+    "ForSequenceClassification": ". It classifies or ranks texts and generates none",
+    "ForTokenClassification": ". It classifies tokens and generates no text",
+    "ForConditionalGeneration": ". It reads images or sound; only text models are computed here",
+}
+
 # What a value of each type must be.
 KINDS: dict[Any, tuple[str, Any]] = {
     int: ("a whole number, 1 or more", lambda value: type(value) is int and value >= 1),
     float: ("a number above 0", lambda value: type(value) in (int, float) and 0 < value < math.inf),
     bool: ("true or false", lambda value: type(value) is bool),
     str: ("a name", lambda value: type(value) is str),
+    Any: ("made by rope_scaling.py", callable),
     tuple[int, ...]: (
         "token ids, whole numbers",
         lambda value: all(type(token) is int and token >= 0 for token in value),
@@ -56,6 +67,7 @@ class ModelConfig:
     attention_bias: bool = False
     dtype: str = "float32"
     eos_token_ids: tuple[int, ...] = ()
+    scaled_rope: Any = None  # of layers/rope_scaling.py, where rope_type is not 'default'
 
 
 def load_hf_config(folder: Path) -> ModelConfig:
@@ -66,8 +78,8 @@ def load_hf_config(folder: Path) -> ModelConfig:
     does not compute, missing settings, and values of another type.
     """
     raw = read_json(folder / "config.json")
-    # transformers 5, transformers 4
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    # transformers 4, transformers 5; where both are given, HF takes the former
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     rope = rope if isinstance(rope, dict) else {"rope_type": rope}
     eos = read_if_there(folder / "generation_config.json").get(
         "eos_token_id", raw.get("eos_token_id")
@@ -77,29 +89,38 @@ def load_hf_config(folder: Path) -> ModelConfig:
         raise ValueError(
             f"{folder} has architectures={named!r}; this engine computes {', '.join(FAMILIES)} "
             "(models/families.py says how to add one)"
+            + "".join(hint for end, hint in HINTS.items() if str(named).endswith(end + "']"))
         )
     found = {
         "architecture": named[0],
         **rope,
         **raw,
         "layer_types": sorted(set(map(str, raw.get("layer_types") or COMPUTED["layer_types"]))),
-        "rope type": rope.get("rope_type", rope.get("type", "default")),
         "rope_theta": rope.get("rope_theta", raw.get("rope_theta")),
         "dtype": raw.get("dtype") or raw.get("torch_dtype") or "float32",
         "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        "scaled_rope": None,
     }
     for name, computed in (COMPUTED | FAMILIES[found["architecture"]][1]).items():
-        if found.get(name, computed) not in (computed, None):
+        if (there := found.get(name, "nothing" if computed is None else computed)) not in (
+            computed,
+            None,
+        ):
             raise ValueError(
-                f"{folder} has {name}={found[name]!r}; {found['architecture']} is computed here with {computed!r} only"
+                f"{folder} has {name}={there!r}; {found['architecture']} is computed here with {computed!r} "
+                f"only{HINTS.get(name, '')}"
             )
+    if rope.get("rope_type", rope.get("type", "default")) not in ("default", None):
+        from nanovllm.layers.rope_scaling import read_scaled_rope
+
+        found |= read_scaled_rope(rope, raw, folder)
     fields = {f.name: f for f in dataclasses.fields(ModelConfig)}
     values = {name: found[name] for name in fields if found.get(name) is not None}
-    optional = {
-        "head_dim",
-        *(f.name for f in fields.values() if f.default is not dataclasses.MISSING),
-    }
-    if lacking := [name for name in fields if name not in values and name not in optional]:
+    if lacking := [
+        name
+        for name, f in fields.items()
+        if name not in values and f.default is dataclasses.MISSING and name != "head_dim"
+    ]:
         raise ValueError(f"{folder / 'config.json'} lacks {', '.join(lacking)}")
     for name, value in values.items():
         allowed, fits = KINDS[fields[name].type]

@@ -1,8 +1,8 @@
 """The model families of this engine. To add one, write its file and add its row to FAMILIES.
 
 A row names the architecture as config.json does, the module that holds a class of that name, and the settings that
-config.json must have (they may replace a value of models.config.COMPUTED). The module is loaded only when a
-checkpoint asks for it. The class is made with
+config.json must have (they may replace a value of models.config.COMPUTED): the value, null or no such key; None means
+that the key must be there, as null. The module is loaded only when a checkpoint asks for it. The class is made with
 
     (config: ModelConfig, max_model_len: int, kernels: Kernels, attention: Attention, tp: TensorParallel)
 
@@ -19,6 +19,24 @@ from typing import Any
 # architecture -> (module, settings of config.json that this family computes, beside models.config.COMPUTED)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3ForCausalLM": ("nanovllm.models.qwen3", {"model_type": "qwen3"}),
+    "Qwen2ForCausalLM": ("nanovllm.models.qwen2", {"model_type": "qwen2", "attention_bias": True}),
+    # vLLM acts on bias and qkv_bias, HF does not
+    "LlamaForCausalLM": (
+        "nanovllm.models.llama",
+        {"model_type": "llama", "mlp_bias": False, "bias": False, "qkv_bias": False},
+    ),
+    # a window that is not named is one of 4,096 tokens
+    "MistralForCausalLM": (
+        "nanovllm.models.mistral",
+        {
+            "model_type": "mistral",
+            "sliding_window": None,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "bias": False,
+            "qkv_bias": False,
+        },
+    ),
 }
 
 

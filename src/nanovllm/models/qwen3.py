@@ -26,10 +26,9 @@ class Qwen3Attention(nn.Module):
             config.num_attention_heads * config.head_dim,
             config.num_key_value_heads * config.head_dim,
         )
-        parts = {"q": q_size, "k": kv_size, "v": kv_size}
         self.qkv_proj = ColumnParallelLinear(
             config.hidden_size,
-            parts,
+            {"q": q_size, "k": kv_size, "v": kv_size},
             config.attention_bias,
             kernels.linear_qk_norm_rope_store_kv,
             tp,
@@ -43,17 +42,19 @@ class Qwen3Attention(nn.Module):
         self.attention = attention
 
     def forward(self, x: Tensor, cos_sin: Tensor, kv_cache: KVCache, batch: ForwardBatch) -> Tensor:
-        return self.o_proj(
-            self.attention(self.qkv_proj, self.q_norm, self.k_norm, x, cos_sin, kv_cache, batch)
-        )
+        norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+        return self.o_proj(self.attention(self.qkv_proj, norms, x, cos_sin, kv_cache, batch))
 
 
 class Qwen3MLP(nn.Module):
     def __init__(self, config: ModelConfig, kernels: Kernels, tp: TensorParallel) -> None:
         super().__init__()
-        parts = {"gate": config.intermediate_size, "up": config.intermediate_size}
         self.gate_up_proj = ColumnParallelLinear(
-            config.hidden_size, parts, False, kernels.linear_silu_and_mul, tp
+            config.hidden_size,
+            {"gate": config.intermediate_size, "up": config.intermediate_size},
+            False,
+            kernels.linear_silu_and_mul,
+            tp,
         )
         self.down_proj = RowParallelLinear(
             config.intermediate_size, config.hidden_size, False, kernels, tp
@@ -85,7 +86,9 @@ class Qwen3Model(nn.Module):
     ) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
-        self.rotary = RotaryEmbedding(config.head_dim, max_model_len, config.rope_theta)
+        self.rotary = RotaryEmbedding(
+            config.head_dim, max_model_len, config.rope_theta, config.scaled_rope
+        )
         self.layers = nn.ModuleList(
             Qwen3DecoderLayer(config, kernels, attention, tp)
             for _ in range(config.num_hidden_layers)

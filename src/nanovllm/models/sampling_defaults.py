@@ -14,12 +14,14 @@ HONOURED = {
     "top_k": "top_k",
     "top_p": "top_p",
     "max_new_tokens": "max_tokens",
+    "repetition_penalty": "repetition_penalty",
+    "min_p": "min_p",
 }
 """Name in generation_config.json -> our name."""
+NOTHING = {"repetition_penalty": 1, "min_p": 0}
+"""Values at which an option changes nothing, so that it need not be loaded."""
 LEFT_OUT: dict[str, Any] = {
     "do_sample": True,
-    "repetition_penalty": 1,
-    "min_p": 0,
     "min_new_tokens": 0,
     "min_length": 0,
     "no_repeat_ngram_size": 0,
@@ -64,7 +66,11 @@ def default_params(folder: Path) -> SamplingParams:
         )
     try:
         return SamplingParams(
-            **{ours: said[theirs] for theirs, ours in HONOURED.items() if theirs in said}
+            **{
+                ours: said[theirs]
+                for theirs, ours in HONOURED.items()
+                if theirs in said and said[theirs] != NOTHING.get(theirs)
+            }
         )
     except ValueError as error:
         raise ValueError(

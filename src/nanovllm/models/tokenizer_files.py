@@ -35,12 +35,20 @@ NAMED = (
 )
 
 
-def check_tokenizer(folder: Path, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...]) -> None:
-    """Warns where one of HF's versions would tokenize differently, and about an end-of-sequence
-    token that ends no answer.
+def check_tokenizer(
+    folder: Path, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...] | None
+) -> None:
+    """Warns where one of HF's versions would tokenize differently, about an end-of-sequence token
+    that ends no answer, and where the model has no end of sequence at all.
 
     Raises ValueError for settings with which HF would make other token ids of a text.
     """
+    if eos_token_ids == ():
+        warnings.warn(
+            f"{folder}: neither generation_config.json nor config.json names an eos_token_id, so that no answer ends "
+            "before its max_tokens; give stop_token_ids or stop strings, or add eos_token_id to one of the files",
+            stacklevel=2,
+        )
     config, names, added = (
         read_if_there(folder / f"{name}.json")
         for name in ("tokenizer_config", "special_tokens_map", "added_tokens")
@@ -82,12 +90,23 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, eos_token_ids: tuple[int
             stacklevel=2,
         )
     for token in _named({"eos_token": config.get("eos_token")}):
-        if (eos := tokenizer.token_to_id(token)) not in eos_token_ids:
+        if eos_token_ids and (eos := tokenizer.token_to_id(token)) not in eos_token_ids:
             warnings.warn(
                 f"{folder}: no answer ends at {token!r}, the tokenizer's eos_token (id {eos}), as the model's files name "
                 f"{list(eos_token_ids)}. HF does the same; vLLM ends there: for that, give stop_token_ids=[{eos}]",
                 stacklevel=2,
             )
+
+
+def no_tokenizer(file: Path, error: Exception) -> FileNotFoundError | ValueError:
+    """The error of a tokenizer.json that is missing or cannot be read, and what to do."""
+    if file.is_file():
+        return ValueError(f"{file} is not a tokenizer: {error}")
+    return FileNotFoundError(
+        f"{file} is missing: transformers makes it from tokenizer.model or vocab.json, if one is there, by "
+        f"AutoTokenizer.from_pretrained({str(file.parent)!r}).save_pretrained({str(file.parent)!r}); otherwise give "
+        "`tokenizer`, or skip_tokenizer_init=True and prompts as token ids"
+    )
 
 
 def _named(settings: dict[str, Any]) -> list[str]:

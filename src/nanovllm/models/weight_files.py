@@ -22,6 +22,10 @@ NEVER_A_MODEL = ("consolidated", "adapter_")
 """Beginnings of the names of files that hold the weights a second time, under other names, or
 changes to them.
 """
+COMPUTED_HERE = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
+"""Ends of the names of tensors that older versions of transformers stored, and that follow from config.json: HF
+and vLLM pass over them, too.
+"""
 
 
 def weight_files(folder: Path, warn: bool = True) -> list[Path]:
@@ -89,14 +93,20 @@ def check_left_over(
     left_over: list[tuple[Path, str]],
     parameters: dict[str, Any],
 ) -> None:
-    """Raises ValueError for parameters that no tensor filled, for tensors that belong to none, and
-    for a stored head that is not the tied one. missing: parameters, with the part of each.
+    """Raises ValueError for parameters that no tensor filled, for tensors that belong to none and are
+    not COMPUTED_HERE, and for a stored head that is not the tied one. missing: parameters, with the part of each.
     left_over: tensors, with the file of each.
     """
+    if missing and (folder / "modules.json").is_file():
+        raise ValueError(
+            f"{folder} is a model of sentence-transformers (it holds modules.json): it makes embeddings, such as "
+            "Qwen3-Embedding, and has no language modelling head, so it generates no text"
+        )
     if missing:
         raise ValueError(
             f"{folder} lacks {shortened([name if part is None else f'{name} ({part})' for name, part in missing])}"
         )
+    left_over = [(file, name) for file, name in left_over if not name.endswith(COMPUTED_HERE)]
     if unknown := [name for _, name in left_over if name != "lm_head.weight"]:
         raise ValueError(
             f"{folder} holds tensors that the model has no place for: {shortened(unknown)}"

@@ -1,5 +1,7 @@
-"""What each toggle did in a run. Loaded when it is asked for."""
+"""What each toggle did in a run, and all counters by name. Loaded when they are asked for."""
 
+from collections import Counter
+from dataclasses import fields
 from typing import Any
 
 from nanovllm.engine.stats import StepStats
@@ -22,3 +24,19 @@ def toggle_counters(optimizations: Any, stats: StepStats) -> dict[str, dict[str,
         }
         for name, row in toggles_of(optimizations).items()
     }
+
+
+def flat(stats: StepStats) -> dict[str, int]:
+    """All counters as `name` or `name.key`, JSON-able."""
+    items = [(f.name, getattr(stats, f.name)) for f in fields(stats)]
+    split = {
+        f"{name}.{key}": n[key] for name, n in items if isinstance(n, Counter) for key in sorted(n)
+    }
+    return {name: n for name, n in items if not isinstance(n, Counter)} | split
+
+
+def reset(stats: StepStats) -> None:
+    """Sets all counters to zero in place, as other objects hold them."""
+    for counter in fields(stats):
+        value = getattr(stats, counter.name)
+        value.clear() if isinstance(value, Counter) else setattr(stats, counter.name, 0)

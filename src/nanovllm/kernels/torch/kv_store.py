@@ -7,7 +7,6 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     """k, v: [tokens, kv_heads, head_dim]; caches: [blocks, kv_heads, block_size, head_dim];
     slot_mapping: [tokens].
     """
-    block_size = k_cache.shape[2]
-    block, offset = slot_mapping // block_size, slot_mapping % block_size
+    block, offset = slot_mapping // k_cache.shape[2], slot_mapping % k_cache.shape[2]
     k_cache[block, :, offset] = k
     v_cache[block, :, offset] = v

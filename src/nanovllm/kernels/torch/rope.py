@@ -1,5 +1,5 @@
-"""Rotary position embedding (Su et al., 2021), preceded by Qwen3's norm of each head and followed
-by the KV store.
+"""Rotary position embedding (Su et al., 2021), preceded by Qwen3's norm of each head, where a family
+has it, and followed by the KV store.
 """
 
 from typing import Any
@@ -22,8 +22,8 @@ def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
 
 def qk_norm_rope_store_kv(
     qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
     eps: float,
     cos_sin: Tensor,
     k_cache: Tensor,
@@ -32,15 +32,18 @@ def qk_norm_rope_store_kv(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Everything between the QKV projection and attention.
 
-    qkv: [tokens, (q_heads + 2 * kv_heads) * head_dim]; q_weight, k_weight: [head_dim]; cos_sin:
-    [tokens, head_dim] float32;
+    qkv: [tokens, (q_heads + 2 * kv_heads) * head_dim]; q_weight, k_weight: [head_dim], both None
+    where heads have no norms; cos_sin: [tokens, head_dim] float32;
     caches: [blocks, kv_heads, block_size, head_dim]; slot_mapping: [tokens].
     Returns q: [tokens, q_heads, head_dim] and k, v: [tokens, kv_heads, head_dim]; k and v are also
     in the cache.
     """
     kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     q, k, v = qkv.view(qkv.shape[0], -1, head_dim).tensor_split((-2 * kv_heads, -kv_heads), dim=1)
-    qk = torch.cat((rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)), dim=1)
+    qk = torch.cat(
+        (q, k) if q_weight is None else (rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)),
+        dim=1,
+    )
     q, k = apply_rope(qk, cos_sin).split((q.shape[1], kv_heads), dim=1)
     store_kv(k, v, k_cache, v_cache, slot_mapping)
     return q, k, v

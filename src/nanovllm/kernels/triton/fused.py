@@ -1,5 +1,5 @@
-"""Two matmuls fused with what follows them: gate and up with SwiGLU; q, k and v with norm, rotary
-embedding and KV store.
+"""Two matmuls fused with what follows them: gate and up with SwiGLU; q, k and v with bias and norm
+(where the family has them), rotary embedding and KV store.
 
 For the rows of a decode step. Each saves a kernel, and the writing and reading between the two.
 Unlike cuBLAS's kernels these are part of the chain of dependent launches (launch.py), so they start
@@ -64,6 +64,7 @@ QKV_TILINGS = {128: Tiling(64, 128, 128, 4, 4), 256: Tiling(64, 128, 128, 3, 4)}
 def _pairs_of_products(
     x_ptr,
     weight_rows,
+    biases,
     rows,
     num_rows,
     K: tl.constexpr,
@@ -73,8 +74,9 @@ def _pairs_of_products(
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Rows of x times the weights at weight_rows ([COLUMNS, 1] pointers): the results of even and
-    of odd rows, each [ROWS, COLUMNS / 2] and rounded to the model's type.
+    """Rows of x times the weights at weight_rows ([COLUMNS, 1] pointers), plus biases ([1, COLUMNS]
+    float32, or None): the results of even and of odd rows, each [ROWS, COLUMNS / 2] and rounded to
+    the model's type once.
     """
     wait_for_inputs(PDL)
     ks = tl.arange(0, STEP)[None, :]
@@ -84,6 +86,8 @@ def _pairs_of_products(
     for at in tl.range(0, K, STEP, num_stages=STAGES):
         x = tl.load(x_rows + at + ks, mask=exists, other=0.0)
         acc = tl.dot(x, tl.trans(tl.load(weight_rows + at + ks)), acc)
+    if biases is not None:
+        acc += biases
     return tl.split(tl.reshape(acc.to(x_ptr.dtype.element_ty), (ROWS, COLUMNS // 2, 2)))
 
 
@@ -111,7 +115,7 @@ def _gate_up_kernel(
     weight_rows = weight_ptr + (first + members // 2 + members % 2 * n).to(tl.int64) * K
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     gate, up = _pairs_of_products(
-        x_ptr, weight_rows, rows, num_rows, K, ROWS, COLUMNS, STEP, STAGES, PDL
+        x_ptr, weight_rows, None, rows, num_rows, K, ROWS, COLUMNS, STEP, STAGES, PDL
     )
     places = rows[:, None] * n + (first + tl.arange(0, pairs))[None, :]
     tl.store(out_ptr + places, gated(gate, up), mask=(rows < num_rows)[:, None])
@@ -121,6 +125,7 @@ def _gate_up_kernel(
 def _qkv_kernel(
     x_ptr,
     weight_ptr,
+    bias_ptr,
     q_weight_ptr,
     k_weight_ptr,
     eps,
@@ -150,9 +155,14 @@ def _qkv_kernel(
     weight_rows = (
         weight_ptr + (head * HEAD_DIM + members // 2 + members % 2 * half).to(tl.int64) * K
     )
+    biases = None
+    if bias_ptr is not None:
+        outputs = tl.arange(0, HEAD_DIM)[None, :]
+        places = head * HEAD_DIM + outputs // 2 + outputs % 2 * half
+        biases = tl.load(bias_ptr + places).to(tl.float32)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first, second = _pairs_of_products(
-        x_ptr, weight_rows, rows, num_rows, K, ROWS, HEAD_DIM, STEP, STAGES, PDL
+        x_ptr, weight_rows, biases, rows, num_rows, K, ROWS, HEAD_DIM, STEP, STAGES, PDL
     )
 
     exists = (rows < num_rows)[:, None]
@@ -160,8 +170,9 @@ def _qkv_kernel(
     tokens = rows[:, None].to(tl.int64)
     if head < Q_HEADS + KV_HEADS:
         norm_ptr = q_weight_ptr
-        if head >= Q_HEADS:
-            norm_ptr = k_weight_ptr
+        if q_weight_ptr is not None:  # noqa: SIM102  decided when compiling, the next by each program
+            if head >= Q_HEADS:
+                norm_ptr = k_weight_ptr
         cos = tl.load(cos_sin_ptr + tokens * HEAD_DIM + columns, mask=exists, other=0.0)
         sin = tl.load(cos_sin_ptr + tokens * HEAD_DIM + half + columns, mask=exists, other=0.0)
         first, second = norm_and_rotate(
@@ -197,9 +208,9 @@ def tiling_for(tilings: dict[int, Tiling], num_rows: int) -> Tiling:
     )
 
 
-def may_fuse(x: Tensor, bias: Tensor | None, rows: tuple[int, int]) -> bool:
+def may_fuse(x: Tensor, rows: tuple[int, int]) -> bool:
     """Whether a matmul may be fused at all."""
-    return rows[0] <= x.shape[0] <= rows[1] and x.dtype.itemsize == 2 and bias is None
+    return rows[0] <= x.shape[0] <= rows[1] and x.dtype.itemsize == 2
 
 
 def fits_tiles(x: Tensor, weight: Tensor, tiling: Tiling) -> bool:
@@ -211,7 +222,7 @@ def linear_silu_and_mul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -
     """x: [rows, k], weight: [2 * n, k], gate first -> silu(gate) * up: [rows, n]."""
     if bias is None and x.dtype.itemsize == 2 and suits_few(x, weight):
         return linear_of_few(x, weight, gate_and_up=True)
-    if may_fuse(x, bias, _GATE_UP_ROWS):
+    if bias is None and may_fuse(x, _GATE_UP_ROWS):
         tiling = tiling_for(GATE_UP_TILINGS, x.shape[0])
         if fits_tiles(x, weight, tiling) and weight.shape[0] % tiling.columns == 0:
             return fused_gate_up(x, weight, tiling)
@@ -247,33 +258,34 @@ def linear_qk_norm_rope_store_kv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    q_weight: Tensor,
-    k_weight: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
     eps: float,
     cos_sin: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x: [tokens, k], weight: [(q_heads + 2 * kv_heads) * head_dim, k]; the other arguments and the
-    result as in rope.py. v is a tensor of its own where the matmul is fused.
+    """x: [tokens, k], weight: [(q_heads + 2 * kv_heads) * head_dim, k], bias: a number for each row
+    of weight; the other arguments and the result as in rope.py. v is a tensor of its own where the matmul is fused.
     """
     tiling, head_dim = tiling_for(QKV_TILINGS, x.shape[0]), k_cache.shape[3]
     rest = q_weight, k_weight, eps, cos_sin, k_cache, v_cache, slot_mapping
     if (
-        may_fuse(x, bias, _QKV_ROWS)
+        may_fuse(x, _QKV_ROWS)
         and fits_tiles(x, weight, tiling)
         and head_dim in (16, 32, 64, 128, 256)
     ):
-        return fused_qkv(x, weight, *rest, tiling)
+        return fused_qkv(x, weight, bias, *rest, tiling)
     return qk_norm_rope_store_kv(linear(x, weight, bias), *rest)
 
 
 def fused_qkv(
     x: Tensor,
     weight: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
+    bias: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
     eps: float,
     cos_sin: Tensor,
     k_cache: Tensor,
@@ -295,6 +307,7 @@ def fused_qkv(
     _qkv_kernel[(triton.cdiv(num_rows, rows), q_heads + 2 * kv_heads)](
         x,
         weight,
+        bias,
         q_weight,
         k_weight,
         eps,

@@ -56,6 +56,7 @@ def _weight_rows(columns, n, GATED: tl.constexpr):
 def _few_rows_kernel(
     x_ptr,
     weight_ptr,
+    bias_ptr,
     out_ptr,
     n,
     ROWS: tl.constexpr,
@@ -77,13 +78,18 @@ def _few_rows_kernel(
     weights = ()
     for part in tl.static_range(PARTS):
         weights = weights + (tl.load(weight_ptrs + part * PART),)  # type: ignore[assignment]
+    if bias_ptr is not None:
+        biases = tl.load(bias_ptr + columns).to(tl.float32)
     wait_for_inputs(PDL)
     for row in tl.static_range(ROWS):
         products = tl.zeros([COLUMNS, PART], tl.float32)
         for part in tl.static_range(PARTS):
             x = tl.load(x_ptr + (row * PARTS + part) * PART + ks)
             products += weights[part].to(tl.float32) * x.to(tl.float32)[None, :]
-        out = tl.sum(products, axis=1).to(out_ptr.dtype.element_ty)
+        sums = tl.sum(products, axis=1)
+        if bias_ptr is not None:
+            sums += biases
+        out = sums.to(out_ptr.dtype.element_ty)
         if GATED:
             gate, up = tl.split(tl.reshape(out, (COLUMNS // 2, 2)))
             pairs = tl.program_id(0) * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
@@ -96,6 +102,7 @@ def _few_rows_kernel(
 def _some_rows_kernel(
     x_ptr,
     weight_ptr,
+    bias_ptr,
     out_ptr,
     num_rows,
     n,
@@ -126,11 +133,16 @@ def _some_rows_kernel(
     weights = ()
     for part in tl.static_range(PARTS):
         weights = weights + (tl.load(weight_ptrs + part * PART),)  # type: ignore[assignment]
+    if bias_ptr is not None:
+        biases = tl.load(bias_ptr + columns).to(tl.float32)
     wait_for_inputs(PDL)
     acc = tl.zeros([SLICES, COLUMNS, ROWS], tl.float32)
     for part in tl.static_range(PARTS):
         acc = tl.dot(weights[part], tl.load(x_ptrs + part * PART, mask=exists, other=0.0), acc)
-    out = tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty)
+    sums = tl.sum(acc, axis=0)
+    if bias_ptr is not None:
+        sums += biases[:, None]
+    out = sums.to(out_ptr.dtype.element_ty)
     if GATED:
         gate, up = tl.split(tl.permute(tl.reshape(out, (COLUMNS // 2, 2, ROWS)), (0, 2, 1)))
         pairs = tl.program_id(0) * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
@@ -149,6 +161,7 @@ def _some_rows_kernel(
 def _tile_kernel(
     x_ptr,
     weight_ptr,
+    bias_ptr,
     out_ptr,
     parts_ptr,
     arrivals_ptr,
@@ -179,6 +192,8 @@ def _tile_kernel(
         for at in tl.static_range(0, PART, STEP):
             # lines of 128 bytes
             prefetch_to_l2(weight_rows + at + (tl.arange(0, STEP // 64) * 64)[None, :])
+    if bias_ptr is not None:
+        biases = tl.load(bias_ptr + columns).to(tl.float32)
     wait_for_inputs(PDL)
     ks = tl.arange(0, STEP)[None, :]
     exists = (rows < num_rows)[:, None]
@@ -189,6 +204,8 @@ def _tile_kernel(
         acc = tl.dot(x, tl.trans(tl.load(weight_rows + at + ks)), acc)
     places = rows[:, None] * n + columns[None, :]
     if SPLITS == 1:
+        if bias_ptr is not None:
+            acc += biases[None, :]
         tl.store(out_ptr + places, acc.to(out_ptr.dtype.element_ty), mask=exists)
     else:
         size = num_rows * n
@@ -201,6 +218,8 @@ def _tile_kernel(
             acc = tl.zeros([ROWS, COLUMNS], tl.float32)
             for part in tl.static_range(SPLITS):
                 acc += tl.load(parts_ptr + part * size + places, mask=exists, other=0.0)
+            if bias_ptr is not None:
+                acc += biases[None, :]
             tl.store(out_ptr + places, acc.to(out_ptr.dtype.element_ty), mask=exists)
             tl.store(arrivals_ptr + tl.program_id(0), 0)
 
@@ -244,15 +263,15 @@ def _parts(k: int) -> int:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x: [rows, k], weight: [n, k], bias: [n] -> x W^T (+ b): [rows, n]."""
     (num_rows, k), n = x.shape, weight.shape[0]
-    if not 0 < num_rows <= _TILE_ROWS or x.dtype.itemsize != 2 or bias is not None:
+    if not 0 < num_rows <= _TILE_ROWS or x.dtype.itemsize != 2:
         return F.linear(x, weight, bias)
     if num_rows > _SOME_ROWS:
         return (
-            _linear_in_tiles(x.contiguous(), weight)
+            _linear_in_tiles(x.contiguous(), weight, bias)
             if _splits(n, k) and n * k < _LARGE
-            else F.linear(x, weight)
+            else F.linear(x, weight, bias)
         )
-    return linear_of_few(x, weight) if suits_few(x, weight) else F.linear(x, weight)
+    return linear_of_few(x, weight, bias) if suits_few(x, weight) else F.linear(x, weight, bias)
 
 
 def suits_few(x: Tensor, weight: Tensor) -> bool:
@@ -260,9 +279,11 @@ def suits_few(x: Tensor, weight: Tensor) -> bool:
     return 0 < x.shape[0] <= _SOME_ROWS and _parts(x.shape[1]) > 0 and weight.shape[0] % 16 == 0
 
 
-def linear_of_few(x: Tensor, weight: Tensor, gate_and_up: bool = False) -> Tensor:
-    """x W^T of up to 16 rows. gate_and_up: the weights are gate's rows followed by up's ->
-    silu(gate) * up.
+def linear_of_few(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, gate_and_up: bool = False
+) -> Tensor:
+    """x W^T (+ b) of up to 16 rows. gate_and_up: the weights are gate's rows followed by up's, without a
+    bias -> silu(gate) * up.
     """
     x = x.contiguous()
     (num_rows, k), n, parts = x.shape, weight.shape[0], _parts(x.shape[1])
@@ -273,6 +294,7 @@ def linear_of_few(x: Tensor, weight: Tensor, gate_and_up: bool = False) -> Tenso
         _few_rows_kernel[(n // columns,)](
             x,
             weight,
+            bias,
             out,
             width,
             ROWS=num_rows,
@@ -290,6 +312,7 @@ def linear_of_few(x: Tensor, weight: Tensor, gate_and_up: bool = False) -> Tenso
         _some_rows_kernel[(n // columns,)](
             x,
             weight,
+            bias,
             out,
             num_rows,
             width,
@@ -305,7 +328,7 @@ def linear_of_few(x: Tensor, weight: Tensor, gate_and_up: bool = False) -> Tenso
     return out
 
 
-def _linear_in_tiles(x: Tensor, weight: Tensor) -> Tensor:
+def _linear_in_tiles(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     (num_rows, k), n = x.shape, weight.shape[0]
     splits, columns = _splits(n, k), _tile_columns(n)
     out = torch.empty(num_rows, n, dtype=x.dtype, device=x.device)
@@ -317,6 +340,7 @@ def _linear_in_tiles(x: Tensor, weight: Tensor) -> Tensor:
     _tile_kernel[(n // columns, splits)](
         x,
         weight,
+        bias,
         out,
         parts,
         _arrivals(x.device),

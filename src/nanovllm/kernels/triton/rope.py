@@ -1,5 +1,5 @@
-"""Everything between the QKV projection and attention, in one pass: q/k norm, rotary embedding (Su
-et al., 2021), KV store.
+"""Everything between the QKV projection and attention, in one pass: q/k norm where the family has it,
+rotary embedding (Su et al., 2021), KV store.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ def norm_and_rotate(
     first, second, weight_ptr, columns, in_half, cos, sin, eps, HEAD_DIM: tl.constexpr
 ):
     """Rows of heads, as (first half, second half): [rows, head_dim / 2] each -> the same, with
-    `columns` those of a half.
+    `columns` those of a half. weight_ptr: None where heads have no norms.
 
     Rounded to the model's type after the norm and after its weight, as the torch twin.
     """
     half: tl.constexpr = HEAD_DIM // 2
     dtype = first.dtype
     a, b = first.to(tl.float32), second.to(tl.float32)
-    scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / HEAD_DIM + eps)[:, None]
-    a = (a * scale).to(dtype).to(tl.float32) * tl.load(weight_ptr + columns, mask=in_half).to(
-        tl.float32
-    )
-    b = (b * scale).to(dtype).to(tl.float32) * tl.load(
-        weight_ptr + half + columns, mask=in_half
-    ).to(tl.float32)
-    a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
+    if weight_ptr is not None:
+        scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / HEAD_DIM + eps)[:, None]
+        a = (a * scale).to(dtype).to(tl.float32) * tl.load(weight_ptr + columns, mask=in_half).to(
+            tl.float32
+        )
+        b = (b * scale).to(dtype).to(tl.float32) * tl.load(
+            weight_ptr + half + columns, mask=in_half
+        ).to(tl.float32)
+        a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
     return (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
 
 
@@ -118,16 +119,16 @@ def _qk_norm_rope_store_kv_kernel(
 
 def qk_norm_rope_store_kv(
     qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
     eps: float,
     cos_sin: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv: [tokens, (q_heads + 2 * kv_heads) * head_dim]; q_weight, k_weight: [head_dim]; cos_sin:
-    [tokens, head_dim] float32, cosines first; caches: [blocks, kv_heads, block_size, head_dim];
+    """qkv: [tokens, (q_heads + 2 * kv_heads) * head_dim]; q_weight, k_weight: [head_dim], both None
+    where heads have no norms; cos_sin: [tokens, head_dim] float32, cosines first; caches: [blocks, kv_heads, block_size, head_dim];
     slot_mapping: [tokens] int64.
 
     Returns q: [tokens, q_heads, head_dim] and k, v: [tokens, kv_heads, head_dim] (v a view of qkv);

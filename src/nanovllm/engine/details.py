@@ -1,9 +1,26 @@
-"""Log-probabilities as vLLM returns them. Loaded when a request asks for them."""
+"""What an output has beyond its tokens and their text: log-probabilities as vLLM returns them, the
+text of a request that still runs, or that has options. Loaded where an output has one of these.
+"""
 
 from tokenizers import Tokenizer
 
 from nanovllm.engine.sequence import Sequence, TokenLogprobs
 from nanovllm.outputs import CompletionOutput, Logprob
+
+INCOMPLETE = "\ufffd"
+"""What a tokenizer decodes the first bytes of a character to."""
+
+
+def complete(completion: CompletionOutput, seq: Sequence, tokenizer: Tokenizer | None) -> None:
+    """Sets the parts of a completion that most outputs do not have. A text never ends in a part of
+    a character while more tokens are to come.
+    """
+    if hasattr(seq, "text_of"):  # requests.sequences.SequenceWithOptions
+        completion.text = seq.text_of(tokenizer)
+    if seq.finish_reason is None:
+        completion.text = completion.text.rstrip(INCOMPLETE)
+    if seq.params.logprobs is not None:
+        attach_logprobs(completion, seq, tokenizer)
 
 
 def attach_logprobs(
