@@ -343,10 +343,15 @@ def _cells_of_study(
     absent: Mapping[tuple[str, Level], str],
     reason_against: ReasonAgainst,
 ) -> tuple[dict[str, Cell], list[NotApplicable]]:
-    """The cells that the study lists itself (`cells`), and those of them that cannot run."""
+    """The cells that the study lists itself (`cells`), and those of them that cannot run. A cell of role `all` has
+    everything on that can run: it is made without the levels that cannot, which are listed as such.
+    """
     cells: dict[str, Cell] = {}
     not_applicable: list[NotApplicable] = []
     for name, cell in study.cells.items():
+        if cell.role == "all":
+            here = {pair[0]: pair[1] for pair in cell.levels.items() if pair not in absent}
+            cell = cell.model_copy(update={"levels": here}) if here else cell
         missing = next((pair for pair in cell.levels.items() if pair in absent), None)
         levels = cell.levels
         if missing is not None:

@@ -61,6 +61,8 @@ CPU_START_S, CPU_PARALLEL_START_S = 1.2, 1.5
 """Start-up times on a CPU: weights and warm-up of an engine whose libraries are imported; ranks."""
 CPU_HF_COST, CPU_RANKS_COST = 1.9, 1.4
 """Duration of a wave on a CPU with HF, and with ranks that share the cores, relative to one engine."""
+CPU_NATIVE_COST = {"kernels": 0.65, "attention_backend": 0.8}
+"""The same with the level `native` of a toggle (ablations/LOG.md, 2026-11-29)."""
 USUAL_OP_S = 1e-5
 """`host_op_s` of the host on which the start-up times were measured."""
 
@@ -174,7 +176,8 @@ def cpu_seconds(study: Study, cell: Cell, profile: PlannedProfile, model: Planne
     shape, cores = model["shape"], profile["cpu_cores"] or 1
     flops_per_s = CPU_PEAK_SHARE * profile["peak_flops"] / cores
     token_s = 2 * parameters(shape) / flops_per_s + shape["num_hidden_layers"] * CPU_TOKEN_S
-    cost = 1.0 if ours else CPU_HF_COST
+    native = [share for name, share in CPU_NATIVE_COST.items() if levels.get(name) == "native"]
+    cost = math.prod(native) if ours else CPU_HF_COST
     return float(start + tokens * token_s * (CPU_RANKS_COST if ranks > 1 else cost))
 
 

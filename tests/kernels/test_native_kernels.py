@@ -134,29 +134,13 @@ def test_qkv(
         caches = torch.zeros(2, 5, kv_heads, block_size, head_dim, dtype=dtype)
         return *function(x, weight, bias, *norms, 1e-6, cos_sin, *caches, slots), *caches
 
-    if normed:
-        expected = run(twins.linear_qk_norm_rope_store_kv, weight, *norms)
-    else:
-        expected = run(without_norms, weight)
+    if not normed:
         norms = [None, None]  # type: ignore[list-item]
+    expected = run(twins.linear_qk_norm_rope_store_kv, weight, *norms)
     for given in (weight, pack(weight, heads)):
         found = run(native.linear_qk_norm_rope_store_kv, given, *norms)
         for ours, twin in zip(found, expected, strict=True):
             close(ours, twin)
-
-
-def without_norms(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *rest: Any) -> Any:
-    """The twin of families whose heads are not normed."""
-    from nanovllm.kernels.torch.kv_store import store_kv
-    from nanovllm.kernels.torch.rope import apply_rope
-
-    cos_sin, k_cache, v_cache, slots = rest
-    kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
-    qkv = twins.linear(x, weight, bias).view(len(x), -1, head_dim)
-    q, k, v = qkv.tensor_split((-2 * kv_heads, -kv_heads), dim=1)
-    q, k = apply_rope(q, cos_sin), apply_rope(k, cos_sin)
-    store_kv(k, v, k_cache, v_cache, slots)
-    return q, k, v
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
