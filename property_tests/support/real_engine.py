@@ -70,6 +70,7 @@ def engine_of(shape: Shape, **changes: Any) -> Iterator[LLMEngine]:
         with ExitStack() as building:
             if shape.graphs:
                 building.enter_context(patch.object(llm_engine, "ModelRunner", FakeGraphRunner))
+                building.enter_context(patch("nanovllm.cpu.runner.CpuRunner", FakeGraphRunner))
             building.enter_context(in_place_of_processes())
             engine = stack.enter_context(LLMEngine(EngineConfig(**config | changes)))
         expect(engine.scheduler, shape)

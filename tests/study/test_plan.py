@@ -160,8 +160,8 @@ def test_a_budget_gives_the_number_of_blocks(cpu: Profile, model: ModelChoice) -
         r"embedded.yaml .with overrides .*: design.budget_s: 2 blocks of 7 cells at 8 s per launch "
         r"take 112 s, but 100 s are enough for 1"
     )
+    within = "design={kind: full_factorial, budget_s: 100}"
     with pytest.raises(SpecError, match=message):
-        within = "design={kind: full_factorial, budget_s: 100}"
         plan_of(cpu, model, TWO, "cells={}", within, "sizing=null")
 
 
@@ -284,6 +284,7 @@ def test_a_plan_says_what_it_costs_and_what_it_cannot_do(cpu: Profile, model: Mo
             "cells={}",
             "design.blocks=6",
             "design.budget_s=null",
+            "sizing=null",
             "measurement.launch_s=10",
         )
     )
