@@ -901,6 +901,7 @@ def test_every_launch_compiles_and_fits(capability: int) -> None:
 def compile_in_process(capability: int, *more: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # a GPU of this machine has limits of its own
     return subprocess.run(
         [sys.executable, str(Path(__file__)), str(capability), *more],
         env=environment,
