@@ -21,6 +21,7 @@ PRESETS = (
     "tiny-qwen2",
     "tiny-llama",
     "tiny-mistral",
+    "tiny-qwen3-moe",
     "qwen3-8b",
     "qwen3-32b",
     "llama-3.1-8b",

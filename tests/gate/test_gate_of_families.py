@@ -96,11 +96,23 @@ def without_scaling(model: Any) -> None:
     embedding.inv_freq = theta ** -(torch.arange(half, dtype=torch.float64) / half)
 
 
+def without_normalized_shares(model: Any) -> None:
+    for layer in model.base_model.layers:
+        layer.mlp.gate.norm_topk_prob = False
+
+
+def with_one_expert_a_token(model: Any) -> None:
+    for layer in model.base_model.layers:
+        layer.mlp.gate.top_k = 1
+
+
 BROKEN: list[tuple[str, Callable[[Any], None]]] = [
     *((preset, scale_rope_theta) for preset in FAMILIES),
     *((preset, change_norm_epsilon) for preset in FAMILIES),
     ("tiny-qwen2", without_biases),
     ("tiny-llama", without_scaling),
+    ("tiny-qwen3-moe", without_normalized_shares),
+    ("tiny-qwen3-moe", with_one_expert_a_token),
 ]
 
 

@@ -35,10 +35,11 @@ def load_kernels(optimizations: Optimizations, calls: Counter[str]) -> Kernels:
 
 
 def counted(function: Operation, level: str, calls: Counter[str]) -> Operation:
-    """`function`, adding one to calls[level] at each call."""
+    """`function`, adding one to calls[level] at each call. Its attribute `level` is the level."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         calls[level] += 1
         return function(*args, **kwargs)
 
+    call.level = level  # type: ignore[attr-defined]
     return call
