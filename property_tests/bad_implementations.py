@@ -1079,6 +1079,12 @@ def a_rank_takes_the_first_part_of_the_vocabulary() -> list[Patch]:
     return [(logit_processors.LogitProcessors, "edit", edit)]
 
 
+@bad("options_give_the_tokens_of_hf")
+def a_graph_replays_requests_with_options() -> list[Patch]:
+    """A decode with options is replayed from a CUDA graph, which knows nothing of them."""
+    return [(logit_processors.LogitProcessors, "__contains__", lambda self, row: False)]
+
+
 @bad("a_stop_string_ends_the_text")
 def a_stop_string_is_sought_in_the_new_text_alone() -> list[Patch]:
     """A stop string that begins in one token and ends in another is missed."""
