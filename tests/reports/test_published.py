@@ -169,3 +169,11 @@ def test_publishing_keeps_what_is_needed_and_leaves_the_machine_behind(tmp_path:
     (run / "records.jsonl").write_text(lines[0])
     with pytest.raises(RecordError, match="No answer: not one launch was counted"):
         publish(run, "here/nothing", "make ablate STUDY=x", kept)
+
+
+@pytest.mark.parametrize("name", sorted(STUDIES))
+def test_each_number_of_tests_says_of_which_question(name: str) -> None:
+    page = (STUDIES[name] / "report" / "report.md").read_text(encoding="utf-8")
+    for counts in re.findall(r"Tests of each question: (.*?)\. The fewer", page):
+        for count in counts.split(", "):
+            assert re.fullmatch(r"[a-z][\w ]+: \d+", count), counts
