@@ -41,6 +41,9 @@ _SHAPE = (
     "num_key_value_heads",
     "head_dim",
     "intermediate_size",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
     "vocab_size",
     "tie_word_embeddings",
     "max_position_embeddings",
@@ -162,6 +165,8 @@ def download(hub_id: str) -> Path:
 def shape(folder: Path) -> ModelShape:
     """The sizes of a checkpoint, from its config.json."""
     config = json.loads((folder / "config.json").read_text())
+    if "num_local_experts" in config:  # transformers 5's name
+        config["num_experts"] = config["num_local_experts"]
     found: ModelShape = {name: config[name] for name in _SHAPE if name in config}  # type: ignore[assignment]
     found.setdefault("head_dim", found["hidden_size"] // found["num_attention_heads"])
     return found

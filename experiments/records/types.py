@@ -99,6 +99,9 @@ class ModelShape(TypedDict):
     head_dim: int
     intermediate_size: int
     vocab_size: int
+    num_experts: NotRequired[int]  # these three where a model has mixtures of experts
+    num_experts_per_tok: NotRequired[int]
+    moe_intermediate_size: NotRequired[int]
     tie_word_embeddings: NotRequired[bool]
     max_position_embeddings: NotRequired[int]
 

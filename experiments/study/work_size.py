@@ -244,22 +244,32 @@ def _steps(lengths: list[int], rows: int, static: bool) -> int:
     return max(ends)
 
 
-def parameters(shape: ModelShape) -> int:
-    """The number of weights of a Qwen3 model that a token is multiplied with: layers and LM head."""
+def parameters(shape: ModelShape, experts: int | None = None) -> int:
+    """The number of weights that a token is multiplied with: layers and LM head. experts: how many of a layer
+    count, where it has a mixture of them; by default those that a token goes through.
+    """
     hidden, head = shape["hidden_size"], shape["head_dim"]
     attention = (
         hidden * head * (2 * shape["num_attention_heads"] + 2 * shape["num_key_value_heads"])
     )
-    layer = attention + 3 * hidden * shape["intermediate_size"]
+    width = shape["intermediate_size"]
+    if "num_experts" in shape:
+        width = shape["moe_intermediate_size"] * (experts or shape["num_experts_per_tok"])
+    layer = attention + 3 * hidden * width
     return int(shape["num_hidden_layers"] * layer + hidden * shape["vocab_size"])
 
 
 def weight_bytes(shape: ModelShape, dtype: str) -> int:
-    """The size of the weights in memory, without norms, which are a few thousand elements per layer."""
+    """The size of the weights in memory, without norms, biases and routers, which are a few thousand elements
+    per layer.
+    """
     embedding = (
         0 if shape.get("tie_word_embeddings", True) else shape["hidden_size"] * shape["vocab_size"]
     )
-    return (parameters(shape) + embedding) * {"float32": 4, "bfloat16": 2}[dtype]
+    return (parameters(shape, shape.get("num_experts")) + embedding) * {
+        "float32": 4,
+        "bfloat16": 2,
+    }[dtype]
 
 
 def kv_bytes_per_token(shape: ModelShape, dtype: str) -> int:

@@ -48,7 +48,7 @@ Wave = Sequence[tuple[Sequence[int], int]]
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the bound needs of a decoder with grouped-query attention and a gated MLP (Qwen3)."""
+    """What the bound needs of a decoder with grouped-query attention and a gated MLP, or with the experts of one token."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -64,7 +64,11 @@ class ModelShape:
         """From the `model` part of a plan; keys of `shape` that the bound does not need are left
         alone.
         """
-        shape = model["shape"]
+        shape = dict(model["shape"])
+        if "num_experts" in shape:  # no step reads fewer of them than a token goes through
+            shape["intermediate_size"] = (
+                shape["num_experts_per_tok"] * shape["moe_intermediate_size"]
+            )
         names = [name for name in cls.__dataclass_fields__ if name != "bytes_per_element"]
         missing = [name for name in names if name not in shape]
         if missing:

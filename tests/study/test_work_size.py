@@ -36,6 +36,24 @@ MODEL = {
 }
 
 
+def test_a_token_goes_through_few_of_the_experts_that_take_memory() -> None:
+    """Qwen3-30B-A3B: 30.5 billion weights, 3.3 of which are active, as its name and its model card say."""
+    shape = SHAPE | {
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "intermediate_size": 6144,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "tie_word_embeddings": False,
+    }
+    assert round(work_size.weight_bytes(shape, "bfloat16") / 2e9, 1) == 30.5
+    embedding = shape["hidden_size"] * shape["vocab_size"]
+    assert round((work_size.parameters(shape) + embedding) / 1e9, 1) == 3.3
+
+
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "resolve_model", lambda choice: MODEL)
