@@ -72,7 +72,7 @@ def bad(killer: str, fact: str = "") -> Callable[[Callable[[], list[Patch]]], No
     def register(patches: Callable[[], list[Patch]]) -> None:
         BAD.append(
             BadImplementation(
-                patches.__name__, (patches.__doc__ or "").strip(), fact, killer, patches
+                patches.__name__, " ".join((patches.__doc__ or "").split()), fact, killer, patches
             )
         )
 

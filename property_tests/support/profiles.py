@@ -66,7 +66,8 @@ class Property:
 
     @property
     def what(self) -> str:
-        return (self.body.__doc__ or "").strip().split("\n")[0]
+        """The first paragraph of its docstring, on one line."""
+        return " ".join((self.body.__doc__ or "").strip().split("\n\n")[0].split())
 
 
 def holds(
