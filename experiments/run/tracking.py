@@ -40,7 +40,7 @@ ADDRESS = "http://127.0.0.1:5000"
 """Where `make ui` and a plain `mlflow ui` listen."""
 TRAINING = "workflowType=machine_learning"
 """Has MLflow's pages show the menu of training runs instead of the one of GenAI applications (3.17)."""
-SHARED_VIEW, MOST_METRICS = "mlflow.sharedViewState", 7
+SHARED_VIEW, MOST_METRICS = "mlflow.sharedViewState", 6
 CELLS, SPEEDUP, _BY_NAME = "tags.role = 'cell'", "/speedup", "attributes.run_name"
 _VIEW_VERSION = 2
 """Raise it when the shape of the runs changes: an import then replaces what an older version wrote."""
@@ -166,14 +166,11 @@ def _table(client: Any, experiment: str, search: str, address: str) -> str:
     named = {name for run in cells for name in run.data.metrics}
     speedups = sorted(name for name in named if name.endswith(SPEEDUP))
     order = f"metrics.`{speedups[0]}`" if speedups else _BY_NAME
-    intervals = [
-        f"{speedup}_{end}"
-        for speedup in speedups
-        if speedup != f"all workloads{SPEEDUP}"
-        for end in ("low", "high")
-    ]
-    # tags come last, and have to be in the window: verdict and gate belong to the numbers
-    shown = [*speedups, *intervals] if len(speedups + intervals) <= MOST_METRICS else speedups
+    of_workloads = [name for name in speedups if name != f"all workloads{SPEEDUP}"]
+    ends = [f"{name}_{end}" for name in of_workloads for end in ("low", "high")]
+    # verdict and gate, which belong to the numbers, come after them and have to be in the window
+    choices = ([*speedups, *ends], [*of_workloads, *ends], of_workloads)
+    shown = next((names for names in choices if len(names) <= MOST_METRICS), speedups)
     columns = [f"metrics.`{name}`" for name in shown if name in named]
     view = {
         "searchFilter": search,
