@@ -1070,13 +1070,19 @@ def a_row_keeps_the_last_owners_options() -> list[Patch]:
 def a_rank_takes_the_first_part_of_the_vocabulary() -> list[Patch]:
     """Every rank samples from the first part of the edited logits."""
 
-    def edit(self: Any, logits: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+    def edit(self: Any, logits: torch.Tensor, hidden: Any, plan: StepPlan) -> torch.Tensor:
         tp = self.runner.tp
         with patch.object(tp, "rank", 0) if self.specs else ExitStack():
-            return real(self, logits, plan)
+            return real(self, logits, hidden, plan)
 
     real = logit_processors.LogitProcessors.edit
     return [(logit_processors.LogitProcessors, "edit", edit)]
+
+
+@bad("options_give_the_tokens_of_hf")
+def a_graph_replays_requests_with_options() -> list[Patch]:
+    """A decode with options is replayed from a CUDA graph, which knows nothing of them."""
+    return [(logit_processors.LogitProcessors, "__contains__", lambda self, row: False)]
 
 
 @bad("a_stop_string_ends_the_text")

@@ -14,8 +14,8 @@ from nanovllm.layers.rope_scaling import read_scaled_rope
 
 
 def make_exact(model: Any) -> None:
-    """Makes a model compute RMS norms in its own precision and rotary angles in float64. HF computes
-    both in float32, whatever the model's dtype.
+    """Makes a model compute RMS norms and a router's shares in its own precision, and rotary angles in
+    float64. HF computes all of them in float32, whatever the model's dtype.
 
     Otherwise the reference of a float32 engine would be as noisy as the engine, and HF's rounding
     of angles (1e-7 times the position, in radians) would be taken as exact: an engine with more
@@ -26,6 +26,13 @@ def make_exact(model: Any) -> None:
         return self.weight * (
             x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
         )
+
+    def router(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = torch.nn.functional.linear(x.reshape(-1, x.shape[-1]), self.weight)
+        shares, experts = logits.softmax(-1).topk(self.top_k, dim=-1)
+        if self.norm_topk_prob:
+            shares = shares / shares.sum(-1, keepdim=True)
+        return logits, shares, experts
 
     def rotary(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         angles = position_ids[..., None].double() * self.inv_freq
@@ -43,6 +50,11 @@ def make_exact(model: Any) -> None:
         )
     for module in norms:
         module.forward = types.MethodType(norm, module)
+    for module in model.modules():
+        if type(module).__name__ == "Qwen3MoeTopKRouter":
+            module.forward = types.MethodType(router, module)
+            # its other implementations of experts multiply no matrices of float64
+            model.set_experts_implementation("eager")
     embedding.inv_freq = exact_frequencies(model, embedding)
     embedding.forward = types.MethodType(rotary, embedding)
 

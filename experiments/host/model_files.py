@@ -18,10 +18,16 @@ from experiments.records.types import ModelFiles, ModelShape, PlannedModel
 PRESETS = (
     "tiny",
     "qwen3-0.6b",
+    "tiny-qwen2",
+    "tiny-llama",
+    "tiny-mistral",
+    "tiny-qwen3-moe",
     "qwen3-8b",
     "qwen3-32b",
+    "llama-3.1-8b",
     "qwen3-8b-4-layers",
     "qwen3-32b-4-layers",
+    "llama-3.1-8b-4-layers",
 )
 """The names of nanovllm.models.checkpoint, which cannot be imported here: it needs torch."""
 _PREPARE = (

@@ -14,11 +14,13 @@ import hashlib
 import json
 import os
 import shutil
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from filelock import FileLock
 
@@ -36,7 +38,10 @@ DETAILS = "details.json"
 """The artifact of a cell or launch that holds what is no column of the runs table."""
 ADDRESS = "http://127.0.0.1:5000"
 """Where `make ui` and a plain `mlflow ui` listen."""
-SHARED_VIEW, MOST_COLUMNS = "mlflow.sharedViewState", 24
+TRAINING = "workflowType=machine_learning"
+"""Has MLflow's pages show the menu of training runs instead of the one of GenAI applications (3.17)."""
+SHARED_VIEW, MOST_METRICS = "mlflow.sharedViewState", 7
+CELLS, SPEEDUP, _BY_NAME = "tags.role = 'cell'", "/speedup", "attributes.run_name"
 _VIEW_VERSION = 2
 """Raise it when the shape of the runs changes: an import then replaces what an older version wrote."""
 
@@ -60,12 +65,8 @@ def import_folder(
     if not any(record["kind"] == "launch" for record in found):
         raise TrackingError(f"{folder}: no launch is recorded yet; run the study first")
     analysis = store.read_json(report / "analysis.json") if report else None
-    try:
+    with _errors_explained(root):
         return _import(folder, report, root, plan, found, analysis)
-    except TrackingError:
-        raise
-    except Exception as error:
-        raise TrackingError(_explained(error, root)) from error
 
 
 def objection(root: Path = WORKPLACE) -> str | None:
@@ -88,14 +89,10 @@ def link(run_id: str, root: Path = WORKPLACE, address: str = ADDRESS) -> str:
     """The address of the runs table with the cells of an execution, given the id of its run. Raises
     TrackingError.
     """
-    try:
+    with _errors_explained(root):
         client = _client(root)
         experiment = client.get_run(run_id).info.experiment_id
         return _table(client, experiment, f"tags.`{PARENT}` = '{run_id}'", address)
-    except TrackingError:
-        raise
-    except Exception as error:
-        raise TrackingError(_explained(error, root)) from error
 
 
 def links(root: Path = WORKPLACE, address: str = ADDRESS) -> dict[str, str]:
@@ -104,16 +101,53 @@ def links(root: Path = WORKPLACE, address: str = ADDRESS) -> dict[str, str]:
     """
     if not (root / DATABASE).exists():
         return {}
-    try:
+    with _errors_explained(root):
         client = _client(root)
-        by_id = {found.experiment_id: found.name for found in client.search_experiments()}
-        studies = client.search_runs(
-            list(by_id), "tags.role = 'study'", order_by=["attributes.start_time DESC"]
-        )
-        latest = dict.fromkeys(run.info.experiment_id for run in studies)
         return {
-            by_id[found]: _table(client, found, "tags.role = 'cell'", address) for found in latest
+            name: _table(client, experiment, CELLS, address)
+            for experiment, name in _studies(client).items()
         }
+
+
+def comparison(root: Path = WORKPLACE, address: str = ADDRESS) -> str | None:
+    """The address of MLflow's comparison of all studies: a chart for each metric, with a bar for each
+    cell. None with fewer than two studies. Raises TrackingError.
+    """
+    if not (root / DATABASE).exists():
+        return None
+    with _errors_explained(root):
+        client = _client(root)
+        studies = list(_studies(client))
+        if len(studies) < 2:
+            return None
+        cells = client.search_runs(studies, CELLS)
+        named = [name for run in cells for name in run.data.metrics if name.endswith(SPEEDUP)]
+        # by time, MLflow would fold the cells into their study
+        order = f"metrics.`{Counter(named).most_common(1)[0][0]}`" if named else _BY_NAME
+        view = {
+            "experiments": json.dumps(studies, separators=(",", ":")),
+            "searchFilter": CELLS,
+            "orderByKey": order,
+            "orderByAsc": "false",
+            "compareRunsMode": "CHART",
+        }
+        return f"{address}/#/compare-experiments/s?{urlencode(view, quote_via=quote)}&{TRAINING}"
+
+
+def _studies(client: Any) -> dict[str, str]:
+    """{id of the experiment: study}, the latest study first."""
+    by_id = {found.experiment_id: found.name for found in client.search_experiments()}
+    runs = client.search_runs(
+        list(by_id), "tags.role = 'study'", order_by=["attributes.start_time DESC"]
+    )
+    return {run.info.experiment_id: by_id[run.info.experiment_id] for run in runs}
+
+
+@contextmanager
+def _errors_explained(root: Path) -> Iterator[None]:
+    """Whatever MLflow, SQLAlchemy or the disk raise becomes a TrackingError that says what to do."""
+    try:
+        yield
     except TrackingError:
         raise
     except Exception as error:
@@ -130,25 +164,28 @@ def _table(client: Any, experiment: str, search: str, address: str) -> str:
     """
     cells = client.search_runs([experiment], search, max_results=100)
     named = {name for run in cells for name in run.data.metrics}
-    speedups = sorted(name for name in named if name.endswith("/speedup"))
-    order = f"metrics.`{speedups[0]}`" if speedups else "attributes.run_name"
-    columns = [
-        f"metrics.`{name}`"
+    speedups = sorted(name for name in named if name.endswith(SPEEDUP))
+    order = f"metrics.`{speedups[0]}`" if speedups else _BY_NAME
+    intervals = [
+        f"{speedup}_{end}"
         for speedup in speedups
-        for name in (speedup, f"{speedup}_low", f"{speedup}_high")
-        if name in named
+        if speedup != f"all workloads{SPEEDUP}"
+        for end in ("low", "high")
     ]
+    # tags come last, and have to be in the window: verdict and gate belong to the numbers
+    shown = [*speedups, *intervals] if len(speedups + intervals) <= MOST_METRICS else speedups
+    columns = [f"metrics.`{name}`" for name in shown if name in named]
     view = {
         "searchFilter": search,
         "orderByKey": order,
         "orderByAsc": not speedups,
         "startTime": "ALL",
         "lifecycleFilter": "Active",
-        "selectedColumns": [*columns[:MOST_COLUMNS], "tags.`verdict`", "tags.`gate`"],
+        "selectedColumns": [*columns, "tags.`verdict`", "tags.`gate`"],
     }
     key = hashlib.sha256(search.encode()).hexdigest()[:12]
     client.set_experiment_tag(experiment, f"{SHARED_VIEW}.{key}", json.dumps(view))
-    return f"{address}/#/experiments/{experiment}/runs?viewStateShareKey={key}"
+    return f"{address}/#/experiments/{experiment}/runs?viewStateShareKey={key}&{TRAINING}"
 
 
 def _explained(error: Exception, root: Path) -> str:

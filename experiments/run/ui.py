@@ -15,16 +15,17 @@ from experiments.run import tracking
 def lines() -> list[str]:
     """What is printed before the server starts."""
     try:
-        found = tracking.links()
+        found, comparison = tracking.links(), tracking.comparison()
     except tracking.TrackingError as error:
         return [f"MLflow cannot be read: {error}"]
     if not found:
         return ["MLflow has no study yet: `make ablate` records one"]
     width = max(map(len, found))
-    return [
+    lines = [
         "Configurations of each study, the fastest first:",
         *(f"  {study:{width}}  {table}" for study, table in found.items()),
     ]
+    return [*lines, "All of them as charts:", f"  {comparison}"] if comparison else lines
 
 
 def main() -> None:

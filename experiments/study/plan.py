@@ -144,14 +144,18 @@ def outline(study: Study, profile: PlannedProfile, shape: ModelShape | None = No
     """
     cells, not_applicable, generators = _cells(study, profile, shape)
     design, launch_s = study.design, study.measurement.launch_s
+    budget_s, sizing = design.budget_s, study.sizing
+    if sizing and design.blocks is None and budget_s:
+        # a guess by launch_s; work_size.fit estimates each launch, and never takes fewer blocks
+        fitting = int(budget_s / (len(cells) * launch_s))
+        blocks = min(sizing.most_blocks, max(sizing.least_blocks, fitting))
+        return Outline(cells, not_applicable, blocks, generators, launch_s)
     try:
         blocks = block_count.blocks_within(
-            design.blocks, design.budget_s, design.bootstrap, len(cells), launch_s
+            design.blocks, budget_s, design.bootstrap, len(cells), launch_s
         )
     except ValueError as error:
         raise SpecError(f"{study.source}: {error}") from error
-    if study.sizing and design.blocks is None:  # work_size.fit then estimates each launch
-        blocks = min(blocks, study.sizing.most_blocks)
     return Outline(cells, not_applicable, blocks, generators, launch_s)
 
 

@@ -7,6 +7,7 @@ ranks in threads (ranks.py).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -35,9 +36,13 @@ BYTES_A_TOKEN = 4 * 2 * 2 * 64 * 4  # of KV: layers, keys and values, heads, hea
 VOCAB = 2048
 
 
+MODEL = os.environ.get("NANOVLLM_PROPERTY_MODEL", "tiny")
+"""A preset of any family (`make property MODEL=tiny-llama`); all those named tiny have the same vocabulary and KV cache."""
+
+
 @cache
 def tiny() -> Path:
-    return ensure_checkpoint("tiny")
+    return ensure_checkpoint(MODEL)
 
 
 @contextmanager
@@ -65,6 +70,7 @@ def engine_of(shape: Shape, **changes: Any) -> Iterator[LLMEngine]:
         with ExitStack() as building:
             if shape.graphs:
                 building.enter_context(patch.object(llm_engine, "ModelRunner", FakeGraphRunner))
+                building.enter_context(patch("nanovllm.cpu.runner.CpuRunner", FakeGraphRunner))
             building.enter_context(in_place_of_processes())
             engine = stack.enter_context(LLMEngine(EngineConfig(**config | changes)))
         expect(engine.scheduler, shape)

@@ -57,12 +57,16 @@ class Claims(BaseModel):
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim with everything that was found, and the verdict; the verdict rests on `deciding`."""
+    """A claim with everything that was found, and the verdict; the verdict rests on `deciding`.
+
+    caveats: what the report of the deciding study tells its readers before they believe it.
+    """
 
     claim: Claim
     findings: Sequence[Finding]
     deciding: Sequence[Finding]
     verdict: str
+    caveats: Sequence[str] = ()
 
 
 def read_claims(path: Path = CLAIMS) -> list[Claim]:
@@ -81,7 +85,9 @@ def judge(claim: Claim, library: Library) -> Judged:
     deciding = [finding for finding in candidates if finding.source == source]
     verdicts = {verdict_of(finding, claim.value) for finding in deciding}
     verdict = next(word for word in (NOT_REPRODUCED, INCONCLUSIVE, REPRODUCED) if word in verdicts)
-    return Judged(claim, findings, deciding, verdict)
+    study = library.studies.get(source)  # else a result in a file of its own
+    caveats = study.analysis["answer"]["caveats"] if study else ()
+    return Judged(claim, findings, deciding, verdict, caveats)
 
 
 def verdict_of(finding: Finding, value: float) -> str:
@@ -168,6 +174,8 @@ def _section(one: Judged) -> Section:
         f"Verdict: {one.verdict}."
         + ("" if one.deciding else f" No published record has it; it needs {claim.needs}."),
     ]
+    if one.caveats:
+        lead.append(f"Caveats of {one.deciding[0].source}: {' '.join(one.caveats)}")
     measured = [finding for finding in one.findings if not finding.modelled]
     others = [finding for finding in measured if finding not in one.deciding]
     tables = [

@@ -5,6 +5,10 @@ The DevTools protocol is JSON with a NUL after each message; Chromium reads it f
 writes to 4: no port is open.
 """
 
+# Own code instead of Playwright: its package holds a Node.js runtime, through which each call goes, and is made for browsers that
+# it downloads itself. What is needed here is to open a page of a stated size and theme, evaluate JavaScript, and take a picture,
+# with the Chromium that the machine has.
+
 from __future__ import annotations
 
 import base64
@@ -100,7 +104,7 @@ class Browser:
 
     def open(
         self,
-        page: Path,
+        page: Path | str,
         width: int,
         height: int,
         *,
@@ -108,8 +112,8 @@ class Browser:
         scale: int = 1,
         settle_s: float = 0.3,
     ) -> None:
-        """Loads a file at this size in CSS pixels, and waits until it is loaded and for a moment
-        more. Raises BrowserError.
+        """Loads a file, or a page by its address, at this size in CSS pixels, and waits until it is
+        loaded and for a moment more. Raises BrowserError.
         """
         self.call(
             "Emulation.setDeviceMetricsOverride",
@@ -121,11 +125,14 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.events.clear()
-        answer = self.call("Page.navigate", url=page.resolve().as_uri())
+        url = page if isinstance(page, str) else page.resolve().as_uri()
+        answer = self.call("Page.navigate", url=url)
         if "errorText" in answer:
             raise BrowserError(f"{page}: Chromium cannot open it ({answer['errorText']})")
         until = time.monotonic() + self._deadline_s
-        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
+        # another part of the page that is open loads nothing, and gets no loader
+        loads = "loaderId" in answer
+        while loads and not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(self._receive(until))
         quiet = time.monotonic() + settle_s
         while (left := quiet - time.monotonic()) > 0 and select.select([self._in], [], [], left)[0]:
@@ -138,9 +145,23 @@ class Browser:
             raise BrowserError(f"{expression}: {result['exceptionDetails'].get('text')}")
         return result["result"].get("value")
 
-    def picture(self) -> bytes:
-        """The visible part of the page, as PNG."""
-        return base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
+    def wait_for(self, condition: str) -> None:
+        """Waits until a JavaScript expression is true: for a page that draws itself. Raises
+        BrowserError after the timeout, with what the page says instead.
+        """
+        until = time.monotonic() + self._deadline_s
+        while not self.evaluate(f"Boolean({condition})"):
+            if time.monotonic() > until:
+                text = self.evaluate("document.body.innerText")
+                raise BrowserError(
+                    f"not true after {self._deadline_s:g} s: {condition}; the page says: {text[:2000]}"
+                )
+            time.sleep(0.2)
+
+    def picture(self, *, whole: bool = False) -> bytes:
+        """The visible part of the page, or all of it, as PNG."""
+        shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+        return base64.b64decode(shot["data"])
 
     def complaints(self) -> list[str]:
         """Errors and warnings of the console, exceptions, and problems that the browser logged

@@ -2,6 +2,7 @@
 that they draw.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,18 @@ def canvas(
     )
     axes.yaxis.set_major_locator(NullLocator())
     return figure, axes
+
+
+def lines(label: str, most: int) -> list[str]:
+    """A label in lines of at most `most` characters, broken after spaces and before plus signs; only
+    a word that is longer than a line is cut.
+    """
+    found = [""]
+    for part in re.split(r"(?<= )|(?=\+)", label):
+        if found[-1] and len(found[-1] + part.rstrip()) > most:
+            found.append("")
+        found[-1] += part
+    return [shorten(line.rstrip(), most) for line in found]
 
 
 def shorten(label: str, most: int) -> str:

@@ -21,6 +21,7 @@ from reports.figures.layout import (
     Effect,
     by_workload,
     canvas,
+    lines,
     primary,
     shorten,
 )
@@ -190,7 +191,11 @@ def ceiling(analysis: Analysis, width: int) -> Figure | None:
     wide = width == WIDE
     row_px, head_px, left_px, right_px = (26, 34, 190, 176) if wide else (40, 34, 1, 1)
     groups = list(by_workload(rows))
-    height = sum(head_px + row_px * len(group) for _, group in groups) + 8
+    labels = {row["cell"]: lines(analysis["shown"][row["cell"]], 28) for row in rows}
+    rows_px = {
+        cell: row_px + (0 if wide else 15 * (len(found) - 1)) for cell, found in labels.items()
+    }
+    height = sum(head_px + sum(rows_px[row["cell"]] for row in group) for _, group in groups) + 8
     figure, axes = canvas(width, height, left_px, right_px, 0)
     axes.set_axis_off()
     axes.set_xlim(0, max(1.0, *(row["share"] for row in rows)))
@@ -206,7 +211,8 @@ def ceiling(analysis: Analysis, width: int) -> Figure | None:
         axes.text(-left_px / axes_px, y + head_px - 11, title, transform=across, **HEAD)
         y += head_px
         for row in group:
-            middle = y + row_px / 2 if wide else y + row_px - 12
+            bottom, label = y + rows_px[row["cell"]], labels[row["cell"]]
+            middle = y + row_px / 2 if wide else bottom - 12
             axes.barh(middle, 1, height=9, color=LIGHT["band"], linewidth=0)
             ours = analysis["cells"][row["cell"]]["role"] in ("treatment", "all")
             axes.barh(
@@ -218,10 +224,12 @@ def ceiling(analysis: Analysis, width: int) -> Figure | None:
             )
             axes.text(
                 -left_px / axes_px if wide else 0,
-                middle if wide else y + 14,
-                shorten(analysis["shown"][row["cell"]], 28 if wide else 24),
+                middle if wide else y + 4,
+                "\n".join(label),
                 transform=across,
-                va="center" if wide else "baseline",
+                va="center" if wide else "top",
+                fontsize=10.5 if wide and len(label) > 1 else 12,
+                linespacing=1.05,
             )
             rate, share = f"{text.number(row['tokens_per_s'])} tok/s", text.percent(row["share"])
             if wide:
@@ -246,7 +254,7 @@ def ceiling(analysis: Analysis, width: int) -> Figure | None:
                     ha="right",
                     color=LIGHT["muted"],
                 )
-            y += row_px
+            y = bottom
     return figure
 
 

@@ -16,13 +16,15 @@ from reports.figures.layout import (
     Analysis,
     Effect,
     canvas,
+    lines,
     primary,
-    shorten,
 )
 from reports.figures.svg import LIGHT
 
 _EDGE = 1000.0
 """The farthest ratio that is drawn, and its inverse."""
+_LONG = 10
+"""From so many rows on, a group's heading repeats the ticks of the axis, which is far below."""
 
 
 def forest(analysis: Analysis, width: int) -> Figure | None:
@@ -93,9 +95,18 @@ def _ratio_plot(
     if not groups:
         return None
     wide = width == WIDE
-    row_px, head_px, axis_px = (27, 34, 44) if wide else (40, 32, 44)
+    head_px, axis_px = (34, 44) if wide else (32, 44)
     left_px, right_px = (190, 176) if wide else (14, 14)
-    content_px = sum((head_px if title else 8) + row_px * len(rows) for title, rows in groups)
+    labels = {label: lines(label, 29) for _, rows in groups for label, _ in rows}
+    # a long label takes several lines: within the row of a desk, above the interval on a phone
+    row_px = {
+        label: 27 + 13 * (len(found) > 2) if wide else 25 + 15 * len(found)
+        for label, found in labels.items()
+    }
+    content_px = sum(
+        (head_px if title else 8) + sum(row_px[label] for label, _ in rows)
+        for title, rows in groups
+    )
     figure, axes = canvas(width, content_px + axis_px, left_px, right_px, axis_px)
     axes.set_ylim(content_px, 0)
     axes.set_xscale("log")
@@ -103,17 +114,22 @@ def _ratio_plot(
     axes.set_xlim(low, high)
     across = axes.get_yaxis_transform()
     axes_px = width - left_px - right_px
+    _ratio_axis(axes)
     if wide:
         _draw_band(axes, analysis, 0, content_px)
+        axes.grid(axis="x", color=LIGHT["rule"], linewidth=0.8)
+        axes.set_axisbelow(True)
     y = 0.0
     for title, rows in groups:
         if title:
             axes.text(-left_px / axes_px, y + head_px - 11, title, transform=across, **HEAD)
+            if wide and len(rows) >= _LONG:
+                _repeat_ticks(axes, y + head_px - 11)
         y += head_px if title else 8
         for label, effect in rows:
             color = LIGHT.get(effect["verdict"], LIGHT["ink"])
             if wide:
-                middle = y + row_px / 2
+                middle = y + row_px[label] / 2
                 axes.plot(
                     [0, 1],
                     [middle, middle],
@@ -124,7 +140,13 @@ def _ratio_plot(
                     zorder=0.5,
                 )
                 axes.text(
-                    -left_px / axes_px, middle, shorten(label, 30), transform=across, va="center"
+                    -left_px / axes_px,
+                    middle,
+                    "\n".join(labels[label]),
+                    transform=across,
+                    va="center",
+                    fontsize=12 if len(labels[label]) == 1 else 10.5,
+                    linespacing=1.05,
                 )
                 axes.text(
                     1 + 82 / axes_px,
@@ -144,9 +166,11 @@ def _ratio_plot(
                     color=color,
                 )
             else:  # the words stand above the interval, on plain paper
-                middle = y + row_px - 12
-                _draw_band(axes, analysis, y + row_px - 22, y + row_px - 2)
-                axes.text(-left_px / axes_px, y + 13, shorten(label, 24), transform=across)
+                bottom = y + row_px[label]
+                middle = bottom - 12
+                _draw_band(axes, analysis, bottom - 22, bottom - 2)
+                for i, line in enumerate(labels[label]):
+                    axes.text(-left_px / axes_px, y + 13 + 15 * i, line, transform=across)
                 axes.text(
                     1 + right_px / axes_px,
                     y + 13,
@@ -156,8 +180,7 @@ def _ratio_plot(
                     color=color,
                 )
             _draw_effect(axes, middle, effect)
-            y += row_px
-    _ratio_axis(axes)
+            y += row_px[label]
     axes.set_xlabel("ratio, log scale; shaded: too small to matter")
     return figure
 
@@ -235,10 +258,29 @@ def _drawn(end: float) -> float:
     return min(max(end, 1 / _EDGE), _EDGE)
 
 
+def _repeat_ticks(axes: Axes, y: float) -> None:
+    low, high = axes.get_xlim()
+    for tick in axes.get_xticks():
+        if low <= tick <= high:
+            axes.text(
+                tick,
+                y,
+                _times(tick),
+                ha="center",
+                color=LIGHT["muted"],
+                fontsize=11,
+                bbox={"facecolor": LIGHT["paper"], "edgecolor": "none", "pad": 1},
+            )
+
+
+def _times(ratio: float) -> str:
+    return f"×{ratio:.4g}"
+
+
 def _ratio_axis(axes: Axes) -> None:
     """Ticks at 1, 2 and 5 of each power of ten; where the axis holds fewer than two of them, the
     locator itself takes round ratios between.
     """
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"×{value:.4g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _times(value)))

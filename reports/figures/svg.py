@@ -5,12 +5,12 @@ A figure is drawn in the light colours of PALETTE. Standing alone it stays so; i
 becomes a CSS variable of the page, so that the figure follows the reader's light or dark theme.
 """
 
+import copy
 import io
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from html import escape
 from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -67,30 +67,31 @@ PIXELS_PER_INCH = 72  # one SVG unit is one CSS pixel
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Noto Sans', sans-serif"
 
 
-def to_svg(figure: Figure) -> str:
-    """The <svg> element of a figure, without XML header, metadata and namespaces (HTML needs none)."""
-    buffer = io.StringIO()
+def to_svg(figure: Figure) -> Element:
+    """The <svg> element of a figure, without metadata, matplotlib's style sheet, which would style
+    the whole page, and namespaces (HTML needs none). Its text is in the reader's own font.
+    """
+    buffer = io.BytesIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with style():
-        figure.savefig(
-            buffer, format="svg", dpi=PIXELS_PER_INCH, metadata={"Date": None, "Creator": None}
-        )
-    # Text is cut here instead of parsed: published figures keep the bytes that matplotlib wrote.
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
-    svg = svg.replace("xlink:href", "href")
-    # would style the whole page
-    svg = re.sub(r"\s*<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
-    svg = _in_styles(svg, r"'DejaVu Sans'[^;\"]*", FONT)
-    return svg.strip()
+        figure.savefig(buffer, format="svg", dpi=PIXELS_PER_INCH, metadata=nothing)
+    root = ElementTree.fromstring(buffer.getvalue())
+    for element in root.iter():
+        element.tag = _local(element.tag)
+        element.attrib = {_local(key): value for key, value in element.items()}
+        if "style" in element.attrib:
+            element.set("style", _in_readers_font(element.attrib["style"]))
+    for definitions in root.findall("defs"):
+        if definitions.find("style") is not None:
+            root.remove(definitions)
+    return root
 
 
-def inline(svg: str, name: str, title: str, description: str, css_class: str) -> str:
+def inline(svg: Element, name: str, title: str, description: str, css_class: str) -> str:
     """The element made ready for a page: named for screen readers, themed, its ids unique on the
     page.
     """
-    root = ElementTree.fromstring(svg)
+    root = copy.deepcopy(svg)
     for element in root.iter():
         for key, value in element.items():
             if key == "id":
@@ -107,21 +108,41 @@ def inline(svg: str, name: str, title: str, description: str, css_class: str) ->
         "role": "img",
         "aria-labelledby": f"{name}-title {name}-desc",
     }
-    for tag, words in (("desc", description), ("title", title)):
-        label = ElementTree.Element(tag, id=f"{name}-{tag}")
-        label.text = words
-        root.insert(0, label)
+    _describe(root, {"title": title, "desc": description}, lambda tag: {"id": f"{name}-{tag}"})
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def standalone(svg: str, title: str, description: str) -> str:
+def standalone(svg: Element, title: str, description: str) -> str:
     """The element as a file of its own, on the light paper."""
-    labels = f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
-    background = f'<rect width="100%" height="100%" fill="{LIGHT["paper"]}"/>'
-    end = svg.index(">")
-    return f'<svg xmlns="http://www.w3.org/2000/svg" role="img"{svg[4:end]}>{labels}{background}{svg[end + 1 :]}\n'
+    root = copy.deepcopy(svg)
+    root.attrib = {"xmlns": "http://www.w3.org/2000/svg", "role": "img", **root.attrib}
+    paper = {"width": "100%", "height": "100%", "fill": LIGHT["paper"]}
+    root.insert(0, Element("rect", paper))
+    _describe(root, {"title": title, "desc": description}, lambda tag: {})
+    return ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
-def _in_styles(svg: str, pattern: str, replacement: str) -> str:
-    """Replace within style attributes only, so that labels with the same characters stay."""
-    return re.sub(r'style="[^"]*"', lambda match: re.sub(pattern, replacement, match[0]), svg)
+def _describe(
+    root: Element, words: Mapping[str, str], attributes: Callable[[str], dict[str, str]]
+) -> None:
+    """Puts title and description in front of everything else."""
+    for place, (tag, text) in enumerate(words.items()):
+        label = Element(tag, attributes(tag))
+        label.text = text
+        root.insert(place, label)
+
+
+def _local(name: str) -> str:
+    """A name as ElementTree gives it, `{namespace}name`, without the namespace."""
+    return name.rpartition("}")[2]
+
+
+def _in_readers_font(style: str) -> str:
+    """Style declarations in which matplotlib's list of fonts is FONT: `font: 12px 'DejaVu Sans', ...`."""
+    declarations = []
+    for declaration in style.split(";"):
+        key, colon, value = declaration.partition(":")
+        if key.strip() == "font":
+            value = value.partition("'")[0] + FONT
+        declarations.append(f"{key}{colon}{value}")
+    return ";".join(declarations)

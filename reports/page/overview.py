@@ -83,7 +83,7 @@ def _results(analysis: Analysis) -> Section:
         rows += _switches(analysis, workload, switches)
         for effect in effects.values():
             if effect["role"] != "aa" and not (switches and effect["role"] != "all"):
-                tests[_ASKED.get(effect["question"], "")] = effect["tests"]
+                tests[_ASKED.get(effect["question"], _ALL_ASKED)] = effect["tests"]
         tests |= {_TESTED[effect["kind"]]: effect["tests"] for effect, _ in switches}
     ratio = "speedup" if throughput else f"ratio of {metric['label']}"
     columns = [
@@ -250,6 +250,8 @@ _ASKED = {
     TOGETHER: "everything on",
     BETWEEN: "the configurations between",
 }
+_ALL_ASKED = "whole configurations"
+"""Where a study does not correct each question by itself: all configurations are one family."""
 _TESTED = {"alone": "one optimization alone", "left out": "added last or on top"}
 
 

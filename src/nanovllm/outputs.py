@@ -41,7 +41,8 @@ class CompletionOutput:
 @dataclass(slots=True)
 class RequestOutput:
     """The state of one request. num_cached_tokens: prompt tokens whose KV was found in the prefix
-    cache.
+    cache. prompt_logprobs: where asked for, of each prompt token given those before it; None for the
+    first.
     """
 
     request_id: str
@@ -51,3 +52,4 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None

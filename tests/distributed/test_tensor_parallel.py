@@ -123,8 +123,10 @@ def main_of_a_rank_that_records(channel: Channel) -> None:
     """As with cuda_graphs on, as far as a CPU can: 'replay' computes again what would have been
     recorded.
     """
+    from nanovllm.cpu import runner as on_a_cpu
     from tests.gpu.test_cuda_graph import FakeGraphRunner
 
+    on_a_cpu.CpuRunner = FakeGraphRunner  # type: ignore[misc,assignment]
     rank.ModelRunner = FakeGraphRunner  # type: ignore[misc,attr-defined]
     rank.main(channel)
 

@@ -26,3 +26,4 @@ def test_the_examples_run_and_print_what_they_say(capsys: pytest.CaptureFixture[
     assert "\n0 " in said
     assert "\n2 " in said
     assert "True stop True\n[77, 77, 77, 77]\nFalse\n" in said
+    assert "prompt tokens have a log-probability" in said

@@ -147,7 +147,6 @@ def test_contradictions_are_found_at_resolution() -> None:
         ("top_p", 1.01),
         ("top_k", -2),
         ("max_tokens", 0),
-        ("max_tokens", None),
         ("seed", 2**63),
         ("logprobs", -1),
         # Nothing that a later step would choke on, or that a float32 cannot hold.

@@ -83,6 +83,7 @@ def make_engine(
         switches["cuda_graphs"] = graphs
     elif graphs:
         monkeypatch.setattr(llm_engine, "ModelRunner", FakeGraphRunner)
+        monkeypatch.setattr("nanovllm.cpu.runner.CpuRunner", FakeGraphRunner)
     config = EngineConfig(
         model=str(model),
         dtype="float32",

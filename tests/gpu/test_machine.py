@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -310,7 +311,8 @@ def test_every_step_runs_on_the_engines_device(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_one_line_says_what_was_chosen(tiny: Path) -> None:
-    resolved = config_with(dtype="bfloat16", max_num_seqs=8).resolve(
+    levels = replace(ALL, kernels="torch", attention_backend="torch")
+    resolved = config_with(dtype="bfloat16", max_num_seqs=8, optimizations=levels).resolve(
         device="cpu", dtype="bfloat16", max_position_embeddings=4096
     )
     line = describe(

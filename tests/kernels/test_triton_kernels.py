@@ -30,10 +30,11 @@ triton = pytest.importorskip("triton", reason="Triton is not installed: pip inst
 import triton.language as tl  # noqa: E402
 
 from nanovllm.kernels.batch import ForwardBatch  # noqa: E402
-from nanovllm.kernels.torch import activation, decode_step, kv_store, norm, rope, sampling  # noqa: E402
+from nanovllm.kernels.torch import activation, decode_step, experts, kv_store, norm, rope, sampling  # noqa: E402
 from nanovllm.kernels.torch.attention import TorchAttention  # noqa: E402
 from nanovllm.kernels.triton import activation as triton_activation  # noqa: E402
 from nanovllm.kernels.triton import decode_step as triton_decode_step  # noqa: E402
+from nanovllm.kernels.triton import experts as triton_experts  # noqa: E402
 from nanovllm.kernels.triton import fused  # noqa: E402
 from nanovllm.kernels.triton import kv_store as triton_kv_store  # noqa: E402
 from nanovllm.kernels.triton import norm as triton_norm  # noqa: E402
@@ -452,6 +453,53 @@ def test_products_are_fused_where_that_was_faster(monkeypatch: pytest.MonkeyPatc
         )
         fused.linear_qk_norm_rope_store_kv(*head_case(rows, 1, 2, 64, 16, 1024, torch.bfloat16))
         assert chosen == [gate_up, qkv or "qk_norm_rope_store_kv"]
+
+
+def expert_case(
+    tokens: int, top_k: int, num_experts: int, hidden: int, size: int, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """What mix_experts is given: tokens that choose different experts, and some that nobody chooses."""
+    scores = draw(tokens, num_experts, seed=4)
+    scores[:, 1] -= 100
+    shares, chosen = scores.softmax(-1).topk(top_k)
+    return (
+        draw(tokens, hidden, dtype=dtype),
+        shares.to(dtype),
+        chosen,
+        draw(num_experts, 2 * size, hidden, dtype=dtype, seed=5) / hidden**0.5,
+        draw(num_experts, hidden, size, dtype=dtype, seed=6) / size**0.5,
+    )
+
+
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "num_experts", "hidden", "size"),
+    [
+        (1, 2, 8, 64, 32),
+        (5, 3, 8, 96, 48),  # neither is a multiple of a tile
+        (40, 8, 16, 64, 96),
+        (130, 2, 6, 128, 64),  # tiles of 64 rows, several an expert
+    ],
+)
+def test_mixtures_of_experts(
+    dtype: torch.dtype, tokens: int, top_k: int, num_experts: int, hidden: int, size: int
+) -> None:
+    case = expert_case(tokens, top_k, num_experts, hidden, size, dtype)
+    ours = triton_experts.mix_experts(*case)
+    close(ours, experts.mix_experts(*case))
+    # the same token in another batch
+    x, shares, chosen, *weights = case
+    alone = triton_experts.mix_experts(x[:1], shares[:1], chosen[:1], *weights)
+    close(alone, ours[:1])
+
+
+def test_all_tokens_may_choose_the_same_experts() -> None:
+    x, shares, chosen, *weights = expert_case(70, 2, 8, 64, 32, torch.float32)
+    chosen = torch.tensor([5, 7], device=DEVICE).expand(70, 2)
+    close(
+        triton_experts.mix_experts(x, shares, chosen, *weights),
+        experts.mix_experts(x, shares, chosen, *weights),
+    )
 
 
 def test_large_products_are_left_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -901,6 +949,7 @@ def test_every_launch_compiles_and_fits(capability: int) -> None:
 def compile_in_process(capability: int, *more: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # a GPU of this machine has limits of its own
     return subprocess.run(
         [sys.executable, str(Path(__file__)), str(capability), *more],
         env=environment,
@@ -1043,6 +1092,15 @@ def every_launch(dtype: torch.dtype, everything: bool) -> None:
                     empty(rows, dtype=long),
                     fused.tiling_for(fused.QKV_TILINGS, rows),
                 )
+    for pairs in (8, 512) if everything else (8,):
+        shares = empty(pairs, 8)
+        triton_experts.mix_experts(
+            empty(pairs, 2048),
+            shares,
+            torch.empty(shares.shape, dtype=long, device="meta"),
+            empty(32, 2 * 768, 2048),
+            empty(32, 2048, 768),
+        )
     triton_sampling.sample(
         empty(tokens, vocab),
         floats,

@@ -55,10 +55,10 @@ def test_the_page_names_every_key_that_the_code_knows() -> None:
         *(
             f.replace("eos_token_ids", "eos_token_id").replace("architecture", "architectures")
             for f in model_config.ModelConfig.__dataclass_fields__
-            if f != "scaled_rope"
+            if f not in ("scaled_rope", "own")
         ),
         *(key for kind in rope_scaling.TYPES.values() for key in kind.__dataclass_fields__),
-        *(key for _, settings in FAMILIES.values() for key in settings),
+        *(key for row in FAMILIES.values() for key in (*row[1], *row[2:])),
         *sampling_defaults.HONOURED,
         *sampling_defaults.LEFT_OUT,
         *tokenizer_files.REFUSED,

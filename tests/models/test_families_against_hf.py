@@ -282,3 +282,62 @@ def test_a_window_that_is_not_named_is_mistrals_default(tmp_path: Path) -> None:
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"sliding_window='nothing'.*None only"):
         load_hf_config(tmp_path)
+
+
+MOE = {
+    "head_dim": 32,
+    "rope_parameters": DEFAULT,
+    "moe_intermediate_size": 48,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"norm_topk_prob": True},
+        {"norm_topk_prob": False},
+        {"norm_topk_prob": True, "decoder_sparse_step": 2},
+        {"mlp_only_layers": [1], "num_experts_per_tok": 8},
+        {"num_experts_per_tok": 1, "attention_bias": True},
+    ],
+    ids=str,
+)
+def test_mixtures_of_experts_are_those_of_hf(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    monkeypatch.setitem(FAMILIES, "moe", ("Qwen3Moe", MOE))
+    model = random_model("moe", **settings)
+    model.save_pretrained(tmp_path)
+    theirs = hf_logits(model, TEXT)
+    assert_same(logits_of(tmp_path, TEXT), theirs)
+    # transformers 4 writes num_experts, 5 may write num_local_experts
+    config = json.loads((tmp_path / "config.json").read_text())
+    number = config.pop("num_experts", None) or config.pop("num_local_experts")
+    for name in ("num_experts", "num_local_experts"):
+        (tmp_path / "config.json").write_text(json.dumps(config | {name: number}))
+        assert_same(logits_of(tmp_path, TEXT), theirs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts_per_tok": 9}, r"num_experts_per_tok=9, more than its num_experts=8"),
+        ({"moe_intermediate_size": None}, r"lacks moe_intermediate_size"),
+        ({"num_experts": 0}, r"num_experts=0; it must be a whole number"),
+        ({"norm_topk_prob": "yes"}, r"norm_topk_prob='yes'; it must be true or false"),
+        ({"mlp_only_layers": [0.5]}, r"mlp_only_layers=.*0\.5"),
+    ],
+)
+def test_settings_of_experts_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setitem(FAMILIES, "moe", ("Qwen3Moe", MOE))
+    random_model("moe").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    config["num_experts"] = config.pop("num_local_experts", config.get("num_experts"))
+    file.write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=message):
+        runner_of(tmp_path)

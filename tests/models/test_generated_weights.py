@@ -18,8 +18,8 @@ from nanovllm.layers.linear import TensorParallel
 from nanovllm.models import checkpoint, generated
 from nanovllm.models.checkpoint import checkpoint_digest, ensure_checkpoint
 from nanovllm.models.config import load_hf_config
+from nanovllm.models.families import model_class
 from nanovllm.models.loader import load_weights
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
 
 SHAPE = {
     "vocab_size": 2048,
@@ -34,9 +34,15 @@ SHAPE = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return ensure_checkpoint("qwen3-8b", cache_dir=tmp_path_factory.mktemp("cache"), **SHAPE)
+@pytest.fixture(scope="module", params=["Qwen3ForCausalLM", "Qwen2ForCausalLM"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The second has biases, which are split over the ranks as well."""
+    return ensure_checkpoint(
+        "qwen3-8b",
+        cache_dir=tmp_path_factory.mktemp("cache"),
+        architecture=request.param,
+        **SHAPE,
+    )
 
 
 def parameters(folder: Path, rank: int, size: int) -> dict[str, torch.nn.Parameter]:
@@ -46,7 +52,8 @@ def parameters(folder: Path, rank: int, size: int) -> dict[str, torch.nn.Paramet
     attention = Attention(
         on, calls, num_kv_heads=4 // size, block_size=16, head_dim=16, dtype=torch.float32
     )
-    model = Qwen3ForCausalLM(load_hf_config(folder), 64, load_kernels(on, calls), attention, tp)
+    config = load_hf_config(folder)
+    model = model_class(config.architecture)(config, 64, load_kernels(on, calls), attention, tp)
     load_weights(model, folder, tp)
     return dict(model.named_parameters())
 

@@ -20,10 +20,7 @@ ROOT = Path(__file__).parents[2]
 PUBLISHED: dict[str, dict[str, Any]] = json.loads(
     (ROOT / "tests/support/data/published_configurations.json").read_text()
 )
-REFUSED = {
-    "mistralai/Mistral-7B-v0.1": "sliding_window=4096",
-    "Qwen/Qwen3-30B-A3B": "architectures=['Qwen3MoeForCausalLM']",
-}
+REFUSED = {"mistralai/Mistral-7B-v0.1": "sliding_window=4096"}
 WIDTH = {"vocab_size": 96, "intermediate_size": 48, "num_hidden_layers": 2}
 
 
@@ -46,6 +43,7 @@ def reduced(config: dict[str, Any]) -> dict[str, Any]:
             "eos_token_id": 3,
             "torch_dtype": "float32",
         }
+        | ({"num_experts": 16, "moe_intermediate_size": 32} if "num_experts" in config else {})
     )
 
 

@@ -61,6 +61,8 @@ def test_a_page_renders_and_keeps_to_itself(name: str, browser: Browser, tmp_pat
         assert figures == all_figures >= least, (
             f"{look}: one picture of each figure, that for this width, is shown"
         )
+        assert browser.evaluate(BEYOND) == [], f"{look}: something is cut at the right"
+        assert browser.evaluate(LABELS) == [], f"{look}: labels of a picture"
         inside = f"{shown}.every(svg => svg.getBoundingClientRect().right <= innerWidth + 1)"
         assert browser.evaluate(inside), f"{look}: a picture is wider than the page"
         assert browser.evaluate(
@@ -77,6 +79,25 @@ def test_a_page_renders_and_keeps_to_itself(name: str, browser: Browser, tmp_pat
 CUT = """[...document.querySelectorAll('section > .scroll')]
   .filter(box => box.scrollWidth > box.clientWidth + 1).map(box => box.getAttribute('aria-label'))"""
 """Tables outside of the evidence that have to be scrolled sideways."""
+
+BEYOND = """[...document.querySelectorAll('header *, main *, footer *')]
+  .filter(one => one.getBoundingClientRect().right > innerWidth + 1 && !one.closest('.scroll'))
+  .map(one => one.tagName + ' ' + one.textContent.trim().slice(0, 40))"""
+"""Elements that reach beyond the window, but for those in a box that scrolls."""
+
+LABELS = """[...document.querySelectorAll('figure svg')]
+  .filter(svg => svg.getBoundingClientRect().height > 40).flatMap(svg => {
+    const paper = svg.getBoundingClientRect();
+    const labels = [...svg.querySelectorAll('text')].map(text => [text.textContent.trim(), text.getBoundingClientRect()]);
+    const outside = labels.filter(([, box]) => box.left < paper.left - 1 || box.right > paper.right + 1
+      || box.top < paper.top - 1 || box.bottom > paper.bottom + 1).map(([words]) => `outside: ${words}`);
+    const over = labels.flatMap(([words, a], i) => labels.slice(i + 1)
+      .filter(([, b]) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 2
+        && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 4)
+      .map(([other]) => `over each other: ${words}, ${other}`));
+    return [...outside, ...over];
+  })"""
+"""Labels of pictures that reach out of them, or lie over each other."""
 
 CONTRAST = """(() => {
   const channel = value => (value /= 255) <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;

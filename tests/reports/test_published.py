@@ -137,10 +137,16 @@ def test_publishing_keeps_what_is_needed_and_leaves_the_machine_behind(tmp_path:
     run.mkdir()
     (run / "plan.json").write_text(json.dumps(plan))
     (run / "records.jsonl").write_text("".join(lines))
-    (run / "tokens.jsonl").write_text("large")
+    (run / "tokens.jsonl").write_text("of every launch")
     kept = tmp_path / "published"
     target = publish(run, "here/it", "make ablate STUDY=x", kept)
-    assert {path.name for path in target.iterdir()} == {"plan.json", "records.jsonl", "README.md"}
+    files = {"plan.json", "records.jsonl", "README.md"}
+    assert {path.name for path in target.iterdir()} == files | {"tokens.jsonl"}
+    assert "audit --judge" in (target / "README.md").read_text()
+    (run / "tokens.jsonl").write_text("x" * 1_000_001)
+    large = publish(run, "here/large", "make ablate STUDY=x", kept)
+    assert {path.name for path in large.iterdir()} == files
+    assert "too\nlarge to be kept" in (large / "README.md").read_text()
     assert (
         json.loads((target / "records.jsonl").read_text().splitlines()[0])["provenance"][
             "executable"
@@ -163,3 +169,11 @@ def test_publishing_keeps_what_is_needed_and_leaves_the_machine_behind(tmp_path:
     (run / "records.jsonl").write_text(lines[0])
     with pytest.raises(RecordError, match="No answer: not one launch was counted"):
         publish(run, "here/nothing", "make ablate STUDY=x", kept)
+
+
+@pytest.mark.parametrize("name", sorted(STUDIES))
+def test_each_number_of_tests_says_of_which_question(name: str) -> None:
+    page = (STUDIES[name] / "report" / "report.md").read_text(encoding="utf-8")
+    for counts in re.findall(r"Tests of each question: (.*?)\. The fewer", page):
+        for count in counts.split(", "):
+            assert re.fullmatch(r"[a-z][\w ]+: \d+", count), counts

@@ -22,7 +22,8 @@ from experiments.records.store import plan_hash
 from nanovllm.models.checkpoint import DIGESTS
 from reports.__main__ import app
 from reports.analysis.analyse import analyse
-from reports.figures.svg import LIGHT, inline
+from reports.figures.layout import canvas, lines
+from reports.figures.svg import FONT, LIGHT, inline, standalone, style, to_svg
 from reports.page.evidence import reproduce_command
 from reports.page.overview import overview
 from reports.page.render import print_table, render
@@ -529,7 +530,8 @@ def test_a_figure_on_a_page_is_named_themed_and_has_ids_of_its_own() -> None:
         f'<g clip-path="url(#p1)"><use href="#m1" style="fill: {LIGHT["ink"]}"/>'
         f"<text>a &lt; b {LIGHT['ink']}</text></g></svg>"
     )
-    root = ElementTree.fromstring(inline(drawn, "forest", "T & t", "D <d>", "wide"))
+    svg = ElementTree.fromstring(drawn)
+    root = ElementTree.fromstring(inline(svg, "forest", "T & t", "D <d>", "wide"))
     assert root.attrib == {
         "viewBox": "0 0 720 90",
         "class": "wide",
@@ -545,3 +547,30 @@ def test_a_figure_on_a_page_is_named_themed_and_has_ids_of_its_own() -> None:
     assert group.get("clip-path") == "url(#forest-p1)"
     assert group[0].attrib == {"href": "#forest-m1", "style": "fill: var(--ink)"}
     assert group[1].text == f"a < b {LIGHT['ink']}", "text with a colour's characters stays"
+
+
+def test_a_long_label_takes_several_lines() -> None:
+    assert lines("all-but-attention_backend", 29) == ["all-but-attention_backend"]
+    long = "all+tensor_parallel_size=2+all_reduce=symmetric_memory"
+    assert lines(long, 29) == ["all+tensor_parallel_size=2", "+all_reduce=symmetric_memory"]
+    assert lines("reference: vLLM 0.33.0 in one process", 29) == [
+        "reference: vLLM 0.33.0 in one",
+        "process",
+    ]
+    assert lines("a" * 30, 10) == ["aaaaaaaaa…"], "a word that fits no line is cut, and says so"
+
+
+def test_a_figure_as_a_file_says_what_it_shows() -> None:
+    with style():
+        figure, axes = canvas(360, 90, 10, 10, 20)
+        axes.text(0, 0.5, "'DejaVu Sans' <b> & $x$")
+    drawn = to_svg(figure)
+    assert {element.tag for element in drawn.iter()}.isdisjoint({"metadata", "style"})
+    root = ElementTree.fromstring(standalone(drawn, "T & t", "D <d>"))
+    svg = "{http://www.w3.org/2000/svg}"
+    assert [child.tag for child in root[:3]] == [f"{svg}title", f"{svg}desc", f"{svg}rect"]
+    assert (root[0].text, root[1].text) == ("T & t", "D <d>")
+    words = "'DejaVu Sans' <b> & $x$"  # text that looks like a font stays
+    label = next(text for text in root.iter(f"{svg}text") if text.text == words)
+    assert FONT in label.get("style", "")
+    assert "DejaVu" not in label.get("style", "")

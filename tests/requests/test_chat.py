@@ -96,6 +96,8 @@ def test_several_conversations_and_parts_of_contents(folder: Path) -> None:
         assert first.prompt == llm.chat(HELLO, PARAMS, use_tqdm=False)[0].prompt
         assert second.prompt == llm.chat(LONG, PARAMS, use_tqdm=False)[0].prompt
         assert "Hello\nthere" in (third.prompt or "")
+        again = llm.chat(HELLO, PARAMS, False, lora_request=None)
+        assert again[0].outputs[0].token_ids == first.outputs[0].token_ids
         own = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         (output,) = llm.chat(HELLO, PARAMS, use_tqdm=False, chat_template=own)
         assert output.prompt == "user: Hello <there> & 'you'\n"
@@ -149,6 +151,7 @@ def test_the_end_of_a_message_is_found() -> None:
         (HELLO, {"chat_template": "{{ ''.__class__.__mro__ }}"}, ValueError, "unsafe"),
         (HELLO, {"continue_final_message": True}, ValueError, "set one of them to False"),
         (HELLO, {"no_such_argument": 1}, TypeError, "no_such_argument"),
+        (HELLO, {"lora_request": "x"}, ValueError, "lora_request='x' is not built"),
     ],
 )
 def test_errors_say_what_is_wrong(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nanovllm import LLM, EngineConfig, LLMEngine, SamplingParams
 from nanovllm.requests.options import SamplingParamsWithOptions
@@ -182,6 +183,39 @@ def test_log_probabilities_are_those_before_options(tiny: Path) -> None:
     assert biased.logprobs[0][77].rank > 1
 
 
+@pytest.mark.parametrize("toggles", TOGGLES, ids=["baseline", "everything"])
+def test_log_probabilities_of_prompts_are_those_of_hf(tiny: Path, toggles: dict[str, Any]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    hf = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float64).eval()
+    # longer than a step's budget, shared, of one token, and short beside another that asks for more
+    prompts = [[5 + i % 90 for i in range(80)], [5 + i % 90 for i in range(75)], [9], [7, 8, 9]]
+    params = [
+        greedy(prompt_logprobs=k, logprobs=own, max_tokens=3)
+        for k, own in ((2, None), (0, 1), (2, None), (5, None))
+    ]
+    with LLM(str(tiny), **SMALL, optimizations=toggles) as llm:
+        llm.generate(prompts, GREEDY, use_tqdm=False)  # their prefixes can be found now
+        outputs = llm.generate([*prompts, [3, 4]], [*params, GREEDY], use_tqdm=False)
+    assert outputs[-1].prompt_logprobs is None
+    assert outputs[0].num_cached_tokens == 0
+    assert [o.outputs[0].logprobs is None for o in outputs[:4]] == [True, False, True, True]
+    for prompt, asked, output in zip(prompts, params, outputs, strict=False):
+        found: Any = output.prompt_logprobs
+        assert found[0] is None
+        assert len(found) == len(prompt)
+        with torch.inference_mode():
+            expected = hf(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        for place in range(1, len(prompt)):
+            row, token = expected[place - 1], prompt[place]
+            best = row.topk(asked.prompt_logprobs).indices.tolist()
+            assert set(found[place]) == {token, *best}
+            for name, value in found[place].items():
+                assert value.logprob == pytest.approx(float(row[name]), abs=1e-4)
+                assert value.rank == int((row >= row[name]).sum())
+                assert value.decoded_token is not None
+
+
 def test_a_preempted_request_keeps_what_it_has_said_in_mind(tiny: Path) -> None:
     params = [
         SamplingParams(
@@ -240,6 +274,7 @@ def test_params_are_vllms(tiny: Path) -> None:
         ({"frequency_penalty": float("nan")}, "frequency_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty=0"),
         ({"min_p": 1.5}, "min_p=1.5.*from 0 to 1"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs=-1"),
         ({"min_tokens": 17}, "min_tokens=17 is more than max_tokens=16"),
         ({"stop": ""}, "stop=''"),
         ({"stop": ["a", ""]}, "stop="),
@@ -268,3 +303,34 @@ def test_options_that_a_model_cannot_serve(tiny: Path) -> None:
         pytest.raises(ValueError, match="need a tokenizer"),
     ):
         llm.generate([[1, 2]], greedy(stop="x"), use_tqdm=False)
+
+
+@pytest.mark.parametrize("how", [{"tensor_parallel_size": 2}, {"data_parallel_size": 2}], ids=str)
+def test_ranks_and_replicas_serve_options(tiny: Path, how: dict[str, int]) -> None:
+    ids = [[5 + i % 50 for i in range(40)], [7, 8, 9]]
+    params = [
+        SamplingParams(
+            n=2, temperature=0.7, seed=3, max_tokens=None, repetition_penalty=1.2, stop=["e", "t"]
+        ),
+        greedy(prompt_logprobs=1, logit_bias={70: 9.0}, frequency_penalty=2.0, bad_words=["the"]),
+    ]
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    message = [{"role": "user", "content": PROMPT}]
+    found = []
+    for more in ({}, how):
+        with LLM(str(tiny), **SMALL, **more) as llm:
+            several, one = llm.generate(ids, params, use_tqdm=False)
+            (said,) = llm.chat(message, GREEDY, use_tqdm=False, chat_template=template)
+            assert type(llm.get_tokenizer()).__name__.endswith(("Tokenizer", "TokenizerFast"))
+        found.append((several, one, said))
+    for ours, theirs in zip(*found, strict=True):
+        for a, b in zip(ours.outputs, theirs.outputs, strict=True):
+            assert (a.token_ids, a.text, a.stop_reason) == (b.token_ids, b.text, b.stop_reason)
+    prompts: Any = [one.prompt_logprobs for _, one, _ in found]
+    for a, b in zip(*prompts, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.keys() == b.keys()
+            assert [x.logprob for x in a.values()] == pytest.approx(
+                [x.logprob for x in b.values()], abs=1e-4
+            )

@@ -4,17 +4,12 @@ lies.
 
 from __future__ import annotations
 
-import contextlib
 import getpass
 import itertools
 import json
-import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -31,6 +26,7 @@ from reports import text
 from reports.analysis.analyse import analyse
 from reports.page.render import render
 from tests.support.fake_engine import make_plan
+from tests.support.mlflow_ui import mlflow_ui
 
 mlflow = pytest.importorskip("mlflow")
 # MLflow and alembic deprecate things of their own
@@ -441,10 +437,19 @@ def test_two_studies_share_a_store(execution: Path, root: Path) -> None:
     lines = (other / store.RECORDS).read_text().replace(old, plan["plan_hash"])
     (other / store.RECORDS).write_text(lines)
     first = tracking.import_folder(execution / "out", execution / "report", root)[0]
+    assert tracking.comparison(root) is None, "there is nothing to compare one study with"
     second = tracking.import_folder(other, None, root)[0]
     assert len(runs(root)) == 2 * (1 + 4 + 8)
     by_id = {run.info.run_id: run for run in runs(root)}
-    assert by_id[first].info.experiment_id != by_id[second].info.experiment_id
+    ids = [by_id[run].info.experiment_id for run in (first, second)]
+    assert ids[0] != ids[1]
+    compared = str(tracking.comparison(root, "http://here"))
+    query = urllib.parse.parse_qs(compared.partition("?")[2])
+    assert compared.startswith("http://here/#/compare-experiments/")
+    assert sorted(json.loads(query["experiments"][0])) == sorted(ids)
+    assert query["orderByKey"] == ["metrics.`a/speedup`"], "by time, cells are folded away"
+    client = mlflow.MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    assert len(client.search_runs(ids, query["searchFilter"][0])) == 2 * 4
 
 
 def test_experiments_of_others_keep_their_artifacts(execution: Path, root: Path) -> None:
@@ -459,37 +464,10 @@ def test_the_ui_shows_the_figures_of_a_moved_repository(execution: Path, root: P
     """`mlflow ui` as a user types it, in the repository, which was moved after the import."""
     run_id, _ = tracking.import_folder(execution / "out", execution / "report", root)
     moved = root.rename(root.with_name("moved"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "ui",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-    ]
-    log = (moved / "ui.log").open("w")
-    with (
-        log,
-        subprocess.Popen(command, cwd=moved, stdout=log, stderr=log, start_new_session=True) as ui,
-    ):
-        try:
-            figure = f"http://127.0.0.1:{port}/get-artifact?path=report/figures/forest.svg&run_uuid={run_id}"
-            for _ in range(240):
-                with contextlib.suppress(OSError):
-                    answer = urllib.request.urlopen(figure, timeout=10)
-                    break
-                time.sleep(0.5)
-            assert answer.status == 200
+    with mlflow_ui(moved) as address:
+        figure = f"{address}/get-artifact?path=report/figures/forest.svg&run_uuid={run_id}"
+        with urllib.request.urlopen(figure, timeout=60) as answer:
             assert answer.read() == (execution / "report" / "figures" / "forest.svg").read_bytes()
-        finally:
-            os.killpg(ui.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
@@ -530,4 +508,5 @@ def test_the_link_finds_the_cells_of_a_study(execution: Path, root: Path) -> Non
     assert "metrics.`a/speedup_low`" in view["selectedColumns"]
     columns = {name.split("`")[1] for name in view["selectedColumns"] if "metrics" in name}
     assert columns <= {name for run in cells for name in run.data.metrics}
+    assert query["workflowType"] == ["machine_learning"], "else MLflow shows the menu of GenAI"
     assert list(tracking.links(root)) == ["fake"]

@@ -152,15 +152,17 @@ TWO = "factors={prefix_cache: {levels: on}, batching: {levels: [continuous, chun
 
 
 def test_a_budget_gives_the_number_of_blocks(cpu: Profile, model: ModelChoice) -> None:
-    plan = plan_of(cpu, model, TWO, "cells={}", "design={kind: full_factorial, budget_s: 600}")
+    within = "design={kind: full_factorial, budget_s: 600}"
+    plan = plan_of(cpu, model, TWO, "cells={}", within, "sizing=null")
     assert plan["study"]["design"]["blocks"] == 600 // (7 * 8) == 10
     assert (len(plan["launches"]), plan["expected_s"]) == (70, 560)
     message = (
         r"embedded.yaml .with overrides .*: design.budget_s: 2 blocks of 7 cells at 8 s per launch "
         r"take 112 s, but 100 s are enough for 1"
     )
+    within = "design={kind: full_factorial, budget_s: 100}"
     with pytest.raises(SpecError, match=message):
-        plan_of(cpu, model, TWO, "cells={}", "design={kind: full_factorial, budget_s: 100}")
+        plan_of(cpu, model, TWO, "cells={}", within, "sizing=null")
 
 
 def test_the_reference_of_leave_one_out_is_everything_on(cpu: Profile, model: ModelChoice) -> None:
@@ -280,6 +282,9 @@ def test_a_plan_says_what_it_costs_and_what_it_cannot_do(cpu: Profile, model: Mo
             TWO,
             "factors.cuda_graphs={levels: on}",
             "cells={}",
+            "design.blocks=6",
+            "design.budget_s=null",
+            "sizing=null",
             "measurement.launch_s=10",
         )
     )
@@ -351,7 +356,7 @@ def test_a_plan_says_what_it_will_find_if_noise_is_as_before(
     cpu: Profile, model: ModelChoice
 ) -> None:
     published = provenance.ROOT / "reports" / "published" / "cpu-two-cores" / "embedded"
-    text = said(plan_of(cpu, model), published)
+    text = said(plan_of(cpu, model, "design.blocks=6"), published)
     found = re.search(
         r"power    detects changes of ([\d.]+)% or more with probability 80%, "
         r"if the noise between blocks is as in embedded \(([\d.]+)%\)",
@@ -368,7 +373,7 @@ def test_a_detectable_effect_is_a_percentage_or_is_not_said(
 ) -> None:
     published = provenance.ROOT / "reports" / "published" / "cpu-two-cores" / "embedded"
     monkeypatch.setattr(block_count, "detectable", lambda *_: 53.1)
-    text = said(plan_of(cpu, model), published)
+    text = said(plan_of(cpu, model, "design.blocks=6"), published)
     assert "power    6 blocks are too few to detect any change at alpha = 0.05" in text
     assert "5310" not in text
 
@@ -383,10 +388,19 @@ def test_validate_shows_launches_and_time_and_what_cannot_run_here() -> None:
         result.output,
     )
     assert "gpu-canonical: not on profile cpu: " in result.output
-    small = ["validate", "embedded", "--profile", "cpu", "--set", "design.budget_s=20"]
+    small = [
+        "validate",
+        "embedded",
+        "--profile",
+        "cpu",
+        "--set",
+        "design.budget_s=20",
+        "--set",
+        "sizing=null",
+    ]
     refused = CliRunner().invoke(cli.app, small)
     assert refused.exit_code == 1
     assert (
-        "embedded.yaml (with overrides design.budget_s): design.budget_s: 6 blocks of"
+        "embedded.yaml (with overrides design.budget_s, sizing): design.budget_s: 2 blocks of"
         in refused.output
     )

@@ -2,6 +2,8 @@
 text of a request that still runs, or that has options. Loaded where an output has one of these.
 """
 
+from typing import Any
+
 from tokenizers import Tokenizer
 
 from nanovllm.engine.sequence import Sequence, TokenLogprobs
@@ -19,7 +21,9 @@ def complete(completion: CompletionOutput, seq: Sequence, tokenizer: Tokenizer |
         completion.text = seq.text_of(tokenizer)
     if seq.finish_reason is None:
         completion.text = completion.text.rstrip(INCOMPLETE)
-    if seq.params.logprobs is not None:
+    if getattr(seq, "num_prompt_logprobs", None) is not None:
+        attach_prompt_logprobs(seq, tokenizer)
+    if seq.params.logprobs is not None and not getattr(seq, "hides_logprobs", False):
         attach_logprobs(completion, seq, tokenizer)
 
 
@@ -30,20 +34,40 @@ def attach_logprobs(
     likely ones, by token id.
     """
 
+    count = seq.params.logprobs or 0
+    completion.logprobs = [
+        entry(token, lp, count, tokenizer)
+        for token, lp in zip(completion.token_ids, seq.logprobs, strict=True)
+    ]
+    completion.cumulative_logprob = sum(lp[0] for lp in seq.logprobs)
+
+
+def attach_prompt_logprobs(seq: Any, tokenizer: Tokenizer | None) -> None:
+    """Sets those of the prompt (requests.sequences.SequenceWithOptions), which came with the first
+    token of the answer.
+    """
+    if not seq.logprobs or seq.prompt_logprobs is not None:
+        return
+    seq.prompt_logprobs = [None]
+    for place in range(1, seq.num_prompt_tokens):
+        chosen, rank, *most = seq.logprobs[0][4][place - 1]
+        half, count = len(most) // 2, min(seq.num_prompt_logprobs, len(most) // 2)
+        found = chosen, int(rank), most[:count], [int(token) for token in most[half : half + count]]
+        seq.prompt_logprobs.append(entry(seq.token_ids[place], found, count, tokenizer))
+
+
+def entry(
+    token: int, logprobs: TokenLogprobs, count: int, tokenizer: Tokenizer | None
+) -> dict[int, Logprob]:
+    """A token's own log-probability and the `count` largest, by token id."""
+
     def decode(token: int) -> str | None:
         return tokenizer.decode([token]) if tokenizer is not None else None
 
-    def entry(token: int, logprobs: TokenLogprobs) -> dict[int, Logprob]:
-        chosen, rank, largest, ids = logprobs
-        count = seq.params.logprobs
-        found = {
-            i: Logprob(lp, k, decode(i))
-            for k, (lp, i) in enumerate(zip(largest[:count], ids[:count], strict=True), 1)
-        }
-        found.setdefault(token, Logprob(chosen, rank, decode(token)))
-        return found
-
-    completion.logprobs = [
-        entry(token, lp) for token, lp in zip(completion.token_ids, seq.logprobs, strict=True)
-    ]
-    completion.cumulative_logprob = sum(lp[0] for lp in seq.logprobs)
+    chosen, rank, largest, ids, *_ = logprobs
+    found = {
+        i: Logprob(lp, k, decode(i))
+        for k, (lp, i) in enumerate(zip(largest[:count], ids[:count], strict=True), 1)
+    }
+    found.setdefault(token, Logprob(chosen, rank, decode(token)))
+    return found

@@ -259,6 +259,7 @@ class LLMEngine:
             seq.finish_reason is not None,
             seq.metrics,
             seq.num_cached_tokens,
+            getattr(seq, "prompt_logprobs", None),
         )
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
@@ -353,12 +354,18 @@ class LLM(LLMEngine):
         return _load("requests.chat", "hf_tokenizer")(self.config)
 
     def chat(
-        self, messages: Any, sampling_params: Params = None, **how: Any
+        self,
+        messages: Any,
+        sampling_params: Params = None,
+        use_tqdm: bool = True,
+        **how: Any,
     ) -> list[RequestOutput]:
         """Answers a conversation, or each of several, as vLLM's `chat`. See requests/chat.py for the
         arguments and errors.
         """
-        return _load("requests.chat", "chat")(self, messages, sampling_params, **how)  # type: ignore[no-any-return]
+        return _load("requests.chat", "chat")(  # type: ignore[no-any-return]
+            self, messages, sampling_params, use_tqdm, **how
+        )
 
     @one_at_a_time
     def generate(

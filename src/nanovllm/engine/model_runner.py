@@ -121,7 +121,7 @@ class ModelRunner:
         params = (
             of_rows[rows] for of_rows in (self.temperatures, self.top_ks, self.top_ps, self.seeds)
         )
-        edited = logits if self.processors is None else self.processors.edit(logits, plan)
+        edited = logits if self.processors is None else self.processors.edit(logits, hidden, plan)
         token_ids = self.kernels.sample(
             edited,
             *params,
@@ -134,7 +134,11 @@ class ModelRunner:
             return (token_ids,)
         from nanovllm.kernels.torch.logprobs import logprobs
 
-        return token_ids, *logprobs(self.tp.all_gather(logits), token_ids, plan.num_logprobs)
+        return (
+            token_ids,
+            *logprobs(self.tp.all_gather(logits), token_ids, plan.num_logprobs),
+            *(() if self.processors is None else self.processors.of_prompts(plan)),
+        )
 
     def _read_back(self, *tensors: Tensor) -> StepHandle:
         """Enqueues copies of the results to the host."""

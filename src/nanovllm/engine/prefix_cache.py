@@ -138,7 +138,8 @@ class CachingBlockManager(BlockManager):
         """Like BlockManager.claim, but shares the blocks of the longest cached prefix, whose KV
         need not be computed again.
         """
-        hits = self.cache.match(seq.token_ids)
+        # log-probabilities of a prompt need all of it computed
+        hits = [] if getattr(seq, "skips_cache", False) else self.cache.match(seq.token_ids)
         shared = [hit.block for hit in hits]
         needed = self.blocks_for(num_tokens) - len(shared)
         if needed + sum(self.ref_counts[block] == 0 for block in shared) > self.num_free:

@@ -69,8 +69,10 @@ class Sequence:
         """Adds a committed token; True if the request is finished by it."""
         self.token_ids.append(token_id)
         if token_id in self.stop_token_ids:
-            self.finish_reason = "stop"
-            self.stop_reason = token_id if token_id in self.params.stop_token_ids else None
+            self.finish_reason, self.stop_reason = (
+                "stop",
+                token_id if token_id in self.params.stop_token_ids else None,
+            )
         elif self.num_output_tokens >= self.params.max_tokens:
             self.finish_reason = "length"
         return self.finish_reason is not None

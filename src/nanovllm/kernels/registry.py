@@ -29,17 +29,17 @@ class Kernels:
 
 def load_kernels(optimizations: Optimizations, calls: Counter[str]) -> Kernels:
     """The implementation of `optimizations.kernels`, which names its module; each call adds one to calls[level]."""
-    module = import_module(f"nanovllm.kernels.{optimizations.kernels}")
-    return Kernels(
-        *(counted(getattr(module, f.name), optimizations.kernels, calls) for f in fields(Kernels))
-    )
+    level = optimizations.kernels
+    module = import_module(f"nanovllm.kernels.{level}")
+    return Kernels(*(counted(getattr(module, f.name), level, calls) for f in fields(Kernels)))
 
 
 def counted(function: Operation, level: str, calls: Counter[str]) -> Operation:
-    """`function`, adding one to calls[level] at each call."""
+    """`function`, adding one to calls[level] at each call. Its attribute `level` is the level."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         calls[level] += 1
         return function(*args, **kwargs)
 
+    call.level = level  # type: ignore[attr-defined]
     return call

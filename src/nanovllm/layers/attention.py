@@ -47,10 +47,13 @@ class Attention:
         dtype: torch.dtype,
     ) -> None:
         module, name = _BACKENDS[optimizations.attention_backend]
-        # a backend that reads shared prefixes once counts them
-        shared = {"cascade": calls} if optimizations.cascade_attention else {}
         backend = getattr(import_module(module), name)(
-            num_kv_heads, block_size, head_dim, dtype, **shared
+            num_kv_heads,
+            block_size,
+            head_dim,
+            dtype,
+            # a backend that reads shared prefixes once counts them
+            **({"cascade": calls} if optimizations.cascade_attention else {}),
         )
         self.prepare = backend.prepare
         self.attend = counted(backend.attend, optimizations.attention_backend, calls)

@@ -2,6 +2,7 @@
 
 families            the registry: architecture -> file of its family
 qwen3               Qwen3ForCausalLM                         (a family's file is loaded when a checkpoint names it)
+qwen3_moe           Qwen3MoeForCausalLM: mixtures of experts
 qwen2               Qwen2ForCausalLM: Qwen2 and Qwen2.5
 llama               LlamaForCausalLM: Llama 2 and 3, SmolLM2
 mistral             MistralForCausalLM
@@ -15,5 +16,5 @@ sampling_defaults   generation_config.json -> SamplingParams (loaded when none a
 checkpoint          builds small seeded checkpoints; for tests and studies
 
 Imports point down: loader -> hub -> checkpoint -> weight_files, generated -> layers; a family's
-file -> layers; mistral -> llama; config -> families. Nothing here imports the engine.
+file -> layers; mistral -> llama; qwen3_moe -> qwen3; config -> families. Nothing here imports the engine.
 """

@@ -1,4 +1,4 @@
-"""Builds small seeded Qwen3 checkpoints, so that nothing has to be downloaded: `python -m
+"""Builds small seeded checkpoints of every family, so that nothing has to be downloaded: `python -m
 nanovllm.models.checkpoint tiny`.
 
 Plain random weights are useless for tests: the layers hardly change the residual stream, so with
@@ -32,7 +32,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 
 from nanovllm.kernels.torch.sampling import philox4x32
+from nanovllm.layers.rope_scaling import read_scaled_rope
 from nanovllm.models.generated import RECIPE
 from nanovllm.models.weight_files import weight_files
 
@@ -64,6 +65,10 @@ class Gains:
     """RMS of the content part of queries and keys before their norms: small, so that the norms' epsilon matters too."""
     positional: float = 5.0
     """RMS of the part of queries and keys that comes from channel 0, in units of the content part."""
+    bias: float = 0.3
+    """RMS of the biases of q, k and v, in units of the RMS of what they are added to."""
+    router: float = 4.0
+    """RMS of a router's logits."""
     scores: float = 2.5
     """RMS of the attention scores that random queries and keys of the same length would have."""
     logits: float = 2.5
@@ -81,8 +86,11 @@ class Gains:
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """What a checkpoint is built from. The shape uses the names of config.json."""
+    """What a checkpoint is built from. The shape uses the names of config.json. A family without
+    norms of heads has queries and keys of the same size in its weights.
+    """
 
+    architecture: str = "Qwen3ForCausalLM"
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -92,6 +100,10 @@ class Preset:
     head_dim: int
     max_position_embeddings: int
     rope_theta: float = 1e6
+    rope_scaling: Mapping[str, Any] | None = None
+    """rope_parameters, beside rope_theta. None: not scaled."""
+    experts: Mapping[str, Any] | None = None
+    """Settings of a family with mixtures of experts, in each layer."""
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     dtype: str = "float32"
@@ -101,6 +113,7 @@ class Preset:
     """Bytes per file, about: weights are split over files with an index, as large models are published. None: one file."""
 
 
+_LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 PRESETS = {
     "tiny": Preset(
         vocab_size=2048,
@@ -127,6 +140,71 @@ PRESETS = {
         # more). A token that reads a slot wrong moves by 15 to 24 times bfloat16's largest error,
         # and by 4 to 6 where one layer alone reads it wrong.
         gains=Gains(attention=0.003, mlp=0.001, max_distance=256, distances=2, distance_sets=2),
+    ),
+    # Without norms of heads bfloat16's error grows faster with depth, so the other families have two layers.
+    # All named tiny take the same bytes of KV cache for a token.
+    "tiny-qwen2": Preset(
+        architecture="Qwen2ForCausalLM",
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=4096,
+        gains=Gains(distances=4),
+    ),
+    "tiny-llama": Preset(
+        architecture="LlamaForCausalLM",
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=4096,
+        rope_theta=5e5,
+        # so short that the frequencies with which heads find their places are scaled as well
+        rope_scaling=_LLAMA3 | {"factor": 32.0, "original_max_position_embeddings": 64},
+        rms_norm_eps=1e-5,
+        gains=Gains(distances=4),
+    ),
+    "tiny-mistral": Preset(
+        architecture="MistralForCausalLM",
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=128,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+    ),
+    # Where rounding to bfloat16 changes which expert is chosen, the output jumps: experts add less here than an MLP elsewhere,
+    # and even so bfloat16's error is twice that of the others.
+    "tiny-qwen3-moe": Preset(
+        architecture="Qwen3MoeForCausalLM",
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=4096,
+        experts={
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 192,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        },
+        gains=Gains(mlp=0.001, distances=4),
     ),
 }
 
@@ -155,6 +233,22 @@ _GENERATED = {
         tie_word_embeddings=False,
         dtype="bfloat16",
     ),
+    "llama-3.1-8b": Preset(
+        architecture="LlamaForCausalLM",
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=131_072,
+        rope_theta=5e5,
+        rope_scaling=_LLAMA3 | {"factor": 8.0, "original_max_position_embeddings": 8192},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    ),
 }
 GENERATED = _GENERATED | {
     f"{name}-4-layers": dataclasses.replace(shape, num_hidden_layers=4)
@@ -167,6 +261,10 @@ layers, a reference model fits beside them.
 DIGESTS = {
     "tiny": "6be35bac76c4b39d14faad25342f2c4886a400894b1c1ccd841487fd68c55ecd",
     "qwen3-0.6b": "d94b9db7340e15c50eda759ceb5f99b327b843e8700d74e2faf75735bffefd18",
+    "tiny-qwen2": "a739288bbe5aac0fbb4ad5ba1050e4380b9ed04b1b5ed6a29a7bdbaab094aeea",
+    "tiny-llama": "7e384dc3672e3db4c12c02e4e8502a3ffcb90f2a8af4deda347f582eddf56fa5",
+    "tiny-mistral": "21ca8d0bfb7a38f0d759468e3502ade4d20b37fd7c93dda2a3ecf8d8ac61b663",
+    "tiny-qwen3-moe": "0e4cd1b0b87162cdbc40d624f6c959940f835045c82eaa8a4a8ec3d2009f1a27",
 }
 """checkpoint_digest of every preset. A build with another digest is refused."""
 
@@ -331,23 +429,45 @@ def build_checkpoint(recipe: Preset, folder: Path, weights: bool = True) -> None
     )
 
 
+# architecture -> what its config.json holds beside the recipe's shape, as transformers 5 writes it
+_SETTINGS: dict[str, Any] = {
+    "Qwen3ForCausalLM": {
+        "model_type": "qwen3",
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": None,
+    },
+    "Qwen2ForCausalLM": {
+        "model_type": "qwen2",
+        "use_sliding_window": False,
+        "sliding_window": None,
+    },
+    "LlamaForCausalLM": {"model_type": "llama", "attention_bias": False, "mlp_bias": False},
+    "MistralForCausalLM": {"model_type": "mistral", "sliding_window": None},
+}
+_SETTINGS["Qwen3MoeForCausalLM"] = _SETTINGS["Qwen3ForCausalLM"] | {"model_type": "qwen3_moe"}
+
+
 def _config(recipe: Preset) -> dict[str, Any]:
     """config.json as transformers 5 writes it."""
     shape = dataclasses.asdict(recipe)
-    for own in ("seed", "gains", "max_shard_bytes", "rope_theta"):
+    for own in ("architecture", "seed", "gains", "max_shard_bytes", "rope_theta", "rope_scaling"):
         del shape[own]
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        **shape,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "rope_parameters": {"rope_theta": recipe.rope_theta, "rope_type": "default"},
+    experts = shape.pop("experts") or {}
+    rope = recipe.rope_scaling or {"rope_type": "default"}
+    layers = {
         "layer_types": ["full_attention"] * recipe.num_hidden_layers,
         "max_window_layers": recipe.num_hidden_layers,
-        "use_sliding_window": False,
-        "sliding_window": None,
+    }
+    return {
+        "architectures": [recipe.architecture],
+        **shape,
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "rope_parameters": {"rope_theta": recipe.rope_theta, **rope},
+        **_SETTINGS[recipe.architecture],
+        **(layers if recipe.architecture.startswith("Qwen") else {}),
+        **experts,
         "initializer_range": 0.02,
         "use_cache": True,
         "bos_token_id": None,
@@ -359,6 +479,8 @@ def _config(recipe: Preset) -> dict[str, Any]:
 def _weights(recipe: Preset) -> Iterator[tuple[str, Tensor]]:
     """(name, float32 tensor) of every weight, in the order of the model."""
     gains, hidden, head_dim = recipe.gains, recipe.hidden_size, recipe.head_dim
+    has_norms = recipe.architecture.startswith("Qwen3")
+    has_bias = recipe.architecture.startswith("Qwen2")
 
     def linear(name: str, outputs: int, inputs: int, gain: float) -> Tensor:
         return _noise((outputs, inputs), name, recipe.seed).mul_(gain / math.sqrt(inputs))
@@ -371,6 +493,9 @@ def _weights(recipe: Preset) -> Iterator[tuple[str, Tensor]]:
             .add_(1.0)
             .mul_(gain / math.sqrt(1.0 + spread**2))
         )
+
+    def bias(name: str, heads: int, size: float) -> tuple[str, Tensor]:
+        return name, _noise((heads * head_dim,), name, recipe.seed).mul_(gains.bias * size)
 
     def mean_square(layer: int) -> float:
         """Expected, of the residual stream's channels before `layer`."""
@@ -406,16 +531,26 @@ def _weights(recipe: Preset) -> Iterator[tuple[str, Tensor]]:
                 torch.cat([_rotary_vector(-distance, recipe) for distance in distances])
                 * positional
             )
+            if not has_norms:  # what the norms of heads would do
+                size = gains.query_key * math.sqrt(
+                    content_share(layer) * (1.0 + gains.positional**2)
+                )
+                weight *= math.sqrt(gains.scores) / size
             yield f"{attention}{part}_proj.weight", weight
-            yield (
-                f"{attention}{part}_norm.weight",
-                norm(f"{attention}{part}_norm.weight", head_dim, math.sqrt(gains.scores)),
-            )
+            if has_norms:
+                yield (
+                    f"{attention}{part}_norm.weight",
+                    norm(f"{attention}{part}_norm.weight", head_dim, math.sqrt(gains.scores)),
+                )
+            if has_bias:
+                yield bias(f"{attention}{part}_proj.bias", heads, math.sqrt(gains.scores))
         value = linear(
             attention + "v_proj.weight", recipe.num_key_value_heads * head_dim, hidden, 1.0
         )
         value[:, 0] = 0.0  # the constant carries no content
         yield attention + "v_proj.weight", value
+        if has_bias:
+            yield bias(attention + "v_proj.bias", recipe.num_key_value_heads, 1.0)
         attention_width = recipe.num_attention_heads * head_dim
         yield (
             attention + "o_proj.weight",
@@ -426,15 +561,26 @@ def _weights(recipe: Preset) -> Iterator[tuple[str, Tensor]]:
             prefix + "post_attention_layernorm.weight",
             norm(prefix + "post_attention_layernorm.weight", hidden),
         )
-        for part in ("gate_proj", "up_proj"):
-            weight = linear(f"{mlp}{part}.weight", recipe.intermediate_size, hidden, 1.0)
-            weight[:, 0] = 0.0
-            yield f"{mlp}{part}.weight", weight
-        # silu(x) * y of independent unit normals has root mean square 0.6
-        yield (
-            mlp + "down_proj.weight",
-            linear(mlp + "down_proj.weight", hidden, recipe.intermediate_size, gains.mlp / 0.6),
-        )
+        mlps, width = {mlp: gains.mlp}, recipe.intermediate_size
+        if recipe.experts is not None:
+            mlps = {
+                f"{mlp}experts.{number}.": gains.mlp
+                for number in range(recipe.experts["num_experts"])
+            }
+            width = recipe.experts["moe_intermediate_size"]
+            router = linear(f"{mlp}gate.weight", len(mlps), hidden, gains.router)
+            router[:, 0] = 0.0
+            yield f"{mlp}gate.weight", router
+        for place, gain in mlps.items():
+            for part in ("gate_proj", "up_proj"):
+                weight = linear(f"{place}{part}.weight", width, hidden, 1.0)
+                weight[:, 0] = 0.0
+                yield f"{place}{part}.weight", weight
+            # silu(x) * y of independent unit normals has root mean square 0.6
+            yield (
+                place + "down_proj.weight",
+                linear(place + "down_proj.weight", hidden, width, gain / 0.6),
+            )
 
     depth = recipe.num_hidden_layers
     final = norm(
@@ -507,7 +653,13 @@ def _rotary_vector(position: int, recipe: Preset) -> Tensor:
     """
     half = recipe.head_dim // 2
     pairs = max(1, recipe.head_dim // 12)
-    angles = [position * recipe.rope_theta ** (-i / half) for i in range(pairs)]
+    frequencies = [recipe.rope_theta ** (-i / half) for i in range(pairs)]
+    if recipe.rope_scaling is not None:
+        shape = {"max_position_embeddings": recipe.max_position_embeddings}
+        scaled = read_scaled_rope(dict(recipe.rope_scaling), shape, "the preset")["scaled_rope"]
+        every = torch.tensor([recipe.rope_theta ** (-i / half) for i in range(half)]).double()
+        frequencies = scaled(every, recipe.rope_theta)[0][:pairs].tolist()
+    angles = [position * frequency for frequency in frequencies]
     vector = torch.zeros(2, half)
     vector[0, :pairs] = torch.tensor([math.cos(angle) for angle in angles])
     vector[1, :pairs] = torch.tensor([math.sin(angle) for angle in angles])
@@ -584,7 +736,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 def main() -> None:
     """Builds a preset and prints its folder and digest."""
     parser = argparse.ArgumentParser(
-        prog="python -m nanovllm.models.checkpoint", description="Build a seeded Qwen3 checkpoint."
+        prog="python -m nanovllm.models.checkpoint", description="Build a seeded checkpoint."
     )
     parser.add_argument("preset", choices=[*PRESETS, *GENERATED])
     parser.add_argument("--cache-dir", help="default: $NANOVLLM_CACHE, else .cache/nanovllm")

@@ -41,6 +41,7 @@ KINDS: dict[Any, tuple[str, Any]] = {
     bool: ("true or false", lambda value: type(value) is bool),
     str: ("a name", lambda value: type(value) is str),
     Any: ("made by rope_scaling.py", callable),
+    dict[str, Any]: ("settings", lambda value: type(value) is dict),
     tuple[int, ...]: (
         "token ids, whole numbers",
         lambda value: all(type(token) is int and token >= 0 for token in value),
@@ -67,6 +68,7 @@ class ModelConfig:
     attention_bias: bool = False
     dtype: str = "float32"
     eos_token_ids: tuple[int, ...] = ()
+    own: dict[str, Any] = dataclasses.field(default_factory=dict)  # of this family alone
     scaled_rope: Any = None  # of layers/rope_scaling.py, where rope_type is not 'default'
 
 
@@ -79,8 +81,11 @@ def load_hf_config(folder: Path) -> ModelConfig:
     """
     raw = read_json(folder / "config.json")
     # transformers 4, transformers 5; where both are given, HF takes the former
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
+    rope = (
+        given
+        if isinstance(given := raw.get("rope_scaling") or raw.get("rope_parameters") or {}, dict)
+        else {"rope_type": given}
+    )
     eos = read_if_there(folder / "generation_config.json").get(
         "eos_token_id", raw.get("eos_token_id")
     )
@@ -100,6 +105,7 @@ def load_hf_config(folder: Path) -> ModelConfig:
         "dtype": raw.get("dtype") or raw.get("torch_dtype") or "float32",
         "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         "scaled_rope": None,
+        "own": {name: raw[name] for name in FAMILIES[named[0]][2:] if raw.get(name) is not None},
     }
     for name, computed in (COMPUTED | FAMILIES[found["architecture"]][1]).items():
         if (there := found.get(name, "nothing" if computed is None else computed)) not in (

@@ -2,7 +2,8 @@
 
 A row names the architecture as config.json does, the module that holds a class of that name, and the settings that
 config.json must have (they may replace a value of models.config.COMPUTED): the value, null or no such key; None means
-that the key must be there, as null. The module is loaded only when a checkpoint asks for it. The class is made with
+that the key must be there, as null. Names behind them are settings that the family alone has; its class finds them in
+ModelConfig.own. The module is loaded only when a checkpoint asks for it. The class is made with
 
     (config: ModelConfig, max_model_len: int, kernels: Kernels, attention: Attention, tp: TensorParallel)
 
@@ -16,9 +17,15 @@ and has
 from importlib import import_module
 from typing import Any
 
-# architecture -> (module, settings of config.json that this family computes, beside models.config.COMPUTED)
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+# architecture -> (module, settings of config.json that this family computes, beside models.config.COMPUTED, *own ones)
+FAMILIES: dict[str, tuple[Any, ...]] = {
     "Qwen3ForCausalLM": ("nanovllm.models.qwen3", {"model_type": "qwen3"}),
+    "Qwen3MoeForCausalLM": (
+        "nanovllm.models.qwen3_moe",
+        {"model_type": "qwen3_moe"},
+        *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
+        *("norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"),
+    ),
     "Qwen2ForCausalLM": ("nanovllm.models.qwen2", {"model_type": "qwen2", "attention_bias": True}),
     # vLLM acts on bias and qkv_bias, HF does not
     "LlamaForCausalLM": (

@@ -90,7 +90,9 @@ def _fill(target: Tensor, name: str, seed: int, first: list[int], ranks_beside: 
         noise = (
             words.float().mul_(2.0**-32).sub_(0.5).mul_(math.sqrt(12.0)).view(len(part), columns)
         )
-        if target.dim() == 1:
+        if ".bias" in name:
+            noise.mul_(0.3)
+        elif target.dim() == 1:
             noise.mul_(0.1).add_(1.0)  # a norm's weights
         elif "embed_tokens" not in name:
             noise.mul_(1.0 / math.sqrt(columns * ranks_beside))

@@ -42,8 +42,16 @@ class Qwen3Attention(nn.Module):
         self.attention = attention
 
     def forward(self, x: Tensor, cos_sin: Tensor, kv_cache: KVCache, batch: ForwardBatch) -> Tensor:
-        norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
-        return self.o_proj(self.attention(self.qkv_proj, norms, x, cos_sin, kv_cache, batch))
+        return self.o_proj(
+            self.attention(
+                self.qkv_proj,
+                (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps),
+                x,
+                cos_sin,
+                kv_cache,
+                batch,
+            )
+        )
 
 
 class Qwen3MLP(nn.Module):

@@ -23,6 +23,12 @@ from nanovllm.models.loader import resolve_model
 from nanovllm.outputs import RequestOutput
 
 Message = Mapping[str, Any]
+NOT_BUILT: dict[str, tuple[Any, ...]] = {
+    "lora_request": (None,),
+    "mm_processor_kwargs": (None, {}),
+    "chat_template_content_format": ("auto", "string"),
+}
+"""Arguments of vLLM's chat, with the values that ask for nothing."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SPECIAL_TOKENS = (
     "bos_token",
@@ -46,6 +52,7 @@ def chat(
     continue_final_message: bool = False,
     tools: SequenceOf[Mapping[str, Any]] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    **others: Any,
 ) -> list[RequestOutput]:
     """Answers one conversation, or each of a list; one output for each. As vLLM's LLM.chat.
 
@@ -54,11 +61,18 @@ def chat(
     add_generation_prompt: ends the prompt with what begins an answer. continue_final_message: leaves
     the last message open instead, and the answer continues it (give add_generation_prompt=False).
     tools: JSON schemas of functions. chat_template_kwargs: more values for the template, such as
-    enable_thinking.
+    enable_thinking. others: vLLM's arguments that are not built, with the values of NOT_BUILT.
 
     Raises ValueError for a checkpoint without a template, for messages that are not as above, and
-    for what the template refuses; TypeError for arguments that are not of these types.
+    for what the template refuses; TypeError for arguments that are not of these types or unknown.
     """
+    for name, value in others.items():
+        if name not in NOT_BUILT:
+            raise TypeError(f"unknown argument {name} of LLM.chat")
+        if value not in NOT_BUILT[name]:
+            raise ValueError(
+                f"{name}={value!r} is not built in this engine; leave it out, or give {NOT_BUILT[name][0]!r}"
+            )
     if continue_final_message and add_generation_prompt:
         raise ValueError(
             "continue_final_message=True continues the last message, add_generation_prompt=True begins another: "

@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 
 from nanovllm.engine.scheduler import StepPlan
+from nanovllm.kernels.torch.logprobs import logprobs
 
+ROWS = 128
+"""Prompt tokens whose logits are in memory at a time."""
 Spec = tuple[dict[str, Any], int, list[int]]
 """What sequences.edits_of says, the length of the prompt, and all known tokens."""
 
@@ -102,6 +105,7 @@ class LogitProcessors:
         self.runner = runner
         self.specs: dict[int, Spec] = {}
         self.states: dict[int, RowState] = {}
+        self.prompts: dict[int, list[Tensor]] = {}
 
     def __contains__(self, row: int) -> bool:
         return row in self.specs
@@ -111,14 +115,19 @@ class LogitProcessors:
         for row, spec in zip(rows, specs, strict=True):
             self.specs.pop(row, None)
             self.states.pop(row, None)
+            self.prompts.pop(row, None)
             if spec is not None:
                 edits, num_prompt_tokens, token_ids = spec
                 self.specs[row] = edits, num_prompt_tokens, list(token_ids)
 
-    def edit(self, logits: Tensor, plan: StepPlan) -> Tensor:
+    def edit(self, logits: Tensor, hidden: Tensor, plan: StepPlan) -> Tensor:
         """The logits to sample from: [sampling entries, this rank's part of the vocabulary], float32,
         or `logits` itself where no entry has options. Every rank computes the whole vocabulary.
+        hidden: [tokens of the step, hidden], for log-probabilities of prompts.
         """
+        if not self.specs:
+            return logits
+        self._read_prompts(hidden, plan)
         ends = [
             (row, start + length)
             for row, start, length, samples in zip(
@@ -141,6 +150,48 @@ class LogitProcessors:
             state.edit(edited[i], position)
             state.has_sampled = True
         return edited[:, tp.rank * size : (tp.rank + 1) * size]
+
+    def _read_prompts(self, hidden: Tensor, plan: StepPlan) -> None:
+        """Computes the log-probabilities of the prompt tokens that this step has read."""
+        end = 0
+        for row, start, length in zip(plan.rows, plan.starts, plan.query_lens, strict=True):
+            begin, end = end, end + length
+            edits, num_prompt_tokens, token_ids = self.specs.get(row, ({}, 0, []))
+            # the last prompt token predicts the first one of the answer
+            count = min(length, num_prompt_tokens - 1 - start)
+            if "prompt_logprobs" not in edits or count < 1:
+                continue
+            targets = torch.tensor(token_ids[start + 1 : start + 1 + count], device=hidden.device)
+            for part in torch.arange(count, device=hidden.device).split(ROWS):
+                logits = self.runner.tp.all_gather(self.runner.model.logits(hidden[begin + part]))
+                chosen, ranks, largest, ids = logprobs(
+                    logits, targets[part], edits["prompt_logprobs"]
+                )
+                columns = chosen[:, None], ranks[:, None], largest, ids
+                found = torch.cat([column.double() for column in columns], dim=1)
+                self.prompts.setdefault(row, []).append(found)
+
+    def of_prompts(self, plan: StepPlan) -> tuple[Tensor, ...]:
+        """Log-probabilities of the prompts that were read to their end: nothing, or one tensor
+        [sampling entries, prompt tokens, 2 + 2 k], NaN where there is none. Of a token: its own, its
+        rank, the k largest, their token ids.
+        """
+        rows = [row for row, samples in zip(plan.rows, plan.samples, strict=True) if samples]
+        found = {
+            i: torch.cat(self.prompts.pop(row)) for i, row in enumerate(rows) if row in self.prompts
+        }
+        if not found:
+            return ()
+        shape = (max(t.shape[0] for t in found.values()), max(t.shape[1] for t in found.values()))
+        result = torch.full(
+            (len(rows), *shape), torch.nan, dtype=torch.float64, device=self.runner.device
+        )
+        for i, table in found.items():
+            half = (table.shape[1] - 2) // 2
+            largest = 2 + (shape[1] - 2) // 2
+            result[i, : len(table), : 2 + half] = table[:, : 2 + half]
+            result[i, : len(table), largest : largest + half] = table[:, 2 + half :]
+        return (result,)
 
 
 def renew(runner: Any, rows: list[int], specs: list[Spec | None]) -> None:

@@ -61,6 +61,11 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any], str]] = {
     "bad_words": (_texts, _as_texts, "a list of texts, none of them empty"),
     "include_stop_str_in_output": (_is_bool, bool, "True or False"),
     "min_tokens": (_whole(0), int, "a whole number, 0 or more"),
+    "prompt_logprobs": (
+        lambda value: value is None or _whole(0)(value),
+        lambda value: None if value is None else int(value),
+        "None or a whole number, 0 or more",
+    ),
     "detokenize": (_is_bool, bool, "True or False"),
     "skip_special_tokens": (_is_bool, bool, "True or False"),
     "logit_bias": (
@@ -96,6 +101,9 @@ class SamplingParamsWithOptions(SamplingParams):
     min_p: after the temperature and before top-k and top-p, drops tokens with less than min_p times
     the probability of the most likely one (Nguyen et al., 2024). Greedy sampling ignores it.
 
+    prompt_logprobs: how many of the most likely tokens are reported beside each prompt token, in
+    RequestOutput.prompt_logprobs; the prefix cache is then not read.
+
     detokenize=False leaves texts empty. skip_special_tokens=False shows special tokens in them.
     """
 
@@ -108,6 +116,7 @@ class SamplingParamsWithOptions(SamplingParams):
     bad_words: tuple[str, ...] | list[str] | None = ()
     include_stop_str_in_output: bool = False
     min_tokens: int = 0
+    prompt_logprobs: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     logit_bias: dict[int, float] | None = None

@@ -2,6 +2,7 @@
 when a request has some. No torch.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,10 +16,19 @@ from nanovllm.requests.stop_strings import StopStrings
 @dataclass(slots=True, eq=False)
 class SequenceWithOptions(Sequence):
     """A Sequence whose params are SamplingParamsWithOptions. watch: finds stop strings; None where
-    there are none to find.
+    there are none to find. hides_logprobs: they were not asked for, but those of the prompt were,
+    which come with the first of them (as a fifth element).
     """
 
     watch: StopStrings | None = None
+    num_prompt_logprobs: int | None = None
+    prompt_logprobs: list[Any] | None = None
+    hides_logprobs: bool = False
+
+    @property
+    def skips_cache(self) -> bool:
+        """Whether every token of the prompt must be computed."""
+        return self.num_prompt_logprobs is not None and not self.logprobs
 
     def append(self, token_id: int) -> bool:
         """Adds a committed token; True if the request is finished by it, or by a stop string that its
@@ -73,7 +83,11 @@ def _make(
         raise ValueError(
             f"request {request_id!r} has stop strings or bad_words, which need a tokenizer: leave skip_tokenizer_init out"
         )
+    hides = params.prompt_logprobs is not None and params.logprobs is None
+    if hides:
+        params = dataclasses.replace(params, logprobs=0)
     seq = SequenceWithOptions(request_id, token_ids, params, *rest)
+    seq.num_prompt_logprobs, seq.hides_logprobs = params.prompt_logprobs, hides
     edits = edits_of(params, model_config, tokenizer)
     named = [
         *edits.get("logit_bias", ()),
@@ -115,6 +129,8 @@ def edits_of(
     penalties = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
     if penalties != (1.0, 0.0, 0.0):
         edits["penalties"] = penalties
+    if params.prompt_logprobs is not None:
+        edits["prompt_logprobs"] = params.prompt_logprobs
     if params.min_p > 0 and params.temperature > 0:
         edits["min_p"] = params.min_p, params.temperature
     return edits

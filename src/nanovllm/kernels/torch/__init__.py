@@ -3,6 +3,7 @@
 activation        SwiGLU
 attention         TorchAttention, the baseline backend
 decode_step       gathers inputs and advances state in a captured decode step   (loaded with CUDA graphs)
+experts           a mixture of experts                                          (loaded with such a model)
 filtering         top-k and top-p                                               (loaded when asked for)
 kv_store          K and V into the paged cache
 logprobs          log-probabilities of sampled tokens                           (loaded when asked for)
@@ -10,7 +11,7 @@ norm, rope        RMSNorm; rotary embedding with its norms and the KV store
 sampling          exact counter-based sampling
 sampling_shards   the same over the shards of tensor-parallel ranks             (loaded in ranks)
 
-rope imports norm and kv_store; the others import nothing of this room.
+rope imports norm and kv_store, experts activation; the others import nothing of this room.
 """
 
 from torch.nn.functional import linear

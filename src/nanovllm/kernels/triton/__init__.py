@@ -3,6 +3,7 @@
 activation        SwiGLU
 attention/        TritonAttention
 decode_step       gathers inputs and advances state in a captured decode step
+experts           a mixture of experts as grouped matmuls   (loaded with such a model)
 fused             matmuls fused with SwiGLU, or with norms, rotary embedding and KV store
 kv_store          K and V into the paged cache
 launch            programmatic dependent launch, shared memory, warps

@@ -1,0 +1,22 @@
+"""A mixture of experts: each token goes through a few of many MLPs (Shazeer et al., 2017)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanovllm.kernels.torch.activation import silu_and_mul
+
+
+def mix_experts(x: Tensor, shares: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """x: [tokens, hidden]; shares, chosen: [tokens, top_k], what each chosen expert counts and its number;
+    gate_up: [experts, 2 * size, hidden], gate first; down: [experts, hidden, size].
+
+    Returns the sum of the chosen experts' results times their shares: [tokens, hidden]. Waits for the
+    device, to know which experts have tokens.
+    """
+    total = torch.zeros_like(x)
+    for number in chosen.unique().tolist():
+        tokens, places = torch.where(chosen == number)
+        result = F.linear(silu_and_mul(F.linear(x[tokens], gate_up[number])), down[number])
+        total.index_add_(0, tokens, result * shares[tokens, places, None])
+    return total
