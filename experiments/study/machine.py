@@ -242,6 +242,10 @@ def settle(profile: Profile, dtype: str) -> PlannedProfile:
             f"profile {profile.name}: peak_flops has no {dtype}; it has {', '.join(peaks)}"
         )
     settled["peak_flops"] = peaks[dtype]
+    if profile.device == "cpu":
+        # Values of bfloat16 may be multiplied in float32, and are by kernels=native. PyTorch's own product of bfloat16
+        # is far slower where the CPU has none.
+        settled["peak_flops"] = max(peaks[dtype], peaks.get("float32", 0.0))
     settled["speeds"] = "measured on this machine" if measured else "stated in the profile"
     return settled
 

@@ -19,7 +19,10 @@ class NativeAttention:
 
     def prepare(self, batch: ForwardBatch) -> None:
         """Nothing is the same in all layers but the addresses of the batch's own tensors."""
-        starts, seq_lens = batch.query_start_loc.contiguous(), batch.seq_lens.contiguous()
+        starts, seq_lens = (
+            batch.query_start_loc.long().contiguous(),
+            batch.seq_lens.int().contiguous(),
+        )
         tables = batch.block_tables
         if tables.stride(1) != 1:
             tables = tables.contiguous()
