@@ -138,11 +138,13 @@ def _local(name: str) -> str:
 
 
 def _in_readers_font(style: str) -> str:
-    """Style declarations in which matplotlib's list of fonts is FONT: `font: 12px 'DejaVu Sans', ...`."""
+    """Style declarations in which matplotlib's list of fonts is FONT: `font: 12px 'DejaVu Sans', ...`, or
+    `font-family: 'DejaVu Sans', ...` in versions before 3.11.
+    """
     declarations = []
     for declaration in style.split(";"):
         key, colon, value = declaration.partition(":")
-        if key.strip() == "font":
+        if key.strip() in ("font", "font-family"):
             value = value.partition("'")[0] + FONT
         declarations.append(f"{key}{colon}{value}")
     return ";".join(declarations)
