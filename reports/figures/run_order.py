@@ -16,6 +16,8 @@ TELEMETRY_LABELS = {
     "gpu0_celsius": "GPU, °C",
     "cpu_busy": "CPU busy, share",
 }
+LEAST_PERCENT = 0.1
+"""The axis shows at least this much to both sides: less is nothing, and has labels too long for their place."""
 COLORS = {"baseline": "ink", "aa": "inconclusive", "reference": "slower"}
 NAMES = {"aa": "A/A twin", "other": "others", "reference": "reference"}
 
@@ -58,6 +60,8 @@ def run_order(analysis: Mapping[str, Any], width: int) -> Figure | None:
                     first - 0.5, last + 0.5, color=LIGHT["band"], alpha=0.55, linewidth=0, zorder=0
                 )
         if panel == "main":
+            if max(abs(y) for _, y, _ in points) < LEAST_PERCENT:
+                axes.set_ylim(-LEAST_PERCENT, LEAST_PERCENT)
             axes.axhline(0, color=LIGHT["muted"], linewidth=1, zorder=1)
             for role in ("other", "reference", "aa", "baseline"):
                 own = [(x, y) for x, y, point_role in points if point_role == role]
