@@ -115,12 +115,15 @@ def test_vllm_is_judged_by_the_configuration_against_which_we_do_worst(
             | {"fingerprint": found.plan["workloads"]["scaled"]["fingerprint"]}
         }
     )
+    found.analysis["answer"]["caveats"] = ["A noisy machine."]
     judged = judge(one, shelf(found))
     assert len(judged.findings) == 2
     assert [finding.what.split(" on ")[0] for finding in judged.deciding] == [
         "all off over vLLM (fast)"
     ]
     assert judged.verdict == verdict
+    (section,) = claims.document([judged]).folded
+    assert section.lead[-1] == "Caveats of gpu-vllm: A noisy machine."
     # not the canonical workload
     assert judge(claim("throughput-vs-vllm"), shelf(found)).verdict == "not testable here"
     breach = {"ours": "baseline", "theirs": "fast", "breaches": ["another checkpoint"]}
