@@ -487,6 +487,8 @@ def test_mixtures_of_experts(
     case = expert_case(tokens, top_k, num_experts, hidden, size, dtype)
     ours = triton_experts.mix_experts(*case)
     close(ours, experts.mix_experts(*case))
+    # as plain PyTorch is recorded in a CUDA graph
+    close(experts.mix_every_expert(*case), experts.mix_experts(*case))
     # the same token in another batch
     x, shares, chosen, *weights = case
     alone = triton_experts.mix_experts(x[:1], shares[:1], chosen[:1], *weights)

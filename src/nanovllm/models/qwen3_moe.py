@@ -197,11 +197,6 @@ class Qwen3MoeForCausalLM(nn.Module):
         tp: TensorParallel,
     ) -> None:
         super().__init__()
-        if torch.get_default_device().type != "cpu" and level_of(kernels) != "triton":
-            raise ValueError(
-                f"kernels={level_of(kernels)!r} cannot compute Qwen3MoeForCausalLM on a GPU: which experts have tokens would be "
-                "read on the host; take kernels='triton'"
-            )
         self.model = Qwen3MoeModel(config, max_model_len, kernels, attention, tp)
         self.lm_head = (
             self.model.embed_tokens
