@@ -203,8 +203,11 @@ def make_vllm(venv: Path, build: str) -> None:
     # torchvision and more, which text does not need: so torch first, with what it needs, then the
     # rest as it is listed.
     torch = next(line for line in file.read_text().splitlines() if line.startswith("torch=="))
-    installer.run("torch", [torch])
-    installer.run("vLLM", [*(["--no-deps"] if build == "cpu" else []), "-r", str(file)])
+    # As in compile_imports; vLLM imports much of it late, so all of it is compiled.
+    bytecode = installer.uv and os.environ.get("PYTHONDONTWRITEBYTECODE")
+    more = ["--compile-bytecode"] if bytecode else []
+    installer.run("torch", [*more, torch])
+    installer.run("vLLM", [*more, *(["--no-deps"] if build == "cpu" else []), "-r", str(file)])
     write_stamp(venv, wanted)
 
 

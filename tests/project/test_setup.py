@@ -317,6 +317,26 @@ def test_vllm_says_which_pythons_it_runs_on(
         environment.make_vllm(tmp_path / ".venv-vllm", "cpu")
 
 
+@pytest.mark.parametrize(("variable", "compiles"), [("1", True), ("", False)])
+def test_the_bytecode_of_vllm_is_written_once_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, compiles: bool
+) -> None:
+    """Three processes of each vLLM launch compiled it again: 210 s to start on two slow cores."""
+    ran: list[list[str]] = []
+
+    class Recorded:
+        uv = Path("uv")
+
+        def run(self, what: str, arguments: list[str], hint: str = "") -> None:
+            ran.append(arguments)
+
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", variable)
+    monkeypatch.setattr(environment, "make_venv", lambda venv: venv / "bin" / "python")
+    monkeypatch.setattr(environment, "find_installer", lambda python: Recorded())
+    environment.make_vllm(tmp_path, "cpu")
+    assert ["--compile-bytecode" in arguments for arguments in ran] == [compiles, compiles]
+
+
 def test_without_uv_pip_installs_the_same_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
     monkeypatch.setattr(
