@@ -119,6 +119,9 @@ def _together(
         said += f"; on its own, {_name(best, analysis)} comes first ({_short(best)}, suggestive)"
     elif single:
         said += "; none of them is significantly faster on its own"
+        best = _largest(analysis, single)
+        if best is not None and _gains(analysis, best):
+            said += f" (the most: {_name(best, analysis)}, {_short(best)})"
     said += _better_without(analysis, everything)
     pairs = [
         row
