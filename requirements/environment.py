@@ -153,7 +153,7 @@ def compile_imports(python: Path) -> None:
 
     Python does so by itself, unless PYTHONDONTWRITEBYTECODE is set, as in many containers. Then
     every process of a study would compile PyTorch and transformers again, which takes longer than
-    what it measures (8 s more for each engine of HF on two cores).
+    what it measures (7 s more for each engine of HF on two cores).
     """
     say("PYTHONDONTWRITEBYTECODE is set: compiling what every process imports, once")
     environment = {**os.environ}

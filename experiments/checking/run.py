@@ -158,7 +158,7 @@ class Running:
 def jobs_at_once(device: Device) -> int:
     """How many jobs run side by side: two on a CPU; on a GPU, whose jobs mostly start and compile,
     one for every four cores, at most four: on one H200 with 16 cores the whole check then took 4 minutes,
-    where one job after the other took more than 9. Never more than there are cores.
+    where one job after the other had not ended after 520 s. Never more than there are cores.
     """
     cores = provenance.cpu_cores()
     return max(1, min(4, cores // 4) if device == "cuda" else min(2, cores))

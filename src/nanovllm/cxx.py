@@ -155,9 +155,8 @@ def _build(folder: Path, command: list[str], target_flags: tuple[str, ...], file
     # Nothing is linked but the C++ library: OpenMP's functions are found in the process (load).
     link = ("-undefined", "dynamic_lookup") if sys.platform == "darwin" else ()
     prefix = f".building-{file.stem}-"
-    for left in file.parent.glob(
-        f"{prefix}*"
-    ):  # by a build that was killed: nobody else builds now
+    # left by a build that was killed: nobody else builds now
+    for left in file.parent.glob(f"{prefix}*"):
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=file.parent) as aside:
         running = []

@@ -321,7 +321,7 @@ def test_vllm_says_which_pythons_it_runs_on(
 def test_the_bytecode_of_vllm_is_written_once_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, compiles: bool
 ) -> None:
-    """Three processes of each vLLM launch compiled it again: 210 s to start on two slow cores."""
+    """Three processes of each vLLM launch compiled it again: on two slow cores one had not started after 240 s."""
     ran: list[list[str]] = []
 
     class Recorded:

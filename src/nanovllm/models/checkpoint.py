@@ -28,7 +28,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import shutil
 import tempfile
 import zlib
@@ -43,6 +42,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from torch import Tensor
 
+from nanovllm.cxx import cache_folder
 from nanovllm.kernels.torch.sampling import philox4x32
 from nanovllm.layers.rope_scaling import read_scaled_rope
 from nanovllm.models.generated import RECIPE
@@ -301,7 +301,7 @@ def ensure_checkpoint(preset: str, *, cache_dir: Path | str | None = None, **cha
     # with the digests, as another recipe makes another checkpoint
     made_of = f"{recipe} {DIGESTS} {TOKENIZER_DIGEST}"
     key = hashlib.sha256(made_of.encode()).hexdigest()[:12]
-    cache = Path(cache_dir or os.environ.get("NANOVLLM_CACHE") or _home() / ".cache" / "nanovllm")
+    cache = Path(cache_dir or cache_folder())
     folder = cache / "-".join(
         [
             preset,
@@ -714,14 +714,6 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
         tokenizer.encode(MERGES.read_text(encoding="utf-8") + odd).ids,
     ]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
-
-
-def _home() -> Path:
-    """The repository that this file is in, or the working directory where the package is installed
-    without it.
-    """
-    repository = Path(__file__).resolve().parents[3]
-    return repository if (repository / "pyproject.toml").is_file() else Path.cwd()
 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:
