@@ -97,10 +97,10 @@ def moe() -> SimpleNamespace:
 
 
 def bar(preset: str, value: float) -> float:
-    """An effect that has to be reached; 0.3 of it with experts, where bfloat16's error is larger, and
-    differs with the version of transformers.
+    """An effect that has to be reached; 0.7 of it with experts, which add less to the residual stream than an
+    MLP does elsewhere.
     """
-    return value * (0.3 if preset == "moe" else 1.0)
+    return value * (0.7 if preset == "moe" else 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_free_running_text_seldom_repeats_its_last_token(
 def test_bfloat16_noise_is_moderate(preset: str, request: pytest.FixtureRequest) -> None:
     hf = request.getfixturevalue(preset)
     # measured: 0.12 to 0.18; the log-probabilities' standard deviation is 2.0 to 2.2
-    assert hf.bfloat16_noise < 0.25 / bar(preset, 1.0)  # with experts: 0.35
+    assert hf.bfloat16_noise < 0.25
     assert hf.reference.std(-1).mean() > 1.5
 
 
@@ -187,11 +187,9 @@ def test_one_wrong_kv_slot_of_one_layer_shows(preset: str, request: pytest.Fixtu
             for layer in range(hf.model.config.num_hidden_layers)
         ]
     )
-    assert by_layer.median(dim=1).values.min() > bar(
-        preset, 10
-    )  # with experts: 5.5 and 3.9; measured: 11.8 to 18.3
-    assert by_layer.quantile(0.1) > bar(preset, 8)  # with experts: 5.0; measured: 10.5 to 14.8
-    assert by_layer.min() > bar(preset, 5)  # with experts: 4.5; measured: 9.1 to 13.8
+    assert by_layer.median(dim=1).values.min() > 10  # measured: 11.8 to 22.7
+    assert by_layer.quantile(0.1) > 8  # measured: 10.5 to 16.8
+    assert by_layer.min() > 5  # measured: 9.1 to 14.4
 
 
 @pytest.mark.slow
@@ -215,7 +213,7 @@ def test_another_rope_theta_shows(preset: str, request: pytest.FixtureRequest) -
     with changed(
         hf.model.model.rotary_emb, "inv_freq", frequencies * 1.1 ** -(torch.arange(half) / half)
     ):
-        assert effect(hf) > bar(preset, 5)  # measured: 8.2 to 19.9; with experts: 3.8
+        assert effect(hf) > 5  # measured: 8.2 to 19.9
 
 
 def test_another_rope_type_shows(llama: SimpleNamespace) -> None:
@@ -260,7 +258,7 @@ def test_another_epsilon_of_any_norm_shows(
         assert effect(hf) < 1e-3
     for name, module in norms:
         with changed(module, "variance_epsilon", 1e-3):
-            # measured: at least 4.9, and 2.1
+            # measured: at least 4.9, 1.6 with experts, 2.1 where deep
             assert effect(hf) > (bar(preset, 2) if preset != "deep" else 1.5), name
 
 
