@@ -1,10 +1,11 @@
-"""What every test process needs: one thread for the small tensors, and for `-n auto` the number of
-processes.
+"""What every test process needs: one thread for the small tensors, bytecode, the CPU time of each
+test, and for `-n auto` the number of processes.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 # Read when the libraries are loaded, here and in the processes that tests start. A second thread
@@ -12,10 +13,16 @@ from collections.abc import Iterator
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
+# Many containers set it. Then the processes that tests start would compile what they import again, each
+# of them, and pytest the tests. `make setup` writes the environment's bytecode for the same reason.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 import psutil  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+pytest_plugins = ["tests.support.spent"]
 MOST_PROCESSES = 8
 """More would wait for the longest tests."""
 PROCESS_BYTES = 3 << 30

@@ -6,10 +6,15 @@ import atexit
 import os
 import signal
 import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+
+from experiments.host import provenance
 
 if not torch.cuda.is_available():
     # read when triton is first imported, by whichever test comes first
@@ -26,9 +31,49 @@ atexit.register(_LOCKS.cleanup)
 os.environ["NANOVLLM_LOCKS"] = _LOCKS.name
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_environment_report() -> Iterator[None]:
+    """torch's report on an interpreter is asked for by every run with a real engine, takes seconds,
+    and says the same each time.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(provenance, "environment_report", cache(provenance.environment_report))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Path:
     """The embedded checkpoint, built once."""
     from nanovllm.models.checkpoint import ensure_checkpoint
 
     return ensure_checkpoint("tiny")
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For what is made once in a run of the suite: all processes of pytest-xdist have the same.
+    Whoever makes something there holds a lock meanwhile.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    shared.mkdir(exist_ok=True)
+    return shared
+
+
+@pytest.fixture(scope="session")
+def rendered(shared_folder: Path) -> Callable[[str], Path]:
+    """The folder of a published study's report as it is rendered today, by the study's name. Each is
+    rendered once.
+    """
+    from reports.claims.published_studies import library
+    from reports.page.render import MARKDOWN, render
+
+    def of(name: str) -> Path:
+        out = shared_folder / "rendered" / name
+        with FileLock(shared_folder / f"rendered-{name.replace('/', '-')}.lock"):
+            if not (out / MARKDOWN).is_file():  # the last that is written
+                study = library().studies[name]
+                render(study.plan, study.records, study.analysis, out)
+        return out
+
+    return of

@@ -1,4 +1,8 @@
-"""The jobs of a check: each is an engine, its settings, and the expected verdict."""
+"""The jobs of a check: each is an engine, its settings, and the expected verdict.
+
+The command line loads this module whatever it is asked for, so what needs torch is imported where
+it is used.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,10 @@ from typing import Any
 
 from experiments.checking import work
 from experiments.checking.pairs import Choice, pairwise
-from experiments.gate.negative_controls import CONTROL_PROMPT, controls
 from experiments.records.factor_levels import level_name
 from experiments.records.types import Config, Device, JsonObject, ModelShape, PlannedProfile
 from experiments.study.plan import inapplicable
 from nanovllm.config import ALL, BASELINE, LEVELS, Optimizations
-from nanovllm.gpu.cuda_graph import fewest_sharing
-from nanovllm.kernels import flash_attn
 
 MAX_NUM_SEQS, MAX_MODEL_LEN, BATCHED_TOKENS = 4, 256, 48
 """Small, so that requests wait, prompts are chunked, and requests are preempted (see `kv_cache_bytes`)."""
@@ -60,6 +61,8 @@ def control_workloads(vocab_size: int) -> work.Workloads:
     """Fixed workloads in addition to the drawn ones, for broken engines and for engines with another
     random generator.
     """
+    from experiments.gate.negative_controls import CONTROL_PROMPT
+
     hot: work.Sampling = {"temperature": 0.8, "top_k": 0, "top_p": 1.0}
     cut: work.Sampling = {"temperature": 1.0, "top_k": 40, "top_p": 0.9}
     return {
@@ -73,6 +76,8 @@ def never_shared(factor: str, level: Any, shape: ModelShape) -> str | None:
     """Why cascade attention would never engage in a check, if so: it needs more concurrent requests
     with a shared prefix than a check has.
     """
+    from nanovllm.gpu.cuda_graph import fewest_sharing
+
     fewest = fewest_sharing(shape["num_key_value_heads"])
     if factor != "cascade_attention" or not level or fewest < MAX_NUM_SEQS:
         return None
@@ -88,6 +93,8 @@ def lacks_library(factor: str, level: Any) -> str | None:
     """
     if (factor, level) != ("attention_backend", "flash_attn"):
         return None
+    from nanovllm.kernels import flash_attn
+
     try:
         flash_attn.find_library()
     except ImportError:
@@ -131,6 +138,8 @@ def configurations(scope: Scope) -> tuple[list[Choice], list[str]]:
 
 def all_jobs(scope: Scope, drawn: list[str]) -> tuple[list[Job], list[str]]:
     """The jobs in the order of the page, and what cannot run on this machine."""
+    from experiments.gate.negative_controls import CONTROL_PROMPT, controls
+
     choices, absent = configurations(scope)
     drawn_and_more = (*drawn, CONTROL, SAMPLED, TRUNCATED)
     first = scope.dtypes[0]

@@ -1,4 +1,7 @@
-"""Finds the outputs to judge in a folder of records, and turns verdicts into gate records."""
+"""Finds the outputs to judge in a folder of records, and turns verdicts into gate records.
+
+Needs no torch: an audit reads tokens with it.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,14 @@ import json
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiments import workloads
-from experiments.gate.rules import GateResult
 from experiments.records import store
 from experiments.records.types import GateRecord, LaunchRecord, Plan, Verdict
+
+if TYPE_CHECKING:
+    from experiments.gate.rules import GateResult
 
 NATIVE_ENGINES = {"nanovllm"}
 """Engines that sample with our random generator. Sampled tokens of others are judged by their distribution."""
@@ -78,9 +84,7 @@ def gate_record(
 ) -> GateRecord:
     """The gate record of a verdict, or of an error if `result` is an error message."""
     verdict: Verdict = (
-        result.as_verdict()
-        if isinstance(result, GateResult)
-        else {
+        {
             "status": "error",
             "reason": result,
             "tokens_checked": 0,
@@ -92,6 +96,8 @@ def gate_record(
             "first_offender": None,
             "duration_s": 0.0,
         }
+        if isinstance(result, str)
+        else result.as_verdict()
     )
     return {
         "kind": "gate",

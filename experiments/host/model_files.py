@@ -14,7 +14,17 @@ from pathlib import Path
 
 from experiments.host.environment import for_subprocess
 from experiments.records.types import ModelFiles, ModelShape, PlannedModel
+from nanovllm import host_limits
 
+GENERATED = (
+    "qwen3-8b",
+    "qwen3-32b",
+    "llama-3.1-8b",
+    "qwen3-8b-4-layers",
+    "qwen3-32b-4-layers",
+    "llama-3.1-8b-4-layers",
+)
+"""Presets whose weights are no files (nanovllm.models.generated)."""
 PRESETS = (
     "tiny",
     "qwen3-0.6b",
@@ -22,12 +32,7 @@ PRESETS = (
     "tiny-llama",
     "tiny-mistral",
     "tiny-qwen3-moe",
-    "qwen3-8b",
-    "qwen3-32b",
-    "llama-3.1-8b",
-    "qwen3-8b-4-layers",
-    "qwen3-32b-4-layers",
-    "llama-3.1-8b-4-layers",
+    *GENERATED,
 )
 """The names of nanovllm.models.checkpoint, which cannot be imported here: it needs torch."""
 _PREPARE = (
@@ -123,6 +128,12 @@ def prepare(preset: str | None, path: str | None) -> ModelFiles:
 
     folder = path or ensure_checkpoint(str(preset))
     return {"path": str(folder), "digest": checkpoint_digest(folder)}
+
+
+def preset_digests() -> dict[str, str]:
+    """The digest that a preset's checkpoint has today, for each whose weights are files."""
+    file = Path(host_limits.__file__).parent / "models" / "digests.json"
+    return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 def state_of(model: Path) -> list[tuple[str, int, int]]:

@@ -126,10 +126,22 @@ def of_interpreter() -> InterpreterProvenance:
 
 
 def collect_env(python: str, folder: Path) -> str | None:
-    """Writes torch's report on an interpreter and its machine (torch.utils.collect_env) to `folder`
-    and returns the file's name, which holds a digest. None if the interpreter has no torch, or if
-    the report takes over two minutes instead of the usual two seconds. Raises RecordError if the
-    file cannot be written.
+    """Writes torch's report on an interpreter and its machine to `folder` and returns the file's
+    name, which holds a digest. None without a report. Raises RecordError if the file cannot be
+    written.
+    """
+    text = environment_report(python)
+    if text is None:
+        return None
+    path = folder / store.ENVIRONMENTS.replace("*", hashlib.sha256(text.encode()).hexdigest()[:12])
+    if not path.exists():
+        store.write_whole(path, text)
+    return path.name
+
+
+def environment_report(python: str) -> str | None:
+    """What torch.utils.collect_env says of an interpreter and its machine. None if the interpreter
+    has no torch, or if that takes over two minutes instead of the usual two seconds.
     """
     command = [python, "-m", "torch.utils.collect_env"]
     try:
@@ -139,11 +151,7 @@ def collect_env(python: str, folder: Path) -> str | None:
     if done.returncode != 0:
         return None
     # the current clock belongs to telemetry
-    text = "\n".join(line for line in done.stdout.splitlines() if "MHz" not in line) + "\n"
-    path = folder / store.ENVIRONMENTS.replace("*", hashlib.sha256(text.encode()).hexdigest()[:12])
-    if not path.exists():
-        store.write_whole(path, text)
-    return path.name
+    return "\n".join(line for line in done.stdout.splitlines() if "MHz" not in line) + "\n"
 
 
 def git_state(root: Path = ROOT) -> GitState | None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments import workloads
@@ -28,6 +28,7 @@ from experiments.records.types import (
     PlannedProfile,
     Request,
     Sized,
+    Wave,
 )
 from experiments.study.block_count import least_blocks
 from experiments.study.spec import Cell, Study
@@ -85,7 +86,13 @@ def fit(
     shares, seconds = ([1.0], cpu_seconds) if on_cpu else (sizing.shares, launch_seconds)
     for share in sorted(shares, reverse=True):
         cut = shortened(study, share)
-        launch_s = {name: seconds(cut, cell, profile, model) for name, cell in cells.items()}
+        # drawn once for all cells: drawing takes longer than everything else here
+        waves = [
+            wave
+            for name, w in cut.workloads.items()
+            for wave in workloads.build(name, w.kind, w.params)["waves"]
+        ]
+        launch_s = {name: seconds(cut, cell, profile, model, waves) for name, cell in cells.items()}
         block_s = sum(launch_s.values())
         once_s = sum(first_seconds(cut, cell, profile) for cell in cells.values())
         if once_s + (study.design.blocks or sizing.blocks) * block_s <= budget_s:
@@ -129,8 +136,14 @@ def shortened(study: Study, share: float) -> Study:
     return changed
 
 
-def launch_seconds(study: Study, cell: Cell, profile: PlannedProfile, model: PlannedModel) -> float:
-    """The estimated total duration of a launch of a cell."""
+def launch_seconds(
+    study: Study,
+    cell: Cell,
+    profile: PlannedProfile,
+    model: PlannedModel,
+    waves: Sequence[Wave],
+) -> float:
+    """The estimated total duration of a launch of a cell. waves: of all workloads of the study."""
     levels = {**study.baselines(), **study.fixed, **cell.levels}
     shape, slow = model["shape"], profile["host_op_s"] / USUAL_OP_S
     ours = cell.engine == study.engine
@@ -142,11 +155,6 @@ def launch_seconds(study: Study, cell: Cell, profile: PlannedProfile, model: Pla
     start += GRAPHS_START_S * slow if graphs else 0.0
     start += PARALLEL_START_S * slow if ranks > 1 else 0.0
     start += SYMMETRIC_START_S * slow if levels.get("all_reduce") == "symmetric_memory" else 0.0
-    waves = [
-        wave
-        for name, w in study.workloads.items()
-        for wave in workloads.build(name, w.kind, w.params)["waves"]
-    ]
     first, few = study.measurement.warm_up_requests, study.measurement.warm_up_tokens
     heads: list[list[Request]] = [
         [{**r, "max_tokens": min(r["max_tokens"], few)} for r in wave[:first]] for wave in waves
@@ -160,7 +168,13 @@ def launch_seconds(study: Study, cell: Cell, profile: PlannedProfile, model: Pla
     return float(start + warm_up + sum(2 * s + again if s < again else s for s in timed))
 
 
-def cpu_seconds(study: Study, cell: Cell, profile: PlannedProfile, model: PlannedModel) -> float:
+def cpu_seconds(
+    study: Study,
+    cell: Cell,
+    profile: PlannedProfile,
+    model: PlannedModel,
+    waves: Sequence[Wave],
+) -> float:
     """The estimated total duration of a launch of a cell on a CPU, where one thread of one core
     computes, as the studies for CPUs set it (OMP_NUM_THREADS=1).
     """
@@ -170,9 +184,7 @@ def cpu_seconds(study: Study, cell: Cell, profile: PlannedProfile, model: Planne
     forked = ours and ranks == 1 and study.measurement.preload
     imports = 0.0 if forked else profile["import_s"] * (1.0 if ours else HF_IMPORTS)
     start = CPU_START_S + imports + (CPU_PARALLEL_START_S if ranks > 1 else 0.0)
-    built = [workloads.build(name, w.kind, w.params) for name, w in study.workloads.items()]
-    requests = [request for work in built for wave in work["waves"] for request in wave]
-    tokens = sum(len(r["prompt_token_ids"]) + r["max_tokens"] for r in requests)
+    tokens = sum(len(r["prompt_token_ids"]) + r["max_tokens"] for wave in waves for r in wave)
     shape, cores = model["shape"], profile["cpu_cores"] or 1
     flops_per_s = CPU_PEAK_SHARE * profile["peak_flops"] / cores
     token_s = 2 * parameters(shape) / flops_per_s + shape["num_hidden_layers"] * CPU_TOKEN_S

@@ -14,7 +14,7 @@ from nanovllm.engine.scheduler import StepPlan
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stats import StepStats
 from nanovllm.sampling_params import SamplingParams
-from property_tests.support.model_free import VOCAB, ModelFreeEngine, extend, oracle
+from property_tests.support.model_free import VOCAB, ModelFreeEngine, numbers_of, oracle
 from property_tests.support.strategies import Shape, endings, prompts, shapes
 
 LONGEST_PROMPT, LONGEST_OUTPUT = 30, 14
@@ -171,11 +171,12 @@ class CheckedEngine:
         while at is not None:
             chain.append(at)
             at = at.parent
-        tokens = [token for link in reversed(chain) for token in memoryview(link.tokens).cast("i")]
+        tokens = tuple(
+            token for link in reversed(chain) for token in memoryview(link.tokens).cast("i")
+        )
         size = self.shape.block_size
         assert len(entry.tokens) == 4 * size, f"block {block} is findable and not full"
-        kv = extend([], tokens)
-        assert self.engine.runner.memory[block] == kv[-size:], (
+        assert self.engine.runner.memory[block] == list(numbers_of(tokens)[-size:]), (
             f"block {block} is findable under tokens whose KV it does not hold"
         )
 

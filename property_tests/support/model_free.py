@@ -40,6 +40,12 @@ def _next(past: tuple[int, ...], token: int) -> int:
     return zlib.crc32(array("q", [*past, token]).tobytes())
 
 
+@cache
+def numbers_of(tokens: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a text from its beginning."""
+    return tuple(extend([], list(tokens)))
+
+
 def oracle(prompt: list[int], max_tokens: int, stops: frozenset[int]) -> list[int]:
     """What the request produces when it runs alone."""
     output: list[int] = []

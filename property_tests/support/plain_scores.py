@@ -51,9 +51,12 @@ def plain_scores(
     is_kept = keep.gather(1, own)[:, 0]
     agrees = torch.where(unknown_noise, is_kept, best == tokens)
     distance = of_kept.amax(-1) - scores.gather(1, own)[:, 0]
-    margin = torch.where(
-        agrees, 0.0, torch.where(rows.truncated, explaining_noise(scaled, rows, tokens), distance)
-    )
+    searched = rows.truncated & ~agrees
+    asked = searched.nonzero().flatten()
+    explaining = torch.zeros(len(tokens), dtype=torch.float64)
+    if len(asked):
+        explaining[asked] = explaining_noise(scaled[asked], rows[asked], tokens[asked])
+    margin = torch.where(agrees, 0.0, torch.where(searched, explaining, distance))
     candidates = scores.topk(min(5, logits.shape[1])).indices
     differences = [
         table.gather(1, candidates) - table.gather(1, candidates[:, :1])

@@ -11,8 +11,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from experiments.host.model_files import GENERATED
 from experiments.records.types import Plan
-from nanovllm.models.checkpoint import GENERATED
 from reports.analysis.counting import Counted
 from reports.analysis.gate_lines import Gate
 

@@ -44,8 +44,8 @@ class Study:
 
 @dataclass(frozen=True)
 class Library:
-    """studies: by name; results: every other JSON object in a file of its own, by its path (figures
-    of pytest-benchmark, counts of code lines).
+    """studies: by name, each read and analysed when it is first asked for; results: every other JSON
+    object in a file of its own, by its path (figures of pytest-benchmark, counts of code lines).
     """
 
     studies: Mapping[str, Study]
@@ -59,21 +59,31 @@ def folders(root: Path = PUBLISHED) -> list[Path]:
 
 @lru_cache(maxsize=2)
 def library(root: Path = PUBLISHED) -> Library:
-    """Reads and analyses all of it. Raises RecordError for a folder that cannot be read, ValueError
-    for broken JSON.
+    """All of it. Raises ValueError for broken JSON; asking for a study whose folder cannot be read
+    raises RecordError.
     """
-    return Library(
-        {study.name: study for study in map(_read(root), folders(root))}, dict(_results(root))
-    )
+    return Library(_Studies(root), dict(_results(root)))
 
 
-def _read(root: Path) -> Any:
-    def read(folder: Path) -> Study:
-        plan, file = read_for_report(folder)
-        analysis = analyse(file.records, plan, file.notes)
-        return Study(folder.relative_to(root).as_posix(), folder, plan, file.records, analysis)
+class _Studies(Mapping[str, Study]):
+    """The folders under `root`, in the order of their names."""
 
-    return read
+    def __init__(self, root: Path) -> None:
+        self._folders = {folder.relative_to(root).as_posix(): folder for folder in folders(root)}
+        self._read: dict[str, Study] = {}
+
+    def __getitem__(self, name: str) -> Study:
+        if name not in self._read:
+            plan, file = read_for_report(folder := self._folders[name])
+            analysis = analyse(file.records, plan, file.notes)
+            self._read[name] = Study(name, folder, plan, file.records, analysis)
+        return self._read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._folders)
+
+    def __len__(self) -> int:
+        return len(self._folders)
 
 
 def _results(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:

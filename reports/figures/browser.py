@@ -122,8 +122,7 @@ class Browser:
             deviceScaleFactor=scale,
             mobile=width < 600,
         )
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.show_theme(dark=dark)
         self.events.clear()
         url = page if isinstance(page, str) else page.resolve().as_uri()
         answer = self.call("Page.navigate", url=url)
@@ -137,6 +136,11 @@ class Browser:
         quiet = time.monotonic() + settle_s
         while (left := quiet - time.monotonic()) > 0 and select.select([self._in], [], [], left)[0]:
             self.events.append(self._receive(until))
+
+    def show_theme(self, *, dark: bool) -> None:
+        """What the page's `prefers-color-scheme` matches, from now on."""
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression on the page."""

@@ -9,6 +9,8 @@ import copy
 import io
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
@@ -52,15 +54,19 @@ def style() -> Iterator[None]:
     change the bytes.
     """
     with mpl.rc_context():
-        mpl.rcParams.update(
-            {
-                key: mpl.rcParamsDefault[key]
-                for key in mpl.rcParamsDefault
-                if not key.startswith("backend")
-            }
-        )
-        mpl.rcParams.update(STYLE)
+        for key, value in _settings().items():
+            mpl.rcParams._set(key, value)
         yield
+
+
+@cache
+def _settings() -> dict[str, Any]:
+    """All of them, validated once: matplotlib takes longer for that than for a small picture."""
+    with mpl.rc_context():
+        defaults = [key for key in mpl.rcParamsDefault if not key.startswith("backend")]
+        mpl.rcParams.update({key: mpl.rcParamsDefault[key] for key in defaults})
+        mpl.rcParams.update(STYLE)
+        return {key: mpl.rcParams._get(key) for key in defaults}
 
 
 PIXELS_PER_INCH = 72  # one SVG unit is one CSS pixel

@@ -5,8 +5,8 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from experiments.host.model_files import preset_digests
 from experiments.records.types import Plan
-from nanovllm.models.checkpoint import DIGESTS
 from reports import text
 from reports.analysis import names
 from reports.analysis.types import Analysis
@@ -454,7 +454,7 @@ def _configurations(analysis: Analysis) -> Table:
 def _other_weights(plan: Plan) -> Iterator[str]:
     """A note where the plan's preset gives another checkpoint today than the plan was made for."""
     preset, digest = plan["model"].get("preset"), plan["model"].get("digest")
-    today = DIGESTS.get(preset or "")
+    today = preset_digests().get(preset or "")
     if digest and today and digest != today:
         yield (
             f"This plan was made for a checkpoint of digest {digest[:16]}. The preset {preset} has changed since and gives "

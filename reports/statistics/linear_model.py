@@ -16,7 +16,6 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-import statsmodels.api as sm
 
 from experiments.study import designs
 from reports.statistics.intervals import Judged, Rule, ratio_of
@@ -61,9 +60,12 @@ def fit(
     ).reshape(len(rows), -1)
     if len(rows) <= design.shape[1] or np.linalg.matrix_rank(design) < design.shape[1]:
         return []
+    # takes a second to import, with pandas, and only factorial designs need it
+    from statsmodels.regression.linear_model import OLS
+
     # without any spread a p-value is 0, or 0/0 where there is no effect either
     with np.errstate(all="ignore"):
-        result = sm.OLS(np.array([value for _, _, value in rows]), design).fit()
+        result = OLS(np.array([value for _, _, value in rows]), design).fit()
         intervals, p_values = result.conf_int(rule.alpha), np.nan_to_num(result.pvalues, nan=1.0)
     effects: list[Column] = []
     for group in designs.alias_groups(factors, generators):

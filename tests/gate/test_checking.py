@@ -25,6 +25,7 @@ from experiments.gate.negative_controls import CONTROL_PROMPT, controls
 from experiments.host import provenance
 from experiments.host.model_files import shape
 from nanovllm.config import LEVELS
+from nanovllm.kernels import flash_attn
 
 CPU = {"name": "cpu", "device": "cpu", "num_devices": 1, "cpu_cores": 2}
 
@@ -106,11 +107,11 @@ def test_a_check_leaves_out_a_level_whose_library_is_not_installed(
     def missing() -> None:
         raise ImportError("No module named 'flash_attn'")
 
-    monkeypatch.setattr(jobs.flash_attn, "find_library", missing)
+    monkeypatch.setattr(flash_attn, "find_library", missing)
     chosen, absent = jobs.configurations(gpu)
     assert {choice["attention_backend"] for choice in chosen} == {"torch", "triton"}
     assert any("attention_backend=flash_attn: no FlashAttention library" in why for why in absent)
-    monkeypatch.setattr(jobs.flash_attn, "find_library", lambda: None)
+    monkeypatch.setattr(flash_attn, "find_library", lambda: None)
     chosen, absent = jobs.configurations(gpu)
     assert "flash_attn" in {choice["attention_backend"] for choice in chosen}
     assert not any("flash_attn" in why for why in absent)

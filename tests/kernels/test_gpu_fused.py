@@ -18,6 +18,10 @@ pytest.importorskip("triton", reason="Triton is not installed: pip install trito
 
 from benchmarks import gpu_fused as study
 from nanovllm.kernels.triton import fused
+from tests.support.interpreter import make_faster
+
+if not torch.cuda.is_available():
+    make_faster()
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),

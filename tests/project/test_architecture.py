@@ -109,6 +109,19 @@ def test_scheduler_loads_no_torch() -> None:
     )
 
 
+def test_the_commands_start_without_what_only_some_of_them_need() -> None:
+    """Each takes a second or more to import, and `make ablate` starts a dozen processes."""
+    code = (
+        "import sys, experiments.__main__, reports.__main__\n"
+        "print(*{'torch', 'transformers', 'mlflow', 'statsmodels', 'pandas'} & set(sys.modules))"
+    )
+    environment = {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
+
+
 def test_code_lines_are_lines_with_code(tmp_path: Path) -> None:
     file = tmp_path / "sample.py"
     file.write_text(

@@ -178,7 +178,7 @@ def wheel(folder: Path, name: str, version: str, *needs: str) -> None:
     ],
 )
 def test_a_lock_that_strangers_cannot_resolve_is_found(
-    tmp_path: Path, constraints: str, problem: str | None
+    tmp_path: Path, shared_folder: Path, constraints: str, problem: str | None
 ) -> None:
     """The bug of the first set-up: a pin of triton beside a torch that wants its own."""
     wheel(tmp_path, "torch", "2.0", "triton~=3.9.0; platform_system == 'Linux'")
@@ -189,7 +189,9 @@ def test_a_lock_that_strangers_cannot_resolve_is_found(
     )
     (tmp_path / "constraints.txt").write_text(constraints)
     linux, mac = lock.Target("3.12", "Linux arm64"), lock.Target("3.13", "macOS arm64")
-    settings = ["--no-index", "--find-links", str(tmp_path), "--no-cache"]
+    # uv asks every Python of the machine what it is, unless its cache knows
+    cache = ["--cache-dir", str(shared_folder / "uv")]
+    settings = ["--no-index", "--find-links", str(tmp_path), *cache]
     surroundings = {
         name: value for name, value in os.environ.items() if not name.startswith(("UV_", "PIP_"))
     }

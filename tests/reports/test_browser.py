@@ -5,14 +5,14 @@ without a request that leaves the page.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from reports.claims.published_studies import PUBLISHED, folders, library
+from reports.claims.published_studies import PUBLISHED, folders
 from reports.figures.browser import Browser, BrowserError, find
-from reports.page.render import render
+from reports.page.render import HTML
 
 # CI sets it: there, a missing browser is a failure
 REQUIRED = bool(os.environ.get("NANOVLLM_REQUIRE_CHROMIUM"))
@@ -21,7 +21,6 @@ pytestmark = pytest.mark.skipif(
 )
 STUDIES = sorted(folder.relative_to(PUBLISHED).as_posix() for folder in folders())
 DESK, PHONE = (1280, 800), (360, 740)
-LOOKS = [(*DESK, False), (*DESK, True), (*PHONE, False), (*PHONE, True)]
 
 
 @pytest.fixture(scope="module")
@@ -30,50 +29,55 @@ def browser() -> Iterator[Browser]:
         yield browser
 
 
-def rendered(name: str, out: Path) -> Path:
-    """HTML pages are not committed: they are made from their records."""
-    study = library().studies[name]
-    return render(study.plan, study.records, study.analysis, out)[1]
-
-
 @pytest.mark.parametrize("name", STUDIES)
-def test_a_page_renders_and_keeps_to_itself(name: str, browser: Browser, tmp_path: Path) -> None:
-    page = rendered(name, tmp_path)
-    for width, height, dark in LOOKS:
-        browser.open(page, width, height, dark=dark)
-        look = f"{name}, {width} px, {'dark' if dark else 'light'}"
-        assert browser.complaints() == [], look
-        assert browser.requests() == [page.resolve().as_uri()], look
+def test_a_page_renders_and_keeps_to_itself(
+    name: str, browser: Browser, rendered: Callable[[str], Path]
+) -> None:
+    page = rendered(name) / HTML
+    for width, height in (DESK, PHONE):
+        browser.open(page, width, height, settle_s=0.1)
+        size = f"{name}, {width} px"
         visible = browser.evaluate("document.querySelectorAll('details[open]').length")
-        assert visible == 0, f"{look}: the evidence is folded"
-        assert browser.evaluate(CUT) == [], f"{look}: a table is cut"
+        assert visible == 0, f"{size}: the evidence is folded"
+        assert browser.evaluate(CUT) == [], f"{size}: a table is cut"
         # everything else is looked at with the evidence unfolded
         browser.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")
-        assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
-            f"{look}: the page scrolls sideways"
-        )
-        shown = "[...document.querySelectorAll('figure svg')].filter(svg => svg.getBoundingClientRect().height > 40)"
-        figures, all_figures = browser.evaluate(
-            f"[{shown}.length, document.querySelectorAll('figure').length]"
-        )
-        # else tables alone
-        least = 0 if "no ratio and no verdict" in page.read_text(encoding="utf-8") else 3
-        assert figures == all_figures >= least, (
-            f"{look}: one picture of each figure, that for this width, is shown"
-        )
-        assert browser.evaluate(BEYOND) == [], f"{look}: something is cut at the right"
-        assert browser.evaluate(LABELS) == [], f"{look}: labels of a picture"
-        inside = f"{shown}.every(svg => svg.getBoundingClientRect().right <= innerWidth + 1)"
-        assert browser.evaluate(inside), f"{look}: a picture is wider than the page"
-        assert browser.evaluate(
-            f"{shown}.every(svg => svg.getAttribute('role') == 'img' && svg.querySelector('desc').textContent)"
-        )
-        assert browser.evaluate(CONTRAST) >= 4.5, f"{look}: text cannot be told from its ground"
-        assert (
-            browser.evaluate("parseFloat(getComputedStyle(document.querySelector('td')).fontSize)")
-            >= 12
-        ), look
-        assert browser.picture().startswith(b"\x89PNG")
+        for dark in (False, True):
+            browser.show_theme(dark=dark)
+            look = f"{size}, {'dark' if dark else 'light'}"
+            assert browser.evaluate("matchMedia('(prefers-color-scheme: dark)').matches") == dark
+            assert browser.complaints() == [], look
+            assert browser.requests() == [page.resolve().as_uri()], look
+            check_look(browser, page, look)
+
+
+def check_look(browser: Browser, page: Path, look: str) -> None:
+    """What is seen of a page whose evidence is unfolded."""
+    assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), (
+        f"{look}: the page scrolls sideways"
+    )
+    shown = "[...document.querySelectorAll('figure svg')].filter(svg => svg.getBoundingClientRect().height > 40)"
+    figures, all_figures = browser.evaluate(
+        f"[{shown}.length, document.querySelectorAll('figure').length]"
+    )
+    # else tables alone
+    least = 0 if "no ratio and no verdict" in page.read_text(encoding="utf-8") else 3
+    assert figures == all_figures >= least, (
+        f"{look}: one picture of each figure, that for this width, is shown"
+    )
+    assert browser.evaluate(BEYOND) == [], f"{look}: something is cut at the right"
+    assert browser.evaluate(LABELS) == [], f"{look}: labels of a picture"
+    inside = f"{shown}.every(svg => svg.getBoundingClientRect().right <= innerWidth + 1)"
+    assert browser.evaluate(inside), f"{look}: a picture is wider than the page"
+    assert browser.evaluate(
+        f"{shown}.every(svg => svg.getAttribute('role') == 'img' && svg.querySelector('desc').textContent)"
+    )
+    assert browser.evaluate(CONTRAST) >= 4.5, f"{look}: text cannot be told from its ground"
+    assert (
+        browser.evaluate("parseFloat(getComputedStyle(document.querySelector('td')).fontSize)")
+        >= 12
+    ), look
+    assert browser.picture().startswith(b"\x89PNG")
 
 
 CUT = """[...document.querySelectorAll('section > .scroll')]
@@ -113,7 +117,9 @@ CONTRAST = """(() => {
 """The least contrast of any text with the paper (WCAG 2.2, 1.4.3 asks for 4.5)."""
 
 
-def test_the_browser_sees_what_a_page_must_not_do(browser: Browser, tmp_path: Path) -> None:
+def test_the_browser_sees_what_a_page_must_not_do(
+    browser: Browser, rendered: Callable[[str], Path], tmp_path: Path
+) -> None:
     """The guard guarded: a page that reaches out and fails is caught, and with our policy its
     request is never made.
     """
@@ -126,7 +132,7 @@ def test_the_browser_sees_what_a_page_must_not_do(browser: Browser, tmp_path: Pa
     assert any("Uncaught" in complaint for complaint in browser.complaints())
     policy = next(
         line
-        for line in rendered(STUDIES[0], tmp_path / "report").read_text().splitlines()
+        for line in (rendered(STUDIES[0]) / HTML).read_text().splitlines()
         if "Content-Security-Policy" in line
     )
     page.write_text(page.read_text().replace("<head>", f"<head>{policy}"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,6 @@ from reports.claims import claims, questions
 from reports.claims import published_studies as shelf
 from reports.claims.publish import publish
 from reports.claims.published_studies import PUBLISHED, Study, folders, library
-from reports.page.render import render
 from tests.support.synthetic import make_plan, make_records, one_at_a_time
 
 STUDIES = {folder.relative_to(PUBLISHED).as_posix(): folder for folder in folders()}
@@ -29,12 +29,12 @@ def study(request: pytest.FixtureRequest) -> Study:
     return library().studies[request.param]
 
 
-def test_a_published_report_is_what_its_records_give(study: Study, tmp_path: Path) -> None:
-    render(study.plan, study.records, study.analysis, tmp_path)
+def test_a_published_report_is_what_its_records_give(
+    study: Study, rendered: Callable[[str], Path]
+) -> None:
+    folder = rendered(study.name)
     fresh = {
-        path.relative_to(tmp_path): path.read_bytes()
-        for path in tmp_path.rglob("*")
-        if path.is_file()
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
     }
     committed = study.folder / "report"
     there = {

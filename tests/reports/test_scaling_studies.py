@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections import deque
+from pathlib import Path
 
 import pytest
 
 from experiments import workloads
+from experiments.host import model_files
 from experiments.study.plan import NotHereError, build_plan, inapplicable
 from experiments.study.spec import load_profile, load_study
 from nanovllm.config import Optimizations, ResolvedConfig
@@ -15,7 +19,20 @@ from nanovllm.engine.prefix_cache import CachingBlockManager
 from nanovllm.engine.scheduler import StepPlan
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stats import StepStats
+from nanovllm.models.checkpoint import GENERATED, PRESETS
 from nanovllm.sampling_params import SamplingParams
+
+
+@pytest.fixture(autouse=True)
+def _no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan needs a preset's shape, not its gigabytes of weights."""
+
+    def inspect(preset: str, path: None, **_: bool) -> dict[str, str]:
+        shape = dataclasses.asdict((PRESETS | GENERATED)[preset])
+        (tmp_path / "config.json").write_text(json.dumps(shape))
+        return {"path": str(tmp_path), "digest": "d" * 64}
+
+    monkeypatch.setattr(model_files, "inspect", inspect)
 
 
 @pytest.mark.parametrize(

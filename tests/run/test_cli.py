@@ -85,6 +85,8 @@ def test_a_model_that_is_neither_folder_nor_preset_is_named(runs: Path) -> None:
         in result.output
     )
     assert set(model_files.PRESETS) == {*checkpoint.PRESETS, *checkpoint.GENERATED}
+    assert set(model_files.GENERATED) == set(checkpoint.GENERATED)
+    assert model_files.preset_digests() == checkpoint.DIGESTS
 
 
 COMMANDS = ("ablate", "run", "compare", "check", "report", "import", "validate", "list")

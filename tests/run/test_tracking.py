@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from experiments.host import provenance
 from experiments.launch.runner import Runner
@@ -87,13 +88,17 @@ def execution(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with tables and nothing in it: MLflow needs seconds to create them."""
-    root = tmp_path_factory.mktemp("store")
-    client = tracking._client(root)
-    client.search_experiments()
-    return root / "mlflow.db"
+@pytest.fixture(scope="session")
+def empty_store(shared_folder: Path) -> Path:
+    """A store with tables and nothing in it: MLflow needs ten seconds to create them."""
+    whole = shared_folder / "mlflow.db"
+    with FileLock(shared_folder / "mlflow.lock"):
+        if not whole.is_file():
+            aside = shared_folder / "mlflow-is-made"
+            aside.mkdir()
+            tracking._client(aside).search_experiments()
+            shutil.copyfile(aside / "mlflow.db", whole)
+    return whole
 
 
 @pytest.fixture

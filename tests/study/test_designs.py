@@ -7,8 +7,8 @@ from __future__ import annotations
 import json
 import math
 import resource
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.host import provenance
+from experiments.host import provenance, telemetry
 from experiments.host.validity import objections
 from experiments.launch.runner import Runner
 from experiments.records import store
@@ -279,16 +279,20 @@ RULES = {"foreign_gpu_processes": 0, "throttle": ["hw_thermal"], "max_foreign_cp
 def test_rules_fixed_beforehand_mark_a_launch_invalid(
     seen: dict[str, Any], reasons: list[str]
 ) -> None:
-    telemetry = {"foreign_gpu_pids": [], "throttle_reasons": [], "summary": {}, **seen}
-    assert objections(telemetry, RULES) == reasons
-    assert objections(telemetry, None) == [], "plans of an older version had no rules"
+    found = {"foreign_gpu_pids": [], "throttle_reasons": [], "summary": {}, **seen}
+    assert objections(found, RULES) == reasons
+    assert objections(found, None) == [], "plans of an older version had no rules"
 
 
-def test_an_invalid_launch_is_kept_with_its_reason_and_not_run_again(tmp_path: Path) -> None:
+def test_an_invalid_launch_is_kept_with_its_reason_and_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Some other process is always running for an instant: a limit of next to nothing makes every
     launch invalid.
     """
-    plan = make_plan(tmp_path / "model", blocks=1, seconds=0.7)
+    # so often that a short launch has samples
+    monkeypatch.setattr(telemetry, "Sampler", partial(telemetry.Sampler, interval_s=0.05))
+    plan = make_plan(tmp_path / "model", blocks=1, seconds=0.05)
     plan["study"]["validity"] = {**RULES, "max_foreign_cpu": -1.0}
     plan["plan_hash"] = store.plan_hash(plan)
     with Runner(plan, tmp_path / "run", resume=False) as runner:
@@ -315,8 +319,8 @@ def test_the_environment_report_is_written_once_and_named_in_each_record(
 def test_an_environment_report_that_a_full_disk_cut_short_is_said_and_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    printed = subprocess.CompletedProcess([], 0, stdout="PyTorch version: as told\n" * 1000)
-    monkeypatch.setattr(provenance.subprocess, "run", lambda *arguments, **options: printed)
+    printed = "PyTorch version: as told\n" * 1000
+    monkeypatch.setattr(provenance, "environment_report", lambda python: printed)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
@@ -329,4 +333,4 @@ def test_an_environment_report_that_a_full_disk_cut_short_is_said_and_written_ag
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     name = provenance.collect_env(sys.executable, tmp_path)
     assert name is not None
-    assert (tmp_path / name).read_text() == printed.stdout
+    assert (tmp_path / name).read_text() == printed

@@ -5,6 +5,7 @@ users ask for.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import pytest
@@ -142,16 +143,23 @@ TINY: Any = {
 }
 
 
+@cache
+def embedded() -> tuple[Any, Any]:
+    """The study of `make ablate`, and its cells on two cores."""
+    study = load_study("embedded")[0]
+    profile: Any = {**load_profile("cpu").model_dump(), "cpu_cores": 2}
+    return study, planning._cells(study, profile, None)[0]
+
+
 def on_cpu(flops_of_a_core: float, import_s: float = 2.0) -> tuple[Any, Any]:
     """The study of `make ablate`, sized for two cores, and what was chosen."""
-    study = load_study("embedded")[0]
+    study, cells = embedded()
     machine: Any = {
         "device": "cpu",
         "cpu_cores": 2,
         "peak_flops": 2 * flops_of_a_core,
         "import_s": import_s,
     }
-    cells = planning._cells(study, {**load_profile("cpu").model_dump(), "cpu_cores": 2}, None)[0]
     return work_size.fit(study, machine, TINY, cells)
 
 

@@ -259,15 +259,10 @@ GENERATED = _GENERATED | {
 layers, a reference model fits beside them.
 """
 
-DIGESTS = {
-    "tiny": "6be35bac76c4b39d14faad25342f2c4886a400894b1c1ccd841487fd68c55ecd",
-    "qwen3-0.6b": "d94b9db7340e15c50eda759ceb5f99b327b843e8700d74e2faf75735bffefd18",
-    "tiny-qwen2": "a739288bbe5aac0fbb4ad5ba1050e4380b9ed04b1b5ed6a29a7bdbaab094aeea",
-    "tiny-llama": "7e384dc3672e3db4c12c02e4e8502a3ffcb90f2a8af4deda347f582eddf56fa5",
-    "tiny-mistral": "21ca8d0bfb7a38f0d759468e3502ade4d20b37fd7c93dda2a3ecf8d8ac61b663",
-    "tiny-qwen3-moe": "9da48cc267fa0d00f892c5713d06a1376716d95f8332deb9fb664eb5a366f1ab",
-}
-"""checkpoint_digest of every preset. A build with another digest is refused."""
+DIGESTS: dict[str, str] = json.loads(
+    Path(__file__).with_name("digests.json").read_text(encoding="utf-8")
+)
+"""checkpoint_digest of every preset. A build with another digest is refused. In a file, as reports read it without torch."""
 
 TOKENIZER_DIGEST = "cb44929f9b08385f6c4d4ca2f351f7cdbc1184f2a5deb59702de290037c54a98"
 """tokenizer_digest of the presets' tokenizer. A preset is not built where it differs."""
@@ -330,7 +325,7 @@ def ensure_checkpoint(preset: str, *, cache_dir: Path | str | None = None, **cha
         ):
             raise RuntimeError(
                 f"{preset} built here has digest {digest}, expected is {DIGESTS[preset]}: its recipe has changed "
-                "(update DIGESTS) or torch computes differently here (weights differ from other machines')"
+                "(update digests.json) or torch computes differently here (weights differ from other machines')"
             )
         aside.chmod(0o755)
         try:
