@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from experiments.host import real_weights
 from experiments.host.environment import for_subprocess
 from experiments.records.types import ModelFiles, ModelShape, PlannedModel
 
@@ -28,8 +29,9 @@ PRESETS = (
     "qwen3-8b-4-layers",
     "qwen3-32b-4-layers",
     "llama-3.1-8b-4-layers",
+    real_weights.NAME,
 )
-"""The names of nanovllm.models.checkpoint, which cannot be imported here: it needs torch."""
+"""The names of nanovllm.models.checkpoint, which cannot be imported here, as it needs torch, and the trained model."""
 _PREPARE = (
     "import json, sys; from experiments.host.model_files import prepare; "
     "print(json.dumps(prepare(*json.loads(sys.argv[1]))))"
@@ -91,6 +93,8 @@ def _inspect(
     if path is not None:
         _check_folder(path)
     before = state_of(Path(path)) if path is not None else None
+    if preset == real_weights.NAME:
+        preset, path = None, str(_converted())
     if preset is not None and sys.stderr.isatty():
         print(
             f"preparing checkpoint {preset} (takes up to a minute the first time)",
@@ -123,6 +127,13 @@ def prepare(preset: str | None, path: str | None) -> ModelFiles:
 
     folder = path or ensure_checkpoint(str(preset))
     return {"path": str(folder), "digest": checkpoint_digest(folder)}
+
+
+def _converted() -> Path:
+    try:
+        return real_weights.find()
+    except real_weights.RealWeightsError as error:
+        raise ModelError(str(error)) from error
 
 
 def state_of(model: Path) -> list[tuple[str, int, int]]:
