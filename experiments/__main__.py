@@ -42,6 +42,7 @@ from experiments.study.spec import (
     load_profile,
     load_study,
 )
+from experiments.study.work_size import BYTES
 from experiments.study.yaml_files import SpecError, names, suggest
 
 app = typer.Typer(
@@ -232,13 +233,21 @@ def check(
     drawn: Annotated[
         int, typer.Option("--workloads", min=4, help="number of workloads that Hypothesis draws")
     ] = 120,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dtype", help="only this one; may be given again [the machine's, float32, bfloat16]"
+        ),
+    ] = None,
 ) -> None:
     """Check that outputs are correct.
 
     Every pair of optimization levels, HF and vLLM must pass the gate; deliberately broken engines
     must fail it. vLLM is included if it has an interpreter: --python vllm=PATH.
     """
-    conclude_check(profile, model, out, parse_pythons(python), drawn)
+    if wrong := sorted(set(dtype or ()) - set(BYTES)):
+        fail(f"--dtype {wrong[0]}: unknown; allowed: {', '.join(BYTES)}")
+    conclude_check(profile, model, out, parse_pythons(python), drawn, tuple(dtype or ()))
 
 
 @app.command(epilog=epilog("report"))
@@ -444,10 +453,16 @@ def conclude(plan: Plan, folder: Path, options: Options, act: Act = execution.ex
 
 
 def conclude_check(
-    profile: str | None, model: str | None, out: Path | None, pythons: dict[str, str], drawn: int
+    profile: str | None,
+    model: str | None,
+    out: Path | None,
+    pythons: dict[str, str],
+    drawn: int,
+    only: tuple[str, ...] = (),
 ) -> NoReturn:
-    """Runs a check and exits: 0 if every verdict is the expected one, 1 if not, 2 on an error, 130
-    on Ctrl-C.
+    """Runs a check, in the dtypes of `only` if there are any.
+
+    Exits: 0 if every verdict is the expected one, 1 if not, 2 on an error, 130 on Ctrl-C.
     """
 
     def work() -> bool:
@@ -456,7 +471,7 @@ def conclude_check(
         found = checking.find_model(*given)
         settled: PlannedProfile = hardware.model_dump()  # type: ignore[assignment]
         settled["cpu_cores"] = hardware.cpu_cores or provenance.cpu_cores()
-        dtypes = tuple(dict.fromkeys((hardware.dtype, "float32", "bfloat16")))
+        dtypes = tuple(dict.fromkeys(only or (hardware.dtype, "float32", "bfloat16")))
         peers = tuple(name for name in pythons if name not in ("nanovllm", "hf"))
         scope = Scope(
             settled, model_files.shape(Path(found["path"])), hardware.device, dtypes, peers

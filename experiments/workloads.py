@@ -5,6 +5,9 @@ and the fingerprint is compared. Everything is drawn before an engine is importe
 random generator, so that no engine can affect it.
 
 A range is written `[low, high]`, both ends included; a single number n means `[n, n]`.
+
+The kinds `file` and `trace` are read from a file of JSON lines (workload_files.py); what the file said is
+then the parameter `content`, so that a plan needs the file no more.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+from experiments import workload_files
 from experiments.records.types import Params, PlannedWorkload, Request, Wave, Workload
 
 Waves = list[Wave]
@@ -57,6 +61,23 @@ DEFAULTS: dict[str, Params] = {
         "vocab_size": 2_048,
         "seed": 0,
     },
+    "file": {
+        "path": "everyday",
+        "content": None,
+        "num_requests": None,
+        "as_chat": False,
+        "default_output_tokens": 64,
+        "seed": 0,
+    },
+    "trace": {
+        "path": None,
+        "content": None,
+        "num_requests": None,
+        "block_tokens": 512,
+        "shrink": 1,
+        "vocab_size": 2_048,
+        "seed": 0,
+    },
 }
 """All parameters of each kind, with defaults. Every kind also has the sampling parameters, `_SAMPLING`."""
 for _defaults in DEFAULTS.values():
@@ -92,8 +113,18 @@ def check_params(kind: str, params: Params) -> Params:
     for name, value in full.items():
         if name in _RANGES:
             full[name] = _check_range(name, value, 0 if name in _MAY_BE_ZERO else 1)
-        elif name == "ignore_eos":
+        elif name in ("ignore_eos", "as_chat"):
             _require(isinstance(value, bool), name, value, "true or false")
+        elif name in ("path", "content"):
+            optional = name == "content" or full["content"] is not None
+            _require(
+                isinstance(value, str) or (optional and value is None),
+                name,
+                value,
+                "the name of a file of JSON lines",
+            )
+        elif name == "num_requests" and value is None and kind in workload_files.KINDS:
+            pass  # all lines
         elif name in ("temperature", "top_p"):
             _require(
                 isinstance(value, (int, float)) and not isinstance(value, bool),
@@ -117,7 +148,13 @@ def check_params(kind: str, params: Params) -> Params:
         "0 (greedy), or from 1e-5 to 1e30",
     )
     _require(1e-30 <= full["top_p"] <= 1, "top_p", full["top_p"], "in (0, 1], no less than 1e-30")
-    _require(full["vocab_size"] >= 2, "vocab_size", full["vocab_size"], "2 or more")
+    if "vocab_size" in full:
+        _require(full["vocab_size"] >= 2, "vocab_size", full["vocab_size"], "2 or more")
+    if kind in workload_files.KINDS:
+        if full["content"] is None:
+            full["content"] = workload_files.read(kind, full["path"], full["num_requests"], MOST_OF)
+        else:
+            workload_files.unpack(full["content"])
     return full
 
 
@@ -237,11 +274,25 @@ def _conversation(p: Params) -> Waves:
     return waves
 
 
+def _file(p: Params) -> Waves:
+    prompts, lengths = workload_files.prompts_of_file(p["content"], p["default_output_tokens"])
+    return [_requests(prompts, lengths, p)]
+
+
+def _trace(p: Params) -> Waves:
+    prompts, lengths = workload_files.prompts_of_trace(
+        p["content"], p["block_tokens"], p["shrink"], p["vocab_size"], p["seed"]
+    )
+    return [_requests(prompts, lengths, p)]
+
+
 _GENERATORS: dict[str, Callable[[Params], Waves]] = {
     "canonical": _canonical,
     "random": _canonical,  # the same draws at another scale
     "shared_prefix": _shared_prefix,
     "conversation": _conversation,
+    "file": _file,
+    "trace": _trace,
 }
 
 

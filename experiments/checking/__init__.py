@@ -10,5 +10,7 @@ engines through the gate.
     page     the results as a table and a page
     results  the types of what a check writes
 
+    real_text   a trained model on text: ten answers through the gate, and what text changes
+
 May import all other rooms but run and cluster.
 """

@@ -15,6 +15,7 @@ from experiments.checking.pairs import Choice, pairwise
 from experiments.records.factor_levels import level_name
 from experiments.records.types import Config, Device, JsonObject, ModelShape, PlannedProfile
 from experiments.study.plan import inapplicable
+from experiments.study.work_size import BYTES
 from nanovllm.config import ALL, BASELINE, LEVELS, Optimizations
 
 MAX_NUM_SEQS, MAX_MODEL_LEN, BATCHED_TOKENS = 4, 256, 48
@@ -102,6 +103,13 @@ def lacks_library(factor: str, level: Any) -> str | None:
     return None
 
 
+def lacks_float16(factor: str, level: Any, dtypes: tuple[str, ...]) -> str | None:
+    """Why a level cannot run in all of these dtypes, if so."""
+    if level != "native" or "float16" not in dtypes:
+        return None
+    return "computes in float32 and bfloat16, not in float16"
+
+
 def configurations(scope: Scope) -> tuple[list[Choice], list[str]]:
     """(configurations that cover every pair of levels that can run together on this machine, what
     cannot run here and why). The first configuration is the baseline, the second all best levels.
@@ -115,6 +123,7 @@ def configurations(scope: Scope) -> tuple[list[Choice], list[str]]:
                 inapplicable(factor, level_name(level), scope.profile, scope.shape)
                 or never_shared(factor, level, scope.shape)
                 or lacks_library(factor, level)
+                or lacks_float16(factor, level, scope.dtypes)
             )
             if reason:
                 absent.append(f"{factor}={level_name(level)}: {reason}")
@@ -131,7 +140,8 @@ def configurations(scope: Scope) -> tuple[list[Choice], list[str]]:
             return False
         return True
 
-    best = dataclasses.asdict(ALL.resolve(scope.device))  # type: ignore[arg-type]
+    least = "float16" if "float16" in scope.dtypes else scope.dtypes[0]
+    best = dataclasses.asdict(ALL.resolve(scope.device, dtype=least))  # type: ignore[arg-type]
     best["cascade_attention"] &= True in levels["cascade_attention"]
     return pairwise(levels, allowed, [dataclasses.asdict(BASELINE), best]), absent
 
@@ -232,7 +242,7 @@ def kv_cache_bytes(shape: ModelShape, dtype: str) -> int:
     some are preempted.
     """
     blocks = 2 * -(-(work.LONGEST_PROMPT + work.LONGEST_ANSWER) // work.BLOCK_SIZE) + 1
-    bytes_per_value = {"float32": 4, "bfloat16": 2}[dtype]
+    bytes_per_value = BYTES[dtype]
     per_token = (
         2
         * shape["num_hidden_layers"]

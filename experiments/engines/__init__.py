@@ -8,12 +8,21 @@ or, outside this package, by its dotted module path (`tests.support.fake_engine`
 from __future__ import annotations
 
 import importlib
-from typing import Protocol
+from typing import Any, Protocol
 
-from experiments.records.types import Answer, Config, LogprobAnswer, Request, Toggles
+from experiments.records.types import Answer, Config, LogprobAnswer, Options, Request, Toggles
 
 ENGINES = ("nanovllm", "hf", "vllm")
 """The adapters in this package."""
+OPTIONS = (
+    "min_p",
+    "min_tokens",
+    "logit_bias",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+)
+"""Options of a request that nanovllm and vLLM know by the same name and in the same form."""
 
 
 class Adapter(Protocol):
@@ -79,3 +88,17 @@ def check_config(engine: str, config: Config, allowed: tuple[str, ...]) -> None:
         raise ValueError(
             f"{engine}: unknown config key {', '.join(unknown)}; allowed: {', '.join(allowed)}"
         )
+
+
+def options_of(engine: str, request: Request, known: tuple[str, ...] = OPTIONS) -> dict[str, Any]:
+    """The request's options, as arguments of SamplingParams. Raises ValueError for one that is not in
+    `known`: left out, it would be served as other work than was asked for.
+    """
+    given: dict[str, Any] = {
+        name: value for name, value in request.items() if name in Options.__annotations__
+    }
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(
+            f"{engine}: a request has {unknown[0]}, which this adapter does not pass on; allowed: {', '.join(known) or 'none'}"
+        )
+    return given

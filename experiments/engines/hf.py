@@ -12,13 +12,13 @@ import itertools
 import time
 from typing import Any
 
-from experiments.engines import check_config
+from experiments.engines import check_config, options_of
 from experiments.records.types import Answer, Config, LogprobAnswer, Request, Toggles
 
 
 class Adapter:
-    """config: max_num_seqs, the size of a batch; dtype ("float32" | "bfloat16"); device ("cpu" |
-    "cuda").
+    """config: max_num_seqs, the size of a batch; dtype ("float32" | "bfloat16" | "float16"); device
+    ("cpu" | "cuda").
     """
 
     name = "hf"
@@ -158,8 +158,10 @@ class Adapter:
 
     def _generation_config(self, batch: list[Request]) -> Any:
         """Raises ValueError if the requests of a batch have different sampling parameters, which
-        `generate` does not support.
+        `generate` does not support, or options, whose meaning there is another one.
         """
+        for request in batch:
+            options_of(self.name, request, known=())
         settings = {(r["temperature"], r["top_k"], r["top_p"], r["ignore_eos"]) for r in batch}
         if len(settings) > 1:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from experiments.engines import check_config
+from experiments.engines import check_config, options_of
 from experiments.records.types import Answer, Config, LogprobAnswer, Request, Toggles
 
 
@@ -122,6 +122,7 @@ class Adapter:
                 top_p=request["top_p"],
                 seed=request["seed"],
                 ignore_eos=request["ignore_eos"],
+                **options_of(self.name, request),
                 **more,
             )
             for request in requests

@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments.engines import check_config
+from experiments.engines import check_config, options_of
 from experiments.gate.same_work import read_vocabulary
 from experiments.records.types import Answer, Config, LogprobAnswer, Request, Toggles
 
@@ -235,6 +235,7 @@ class Adapter:
             seed=request["seed"] if self._config["per_request_seeds"] else None,
             stop_token_ids=None if request["ignore_eos"] else self._eos_ids,
             detokenize=False,
+            **options_of(self.name, request),
             **more,
         )
 

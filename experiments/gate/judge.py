@@ -48,7 +48,7 @@ def rescore(
     """Judges outputs (token ids, in the order of the requests) of an engine that ran `model_dir` in
     `dtype`.
 
-    dtype: "float32" or "bfloat16". unknown_noise: tokens were sampled with a random generator other than
+    dtype: a key of REFERENCE_DTYPE. unknown_noise: tokens were sampled with a random generator other than
     ours. mutate: breaks the reference (negative controls). To judge many outputs of one model, keep
     a `Rescorer` and call `judge_outputs`.
     """

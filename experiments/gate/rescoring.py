@@ -1,7 +1,7 @@
 """Scores an engine's tokens with HF transformers, by teacher forcing.
 
 Two models read the same tokens: the *reference*, in a precision whose own error is negligible
-(float64 for a float32 engine, float32 without TF32 for a bfloat16 one; see
+(float64 for a float32 engine, float32 without TF32 for a bfloat16 or float16 one; see
 `reference_model.make_exact`), and HF *in the engine's dtype*, whose error against the reference
 shows how much noise this precision causes on this sample. The weights of both are rounded to the
 engine's dtype first.
@@ -34,8 +34,12 @@ from nanovllm.models import generated
 from nanovllm.models.config import load_hf_config
 from nanovllm.models.families import model_class
 
-REFERENCE_DTYPE = {"float32": torch.float64, "bfloat16": torch.float32}
-DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+REFERENCE_DTYPE = {
+    "float32": torch.float64,
+    "bfloat16": torch.float32,
+    "float16": torch.float32,
+}
+DTYPE = {name: getattr(torch, name) for name in REFERENCE_DTYPE}
 SMALL_ROW_BYTES = 2**19
 """Rows of logits up to this size are scored on one thread."""
 
@@ -46,7 +50,7 @@ class Rescorer:
     """Holds both models. `score` caches the scores of each (request, output), because the outputs of
     two launches of one workload often differ in a few requests only.
 
-    dtype: the engine's, "float32" or "bfloat16". mutate: breaks both models in place (negative
+    dtype: the engine's, one of REFERENCE_DTYPE. mutate: breaks both models in place (negative
     controls). batch_tokens: limit on the padded tokens of a forward pass. logits_bytes: limit on
     the memory of one table of logits. known_tokens: size of the cache in output tokens, of some 250
     bytes each (half a gigabyte by default).

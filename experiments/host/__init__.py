@@ -1,4 +1,4 @@
-"""The machine that runs the measurements. Standard library only.
+"""The machine that runs the measurements. Standard library only, but for what runs in a process of its own.
 
     telemetry     telemetry of a launch: load, clocks, memory, GPUs
     validity      rules that mark a launch invalid because of other activity on the machine
@@ -6,6 +6,7 @@
     environment   the environment variables of all processes that the laboratory starts
     machine_lock  locks a machine or its GPUs during a measurement
     model_files   finds the checkpoint of a plan and compares its digest
+    real_weights  the trained model of `make real-weights`: where it is, and how it is converted
 
 May import records.
 """

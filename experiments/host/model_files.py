@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from experiments.host import real_weights
 from experiments.host.environment import for_subprocess
 from experiments.records.types import ModelFiles, ModelShape, PlannedModel
 from nanovllm import host_limits
@@ -33,8 +34,9 @@ PRESETS = (
     "tiny-mistral",
     "tiny-qwen3-moe",
     *GENERATED,
+    real_weights.NAME,
 )
-"""The names of nanovllm.models.checkpoint, which cannot be imported here: it needs torch."""
+"""The names of nanovllm.models.checkpoint, which cannot be imported here, as it needs torch, and the trained model."""
 _PREPARE = (
     "import json, sys; from experiments.host.model_files import prepare; "
     "print(json.dumps(prepare(*json.loads(sys.argv[1]))))"
@@ -96,6 +98,8 @@ def _inspect(
     if path is not None:
         _check_folder(path)
     before = state_of(Path(path)) if path is not None else None
+    if preset == real_weights.NAME:
+        preset, path = None, str(_converted())
     if preset is not None and sys.stderr.isatty():
         print(
             f"preparing checkpoint {preset} (takes up to a minute the first time)",
@@ -134,6 +138,13 @@ def preset_digests() -> dict[str, str]:
     """The digest that a preset's checkpoint has today, for each whose weights are files."""
     file = Path(host_limits.__file__).parent / "models" / "digests.json"
     return json.loads(file.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def _converted() -> Path:
+    try:
+        return real_weights.find()
+    except real_weights.RealWeightsError as error:
+        raise ModelError(str(error)) from error
 
 
 def state_of(model: Path) -> list[tuple[str, int, int]]:

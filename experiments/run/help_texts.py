@@ -35,6 +35,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "check": (
         ("check", "pairs of optimizations and HF, on the model tiny"),
         ("check --model Qwen/Qwen3-0.6B --workloads 20", "a model of the hub, less work"),
+        ("check --model smollm2 --workloads 4 --dtype float32", "a trained model, one dtype"),
     ),
     "report": (
         ("report", "of the latest execution"),

@@ -357,8 +357,15 @@ def _write(client: Any, experiment: str, root: Path, view: View, tags: dict[str,
                 source=json.dumps({"kind": entry["kind"]}),
                 profile=json.dumps(
                     {
-                        key: entry[key]
-                        for key in ("num_requests", "prompt_tokens", "output_tokens", "params")
+                        **{
+                            key: entry[key]
+                            for key in ("num_requests", "prompt_tokens", "output_tokens")
+                        },
+                        "params": {
+                            key: value
+                            for key, value in entry["params"].items()
+                            if key != "content"  # of a file: long, and no text
+                        },
                     }
                 ),
             ),

@@ -7,6 +7,7 @@
     block_count  the number of blocks of a study, and which effects it can detect
     work_size    cuts the work of a study to the time budget, by the measured speed of a GPU
     machine      the profile of this machine, measured and cached
+    prompts      the token ids of texts, by the tokenizer and chat template of the plan's model
     plan         the list of all launches, in an order drawn from the seed of the study
     plan_view    the summary of a plan, printed before it runs
     profiles/    planning values for hardware that is not present

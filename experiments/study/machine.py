@@ -237,6 +237,8 @@ def settle(profile: Profile, dtype: str) -> PlannedProfile:
     settled["host_op_s"] = measured.get("host_op_s", profile.host_op_s)
     settled["import_s"] = measured.get("import_s", profile.import_s)
     peaks: dict[Any, float] = measured["peak_flops"] if measured else profile.peak_flops  # type: ignore[assignment]
+    if "bfloat16" in peaks:  # the tensor cores of a GPU multiply both at the same rate
+        peaks = {"float16": peaks["bfloat16"], **peaks}
     if dtype not in peaks:
         raise SpecError(
             f"profile {profile.name}: peak_flops has no {dtype}; it has {', '.join(peaks)}"

@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from experiments import workloads
+from experiments import workload_files, workloads
 from experiments.engines import load_adapter
 from experiments.host import model_files
 from experiments.records import store, types
@@ -34,7 +34,7 @@ from experiments.records.types import (
     PlannedSettings,
     Workload,
 )
-from experiments.study import block_count, designs, machine, work_size
+from experiments.study import block_count, designs, machine, prompts, work_size
 from experiments.study.protocol import Statistics
 from experiments.study.spec import FACTORS, Cell, ModelChoice, Profile, Study
 from experiments.study.yaml_files import SpecError
@@ -82,6 +82,7 @@ def build_plan(
     """
     choice = model or study.model or ModelChoice(preset=profile.preset, dtype=profile.dtype)
     resolved_model = resolve_model(choice)
+    study = with_tokens(study, choice)
     settled_profile = machine.settle(profile, choice.dtype)
     cells = _cells(study, settled_profile, resolved_model["shape"])[0]
     study, sized = work_size.fit(study, settled_profile, resolved_model, cells)
@@ -119,6 +120,26 @@ def build_plan(
     if sized:
         plan["sized"] = sized
     return {**plan, "plan_hash": store.plan_hash(plan)}
+
+
+def with_tokens(study: Study, choice: ModelChoice) -> Study:
+    """The study with the texts of its workloads tokenized by the model's tokenizer. Raises SpecError for
+    texts that the model cannot take, such as a conversation where it has no chat template.
+    """
+    changed = {}
+    for name, w in study.workloads.items():
+        if w.kind == "file" and workload_files.has_texts(w.params["content"]):
+            try:
+                folder = model_files.inspect(choice.preset, choice.path)["path"]
+                content = prompts.tokenize(folder, w.params["content"], as_chat=w.params["as_chat"])
+            except model_files.ModelError as error:
+                raise SpecError(f"{study.source}: workload {name}: {error}") from error
+            changed[name] = w.model_copy(update={"params": w.params | {"content": content}})
+    if not changed:
+        return study
+    tokenized = study.model_copy(update={"workloads": study.workloads | changed})
+    tokenized._source = study.source
+    return tokenized
 
 
 def resolve_model(choice: ModelChoice) -> PlannedModel:
@@ -491,7 +512,13 @@ def _check_fit(
                 f"{where} has a request of {longest} tokens, more than settings.max_model_len, {settings['max_model_len']}; "
                 "shorten its prompts or outputs, or raise the setting"
             )
-        drawn = workload["params"]["vocab_size"]
+        highest = max(max(r["prompt_token_ids"]) for r in requests)
+        if "vocab_size" not in workload["params"] and highest >= shape["vocab_size"]:
+            raise SpecError(
+                f"{where} has the token id {highest}, but the model's vocabulary has {shape['vocab_size']}: its file was made "
+                "for another model"
+            )
+        drawn = workload["params"].get("vocab_size", 0)
         if drawn > shape["vocab_size"]:
             raise SpecError(
                 f"{where} draws from {drawn} token ids, but the model's vocabulary has {shape['vocab_size']}: lower the "

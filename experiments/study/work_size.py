@@ -64,6 +64,8 @@ CPU_HF_COST, CPU_RANKS_COST = 1.9, 1.4
 """Duration of a wave on a CPU with HF, and with ranks that share the cores, relative to one engine."""
 CPU_NATIVE_COST = {"kernels": 0.65, "attention_backend": 0.8}
 """The same with the level `native` of a toggle (ablations/LOG.md, 2026-11-29)."""
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Of one value, by dtype."""
 USUAL_OP_S = 1e-5
 """`host_op_s` of the host on which the start-up times were measured."""
 
@@ -278,16 +280,13 @@ def weight_bytes(shape: ModelShape, dtype: str) -> int:
     embedding = (
         0 if shape.get("tie_word_embeddings", True) else shape["hidden_size"] * shape["vocab_size"]
     )
-    return (parameters(shape, shape.get("num_experts")) + embedding) * {
-        "float32": 4,
-        "bfloat16": 2,
-    }[dtype]
+    return (parameters(shape, shape.get("num_experts")) + embedding) * BYTES[dtype]
 
 
 def kv_bytes_per_token(shape: ModelShape, dtype: str) -> int:
     """The size of the keys and values of one token in all layers."""
     values = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
-    return int(values * {"float32": 4, "bfloat16": 2}[dtype])
+    return int(values * BYTES[dtype])
 
 
 def step_bytes(
@@ -296,10 +295,7 @@ def step_bytes(
     """The approximate memory of the largest step besides weights and KV cache: activations of a
     prefill, logits, CUDA graphs and libraries.
     """
-    per_token = (6 * shape["hidden_size"] + 3 * shape["intermediate_size"]) * {
-        "float32": 4,
-        "bfloat16": 2,
-    }[dtype]
+    per_token = (6 * shape["hidden_size"] + 3 * shape["intermediate_size"]) * BYTES[dtype]
     return int(
         max_num_batched_tokens * per_token + 12 * max_num_seqs * shape["vocab_size"] + (1 << 30)
     )

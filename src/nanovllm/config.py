@@ -42,8 +42,8 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "skip_tokenizer_init": (lambda value: type(value) is bool, "True or False"),
     "dtype": (
-        lambda value: value in ("auto", "float32", "bfloat16"),
-        "'auto', 'float32' or 'bfloat16'",
+        lambda value: value in ("auto", "float32", "bfloat16", "float16"),
+        "'auto', 'float32', 'bfloat16' or 'float16'",
     ),
     "device": (lambda value: value in ("auto", "cpu", "cuda"), "'auto', 'cpu' or 'cuda'"),
     "max_num_seqs": _whole(2**31 - 1),
@@ -115,10 +115,10 @@ class EngineConfig:
         limit, in tokens. Raises ValueError where values contradict each other.
         """
         _require(
-            dtype in ("float32", "bfloat16"),
+            dtype != "auto" and ALLOWED["dtype"][0](dtype),
             "dtype",
             dtype,
-            "'float32' or 'bfloat16' (the checkpoint has neither: choose)",
+            "'float32', 'bfloat16' or 'float16' (the checkpoint has none of them: choose)",
         )
         max_model_len = self.max_model_len or max_position_embeddings
         _require(
@@ -145,7 +145,7 @@ class EngineConfig:
                 "dtype": dtype,
                 "max_model_len": max_model_len,
                 "max_num_batched_tokens": budget,
-                "optimizations": self.optimizations.resolve(device, True),
+                "optimizations": self.optimizations.resolve(device, True, dtype),
             }
         )
 

@@ -90,12 +90,14 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None
+    n = 1  # no field: where it is given, the result is of the class with options
 
     def __new__(cls, **kwargs: Any) -> Any:
         """Where an argument is not a field here, an instance of the class that has more of them."""
-        if cls is SamplingParams and not kwargs.keys() <= cls.__dataclass_fields__.keys():
-            cls = import_module("nanovllm.requests.options").SamplingParamsWithOptions
-        return object.__new__(cls)
+        own = cls is not SamplingParams or kwargs.keys() <= cls.__dataclass_fields__.keys()
+        return object.__new__(
+            cls if own else import_module("nanovllm.requests.options").SamplingParamsWithOptions
+        )
 
     def __post_init__(self) -> None:
         for name, (fits, of_python, allowed) in ALLOWED.items():

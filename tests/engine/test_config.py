@@ -120,7 +120,7 @@ def test_unknown_arguments_are_errors() -> None:
         ("kv_cache_memory_bytes", 0),
         ("gpu_memory_utilization", 0.0),
         ("gpu_memory_utilization", 1.1),
-        ("dtype", "float16"),
+        ("dtype", "float64"),
         ("device", "tpu"),
         ("model", ""),
     ],
@@ -128,6 +128,22 @@ def test_unknown_arguments_are_errors() -> None:
 def test_values_out_of_range(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name}="):
         EngineConfig(**{"model": "m", name: value})  # type: ignore[arg-type]
+
+
+def test_float16_is_computed_by_torch_on_a_cpu() -> None:
+    """The native kernels have float32 and bfloat16."""
+    asked: dict[str, Any] = {**RESOLVE, "dtype": "float16"}
+    on = EngineConfig(model="m", optimizations=ALL).resolve(**asked).optimizations
+    assert (on.kernels, on.attention_backend, on.prefix_cache) == ("torch", "torch", True)
+    native = EngineConfig(model="m", optimizations=Optimizations(kernels="native"))
+    with pytest.raises(ValueError, match=r"kernels='native' .*not in float16. Use kernels='torch'"):
+        native.resolve(**asked)
+
+
+def test_a_checkpoint_of_another_dtype_says_what_to_choose() -> None:
+    for dtype in ("auto", "float8_e4m3fn"):
+        with pytest.raises(ValueError, match=r"dtype='.*'float32', 'bfloat16' or 'float16' \(the"):
+            EngineConfig(model="m").resolve(**{**RESOLVE, "dtype": dtype})
 
 
 def test_contradictions_are_found_at_resolution() -> None:

@@ -44,6 +44,15 @@ def test_all_pairs_are_covered_by_few_choices(sizes: tuple[int, ...]) -> None:
     assert len(chosen) <= 2 * (largest[0] * largest[1] if len(sizes) > 1 else 0) or len(sizes) == 1
 
 
+def test_float16_is_checked_without_the_kernels_that_lack_it(tiny: Path) -> None:
+    made, absent = jobs.all_jobs(scope(tiny, dtypes=("float16",)), ["drawn-000"])
+    assert {job.dtype for job in made} == {"float16"}
+    assert "native" not in {
+        level for job in made for level in job.config.get("optimizations", {}).values()
+    }
+    assert any(reason.startswith("kernels=native: ") for reason in absent)
+
+
 def test_pairs_that_cannot_meet_are_left_out_and_no_others() -> None:
     levels = {"graphs": [False, True], "ranks": [1, 2, 4], "cache": [False, True]}
 

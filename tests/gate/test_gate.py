@@ -747,9 +747,9 @@ def test_refusals(rescorers: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"factor=0.5; it must be 1 or more"):
         GateParams(factor=0.5)
     with pytest.raises(
-        ValueError, match=r"dtype='float16' cannot be rescored; allowed: float32, bfloat16"
+        ValueError, match=r"dtype='float64' cannot be rescored; allowed: float32, bfloat16, float16"
     ):
-        Rescorer(tmp_path, "float16")
+        Rescorer(tmp_path, "float64")
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         Rescorer(tmp_path, "float32")
     with pytest.raises(ValueError, match="output of request 1 is empty"):

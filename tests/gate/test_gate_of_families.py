@@ -39,11 +39,11 @@ def requests() -> list[Request]:
 
 
 @cache
-def rescorer_of(preset: str) -> Rescorer:
-    return Rescorer(ensure_checkpoint(preset), "float32")
+def rescorer_of(preset: str, dtype: str = "float32") -> Rescorer:
+    return Rescorer(ensure_checkpoint(preset), dtype)
 
 
-def outputs_of(preset: str, switches: dict[str, Any]) -> list[list[int]]:
+def outputs_of(preset: str, switches: dict[str, Any], dtype: str = "float32") -> list[list[int]]:
     asked = requests()
     names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos")
     with (
@@ -51,7 +51,7 @@ def outputs_of(preset: str, switches: dict[str, Any]) -> list[list[int]]:
         LLM(
             str(ensure_checkpoint(preset)),
             device="cpu",
-            dtype="float32",
+            dtype=dtype,
             skip_tokenizer_init=True,
             max_model_len=128,
             max_num_seqs=4,
@@ -72,7 +72,7 @@ def outputs_of(preset: str, switches: dict[str, Any]) -> list[list[int]]:
 
 
 def verdict(rescorer: Rescorer, outputs: list[list[int]]) -> GateResult:
-    return judge(rescorer.score(requests(), outputs), "float32", GateParams())
+    return judge(rescorer.score(requests(), outputs), rescorer.dtype, GateParams())
 
 
 @pytest.mark.parametrize("preset", FAMILIES)
@@ -82,6 +82,18 @@ def verdict(rescorer: Rescorer, outputs: list[list[int]]) -> GateResult:
 def test_every_family_passes(preset: str, switches: dict[str, Any]) -> None:
     result = verdict(rescorer_of(preset), outputs_of(preset, switches))
     assert result.passed, f"{result.reason}; first: {result.first_offender}"
+
+
+@pytest.mark.parametrize("preset", FAMILIES)
+def test_every_family_passes_in_float16(preset: str) -> None:
+    one, all_on = (outputs_of(preset, on, "float16") for on in (OFF, ON))
+    rescorer = rescorer_of(preset, "float16")
+    for outputs in (one, all_on):
+        result = verdict(rescorer, outputs)
+        assert result.passed, f"{result.reason}; first: {result.first_offender}"
+    assert result.calibration["reference_dtype"] == "float32"
+    broken = Rescorer(ensure_checkpoint(preset), "float16", mutate=scale_rope_theta)
+    assert not verdict(broken, one).passed
 
 
 def without_biases(model: Any) -> None:

@@ -178,3 +178,39 @@ def test_the_wait_for_the_device_is_told_apart(
     for _ in range(2):  # each wave has its own
         wait_s = adapter.serve([])["device_wait_s"]
         assert 0.06 <= wait_s < 0.3 if on_gpu else wait_s is None
+
+
+OPTIONS: dict[str, Any] = {
+    "min_p": 0.1,
+    "min_tokens": 2,
+    "logit_bias": {7: 1.5},
+    "repetition_penalty": 1.2,
+    "frequency_penalty": 0.5,
+    "presence_penalty": -0.5,
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_a_request_arrive_or_are_refused(name: str) -> None:
+    from types import SimpleNamespace
+
+    from experiments.engines import nanovllm as ours
+    from experiments.engines import vllm as theirs
+    from nanovllm import SamplingParams
+
+    request: Any = {**REQUESTS[0], name: OPTIONS[name]}
+    engine: Any = object.__new__(ours.Adapter)
+    engine._sampling_params = SamplingParams
+    (params,) = engine._inputs([request])[1]
+    assert getattr(params, name) == OPTIONS[name]
+    (plain,) = engine._inputs([REQUESTS[0]])[1]
+    assert type(plain) is SamplingParams, "nothing is loaded for requests without options"
+    peer: Any = object.__new__(theirs.Adapter)
+    peer._sampling_params, peer._eos_ids = lambda **given: SimpleNamespace(**given), [1]
+    peer._config = {"per_request_seeds": True}
+    assert getattr(peer._params(request), name) == OPTIONS[name]
+    reference: Any = object.__new__(load_adapter("hf"))
+    with pytest.raises(ValueError, match=f"hf: a request has {name}, .*allowed: none"):
+        reference._generation_config([REQUESTS[0], request])
+    with pytest.raises(ValueError, match=r"nanovllm: a request has bad_words, .*allowed: min_p"):
+        engine._inputs([{**request, "bad_words": [[1, 2]]}])

@@ -15,7 +15,7 @@ from nanovllm.config import Optimizations
 from nanovllm.kernels.registry import load_kernels
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.linear import TensorParallel
-from nanovllm.models import checkpoint, generated
+from nanovllm.models import checkpoint, generated, hub
 from nanovllm.models.checkpoint import checkpoint_digest, ensure_checkpoint
 from nanovllm.models.config import load_hf_config
 from nanovllm.models.families import model_class
@@ -145,4 +145,8 @@ def test_digest_and_missing_recipe(folder: Path, tmp_path: Path) -> None:
 
 def test_the_command_line_lists_every_preset() -> None:
     """It cannot ask: the list is printed without importing torch."""
-    assert set(model_files.PRESETS) == {*checkpoint.PRESETS, *checkpoint.GENERATED}
+    assert set(model_files.PRESETS) == {
+        *checkpoint.PRESETS,
+        *checkpoint.GENERATED,
+        *hub.CONVERTED,
+    }

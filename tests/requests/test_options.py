@@ -254,6 +254,7 @@ def test_requests_without_options_load_and_keep_nothing(tiny: Path) -> None:
 def test_params_are_vllms(tiny: Path) -> None:
     plain = SamplingParams(temperature=0.5)
     assert type(plain) is SamplingParams
+    assert plain.n == 1
     more = SamplingParams(stop="a", bad_words=["b"], logit_bias={1: 2}, seed=3)
     assert isinstance(more, SamplingParams)
     assert isinstance(more, SamplingParamsWithOptions)

@@ -21,7 +21,7 @@ from experiments.records import store
 from experiments.run import execution, help_texts
 from experiments.run.progress import ProgressBar
 from experiments.study import machine
-from nanovllm.models import checkpoint
+from nanovllm.models import checkpoint, hub
 from tests.study.test_plan import SHAPE
 from tests.support.fake_engine import make_plan
 
@@ -84,7 +84,7 @@ def test_a_model_that_is_neither_folder_nor_preset_is_named(runs: Path) -> None:
         "--model tinny: no folder with a config.json and no preset (did you mean tiny?)"
         in result.output
     )
-    assert set(model_files.PRESETS) == {*checkpoint.PRESETS, *checkpoint.GENERATED}
+    assert set(model_files.PRESETS) == {*checkpoint.PRESETS, *checkpoint.GENERATED, *hub.CONVERTED}
     assert set(model_files.GENERATED) == set(checkpoint.GENERATED)
     assert model_files.preset_digests() == checkpoint.DIGESTS
 

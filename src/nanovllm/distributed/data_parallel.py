@@ -142,7 +142,7 @@ class ReplicatedLLM:
         """
         self._check_alive()
         batch = as_batch(prompts, sampling_params, self.get_default_sampling_params)
-        if any(getattr(params, "n", 1) > 1 for _, params in batch):
+        if any(params.n > 1 for _, params in batch):
             return several.generate(self, batch, use_tqdm)
         requests = [
             (number, prompt, params)

@@ -380,7 +380,7 @@ class LLM(LLMEngine):
         """
         self._check_alive()
         batch = as_batch(prompts, sampling_params, self.get_default_sampling_params)
-        if any(getattr(params, "n", 1) > 1 for _, params in batch):
+        if any(params.n > 1 for _, params in batch):
             return _load("requests.several", "generate")(self, batch, use_tqdm)  # type: ignore[no-any-return]
         seqs = [
             self.make_sequence(str(number), prompt, params, number)

@@ -114,7 +114,7 @@ class FlashAttention:
         if dtype not in (torch.bfloat16, torch.float16):
             name = str(dtype).removeprefix("torch.")
             raise ValueError(
-                f"dtype={name!r} cannot be used with attention_backend='flash_attn': take 'bfloat16', or "
+                f"dtype={name!r} cannot be used with attention_backend='flash_attn': take 'bfloat16' or 'float16', or "
                 "attention_backend='triton' or 'torch'"
             )
         self.library = library = find_library()

@@ -25,7 +25,7 @@ COMPUTED: dict[str, Any] = {
 
 # What else an error says of a setting, or of the end of an architecture's name.
 HINTS = {
-    "quantization_config": ": the checkpoint is quantized, and this engine reads float32 and bfloat16 weights; take the "
+    "quantization_config": ": the checkpoint is quantized, and this engine reads float32, bfloat16 and float16 weights; take the "
     "original, unquantized checkpoint",
     "compression_config": ": the checkpoint is compressed; take the original, uncompressed one",
     "Model": ". A model without a language modelling head makes embeddings, no text",

@@ -1,5 +1,5 @@
-"""Where the files of a model that is no folder are: of a preset in the cache, of a hub id in the hub's
-cache. Loaded only when the name is not a folder.
+"""Where the files of a model that is no folder are: of a preset or a converted model in the cache, of a
+hub id in the hub's cache. Loaded only when the name is not a folder.
 """
 
 import difflib
@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
+from nanovllm.cxx import cache_folder
 from nanovllm.models.checkpoint import GENERATED, PRESETS, ensure_checkpoint
 
 PATTERNS = [
@@ -25,14 +26,23 @@ PATTERNS = [
     "added_tokens.json",
     "special_tokens_map.json",
 ]
+CONVERTED = ("smollm2",)
+"""Models that `make real-weights` puts into the cache (experiments/host/real_weights.py)."""
 
 
 def fetch(name: str) -> Path:
-    """Builds a preset, or downloads what the engine reads of a hub id (no code, no pickles) into the
-    hub's own cache. Raises FileNotFoundError, saying what to do instead.
+    """Builds a preset, finds a converted model in the cache, or downloads what the engine reads of a
+    hub id (no code, no pickles) into the hub's own cache. Raises FileNotFoundError, saying what to
+    do instead.
     """
     if name in (presets := PRESETS | GENERATED):
         return ensure_checkpoint(name)
+    if name in CONVERTED:
+        if not (folder := cache_folder() / name).is_dir():
+            raise FileNotFoundError(
+                f"model {name!r} is not in {cache_folder()} yet: `make real-weights` in the repository fetches and converts it"
+            )
+        return folder
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=PATTERNS))
     except (

@@ -15,7 +15,7 @@ def generate(
     llm: Any, batch: list[tuple[Any, SamplingParams]], use_tqdm: bool
 ) -> list[RequestOutput]:
     """LLM.generate for prompts of which some ask for several answers; one output for each prompt."""
-    counts = [getattr(params, "n", 1) for _, params in batch]
+    counts = [params.n for _, params in batch]
     singles = [
         (prompt, single(params, i) if n > 1 else params)
         for (prompt, params), n in zip(batch, counts, strict=True)

@@ -19,12 +19,15 @@ def check(optimizations: Any) -> None:
             raise ValueError(f"{name}={level!r} is not allowed; it must be {allowed}")
 
 
-def resolve(optimizations: Any, device: str, in_engine: bool) -> dict[str, Any]:
+def resolve(
+    optimizations: Any, device: str, in_engine: bool, dtype: str | None = None
+) -> dict[str, Any]:
     """The level of each toggle, without 'auto'. A toggle whose `needs` the others do not meet keeps its baseline
-    where 'auto' was asked for, and so does one whose best level cannot be compiled here.
+    where 'auto' was asked for, and so does one whose best level cannot be compiled here or does not compute in
+    `dtype`.
 
-    Raises ValueError for a level that cannot run on `device`, with what to use instead; in_engine: also for one
-    whose `needs` are not met.
+    Raises ValueError for a level that cannot run on `device` or in `dtype`, with what to use instead; in_engine:
+    also for one whose `needs` are not met.
     """
     toggles, asked = toggles_of(optimizations), vars(optimizations)
     chosen = {
@@ -47,7 +50,14 @@ def resolve(optimizations: Any, device: str, in_engine: bool) -> dict[str, Any]:
                 f"{name}={level!r} cannot run on device {device!r}: {row.cpu_only[level]}. "
                 f"Use {name}={baseline!r}, or device='cpu'."
             )
-        if level in row.by_compiler and (
+        if level in row.by_compiler and dtype == "float16":
+            if asked[name] != "auto":
+                raise ValueError(
+                    f"{name}={level!r} computes in float32 and bfloat16, not in float16. "
+                    f"Use {name}={baseline!r}, or another dtype."
+                )
+            chosen[name] = baseline
+        elif level in row.by_compiler and (
             problem := compilation_problem(in_engine, asked[name] == "auto")
         ):
             if asked[name] != "auto":

@@ -149,15 +149,16 @@ class Optimizations:
 
             check(self)
 
-    def resolve(self, device: Device, in_engine: bool = False) -> Self:
+    def resolve(self, device: Device, in_engine: bool = False, dtype: str | None = None) -> Self:
         """Replaces every 'auto'. Raises ValueError for a level that cannot run on `device`, with what to use
-        instead; in_engine: also for one that means nothing in a single engine beside the other levels.
+        instead; in_engine: also for one that means nothing in a single engine beside the other levels; dtype: also
+        for one that does not compute in it.
         """
         if self == BASELINE:
             return self
         from nanovllm.toggles.availability import resolve
 
-        return type(self)(**resolve(self, device, in_engine))
+        return type(self)(**resolve(self, device, in_engine, dtype))
 
 
 # the levels of each optimization; the first is its baseline
