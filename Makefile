@@ -1,7 +1,7 @@
 # The commands people type. `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check-lock test test-slow test-strangers property lint format bench ablate check compare-vllm compare-hf real-weights report docs audit ui clean FORCE
+.PHONY: help setup lock check-lock test test-slow test-strangers property mutants lint format bench ablate check compare-vllm compare-hf real-weights report docs audit ui clean FORCE
 
 # make PYTHON=python3.12 setup: the Python of the environment. Without it: the one that .venv has, else the first that fits.
 PYTHON ?=
@@ -97,6 +97,13 @@ else ifdef DEEP
 else
 	@$(BIN)/python -m pytest property_tests -m "not slow"
 endif
+
+# In an order that a seed draws, a mutant of each part in turn. Interrupted, the same command goes on where it ended; AGAIN=1: those that
+# survived, once more, as after new tests. Not part of CI.
+MINUTES ?= 60
+mutants: $(READY)  ## plant small errors into the parts that decide and see which tests notice (MINUTES=60, JOBS=2; AGAIN=1: only survivors), then write docs/mutants.md
+	@PYTHONPATH=src:. $(BIN)/python -m property_tests.mutants run --minutes $(MINUTES) --jobs $(if $(filter-out auto,$(JOBS)),$(JOBS),0) $(if $(AGAIN),--again)
+	@PYTHONPATH=src:. $(BIN)/python -m property_tests.mutants page
 
 lint: $(READY)  ## run ruff (rules and format), mypy and import-linter
 	@$(BIN)/ruff check .

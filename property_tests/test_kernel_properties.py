@@ -1,19 +1,22 @@
 """The operations of the model against their definitions, written out here without pages, batches or
-fused steps.
+fused steps; and batches of every size against their rows.
 """
 
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm.kernels import torch as kernels
 from nanovllm.kernels.batch import ForwardBatch
-from nanovllm.kernels.torch import attention, kv_store, rope
-from property_tests.support.profiles import holds
+from nanovllm.kernels.torch import attention, filtering, kv_store, rope, sampling, sampling_shards
+from property_tests.support.profiles import examples, holds
+from property_tests.support.strategies import SEEDS, around
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 TEXTS = st.integers(0, 2**20)
@@ -179,6 +182,114 @@ def test_attention_is_its_definition(
     k, v = (torch.cat([kv[part] for kv in fresh]) for part in (0, 1))
     found = backend.attend(torch.cat(queries), k, v, caches[0], caches[1], batch)
     assert_close(found, torch.cat(expected), "attention")
+
+
+@settings(max_examples=examples(30))
+@given(
+    text=TEXTS,
+    decodes=around(attention.GROUP),
+    prefills=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9)), max_size=3),
+)
+def test_attention_of_a_batch_is_that_of_its_entries(
+    text: int, decodes: int, prefills: list[tuple[int, int]]
+) -> None:
+    """As many decodes as are gathered at a time, fewer and more: attention of each over its own tokens."""
+    rng = random.Random(text)
+    entries = [(True, rng.randrange(40), 1) for _ in range(decodes)]
+    entries += [(False, past, length) for past, length in prefills]
+    test_attention_is_its_definition.property.body(text, rng.choice([1, 4, 16]), entries, (4, 2))
+
+
+# -- batches of sizes around the numbers of rows that are computed at a time -----------------------
+
+NOISE_ROWS = 16
+"""Rows of noise that a CPU computes at a time."""
+
+
+@settings(max_examples=examples(40))
+@given(
+    seed=SEEDS,
+    rows=around(NOISE_ROWS),
+    vocab_size=st.sampled_from([1, 3, 4, 5, 8, 31, 32, 33, 100]),
+    first=st.sampled_from([0, 0, 4, 8, 400]),
+)
+def test_noise_of_a_batch_is_that_of_its_rows(
+    seed: int, rows: int, vocab_size: int, first: int
+) -> None:
+    """And that of a part of the vocabulary is a part of the whole."""
+    seeds, positions = seed // 2 + torch.arange(rows), 5 * torch.arange(rows)
+    together = sampling.gumbel_noise(seeds, positions, vocab_size, first)
+    assert together.shape == (rows, vocab_size)
+    for i in range(rows):
+        whole = sampling.gumbel_noise(seeds[i : i + 1], positions[i : i + 1], first + vocab_size)
+        assert torch.equal(together[i], whole[0, first:]), (
+            f"row {i} of {rows} has other noise alone"
+        )
+
+
+@settings(max_examples=examples(30))
+@given(
+    text=TEXTS,
+    rows=around(filtering.ROWS),
+    vocab_size=st.sampled_from([1, 2, 7, 40]),
+    top_k=st.sampled_from([-1, 0, 1, 3, 100]),
+    top_p=st.sampled_from([0.3, 0.9, 1.0]),
+)
+def test_filters_of_a_batch_are_those_of_its_rows(
+    text: int, rows: int, vocab_size: int, top_k: int, top_p: float
+) -> None:
+    logits = noise(text, rows, vocab_size) * 3
+    temperatures = 0.25 * (torch.arange(rows) % 4)
+    top_ks, top_ps = torch.full((rows,), top_k), torch.full((rows,), top_p)
+    top_ks[::3], top_ps[1::3] = 2, 0.5
+    together = filtering.filtered_logits(logits, temperatures, top_ks, top_ps)
+    assert together.shape == logits.shape
+    for i in range(rows):
+        own = (column[i : i + 1] for column in (logits, temperatures, top_ks, top_ps))
+        assert torch.equal(filtering.filtered_logits(*own)[0], together[i]), (
+            f"row {i} of {rows} is filtered differently alone"
+        )
+
+
+@settings(max_examples=examples(30))
+@given(
+    text=TEXTS,
+    rows=around(NOISE_ROWS),
+    part=st.sampled_from([4, 8, 36]),
+    parts=st.integers(1, 3),
+    tied=st.booleans(),
+)
+def test_the_best_of_all_parts_is_the_best_of_the_whole(
+    text: int, rows: int, part: int, parts: int, tied: bool
+) -> None:
+    """Each rank looks at a part of the vocabulary. tied: many greedy rows have equal logits."""
+    logits = noise(text, rows, part * parts)
+    logits = logits.round() if tied else logits
+    temperatures = 0.5 * (torch.arange(rows) % 3)
+    seeds, positions = text + torch.arange(rows), torch.arange(rows)
+    columns = temperatures, seeds, positions
+    for all_greedy in (False, True):
+        if all_greedy:
+            columns = torch.zeros(rows), seeds, positions
+        best = [
+            sampling_shards.best_of_shard(
+                logits[:, first : first + part], *columns, first, all_greedy=all_greedy
+            )
+            for first in range(0, part * parts, part)
+        ]
+        found = sampling_shards.best_of_shards(torch.stack(best))
+        none, all_mass = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
+        expected = sampling.sample(
+            logits,
+            columns[0],
+            none,
+            all_mass,
+            seeds,
+            positions,
+            all_greedy=all_greedy,
+            any_top_k_top_p=False,
+        )
+        assert torch.equal(found, expected), f"{parts} parts of {part} tokens choose another token"
 
 
 def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

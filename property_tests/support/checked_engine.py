@@ -15,6 +15,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stats import StepStats
 from nanovllm.sampling_params import SamplingParams
 from property_tests.support.model_free import VOCAB, ModelFreeEngine, numbers_of, oracle
+from property_tests.support.plain_forecast import check_forecast
 from property_tests.support.strategies import Shape, endings, prompts, shapes
 
 LONGEST_PROMPT, LONGEST_OUTPUT = 30, 14
@@ -27,7 +28,7 @@ class CheckedEngine:
     After each step: the structure holds together (`check_invariants`: no block owned twice,
     reference counts equal owners, free and owned add up); a cached entry's block holds what its
     tokens and all before them must have left there; no request is lost or finished twice; no token
-    differs from the oracle's.
+    differs from the oracle's; admission's forecast is the plain one.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -39,6 +40,7 @@ class CheckedEngine:
         self.had: Counter[str] = Counter()  # leading tokens of each request whose KV it once had
         self.had_again = 0
         self.ledger = TokenLedger()
+        self.asked_before = getattr(getattr(self.engine.scheduler, "forecast", None), "asked", 0)
         self.started: set[str] = set()
         start, plan_step = self.engine.scheduler._start, self.engine.scheduler.schedule
         self.engine.scheduler._start = lambda plan, seq, num_tokens: (  # type: ignore[method-assign]
@@ -148,6 +150,8 @@ class CheckedEngine:
         scheduler = self.engine.scheduler
         check_invariants(scheduler)
         self.ledger.check(self.engine.stats)
+        ended = [self.requests[request_id] for request_id in self.finished]
+        check_forecast(scheduler, self.asked_before, ended)
         queued = {*scheduler.waiting, *scheduler.prefilling, *scheduler.decoding}
         assert queued == set(self.requests) - self.finished - self.aborted, (
             "a request was lost, or came back"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, Verbosity, given, settings
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.strategies import SearchStrategy
 
@@ -34,13 +34,18 @@ COMMON: dict[str, Any] = {
 def register() -> None:
     """fast and deep each have a database of their own: what failed there is tried first next time.
     repeat is fast without one. All are random, whatever the shell says (CI, HYPOTHESIS_*):
-    --hypothesis-seed alone makes two runs the same.
+    --hypothesis-seed alone makes two runs the same. mutants (`make mutants`) does not shrink what
+    fails.
     """
     for name in ("fast", "deep", "repeat"):
         database = (
             None if name == "repeat" else DirectoryBasedExampleDatabase(ROOT / ".hypothesis" / name)
         )
         settings.register_profile(name, database=database, print_blob=True, **COMMON)
+    phases = (Phase.explicit, Phase.generate)
+    settings.register_profile(
+        "mutants", database=None, phases=phases, report_multiple_bugs=False, **COMMON
+    )
     settings.load_profile("fast")
 
 

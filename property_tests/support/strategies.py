@@ -59,6 +59,12 @@ class Workload:
     requests: tuple[Request, ...]
 
 
+def around(*at_a_time: int) -> st.SearchStrategy[int]:
+    """Sizes of batches: few, and as many as are computed at a time, one more or less, and twice that."""
+    edges = {n + d for size in at_a_time for n in (size, 2 * size) for d in (-1, 0, 1)}
+    return st.sampled_from(sorted({1, 2, 3} | {n for n in edges if n > 0}))
+
+
 def lengths(block_size: int, longest: int) -> st.SearchStrategy[int]:
     """1 to longest; mostly whole blocks, and one token more or less."""
     blocks = range(longest // block_size + 2)

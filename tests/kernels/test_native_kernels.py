@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from nanovllm import LLM, Optimizations, SamplingParams, cxx
@@ -25,6 +28,7 @@ from nanovllm.kernels.native.library import library
 from nanovllm.kernels.native.packing import pack
 from nanovllm.kernels.torch import sampling
 from nanovllm.kernels.torch.attention import TorchAttention
+from property_tests.support.strategies import around
 
 DTYPES = [torch.float32, torch.bfloat16]
 VECTORS = Path(__file__).parents[1] / "support" / "data" / "gumbel_vectors.json"
@@ -137,8 +141,8 @@ def test_qkv(
     if not normed:
         norms = [None, None]  # type: ignore[list-item]
     expected = run(twins.linear_qk_norm_rope_store_kv, weight, *norms)
-    for given in (weight, pack(weight, heads)):
-        found = run(native.linear_qk_norm_rope_store_kv, given, *norms)
+    for form in (weight, pack(weight, heads)):
+        found = run(native.linear_qk_norm_rope_store_kv, form, *norms)
         for ours, twin in zip(found, expected, strict=True):
             close(ours, twin)
 
@@ -238,6 +242,112 @@ def test_attention_of_a_token_is_the_same_in_every_batch(dtype: torch.dtype, thr
         part.block_tables = batch.block_tables[:1]
         own = (tensors[0][first:last], *tensors[1:])
         assert torch.equal(attend(NativeAttention, part, own), whole[first:last])
+
+
+BATCHES = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+THREADS = st.sampled_from([1, 2])
+
+
+@contextmanager
+def running_on(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@BATCHES
+@given(
+    dtype=st.sampled_from(DTYPES),
+    rows=around(6, 12),  # of a tile, with AVX2 and with AVX-512
+    n=around(16, 64),  # outputs of a panel, and of those that a row computes at once
+    k=st.sampled_from([1, 33, 200, 4096]),  # of 4096, twelve rows are a block
+    threads=THREADS,
+)
+def test_products_of_a_batch_are_those_of_its_rows(
+    dtype: torch.dtype, rows: int, n: int, k: int, threads: int
+) -> None:
+    x, norm = draw(rows, k, dtype=dtype), draw(k, dtype=dtype, seed=1)
+    weight = draw(2 * n, k, dtype=dtype, seed=2)
+    one, two = pack(weight), pack(weight, 2)
+    exact = x.double() @ weight.double().T
+    with running_on(threads):
+        products = native.linear(x, one)
+        close(products, exact.to(dtype))
+        close(
+            native.linear_silu_and_mul(x, two),
+            twins.silu_and_mul(exact.to(dtype)),
+        )
+        for operation in (
+            lambda given: native.linear(given, one),
+            lambda given: native.linear_silu_and_mul(given, two),
+            lambda given: native.silu_and_mul(native.linear(given, one)),
+            lambda given: native.rms_norm(given, norm, 1e-6),
+        ):
+            together = operation(x)
+            for i in range(rows):
+                assert torch.equal(operation(x[i : i + 1])[0], together[i]), (
+                    f"row {i} of {rows} differs alone"
+                )
+
+
+@BATCHES
+@given(
+    rows=st.sampled_from([1, 2, 5]),
+    vocab_size=around(32, 8192),  # tokens that are looked at together, and that a thread takes
+    top_k=st.sampled_from([0, 3]),
+    spread=st.sampled_from([0.0, 0.1, 5.0]),
+    threads=THREADS,
+)
+def test_samples_of_a_batch_are_those_of_its_rows(
+    rows: int, vocab_size: int, top_k: int, spread: float, threads: int
+) -> None:
+    logits = draw(rows, vocab_size) * spread
+    given = (
+        logits,
+        torch.tensor([0.7, 0.0, 1.3, 0.01, 1.0])[:rows],
+        torch.full((rows,), top_k),
+        torch.ones(rows),
+        torch.arange(rows) * 2**33 + 7,
+        torch.arange(rows) + vocab_size,
+    )
+    flags = {"all_greedy": False, "any_top_k_top_p": top_k > 0}
+    with running_on(threads):
+        together = native.sample(*given, **flags)
+        alone = [
+            native.sample(*(column[i : i + 1] for column in given), **flags) for i in range(rows)
+        ]
+    assert torch.equal(together, twins.sample(*given, **flags))
+    assert torch.equal(together, torch.cat(alone))
+
+
+@BATCHES
+@given(
+    dtype=st.sampled_from(DTYPES),
+    cached=st.lists(around(256), min_size=1, max_size=4),  # keys of a chunk
+    prompts=st.lists(around(8, 16), max_size=3),  # query tokens of an item: 16 rows of 1 or 2 heads
+    heads=st.sampled_from([(4, 2), (3, 3)]),
+    threads=THREADS,
+)
+def test_attention_of_a_batch_is_that_of_its_entries(
+    dtype: torch.dtype, cached: list[int], prompts: list[int], heads: tuple[int, int], threads: int
+) -> None:
+    shapes = [(past - 1, 1) for past in cached]
+    shapes += [(past % 7, length) for past, length in zip(cached, prompts, strict=False)]
+    batch, tensors = a_batch(shapes, len(cached), heads, 24, 16, dtype)
+    clean = (*tensors[:3], *(cache.nan_to_num(0.0) for cache in tensors[3:]))
+    starts = batch.query_start_loc.tolist()
+    with running_on(threads):
+        together = attend(NativeAttention, batch, tensors)
+        close(together, attend(TorchAttention, batch, tuple(t.float() for t in clean)).to(dtype))
+        for i, (past, length) in enumerate(shapes):
+            first, last = starts[i], starts[i + 1]
+            alone, _ = a_batch([(past, length)], int(i < len(cached)), heads, 24, 16, dtype)
+            alone.block_tables = batch.block_tables[i : i + 1]
+            own = (*(t[first:last] for t in tensors[:3]), *tensors[3:])
+            assert torch.equal(attend(NativeAttention, alone, own), together[first:last])
 
 
 def test_no_rows() -> None:

@@ -660,6 +660,29 @@ def test_samples_are_the_twins_tokens(vocab_size: int, filtered: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("vocab_size", [1023, 1024, 1025, 2049])  # a tile has 1,024 tokens
+@pytest.mark.parametrize("programs", [1, 3, 8])  # how many there are decides about the slices
+def test_samples_of_a_batch_are_those_of_its_rows(
+    monkeypatch: pytest.MonkeyPatch, vocab_size: int, programs: int
+) -> None:
+    monkeypatch.setattr(triton_sampling, "_PROGRAMS", programs)
+    rows = 4
+    arguments = (
+        draw(rows, vocab_size) * 2,
+        torch.tensor([0.7, 0.0, 1.3, 0.05], device=DEVICE),
+        torch.zeros(rows, dtype=torch.int64, device=DEVICE),
+        torch.ones(rows, device=DEVICE),
+        torch.arange(rows, device=DEVICE) * 2**33 + 7,
+        torch.arange(rows, device=DEVICE) + programs,
+    )
+    flags = {"all_greedy": False, "any_top_k_top_p": False}
+    together = triton_sampling.sample(*arguments, **flags)
+    assert torch.equal(together, sampling.sample(*arguments, **flags))
+    for i in range(rows):
+        own = (column[i : i + 1] for column in arguments)
+        assert torch.equal(triton_sampling.sample(*own, **flags)[0], together[i])
+
+
 def test_ties_take_the_lowest_id_in_any_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.zeros(2, 9000, device=DEVICE)
     logits[0, [4000, 8999]] = 1.0

@@ -185,7 +185,7 @@ PRESETS = {
         tie_word_embeddings=False,
     ),
     # Where rounding to bfloat16 changes which expert is chosen, the output jumps: experts add less here than an MLP elsewhere, so
-    # little that bfloat16's error is no larger than in the other families. (At 0.001 it was 2.5 times as large, and hid a wrong rope.)
+    # little that bfloat16's error is as small as in the other families. (At 0.001 it was 2.5 times as large and hid a wrong rope.)
     "tiny-qwen3-moe": Preset(
         architecture="Qwen3MoeForCausalLM",
         vocab_size=2048,
