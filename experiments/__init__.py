@@ -14,6 +14,7 @@ from top to bottom; each imports only from those below it (checked by import-lin
     engines/     one adapter per engine
     host/        the machine: telemetry, provenance, locks, environment of subprocesses
     workloads    the requests that every engine serves
+    load/        arrivals over time: schedules, the driver, objectives, checks of the delivered load
     records/     plans and records: their types, and append-only JSON lines
     look/        what all pages share: colours, style sheet, escaping
     equivalence  the former name of `python -m experiments.gate`
