@@ -15,6 +15,7 @@ from top to bottom; each imports only from those below it (checked by import-lin
     host/        the machine: telemetry, provenance, locks, environment of subprocesses
     workloads    the requests that every engine serves
     workload_files  those read from a file of JSON lines; prompts/ holds the project's own
+    load/        arrivals over time: schedules, the driver, objectives, checks of the delivered load
     records/     plans and records: their types, and append-only JSON lines
     look/        what all pages share: colours, style sheet, escaping
     equivalence  the former name of `python -m experiments.gate`

@@ -1,11 +1,8 @@
-"""Workloads that come from a file of JSON lines: prompts (kind `file`) and traces of a service (kind
-`trace`). Standard library only.
+"""Prompts that come from a file of JSON lines (workloads of kind `file`). Standard library only.
 
     {"prompt": "Why is the sky blue?", "output_tokens": 64}
     {"messages": [{"role": "user", "content": "Why is the sky blue?"}]}
     {"prompt_token_ids": [504, 2, 19], "output_tokens": 8}
-
-    {"timestamp": 0, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1, 2]}
 
 A plan has to be complete without the file, and texts need a model's tokenizer. So `read` packs the
 lines into one string, the parameter `content`, and planning replaces its texts by token ids
@@ -18,9 +15,7 @@ import base64
 import binascii
 import difflib
 import json
-import random
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +26,9 @@ PROMPTS = Path(__file__).with_name("prompts")
 MOST_TOKENS = 4_000_000
 """Of all prompts of a file together, because a plan holds them."""
 MOST_BYTES = 2**26
-"""Of a file of prompts or of a trace."""
-_TRACE = {
-    "prompt_tokens": ("prompt_tokens", "input_length"),
-    "output_tokens": ("output_tokens", "output_length"),
-    "hash_ids": ("hash_ids",),
-}
-"""What a line of a trace says, and the keys under which it may say so."""
-_IGNORED = {"file": {"kind", "id"}, "trace": {"time", "timestamp", "kind", "id"}}
-"""Keys that are allowed and change nothing: requests arrive all at once, whatever their times are."""
+"""Of a file of prompts."""
+_IGNORED = {"kind", "id"}
+"""Keys that are allowed and change nothing."""
 
 
 def find(path: str) -> Path:
@@ -56,7 +45,7 @@ def find(path: str) -> Path:
     )
 
 
-def read(kind: str, path: str, num_requests: int | None, most: int) -> str:
+def read(path: str, num_requests: int | None, most: int) -> str:
     """The first lines of a file, checked and packed. num_requests: how many; None for all of them. most: the
     largest number allowed anywhere.
 
@@ -73,7 +62,6 @@ def read(kind: str, path: str, num_requests: int | None, most: int) -> str:
         raise ValueError(
             f"path: {file} is no text in UTF-8 ({error}); allowed: a file of JSON lines"
         ) from error
-    check = _CHECKS[kind]
     lines: list[Line] = []
     # not splitlines, which also ends lines at characters that JSON allows in texts
     for number, written in enumerate(text.split("\n"), 1):
@@ -88,7 +76,7 @@ def read(kind: str, path: str, num_requests: int | None, most: int) -> str:
                 f"{file}, line {number}: no JSON ({error}); allowed: one JSON object a line"
             ) from error
         try:
-            lines.append(_checked(kind, line, check, most))
+            lines.append(_checked(line, most))
         except ValueError as error:
             raise ValueError(f"{file}, line {number}: {error}") from error
     if not lines:
@@ -135,40 +123,10 @@ def prompts_of_file(content: str, output_tokens: int) -> tuple[list[list[int]], 
     ]
 
 
-def prompts_of_trace(
-    content: str, block_tokens: int, shrink: int, vocab_size: int, seed: int
-) -> tuple[list[list[int]], list[int]]:
-    """(token ids, lengths of outputs) of the requests of a trace. All lengths, those of blocks too, are
-    divided by `shrink` and rounded up.
-
-    A block of `block_tokens` tokens is drawn for each id in hash_ids, so that prompts share what they
-    shared in the service; tokens beyond the blocks are the request's own.
-    """
-    block_tokens = -(-block_tokens // shrink)
-    blocks: dict[int, list[int]] = {}
-
-    def tokens(of: str, count: int) -> list[int]:
-        rng = random.Random(f"{seed}/{of}")
-        return [rng.randrange(vocab_size) for _ in range(count)]
-
-    prompts, lengths = [], []
-    for number, line in enumerate(unpack(content)):
-        prompt: list[int] = []
-        for block in line["hash_ids"]:
-            if block not in blocks:
-                blocks[block] = tokens(f"block {block}", block_tokens)
-            prompt += blocks[block]
-        length = -(-line["prompt_tokens"] // shrink) if "prompt_tokens" in line else len(prompt)
-        prompt = prompt[:length]
-        prompts.append(prompt + tokens(f"request {number}", length - len(prompt)))
-        lengths.append(-(-line["output_tokens"] // shrink))
-    return prompts, lengths
-
-
-def _checked(kind: str, line: Any, check: Callable[[Line, int], Line], most: int) -> Line:
+def _checked(line: Any, most: int) -> Line:
     if not isinstance(line, dict):
         raise ValueError(f"a {type(line).__name__}; allowed: a JSON object")
-    return check({key: value for key, value in line.items() if key not in _IGNORED[kind]}, most)
+    return _check_prompt({key: value for key, value in line.items() if key not in _IGNORED}, most)
 
 
 def _check_prompt(line: Line, most: int) -> Line:
@@ -211,41 +169,6 @@ def _check_prompt(line: Line, most: int) -> Line:
     if "output_tokens" in line:
         _require_length("output_tokens", line["output_tokens"], most)
     return line
-
-
-def _check_trace(line: Line, most: int) -> Line:
-    allowed = {key for keys in _TRACE.values() for key in keys}
-    if unknown := sorted(set(line) - allowed):
-        raise ValueError(
-            f"{unknown[0]}: unknown key; allowed: {', '.join(sorted(allowed))}, and timestamp, which is ignored"
-        )
-    found: Line = {}
-    for name, keys in _TRACE.items():
-        given = [key for key in keys if key in line]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)}; allowed: one of them")
-        if given:
-            found[name] = line[given[0]]
-    ids = found.setdefault("hash_ids", [])
-    _require(
-        isinstance(ids, list) and all(type(block) is int for block in ids),
-        "hash_ids",
-        ids,
-        "a list of whole numbers",
-    )
-    if "prompt_tokens" not in found and not ids:
-        raise ValueError("no length of the prompt; allowed: input_length, or hash_ids, or both")
-    if "output_tokens" not in found:
-        raise ValueError("no length of the output; allowed: output_length")
-    for name in ("prompt_tokens", "output_tokens"):
-        if name in found:
-            _require_length(next(key for key in _TRACE[name] if key in line), found[name], most)
-    return found
-
-
-_CHECKS: dict[str, Callable[[Line, int], Line]] = {"file": _check_prompt, "trace": _check_trace}
-KINDS = tuple(_CHECKS)
-"""The kinds of workloads that are read from a file."""
 
 
 def _require_length(name: str, value: Any, most: int) -> None:

@@ -6,8 +6,11 @@ random generator, so that no engine can affect it.
 
 A range is written `[low, high]`, both ends included; a single number n means `[n, n]`.
 
-The kinds `file` and `trace` are read from a file of JSON lines (workload_files.py); what the file said is
-then the parameter `content`, so that a plan needs the file no more.
+The kind `file` is read from a file of JSON lines (workload_files.py); what the file said is then the
+parameter `content`, so that a plan needs the file no more.
+
+Without `arrivals`, all requests of a wave arrive together. With them (experiments/load/arrivals.py),
+and in workloads of kind `trace`, each request has a due time; the fingerprint holds it.
 """
 
 from __future__ import annotations
@@ -19,7 +22,15 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments import workload_files
-from experiments.records.types import Params, PlannedWorkload, Request, Wave, Workload
+from experiments.load import arrivals, traces
+from experiments.records.types import (
+    Params,
+    PlannedWorkload,
+    Request,
+    Schedule,
+    Wave,
+    Workload,
+)
 
 Waves = list[Wave]
 
@@ -27,6 +38,9 @@ CANONICAL_FINGERPRINT = "ba5158017eff74f36be1d0f9bfaee7bf39eb88f70fa50fa8aea820c
 """The fingerprint of the canonical workload with default parameters, as published."""
 
 _SAMPLING: Params = {"temperature": 0.6, "top_k": 0, "top_p": 1.0, "ignore_eos": True}
+
+MOST_OF = 1_000_000
+"""The largest number of requests, prefixes, turns, and tokens of each, because workloads are held in memory."""
 
 DEFAULTS: dict[str, Params] = {
     "canonical": {
@@ -69,18 +83,25 @@ DEFAULTS: dict[str, Params] = {
         "default_output_tokens": 64,
         "seed": 0,
     },
-    "trace": {
-        "path": None,
-        "content": None,
-        "num_requests": None,
-        "block_tokens": 512,
-        "shrink": 1,
-        "vocab_size": 2_048,
-        "seed": 0,
-    },
 }
 """All parameters of each kind, with defaults. Every kind also has the sampling parameters, `_SAMPLING`."""
-for _defaults in DEFAULTS.values():
+TRACE: Params = {
+    "path": "",
+    "sha256": "",
+    "num_requests": MOST_OF,
+    "speed": 1.0,
+    "max_prompt_tokens": MOST_OF,
+    "max_output_tokens": MOST_OF,
+    "block_tokens": 512,
+    "shrink": 1,
+    "vocab_size": 2_048,
+    "seed": 0,
+}
+"""The parameters of kind `trace`, which replays a file of experiments/load/traces.py. num_requests:
+the first so many; speed: 2 replays in half the time; max_*: longer ones are cut; block_tokens: prompt
+tokens per hash id; shrink: all lengths, those of blocks too, are divided by it and rounded up;
+sha256: filled in, and checked where it is given."""
+for _defaults in (*DEFAULTS.values(), TRACE):
     _defaults.update(_SAMPLING)
 
 _RANGES = {
@@ -93,8 +114,6 @@ _RANGES = {
     "answer_tokens",
 }
 _MAY_BE_ZERO = {"system_tokens"}
-MOST_OF = 1_000_000
-"""The largest number of requests, prefixes, turns, and tokens of each, because workloads are held in memory."""
 MOST = {"seed": 2**63 - 1, "top_k": 2**31 - 1, "vocab_size": 2**31 - 1}
 
 
@@ -102,9 +121,17 @@ def check_params(kind: str, params: Params) -> Params:
     """`params` completed with the defaults of `kind`. Raises ValueError that names what was given
     and what is allowed.
     """
-    if not isinstance(kind, str) or kind not in DEFAULTS:
-        raise ValueError(f"kind: {kind!r} is unknown; allowed: {', '.join(DEFAULTS)}")
-    defaults = DEFAULTS[kind]
+    if not isinstance(kind, str) or (kind not in DEFAULTS and kind != "trace"):
+        raise ValueError(f"kind: {kind!r} is unknown; allowed: {', '.join(DEFAULTS)}, trace")
+    if kind == "trace":
+        defaults = TRACE
+        params = _check_trace(params)
+    else:
+        defaults = DEFAULTS[kind]
+        if "arrivals" in params:
+            checked = arrivals.check(params["arrivals"], sessions=kind == "conversation")
+            rest = {name: value for name, value in params.items() if name != "arrivals"}
+            return check_params(kind, rest) | {"arrivals": checked}
     if unknown := sorted(set(params) - set(defaults), key=str):
         raise ValueError(
             f"{unknown[0]}: unknown parameter of kind {kind}; allowed: {', '.join(defaults)}"
@@ -115,17 +142,18 @@ def check_params(kind: str, params: Params) -> Params:
             full[name] = _check_range(name, value, 0 if name in _MAY_BE_ZERO else 1)
         elif name in ("ignore_eos", "as_chat"):
             _require(isinstance(value, bool), name, value, "true or false")
+        elif name == "sha256":
+            _require(isinstance(value, str), name, value, "text")
         elif name in ("path", "content"):
-            optional = name == "content" or full["content"] is not None
             _require(
-                isinstance(value, str) or (optional and value is None),
+                isinstance(value, str) or (name == "content" and value is None),
                 name,
                 value,
                 "the name of a file of JSON lines",
             )
-        elif name == "num_requests" and value is None and kind in workload_files.KINDS:
+        elif name == "num_requests" and value is None and kind == "file":
             pass  # all lines
-        elif name in ("temperature", "top_p"):
+        elif name in ("temperature", "top_p", "speed"):
             _require(
                 isinstance(value, (int, float)) and not isinstance(value, bool),
                 name,
@@ -150,9 +178,9 @@ def check_params(kind: str, params: Params) -> Params:
     _require(1e-30 <= full["top_p"] <= 1, "top_p", full["top_p"], "in (0, 1], no less than 1e-30")
     if "vocab_size" in full:
         _require(full["vocab_size"] >= 2, "vocab_size", full["vocab_size"], "2 or more")
-    if kind in workload_files.KINDS:
+    if kind == "file":
         if full["content"] is None:
-            full["content"] = workload_files.read(kind, full["path"], full["num_requests"], MOST_OF)
+            full["content"] = workload_files.read(full["path"], full["num_requests"], MOST_OF)
         else:
             workload_files.unpack(full["content"])
     return full
@@ -161,15 +189,25 @@ def check_params(kind: str, params: Params) -> Params:
 def build(name: str, kind: str, params: Params) -> Workload:
     """Draws a workload. Raises ValueError for invalid parameters."""
     full = check_params(kind, params)
-    waves = _GENERATORS[kind](full)
-    return {
+    schedule: Schedule | None = None
+    if kind == "trace":
+        waves, schedule = _trace(full)
+    else:
+        waves = _GENERATORS[kind](full)
+        if "arrivals" in full:
+            sessions = full["num_conversations"] if kind == "conversation" else 0
+            schedule = arrivals.schedule(full["arrivals"], sum(map(len, waves)), sessions)
+    workload: Workload = {
         "name": name,
         "kind": kind,
         "params": full,
-        "fingerprint": fingerprint(waves),
-        "requests_digest": requests_digest(waves),
+        "fingerprint": fingerprint(waves, schedule),
+        "requests_digest": requests_digest(waves, schedule),
         "waves": waves,
     }
+    if schedule is not None:
+        workload["arrivals"] = schedule
+    return workload
 
 
 def rebuild(name: str, entry: PlannedWorkload) -> Workload:
@@ -203,25 +241,30 @@ def summarize(workload: Workload) -> PlannedWorkload:
     }
 
 
-def fingerprint(waves: Waves) -> str:
-    """SHA-256 of all prompts and output lengths, waves in order, without sampling parameters."""
+def fingerprint(waves: Waves, schedule: Schedule | None = None) -> str:
+    """SHA-256 of all prompts and output lengths, waves in order, and of the arrivals where there are
+    any, without sampling parameters.
+    """
     requests = [request for wave in waves for request in wave]
-    content = {
+    content: dict[str, Any] = {
         "output_lengths": [r["max_tokens"] for r in requests],
         "prompt_token_ids": [r["prompt_token_ids"] for r in requests],
     }
+    if schedule is not None:
+        content["arrivals"] = schedule
     return hashlib.sha256(
         json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
     ).hexdigest()
 
 
-def requests_digest(waves: Waves) -> str:
+def requests_digest(waves: Waves, schedule: Schedule | None = None) -> str:
     """SHA-256 of all that the requests are: prompts, output lengths, sampling parameters, seeds, and
-    which of them arrive together. `fingerprint` stays as published, so it tells of prompts and
-    output lengths only.
+    which of them arrive together or when. `fingerprint` stays as published, so it tells of prompts,
+    output lengths and arrivals only.
     """
+    content: Any = waves if schedule is None else {"waves": waves, "arrivals": schedule}
     return hashlib.sha256(
-        json.dumps(waves, sort_keys=True, separators=(",", ":")).encode()
+        json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
     ).hexdigest()
 
 
@@ -279,11 +322,48 @@ def _file(p: Params) -> Waves:
     return [_requests(prompts, lengths, p)]
 
 
-def _trace(p: Params) -> Waves:
-    prompts, lengths = workload_files.prompts_of_trace(
-        p["content"], p["block_tokens"], p["shrink"], p["vocab_size"], p["seed"]
-    )
-    return [_requests(prompts, lengths, p)]
+def _check_trace(params: Params) -> Params:
+    """The parameters of a trace with the digest of its file. Raises ValueError for a missing path and
+    for a file that is not the planned one.
+    """
+    if "arrivals" in params:
+        raise ValueError(
+            "arrivals: a trace has its own; remove them, and use `speed` to replay it faster or slower"
+        )
+    path = params.get("path")
+    if not isinstance(path, str) or not path:
+        raise ValueError(
+            f"path: {path!r} is not allowed; allowed: the path of a trace as JSON lines (experiments/load/traces.py)"
+        )
+    speed = params.get("speed", 1.0)
+    if isinstance(speed, bool) or not isinstance(speed, (int, float)) or not 1e-6 <= speed <= 1e6:
+        raise ValueError(f"speed: {speed!r} is not allowed; allowed: a number from 1e-6 to 1e6")
+    digest = traces.read(path, 1)[1]
+    if params.get("sha256") not in (None, "", digest):
+        raise ValueError(
+            f"sha256: {path} has {digest}, but {params['sha256']!r} was asked for: restore the file, or correct the digest"
+        )
+    return {**params, "sha256": digest}
+
+
+def _trace(p: Params) -> tuple[Waves, Schedule]:
+    """The requests of a trace, and when they are due. Blocks of equal hash ids hold equal tokens."""
+    lines, _ = traces.read(p["path"], p["num_requests"])
+    block_tokens = -(-p["block_tokens"] // p["shrink"])
+    prompts, rng = [], random.Random(p["seed"])
+    for line in lines:
+        size = min(-(-line["prompt_tokens"] // p["shrink"]), p["max_prompt_tokens"])
+        prompt: list[int] = []
+        for block in line.get("hash_ids", [])[: -(-size // block_tokens)]:
+            prompt += _tokens(random.Random(f"{p['seed']}/{block}"), block_tokens, p)
+        prompts.append((prompt + _tokens(rng, max(0, size - len(prompt)), p))[:size])
+    lengths = [
+        min(-(-line["output_tokens"] // p["shrink"]), p["max_output_tokens"]) for line in lines
+    ]
+    due_s = [line["time_s"] / p["speed"] for line in lines]
+    rate = (len(due_s) - 1) / (due_s[-1] - due_s[0]) if due_s[-1] > due_s[0] else None
+    schedule: Schedule = {"rate": rate, "offset_s": due_s, "after": [None] * len(lines)}
+    return [_requests(prompts, lengths, p)], schedule
 
 
 _GENERATORS: dict[str, Callable[[Params], Waves]] = {
@@ -292,7 +372,6 @@ _GENERATORS: dict[str, Callable[[Params], Waves]] = {
     "shared_prefix": _shared_prefix,
     "conversation": _conversation,
     "file": _file,
-    "trace": _trace,
 }
 
 

@@ -66,7 +66,7 @@ def model_of(name: str) -> Path:
 
 def requests_of(folder: Path, name: str, lines: slice, output_tokens: int) -> list[Request]:
     """Greedy requests for some lines of a set of prompts, each in the model's chat template."""
-    content = workload_files.read("file", name, None, workloads.MOST_OF)
+    content = workload_files.read(name, None, workloads.MOST_OF)
     chosen = [
         {key: value for key, value in line.items() if key != "output_tokens"}
         for line in workload_files.unpack(content)[lines]

@@ -10,7 +10,16 @@ from __future__ import annotations
 import importlib
 from typing import Any, Protocol
 
-from experiments.records.types import Answer, Config, LogprobAnswer, Options, Request, Toggles
+from experiments.load.driving import Face
+from experiments.records.types import (
+    Answer,
+    Config,
+    LogprobAnswer,
+    Options,
+    Request,
+    Served,
+    Toggles,
+)
 
 ENGINES = ("nanovllm", "hf", "vllm")
 """The adapters in this package."""
@@ -70,6 +79,34 @@ class WithLogprobs(Protocol):
         of every output token.
         """
         ...
+
+
+class Serving(Face, Protocol):
+    """Requests that an engine takes one by one, while it runs. The index of a request is its place
+    in the list given to `start`.
+    """
+
+    def served(self) -> Served:
+        """What the engine did; called after the last step."""
+        ...
+
+
+class OverTime(Protocol):
+    """An optional extension of an adapter: workloads whose requests arrive over time. An adapter
+    without it says why in `not_over_time`.
+    """
+
+    def start(self, requests: list[Request]) -> Serving:
+        """Prepares to serve requests, none of which has arrived yet."""
+        ...
+
+
+def why_not_over_time(engine: str) -> str | None:
+    """Why an engine cannot take requests over time; None if it can."""
+    adapter = load_adapter(engine)
+    if hasattr(adapter, "start"):
+        return None
+    return str(getattr(adapter, "not_over_time", "its adapter has no method `start`"))
 
 
 def load_adapter(engine: str) -> type[Adapter]:

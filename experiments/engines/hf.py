@@ -22,6 +22,7 @@ class Adapter:
     """
 
     name = "hf"
+    not_over_time = "HF's `generate` serves one batch to its end and takes no request while it runs"
     allowed = ("max_num_seqs", "dtype", "device", "seed")
 
     def __init__(self, model: str, config: Config) -> None:

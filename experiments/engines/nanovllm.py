@@ -6,7 +6,8 @@ import time
 from typing import Any
 
 from experiments.engines import check_config, options_of
-from experiments.records.types import Answer, Config, LogprobAnswer, Request, Toggles
+from experiments.load.driving import Progress
+from experiments.records.types import Answer, Config, LogprobAnswer, Request, Served, Toggles
 
 
 class Adapter:
@@ -94,6 +95,16 @@ class Adapter:
             "device_wait_s": None if self._wait_s is None else self._wait_s - (wait_before or 0.0),
         }
 
+    def start(self, requests: list[Request]) -> Serving:
+        """Prepares to serve requests as they arrive. Raises ValueError for replicas, which take all
+        requests of a call at once.
+        """
+        if not hasattr(self._llm, "advance"):
+            raise ValueError(
+                "nanovllm: replicas (data_parallel_size above 1) take no requests over time; use data_parallel_size=1"
+            )
+        return Serving(self, *self._inputs(requests))
+
     def logprobs(self, requests: list[Request]) -> LogprobAnswer:
         """Serves requests with log-probabilities (see WithLogprobs). Not timed, because this changes
         the work.
@@ -139,6 +150,47 @@ class Adapter:
 
     def close(self) -> None:
         self._llm.close()
+
+
+class Serving:
+    """Requests that arrive one by one, through add_request and advance (experiments.engines.Serving)."""
+
+    def __init__(self, adapter: Adapter, prompts: list[Any], params: list[Any]) -> None:
+        self._adapter, self._llm = adapter, adapter._llm
+        self._prompts, self._params = prompts, params
+        self._seqs: dict[int, Any] = {}
+        self._steps_before, self._wait_before = len(self._llm.step_times()), adapter._wait_s
+
+    def submit(self, index: int) -> None:
+        self._llm.add_request(_id(index), self._prompts[index], self._params[index])
+
+    def advance(self) -> list[Progress]:
+        progress = []
+        for seq in self._llm.advance():
+            index = int(seq.request_id.removeprefix(_id("")))
+            self._seqs[index] = seq
+            progress.append((index, seq.num_output_tokens, seq.finish_reason is not None))
+        return progress
+
+    def abort(self, index: int) -> None:
+        self._llm.abort(_id(index))
+
+    def served(self) -> Served:
+        found = [self._seqs.get(index) for index in range(len(self._prompts))]
+        wait_s, before = self._adapter._wait_s, self._wait_before
+        return {
+            "outputs": [[] if seq is None else list(seq.output_token_ids) for seq in found],
+            "finish_reasons": [
+                "abort" if seq is None else seq.finish_reason or "abort" for seq in found
+            ],
+            "step_times_s": self._llm.step_times()[self._steps_before :],
+            "device_wait_s": None if wait_s is None else wait_s - (before or 0.0),
+        }
+
+
+def _id(index: int | str) -> str:
+    """The id of a request that arrives over time, unlike those of `generate`."""
+    return f"due-{index}"
 
 
 def count_kernel_loads() -> list[int]:

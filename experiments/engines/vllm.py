@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.engines import check_config, options_of
+from experiments.engines.vllm_steps import VllmServing
 from experiments.gate.same_work import read_vocabulary
 from experiments.records.types import Answer, Config, LogprobAnswer, Request, Toggles
 
@@ -130,6 +131,14 @@ class Adapter:
             "request_times_s": request_times,
             "step_times_s": self._tally.steps,
         }
+
+    def start(self, requests: list[Request]) -> VllmServing:
+        """Prepares to serve requests as they arrive."""
+        self._tally.begin()
+        self._tally.requests += len(requests)
+        prompts = [{"prompt_token_ids": request["prompt_token_ids"]} for request in requests]
+        params = [self._params(request) for request in requests]
+        return VllmServing(self._llm.llm_engine, prompts, params, self._tally.steps)
 
     def logprobs(self, requests: list[Request]) -> LogprobAnswer:
         """Serves requests with log-probabilities (see WithLogprobs). Not timed, because this changes

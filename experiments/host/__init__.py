@@ -1,5 +1,6 @@
 """The machine that runs the measurements. Standard library only, but for what runs in a process of its own.
 
+    cpu_power     power of the CPU packages, where the system lets it be read
     telemetry     telemetry of a launch: load, clocks, memory, GPUs
     validity      rules that mark a launch invalid because of other activity on the machine
     provenance    the provenance of a record: code, interpreter, packages, machine

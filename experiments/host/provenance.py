@@ -78,6 +78,8 @@ _MEASURED_CODE = (
     "src/nanovllm/kernels/native/*.h",
     "experiments/engines/*.py",
     "experiments/launch/engine_process.py",
+    "experiments/launch/over_time.py",
+    "experiments/load/*.py",
     "experiments/launch/runner.py",
     "experiments/launch/fork_server*.py",
     "experiments/workloads.py",

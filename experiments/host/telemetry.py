@@ -1,4 +1,4 @@
-"""Telemetry of a launch: CPU load (own and others') and clock, memory of the process tree, and
+"""Telemetry of a launch: CPU load (own and others'), clock and power, memory of the process tree, and
 clocks, temperature and processes of the GPUs.
 
 Sampled by a thread of the *runner*, so that the measured engine process is not disturbed. Reads
@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from experiments.host.cpu_power import CpuPower
 from experiments.records.types import Gpu, JsonObject, Telemetry
 
 _PROC = Path("/proc")
@@ -108,6 +109,7 @@ class Sampler:
 
     def _run(self) -> None:
         begin, cpu_before, own_before = time.monotonic(), cpu_times(), 0.0
+        power = CpuPower()
         while not self._stop.wait(self.interval_s):
             cpu_now = cpu_times()
             sample: Sample = {
@@ -127,6 +129,8 @@ class Sampler:
                 sample["cpu_foreign"] = round(min(1.0, max(0.0, others)), 4)
             cpu_before, own_before = cpu_now, own_now
             sample["cpu_mhz"] = cpu_mhz()
+            if (watts := power.watts()) is not None:
+                sample["cpu_watts"] = round(watts, 2)
             self._own_pids |= set(pids)
             if resident := self._note_memory(pids):
                 sample["rss_bytes"] = resident

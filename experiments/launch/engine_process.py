@@ -15,19 +15,28 @@ import signal
 import threading
 import time
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from experiments import workloads
 from experiments.engines import Adapter, load_adapter
 from experiments.host import provenance, telemetry
 from experiments.host.validity import wrong_toggles
+from experiments.launch import over_time
+from experiments.load import delivered
+from experiments.load.driving import Watch
+from experiments.load.searching import Judge
 from experiments.records.factor_levels import level_name
 from experiments.records.types import (
+    Answer,
     LaunchResult,
+    Load,
+    LoadRules,
     Measured,
     Plan,
     PlannedMeasurement,
     Request,
+    Schedule,
     ServedWorkload,
     Toggles,
     Tokens,
@@ -42,7 +51,7 @@ def main(plan: Plan, launch_id: str, model: str, spawned_at: float, result: Path
     """Runs one launch and writes its LaunchResult to `result`. Errors end the process."""
     process_start_s = time.time() - spawned_at
     die_with_runner()
-    outcome = serve_launch(plan, launch_id, model)
+    outcome = serve_launch(plan, launch_id, model, spawned_at)
     outcome["record"]["process_start_s"] = process_start_s
     # Written to another file and renamed, so that the runner never sees a partial result.
     partial = result.with_name(result.name + ".partial")
@@ -67,8 +76,13 @@ def die_with_runner() -> None:
     threading.Thread(target=watch, name="die-with-runner", daemon=True).start()
 
 
-def serve_launch(plan: Plan, launch_id: str, model: str) -> LaunchResult:
-    """The measured part of a record (times, counters, toggles, digests) and the tokens by digest."""
+def serve_launch(
+    plan: Plan, launch_id: str, model: str, spawned_at: float | None = None
+) -> LaunchResult:
+    """The measured part of a record (times, counters, toggles, digests) and the tokens by digest.
+    spawned_at: when the process was started, by time.time(); now, if not given.
+    """
+    started_at = time.time() if spawned_at is None else spawned_at
     launch = next(entry for entry in plan["launches"] if entry["launch"] == launch_id)
     cell = plan["cells"][launch["cell"]]
     work = {
@@ -86,10 +100,18 @@ def serve_launch(plan: Plan, launch_id: str, model: str) -> LaunchResult:
     served: dict[str, ServedWorkload] = {}
     tokens: Tokens = {}
     problems: list[str] = []
+    rules = plan["study"].get("load")
     for name in launch["workload_order"]:
-        served[name], outputs = serve_steadily(
-            adapter, work[name], plan["study"]["measurement"].get("least_timed_s", 0.0)
-        )
+        served_from = time.time()
+        served[name], outputs = serve(adapter, work[name], plan["study"]["measurement"], rules)
+        served[name]["window_s"] = [
+            round(moment - started_at, 3) for moment in (served_from, time.time())
+        ]
+        if rules is not None and "load" in served[name]:
+            problems += [
+                f"workload {name}: {broken}"
+                for broken in delivered.objections(served[name]["load"], rules)
+            ]
         problems += [f"workload {name}: {problem}" for problem in wrong_work(work[name], outputs)]
         packed = zlib.compress(json.dumps(outputs, separators=(",", ":")).encode(), 6)
         tokens[served[name]["tokens_digest"]] = base64.b64encode(packed).decode()
@@ -122,6 +144,36 @@ def warm_up(adapter: Adapter, work: dict[str, Workload], measurement: PlannedMea
             ]
             adapter.serve(short)
     adapter.reset()
+
+
+def serve(
+    adapter: Adapter,
+    workload: Workload,
+    measurement: PlannedMeasurement,
+    rules: LoadRules | None,
+) -> tuple[ServedWorkload, list[list[int]]]:
+    """Serves a workload as the plan says; returns the record and the outputs. Requests that arrive
+    over time are served once, or once for each rate of a search; again if a kernel was loaded or
+    compiled meanwhile.
+    """
+    if "arrivals" not in workload:
+        return serve_steadily(adapter, workload, measurement.get("least_timed_s", 0.0))
+    first_uses = getattr(adapter, "kernels_loaded", lambda: 0)
+    discarded: list[float] = []
+
+    def serve_once(schedule: Schedule, judge: Judge | None) -> over_time.Serving:
+        while True:
+            before = first_uses()
+            watch = None if judge is None else judge.restarted()
+            serving = serve_workload(adapter, workload, schedule, watch)
+            if first_uses() == before or len(discarded) == MOST_DISCARDED:
+                return serving
+            discarded.append(round(serving[0]["duration_s"], 6))
+
+    record, outputs = over_time.as_asked(workload, rules, serve_once)
+    if discarded:
+        record["rehearsals_s"] = discarded
+    return record, outputs
 
 
 def serve_steadily(
@@ -165,17 +217,27 @@ def serve_steadily(
     return record, outputs
 
 
-def serve_workload(adapter: Adapter, workload: Workload) -> tuple[ServedWorkload, list[list[int]]]:
-    """Serves all waves. Returns the record and the outputs. Request times of later waves are offset
-    by the duration of the waves before.
+def serve_workload(
+    adapter: Adapter,
+    workload: Workload,
+    schedule: Schedule | None = None,
+    watch: Watch | None = None,
+) -> tuple[ServedWorkload, list[list[int]]]:
+    """Serves all waves, or with a `schedule` all requests when they are due. Returns the record and
+    the outputs. Request times of later waves are offset by the duration of the waves before.
     """
     adapter.reset()
     counters, toggles = adapter.counters(), named(adapter.toggles())
     cpu_before = telemetry.tree_cpu_s(os.getpid())
     duration_s, outputs, request_times, step_times, reasons = 0.0, [], [], [], []
     waits: list[float | None] = []
-    for wave in workload["waves"]:
-        answer = adapter.serve(wave)
+    answers: Iterable[Answer] = map(adapter.serve, workload["waves"])
+    if schedule is not None:
+        requests = [request for wave in workload["waves"] for request in wave]
+        answers = [over_time.answer(adapter, requests, schedule, watch)]
+    load: Load | None = None
+    for answer in answers:
+        load = answer.get("load")
         request_times += [
             [moment + duration_s for moment in moments] for moments in answer["request_times_s"]
         ]
@@ -186,9 +248,9 @@ def serve_workload(adapter: Adapter, workload: Workload) -> tuple[ServedWorkload
         waits.append(answer.get("device_wait_s"))
     cpu_after = telemetry.tree_cpu_s(os.getpid())
     counters_after = adapter.counters()
-    return {
+    record: ServedWorkload = {
         "fingerprint": workload["fingerprint"],
-        "requests_digest": workloads.requests_digest(workload["waves"]),
+        "requests_digest": workloads.requests_digest(workload["waves"], workload.get("arrivals")),
         "duration_s": duration_s,
         "num_requests": len(outputs),
         "prompt_tokens": sum(
@@ -203,7 +265,10 @@ def serve_workload(adapter: Adapter, workload: Workload) -> tuple[ServedWorkload
         "finish_reasons": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
         "device_wait_s": None if None in waits else round(sum(filter(None, waits)), 6),
         "host_cpu_s": None if cpu_before is None or cpu_after is None else cpu_after - cpu_before,
-    }, outputs
+    }
+    if load is not None:
+        record["load"] = load
+    return record, outputs
 
 
 def wrong_work(workload: Workload, outputs: list[list[int]]) -> list[str]:

@@ -63,8 +63,21 @@ Wave = list[Request]
 """Requests that arrive together."""
 
 
+class Schedule(TypedDict):
+    """When requests are due, in the order of the requests of all waves. Request i is due `offset_s[i]`
+    after the start or, with `after[i]`, after that request has finished. rate: requests per second on
+    average; None for a closed loop.
+    """
+
+    rate: float | None
+    offset_s: list[float]
+    after: list[int | None]
+
+
 class Workload(TypedDict):
-    """A workload with its requests drawn. A wave begins when the one before it was answered."""
+    """A workload with its requests drawn. A wave begins when the one before it was answered; with
+    `arrivals`, waves only group requests, which arrive when they are due.
+    """
 
     name: str
     kind: str
@@ -72,6 +85,7 @@ class Workload(TypedDict):
     fingerprint: str
     requests_digest: str
     waves: list[Wave]
+    arrivals: NotRequired[Schedule]
 
 
 class PlannedWorkload(TypedDict):
@@ -199,6 +213,27 @@ class PlannedSizing(TypedDict):
     shares: list[float]
 
 
+class Objective(TypedDict, total=False):
+    """Limits on the latencies of a request, in seconds (experiments/load/objective.py)."""
+
+    ttft_s: float
+    tpot_s: float
+    itl_s: float
+    e2e_s: float
+
+
+class LoadRules(TypedDict):
+    """The objective of a study under load, the share of requests that has to meet it, and when a
+    launch is invalid because of its load generator.
+    """
+
+    slo: Objective | None
+    slo_name: str | None
+    attainment: float
+    max_lateness_s: float
+    min_delivered: float
+
+
 class PlannedStatistics(TypedDict):
     """Whose variance an effect is judged by, and which effects are one family (ADR 10)."""
 
@@ -225,6 +260,7 @@ class PlannedStudy(TypedDict):
     comparisons: NotRequired[dict[str, PlannedComparison]]
     validity: NotRequired[ValidityRules]
     statistics: NotRequired[PlannedStatistics]
+    load: NotRequired[LoadRules]
     overrides: JsonObject
 
 
@@ -310,6 +346,55 @@ class Answer(TypedDict):
     request_times_s: list[list[float]]
     step_times_s: list[list[float]]
     device_wait_s: NotRequired[float | None]
+    load: NotRequired[Load]
+
+
+class Served(TypedDict):
+    """What an engine did with requests that arrived over time, in their order. An aborted request has
+    the tokens that it got.
+    """
+
+    outputs: list[list[int]]
+    finish_reasons: list[str]
+    step_times_s: list[list[float]]
+    device_wait_s: NotRequired[float | None]
+
+
+class Trial(TypedDict):
+    """One trial of a search for the highest rate (experiments/load/searching.py)."""
+
+    rate: float
+    passed: bool
+    finished: int
+    misses: int
+    duration_s: float
+
+
+class Search(TypedDict):
+    """rate: the highest rate that passed, None if none did; failed: the lowest that did not."""
+
+    rate: float | None
+    failed: float | None
+    stopped: str
+    trials: list[Trial]
+
+
+class Load(TypedDict):
+    """The load of a workload with arrivals as it was delivered (experiments/load/delivered.py).
+
+    delivered: the generator's rate over the rate asked for. lateness: of the generator itself.
+    token_gaps_us: the gaps between each request's tokens, packed.
+    """
+
+    asked_rate: float | None
+    delivered: float | None
+    never_sent: int
+    sent_s: list[float | None]
+    lateness_p50_s: float
+    lateness_p99_s: float
+    lateness_max_s: float
+    token_gaps_us: str
+    search: NotRequired[Search]
 
 
 class LogprobAnswer(TypedDict):
@@ -320,7 +405,9 @@ class LogprobAnswer(TypedDict):
 
 
 class ServedWorkload(TypedDict):
-    """A workload in the record of a launch."""
+    """A workload in the record of a launch. window_s: when it was served, rehearsals and all, in
+    seconds since the process was started, as the samples of the telemetry count them.
+    """
 
     fingerprint: str
     requests_digest: NotRequired[str]
@@ -338,6 +425,8 @@ class ServedWorkload(TypedDict):
     host_cpu_s: float | None
     servings_s: NotRequired[list[float]]
     rehearsals_s: NotRequired[list[float]]
+    window_s: NotRequired[list[float]]
+    load: NotRequired[Load]
 
 
 class PeakMemory(TypedDict):

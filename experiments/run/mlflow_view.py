@@ -20,6 +20,7 @@ from experiments.records.types import (
     GitState,
     JsonObject,
     LaunchRecord,
+    Load,
     Plan,
     PlannedWorkload,
     Record,
@@ -130,7 +131,10 @@ def cell_view(plan: Plan, cell: str, found: list[Record], analysis: JsonObject |
         duration_s=_duration_s(launches),
         status="FINISHED" if counted else "FAILED",
         params=_filled({**levels, "cell": cell, "engine": planned["engine"]}),
-        metrics=[Point(_key(name), value) for name, value in row.get("metrics", {}).items()],
+        metrics=[
+            *(Point(_key(name), value) for name, value in row.get("metrics", {}).items()),
+            *_curves(row.get("curves", {})),
+        ],
         tags=_filled(
             {
                 **_common_tags(plan, first),
@@ -148,6 +152,13 @@ def cell_view(plan: Plan, cell: str, found: list[Record], analysis: JsonObject |
         ),
         details={"cell": cell, **planned, "report": row},
     )
+
+
+def _curves(curves: Mapping[str, list[list[float]]]) -> Iterator[Point]:
+    """Latency against the rate. MLflow's axis is a whole number of steps: requests per 1,000 s."""
+    for name, points in curves.items():
+        for rate, seconds in points:
+            yield Point(f"curve/{name} by requests per 1000 s", seconds, round(1000 * rate))
 
 
 def launch_view(plan: Plan, record: LaunchRecord, found: list[Record]) -> View:
@@ -310,16 +321,23 @@ def _of_launch(record: LaunchRecord) -> Iterator[Point]:
 
 def _details(record: LaunchRecord) -> JsonObject:
     """Everything of a launch but its series: requests, steps and samples stay in records.jsonl."""
-    series = ("request_times_s", "step_times_s")
+    series = ("request_times_s", "step_times_s", "load")
     telemetry = {k: v for k, v in record["telemetry"].items() if k != "samples"}
     return {
         **record,
         "workloads": {
-            name: {key: value for key, value in work.items() if key not in series}
+            name: {
+                **{key: value for key, value in work.items() if key not in series},
+                **({"load": _load(work["load"])} if "load" in work else {}),
+            }
             for name, work in record["workloads"].items()
         },
         "telemetry": {**telemetry, "gpus": gpu_summaries(record)},
     }
+
+
+def _load(load: Load) -> JsonObject:
+    return {key: value for key, value in load.items() if key not in ("sent_s", "token_gaps_us")}
 
 
 def _filled(entries: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from experiments import workload_files, workloads
-from experiments.engines import load_adapter
+from experiments.engines import load_adapter, why_not_over_time
 from experiments.host import model_files
 from experiments.records import store, types
 from experiments.records.factor_levels import Level, level_value
@@ -94,6 +94,7 @@ def build_plan(
     _check_memory(study, settled_profile, resolved_model)
 
     shape = outline(study, settled_profile, resolved_model["shape"])
+    _check_over_time(study, shape.cells)
     shared: Config = {**settings, "dtype": choice.dtype, "device": profile.device}
     launches = _launches(study.design.seed, shape.blocks, list(shape.cells), list(work))
     described = {
@@ -102,6 +103,9 @@ def build_plan(
     }
     if study.statistics == Statistics():
         del described["statistics"]  # plans of studies that say nothing of it stay as they were
+    del described["load"]
+    if study.load_rules is not None:
+        described["load"] = study.load_rules.model_dump()
     # as resolved
     described["design"] |= {"blocks": shape.blocks, "generators": shape.generators}
     plan: Plan = {
@@ -140,6 +144,22 @@ def with_tokens(study: Study, choice: ModelChoice) -> Study:
     tokenized = study.model_copy(update={"workloads": study.workloads | changed})
     tokenized._source = study.source
     return tokenized
+
+
+def _check_over_time(study: Study, cells: Mapping[str, Cell]) -> None:
+    """Raises SpecError for a cell that cannot take requests over time, if the study has any."""
+    if study.load_rules is None:
+        return
+    for name, cell in cells.items():
+        levels = {**study.baselines(), **study.fixed, **cell.levels}
+        reason = why_not_over_time(cell.engine)
+        if cell.engine == study.engine and levels.get("data_parallel_size", 1) != 1:
+            reason = "replicas (data_parallel_size above 1) take all requests of a call at once"
+        if reason is not None:
+            raise SpecError(
+                f"{study.source}: cell {name} cannot serve workloads with arrivals: {reason}. Remove the cell, or the "
+                "`arrivals` of the workloads"
+            )
 
 
 def resolve_model(choice: ModelChoice) -> PlannedModel:

@@ -4,11 +4,12 @@ what makes a launch invalid.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from experiments.host.validity import HARMFUL, THROTTLE_REASONS
+from experiments.load import objective
 from experiments.study import block_count
 from experiments.study.designs import Kind
 
@@ -138,3 +139,27 @@ class Statistics(Strict):
 
     variance: Literal["per_effect", "moderated"] = "per_effect"
     families: Literal["joint", "by_question"] = "joint"
+
+
+class Load(Strict):
+    """How a study with requests that arrive over time is judged, fixed before anything runs.
+
+    slo: the objective of each request: a preset or limits in seconds (experiments/load/objective.py).
+    attainment: the share of requests that has to meet it for a rate to be sustainable.
+    max_lateness_s, min_delivered: a launch is invalid if its load generator itself was later than this
+    at p99, or delivered a smaller share of the rate asked for (experiments/load/delivered.py).
+    """
+
+    slo: dict[str, float] | None = None
+    slo_name: str | None = None
+    attainment: float = Field(default=0.99, gt=0, le=1)
+    max_lateness_s: float = Field(default=0.01, gt=0, le=60)
+    min_delivered: float = Field(default=0.98, gt=0, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("slo") is None:
+            return given
+        name = given["slo"] if isinstance(given["slo"], str) else given.get("slo_name")
+        return {**given, "slo": objective.check(given["slo"]), "slo_name": name}

@@ -14,11 +14,13 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from experiments import workloads
 from experiments.engines import ENGINES
+from experiments.load import objective
 from experiments.records.factor_levels import Level, level_name
 from experiments.records.types import Config, JsonObject, Params
 from experiments.study import designs, yaml_files
 from experiments.study.protocol import (
     Design,
+    Load,
     Measurement,
     Sizing,
     Statistics,
@@ -44,6 +46,17 @@ METRICS = (
     ),
 )
 
+LOAD_METRICS = (
+    "goodput_requests_per_s",
+    "sustainable_requests_per_s",
+    *(
+        f"{of}_p{percentile}_s"
+        for of in ("inter_token_latency", "end_to_end")
+        for percentile in (50, 90, 99)
+    ),
+)
+"""Those of studies whose requests arrive over time."""
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+=-]*$")]
 
@@ -61,10 +74,20 @@ class Workload(Strict):
     def _gather(cls, given: Any) -> Any:
         if not isinstance(given, dict) or "kind" not in given:
             raise ValueError(
-                f"a workload is a mapping with `kind` ({', '.join(workloads.DEFAULTS)}) and that kind's parameters"
+                f"a workload is a mapping with `kind` ({', '.join(workloads.DEFAULTS)}, trace) and that kind's parameters"
             )
         params = {key: value for key, value in given.items() if key != "kind"}
         return {"kind": given["kind"], "params": workloads.check_params(given["kind"], params)}
+
+    @property
+    def over_time(self) -> bool:
+        """Whether requests arrive over time."""
+        return self.kind == "trace" or "arrivals" in self.params
+
+    @property
+    def searched(self) -> bool:
+        """Whether each launch searches for the highest rate."""
+        return "search" in self.params.get("arrivals", {})
 
 
 class Factor(Strict):
@@ -176,7 +199,7 @@ class Study(Strict):
     question: str = "How much faster does each level make the engine?"
     engine: str = "nanovllm"
     model: ModelChoice | None = None
-    metric: Literal[METRICS] = METRICS[0]  # type: ignore[valid-type]
+    metric: Literal[METRICS + LOAD_METRICS] = METRICS[0]  # type: ignore[valid-type]
     smallest_effect: float = Field(default=0.05, gt=0, lt=1)
     alpha: float = Field(default=0.05, gt=0, lt=1)
     design: Design = Design()
@@ -190,6 +213,7 @@ class Study(Strict):
     cells: dict[Name, Cell] = {}
     comparisons: dict[Name, Comparison] = {}
     validity: Validity = Validity()
+    load: Load | None = None
     gate: JsonObject = {}
     _source: str = PrivateAttr(default="")
 
@@ -277,6 +301,42 @@ class Study(Strict):
                         f"comparisons.{name}: {cell_name!r} is not a cell of this study; allowed: {known}"
                     )
         return self
+
+    @model_validator(mode="after")
+    def _load_fits(self) -> Self:
+        """What only means something for requests that arrive over time, and what those need."""
+        online = [name for name, work in self.workloads.items() if work.over_time]
+        slo = self.load.slo if self.load else None
+        if self.load is not None and not online:
+            raise ValueError(
+                "load: no workload of this study has arrivals, so there is no load to judge; add `arrivals` to a workload, or "
+                "remove `load`"
+            )
+        if self.metric in LOAD_METRICS and not online:
+            raise ValueError(
+                f"metric: {self.metric!r} needs a workload with arrivals; allowed without: {', '.join(METRICS)}"
+            )
+        searched = [name for name, work in self.workloads.items() if work.searched]
+        wanting = [f"workloads.{name}.arrivals.search" for name in searched]
+        if self.metric in ("goodput_requests_per_s", "sustainable_requests_per_s"):
+            wanting.append("metric")
+        if wanting and slo is None:
+            raise ValueError(
+                f"{wanting[0]}: needs an objective; add `load: {{slo: ...}}` with a preset "
+                f"({', '.join(objective.PRESETS)}) or limits in seconds ({', '.join(objective.LIMITS)})"
+            )
+        if self.metric == "sustainable_requests_per_s" and not searched:
+            raise ValueError(
+                f"metric: {self.metric!r} needs a workload with arrivals.search; add one, or use goodput_requests_per_s"
+            )
+        return self
+
+    @property
+    def load_rules(self) -> Load | None:
+        """The rules of the load; None for a study without arrivals."""
+        if not any(work.over_time for work in self.workloads.values()):
+            return None
+        return self.load or Load()
 
     def baselines(self) -> dict[str, Level]:
         """The baseline level of each factor."""

@@ -10,6 +10,7 @@
     gate_and_launches  the gate, the toggles, the order of the launches, the machine
     noise              whose variance an effect is judged by, and its family: a study's `statistics`
     unjudged           launches without a reference: measured, nothing concluded
+    under_load         requests that arrive over time: latencies, goodput, sustainable rate; energy
     answer             a sentence for each workload, and what to know before believing it
     cells              one flat row for each configuration, for tools that show runs side by side
     names              what configurations are called: all off, all on, A/A twin, reference

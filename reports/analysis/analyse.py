@@ -26,12 +26,20 @@ from reports.analysis.gate_lines import Gate
 from reports.analysis.names import shown_names
 from reports.analysis.noise import Priors, described, priors, question, scale_of
 from reports.analysis.types import Analysis, Company, Counts, Effect, LinearEffect, Rate
+from reports.analysis.under_load import energies, under_load
 from reports.analysis.unjudged import measured
 from reports.statistics import ceiling
 from reports.statistics.contrasts import Contrast, Lattice, Toggle, evaluate
 from reports.statistics.intervals import Rule, estimate, judge
 from reports.statistics.linear_model import fit
-from reports.statistics.metrics import METRICS, THROUGHPUT, Metric, harmonic_mean, of_launch
+from reports.statistics.metrics import (
+    EVERY,
+    THROUGHPUT,
+    Metric,
+    harmonic_mean,
+    metrics_of,
+    of_launch,
+)
 from reports.statistics.moderation import Prior
 from reports.statistics.residuals import diagnose
 
@@ -71,7 +79,7 @@ def analyse(records: Sequence[Record], plan: Plan, notes: Sequence[str] = ()) ->
     drawn = _drawn(plan)
     gate = Gate(records, plan)
     counted = count(records, plan, gate)
-    values = _values(counted, drawn)
+    values = _values(counted, drawn, plan)
     noise = priors(values, plan)
 
     result: Analysis = {
@@ -128,6 +136,10 @@ def analyse(records: Sequence[Record], plan: Plan, notes: Sequence[str] = ()) ->
             {record["started_at"][:10] for record in records if record["kind"] == "launch"}
         ),
     }
+    if (load := under_load(counted, plan)) is not None:
+        result["load"] = load
+    if energy := energies(counted, plan):
+        result["energy"] = energy
     result["answer"] = answer(result)
     result["by_cell"] = by_cell(result)
     return result
@@ -152,7 +164,7 @@ def ratios(records: Sequence[Record], plan: Plan, ours: str, theirs: str) -> lis
         seed=plan["plan_hash"],
     )
     drawn = _drawn(plan)
-    values = _values(count(records, plan, Gate(records, plan)), drawn)
+    values = _values(count(records, plan, Gate(records, plan)), drawn, plan)
     noise = priors(values, plan)
     return [
         paired(values, THROUGHPUT.key, workload, ours, theirs, rule, noise)
@@ -173,11 +185,11 @@ def _rebuild(name: str, entry: str) -> Mapping[str, Any]:
 
 def _metric(study: Mapping[str, Any]) -> Metric:
     key = study.get("metric", THROUGHPUT.key)
-    if key not in METRICS:
+    if key not in EVERY:
         raise ValueError(
-            f"study {study.get('name')!r}: metric {key!r} is unknown; known: {', '.join(METRICS)}"
+            f"study {study.get('name')!r}: metric {key!r} is unknown; known: {', '.join(EVERY)}"
         )
-    return METRICS[key]
+    return EVERY[key]
 
 
 def _off(study: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -191,18 +203,20 @@ def _off(study: Mapping[str, Any]) -> dict[str, Any] | None:
     )
 
 
-def _values(counted: Counted, drawn: Mapping[str, Mapping[str, Any]]) -> Values:
+def _values(counted: Counted, drawn: Mapping[str, Mapping[str, Any]], plan: Plan) -> Values:
     """Every metric of every counted launch, and where there are several workloads, their throughput
     together.
     """
-    values: Values = {key: {} for key in METRICS}
+    values: Values = {key: {} for key in metrics_of(plan)}
+    rules = plan["study"].get("load")
     lengths = {
         name: [request["max_tokens"] for wave in work["waves"] for request in wave]
         for name, work in drawn.items()
     }
     for record in counted.launches:
         for name in drawn:
-            for key, value in of_launch(record["workloads"][name], lengths[name]).items():
+            found = of_launch(record["workloads"][name], lengths[name], rules)
+            for key, value in found.items():
                 values[key].setdefault(name, {}).setdefault(record["cell"], {})[record["block"]] = (
                     value
                 )
@@ -242,7 +256,7 @@ def _rates(values: Values, plan: Plan) -> list[Rate]:
     arithmetic mean.
     """
     rows: list[Rate] = []
-    for key, metric in METRICS.items():
+    for key, metric in metrics_of(plan).items():
         for workload in _workloads(values, plan, key):
             for cell in plan["cells"]:
                 by_block = values[key].get(workload, {}).get(cell, {})
@@ -291,7 +305,7 @@ def _effects(
     the same block.
     """
     effects: list[Effect] = []
-    for key, metric in METRICS.items():
+    for key, metric in metrics_of(plan).items():
         families: dict[tuple[str, str, bool], list[Effect]] = {}
         for workload in _workloads(values, plan, key):
             for cell, entry in plan["cells"].items():

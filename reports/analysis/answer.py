@@ -12,7 +12,7 @@ from reports import text
 from reports.analysis import compare, names
 from reports.analysis.types import Analysis, Answer, Effect, WorkloadAnswer
 from reports.statistics.intervals import measured_ratio
-from reports.statistics.metrics import METRICS
+from reports.statistics.metrics import EVERY
 from reports.text import count_of, interval, percent, ratio
 
 NOTICED_FOREIGN_CPU = 0.2
@@ -278,7 +278,7 @@ def _caveats(analysis: Analysis) -> Iterator[str]:
         if effect["role"] == "aa" and effect["verdict"] in ("faster", "slower")
     ]
     labels = dict.fromkeys(
-        _spelled(METRICS[effect["metric"]].label)
+        _spelled(EVERY[effect["metric"]].label)
         for effect in own
         if effect["metric"] != analysis["metric"]["key"]
     )

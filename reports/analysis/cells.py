@@ -9,15 +9,27 @@ from typing import Any
 
 from reports.analysis.compare import against_engines, throughput_rows
 from reports.analysis.types import Analysis
-from reports.statistics.metrics import THROUGHPUT
+from reports.statistics.metrics import GOODPUT, SUSTAINABLE, THROUGHPUT
 from reports.text import interval, ratio, verdict
 
 SHORT = {
     THROUGHPUT.key: "output_tokens_per_s",
     "time_to_first_token_p50_s": "ttft_p50_s",
     "time_per_output_token_p50_s": "tpot_p50_s",
+    GOODPUT.key: GOODPUT.key,
+    SUSTAINABLE.key: SUSTAINABLE.key,
+    "time_to_first_token_p90_s": "ttft_p90_s",
+    "inter_token_latency_p99_s": "itl_p99_s",
+    "end_to_end_p90_s": "e2e_p90_s",
 }
 """The rates that a row has, by the names that they have there."""
+UNDER_LOAD = ("ttft_p90_s", "itl_p99_s", "e2e_p90_s", GOODPUT.key, SUSTAINABLE.key)
+"""Those of studies whose requests arrive over time."""
+CURVES = {
+    "time_to_first_token": ("90", "ttft_p90_s"),
+    "inter_token_latency": ("99", "itl_p99_s"),
+    "end_to_end": ("90", "e2e_p90_s"),
+}
 
 
 def by_cell(analysis: Analysis) -> dict[str, dict[str, Any]]:
@@ -31,6 +43,7 @@ def by_cell(analysis: Analysis) -> dict[str, dict[str, Any]]:
     cell that is not compared with the baseline.
     gate: pass, fail, or descriptive where its outputs were not judged.
     evidence: `intervals` (two blocks or more), `single block`, `descriptive` (not judged), `none`.
+    curves: under load alone: {latency: [[requests per second, seconds], ...]}, by rising rate.
     says: the ratios as a reader sees them, one line each.
     """
     pairs = _pairs(analysis)
@@ -46,7 +59,9 @@ def _row(
     together = next((v for name, v in verdicts.items() if name not in analysis["workloads"]), None)
     distinct = set(verdicts.values())
     ours = [(name, effect) for name, effect in pairs if effect["cell"] == cell and effect["n"]]
+    curves = {"curves": _curves(analysis, cell)} if "load" in analysis else {}
     return {
+        **curves,
         "shown": analysis["shown"][cell],
         "role": analysis["cells"][cell]["role"],
         "metrics": dict(_metrics(analysis, cell, effects, ours)),
@@ -59,6 +74,24 @@ def _row(
             *(_says(analysis["shown"][analysis["baseline"]], effect) for effect in own),
             *(_says(analysis["shown"][effect["reference"]], effect) for _, effect in ours),
         ],
+    }
+
+
+def _curves(analysis: Analysis, cell: str) -> dict[str, list[list[float]]]:
+    """Latency against the rate of the workloads with a rate of their own."""
+    searched = {row["workload"] for row in analysis["load"]["found"]}
+    rows = [
+        row
+        for row in analysis["load"]["rows"]
+        if row["cell"] == cell and row["workload"] not in searched and row["offered"]
+    ]
+    return {
+        short: sorted(
+            [row["offered"], row["quantiles"][metric][percentile]["mean"]]
+            for row in rows
+            if percentile in row["quantiles"].get(metric, {})
+        )
+        for metric, (percentile, short) in CURVES.items()
     }
 
 
@@ -80,7 +113,10 @@ def _metrics(
     for name, effect in ours:
         yield from _bounds(name, effect)
     for row in analysis["rates"]:
-        if row["cell"] == cell and row["metric"] in SHORT and row["mean"] is not None:
+        short = SHORT.get(row["metric"])
+        if row["cell"] != cell or row["mean"] is None or short is None:
+            continue
+        if short not in UNDER_LOAD or "load" in analysis:
             yield f"{row['workload']}/{SHORT[row['metric']]}", row["mean"]
     for row in analysis["unjudged"]:
         if row["cell"] == cell:

@@ -20,7 +20,7 @@ from reports.analysis import names
 from reports.analysis.noise import Priors
 from reports.analysis.types import Analysis, Comparison, Effect, WorkloadAnswer
 from reports.statistics.intervals import Rule, estimate, judge
-from reports.statistics.metrics import METRICS, THROUGHPUT
+from reports.statistics.metrics import THROUGHPUT, metrics_of
 from reports.text import count_of, interval, percent, ratio, verdict
 
 # {metric: {workload: {cell: {block: value}}}}
@@ -44,7 +44,7 @@ def compared(
     for name, comparison in plan["study"].get("comparisons", {}).items():
         for ours, theirs in fairness.pairs(dict(plan), comparison):  # type: ignore[arg-type]
             entries.append(_pair(name, comparison["rule"], ours, theirs, launches, plan))
-    for key, metric in METRICS.items():
+    for key, metric in metrics_of(plan).items():
         family = []
         for entry in entries:
             if not entry["breaches"]:

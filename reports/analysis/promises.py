@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from experiments.host import validity
+from experiments.load import delivered
 from experiments.records.types import Plan
 
 Record = Mapping[str, Any]
@@ -97,6 +98,13 @@ def _toggles_worked(record: Record, study: Study) -> str | None:
 def _undisturbed(record: Record, study: Study) -> str | None:
     telemetry: Any = {"foreign_gpu_pids": [], **record["telemetry"]}
     found = validity.objections(telemetry, study.plan["study"].get("validity"))
+    if (rules := study.plan["study"].get("load")) is not None:
+        found += [
+            objection
+            for work in record["workloads"].values()
+            if "load" in work
+            for objection in delivered.objections(work["load"], rules)
+        ]
     return f"disturbed: {'; '.join(found)}" if found else None
 
 

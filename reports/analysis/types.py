@@ -168,3 +168,5 @@ class Analysis(TypedDict):
     days: list[str]
     answer: NotRequired[Answer]
     by_cell: NotRequired[dict[str, dict[str, Any]]]
+    load: NotRequired[dict[str, Any]]
+    energy: NotRequired[list[dict[str, Any]]]

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from reports import text
+from reports.figures import load_curves
 from reports.figures.layout import (
     HEAD,
     NARROW,
@@ -89,6 +90,19 @@ def pictures(analysis: Analysis) -> list[Picture]:
                 if row["share"] is not None
             ),
             ceiling,
+        ),
+        Picture(
+            "curves",
+            "Latency against the rate",
+            "Latencies of each configuration at each rate, on a log axis, with intervals over launches; see the table.",
+            load_curves.curves,
+        ),
+        Picture(
+            "pareto",
+            "Throughput against latency",
+            "A point for each configuration and rate: output tokens per second against latency, on a log axis. The grey line "
+            "joins those that no other point beats.",
+            load_curves.pareto,
         ),
         Picture(
             "order",

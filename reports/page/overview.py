@@ -406,11 +406,29 @@ def _workloads(plan: Plan, analysis: Analysis) -> Section:
 def _arrivals(entry: Mapping[str, Any], waves: Sequence[int]) -> str:
     """When requests come; waves: how many requests each has."""
     params = entry["params"]
+    if entry["kind"] == "trace":
+        speed = "" if params["speed"] == 1 else f" at {params['speed']:g} times its speed"
+        return f"replay of a trace{speed}"
+    if "arrivals" in params:
+        return _process(params["arrivals"])
     if entry["kind"] == "conversation":
         return f"{params['turns']} turns of {params['num_conversations']} conversations"
     if len(waves) == 1:
         return "all at once"
     return f"{len(waves)} waves of {_range([min(waves), max(waves)])}"
+
+
+def _process(arrivals: Mapping[str, Any]) -> str:
+    """An arrival process in words."""
+    kind = arrivals["process"]
+    if kind == "closed":
+        return f"closed loop of {arrivals['users']} users, {arrivals['think_s']:g} s to think"
+    search = arrivals.get("search")
+    rate = (
+        f"{search['low']:g} to {search['high']:g}, searched," if search else f"{arrivals['rate']:g}"
+    )
+    burst = f", burstiness {arrivals['burstiness']:g}" if kind == "gamma" else ""
+    return f"{kind}, {rate} per second{burst}"
 
 
 def _prompts(entry: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from reports.figures import pictures, svg
 from reports.figures.layout import NARROW, WIDE
 from reports.page.document import VERDICT_WORDS, Document
 from reports.page.evidence import evidence
+from reports.page.load_sections import energy_section, load_folded, load_head
 from reports.page.model_sections import modelled
 from reports.page.overview import overview
 from reports.page.sections import results
@@ -133,10 +134,19 @@ def document(plan: Plan, records: Sequence[Mapping[str, Any]], analysis: Analysi
         answers=[(part["sentence"], part["verdict"]) for part in analysis["answer"]["by_workload"]],
         caveats=analysis["answer"]["caveats"],
         facts=facts,
-        head=list(overview(plan, analysis)),
+        head=[*overview(plan, analysis), *load_head(analysis)],
         evidence="Statistics, the evidence that the results hold, and how to reproduce them.",
         folded=[
-            *(() if analysis["unjudged"] else (*results(analysis), *modelled(analysis))),
+            *(
+                ()
+                if analysis["unjudged"]
+                else (
+                    *load_folded(analysis),
+                    *results(analysis),
+                    *energy_section(analysis),
+                    *modelled(analysis),
+                )
+            ),
             *evidence(plan, analysis, digest),
         ],
     )

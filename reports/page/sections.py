@@ -15,7 +15,7 @@ from reports.page.compare_sections import compare_sections, pairs_of_ours
 from reports.page.document import Column, Section, Table
 from reports.page.overview import CONFIGURATION, VERDICT, WORKLOAD, confidence, name, numbers
 from reports.statistics.intervals import MIN_BLOCKS_BOOTSTRAP
-from reports.statistics.metrics import LATENCIES, METRICS, PERCENTILES
+from reports.statistics.metrics import EVERY, LATENCIES, PERCENTILES
 from reports.statistics.moderation import MOST_PRIOR
 
 
@@ -30,7 +30,8 @@ def results(analysis: Analysis) -> Iterator[Section]:
     if not against_engines(analysis):
         yield from _references(analysis)
     yield _ceiling(analysis)
-    yield from _latency(analysis)
+    if "load" not in analysis:  # which has its own, by rate
+        yield from _latency(analysis)
 
 
 def _ratio_columns(analysis: Analysis) -> list[Column]:
@@ -371,6 +372,11 @@ def _ceiling(analysis: Analysis) -> Section:
         "once; prefill computes each distinct prompt token once; the two do not overlap. The formula is in "
         "reports/statistics/ceiling.py.",
     ]
+    if "load" in analysis:
+        lead.append(
+            "The bound is that of the same requests all at once. Where they arrive over time, throughput cannot exceed what "
+            "arrives, and the share says how busy the machine was."
+        )
     if profile.get("note", text.ABSENT) not in ("", "-", text.ABSENT):
         lead.append(str(profile["note"]))
     return Section(
@@ -405,10 +411,10 @@ def _latency(analysis: Analysis) -> Iterator[Section]:
             if any(value is not None for value in values):
                 rows.append([workload, name(analysis, cell), *map(text.seconds, values)])
     for effect in analysis["effects"]:
-        if METRICS[effect["metric"]] in LATENCIES and effect["n"]:
+        if EVERY[effect["metric"]] in LATENCIES and effect["n"]:
             verdicts.append(
                 [
-                    METRICS[effect["metric"]].label,
+                    EVERY[effect["metric"]].label,
                     effect["workload"],
                     name(analysis, effect["cell"]),
                     *_ratio_cells(effect),

@@ -1,6 +1,8 @@
 """Statistics over records: pure functions.
 
     metrics       what is measured of one launch
+    under_load    the same of requests that arrive over time: percentiles, steady state, goodput
+    energy        joules per token and request, from sampled power
     intervals     one effect: interval, p-value, detectable effect, verdict
     moderation    an effect's variance, moderated by those of all effects of a study
     contrasts     what each factor buys beside others

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments.records.types import ServedWorkload
+from experiments.records.types import LoadRules, Plan, ServedWorkload
+from reports.statistics import under_load
 from reports.statistics.intervals import Better
 
 PERCENTILES = (50, 90, 99)
@@ -36,15 +37,41 @@ LATENCIES = tuple(
     for percentile in PERCENTILES
 )
 METRICS = {metric.key: metric for metric in (THROUGHPUT, *LATENCIES)}
+GOODPUT = Metric(
+    "goodput_requests_per_s", "goodput (requests per second within the SLO)", "req/s", "higher"
+)
+SUSTAINABLE = Metric(
+    "sustainable_requests_per_s", "sustainable rate within the SLO", "req/s", "higher"
+)
+LOAD_LATENCIES = tuple(
+    Metric(f"{key}_p{percentile}_s", f"{label} p{percentile}", "s", "lower")
+    for key, label in (("inter_token_latency", "ITL"), ("end_to_end", "E2E"))
+    for percentile in PERCENTILES
+)
+LOAD_METRICS = {metric.key: metric for metric in (GOODPUT, SUSTAINABLE, *LOAD_LATENCIES)}
+"""Those of workloads whose requests arrive over time."""
+EVERY = METRICS | LOAD_METRICS
 
 
-def of_launch(work: ServedWorkload, output_lengths: Sequence[int] | None) -> dict[str, float]:
-    """Every metric of one workload's part of a launch record that can be had from it.
+def metrics_of(plan: Plan) -> dict[str, Metric]:
+    """The metrics that launches of a plan may have."""
+    return EVERY if "load" in plan["study"] else METRICS
+
+
+def of_launch(
+    work: ServedWorkload,
+    output_lengths: Sequence[int] | None,
+    rules: LoadRules | None = None,
+) -> dict[str, float]:
+    """Every metric of one workload's part of a launch record that can be had from it. rules: those of
+    the load, for requests that arrive over time (under_load.py).
 
     output_lengths: tokens asked of each request, in the order of `request_times_s`. A request's
     time per output token is (finish - first token) / (output tokens - 1); it is left out where the
     lengths are unknown or were not reached (a record holds only their sum).
     """
+    if rules is not None and "load" in work:
+        return under_load.of_launch(work, rules, PERCENTILES)
     values = {THROUGHPUT.key: work["output_tokens"] / work["duration_s"]}
     times = np.array(work["request_times_s"], dtype=np.float64).reshape(
         -1, 3

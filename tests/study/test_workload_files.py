@@ -27,19 +27,6 @@ PROMPT = st.fixed_dictionaries(
     {"prompt_token_ids": TOKENS},
     optional={"output_tokens": st.integers(1, 50), "kind": st.text(max_size=3)},
 )
-TRACE = st.fixed_dictionaries(
-    {"output_length": st.integers(1, 50)},
-    optional={
-        "hash_ids": st.lists(st.integers(0, 5), min_size=1, max_size=4),
-        "timestamp": st.integers(0, 10**6),
-    },
-).flatmap(
-    lambda line: (
-        st.just(line)
-        if "hash_ids" in line
-        else st.integers(1, 40).map(lambda length: {**line, "input_length": length})
-    )
-)
 
 
 def write(folder: Path, lines: list[Any]) -> str:
@@ -94,108 +81,32 @@ def test_every_line_and_parameter_arrives_at_every_request(
     assert other["requests_digest"] != built["requests_digest"]
 
 
-@settings(max_examples=50, deadline=None)
-@given(
-    lines=st.lists(TRACE, min_size=1, max_size=6),
-    block_tokens=st.integers(1, 12),
-    shrink=st.integers(1, 3),
-    vocab_size=st.integers(2, 300),
-    sampling=st.fixed_dictionaries({}, optional=SAMPLING),
-)
-def test_a_trace_gives_lengths_and_shared_blocks(
-    folder: Path,
-    lines: list[dict[str, Any]],
-    block_tokens: int,
-    shrink: int,
-    vocab_size: int,
-    sampling: dict[str, Any],
-) -> None:
-    params = {
-        "path": write(folder, lines),
-        "block_tokens": block_tokens,
-        "shrink": shrink,
-        "vocab_size": vocab_size,
-        **sampling,
-    }
-    built = workloads.build("w", "trace", params)
-    (wave,) = built["waves"]
-    block = -(-block_tokens // shrink)
-    blocks: dict[int, list[int]] = {}
-    for line, request in zip(lines, wave, strict=True):
-        ids = line.get("hash_ids", [])
-        length = -(-line["input_length"] // shrink) if "input_length" in line else block * len(ids)
-        prompt = request["prompt_token_ids"]
-        assert len(prompt) == length
-        assert request["max_tokens"] == -(-line["output_length"] // shrink)
-        assert all(0 <= token < vocab_size for token in prompt)
-        for number, block_id in enumerate(ids):
-            here = prompt[number * block : (number + 1) * block]
-            assert blocks.setdefault(block_id, here) == here
-        expected = workloads.DEFAULTS["trace"] | sampling
-        assert all(request[name] == expected[name] for name in SAMPLING)  # type: ignore[literal-required]
-    assert workloads.rebuild("w", workloads.summarize(built)) == built
-
-
-def test_a_trace_cuts_the_last_block_and_adds_tokens_of_its_own(folder: Path) -> None:
-    lines = [
-        {"input_length": 7, "output_length": 1, "hash_ids": [1, 2]},
-        {"input_length": 7, "output_length": 1, "hash_ids": [1]},
-        {"prompt_tokens": 8, "output_tokens": 1, "hash_ids": [1, 2], "time": 0.5},
-    ]
-    params = {"path": write(folder, lines), "block_tokens": 4, "vocab_size": 10**6}
-    first, second, third = (
-        request["prompt_token_ids"] for request in workloads.build("w", "trace", params)["waves"][0]
-    )
-    assert third[:7] == first
-    assert second[:4] == first[:4]
-    assert second[4:] != first[4:]
-
-
 @pytest.mark.parametrize(
-    ("kind", "line", "message"),
+    ("line", "message"),
     [
-        ("file", "{", r"lines.jsonl, line 2: no JSON"),
-        ("file", '"text"', r"line 2: a str; allowed: a JSON object"),
-        ("file", "{}", r"line 2: no prompt; allowed: exactly one of prompt, messages"),
+        ("{", r"lines.jsonl, line 2: no JSON"),
+        ('"text"', r"line 2: a str; allowed: a JSON object"),
+        ("{}", r"line 2: no prompt; allowed: exactly one of prompt, messages"),
         (
-            "file",
             '{"prompt": "a", "messages": []}',
             "line 2: prompt and messages; allowed: exactly",
         ),
-        ("file", '{"prompt": ""}', 'line 2: prompt: "" is not allowed; allowed: a text'),
-        ("file", '{"promt": "a"}', "line 2: promt: unknown key; allowed: one of prompt,"),
-        ("file", '{"messages": [{"role": "user"}]}', r'line 2: messages: .*allowed: a list of {"r'),
-        ("file", '{"prompt_token_ids": [1, -1]}', r"prompt_token_ids: \[1, -1\] is not allowed"),
+        ('{"prompt": ""}', 'line 2: prompt: "" is not allowed; allowed: a text'),
+        ('{"promt": "a"}', "line 2: promt: unknown key; allowed: one of prompt,"),
+        ('{"messages": [{"role": "user"}]}', r'line 2: messages: .*allowed: a list of {"r'),
+        ('{"prompt_token_ids": [1, -1]}', r"prompt_token_ids: \[1, -1\] is not allowed"),
         (
-            "file",
             '{"prompt": "a", "output_tokens": 0}',
             "output_tokens: 0 .*allowed: a whole number",
-        ),
-        ("trace", '{"input_length": 3}', "line 2: no length of the output; allowed: output_length"),
-        ("trace", '{"output_length": 3}', "line 2: no length of the prompt; allowed: input_length"),
-        ("trace", '{"input_length": 0, "output_length": 1}', "input_length: 0 is not allowed"),
-        (
-            "trace",
-            '{"hash_ids": 3, "output_length": 1}',
-            "hash_ids: 3 is not allowed; allowed: a li",
-        ),
-        (
-            "trace",
-            '{"prompt_tokens": 3, "input_length": 3, "output_length": 1}',
-            "prompt_tokens and input_length; allowed: one of them",
         ),
     ],
 )
 def test_a_wrong_line_is_named_with_what_is_allowed(
-    tmp_path: Path, kind: str, line: str, message: str
+    tmp_path: Path, line: str, message: str
 ) -> None:
-    good = {
-        "file": '{"prompt_token_ids": [1]}',
-        "trace": '{"input_length": 3, "output_length": 1}',
-    }
-    (tmp_path / "lines.jsonl").write_text(f"{good[kind]}\n{line}\n")
+    (tmp_path / "lines.jsonl").write_text(f'{{"prompt_token_ids": [1]}}\n{line}\n')
     with pytest.raises(ValueError, match=message):
-        workloads.build("w", kind, {"path": str(tmp_path / "lines.jsonl")})
+        workloads.build("w", "file", {"path": str(tmp_path / "lines.jsonl")})
 
 
 def test_wrong_files_and_parameters(tmp_path: Path) -> None:
@@ -204,7 +115,7 @@ def test_wrong_files_and_parameters(tmp_path: Path) -> None:
     ):
         workloads.build("w", "file", {"path": "evryday"})
     with pytest.raises(ValueError, match="path: None is not allowed; allowed: the name of a file"):
-        workloads.build("w", "trace", {})
+        workloads.build("w", "file", {"path": None})
     with pytest.raises(ValueError, match=r"num_requests: 51 .*at most the 50 lines"):
         workloads.build("w", "file", {"num_requests": 51})
     (tmp_path / "empty.jsonl").write_text("\n\n")
@@ -223,13 +134,13 @@ def test_a_text_may_hold_any_character(tmp_path: Path) -> None:
     """Python's own splitlines would end a line at U+2028, which JSON allows in a text."""
     line = json.dumps({"prompt": "a\u2028b\x0cc"}, ensure_ascii=False)
     (tmp_path / "lines.jsonl").write_text(line + "\n", encoding="utf-8")
-    content = workload_files.read("file", str(tmp_path / "lines.jsonl"), None, 100)
+    content = workload_files.read(str(tmp_path / "lines.jsonl"), None, 100)
     assert workload_files.unpack(content) == [{"prompt": "a\u2028b\x0cc"}]
 
 
 @pytest.mark.parametrize("name", [file.stem for file in workload_files.PROMPTS.glob("*.jsonl")])
 def test_the_sets_of_the_project_are_well_formed(name: str) -> None:
-    lines = workload_files.unpack(workload_files.read("file", name, None, workloads.MOST_OF))
+    lines = workload_files.unpack(workload_files.read(name, None, workloads.MOST_OF))
     texts = [json.dumps(line, sort_keys=True) for line in lines]
     assert len(set(texts)) == len(texts) >= 8
     assert all("output_tokens" in line for line in lines)
@@ -255,7 +166,7 @@ def test_a_plan_holds_the_token_ids_of_its_model(tiny: Path) -> None:
     from nanovllm.engine.llm_engine import load_tokenizer
 
     tokenizer = load_tokenizer(str(tiny))
-    lines = workload_files.unpack(workload_files.read("file", "everyday", 6, 1000))
+    lines = workload_files.unpack(workload_files.read("everyday", 6, 1000))
     assert [r["prompt_token_ids"] for r in wave] == [
         tokenizer.encode(line["prompt"]).ids for line in lines
     ]

@@ -97,6 +97,9 @@ class Adapter:
             "step_times_s": [[duration_s, 1, 1]],
         }
 
+    def start(self, requests: list[dict[str, Any]]) -> _Serving:
+        return _Serving(self, requests)
+
     def reset(self) -> None:
         pass
 
@@ -117,6 +120,42 @@ class Adapter:
 
     def close(self) -> None:
         pass
+
+
+class _Serving:
+    """Serves requests one at a time, a token per step of `seconds`."""
+
+    def __init__(self, adapter: Adapter, requests: list[dict[str, Any]]) -> None:
+        self._adapter, self._requests = adapter, requests
+        self._queue: list[int] = []
+        self._tokens: list[list[int]] = [[] for _ in requests]
+        self._steps: list[list[float]] = []
+
+    def submit(self, index: int) -> None:
+        self._queue.append(index)
+
+    def advance(self) -> list[tuple[int, int, bool]]:
+        begin = time.perf_counter()
+        time.sleep(self._adapter.config["seconds"])
+        index = self._queue[0]
+        request, tokens = self._requests[index], self._tokens[index]
+        tokens.append((sum(request["prompt_token_ids"]) + len(tokens)) % 97)
+        done = len(tokens) == request["max_tokens"]
+        if done:
+            self._queue.pop(0)
+            self._adapter.served += 1
+        self._steps.append([time.perf_counter() - begin, int(len(tokens) == 1), 1])
+        return [(index, len(tokens), done)]
+
+    def abort(self, index: int) -> None:
+        self._queue.remove(index)
+
+    def served(self) -> dict[str, Any]:
+        return {
+            "outputs": self._tokens,
+            "finish_reasons": ["length"] * len(self._requests),
+            "step_times_s": self._steps,
+        }
 
 
 def make_plan(
