@@ -1,5 +1,5 @@
 """The command line: python -m experiments ablate | run | compare | check | report | import |
-validate | list.
+validate | serve | list.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from experiments.study.spec import (
     load_study,
 )
 from experiments.study.yaml_files import SpecError, names, suggest
+from nanovllm.serving.command import serve
 
 app = typer.Typer(
     add_completion=False,
@@ -324,6 +325,9 @@ def validate(
             problems += 1
             say(console, str(error), "red")
     raise typer.Exit(1 if problems else 0)
+
+
+app.command(epilog=epilog("serve"))(serve)
 
 
 @app.command("list", epilog=epilog("list"))
