@@ -1,7 +1,7 @@
 # The commands people type. `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check-lock test test-slow test-strangers property mutants lint format bench ablate check compare-vllm compare-hf real-weights report docs audit ui clean FORCE
+.PHONY: help setup lock check-lock test test-slow test-strangers property mutants lint format bench ablate check compare-vllm compare-hf real-weights report docs soak audit ui clean FORCE
 
 # make PYTHON=python3.12 setup: the Python of the environment. Without it: the one that .venv has, else the first that fits.
 PYTHON ?=
@@ -117,6 +117,9 @@ format: $(READY)  ## format all code with ruff
 
 bench: $(READY)  ## run the micro-benchmarks: scheduler, block manager, kernels
 	@$(BIN)/python -m pytest -m bench --benchmark-only --benchmark-columns=median,iqr,ops,rounds
+
+soak: $(READY)  ## run the server under load and check that it loses no request and no memory (MINUTES=60)
+	@$(BIN)/python benchmarks/soak.py --minutes $(or $(MINUTES),60)
 
 audit: $(READY)  ## judge all published records again, from scratch
 	@$(BIN)/python -m reports audit

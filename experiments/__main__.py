@@ -1,5 +1,5 @@
 """The command line: python -m experiments ablate | run | compare | check | report | import |
-validate | list.
+validate | serve | list.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from experiments.study.spec import (
 )
 from experiments.study.work_size import BYTES
 from experiments.study.yaml_files import SpecError, names, suggest
+from nanovllm.serving.command import serve
 
 app = typer.Typer(
     add_completion=False,
@@ -333,6 +334,9 @@ def validate(
             problems += 1
             say(console, str(error), "red")
     raise typer.Exit(1 if problems else 0)
+
+
+app.command(epilog=epilog("serve"))(serve)
 
 
 @app.command("list", epilog=epilog("list"))

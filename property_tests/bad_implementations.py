@@ -8,6 +8,7 @@ a patch here.
 
 from __future__ import annotations
 
+import bisect
 import os
 import tempfile
 from array import array
@@ -23,7 +24,7 @@ import torch
 
 from nanovllm.config import EngineConfig
 from nanovllm.distributed import workers
-from nanovllm.engine import model_runner
+from nanovllm.engine import model_runner, priority
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.continuous_batching import ContinuousScheduler
 from nanovllm.engine.kv_cache import KVCacheSpec
@@ -40,6 +41,7 @@ from nanovllm.models import config as model_config
 from nanovllm.models import loader
 from nanovllm.requests import logit_processors, sequences, stop_strings
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.serving import answers, async_llm, step_thread, streams
 from property_tests.support.ranks import Group, collectives
 
 Patch = tuple[Any, str, Any]  # owner, name of the attribute, what stands there instead
@@ -1108,3 +1110,117 @@ def a_stop_string_is_found_before_min_tokens() -> list[Patch]:
 
     real = stop_strings.StopStrings.__init__
     return [(stop_strings.StopStrings, "__init__", init)]
+
+
+# -- many clients ----------------------------------------------------------------------------------
+
+
+@bad("every_client_gets_its_answer")
+def an_output_does_not_wake_its_reader() -> list[Patch]:
+    """Outputs reach an event loop from another thread without waking it (asyncio's `call_soon`)."""
+    return [(async_llm, "hand_over", lambda loop, call, *given: loop.call_soon(call, *given))]
+
+
+@bad("every_client_gets_its_answer")
+def a_request_does_not_wake_the_engine() -> list[Patch]:
+    """A request that comes while the step thread sleeps is queued, and the thread sleeps on."""
+
+    def put(self: Any, command: Any) -> bool:
+        with self._turn:
+            self._commands.append(command)
+        return True
+
+    return [(step_thread.Inbox, "put", put)]
+
+
+@bad("every_client_gets_its_answer")
+def an_output_is_delivered_twice() -> list[Patch]:
+    """What a step yields reaches its reader twice, as where a delivery is repeated that seemed to
+    have failed.
+    """
+
+    def deliver(self: Any, completion: Any) -> None:
+        real(self, completion)
+        if completion.finish_reason is None:
+            real(self, completion)
+
+    real = streams.Stream.deliver
+    return [(streams.Stream, "deliver", deliver)]
+
+
+@bad("every_client_gets_its_answer")
+def merged_outputs_lose_the_earlier_one() -> list[Patch]:
+    """Where a reader is slow, the newest output takes the place of the one before, deltas too."""
+    return [(streams, "merged", lambda earlier, later: later)]
+
+
+@bad("every_client_gets_its_answer")
+def a_cancelled_request_keeps_its_blocks() -> list[Patch]:
+    """When its reader goes away a request is forgotten, and runs on."""
+    return [(step_thread.StepThread, "abort", lambda self, answers: None)]
+
+
+@bad("every_client_gets_its_answer")
+def a_cancelled_request_keeps_its_place_in_the_queue() -> list[Patch]:
+    """The place of a request is given back only if it was read to its end."""
+
+    def close(self: Any, stream: Any) -> None:
+        real(self, stream)
+        self._num_unfinished += 0 if stream.is_complete else stream.num_answers
+
+    real = async_llm.AsyncLLM._close
+    return [(async_llm.AsyncLLM, "_close", close)]
+
+
+@bad("every_client_gets_its_answer")
+def a_stream_ends_before_its_last_token() -> list[Patch]:
+    """The end of a request overtakes the token that came with it."""
+
+    def last(self: Any, reason: str) -> Any:
+        completion = real(self, reason)
+        completion.token_ids = completion.token_ids[:-1]
+        return completion
+
+    real = answers.Answer._last
+    return [(answers.Answer, "_last", last)]
+
+
+@bad("lower_priority_values_go_first")
+def higher_priority_values_go_first() -> list[Patch]:
+    """The order is turned around."""
+
+    def insert(order: list[Any], entry: Any) -> None:
+        (value, arrival), _ = entry
+        turned = [(-v, a) for (v, a), _ in order]
+        order.insert(bisect.bisect_left(turned, (-value, arrival)), entry)
+
+    def delete(self: Any, request_id: str) -> None:
+        seq = self._seqs.pop(request_id)
+        self._order.remove((self._ranks[request_id], request_id))
+        if seq.finish_reason is not None:
+            del self._ranks[request_id]
+
+    return [(priority, "insort", insert), (priority.RankedQueue, "__delitem__", delete)]
+
+
+@bad("lower_priority_values_go_first")
+def a_preempted_request_goes_to_the_front() -> list[Patch]:
+    """As with first come, first served: it is admitted again before anyone else."""
+
+    def move_to_end(self: Any, request_id: str, last: bool = True) -> None:
+        self._order.remove((self._ranks[request_id], request_id))
+        self._ranks[request_id] = (-1000, self._ranks[request_id][1])
+        self._order.insert(0, (self._ranks[request_id], request_id))
+
+    return [(priority.RankedQueue, "move_to_end", move_to_end)]
+
+
+@bad("lower_priority_values_go_first")
+def the_youngest_gives_way_whatever_its_priority() -> list[Patch]:
+    """A request of a low value is preempted because it was admitted last."""
+
+    def lowest(self: Any) -> Any:
+        found = [(self._ranks[request_id], request_id) for request_id in self._seqs]
+        return found[-1] if found else None
+
+    return [(priority.RankedQueue, "lowest", lowest)]

@@ -100,6 +100,7 @@ def make_main(venv: Path, torch: str | None, extras: str | None) -> None:
         sorted(
             {
                 "research",
+                "serve",  # the tests drive the server
                 *filter(
                     None, (made_with.get("extras", "") if extras is None else extras).split(",")
                 ),

@@ -44,6 +44,8 @@ _CONTENT = (
     "gpu",
     "--extra",
     "ray",
+    "--extra",
+    "serve",
     "--group",
     "dev",
     "--group",

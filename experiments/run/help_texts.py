@@ -49,6 +49,11 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("validate", "all studies and profiles"),
         ("validate my.yaml --profile h200", "what it would launch on an H200"),
     ),
+    "serve": (
+        ("serve tiny", "on 127.0.0.1:8000, in this environment's best configuration"),
+        ("serve Qwen/Qwen3-0.6B --port 9000 --json-logs", "a model of the hub"),
+        ("serve tiny --engine max_num_seqs=64", "arguments of LLM"),
+    ),
     "list": (("list", "for this machine"), ("list --profile h200", "for an H200")),
 }
 _NAMES = {
@@ -62,6 +67,7 @@ _ACCEPTED = {
     "compare": ("profiles", "presets"),
     "check": ("profiles", "presets"),
     "validate": ("studies", "profiles"),
+    "serve": ("presets",),
     "list": ("profiles",),
 }
 

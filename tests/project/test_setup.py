@@ -260,7 +260,7 @@ def test_a_ready_environment_is_not_touched_and_remembers_its_torch(
     assert "--torch-backend" not in others[1], (
         "triton comes from the index: PyTorch's CPU index need not have it"
     )
-    assert any(argument.endswith("[ray,research]") for argument in others[1])
+    assert any(argument.endswith("[ray,research,serve]") for argument in others[1])
     environment.make_main(tmp_path, None, None)
     assert ran == []
     environment.make_main(tmp_path, "default", None)
@@ -268,7 +268,7 @@ def test_a_ready_environment_is_not_touched_and_remembers_its_torch(
         "torch",
         ["--reinstall-package", "torch", "-c", str(environment.LOCK), "torch"],
     )
-    assert any(argument.endswith("[ray,research]") for argument in ran[1][1]), "extras stay"
+    assert any(argument.endswith("[ray,research,serve]") for argument in ran[1][1]), "extras stay"
 
 
 def test_bytecode_is_written_once_where_python_would_write_none(

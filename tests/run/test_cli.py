@@ -89,7 +89,7 @@ def test_a_model_that_is_neither_folder_nor_preset_is_named(runs: Path) -> None:
     assert model_files.preset_digests() == checkpoint.DIGESTS
 
 
-COMMANDS = ("ablate", "run", "compare", "check", "report", "import", "validate", "list")
+COMMANDS = ("ablate", "run", "compare", "check", "report", "import", "validate", "serve", "list")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -3,6 +3,7 @@
 llm_engine            LLMEngine (add_request, step, abort) and LLM, its offline face
 scheduler             what each step computes: queues, StepPlan, static batching
 continuous_batching   batching=continuous and chunked, with preemption      (loaded when on)
+priority              scheduling_policy='priority': order by rank instead of age (loaded when on)
 admission             how many waiting requests may start                   (loaded when on)
 overlap               overlap=True: the next step starts before the last one is read (loaded when on)
 sequence              the state of one request

@@ -116,8 +116,7 @@ class ContinuousScheduler(Scheduler):
         youngest.
         """
         while self.blocks.num_free == 0:
-            queue = self.prefilling or self.decoding
-            victim = next(reversed(queue.values()))
+            queue, victim = self.victim()
             victim.num_lost = victim.num_scheduled
             # it keeps its known tokens; those in flight will still be committed
             self._leave(victim, queue)
@@ -130,3 +129,8 @@ class ContinuousScheduler(Scheduler):
         plan.new_blocks.append((seq.row, len(seq.block_table), block))
         seq.block_table.append(block)
         return True
+
+    def victim(self) -> tuple[OrderedDict[str, Sequence], Sequence]:
+        """The youngest running request, and the queue that it is in."""
+        queue = self.prefilling or self.decoding
+        return queue, next(reversed(queue.values()))

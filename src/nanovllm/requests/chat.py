@@ -73,6 +73,35 @@ def chat(
             raise ValueError(
                 f"{name}={value!r} is not built in this engine; leave it out, or give {NOT_BUILT[name][0]!r}"
             )
+    found = prompts_of(
+        llm,
+        messages,
+        chat_template=chat_template,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        tools=tools,
+        chat_template_kwargs=chat_template_kwargs,
+    )
+    prompts = [{"prompt_token_ids": token_ids} for _, token_ids in found]
+    outputs: list[RequestOutput] = llm.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+    for output, (text, _) in zip(outputs, found, strict=True):
+        output.prompt = text
+    return outputs
+
+
+def prompts_of(
+    llm: Any,
+    messages: Any,
+    *,
+    chat_template: str | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    tools: SequenceOf[Mapping[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[tuple[str, list[int]]]:
+    """The prompt of each conversation: its text and its tokens. llm: what has the tokenizer and the
+    config of an engine. The arguments and errors are those of `chat`.
+    """
     if continue_final_message and add_generation_prompt:
         raise ValueError(
             "continue_final_message=True continues the last message, add_generation_prompt=True begins another: "
@@ -89,20 +118,13 @@ def chat(
         "add_generation_prompt": add_generation_prompt,
         **(chat_template_kwargs or {}),
     }
-    texts = []
+    found = []
     for conversation in conversations_of(messages):
         text = render(template, conversation, values)
-        texts.append(
-            without_end(text, conversation[-1]["content"]) if continue_final_message else text
-        )
-    prompts = [
-        {"prompt_token_ids": llm.tokenizer.encode(text, add_special_tokens=False).ids}
-        for text in texts
-    ]
-    outputs: list[RequestOutput] = llm.generate(prompts, sampling_params, use_tqdm=use_tqdm)
-    for output, text in zip(outputs, texts, strict=True):
-        output.prompt = text
-    return outputs
+        if continue_final_message:
+            text = without_end(text, conversation[-1]["content"])
+        found.append((text, llm.tokenizer.encode(text, add_special_tokens=False).ids))
+    return found
 
 
 def hf_tokenizer(config: Any) -> Any:
