@@ -37,7 +37,9 @@ JOBS ?= auto
 # DRY_RUN=1: show the plan of `make ablate`, `compare-vllm` or `compare-hf` and launch nothing. A seeded checkpoint that is
 # missing is generated even so (1.2 GB for qwen3-0.6b).
 DRY_RUN ?=
-OPTIONS = $(if $(DRY_RUN),--dry-run) $(if $(STUDY),--study $(STUDY)) $(if $(PROFILE),--profile $(PROFILE)) $(if $(MODEL),--model $(MODEL)) $(foreach s,$(SET),--set $(s))
+# VERBOSE=1: print every row, legend and note of the result
+VERBOSE ?=
+OPTIONS = $(if $(DRY_RUN),--dry-run) $(if $(VERBOSE),--verbose) $(if $(STUDY),--study $(STUDY)) $(if $(PROFILE),--profile $(PROFILE)) $(if $(MODEL),--model $(MODEL)) $(foreach s,$(SET),--set $(s))
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
