@@ -40,7 +40,9 @@ DRY_RUN ?=
 # Of `make check`: DTYPE=float16: in this dtype alone. WORKLOADS=4: fewer drawn workloads, for a slow machine or a large model.
 DTYPE ?=
 WORKLOADS ?=
-OPTIONS = $(if $(DRY_RUN),--dry-run) $(if $(STUDY),--study $(STUDY)) $(if $(PROFILE),--profile $(PROFILE)) $(if $(MODEL),--model $(MODEL)) $(foreach s,$(SET),--set $(s))
+# VERBOSE=1: print every row, legend and note of the result
+VERBOSE ?=
+OPTIONS = $(if $(DRY_RUN),--dry-run) $(if $(VERBOSE),--verbose) $(if $(STUDY),--study $(STUDY)) $(if $(PROFILE),--profile $(PROFILE)) $(if $(MODEL),--model $(MODEL)) $(foreach s,$(SET),--set $(s))
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

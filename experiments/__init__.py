@@ -4,7 +4,7 @@ In a clone it measures the engine in the src/ folder next to it, even if the int
 nanovllm installed; in an installed wheel, the engine of that wheel (docs/adr/0013). Its packages
 from top to bottom; each imports only from those below it (checked by import-linter):
 
-    __main__     the command line: ablate, compare, check, report, import, list, validate
+    __main__     the command line: ablate, compare, check, report, import, chat, list, validate
     checking/    `make check`: every pair of optimization levels, HF and vLLM through the gate
     run/         executes a plan, from preflight checks to report and MLflow
     cluster/     runs blocks on this machine or on the workers of a Ray cluster
@@ -17,6 +17,7 @@ from top to bottom; each imports only from those below it (checked by import-lin
     workload_files  those read from a file of JSON lines; prompts/ holds the project's own
     load/        arrivals over time: schedules, the driver, objectives, checks of the delivered load
     records/     plans and records: their types, and append-only JSON lines
+    chat         a conversation on the terminal
     look/        what all pages share: colours, style sheet, escaping
     equivalence  the former name of `python -m experiments.gate`
 """

@@ -1,4 +1,4 @@
-"""The command line: python -m experiments ablate | run | compare | check | report | import |
+"""The command line: python -m experiments ablate | run | compare | check | report | import | chat |
 validate | serve | list.
 """
 
@@ -118,6 +118,9 @@ RayAddressOption = Annotated[
         help="host:port of a Ray cluster, or auto (default: $RAY_ADDRESS, else a local Ray)",
     ),
 ]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", help="print every row, legend and note of the result")
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="print the plan and exit")]
 FolderArgument = Annotated[
     Path | None, typer.Argument(help="folder of an execution (default: the latest under runs/)")
@@ -143,6 +146,7 @@ def ablate(
     executor: ExecutorOption = "local",
     ray_address: RayAddressOption = None,
     dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Measure what each optimization gains on this machine.
 
@@ -156,7 +160,7 @@ def ablate(
         )
     plan = make_plan(study, profile, model, overrides, blocks)
     if not dry_run:
-        go(plan, out, make_options(python, deadline_s, executor, ray_address))
+        go(plan, out, make_options(python, deadline_s, executor, ray_address, verbose))
 
 
 @app.command(epilog=epilog("run"))
@@ -174,6 +178,7 @@ def run(
     executor: ExecutorOption = "local",
     ray_address: RayAddressOption = None,
     dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
     write_plan: Annotated[
         Path | None, typer.Option("--write-plan", help="also write the plan to this file")
     ] = None,
@@ -190,7 +195,7 @@ def run(
             f"plan     {write_plan}; to run it: python -m experiments.launch --plan {write_plan.name} --out DIR --resume",
         )
     if not dry_run:
-        go(plan, out, make_options(python, deadline_s, executor, ray_address))
+        go(plan, out, make_options(python, deadline_s, executor, ray_address, verbose))
 
 
 @app.command(epilog=epilog("compare"))
@@ -210,6 +215,7 @@ def compare(
     out: OutOption = None,
     python: PythonOption = None,
     dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Compare nanovllm with another engine on the same model and the same work.
 
@@ -222,7 +228,7 @@ def compare(
         study = f"gpu-compare-{other}" if for_gpu else f"compare-{other}"
     plan = make_plan(study, profile, model, overrides, blocks)
     if not dry_run:
-        go(plan, out, Options(pythons=parse_pythons(python)))
+        go(plan, out, Options(pythons=parse_pythons(python), verbose=verbose))
 
 
 @app.command(epilog=epilog("check"))
@@ -252,10 +258,10 @@ def check(
 
 
 @app.command(epilog=epilog("report"))
-def report(folder: FolderArgument = None) -> None:
-    """Render the report of an execution from its records and print its table."""
+def report(folder: FolderArgument = None, verbose: VerboseOption = False) -> None:
+    """Render the report of an execution from its records and print its answer."""
     chosen = guarded(lambda: latest(folder))
-    guarded(lambda: execution.render(chosen))
+    guarded(lambda: execution.render(chosen, verbose))
     say(console, f"\nreport   {execution.shown(chosen / execution.REPORT / 'report.html')}")
 
 
@@ -299,6 +305,47 @@ def import_command(
             say(console, f"its configurations: {link(run_id)}")
 
         guarded(work)
+
+
+@app.command("chat", epilog=epilog("chat"))
+def chat_command(
+    model: Annotated[str, typer.Argument(help="checkpoint folder, Hugging Face id or preset")],
+    system: Annotated[str | None, typer.Option(help="the system message")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="default: what the checkpoint recommends")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="the most tokens of an answer")] = 1024,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="a Jinja file (default: the checkpoint's template)")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Talk with a model: each token is printed as it is generated. Ctrl-D or Ctrl-C ends.
+
+    The prompt is made by the checkpoint's own chat template, as in LLM.chat.
+    """
+    from experiments import chat  # the engine, and torch with it
+
+    settings = {"max_tokens": max_tokens} | (
+        {} if temperature is None else {"temperature": temperature}
+    )
+    talk = guarded(
+        lambda: chat.Conversation(
+            model,
+            system=system,
+            template=chat.read_template(chat_template),
+            settings=settings,
+            engine={"device": device},
+        ),
+        (chat.ChatError,),
+    )
+    prompt = "> " if sys.stdin.isatty() else ""
+    try:
+        chat.converse(talk, lambda: input(prompt), lambda piece: print(piece, end="", flush=True))
+    except KeyboardInterrupt:
+        print()
+    finally:
+        talk.close()
 
 
 @app.command(epilog=epilog("validate"))
@@ -393,12 +440,7 @@ def make_plan(
         return build_plan(chosen, hardware, choose_model(model, chosen, hardware), applied)
 
     plan: Plan = guarded(work)
-    published = sorted(
-        plan_file.parent
-        for plan_file in (provenance.ROOT / "reports" / "published").rglob(store.PLAN)
-    )
-    earlier = [*reversed(execution.executions()), *published]
-    for line, style in guarded(lambda: plan_view.lines(plan, earlier)):
+    for line, style in guarded(lambda: plan_view.lines(plan, execution.earlier())):
         say(console, line, style)
     return plan
 
@@ -502,13 +544,23 @@ def conclude_check(
 
 
 def make_options(
-    python: list[str] | None, deadline_s: float | None, executor: str, ray_address: str | None
+    python: list[str] | None,
+    deadline_s: float | None,
+    executor: str,
+    ray_address: str | None,
+    verbose: bool,
 ) -> Options:
     if executor not in EXECUTORS:
         fail(f"--executor {executor}: unknown; allowed: {', '.join(EXECUTORS)}")
     if ray_address and executor != "ray":
         fail(f"--ray-address {ray_address}: add --executor ray")
-    return Options(executor, parse_pythons(python), deadline_s=deadline_s, ray_address=ray_address)
+    return Options(
+        executor,
+        parse_pythons(python),
+        deadline_s=deadline_s,
+        ray_address=ray_address,
+        verbose=verbose,
+    )
 
 
 def parse_pythons(given: list[str] | None) -> dict[str, str]:
@@ -571,11 +623,11 @@ def check_records(folder: Path) -> None:
         )
 
 
-def guarded(work: Any) -> Any:
+def guarded(work: Any, known: tuple[type[Exception], ...] = KNOWN_ERRORS) -> Any:
     """Returns what `work` returns. An error that a user can act on exits with its message alone."""
     try:
         return work()
-    except KNOWN_ERRORS as error:
+    except known as error:
         fail(str(error))
 
 

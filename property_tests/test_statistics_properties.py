@@ -31,6 +31,7 @@ from reports.statistics.intervals import (
     estimate,
     holm,
     judge,
+    leaning,
     t_interval,
     t_test,
     verdict,
@@ -216,9 +217,13 @@ def test_a_verdict_follows_the_rule_of_the_methodology(
         assert found == ("faster" if gain else "slower")
     else:
         assert found == "inconclusive"
-    shown = text.verdict({"low": low, "high": high, "verdict": found})
+    leans = leaning(low, high, better)
+    shown = text.verdict({"verdict": found, "leans": leans})
     leaves_out_one = low is not None and high is not None and not low <= 1 <= high
-    assert shown == ("suggestive" if found == "inconclusive" and leaves_out_one else found)
+    assert (leans is not None) == leaves_out_one
+    assert shown == (f"suggestive: {leans}" if found == "inconclusive" and leans else found)
+    if found in ("faster", "slower") and leans:
+        assert leans == found
 
 
 @holds(

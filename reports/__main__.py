@@ -50,9 +50,12 @@ def render_folder(
     out: Annotated[
         Path | None, typer.Option(help="where to write; FOLDER/report if not given")
     ] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="print every row, legend and note")
+    ] = False,
 ) -> None:
     """Write report.md, report.html, figures/ and analysis.json from the records of FOLDER, and print
-    the table.
+    the answer and its table.
     """
 
     def work() -> None:
@@ -62,8 +65,9 @@ def render_folder(
             print(f"note: {note}", file=sys.stderr)
         markdown, html = render(plan, file.records, analysis, out or folder / REPORT)
         (html.parent / "analysis.json").write_text(json.dumps(analysis, indent=1) + "\n")
-        print_table(analysis)
-        print(f"\nreport: {html}\n        {markdown}")
+        print_table(analysis, verbose=verbose)
+        if out is None:  # else whoever asked knows
+            print(f"\nreport   {html} (and {markdown.name})")
 
     guarded(work)
 

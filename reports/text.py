@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 ABSENT = "–"
+SUGGESTIVE = "suggestive"
 KINDS = {
     "alone": "alone",
     "left out": "added last",
@@ -96,11 +97,21 @@ def printable(value: Any) -> Any:
 
 def verdict(effect: Mapping[str, Any]) -> str:
     """The verdict on an effect in the words of a page. Where the interval leaves out 1 and the test,
-    corrected for all that are made together, does not reject equality: "suggestive".
+    corrected for all that are made together, does not reject equality: "suggestive: faster" or
+    "suggestive: slower", by the side of 1 on which it lies.
     """
-    low, high, found = effect["low"], effect["high"], str(effect["verdict"])
-    suggests = low is not None and high is not None and (low > 1 or high < 1)
-    return "suggestive" if found == "inconclusive" and suggests else found
+    found, leans = str(effect["verdict"]), effect.get("leans")
+    return f"{SUGGESTIVE}: {leans}" if found == "inconclusive" and leans else found
+
+
+def is_suggestive(effect: Mapping[str, Any]) -> bool:
+    """Whether the interval alone speaks for a difference, and the corrected test does not."""
+    return verdict(effect).startswith(SUGGESTIVE)
+
+
+def uncorrected(tests: int) -> str:
+    """What `suggestive` means, where the number of tests is known."""
+    return f"not significant after correction for {count_of(tests, 'test')}"
 
 
 def level_range(bounds: list[int] | None) -> str:

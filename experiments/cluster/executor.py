@@ -24,7 +24,7 @@ from experiments.records.types import Plan
 class Options:
     """How a plan is executed. pythons: interpreters by engine. blocks: run only these. deadline_s:
     skip launches not expected to finish within this time. ray_address: address of a running
-    cluster; see RayWorkers.
+    cluster; see RayWorkers. verbose: print the result in full.
     """
 
     executor: str = "local"
@@ -32,6 +32,7 @@ class Options:
     blocks: tuple[int, ...] | None = None
     deadline_s: float | None = None
     ray_address: str | None = None
+    verbose: bool = False
 
 
 Execute = Callable[[Plan, Path, Options, Listener], bool]

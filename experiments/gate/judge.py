@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -322,10 +323,14 @@ def run_gate(gate: Gate, resume: bool) -> int:
         raise GateError(
             f"{gate.folder.path} has no finished launch of this plan; run experiments.launch first"
         )
+    launches: Counter[str] = Counter()
+    for work in gate.all_work():
+        launches[work.workload] += len(work.launches)
     for work in gate.pending(resume):
         record = gate.judge(work)
         gate.folder.append(record)
-        say(f"{record['status']}: {work}: {describe(record)}")
+        same = f"the same tokens in {len(work.launches)} of {launches[work.workload]} launches"
+        say(f"{record['status']}: {work}: {same}; {describe(record)}")
     verdicts = gate.verdicts()
     missing = [work for work in gate.all_work() if verdicts[work.key] != "pass"]
     say(f"{len(gate.all_work()) - len(missing)} of {len(gate.all_work())} distinct outputs pass")

@@ -45,9 +45,7 @@ class Work:
 
     def __str__(self) -> str:
         engines = ", ".join(sorted({launch["engine"] for launch in self.launches}))
-        return (
-            f"{self.workload} {self.tokens_digest[:12]} ({engines}, {len(self.launches)} launches)"
-        )
+        return f"{self.workload} {self.tokens_digest[:12]} ({engines})"
 
 
 def find_work(all_records: list[store.Record], plan_hash: str) -> list[Work]:

@@ -26,7 +26,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 from experiments.engines import ENGINES
@@ -35,6 +36,7 @@ from experiments.host.model_files import ModelError, locate, state_of
 from experiments.launch import fairness
 from experiments.launch.fork_server import Forked, ForkServer, ForkServerError
 from experiments.records import store
+from experiments.records.cell_names import shown_names
 from experiments.records.ledger import Ledger, Listener, utc_now
 from experiments.records.store import RecordError
 from experiments.records.types import (
@@ -492,7 +494,7 @@ def main(arguments: list[str] | None = None) -> int:
             resume=given.resume,
             pythons=pythons,
             model=given.model,
-            listener=print_event,
+            listener=partial(print_event, names=shown_names(plan)),
         ) as runner:
             finished = runner.run(given.blocks, deadline)
         say_what_to_carry(given.out)
@@ -543,8 +545,8 @@ def say_what_to_carry(out: Path) -> None:
     )
 
 
-def print_event(event: str, details: Event) -> None:
-    """Prints the progress of a run, without a terminal library."""
+def print_event(event: str, details: Event, names: Mapping[str, str] | None = None) -> None:
+    """Prints the progress of a run, without a terminal library. names: {cell: what it is called}."""
     if event == "message":
         print(details["text"], file=sys.stderr, flush=True)
     elif event == "end":
@@ -552,7 +554,8 @@ def print_event(event: str, details: Event) -> None:
         times = ", ".join(
             f"{name} {work['duration_s']:.2f} s" for name, work in record["workloads"].items()
         )
+        launch = f"block {record['block']}, {(names or {}).get(record['cell'], record['cell'])}"
         print(
-            f"{record['launch']}: {record['status']} in {record['total_s']:.1f} s ({times or record['reason']})",
+            f"{launch}: {record['status']} in {record['total_s']:.1f} s ({times or record['reason']})",
             flush=True,
         )

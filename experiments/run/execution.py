@@ -22,6 +22,8 @@ from experiments.records import store
 from experiments.records.types import Plan
 from experiments.run import preflight, tracking
 from experiments.run.progress import ProgressBar
+from experiments.study import block_count
+from experiments.study.plan_view import MOST_DETECTABLE
 
 RUNS = environment.WORKPLACE / "runs"
 UI = "make ui" if environment.IN_REPOSITORY else "mlflow ui --backend-store-uri sqlite:///mlflow.db"
@@ -104,9 +106,9 @@ def execute(plan: Plan, folder: Path, options: Options, console: Console) -> boo
     try:
         all_pass = run_gate(folder, console)
     except ExecutionError:
-        publish(folder, console)
+        publish(folder, console, options.verbose)
         raise
-    publish(folder, console)
+    publish(folder, console, options.verbose)
     (folder / FINISHED).touch()
     return all_ok(folder, console) and all_pass
 
@@ -154,13 +156,18 @@ def run_gate(folder: Path, console: Console) -> bool:
     return _gate(folder, "--resume")
 
 
-def publish(folder: Path, console: Console) -> None:
+def publish(folder: Path, console: Console, verbose: bool = False) -> None:
     """Writes report and MLflow runs from the records of a folder. MLflow is only a view: its errors
     are printed and ignored.
     """
-    render(folder)
-    say(console, f"\nreport   {shown(folder / REPORT / 'report.html')} (and report.md)")
-    say(console, f"records  {shown(folder)}")
+    render(folder, verbose)
+    say(console, "")
+    if line := achieved(folder):
+        say(console, line)
+    say(
+        console,
+        f"report   {shown(folder / REPORT / 'report.html')} (and report.md; records above it)",
+    )
     try:
         run_id, fresh = tracking.import_folder(folder, folder / REPORT)
         table = tracking.link(run_id)
@@ -170,13 +177,45 @@ def publish(folder: Path, console: Console) -> None:
         return
     say(
         console,
-        f"MLflow   run {run_id} {'written' if fresh else 'already up to date'}; open it with `{UI}`",
+        f"MLflow   {'written' if fresh else 'already up to date'}; `{UI}`, then open the table of this run:",
     )
-    say(console, f"         its configurations: {table}")
+    say(console, f"         {table}")
 
 
-def render(folder: Path) -> None:
-    """Writes folder/report and prints its table. Raises ExecutionError."""
+def achieved(folder: Path) -> str | None:
+    """How precise the intervals came out, beside what the noise of the earlier run had promised; None
+    without a report or an interval.
+    """
+    analysis = folder / REPORT / "analysis.json"
+    found = store.read_json(analysis).get("precision") if analysis.is_file() else None
+    if not found:
+        return None
+    plan = store.read_plan(folder / store.PLAN)
+    said = (
+        f"intervals of ± {found['half_width']:.1%}, changes of {found['detectable']:.1%} detectable"
+    )
+    if (noise := block_count.previous_noise(plan, earlier(folder))) is None:
+        return f"power    {said}"
+    blocks, alpha = plan["study"]["design"]["blocks"], plan["study"]["alpha"]
+    reach = block_count.half_width(noise[0], blocks, alpha)
+    change = block_count.detectable(noise[0], blocks, alpha)
+    planned = f"± {reach:.1%}, {change:.1%}" if change < MOST_DETECTABLE else "none"
+    return f"power    {said} (planned: {planned})"
+
+
+def earlier(other_than: Path | None = None) -> list[Path]:
+    """Folders of executions, the latest first, then the published ones: where the noise of this
+    machine may be known from.
+    """
+    published = sorted(
+        plan.parent for plan in (provenance.ROOT / "reports" / "published").rglob(store.PLAN)
+    )
+    folders = [*reversed(executions()), *published]
+    return [f for f in folders if other_than is None or f.resolve() != other_than.resolve()]
+
+
+def render(folder: Path, verbose: bool = False) -> None:
+    """Writes folder/report and prints its answer and table. Raises ExecutionError."""
     command = [
         sys.executable,
         "-m",
@@ -185,6 +224,7 @@ def render(folder: Path) -> None:
         str(folder),
         "--out",
         str(folder / REPORT),
+        *(["--verbose"] if verbose else []),
     ]
     if _run(command) != 0:
         raise ExecutionError(

@@ -39,11 +39,16 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "report": (
         ("report", "of the latest execution"),
+        ("report --verbose", "with every row, legend and note"),
         ("report runs/20261129-101500-embedded-1a2b3c4d", "of that one"),
     ),
     "import": (
         ("import runs/20261129-101500-embedded-1a2b3c4d", "again into MLflow"),
         ("import visit-1 visit-2 --merge whole", "two parts of one study as one"),
+    ),
+    "chat": (
+        ("chat Qwen/Qwen3-0.6B", "a model of the hub"),
+        ("chat ./my-model --temperature 0", "a folder, greedy"),
     ),
     "validate": (
         ("validate", "all studies and profiles"),
@@ -66,6 +71,7 @@ _ACCEPTED = {
     "run": ("studies", "profiles", "presets"),
     "compare": ("profiles", "presets"),
     "check": ("profiles", "presets"),
+    "chat": ("presets",),
     "validate": ("studies", "profiles"),
     "serve": ("presets",),
     "list": ("profiles",),

@@ -42,6 +42,8 @@ _GPU = {
 }
 """The same of a single GPU: system/gpu_<number>_<name>."""
 
+ALL_WORKLOADS = "all workloads"
+"""The prefix of what is said of all workloads together."""
 _NOTE_LIMIT = 7_900  # MLflow cuts tags at 8,000 characters
 _ABSENT = "n/a"
 """The level of a factor that an engine does not have: MLflow draws a missing parameter as unknown."""
@@ -105,7 +107,7 @@ def study_view(plan: Plan, found: list[Record], analysis: JsonObject | None) -> 
                 **_provenance_tags(plan, first),
                 "role": "study",
                 "gate": _gate_of_all({row["gate"] for row in rows}) if analysis else None,
-                "verdict": analysis["answer"]["verdict"] if analysis else None,
+                f"{ALL_WORKLOADS}/verdict": analysis["answer"]["verdict"] if analysis else None,
                 "evidence": _weakest({row["evidence"] for row in rows}),
                 "caveats": _caveats(analysis),
                 "nanovllm.counted": f"{len(counted)} of {len(plan['launches'])} launches",
@@ -132,7 +134,10 @@ def cell_view(plan: Plan, cell: str, found: list[Record], analysis: JsonObject |
         status="FINISHED" if counted else "FAILED",
         params=_filled({**levels, "cell": cell, "engine": planned["engine"]}),
         metrics=[
-            *(Point(_key(name), value) for name, value in row.get("metrics", {}).items()),
+            *(
+                Point(_key(name), rounded(name, value))
+                for name, value in row.get("metrics", {}).items()
+            ),
             *_curves(row.get("curves", {})),
         ],
         tags=_filled(
@@ -141,8 +146,9 @@ def cell_view(plan: Plan, cell: str, found: list[Record], analysis: JsonObject |
                 "role": "cell",
                 "cell_role": planned["role"],
                 "gate": row.get("gate"),
-                "verdict": row.get("verdict"),
-                **{f"verdict.{_key(w)}": said for w, said in row.get("verdicts", {}).items()},
+                f"{ALL_WORKLOADS}/verdict": row.get("verdict"),
+                **{f"{_key(w)}/verdict": said for w, said in row.get("verdicts", {}).items()},
+                **{f"{_key(w)}/CI": said for w, said in row.get("intervals", {}).items()},
                 "evidence": row.get("evidence"),
                 "compared_with": start if row.get("verdict") else None,
                 "caveats": _caveats(analysis),
@@ -199,6 +205,15 @@ def figures(work: ServedWorkload) -> dict[str, float]:
     }
 
 
+def rounded(name: str, value: float) -> float:
+    """A metric as people read it: ratios with the decimals that the report gives them, anything else
+    with four significant digits. The records keep the exact value.
+    """
+    if "/speedup" not in name and "_ratio" not in name:
+        return float(f"{value:.4g}")
+    return round(value, 3 if value < 2 else 2 if value < 10 else 1 if value < 100 else 0)
+
+
 def describe(plan: Plan, analysis: JsonObject | None) -> str:
     """The answer, the verdicts as a Markdown table, and the caveats: the description of a study's run."""
     head = f"**{plan['study']['question'].strip()}**\n\n"
@@ -206,7 +221,7 @@ def describe(plan: Plan, analysis: JsonObject | None) -> str:
         return head + "Not analysed yet: run `python -m experiments report`, then `import`."
     effects = [e for e in analysis["effects"] if e["metric"] == analysis["metric"]["key"]]
     rows = [
-        "| workload | configuration | ratio to baseline | interval | blocks | verdict | gate |",
+        f"| workload | configuration | ratio to {analysis['shown'][analysis['baseline']]} | interval | blocks | verdict | gate |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for e in effects:
@@ -307,7 +322,7 @@ def _weakest(found: set[str]) -> str | None:
 def _of_launch(record: LaunchRecord) -> Iterator[Point]:
     for workload, work in record["workloads"].items():
         for name, value in figures(work).items():
-            yield Point(f"{workload}/{name}", value)
+            yield Point(f"{workload}/{name}", rounded(name, value))
     for step, sample in enumerate(record["telemetry"]["samples"]):
         for series, (name, scale) in _SYSTEM.items():
             if sample.get(series) is not None:

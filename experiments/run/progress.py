@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from experiments.launch.runner import print_event
+from experiments.records.cell_names import shown_names
 from experiments.records.types import Event, Plan
 
 
@@ -20,6 +21,7 @@ class ProgressBar:
 
     def __init__(self, plan: Plan, console: Console) -> None:
         self._console = console
+        self._names = shown_names(plan)
         self._remaining = Counter(entry["cell"] for entry in plan["launches"])
         self._total = len(plan["launches"])
         self._expected_s = plan["expected_s"] / max(1, len(plan["launches"]))
@@ -49,7 +51,7 @@ class ProgressBar:
             self._remaining = Counter(entry["cell"] for entry in details["launches"])
             self._progress.update(self._task, completed=self._total - self._remaining.total())
         elif event == "start":
-            cell = details["launch"]["cell"]
+            cell = self._names[details["launch"]["cell"]]
             self._progress.update(
                 self._task,
                 description=f"block {details['launch']['block']}: {cell}",
@@ -67,7 +69,7 @@ class ProgressBar:
         elif not self._console.is_terminal or (
             event == "end" and details["record"]["status"] != "ok"
         ):
-            print_event(event, details)
+            print_event(event, details, self._names)
 
     def remaining_s(self) -> float:
         """The expected time of the remaining launches, divided by the number of workers. A launch

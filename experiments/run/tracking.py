@@ -27,7 +27,7 @@ from filelock import FileLock
 from experiments.host.environment import WORKPLACE
 from experiments.records import store
 from experiments.records.types import JsonObject, Plan, PlannedStudy, Record
-from experiments.run.mlflow_view import View, cell_view, launch_view, study_view
+from experiments.run.mlflow_view import ALL_WORKLOADS, View, cell_view, launch_view, study_view
 
 ARTIFACTS, DATABASE = "mlartifacts", "mlflow.db"
 PROXIED = "mlflow-artifacts"
@@ -40,9 +40,11 @@ ADDRESS = "http://127.0.0.1:5000"
 """Where `make ui` and a plain `mlflow ui` listen."""
 TRAINING = "workflowType=machine_learning"
 """Has MLflow's pages show the menu of training runs instead of the one of GenAI applications (3.17)."""
-SHARED_VIEW, MOST_METRICS = "mlflow.sharedViewState", 6
+SHARED_VIEW, MOST_COLUMNS = "mlflow.sharedViewState", 6
+"""The tag of a stored view; and how many columns of the runs table, beside the gate, fit a window of a
+desk."""
 CELLS, SPEEDUP, _BY_NAME = "tags.role = 'cell'", "/speedup", "attributes.run_name"
-_VIEW_VERSION = 2
+_VIEW_VERSION = 3
 """Raise it when the shape of the runs changes: an import then replaces what an older version wrote."""
 
 
@@ -155,9 +157,9 @@ def _errors_explained(root: Path) -> Iterator[None]:
 
 
 def _table(client: Any, experiment: str, search: str, address: str) -> str:
-    """The page of an experiment's runs, filtered, sorted by speedup, and with a column for each
-    speedup and its interval. In its usual order, by time, MLflow folds cells into the run of their
-    study.
+    """The page of an experiment's runs, filtered, sorted by speedup, and with columns for the speedup
+    on each workload, its interval, its verdict, and the gate. In its usual order, by time, MLflow folds
+    cells into the run of their study.
 
     The view is stored as MLflow's own "Share view" stores it, in a tag of the experiment. A version
     of MLflow that does not know it shows all runs.
@@ -166,19 +168,23 @@ def _table(client: Any, experiment: str, search: str, address: str) -> str:
     named = {name for run in cells for name in run.data.metrics}
     speedups = sorted(name for name in named if name.endswith(SPEEDUP))
     order = f"metrics.`{speedups[0]}`" if speedups else _BY_NAME
-    of_workloads = [name for name in speedups if name != f"all workloads{SPEEDUP}"]
-    ends = [f"{name}_{end}" for name in of_workloads for end in ("low", "high")]
-    # verdict and gate, which belong to the numbers, come after them and have to be in the window
-    choices = ([*speedups, *ends], [*of_workloads, *ends], of_workloads)
-    shown = next((names for names in choices if len(names) <= MOST_METRICS), speedups)
-    columns = [f"metrics.`{name}`" for name in shown if name in named]
+    # MLflow shows tags after metrics, both by name. A column holds 14 characters: an interval is a
+    # tag, "0.644–0.920", where its ends would be two metrics with names that are cut.
+    of_workloads = [name for name in speedups if name != f"{ALL_WORKLOADS}{SPEEDUP}"] or speedups
+    tags = ["gate"]
+    for kinds in (("CI", "verdict"), ("verdict",)):
+        asked = [f"{name.removesuffix(SPEEDUP)}/{kind}" for name in of_workloads for kind in kinds]
+        if len(of_workloads) + len(asked) <= MOST_COLUMNS:
+            tags += asked
+            break
+    columns = [f"metrics.`{name}`" for name in of_workloads] + [f"tags.`{tag}`" for tag in tags]
     view = {
         "searchFilter": search,
         "orderByKey": order,
         "orderByAsc": not speedups,
         "startTime": "ALL",
         "lifecycleFilter": "Active",
-        "selectedColumns": [*columns, "tags.`verdict`", "tags.`gate`"],
+        "selectedColumns": columns,
     }
     key = hashlib.sha256(search.encode()).hexdigest()[:12]
     client.set_experiment_tag(experiment, f"{SHARED_VIEW}.{key}", json.dumps(view))

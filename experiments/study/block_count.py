@@ -87,6 +87,18 @@ def detectable(
     return math.expm1(log_ratio) if log_ratio < 700 else math.inf
 
 
+def half_width(sd_log: float, n: int, alpha: float) -> float:
+    """By how much a Student's t interval of n blocks with this noise reaches beyond its ratio (0.09:
+    the ratio divided and multiplied by 1.09). Infinite for a single block.
+    """
+    if n < MIN_BLOCKS:
+        return math.inf
+    from scipy.stats import t  # as above
+
+    reach = float(t.ppf(1 - alpha / 2, n - 1)) * sd_log / math.sqrt(n)
+    return math.expm1(reach) if reach < 700 else math.inf
+
+
 def previous_noise(plan: Plan, folders: Iterable[Path]) -> tuple[float, Path] | None:
     """The noise of the latest execution of this study on this profile, and its folder: the median
     over cells and workloads of the standard deviation, over blocks, of log(throughput of the cell /

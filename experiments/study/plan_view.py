@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from experiments.host.provenance import cpu_cores
+from experiments.records.cell_names import shown_names
 from experiments.records.types import NotApplicable, Plan, PlannedProfile, PlannedStudy
 from experiments.study import block_count, designs
 from experiments.study.plan import NotHereError, outline
@@ -65,7 +66,8 @@ def lines(plan: Plan, earlier: Iterable[Path]) -> list[tuple[str, str | None]]:
     return said + [(line, "yellow") for line in skipped(plan["not_applicable"], everything)]
 
 
-_MOST_DETECTABLE = 10.0
+MOST_DETECTABLE = 10.0
+"""A relative change beyond which a percentage tells nothing."""
 _DESIGNS = {
     "one_at_a_time": "each level alone",
     "add_one_in": "each level alone, and everything on",
@@ -79,8 +81,8 @@ _DESIGNS = {
 
 def _design(plan: Plan) -> str:
     """The design in words, and the configurations that it makes."""
-    kind, cells = plan["study"]["design"]["kind"], plan["cells"]
-    return f"{kind} ({_DESIGNS[kind]}); {len(cells)} configurations: {', '.join(cells)}"
+    kind, names = plan["study"]["design"]["kind"], shown_names(plan).values()
+    return f"{kind} ({_DESIGNS[kind]}); {len(names)} configurations: {', '.join(names)}"
 
 
 def skipped(not_applicable: list[NotApplicable], everything: Iterable[str] = ()) -> list[str]:
@@ -154,12 +156,12 @@ def duration(seconds: float) -> str:
 def _power(study: PlannedStudy, noise: float, folder: Path) -> str:
     """The smallest effect that the study can detect if it is as noisy as the last one."""
     least = block_count.detectable(noise, study["design"]["blocks"], study["alpha"])
-    if least > _MOST_DETECTABLE:  # a percentage of that size tells nothing
+    if least > MOST_DETECTABLE:  # a percentage of that size tells nothing
         return (
             f"{study['design']['blocks']} blocks are too few to detect any change at alpha = {study['alpha']:g}, if the "
             f"noise between blocks is as in {folder.name} ({noise:.1%})"
         )
     return (
         f"detects changes of {least:.1%} or more with probability {block_count.POWER:.0%}, if the noise between blocks is as "
-        f"in {folder.name} ({noise:.1%})"
+        f"in {folder.name} ({noise:.1%}); the end of the run says what was achieved"
     )

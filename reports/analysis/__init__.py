@@ -13,7 +13,8 @@
     under_load         requests that arrive over time: latencies, goodput, sustainable rate; energy
     answer             a sentence for each workload, and what to know before believing it
     cells              one flat row for each configuration, for tools that show runs side by side
-    names              what configurations are called: all off, all on, A/A twin, reference
+    counters           what each optimization did in a launch, and why a combination brings more
+    names              what a report says of its configurations: settings, changes, what is left out
 
 May import statistics and text.
 """

@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from experiments import workloads
+from experiments.records.cell_names import shown_names
 from experiments.records.types import Plan, Record
 from reports.analysis.answer import answer
 from reports.analysis.cells import by_cell
@@ -23,14 +24,13 @@ from reports.analysis.compare import compared, costs, paired
 from reports.analysis.counting import Counted, count
 from reports.analysis.gate_and_launches import equivalence, hardware, run_order, toggles
 from reports.analysis.gate_lines import Gate
-from reports.analysis.names import shown_names
-from reports.analysis.noise import Priors, described, priors, question, scale_of
+from reports.analysis.noise import Priors, described, precision, priors, question, scale_of
 from reports.analysis.types import Analysis, Company, Counts, Effect, LinearEffect, Rate
 from reports.analysis.under_load import energies, under_load
 from reports.analysis.unjudged import measured
 from reports.statistics import ceiling
 from reports.statistics.contrasts import Contrast, Lattice, Toggle, evaluate
-from reports.statistics.intervals import Rule, estimate, judge
+from reports.statistics.intervals import Judged, Rule, estimate, judge
 from reports.statistics.linear_model import fit
 from reports.statistics.metrics import (
     EVERY,
@@ -81,6 +81,7 @@ def analyse(records: Sequence[Record], plan: Plan, notes: Sequence[str] = ()) ->
     counted = count(records, plan, gate)
     values = _values(counted, drawn, plan)
     noise = priors(values, plan)
+    effects = _effects(values, lattice, plan, rule, noise)
 
     result: Analysis = {
         "schema": ANALYSIS_SCHEMA,
@@ -100,6 +101,7 @@ def analyse(records: Sequence[Record], plan: Plan, notes: Sequence[str] = ()) ->
             "power": rule.power,
         },
         "statistics": described(plan, noise),
+        "precision": precision([e for e in effects if e["workload"] in drawn], metric.key),
         "baseline": lattice.baseline,
         "cells": {name: dict(cell) for name, cell in plan["cells"].items()},
         "shown": shown_names(plan, counted.launches),
@@ -107,12 +109,13 @@ def analyse(records: Sequence[Record], plan: Plan, notes: Sequence[str] = ()) ->
         "waves": {name: [len(wave) for wave in work["waves"]] for name, work in drawn.items()},
         "counts": _counts(plan, counted),
         "rates": _rates(values, plan),
-        "effects": _effects(values, lattice, plan, rule, noise),
+        "effects": effects,
         "references": _references(values, lattice, plan, rule, metric, noise),
         "comparisons": compared(values, counted.launches, plan, rule, noise),
         "costs": costs(counted.launches, plan),
         "factors": _factors(values, lattice, rule, metric, noise),
         "interactions": _interactions(values, lattice, rule, metric, noise),
+        "combinations": _combinations(values, lattice, rule, metric, noise),
         "residuals": {
             workload: found
             for workload in drawn
@@ -120,7 +123,7 @@ def analyse(records: Sequence[Record], plan: Plan, notes: Sequence[str] = ()) ->
         },
         "linear_model": _linear_model(values, lattice, rule, metric),
         "ceiling": _ceilings(values, plan, drawn),
-        "gate": equivalence(gate, counted),
+        "gate": equivalence(gate, counted, plan),
         "toggles": toggles(counted, plan),
         "not_applicable": [dict(entry) for entry in plan.get("not_applicable", [])],
         "excluded": counted.excluded,
@@ -336,9 +339,6 @@ def _effects(
                 effects.append(effect)
         for family in families.values():
             judge(family, rule, metric.better)
-            tests = sum(effect["p"] is not None for effect in family)
-            for effect in family:  # that its p-value is corrected for
-                effect["tests"] = tests
     return effects
 
 
@@ -440,9 +440,6 @@ def _factors(
                     row = {**row, **_company(lattice, (factor, level))}
                 family.append(row)
         judge(family, rule, metric.better)
-        tests = sum(effect["p"] is not None for effect in family)
-        for effect in family:
-            effect["tests"] = tests
         effects += family
     return effects
 
@@ -486,7 +483,33 @@ def _interactions(
             family.append({"first": _label(first), "second": _label(second), **effect})
     judge(family, rule, metric.better)
     for effect in family:
-        effect["verdict"] = PAIR_VERDICTS[effect["verdict"]]
+        _as_pair(effect)
+    return family
+
+
+def _combinations(
+    values: Values, lattice: Lattice, rule: Rule, metric: Metric, noise: Priors
+) -> list[Effect]:
+    """How many times more (or less) everything on buys than the product of its parts, for each
+    workload; [] in a study that did not try each of them alone.
+    """
+    contrast = lattice.combination()
+    workloads = sorted(set(values[metric.key]) - {ALL_WORKLOADS}) if contrast else ()
+    family = [
+        _contrast_effect(
+            values,
+            contrast,
+            workload,
+            rule,
+            metric,
+            "combination",
+            noise.get((metric.key, workload, lattice.baseline)),
+        )
+        for workload in workloads
+    ]
+    judge(family, rule, metric.better)
+    for effect in family:
+        _as_pair(effect)
     return family
 
 
@@ -508,8 +531,14 @@ def _linear_model(
     judge(family, rule, metric.better)
     for effect in family:
         if effect["order"] == 2:
-            effect["verdict"] = PAIR_VERDICTS[effect["verdict"]]
+            _as_pair(effect)
     return family
+
+
+def _as_pair(effect: Judged) -> None:
+    """The verdict on an interaction in its own words."""
+    effect["verdict"] = PAIR_VERDICTS[effect["verdict"]]
+    effect["leans"] = PAIR_VERDICTS[leans] if (leans := effect["leans"]) else None
 
 
 def _label(toggle: Toggle) -> str:

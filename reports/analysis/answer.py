@@ -8,8 +8,9 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from experiments.records.cell_names import ALL_ON
 from reports import text
-from reports.analysis import compare, names
+from reports.analysis import compare, counters, names
 from reports.analysis.types import Analysis, Answer, Effect, WorkloadAnswer
 from reports.statistics.intervals import measured_ratio
 from reports.statistics.metrics import EVERY
@@ -79,7 +80,7 @@ def _no_answer(analysis: Analysis) -> str | None:
         return None
     tested = _tested(analysis)
     if not tested:
-        return "No answer: no block holds both the baseline and another configuration."
+        return f"No answer: no block holds both {_start(analysis)} and another configuration."
     if all(effect["low"] is None for effect in tested):
         blocks = count_of(max(effect["n"] for effect in tested), "block")
         return f"Undecided: {blocks}, too few for an interval, and so for a verdict on any of {count_of(len(tested), 'effect')}."
@@ -98,7 +99,8 @@ def _of_workload(analysis: Analysis, workload: str) -> WorkloadAnswer:
     elif others:
         said, verdict = _apart(analysis, others)
     else:
-        said, verdict = "no block holds both the baseline and another configuration", "inconclusive"
+        said = f"no block holds both {_start(analysis)} and another configuration"
+        verdict = "inconclusive"
     return {"workload": workload, "sentence": f"On {workload}, {said}.", "verdict": verdict}
 
 
@@ -113,10 +115,13 @@ def _together(
     best = _largest(analysis, [e for e in single if e["verdict"] == "faster"])
     if best is not None:
         said += f"; on its own, {_name(best, analysis)} helps most ({_short(best)})"
-    elif leads := [e for e in single if text.verdict(e) == "suggestive" and _gains(analysis, e)]:
+    elif leads := [e for e in single if text.is_suggestive(e) and _gains(analysis, e)]:
         best = _largest(analysis, leads)
         assert best is not None
-        said += f"; on its own, {_name(best, analysis)} comes first ({_short(best)}, suggestive)"
+        said += (
+            f"; on its own, {_name(best, analysis)} comes first ({_short(best)}, {text.verdict(best)}; "
+            f"{text.uncorrected(best['tests'])})"
+        )
     elif single:
         said += "; none of them is significantly faster on its own"
         best = _largest(analysis, single)
@@ -131,7 +136,26 @@ def _together(
     if pairs:
         pair = max(pairs, key=lambda row: abs(math.log(measured_ratio(row))))
         said += f"; strongest interaction: {pair['first']} and {pair['second']} {pair['verdict']} ({_short(pair)})"
-    return said
+    return said + _combined(analysis, everything, bool(pairs))
+
+
+def _combined(analysis: Analysis, everything: Effect, pair_is_named: bool) -> str:
+    """Says when everything on brings more, or less, than the product of its parts, unless the
+    strongest pair has said so, and names the counter that shows why.
+    """
+    workload = everything["workload"]
+    row = next((row for row in analysis["combinations"] if row["workload"] == workload), None)
+    told = row is not None and (row["verdict"] in _INTERACTS or text.is_suggestive(row))
+    if row is None or not told:
+        return ""
+    said = ""
+    if not pair_is_named:
+        product = ratio(measured_ratio(everything) / measured_ratio(row))
+        sure = "is" if row["verdict"] in _INTERACTS else "may be"
+        times, within = ratio(row["ratio"])[1:], interval(row["low"], row["high"])
+        said = f"; everything on {sure} {times} times ({within}) the product of the single ones, {product}"
+    why = counters.why_together(analysis, workload) if _gains(analysis, row) else ""
+    return said + (f"; {why}" if why else "")
 
 
 def _better_without(analysis: Analysis, everything: Effect) -> str:
@@ -189,7 +213,7 @@ def _apart(analysis: Analysis, others: Sequence[Effect]) -> tuple[str, str]:
         return f"{_name(others[0], analysis)} {_says(others[0], analysis)}", others[0]["verdict"]
     found = {effect["verdict"] for effect in others}
     verdict = found.pop() if len(found) == 1 else "mixed"
-    if start == names.ALL_ON and worst:
+    if start == ALL_ON and worst:
         rank = f"{_rank(losses, 'loss')} among {count_of(len(others), 'change')}"
         return f"{lost}, {rank}", verdict
     tally = Counter(text.verdict(effect) for effect in others)
@@ -233,6 +257,10 @@ def _rank(effects: Sequence[Effect], noun: str) -> str:
     )
 
 
+def _bounds(effect: Effect) -> str:
+    return f"{ratio(effect['ratio'])} ({interval(effect['low'], effect['high'])})"
+
+
 def _short(effect: Effect) -> str:
     return f"{ratio(effect['ratio'])}, {interval(effect['low'], effect['high'])}"
 
@@ -245,11 +273,8 @@ def _says(effect: Effect, analysis: Analysis) -> str:
         return f"measures {times} in {blocks}: too few for an interval, so inconclusive"
     found = f"{percent(analysis['rule']['confidence'], 0)} interval {interval(effect['low'], effect['high'])}, {blocks}"
     shown = text.verdict(effect)
-    if shown == "suggestive":
-        tests = count_of(effect["tests"], "test")
-        return (
-            f"measures {times} ({found}): suggestive, not significant after correction for {tests}"
-        )
+    if text.is_suggestive(effect):
+        return f"measures {times} ({found}): {shown}; {text.uncorrected(effect['tests'])}"
     if shown == "inconclusive":
         return f"cannot be told from {start} in {metric} ({found})"
     if shown == "equivalent":
@@ -262,7 +287,8 @@ def _caveats(analysis: Analysis) -> Iterator[str]:
     counts = analysis["counts"]
     for entry in analysis["comparisons"]:
         if entry["breaches"]:
-            pair = f"{entry['ours']} / {entry['theirs']} ({entry['name']})"
+            sides = (analysis["shown"][entry[side]] for side in ("ours", "theirs"))
+            pair = f"{' / '.join(sides)} ({entry['name']})"
             yield f"Not a fair comparison, so without a ratio: {pair}: {'; '.join(entry['breaches'])}."
     start = _start(analysis)
     for effect in _primary(analysis):
@@ -324,14 +350,17 @@ def _noise(analysis: Analysis) -> Iterator[str]:
     twins = [
         effect
         for effect in _primary(analysis)
-        if effect["role"] == "aa" and effect["verdict"] == "inconclusive" and effect["low"]
+        if effect["role"] == "aa"
+        and effect["verdict"] == "inconclusive"
+        and effect["low"]
+        and effect["workload"] in analysis["workloads"]
     ]
     if twins:
-        furthest = max(twins, key=lambda effect: abs(math.log(measured_ratio(effect))))
+        twins.sort(key=lambda effect: -abs(math.log(measured_ratio(effect))))
+        read = names.listed([f"{_bounds(twin)} on {twin['workload']}" for twin in twins])
         yield (
-            f"Noise: the A/A twin, which is {_start(analysis)} run a second time, reads "
-            f"{ratio(furthest['ratio'])} ({interval(furthest['low'], furthest['high'])}) on {furthest['workload']}. "
-            "Differences of that size can be noise here."
+            f"Noise: the A/A twin, which is {_start(analysis)} run a second time, reads {read}. "
+            "Differences within these intervals can be noise here."
         )
     shares = [
         share

@@ -10,7 +10,7 @@ from typing import Any
 from reports.analysis.compare import against_engines, throughput_rows
 from reports.analysis.types import Analysis
 from reports.statistics.metrics import GOODPUT, SUSTAINABLE, THROUGHPUT
-from reports.text import interval, ratio, verdict
+from reports.text import interval, is_suggestive, ratio, uncorrected, verdict
 
 SHORT = {
     THROUGHPUT.key: "output_tokens_per_s",
@@ -38,9 +38,9 @@ def by_cell(analysis: Analysis) -> dict[str, dict[str, Any]]:
     metrics: {"<workload>/speedup", "_low", "_high", "/output_tokens_per_s", "/ttft_p50_s",
     "/tpot_p50_s": number}, and ratios to other engines. A study of another metric than throughput
     has the ratio of its own metric too.
-    verdicts: {workload: verdict} on the study's metric; verdict: the one for all workloads
-    together where there is one, else what all of them share, `mixed` where they do not; None for a
-    cell that is not compared with the baseline.
+    verdicts: {workload: verdict} on the study's metric; intervals: {workload: "0.644–0.920"}, as text;
+    verdict: the one for all workloads together where there is one, else what all of them share,
+    `mixed` where they do not; None for a cell that is not compared with the baseline.
     gate: pass, fail, or descriptive where its outputs were not judged.
     evidence: `intervals` (two blocks or more), `single block`, `descriptive` (not judged), `none`.
     curves: under load alone: {latency: [[requests per second, seconds], ...]}, by rising rate.
@@ -66,6 +66,11 @@ def _row(
         "role": analysis["cells"][cell]["role"],
         "metrics": dict(_metrics(analysis, cell, effects, ours)),
         "verdicts": verdicts,
+        "intervals": {
+            effect["workload"]: interval(effect["low"], effect["high"], "–")
+            for effect in own
+            if effect["low"] is not None
+        },
         "verdict": together
         or (next(iter(distinct)) if len(distinct) == 1 else "mixed" if distinct else None),
         "gate": _gate(analysis, cell),
@@ -148,7 +153,8 @@ def _bounds(name: str, effect: Mapping[str, Any]) -> Iterator[tuple[str, float]]
 
 def _says(start: str, effect: Mapping[str, Any]) -> str:
     within = "" if effect["low"] is None else f" ({interval(effect['low'], effect['high'])})"
-    return f"{effect['workload']}: {ratio(effect['ratio'])}{within} relative to {start}: {verdict(effect)}"
+    why = f"; {uncorrected(effect['tests'])}" if is_suggestive(effect) else ""
+    return f"{effect['workload']}: {ratio(effect['ratio'])}{within} relative to {start}: {verdict(effect)}{why}"
 
 
 def _gate(analysis: Analysis, cell: str) -> str:

@@ -15,13 +15,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.launch import fairness
+from experiments.records.cell_names import engine as engine_name
 from experiments.records.types import Plan
-from reports.analysis import names
 from reports.analysis.noise import Priors
 from reports.analysis.types import Analysis, Comparison, Effect, WorkloadAnswer
 from reports.statistics.intervals import Rule, estimate, judge
 from reports.statistics.metrics import THROUGHPUT, metrics_of
-from reports.text import count_of, interval, percent, ratio, verdict
+from reports.text import (
+    count_of,
+    interval,
+    is_suggestive,
+    percent,
+    ratio,
+    uncorrected,
+    verdict,
+)
 
 # {metric: {workload: {cell: {block: value}}}}
 Values = Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]]
@@ -209,7 +217,7 @@ def by_workload(analysis: Analysis) -> list[WorkloadAnswer]:
     entry = headline(analysis)
     if entry is None:
         raise ValueError("this study names no comparison with another engine")
-    against = f"Against {names.engine(entry['engine'], entry['version'])}, {said(entry['name'])}"
+    against = f"Against {engine_name(entry['engine'], entry['version'])}, {said(entry['name'])}"
     if entry["breaches"]:
         return _no_answer(
             f"{against}: no answer, the comparison was not fair ({entry['breaches'][0]})."
@@ -221,12 +229,15 @@ def by_workload(analysis: Analysis) -> list[WorkloadAnswer]:
     confidence = percent(analysis["rule"]["confidence"], 0)
     parts: list[WorkloadAnswer] = []
     for effect in effects:
-        where = f"{against}, {entry['our_engine']} is {verdict(effect)} on {effect['workload']}"
+        leads = is_suggestive(effect)
+        found_to_be = f"may be {effect['leans']}" if leads else f"is {verdict(effect)}"
+        where = f"{against}, {entry['our_engine']} {found_to_be} on {effect['workload']}"
         blocks = count_of(effect["n"], "block")
         if effect["low"] is None:
             found = f"{ratio(effect['ratio'])} in {blocks}, too few for an interval"
         else:
             found = f"{ratio(effect['ratio'])}, {confidence} interval {interval(effect['low'], effect['high'])}, {blocks}"
+            found += f"; suggestive, {uncorrected(effect['tests'])}" if leads else ""
         parts.append(
             {
                 "workload": effect["workload"],
@@ -234,7 +245,7 @@ def by_workload(analysis: Analysis) -> list[WorkloadAnswer]:
                 "verdict": effect["verdict"],
             }
         )
-        against = f"Against {names.engine(entry['engine'], entry['version'])}"
+        against = f"Against {engine_name(entry['engine'], entry['version'])}"
     return parts
 
 

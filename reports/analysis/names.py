@@ -1,69 +1,10 @@
-"""What the configurations of a study are called on a page: one name, one meaning.
-
-A plan's cells are called `baseline`, `aa`, `all`; a baseline is everything off in one study and
-everything on in another. Readers see `all off`, `all on`, `A/A twin` and `reference: vLLM 0.33.0`.
-Changes of single toggles keep their own names, which say what they change.
+"""What a report says of its configurations beside their names, which are those of
+experiments/records/cell_names.py.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from experiments.records.types import Plan
-from nanovllm.config import LEVELS
 from reports.analysis.types import Analysis
-
-TWIN, ALL_OFF, ALL_ON = "A/A twin", "all off", "all on"
-ENGINES = {"hf": "HF", "vllm": "vLLM"}
-# How many processes share the work is no optimization of one engine: `all on` says nothing of it.
-_SHARING = {"tensor_parallel_size", "data_parallel_size", "all_reduce"}
-# As plans write it: the first level of each, a switch as a word.
-_OFF = {factor: "off" if levels[0] is False else levels[0] for factor, levels in LEVELS.items()}
-
-
-def shown_names(plan: Plan, launches: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """{cell: its name on a page}, in the order of the plan; no two are the same.
-
-    launches: records that count, for the versions of other engines.
-    """
-    versions = {
-        record["cell"]: record["resolved"].get("version")
-        for record in launches
-        if isinstance(record.get("resolved"), Mapping)
-    }
-    names = {name: _name(name, cell, versions.get(name)) for name, cell in plan["cells"].items()}
-    taken = Counter(names.values())
-    return {
-        name: found
-        if taken[found] == 1 or name == plan["cells"][name]["engine"]
-        else f"{found} ({name.removeprefix(plan['cells'][name]['engine'] + '-')})"
-        for name, found in names.items()
-    }
-
-
-def _name(name: str, cell: Mapping[str, Any], version: str | None) -> str:
-    if cell["role"] == "aa":
-        return TWIN
-    if cell["role"] == "all":
-        return ALL_ON
-    if cell["role"] == "reference":
-        return f"reference: {engine(cell['engine'], version)}"
-    if cell["role"] == "baseline":
-        return baseline_name(cell["levels"])
-    return name
-
-
-def baseline_name(levels: Mapping[str, Any]) -> str:
-    """`all off`, `all on`, or `baseline` where some of the toggles are on."""
-    off = {factor for factor, level in levels.items() if level == _OFF.get(factor)}
-    if off == set(levels):
-        return ALL_OFF
-    return "baseline" if off - _SHARING else ALL_ON
-
-
-def engine(name: str, version: str | None = None) -> str:
-    """An engine as readers know it, with its version: vLLM 0.33.0."""
-    return f"{ENGINES.get(name, name.rpartition('.')[2])}{f' {version}' if version else ''}"
 
 
 def settings(analysis: Analysis, cell: str) -> str:
@@ -100,9 +41,9 @@ def left_out_together(analysis: Analysis) -> list[str]:
             also = tuple(other for other in lacking if other != factor)
             found.setdefault(also, []).append(factor)
     return [
-        f"{_listed([f'all-but-{factor}' for factor in factors])} "
-        f"{'switches' if len(factors) == 1 else 'switch'} {_listed(also)} off as well: "
-        f"{_listed(also)} {'needs' if len(also) == 1 else 'need'} {_listed(factors)}."
+        f"{listed([f'all-but-{factor}' for factor in factors])} "
+        f"{'switches' if len(factors) == 1 else 'switch'} {listed(also)} off as well: "
+        f"{listed(also)} {'needs' if len(also) == 1 else 'need'} {listed(factors)}."
         for also, factors in found.items()
     ]
 
@@ -124,15 +65,16 @@ def on_both_sides(analysis: Analysis) -> list[str]:
         if side == "without":
             why = f"{'needs' if one else 'need'} {'it' if it else 'them'}, so {'it is' if one else 'they are'} off"
             sentences.append(
-                f"{_listed([*factors])}, added last: {_listed(shared)} {why} in both configurations."
+                f"{listed([*factors])}, added last: {listed(shared)} {why} in both configurations."
             )
         else:
-            why = f"{'it needs' if it else 'they need'} {_listed(shared)}, which {'is' if one else 'are'} on"
-            sentences.append(f"{_listed([*factors])}, on top: {why} in both configurations.")
+            why = f"{'it needs' if it else 'they need'} {listed(shared)}, which {'is' if one else 'are'} on"
+            sentences.append(f"{listed([*factors])}, on top: {why} in both configurations.")
     return sentences
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """ "a, b and c"."""
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 

@@ -5,7 +5,8 @@ study asks for.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,29 @@ def question(cell: str, plan: Plan, lattice: Lattice) -> str:
     points = {name: point for point, name in lattice.cell.items()}
     from_off = not points.get(lattice.baseline)
     return ALONE if from_off and len(points.get(cell, ())) == 1 else BETWEEN
+
+
+def precision(effects: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Any] | None:
+    """What a study has achieved on its metric, as medians over its changes and workloads:
+    half_width, by how much an interval reaches beyond its ratio (0.09: divided and multiplied by 1.09);
+    detectable, as in the table of effects; effects, how many. None without an interval.
+    """
+    found = [
+        effect
+        for effect in effects
+        if effect["metric"] == metric
+        and effect["role"] in ("treatment", "all")
+        and effect["low"] is not None
+        and effect["detectable"] is not None
+    ]
+    if not found:
+        return None
+    reach = [math.sqrt(effect["high"] / effect["low"]) - 1 for effect in found]
+    return {
+        "half_width": statistics.median(reach),
+        "detectable": statistics.median(effect["detectable"] for effect in found),
+        "effects": len(found),
+    }
 
 
 def described(plan: Plan, found: Priors) -> dict[str, Any]:

@@ -23,12 +23,11 @@ class Company(TypedDict, total=False):
 class Effect(Estimate, Company):
     """An effect on one metric and workload, with its verdict.
 
-    An effect of a cell: its `cell`, its `role`, and the number of `tests` that its p-value is
-    corrected for, which are those of its `question` (empty where all questions are one family);
-    compared with another engine or cell: that cell is its `reference`. An effect of a factor:
-    `kind` (a key of text.KINDS), `factor` and `level`; where it compares two cells: those (`on`,
-    `off`), and what else differs from everything on (Company). An
-    interaction: its two toggles, `first` and `second`.
+    An effect of a cell: its `cell`, its `role`, and the `question` whose tests are corrected
+    together (empty where all questions are one family); compared with another engine or cell: that
+    cell is its `reference`. An effect of a factor: `kind` (a key of text.KINDS), `factor` and `level`;
+    where it compares two cells: those (`on`, `off`), and what else differs from everything on
+    (Company). An interaction: its two toggles, `first` and `second`.
     """
 
     metric: str
@@ -36,7 +35,6 @@ class Effect(Estimate, Company):
     cell: NotRequired[str]
     role: NotRequired[str]
     reference: NotRequired[str]
-    tests: NotRequired[int]
     question: NotRequired[str]
     kind: NotRequired[str]
     factor: NotRequired[str]
@@ -140,6 +138,7 @@ class Analysis(TypedDict):
     metric: ShownMetric
     rule: ShownRule
     statistics: Mapping[str, Any]
+    precision: dict[str, Any] | None
     baseline: str
     cells: dict[str, dict[str, Any]]
     shown: dict[str, str]
@@ -153,6 +152,7 @@ class Analysis(TypedDict):
     costs: dict[str, list[dict[str, Any]]]
     factors: list[Effect]
     interactions: list[Effect]
+    combinations: list[Effect]
     residuals: dict[str, dict[str, Any]]
     linear_model: list[LinearEffect]
     ceiling: list[dict[str, Any]]

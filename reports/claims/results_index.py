@@ -19,7 +19,9 @@ _HEAD = """\
 Every published study: what was asked, where, when, and the answer in one sentence. The link
 leads to the full report; beside each report are the plan and the records that it was made from.
 The most important results, with their caveats, are in the [Highlights](highlights.md);
-[Reading a report](reading-a-report.md) explains the terms.
+[Reading a report](reading-a-report.md) explains the terms. vLLM has several versions here because
+its GPU and CPU builds are separate packages, and because an earlier GPU host had an older one:
+[Comparing engines](comparing-engines.md#what-was-found).
 
 This page is made from the records in `reports/published/` by `python -m reports published`.
 """

@@ -96,7 +96,7 @@ def _ratio_plot(
         return None
     wide = width == WIDE
     head_px, axis_px = (34, 44) if wide else (32, 44)
-    left_px, right_px = (190, 176) if wide else (14, 14)
+    left_px, right_px = (190, 212) if wide else (14, 14)
     labels = {label: lines(label, 29) for _, rows in groups for label, _ in rows}
     # a long label takes several lines: within the row of a desk, above the interval on a phone
     row_px = {
@@ -178,6 +178,7 @@ def _ratio_plot(
                     transform=across,
                     ha="right",
                     color=color,
+                    fontsize=11 if text.is_suggestive(effect) else 12,
                 )
             _draw_effect(axes, middle, effect)
             y += row_px[label]

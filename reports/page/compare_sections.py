@@ -73,7 +73,7 @@ def pairs_of_ours(analysis: Analysis) -> Iterator[Section]:
         unfair = [entry for entry in entries if entry["breaches"]]
         lead = [
             "Output tokens per second of one configuration over those of another, in the same block, with an interval of its "
-            "own, which their ratios to the baseline do not give.",
+            f"own, which their ratios to {name(analysis, analysis['baseline'])} do not give.",
             WORK_TIME,
             *(
                 f"No ratio of {name(analysis, entry['ours'])} to {name(analysis, entry['theirs'])}: {'; '.join(entry['breaches'])}."

@@ -8,7 +8,8 @@ from typing import Any
 from experiments.host.model_files import preset_digests
 from experiments.records.types import Plan
 from reports import text
-from reports.analysis import names
+from reports.analysis import counters, names
+from reports.analysis.gate_and_launches import same_tokens
 from reports.analysis.types import Analysis
 from reports.page.document import Column, Section, Table
 from reports.page.overview import CONFIGURATION, VERDICT, WORKLOAD, name, numbers
@@ -90,7 +91,9 @@ def _equivalence(analysis: Analysis) -> Section:
         "passes if the reference picks it too, or if its margin (how far it is from being picked, in logits) is within the "
         "bound, which is calibrated on HF's own rounding error in the engine's number format. Identical outputs are judged once."
     ]
-    if not gate["rows"]:
+    if gate["rows"]:
+        lead += [f"{said}." for said in _same_tokens(analysis)]
+    else:
         lead.append("The gate has not judged any tokens, so no launch counts.")
     foreign = [row for row in gate["rows"] if _distribution(row)]
     if foreign:
@@ -105,7 +108,7 @@ def _equivalence(analysis: Analysis) -> Section:
         WORKLOAD,
         Column("configurations"),
         VERDICT,
-        *numbers("tokens", "differ", "within bound", "largest margin", "bound"),
+        *numbers("launches", "tokens", "differ", "within bound", "largest margin", "bound"),
         *(numbers("z", "limit of z") if foreign else ()),
         *numbers("HF's error, largest", "HF's error, 99.9 %"),
     ]
@@ -118,6 +121,7 @@ def _equivalence(analysis: Analysis) -> Section:
                 row["workload"],
                 _makers(analysis, row["cells"]),
                 row["status"],
+                str(row["launches"]),
                 text.number(row["tokens_checked"]),
                 *(
                     text.ABSENT if no_margin else text.number(row[key])
@@ -164,6 +168,16 @@ def _equivalence(analysis: Analysis) -> Section:
     ]
     gist = f"{gate['passed']} of {text.count_of(len(gate['rows']), 'output')} passed"
     return Section("gate", "Gate: is the output still right?", lead, None, tables, gist=gist)
+
+
+def _same_tokens(analysis: Analysis) -> Iterator[str]:
+    """For each workload, how many launches gave the tokens of the baseline, and who did not."""
+    for workload, found in analysis["gate"]["same_tokens"].items():
+        said = f"{workload}: {same_tokens(analysis, workload)}"
+        if found["same"] is not None and found["others"]:
+            who = names.listed([name(analysis, cell) for cell in found["others"]])
+            said += f". Launches of {who} gave other tokens, which were judged by themselves"
+        yield said
 
 
 def _makers(analysis: Analysis, cells: Sequence[str]) -> str:
@@ -265,30 +279,27 @@ def _toggles(analysis: Analysis) -> Section:
         WORKLOAD,
         CONFIGURATION,
         Column("factor", "code"),
-        *numbers("engaged", "opportunity"),
-        Column("note"),
+        Column("what it did in a launch"),
         *numbers("launches"),
     ]
     rows = []
     for row in sorted(
         toggles["rows"], key=lambda row: list(analysis["workloads"]).index(row["workload"])
     ):
-        idle = row["opportunity"] is not None and row["opportunity"][1] == 0
         rows.append(
             [
                 row["workload"],
                 name(analysis, row["cell"]),
                 f"{row['factor']}={row['level']}",
-                text.level_range(row["engaged"]),
-                text.level_range(row["opportunity"]),
-                "no opportunity in this workload" if idle else "",
+                counters.did(row),
                 str(row["launches"]),
             ]
         )
     silent = toggles["off_checked"] - toggles["off_engaged"]
     lead = [
-        "Engaged counts how often an optimization ran in a launch (minimum to maximum over launches): above 0 when it is on, "
-        "0 when it is off, or the launch is invalid. Opportunity counts what there was for it to do.",
+        "What it did: counted by the engine while it was timed, the least to the most over launches. The first number says how "
+        "often it ran: above 0 when it is on and 0 when it is off, or the launch is invalid. The second, where there is one, says "
+        "how often that had a use.",
         f"{silent:,} of {toggles['off_checked']:,} counters of optimizations that were not switched on read 0.",
     ]
     return Section(

@@ -6,6 +6,7 @@ The statistics behind the table follow, folded, in sections.py and evidence.py.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from experiments.records.cell_names import engine as engine_name
 from experiments.records.types import Plan
 from reports import text
 from reports.analysis import names
@@ -76,6 +77,7 @@ def _results(analysis: Analysis) -> Section:
     ]
     rows: list[list[str]] = []
     tests: dict[str, int] = {}
+    told = list(tested)
     for workload in analysis["workloads"]:
         effects = {effect["cell"]: effect for effect in tested if effect["workload"] == workload}
         switches = by_switch(analysis, workload)
@@ -85,6 +87,7 @@ def _results(analysis: Analysis) -> Section:
             if effect["role"] != "aa" and not (switches and effect["role"] != "all"):
                 tests[_ASKED.get(effect["question"], _ALL_ASKED)] = effect["tests"]
         tests |= {_TESTED[effect["kind"]]: effect["tests"] for effect, _ in switches}
+        told += [effect for effect, _ in switches]
     ratio = "speedup" if throughput else f"ratio of {metric['label']}"
     columns = [
         WORKLOAD,
@@ -97,8 +100,8 @@ def _results(analysis: Analysis) -> Section:
         _ratio_words(analysis, throughput),
         *([_SWITCH_WORDS, *names.on_both_sides(analysis)] if _TESTED["alone"] in tests else ()),
         *names.left_out_together(analysis),
-        _verdict_words(analysis, tested),
-        *_correction_words(analysis, tested, tests),
+        _verdict_words(analysis, told),
+        *_correction_words(analysis, told, tests),
     ]
     return Section(
         "results",
@@ -233,9 +236,9 @@ def _verdict_words(analysis: Analysis, effects: Sequence[Effect]) -> str:
         )
     if "equivalent" in found:
         said.append(f"equivalent: the whole interval lies within {band}, too small to matter")
-    if "suggestive" in found:
+    if any(text.is_suggestive(effect) for effect in effects):
         said.append(
-            "suggestive: the interval excludes 1, but the difference is not significant after correction for several tests"
+            f"suggestive: faster or suggestive: slower: the interval excludes 1, but the difference is {uncorrected(effects)}"
         )
     if "inconclusive" in found:
         said.append("inconclusive: the data allow both a difference that matters and none")
@@ -243,6 +246,14 @@ def _verdict_words(analysis: Analysis, effects: Sequence[Effect]) -> str:
         "gate: pass means that HF transformers, in a higher precision, confirmed the very tokens that were timed"
     )
     return "; ".join(said) + "."
+
+
+def uncorrected(effects: Sequence[Effect]) -> str:
+    """What keeps the suggestive ones of these effects from being significant, in words."""
+    tests = {effect["tests"] for effect in effects if text.is_suggestive(effect)}
+    if len(tests) == 1:
+        return text.uncorrected(tests.pop())
+    return "not significant after correction for the tests of the same question"
 
 
 _ASKED = {
@@ -261,11 +272,10 @@ def _correction_words(
     """What `after correction` means, where a verdict depends on it. tests: of each question, how
     many are made together.
     """
-    if max(tests.values(), default=0) < 2 or not {text.verdict(effect) for effect in effects} & {
-        "faster",
-        "slower",
-        "suggestive",
-    }:
+    said_of = {text.verdict(effect) for effect in effects} & {"faster", "slower"}
+    if max(tests.values(), default=0) < 2 or not (
+        said_of or any(text.is_suggestive(effect) for effect in effects)
+    ):
         return []
     among = text.count_of(max(tests.values()), "test")
     if len(tests) > 1:
@@ -295,7 +305,7 @@ def _compared(analysis: Analysis, entries: Sequence[Comparison]) -> Section:
     rows = []
     shown = list(throughput_rows(analysis, entries))
     effects = [effect for _, effect in throughput_rows(analysis, analysis["comparisons"])]
-    tests = {"": sum(effect["p"] is not None for effect in effects)}
+    tests = {"": max((effect["tests"] for effect in effects), default=0)}
     for entry, effect in shown:
         workload, pair = effect["workload"], [entry["ours"], entry["theirs"]]
         rates = _rates(analysis, workload)
@@ -333,7 +343,7 @@ def _compared(analysis: Analysis, entries: Sequence[Comparison]) -> Section:
 
 def pair_name(analysis: Analysis, entry: Comparison) -> str:
     """A pair of a comparison: "all on / vLLM 0.32.0, both at their best"."""
-    theirs = names.engine(entry["engine"], entry["version"])
+    theirs = engine_name(entry["engine"], entry["version"])
     return f"{name(analysis, entry['ours'])} / {theirs}, {said(entry['name'])}"
 
 

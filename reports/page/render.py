@@ -16,6 +16,7 @@ from markupsafe import Markup
 from experiments.look import html_environment, markdown_environment
 from experiments.records.types import Plan
 from reports import text
+from reports.analysis.gate_and_launches import same_tokens
 from reports.analysis.types import Analysis
 from reports.figures import pictures, svg
 from reports.figures.layout import NARROW, WIDE
@@ -110,9 +111,11 @@ def document(plan: Plan, records: Sequence[Mapping[str, Any]], analysis: Analysi
         ),
         (
             "gate",
-            f"{_passed(gate)}, {gate['tokens_checked']:,} tokens checked",
+            f"{_passed(gate)}. "
+            + "; ".join(f"{name}: {same_tokens(analysis, name)}" for name in gate["same_tokens"]),
         ),
         ("A/A twin (noise)", "; ".join(noise) or "none"),
+        *([("precision", _precision(analysis))] if analysis["precision"] else ()),
     ]
     if analysis["unjudged"]:
         finished = sum(row["status"] == "ok" for row in analysis["excluded"])
@@ -158,6 +161,18 @@ def _passed(gate: Mapping[str, Any]) -> str:
     if gate["rows"] and gate["passed"] == len(gate["rows"]):
         return f"{outputs}, {'all ' * (len(gate['rows']) > 1)}passed"
     return f"{gate['passed']} of {outputs} passed"
+
+
+def _precision(analysis: Analysis) -> str:
+    """How wide the intervals came out, and what they could have shown."""
+    found = analysis["precision"]
+    assert found is not None
+    rule = analysis["rule"]
+    return (
+        f"{text.percent(rule['confidence'], 0)} intervals of ± {text.percent(found['half_width'])}, and changes of "
+        f"{text.percent(found['detectable'])} found in {text.percent(rule['power'], 0)} of cases (medians over "
+        f"{text.count_of(found['effects'], 'effect')})"
+    )
 
 
 def _dates(analysis: Analysis) -> str:

@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Iterator
 
 from reports import text
+from reports.analysis import counters
 from reports.analysis.compare import against_engines
 from reports.analysis.types import Analysis, Effect
 from reports.page.compare_sections import compare_sections, pairs_of_ours
 from reports.page.document import Column, Section, Table
 from reports.page.overview import CONFIGURATION, VERDICT, WORKLOAD, confidence, name, numbers
-from reports.statistics.intervals import MIN_BLOCKS_BOOTSTRAP
+from reports.statistics.intervals import MIN_BLOCKS_BOOTSTRAP, measured_ratio
 from reports.statistics.metrics import EVERY, LATENCIES, PERCENTILES
 from reports.statistics.moderation import MOST_PRIOR
 
@@ -25,6 +26,7 @@ def results(analysis: Analysis) -> Iterator[Section]:
     yield _effects(analysis)
     yield from _factors(analysis)
     yield from _interactions(analysis)
+    yield from _combinations(analysis)
     yield from pairs_of_ours(analysis)
     # a study that names its pairs has said which of them are fair
     if not against_engines(analysis):
@@ -88,12 +90,16 @@ def _effects(analysis: Analysis) -> Section:
         f"{'Above' if metric['better'] == 'higher' else 'Below'} ×1 is better.",
         f"Equivalent: the whole interval lies between {text.interval(low, high, ' and ')}. Faster or slower: "
         f"Holm's test over {_family(analysis)} rejects equality at {text.percent(rule['alpha'], 0)}. Suggestive: the interval "
-        "excludes 1, but that test does not reject equality. Inconclusive: none of these. Detectable: the change that a "
-        f"study with this noise and this many blocks finds in {text.percent(rule['power'], 0)} of cases.",
+        "excludes 1 on the side named, but that test does not reject equality. Inconclusive: none of these. Detectable: the "
+        f"change that a study with this noise and this many blocks finds in {text.percent(rule['power'], 0)} of cases.",
         *_variance_words(analysis),
     ]
     tables = [table, *([_variances(analysis)] if moderated(analysis) else ())]
-    tally = Counter(text.verdict(row) for row in rows if row["role"] in ("treatment", "all"))
+    tally = Counter(
+        text.verdict(row)
+        for row in rows
+        if row["role"] in ("treatment", "all") and row["workload"] in analysis["workloads"]
+    )
     gist = ", ".join(f"{n} {word}" for word, n in sorted(tally.items()))
     return Section("effects", "Effects and tests", lead, None, tables, gist=gist)
 
@@ -109,9 +115,22 @@ def _freedom(effect: Effect) -> str:
 
 
 def _family(analysis: Analysis) -> str:
-    if analysis["statistics"]["families"] == "joint":
-        return "all treatments"
-    return "the treatments of the same question (one switch alone; everything on; the cells between them)"
+    """The tests that are corrected together, counted as `judge` has counted them."""
+    treatments = [
+        effect
+        for effect in analysis["effects"]
+        if effect["metric"] == analysis["metric"]["key"] and effect["role"] in ("treatment", "all")
+    ]
+    single = [effect for effect in treatments if effect["workload"] in analysis["workloads"]]
+    if analysis["statistics"]["families"] != "joint":
+        return "the treatments of the same question (one switch alone; everything on; the cells between them)"
+    if len(single) == len(treatments) or not single:
+        return f"all {text.count_of(max((e['tests'] for e in single), default=0), 'treatment')}"
+    summary = next(e["tests"] for e in treatments if e["workload"] not in analysis["workloads"])
+    return (
+        f"the {text.count_of(single[0]['tests'], 'treatment')} of single workloads (all workloads together: the "
+        f"{summary} of that row alone)"
+    )
 
 
 def _variance_words(analysis: Analysis) -> list[str]:
@@ -261,6 +280,50 @@ def _interactions(analysis: Analysis) -> Iterator[Section]:
     tally = Counter(row["verdict"] for row in rows)
     gist = ", ".join(f"{n} {word}" for word, n in sorted(tally.items()))
     yield Section("interactions", "Interactions", lead, "interactions", [table], gist=gist)
+
+
+def _combinations(analysis: Analysis) -> Iterator[Section]:
+    rows = [row for row in analysis["combinations"] if row["n"]]
+    if not rows:
+        return
+    whole = {
+        effect["workload"]: effect
+        for effect in analysis["effects"]
+        if effect["role"] == "all" and effect["metric"] == analysis["metric"]["key"]
+    }
+    columns = [
+        WORKLOAD,
+        *numbers("all on", "product of the single ones"),
+        Column("all on over that product", "number"),
+        *_ratio_columns(analysis)[1:],
+        *numbers("p (Holm)", "blocks"),
+    ]
+    table = Table(
+        "Everything on and its parts",
+        columns,
+        [
+            [
+                row["workload"],
+                text.ratio(whole[row["workload"]]["ratio"]),
+                text.ratio(measured_ratio(whole[row["workload"]]) / measured_ratio(row)),
+                *_ratio_cells(row),
+                text.probability(row["p_holm"]),
+                str(row["n"]),
+            ]
+            for row in rows
+        ],
+    )
+    lead = [
+        "Each optimization of all on was also tried alone. If they did not act on each other, all on would bring the product of "
+        "what each brings alone. Above ×1, they help each other.",
+        *(
+            f"{row['workload']}: {why}."
+            for row in rows
+            if (why := counters.why_together(analysis, row["workload"]))
+        ),
+    ]
+    gist = ", ".join(f"{row['workload']}: {text.verdict(row)}" for row in rows)
+    yield Section("together", "More together than alone?", lead, None, [table], gist=gist)
 
 
 def _references(analysis: Analysis) -> Iterator[Section]:

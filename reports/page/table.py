@@ -1,34 +1,46 @@
-"""The result of a study on the terminal, in 80 columns: speedup, interval, verdict, gate, counters,
-and what each of these stands for.
+"""The result of a study on the terminal: the answer, one table, and what to know, on one screen of 80
+columns and about 30 lines; everything with `verbose`.
 """
 
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from reports import text
-from reports.analysis import names
+from reports.analysis import counters, names
 from reports.analysis.compare import against_engines, throughput_rows
+from reports.analysis.gate_and_launches import same_tokens
 from reports.analysis.types import Analysis, Effect
-from reports.page.overview import by_switch, gate, name
+from reports.page.overview import by_switch, gate, name, uncorrected
+from reports.statistics.intervals import measured_ratio
 from reports.statistics.metrics import THROUGHPUT
 
-COLORS = {
-    "faster": "green",
-    "slower": "red",
-    "equivalent": "blue",
-    "suggestive": "yellow",
-    "inconclusive": "yellow",
-}
+COLORS = {"faster": "green", "slower": "red", "equivalent": "blue"}
+MOST_ROWS = 12
+"""Rows of a short table. The rest is in the page, and shown by --verbose."""
 
 
-def print_table(analysis: Analysis, console: Console | None = None) -> None:
-    """Print the answer, a row for each effect on the study's metric, the references, and the
-    caveats.
+@dataclass(frozen=True)
+class _Row:
+    """A line of the table. did: what the one optimization that it switches on did in a launch."""
+
+    workload: str
+    name: str
+    effect: Effect
+    did: str = ""
+    role: str = ""
+
+
+def print_table(
+    analysis: Analysis, console: Console | None = None, *, verbose: bool = False
+) -> None:
+    """Print the answer, a row for each effect on the study's metric, and the caveats. Without
+    `verbose`: a line or two for each workload, and no more rows than fit a screen, the decided ones first.
     """
     if console is None:
         if isinstance(sys.stdout, io.TextIOWrapper):
@@ -37,90 +49,220 @@ def print_table(analysis: Analysis, console: Console | None = None) -> None:
         console = Console()
     analysis = text.printable(analysis)
     console.print()
-    for part in analysis["answer"]["by_workload"]:
-        console.print(Text(part["sentence"], style="bold"))
-    effects = [
-        effect for effect in analysis["effects"] if effect["metric"] == analysis["metric"]["key"]
+    if verbose:
+        for part in analysis["answer"]["by_workload"]:
+            console.print(Text(part["sentence"], style="bold"))
+        for line in _outputs(analysis):
+            console.print(Text(line, style="bold"))
+    else:
+        for line in answer_lines(analysis):
+            console.print(Text(line, style="bold"))
+    rows = list(_rows(analysis, verbose))
+    shown = rows if verbose else _fitting(rows)
+    if shown:
+        console.print()
+        console.print(_table(analysis, shown, verbose))
+        if len(shown) < len(rows):
+            left = text.count_of(len(rows) - len(shown), "row")
+            console.print(Text(f"and {left} more: --verbose shows all, as does the page", "dim"))
+    for line in _legend(analysis, shown, verbose):
+        console.print(Text(line, style="dim"))
+    if verbose:
+        console.print(Text(_variance(analysis), style="dim"))
+    _print_notes(console, analysis, verbose)
+
+
+def answer_lines(analysis: Analysis) -> list[str]:
+    """The answer in a few short lines: of each workload everything on, the best single optimization,
+    and whether the output is the same. Of a study without such an answer: its sentences.
+    """
+    whole = {
+        effect["workload"]: effect
+        for effect in analysis["effects"]
+        if effect["role"] == "all"
+        and effect["metric"] == analysis["metric"]["key"]
+        and effect["low"] is not None
+    }
+    if against_engines(analysis) or not set(whole) & set(analysis["workloads"]):
+        return [
+            *(part["sentence"] for part in analysis["answer"]["by_workload"]),
+            *_outputs(analysis),
+        ]
+    lines = []
+    for workload in analysis["workloads"]:
+        if (effect := whole.get(workload)) is None:
+            continue
+        found = f"all on {text.ratio(effect['ratio'])} {text.verdict(effect)}"
+        lines.append(f"{workload}: {found}{_best(analysis, workload)}")
+        if combined := _together(analysis, effect):
+            lines.append(f"  {combined}")
+        lines.append(f"  output: {_output(analysis, workload)}")
+    return lines
+
+
+def _best(analysis: Analysis, workload: str) -> str:
+    """The best optimization by itself, as the end of a line; empty where there is only one change."""
+    metric = analysis["metric"]
+    single = [
+        effect
+        for effect in analysis["effects"]
+        if effect["metric"] == metric["key"]
+        and effect["workload"] == workload
+        and effect["role"] == "treatment"
+        and effect["n"]
+        and len(names.changes(analysis, effect["cell"])) == 1
     ]
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    if not single:
+        return ""
+    best = (max if metric["better"] == "higher" else min)(single, key=measured_ratio)
+    found = f"{name(analysis, best['cell'])} {text.ratio(best['ratio'])} {text.verdict(best)}"
+    return f"; best alone {found}"
+
+
+def _together(analysis: Analysis, whole: Effect) -> str:
+    """That everything on brings more than its parts, and the counter that shows why; or empty."""
+    workload = whole["workload"]
+    for row in analysis["combinations"]:
+        more = row["leans"] == "help each other" and row["verdict"] != "independent"
+        if row["workload"] == workload and more:
+            product = measured_ratio(whole) / measured_ratio(row)
+            said = f"more than the product of the single ones, {text.ratio(product)}"
+            why = counters.why_together(analysis, workload).partition(" (")[0]
+            return f"{said}: {why}" if why else said
+    return ""
+
+
+def _outputs(analysis: Analysis) -> list[str]:
+    """A line for each workload that was served: is its output the same?"""
+    return [
+        f"output on {workload}: {_output(analysis, workload)}"
+        for workload, found in analysis["gate"]["same_tokens"].items()
+        if found["launches"]
+    ]
+
+
+def _output(analysis: Analysis, workload: str) -> str:
+    """The gate's word on a workload."""
+    statuses = {r["status"] for r in analysis["gate"]["rows"] if r["workload"] == workload}
+    words = {"pass": "gate pass", "": "not judged"}
+    return f"{words.get(', '.join(sorted(statuses)), 'GATE FAILED')}; {same_tokens(analysis, workload)}"
+
+
+def _rows(analysis: Analysis, verbose: bool) -> Iterator[_Row]:
+    """Every row of the table, workload by workload; of all workloads together only with `verbose`."""
+    effects = [
+        effect
+        for effect in analysis["effects"]
+        if effect["metric"] == analysis["metric"]["key"]
+        and (verbose or effect["workload"] in analysis["workloads"])
+    ]
+    compared = against_engines(analysis)
+    pairs = [effect for _, effect in throughput_rows(analysis, analysis["comparisons"])]
     switches = {workload: by_switch(analysis, workload) for workload in analysis["workloads"]}
     of_switches = {
         effect[side] for found in switches.values() for effect, _ in found for side in ("on", "off")
     } - {"all"}
-    start = name(analysis, analysis["baseline"])
-    title = "off -> on" if any(switches.values()) else f"relative to {start}"
-    table.add_column(title, no_wrap=True, max_width=30 if any(switches.values()) else None)
-    gain = "speedup" if analysis["metric"]["key"] == THROUGHPUT.key else "ratio"
-    table.add_column(gain, justify="right", no_wrap=True)
-    table.add_column(
-        f"{text.percent(analysis['rule']['confidence'], 0)} interval", justify="right", no_wrap=True
-    )
-    table.add_column("verdict", no_wrap=True)
-    table.add_column("gate", no_wrap=True)
-    table.add_column("ran / chances", justify="right")
     for workload in dict.fromkeys(effect["workload"] for effect in effects):
-        table.add_row(Text(workload, style="bold"))
         for effect in effects:
             if effect["workload"] == workload and effect["cell"] not in of_switches:
-                _add_row(
-                    table,
-                    analysis,
-                    effect,
-                    name(analysis, effect["cell"]),
-                    _counters(analysis, effect["cell"], workload),
-                )
+                did = _did(analysis, effect["cell"], workload)
+                yield _Row(workload, name(analysis, effect["cell"]), effect, did, effect["role"])
         for added, switch in switches.get(workload, []):
-            _add_row(
-                table,
-                analysis,
-                added,
-                switch,
-                _counters(analysis, added["cell"], workload, added["factor"]),
-            )
-        pairs = [effect for _, effect in throughput_rows(analysis, analysis["comparisons"])]
-        for effect in pairs if against_engines(analysis) else [*pairs, *analysis["references"]]:
+            did = _did(analysis, added["cell"], workload, added["factor"])
+            yield _Row(workload, switch, added, did, "treatment")
+        others = pairs if compared else [*pairs, *(analysis["references"] if verbose else ())]
+        for effect in others:
             if effect["workload"] == workload:
                 theirs = name(analysis, effect["reference"]).removeprefix("reference: ")
-                _add_row(table, analysis, effect, f"{name(analysis, effect['cell'])} / {theirs}")
-    console.print(table)
-    _print_legend(console, analysis, effects, bool(of_switches))
-    console.print(Text(_variance(analysis), style="dim"))
-    _print_notes(console, analysis)
+                yield _Row(workload, f"{name(analysis, effect['cell'])} / {theirs}", effect)
 
 
-def _add_row(
-    table: Table,
-    analysis: Analysis,
-    effect: Effect,
-    name: str,
-    counters: str = "",
-) -> None:
-    table.add_row(
-        Text(f" {name}"),
-        text.ratio(effect["ratio"]),
-        text.interval(effect["low"], effect["high"], between="–"),
-        Text(text.verdict(effect), style=COLORS[text.verdict(effect)]),
-        Text(gate(analysis, [effect["cell"]], effect["workload"])),
-        counters,
-    )
+def _fitting(rows: Sequence[_Row]) -> list[_Row]:
+    """As many rows as fit a screen, in their order: everything on and the A/A twin, then what is
+    significant, then what is suggestive.
+    """
+
+    def late(row: _Row) -> int:
+        if row.role in ("aa", "all"):
+            return 0
+        if row.effect["verdict"] in ("faster", "slower"):
+            return 1
+        return 2 if text.is_suggestive(row.effect) else 3
+
+    kept = sorted(range(len(rows)), key=lambda i: (late(rows[i]), i))[:MOST_ROWS]
+    return [rows[i] for i in sorted(kept)]
 
 
-def _counters(analysis: Analysis, cell: str, workload: str, factor: str | None = None) -> str:
-    """How often a factor ran and could have run, or the one factor that a cell has on; the report
-    lists those of cells with several.
+def _table(analysis: Analysis, rows: Sequence[_Row], verbose: bool) -> Table:
+    """The gate has a column only where not everything passed, as the lines above say so of the rest."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    start = name(analysis, analysis["baseline"])
+    split = any(row.effect.get("kind") for row in rows)
+    gates = [gate(analysis, [row.effect["cell"]], row.workload) for row in rows]
+    told = set(gates) - {"pass"}
+    with_did = any(row.did for row in rows) and (verbose or not split)
+    table.add_column("off -> on" if split else f"relative to {start}", no_wrap=True, max_width=30)
+    gain = "speedup" if analysis["metric"]["key"] == THROUGHPUT.key else "ratio"
+    table.add_column(gain, justify="right", no_wrap=True)
+    share = text.percent(analysis["rule"]["confidence"], 0).replace(" ", "")
+    table.add_column(f"{share} interval", justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    if told:
+        table.add_column("gate", no_wrap=True)
+    if with_did:
+        table.add_column("did")
+    workload = ""
+    for row, passed in zip(rows, gates, strict=True):
+        if row.workload != workload:
+            workload = row.workload
+            table.add_row(Text(workload, style="bold"))
+        effect, said = row.effect, text.verdict(row.effect)
+        table.add_row(
+            Text(f" {row.name}"),
+            text.ratio(effect["ratio"]),
+            text.interval(effect["low"], effect["high"], between="–"),
+            Text(said, style=COLORS.get(said, "yellow")),
+            *([Text(passed)] if told else ()),
+            *([row.did] if with_did else ()),
+        )
+    return table
+
+
+def _did(analysis: Analysis, cell: str, workload: str, factor: str | None = None) -> str:
+    """What a factor did, or the one factor that a cell has on; the page lists those of cells with
+    several.
     """
     rows = [
         row
         for row in analysis["toggles"]["rows"]
-        if row["cell"] == cell and row["workload"] == workload
+        if row["cell"] == cell and row["workload"] == workload and factor in (None, row["factor"])
     ]
-    rows = [row for row in rows if factor in (None, row["factor"])]
-    if len(rows) != 1:
-        return ""
-    engaged, opportunity = (
-        max(bounds) if bounds else None for bounds in (rows[0]["engaged"], rows[0]["opportunity"])
-    )
-    return f"{text.number(engaged)} / {text.number(opportunity)}"
+    return counters.did_in_short(rows[0]) if len(rows) == 1 else ""
+
+
+def _legend(analysis: Analysis, rows: Sequence[_Row], verbose: bool) -> Iterator[str]:
+    """What the words of the table stand for."""
+    start, effects = analysis["baseline"], [row.effect for row in rows]
+    split = any(effect.get("kind") for effect in effects)
+    if verbose:
+        yield f"{name(analysis, start)}: {names.settings(analysis, start)}"
+        for cell, entry in analysis["cells"].items():
+            if entry["role"] == "aa":
+                yield f"{name(analysis, cell)}: {name(analysis, start)} run a second time; what it shows is noise"
+    for cell, entry in analysis["cells"].items():
+        if entry["role"] == "all" and cell != start:
+            changes = names.changes(analysis, cell)
+            yield f"{name(analysis, cell)}: {', '.join(c.removesuffix('=on') for c in changes)}"
+    if verbose:
+        yield from names.on_both_sides(analysis) if split else names.left_out_together(analysis)
+    if split:
+        yield "alone: switched on over all off; added last: all on over all on without it"
+    if any(text.is_suggestive(effect) for effect in effects):
+        yield f"suggestive: {uncorrected(effects)}"
+    if any(row.did for row in rows) and (verbose or not split):
+        yield "did: tokens found in the cache, mixed steps, requests that joined a batch, calls"
+    if verbose:
+        yield "gate: did HF transformers, in a higher precision, confirm the timed tokens?"
 
 
 def _variance(analysis: Analysis) -> str:
@@ -144,39 +286,16 @@ def _variance(analysis: Analysis) -> str:
     return f"variance: moderated by all effects, {freedom}; d0 as estimated: {d0}"
 
 
-def _print_legend(
-    console: Console,
-    analysis: Analysis,
-    effects: Sequence[Effect],
-    switches: bool,
-) -> None:
-    """What the names, the verdicts and the counters of the table stand for."""
-    start = analysis["baseline"]
-    lines = [f"{name(analysis, start)}: {names.settings(analysis, start)}"]
-    for cell, entry in analysis["cells"].items():
-        if entry["role"] == "all" and cell != start:
-            lines.append(f"{name(analysis, cell)}: {', '.join(names.changes(analysis, cell))}")
-        if entry["role"] == "aa":
-            lines.append(
-                f"{name(analysis, cell)}: {name(analysis, start)} run a second time; what it shows is noise"
-            )
-    lines += names.on_both_sides(analysis) if switches else names.left_out_together(analysis)
-    if switches:
-        lines.append("alone: switched on over all off; added last: all on over all on without it")
-    if any(text.verdict(effect) == "suggestive" for effect in effects):
-        lines.append(
-            "suggestive: the interval excludes 1, but not significant once corrected for the number of tests"
-        )
-    lines.append(
-        "gate: were the timed outputs right?  ran / chances: how often it ran / could have (most)"
-    )
-    for line in lines:
-        console.print(Text(line, style="dim"))
-
-
-def _print_notes(console: Console, analysis: Analysis) -> None:
+def _print_notes(console: Console, analysis: Analysis, verbose: bool) -> None:
     notes: Sequence[str] = analysis["answer"]["caveats"]
     for note in notes:
         console.print(Text(f"! {note}", style="yellow"))
-    for reason, what in names.not_applicable(analysis):
-        console.print(Text(f"not applicable: {', '.join(what)}: {reason}"))
+    missing = names.not_applicable(analysis)
+    for reason, what in missing:
+        if verbose:
+            console.print(Text(f"not applicable: {', '.join(what)}: {reason}"))
+    if missing and not verbose:
+        count = sum(len(what) for _, what in missing)
+        console.print(
+            Text(f"not applicable here: {text.count_of(count, 'level')}, see the page", "dim")
+        )

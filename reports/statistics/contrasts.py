@@ -9,6 +9,7 @@ point. With v(S) the log of the metric at point S in one block, a design is aske
     average(t)        mean over backgrounds S of v(S + t) - v(S)        the main effect of a factorial
     Shapley(t)        sum over S in A - {t} of |S|! (k - |S| - 1)! / k! (v(S + t) - v(S))     (Shapley 1953; k = |A|)
     interaction(t, u) mean over backgrounds S of v(S + t + u) - v(S + t) - v(S + u) + v(S)
+    combination       v(A) - v({}) - sum over t in A of (v({t}) - v({}))    more than the parts, on the log scale
 
 A fractional factorial (experiments/study/designs.py) has no pairs of points that differ in one factor
 alone. Its average is the mean over the cells with t minus the mean over those without, its
@@ -165,6 +166,19 @@ class Lattice:
                     ]
                 )
         return result
+
+    def combination(self) -> Contrast:
+        """How many times more everything on buys than the product of what each of its toggles buys
+        alone; {} unless each of them was tried alone.
+        """
+        parts = sorted(self.everything or (), key=str)
+        points = [frozenset(), frozenset(parts), *(frozenset({part}) for part in parts)]
+        if len(parts) < 2 or any(point not in self.cell for point in points):
+            return {}
+        contrast: Contrast = {self.cell[frozenset(parts)]: 1.0, self.cell[frozenset()]: -1.0}
+        for part in parts:
+            contrast = _add(contrast, self._step(frozenset(), part), -1.0)
+        return contrast
 
     def _clear_interactions(self) -> dict[tuple[Toggle, Toggle], Contrast]:
         """The two-way interactions of a fraction that are mixed with no main effect and no other

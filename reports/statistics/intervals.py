@@ -28,8 +28,10 @@ Better = Literal["higher", "lower"]
 
 
 class Judged(TypedDict):
-    """An interval and a p-value; `judge` writes p_holm, corrected for its family, and the verdict.
-    None: too few blocks to tell.
+    """An interval and a p-value. None: too few blocks to tell.
+
+    `judge` writes the rest: p_holm, corrected for the `tests` that are made together, the verdict,
+    and `leans`, the side of 1 on which the whole interval lies (faster or slower; None if it holds 1).
     """
 
     low: float | None
@@ -37,6 +39,8 @@ class Judged(TypedDict):
     p: float | None
     p_holm: NotRequired[float | None]
     verdict: NotRequired[str]
+    tests: NotRequired[int]
+    leans: NotRequired[str | None]
 
 
 class Estimate(Judged):
@@ -242,13 +246,24 @@ def _moderated(samples: NDArray[np.float64], rule: Rule, prior: Prior, scale: fl
 
 
 def judge(family: Sequence[Judged], rule: Rule, better: Better = "higher") -> None:
-    """Write `p_holm` and `verdict` into every effect of one family (effects judged together)."""
+    """Write `p_holm`, `tests`, `verdict` and `leans` into every effect of one family (effects judged
+    together).
+    """
     tested = [(effect, p) for effect in family if (p := effect["p"]) is not None]
     for (effect, _), p in zip(tested, holm([p for _, p in tested]), strict=True):
         effect["p_holm"] = p
     for effect in family:
         effect.setdefault("p_holm", None)
+        effect["tests"] = len(tested)
         effect["verdict"] = verdict(effect["low"], effect["high"], effect["p_holm"], rule, better)
+        effect["leans"] = leaning(effect["low"], effect["high"], better)
+
+
+def leaning(low: float | None, high: float | None, better: Better = "higher") -> str | None:
+    """The side of 1 on which a whole interval lies, faster or slower; None if it contains 1."""
+    if low is None or high is None or low <= 1 <= high:
+        return None
+    return "faster" if (low > 1) == (better == "higher") else "slower"
 
 
 def verdict(

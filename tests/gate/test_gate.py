@@ -836,7 +836,9 @@ def test_every_distinct_output_is_judged_once(
     study.add("b00-o00-a", outputs)
     study.add("b00-o01-b", outputs, engine="hf")
     assert study.gate() == 0
-    assert "1 of 1 distinct outputs pass" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 of 1 distinct outputs pass" in said
+    assert "(hf, nanovllm): the same tokens in 2 of 2 launches; " in said
     (record,) = study.verdicts()
     assert list(record) == [
         "kind",

@@ -8,17 +8,24 @@ from typing import Any
 
 import pytest
 
+from experiments.records import cell_names
+from nanovllm.config import LEVELS
 from reports import text
-from reports.analysis import names
+from reports.analysis import counters, names
 from reports.analysis.analyse import analyse
 from reports.analysis.answer import answer
+from reports.analysis.gate_and_launches import same_tokens
+from reports.page.evidence import evidence
 from reports.page.overview import overview
+from reports.page.sections import results
+from reports.statistics.intervals import Rule, judge
 from tests.support.synthetic import (
     BASE_LEVELS,
     ON,
     cell_of,
     designed,
     factorial,
+    gate_line,
     make_plan,
     make_records,
     one_at_a_time,
@@ -57,16 +64,26 @@ def test_an_interval_that_excludes_1_and_is_not_significant_is_called_suggestive
     analysis = analyse(make_records(plan, {"batching": 1.2}, sd=0.03, seed=3), plan)
     effect = effects_of(analysis, cell="batching=continuous")[0]
     assert (effect["verdict"], effect["low"] > 1) == ("inconclusive", True)
-    assert text.verdict(effect) == "suggestive"
+    assert text.verdict(effect) == "suggestive: faster"
     assert "batching=continuous comes first (×1." in analysis["answer"]["sentence"]
     everything = effects_of(analysis, cell="all")[0]
-    assert text.verdict(everything) == "suggestive"
+    assert text.verdict(everything) == "suggestive: faster"
     assert (
-        "suggestive, not significant after correction for 4 tests" in analysis["answer"]["sentence"]
+        "suggestive: faster; not significant after correction for 4 tests"
+        in analysis["answer"]["sentence"]
     )
-    assert text.verdict(effect | {"low": 0.9}) == "inconclusive"
-    assert text.verdict(effect | {"low": None, "high": None}) == "inconclusive"
+    assert text.verdict(effect | {"leans": None}) == "inconclusive"
     assert text.verdict(effect | {"verdict": "faster"}) == "faster"
+
+
+@pytest.mark.parametrize(("better", "side"), [("higher", "slower"), ("lower", "faster")])
+def test_a_suggestive_effect_says_on_which_side_it_lies(better: Any, side: str) -> None:
+    """A ratio of 0.77 is a loss of throughput, and a gain in latency."""
+    effect: Any = {"low": 0.644, "high": 0.920, "p": 0.02}
+    tests = [effect, *({"low": 0.9, "high": 1.1, "p": 0.9} for _ in range(13))]
+    judge(tests, Rule(), better)
+    assert text.verdict(effect) == f"suggestive: {side}"
+    assert text.uncorrected(effect["tests"]) == "not significant after correction for 14 tests"
 
 
 def test_a_switch_that_slows_everything_on_is_named() -> None:
@@ -98,17 +115,22 @@ def test_a_switch_that_slows_everything_on_is_named() -> None:
     assert "without" not in helpful["answer"]["sentence"]
 
 
-def test_the_noisiest_workload_is_quoted() -> None:
-    """Not the first, nor the one with the widest interval: the one whose twin is furthest from 1."""
+def test_every_workload_with_noise_is_named() -> None:
+    """The one whose twin is furthest from 1 first; those whose twin is equivalent are left out."""
     effects = [
         {"role": "aa", "metric": "output_tokens_per_s", "verdict": "inconclusive", "workload": name}
         | {"ratio": ratio, "low": low, "high": high}
         for name, ratio, low, high in (("mixed", 1.006, 0.58, 1.73), ("shared", 0.898, 0.81, 0.99))
     ]
+    effects.append(effects[0] | {"workload": "quiet", "verdict": "equivalent"})
     plan = make_plan(one_at_a_time(), 2)
-    analysis = analyse(make_records(plan, SPEEDUPS), plan) | {"effects": effects}
+    analysis = analyse(make_records(plan, SPEEDUPS), plan) | {
+        "effects": effects,
+        "workloads": {"mixed": {}, "shared": {}, "quiet": {}},
+    }
     (noise,) = [caveat for caveat in answer(analysis)["caveats"] if caveat.startswith("Noise")]
-    assert "reads ×0.898 (0.810 to 0.990) on shared." in noise
+    assert "reads ×0.898 (0.810 to 0.990) on shared and ×1.006 (0.580 to 1.730) on mixed." in noise
+    assert "quiet" not in noise
 
 
 def test_a_noisy_machine_is_said() -> None:
@@ -146,10 +168,10 @@ def test_configurations_are_called_what_they_are() -> None:
         "all": "all on",
         "hf": "reference: HF 5.1",
     }
-    assert names.baseline_name({"prefix_cache": "on", "tensor_parallel_size": 1}) == "all on"
-    assert names.baseline_name({"prefix_cache": "on", "batching": "static"}) == "baseline"
+    assert cell_names.baseline_name({"prefix_cache": "on", "tensor_parallel_size": 1}) == "all on"
+    assert cell_names.baseline_name({"prefix_cache": "on", "batching": "static"}) == "baseline"
     plan["cells"] |= cell_of("hf-eager", "reference", engine="hf")
-    two = names.shown_names(plan, [])
+    two = cell_names.shown_names(plan, [])
     assert (two["hf"], two["hf-eager"]) == ("reference: HF", "reference: HF (eager)")
 
 
@@ -188,3 +210,152 @@ def test_a_row_for_each_switch_in_place_of_all_but_one() -> None:
     words = " ".join(results.notes)
     assert "one optimization alone: " in words
     assert "added last or on top: " in words
+
+
+def found_by_the_cache(records: list[dict[str, Any]], found: dict[str, int]) -> None:
+    """Writes into records how many prompt tokens the prefix cache of each cell found."""
+    for record in records:
+        if record["kind"] == "launch" and record["cell"] in found:
+            for work in record["workloads"].values():
+                work["toggles"]["prefix_cache"]["opportunity"] = found[record["cell"]]
+
+
+def test_more_together_than_alone_is_said_with_the_counter_that_shows_why() -> None:
+    """Everything on brings four times what its parts multiply to; a study of single toggles has no pair
+    of them, but the cache finds more tokens in company.
+    """
+    plan = make_plan(one_at_a_time(), 4)
+    records = make_records(
+        plan, {"batching": 1.2}, sd=0.004, interactions={("prefix_cache", "batching"): 4.0}
+    )
+    found_by_the_cache(records, {"prefix_cache=on": 3840, "all": 18560})
+    analysis = analyse(records, plan)
+    (row,) = analysis["combinations"]
+    assert row["ratio"] == pytest.approx(4.0, rel=0.03)
+    assert row["low"] < 4.0 < row["high"]
+    assert row["verdict"] == "help each other"
+    sentence = analysis["answer"]["sentence"]
+    assert "; everything on is " in sentence
+    assert " times (3." in sentence
+    assert "the product of the single ones, ×1." in sentence
+    assert (
+        "prefix_cache=on beside batching=continuous: 18,560 prompt tokens found, 3,840 alone"
+        in sentence
+    )
+    together = next(s for s in results(analysis) if s.key == "together")
+    assert "18,560 prompt tokens found" in " ".join(together.lead)
+    assert together.gist == "scaled: help each other"
+
+
+def test_parts_that_do_not_act_on_each_other_are_not_said_to() -> None:
+    plan = make_plan(one_at_a_time(), 4)
+    records = make_records(plan, {"batching": 1.2, "prefix_cache": 1.5}, sd=0.004)
+    analysis = analyse(records, plan)
+    (row,) = analysis["combinations"]
+    assert row["ratio"] == pytest.approx(1, abs=0.03)
+    assert "product" not in analysis["answer"]["sentence"]
+
+
+def test_the_partner_is_the_one_without_which_the_counter_falls() -> None:
+    plan = make_plan(
+        designed("both", list(ON)),
+        4,
+        factors={name: {"baseline": off} for name, off in BASE_LEVELS.items()},
+        design={"kind": "both"},
+    )
+    records = make_records(plan, {}, interactions={("prefix_cache", "tensor_parallel_size"): 3.0})
+    found_by_the_cache(
+        records,
+        {
+            "prefix_cache=on": 100,
+            "all": 900,
+            "all-but-batching": 900,
+            "all-but-tensor_parallel_size": 150,
+        },
+    )
+    analysis = analyse(records, plan)
+    why = counters.why_together(analysis, "scaled")
+    assert why == (
+        "prefix_cache=on beside tensor_parallel_size=2: 900 prompt tokens found, 100 alone, "
+        "150 with everything on but tensor_parallel_size"
+    )
+
+
+def test_what_an_optimization_did_is_said_in_words() -> None:
+    row = {"factor": "prefix_cache", "level": "on", "engaged": [120, 120]}
+    assert counters.did(row | {"opportunity": [3840, 18560]}) == (
+        "120 lookups, 3,840 to 18,560 prompt tokens found"
+    )
+    assert counters.did(row | {"opportunity": [0, 0]}).endswith(
+        ": nothing to gain in this workload"
+    )
+    assert counters.did_in_short(row | {"opportunity": [3840, 18560]}) == "18,560 found"
+    chunked = {"factor": "batching", "level": "chunked", "engaged": [179, 179]}
+    assert counters.did(chunked | {"opportunity": [35, 35]}) == (
+        "179 steps, 35 with prefill beside decodes"
+    )
+    own = {"factor": "my_toggle", "level": "on", "engaged": [7, 7], "opportunity": None}
+    assert counters.did(own) == "7 times"
+
+
+def test_every_toggle_has_words_for_its_counters() -> None:
+    for factor, levels in LEVELS.items():
+        for level in levels[1:]:
+            assert counters.of(factor, level) is not counters._UNKNOWN, (factor, level)
+
+
+def test_the_number_of_tests_comes_from_one_count() -> None:
+    """Two workloads, four changes: eight tests. All workloads together are four rows more, and no test
+    of this family.
+    """
+    plan = make_plan(one_at_a_time(), 3, ("scaled", "shared"))
+    analysis = analyse(make_records(plan, {"batching": 1.2}, sd=0.03, seed=3), plan)
+    section = next(s for s in results(analysis) if s.key == "effects")
+    assert sum(int(part.split()[0]) for part in section.gist.split(", ")) == 8
+    assert "Holm's test over the 8 treatments of single workloads" in " ".join(section.lead)
+    words = " ".join(next(s for s in overview(plan, analysis) if s.key == "results").notes)
+    assert "Correction: each of 8 tests" in words
+    assert "suggestive: faster or suggestive: slower" in words
+    assert "not significant after correction for 8 tests" in words
+
+
+def test_the_gate_says_how_many_launches_gave_the_tokens_of_the_start() -> None:
+    """Here the launches with two ranks round another way, and those of HF draw other samples."""
+    plan = make_plan(one_at_a_time(), 3)
+    records = make_records(plan, SPEEDUPS)
+    launches = [record for record in records if record["kind"] == "launch"]
+    start = next(record for record in launches if record["cell"] == "baseline")
+    digest = start["workloads"]["scaled"]["tokens_digest"]
+    others = ("hf", "tensor_parallel_size=2")
+    for record in launches:
+        served = record["workloads"]["scaled"]
+        served["tokens_digest"] = "e" * 64 if record["cell"] in others else digest
+    records.append(gate_line(plan, "scaled", "e" * 64))
+    analysis = analyse(records, plan)
+    tokens = analysis["gate"]["tokens_checked"]
+    assert same_tokens(analysis, "scaled") == (
+        f"15 of 21 launches gave the tokens of all off, {tokens:,} judged"
+    )
+    gate = next(s for s in evidence(plan, analysis, "") if s.key == "gate")
+    assert "Launches of tensor_parallel_size=2 and reference: HF gave other tokens" in " ".join(
+        gate.lead
+    )
+    place = [column.title for column in gate.tables[0].columns].index("launches")
+    made = {row[1]: row[place] for row in gate.tables[0].rows}
+    assert made["reference: HF, tensor_parallel_size=2"] == "6"
+    assert "15" in made.values()
+
+
+def test_what_the_study_achieved_is_on_its_page() -> None:
+    """The median interval, as the ratio it multiplies and divides by."""
+    plan = make_plan(one_at_a_time(), 4)
+    analysis = analyse(make_records(plan, SPEEDUPS, sd=0.05), plan)
+    reach = sorted(
+        (effect["high"] / effect["low"]) ** 0.5 - 1
+        for effect in analysis["effects"]
+        if effect["metric"] == "output_tokens_per_s" and effect["role"] in ("treatment", "all")
+    )
+    found = analysis["precision"]
+    assert found["effects"] == len(reach) == 4
+    assert found["half_width"] == pytest.approx((reach[1] + reach[2]) / 2)
+    assert analyse([], plan)["precision"] is None

@@ -89,7 +89,18 @@ def test_a_model_that_is_neither_folder_nor_preset_is_named(runs: Path) -> None:
     assert model_files.preset_digests() == checkpoint.DIGESTS
 
 
-COMMANDS = ("ablate", "run", "compare", "check", "report", "import", "validate", "serve", "list")
+COMMANDS = (
+    "ablate",
+    "run",
+    "compare",
+    "check",
+    "report",
+    "import",
+    "chat",
+    "validate",
+    "serve",
+    "list",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -214,7 +225,9 @@ def test_launches_are_run_once_and_what_went_wrong_is_listed(
     assert "invalid: b00-o03-dead: prefix_cache=on never engaged" in said(console)
 
 
-def test_the_time_left_follows_what_launches_really_take(tmp_path: Path, console: Console) -> None:
+def test_the_time_left_follows_what_launches_really_take(
+    tmp_path: Path, console: Console, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan = make_plan(tmp_path / "model", blocks=2)
     bar = ProgressBar(plan, console)
     assert bar.remaining_s() == pytest.approx(plan["expected_s"])
@@ -222,6 +235,7 @@ def test_the_time_left_follows_what_launches_really_take(tmp_path: Path, console
         record = {
             "cell": entry["cell"],
             "launch": entry["launch"],
+            "block": entry["block"],
             "total_s": seconds,
             "status": "ok",
         }
@@ -229,3 +243,6 @@ def test_the_time_left_follows_what_launches_really_take(tmp_path: Path, console
     # baseline and aa once more by their own times, prefix_cache=on twice by the median of all
     assert bar.remaining_s() == pytest.approx(10 + 20 + 2 * 15)
     assert not (tmp_path / "out").exists()
+    names = {"baseline": "all off", "aa": "A/A twin"}
+    first = plan["launches"][0]["cell"]
+    assert capsys.readouterr().out.startswith(f"block 0, {names.get(first, first)}: ok in 10.0 s")

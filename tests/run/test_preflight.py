@@ -5,7 +5,9 @@ the first launch.
 from __future__ import annotations
 
 import io
+import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -124,7 +126,7 @@ def test_mlflow_that_cannot_be_written_leaves_the_report(
 ) -> None:
     cannot_write(monkeypatch, tmp_path)
     assert "not writable" in (tracking.objection(tmp_path) or "")
-    monkeypatch.setattr(execution, "render", lambda folder: None)
+    monkeypatch.setattr(execution, "render", lambda folder, verbose: None)
     real = tracking.import_folder
     monkeypatch.setattr(
         tracking, "import_folder", lambda folder, report: real(folder, report, tmp_path)
@@ -166,6 +168,10 @@ def test_a_gate_that_cannot_run_leaves_the_report(
         execution.execute(plan, finished, Options(), console)
     assert "report.html" in said(console)
     assert "http://the/table/of/id" in said(console)
+    power = next(line for line in said(console).splitlines() if line.startswith("power"))
+    achieved = json.loads((finished / "report" / "analysis.json").read_text())["precision"]
+    assert f"intervals of ± {achieved['half_width']:.1%}, changes of" in power
+    assert re.search(r"detectable \(planned: ± [\d.]+%, [\d.]+%\)$", power), "as published before"
     assert not (finished / execution.FINISHED).exists()
 
 

@@ -21,6 +21,7 @@ from experiments.host.validity import objections
 from experiments.launch.runner import Runner
 from experiments.records import store
 from experiments.study import block_count, designs
+from reports.statistics.intervals import t_interval
 from tests.support.fake_engine import make_plan
 
 LETTERS = "ABCDEFG"
@@ -243,6 +244,12 @@ def test_an_earlier_run_tells_what_will_be_found(tmp_path: Path) -> None:
     assert block_count.previous_noise(other, [folder]) is None
     assert block_count.detectable(0.03, 6, 0.05) == pytest.approx(0.045, abs=0.003)
     assert block_count.detectable(0.03, 24, 0.05) < block_count.detectable(0.03, 6, 0.05) / 2
+    # An interval reaches as far as the report's does: beyond the mean, by the same factor on both sides.
+    sample = np.array([0.01, 0.05, 0.02, 0.08])
+    low, high = t_interval(sample, 0.05)
+    reach = block_count.half_width(float(sample.std(ddof=1)), 4, 0.05)
+    assert reach == pytest.approx(np.expm1((high - low) / 2))
+    assert block_count.half_width(0.03, 1, 0.05) == np.inf
     # What it claims is what studies of normal noise find, at small levels as well, where
     # statsmodels' solver had no solution.
     for alpha, blocks, power in ((0.05, 6, 0.8), (0.01, 2, 0.8), (0.001, 4, 0.8), (0.001, 7, 0.9)):

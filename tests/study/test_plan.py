@@ -335,7 +335,7 @@ def test_a_switch_that_cannot_run_alone_is_still_part_of_everything_on(model: Mo
     text = said(plan)
     assert (
         "design   both (each switch alone, and left out of everything on); "
-        f"{len(plan['cells'])} configurations: baseline, aa, attention_backend=triton" in text
+        f"{len(plan['cells'])} configurations: all off, A/A twin, attention_backend=triton" in text
     )
     (line,) = re.findall(r"skipped  cascade_attention=on: (?:.|\n {9})*", text)
     assert " ".join(line.split()).endswith("It stays part of everything on.")
