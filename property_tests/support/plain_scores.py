@@ -104,6 +104,7 @@ def explaining_noise(scaled: Tensor, rows: Rows, tokens: Tensor) -> Tensor:
     order = scaled.argsort(dim=-1, descending=True, stable=True)
     within_k.scatter_(1, order, torch.arange(scaled.shape[1]) < k)
     mass = scaled.masked_fill(~within_k, -torch.inf).double().softmax(-1)
+    mass_and_one = torch.stack((mass, torch.ones_like(mass)), dim=-1)
     scores = scaled + rows.noise(scaled.shape[1])
     own, own_score = scaled.gather(1, tokens[:, None]), scores.gather(1, tokens[:, None])
 
@@ -129,15 +130,16 @@ def explaining_noise(scaled: Tensor, rows: Rows, tokens: Tensor) -> Tensor:
         # [n, V, V]: of token i, the others that may lie above
         above_each = scaled[:, None, :] >= scaled[:, :, None] - d[..., None]
         above_each &= ~torch.eye(scaled.shape[1], dtype=torch.bool)
-        b = ((mass[:, None, :] * above_each).sum(-1) / within(-d)).clamp(max=1.0)
-        is_certain = (above_each.sum(-1) < k) & (b / (b + (1 - b) * (-d).exp()) < p)
+        share, count = (above_each.double() @ mass_and_one).unbind(-1)
+        b = (share / within(-d)).clamp(max=1.0)
+        is_certain = (count < k) & (b / (b + (1 - b) * (-d).exp()) < p)
         is_certain &= others - scaled + d <= depth
         beaten = scores.masked_fill(~is_certain, -torch.inf).amax(-1, keepdim=True) - own_score <= d
         return may_be_kept & (beaten | rows.unknown_noise[:, None])
 
     low = torch.zeros_like(own, dtype=torch.float64)
     high = low + 200.0
-    for _ in range(45):
+    for _ in range(35):  # to 1e-8
         middle = (low + high) / 2
         enough = explains(middle)
         high, low = torch.where(enough, middle, high), torch.where(enough, low, middle)

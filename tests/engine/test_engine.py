@@ -17,6 +17,7 @@ import torch
 from nanovllm import LLM, EngineConfig, LLMEngine, RequestOutput, SamplingParams
 from nanovllm.engine.invariants import check_invariants
 from nanovllm.engine.llm_engine import EngineDeadError
+from tests.models import test_families_against_hf as families
 
 SMALL: dict[str, Any] = {
     "device": "cpu",
@@ -282,11 +283,27 @@ def test_counters_prove_that_toggles_fired(tiny: Path) -> None:
             assert not any(llm.stats().values())
 
 
-@pytest.mark.skipif(
+# Torch's compiler takes ten seconds to import and more to compile for the first time: all tests of it
+# in `make test` stand here, side by side, so that one process pays for it.
+needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None,
     reason="torch.compile needs a C++ compiler on a CPU: apt-get install g++",
 )
+
+
+@needs_compiler
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
+@pytest.mark.parametrize("family", ["llama 3.1", "qwen2"])
+def test_compiled_kernels_of_other_families_compute_the_same(tmp_path: Path, family: str) -> None:
+    """Of heads without norms, and of a projection with a bias."""
+    model = families.random_model(family)
+    model.save_pretrained(tmp_path)
+    ours = families.logits_of(tmp_path, families.TEXT, kernels="compile")
+    families.assert_same(ours, families.hf_logits(model, families.TEXT))
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore")
 def test_compiled_kernels_are_the_twins_of_torch(tiny: Path, hf: Any) -> None:
     prompts = prompts_of(6, seed=5)
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)

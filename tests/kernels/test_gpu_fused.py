@@ -34,12 +34,11 @@ SMALL = study.Shape(
 
 @pytest.fixture(autouse=True)
 def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    def call_every_layer(function: object, layers: int) -> float:
-        for layer in range(layers):
-            function(layer)  # type: ignore[operator]
+    def call_the_last_layer(function: object, layers: int) -> float:
+        function(layers - 1)  # type: ignore[operator]
         return 5e-6
 
-    monkeypatch.setattr(study, "graph_s", call_every_layer)
+    monkeypatch.setattr(study, "graph_s", call_the_last_layer)
 
 
 def test_every_line_of_the_study_is_right(

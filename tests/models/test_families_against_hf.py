@@ -5,7 +5,6 @@ rope type, as transformers 4 and 5 write it.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -342,16 +341,3 @@ def test_settings_of_experts_are_checked(
     file.write_text(json.dumps(config | changes))
     with pytest.raises(ValueError, match=message):
         runner_of(tmp_path)
-
-
-@pytest.mark.skipif(
-    shutil.which("g++") is None,
-    reason="torch.compile needs a C++ compiler on a CPU: apt-get install g++",
-)
-@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
-@pytest.mark.parametrize("family", ["llama 3.1", "qwen2"])
-def test_compiled_kernels_compute_the_same(tmp_path: Path, family: str) -> None:
-    """Of heads without norms, and of a projection with a bias."""
-    model = random_model(family)
-    model.save_pretrained(tmp_path)
-    assert_same(logits_of(tmp_path, TEXT, kernels="compile"), hf_logits(model, TEXT))
