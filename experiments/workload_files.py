@@ -68,7 +68,7 @@ def read(kind: str, path: str, num_requests: int | None, most: int) -> str:
             f"path: {file} has {size:,} bytes; allowed: at most {MOST_BYTES:,}; give the first lines in a file of their own"
         )
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # some editors write a mark at its start
     except UnicodeDecodeError as error:
         raise ValueError(
             f"path: {file} is no text in UTF-8 ({error}); allowed: a file of JSON lines"
@@ -83,7 +83,7 @@ def read(kind: str, path: str, num_requests: int | None, most: int) -> str:
             continue
         try:
             line = json.loads(written)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{file}, line {number}: no JSON ({error}); allowed: one JSON object a line"
             ) from error
@@ -168,6 +168,12 @@ def prompts_of_trace(
 def _checked(kind: str, line: Any, check: Callable[[Line, int], Line], most: int) -> Line:
     if not isinstance(line, dict):
         raise ValueError(f"a {type(line).__name__}; allowed: a JSON object")
+    try:
+        json.dumps(line, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            "half of a character (a lone \\ud800 to \\udfff); allowed: whole characters"
+        ) from error
     return check({key: value for key, value in line.items() if key not in _IGNORED[kind]}, most)
 
 

@@ -155,6 +155,8 @@ def test_a_trace_cuts_the_last_block_and_adds_tokens_of_its_own(folder: Path) ->
     ("kind", "line", "message"),
     [
         ("file", "{", r"lines.jsonl, line 2: no JSON"),
+        ("file", "[" * 100_000, "line 2: no JSON"),
+        ("file", '{"prompt": "\\ud83d"}', r"line 2: half of a character .*allowed: whole"),
         ("file", '"text"', r"line 2: a str; allowed: a JSON object"),
         ("file", "{}", r"line 2: no prompt; allowed: exactly one of prompt, messages"),
         (
@@ -222,7 +224,7 @@ def test_wrong_files_and_parameters(tmp_path: Path) -> None:
 def test_a_text_may_hold_any_character(tmp_path: Path) -> None:
     """Python's own splitlines would end a line at U+2028, which JSON allows in a text."""
     line = json.dumps({"prompt": "a\u2028b\x0cc"}, ensure_ascii=False)
-    (tmp_path / "lines.jsonl").write_text(line + "\n", encoding="utf-8")
+    (tmp_path / "lines.jsonl").write_text(line + "\n", encoding="utf-8-sig")
     content = workload_files.read("file", str(tmp_path / "lines.jsonl"), None, 100)
     assert workload_files.unpack(content) == [{"prompt": "a\u2028b\x0cc"}]
 
