@@ -57,7 +57,7 @@ def read(path: str, num_requests: int | None, most: int) -> str:
             f"path: {file} has {size:,} bytes; allowed: at most {MOST_BYTES:,}; give the first lines in a file of their own"
         )
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # some editors write a mark at its start
     except UnicodeDecodeError as error:
         raise ValueError(
             f"path: {file} is no text in UTF-8 ({error}); allowed: a file of JSON lines"
@@ -71,7 +71,7 @@ def read(path: str, num_requests: int | None, most: int) -> str:
             continue
         try:
             line = json.loads(written)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{file}, line {number}: no JSON ({error}); allowed: one JSON object a line"
             ) from error
@@ -126,6 +126,12 @@ def prompts_of_file(content: str, output_tokens: int) -> tuple[list[list[int]], 
 def _checked(line: Any, most: int) -> Line:
     if not isinstance(line, dict):
         raise ValueError(f"a {type(line).__name__}; allowed: a JSON object")
+    try:
+        json.dumps(line, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            "half of a character (a lone \\ud800 to \\udfff); allowed: whole characters"
+        ) from error
     return _check_prompt({key: value for key, value in line.items() if key not in _IGNORED}, most)
 
 

@@ -2,7 +2,7 @@
 tokens.
 
     python -m experiments.checking.real_text ten      # `make real-weights` runs it once
-    python -m experiments.checking.real_text study    # the figures in docs/methodology.md, as JSON
+    python -m experiments.checking.real_text study    # the figures in docs/methodology.md, as lines of JSON
 
 Both take --model: a preset, by default the trained one, or a folder.
 """
@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils.logging import disable_progress_bar
 
 from experiments import workload_files, workloads
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=("ten", "study"))
     parser.add_argument("--model", default=real_weights.NAME)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--prompts", type=int, default=16, help="of the study")
+    parser.add_argument("--prompts", type=int, default=8, help="of the study of margins")
     given = parser.parse_args(arguments)
     disable_progress_bar()
     try:
@@ -54,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if given.what == "ten":
         return 0 if ten(folder, given.dtype) else 1
-    print(json.dumps(study(folder, given.prompts), indent=1))
+    for part in study(folder, given.prompts):
+        print(json.dumps(part), flush=True)
     return 0
 
 
@@ -163,31 +163,30 @@ def _line(name: str, request: Request, reason: str, result: GateResult) -> str:
     )
 
 
-def study(folder: Path, prompts: int) -> JsonObject:
-    """What text changes. Lengths and shares are of greedy answers of at most ANSWER_TOKENS tokens."""
-    text = requests_of(folder, "everyday", slice(0, prompts), ANSWER_TOKENS)
-    talk = requests_of(folder, "library-desk", slice(None), ANSWER_TOKENS)
-    noise = workloads.build(
-        "random",
-        "random",
-        {
-            "num_requests": prompts,
-            "prompt_tokens": [32, 256],
-            "output_tokens": ANSWER_TOKENS,
-            "vocab_size": read_vocabulary(folder)[1],
-            "temperature": 0,
-            "ignore_eos": False,
-        },
-    )["waves"][0]
-    work = {"everyday": text, "library-desk": talk, "random tokens": noise}
-    found: JsonObject = {"model": str(folder.name), "cpu": provenance.cpu_model(), "served": {}}
-    outputs: dict[str, list[list[int]]] = {}
+def study(folder: Path, prompts: int) -> Iterator[JsonObject]:
+    """What text changes, part by part. Lengths and shares are of greedy answers of at most ANSWER_TOKENS
+    tokens; margins and texts of HF are of `prompts` short prompts, because bfloat16 is slow on many CPUs.
+    """
+    yield {"model": folder.name, "cpu": provenance.cpu_model()}
+    random = {
+        "output_tokens": ANSWER_TOKENS,
+        "vocab_size": read_vocabulary(folder)[1],
+        "temperature": 0,
+        "ignore_eos": False,
+    }
+    many = random | {"num_requests": 16, "prompt_tokens": [32, 256]}
+    work = {
+        "everyday": requests_of(folder, "everyday", slice(0, 16), ANSWER_TOKENS),
+        "library-desk": requests_of(folder, "library-desk", slice(None), ANSWER_TOKENS),
+        "random tokens": workloads.build("random", "random", many)["waves"][0],
+    }
     for name, requests in work.items():
         with engine(folder, "float32", ALL) as llm:
-            outputs[name], reasons = serve(llm, requests)
+            outputs, reasons = serve(llm, requests)
             stats = llm.stats()
-        lengths = sorted(map(len, outputs[name]))
-        found["served"][name] = {
+        lengths = sorted(map(len, outputs))
+        yield {
+            "served": name,
             "requests": len(requests),
             "prompt_tokens": sum(len(r["prompt_token_ids"]) for r in requests),
             "prefix_hit_tokens": stats["prefix_hit_tokens"],
@@ -195,56 +194,70 @@ def study(folder: Path, prompts: int) -> JsonObject:
             "answer_tokens": sum(lengths),
             "shortest_and_longest": [lengths[0], lengths[-1]],
         }
-    found["margins"] = {}
+    few = random | {"num_requests": prompts, "prompt_tokens": [32, 64]}
+    text = requests_of(folder, "everyday", slice(6, 6 + prompts), ANSWER_TOKENS)
+    work = {
+        "text": text,
+        "random tokens": workloads.build("random", "random", few)["waves"][0],
+    }
+    with engine(folder, "float32", ALL) as llm:
+        served = {name: serve(llm, requests)[0] for name, requests in work.items()}
     for dtype in ("float32", "bfloat16"):
         rescorer = Rescorer(folder, dtype)
-        for name in ("everyday", "random tokens"):
-            scores = Scores.cat(rescorer.score(work[name], outputs[name]))
-            result = judge([scores], dtype, GateParams())
-            ahead = scores.best_scores[:, 0] - scores.best_scores[:, 1]
-            found["margins"][f"{name}, {dtype}"] = {
-                "tokens": len(scores),
-                "best_over_second": {
-                    f"q{percent}": round(float(ahead.quantile(percent / 100)), 4)
-                    for percent in (1, 5, 25, 50)
-                },
-                "hf_error": {k: round(v, 6) for k, v in quantiles(scores.error).items()},
-                "allowed": round(result.bound, 6),
-                "nearer_than_allowed": int((ahead <= result.bound).sum()),
-                "hf_chooses_another_token": result.calibration["hf_mismatches"],
-                "engine_in_float32": result.status,
-            }
+        for name, requests in work.items():
+            yield {"margins": name, "dtype": dtype, **margins(rescorer, requests, served[name])}
         del rescorer
-    found["hf_texts"] = hf_texts(folder, [{**r, "ignore_eos": True} for r in text])
-    return found
+    yield from hf_texts(folder, [{**r, "ignore_eos": True} for r in text])
 
 
-def hf_texts(folder: Path, requests: list[Request]) -> JsonObject:
-    """How many greedy texts of HF transformers change with the precision and with the size of the batch, and
-    the first position at which they do.
+def margins(rescorer: Rescorer, requests: list[Request], outputs: list[list[int]]) -> JsonObject:
+    """How far the reference's best token is before its second, in logits, beside HF's error in this dtype
+    and the bound that follows from it. outputs: of the engine in float32.
     """
-    outputs: dict[tuple[str, int], list[list[int]]] = {}
-    for dtype in ("float32", "bfloat16"):
-        for size in (1, len(requests)):
-            adapter = hf.Adapter(str(folder), {"dtype": dtype, "max_num_seqs": size})
-            adapter.load()
-            outputs[dtype, size] = adapter.serve(requests)["outputs"]
-            adapter.close()
-    many = len(requests)
-    pairs = {
-        "bfloat16 beside float32, one at a time": (("bfloat16", 1), ("float32", 1)),
-        f"bfloat16, batch of {many} beside one at a time": (("bfloat16", many), ("bfloat16", 1)),
-        f"float32, batch of {many} beside one at a time": (("float32", many), ("float32", 1)),
+    scores = Scores.cat(rescorer.score(requests, outputs))
+    result = judge([scores], rescorer.dtype, GateParams())
+    ahead = scores.best_scores[:, 0] - scores.best_scores[:, 1]
+    return {
+        "tokens": len(scores),
+        "best_over_second": {
+            f"q{percent}": round(float(ahead.quantile(percent / 100)), 4)
+            for percent in (1, 5, 25, 50)
+        },
+        "hf_error": quantiles(scores.error),
+        "bound": result.bound,
+        "nearer_than_the_bound": int((ahead <= result.bound).sum()),
+        "hf_chooses_another_token": result.calibration["hf_mismatches"],
     }
-    result: JsonObject = {"texts": many, "threads": torch.get_num_threads()}
-    for name, (one, other) in pairs.items():
+
+
+def hf_texts(folder: Path, requests: list[Request]) -> Iterator[JsonObject]:
+    """How many greedy texts of HF transformers change with the precision and with the size of the batch, and
+    the positions at which they begin to.
+    """
+    many = len(requests)
+    outputs: dict[tuple[str, int], list[list[int]]] = {}
+
+    def compare(one: tuple[str, int], other: tuple[str, int]) -> JsonObject:
         first = [
             next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), None)
             for x, y in zip(outputs[one], outputs[other], strict=True)
         ]
-        differ = [at for at in first if at is not None]
-        result[name] = {"texts_that_differ": len(differ), "first_difference_at": sorted(differ)}
-    return result
+        return {
+            "hf_texts": f"{one[0]} in batches of {one[1]} beside {other[0]} in batches of {other[1]}",
+            "texts": many,
+            "differ": sum(at is not None for at in first),
+            "first_differences": sorted(at for at in first if at is not None),
+        }
+
+    for dtype in ("float32", "bfloat16"):
+        for size in (1, many):
+            adapter = hf.Adapter(str(folder), {"dtype": dtype, "max_num_seqs": size})
+            adapter.load()
+            outputs[dtype, size] = adapter.serve(requests)["outputs"]
+            adapter.close()
+            if dtype == "bfloat16":
+                yield compare(("bfloat16", size), ("float32", size))
+        yield compare((dtype, many), (dtype, 1))
 
 
 if __name__ == "__main__":

@@ -85,6 +85,8 @@ def test_every_line_and_parameter_arrives_at_every_request(
     ("line", "message"),
     [
         ("{", r"lines.jsonl, line 2: no JSON"),
+        ("[" * 100_000, "line 2: no JSON"),
+        ('{"prompt": "\\ud83d"}', r"line 2: half of a character .*allowed: whole"),
         ('"text"', r"line 2: a str; allowed: a JSON object"),
         ("{}", r"line 2: no prompt; allowed: exactly one of prompt, messages"),
         (
@@ -133,7 +135,7 @@ def test_wrong_files_and_parameters(tmp_path: Path) -> None:
 def test_a_text_may_hold_any_character(tmp_path: Path) -> None:
     """Python's own splitlines would end a line at U+2028, which JSON allows in a text."""
     line = json.dumps({"prompt": "a\u2028b\x0cc"}, ensure_ascii=False)
-    (tmp_path / "lines.jsonl").write_text(line + "\n", encoding="utf-8")
+    (tmp_path / "lines.jsonl").write_text(line + "\n", encoding="utf-8-sig")
     content = workload_files.read(str(tmp_path / "lines.jsonl"), None, 100)
     assert workload_files.unpack(content) == [{"prompt": "a\u2028b\x0cc"}]
 
