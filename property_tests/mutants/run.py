@@ -333,17 +333,16 @@ def _version(package: str) -> str:
 
 def shown(runner: Runner, every_s: float = 15.0) -> None:
     """Runs it. On a terminal with a bar, else with a line now and then."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    if sys.stdout.isatty():
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    console, last = Console(), -every_s
-    if console.is_terminal:
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, console=console) as bar:
+        with Progress(*columns) as bar:
             task = bar.add_task("", total=runner.planned)
             for word in runner.run():
                 bar.update(task, description=word, completed=runner.tried.total())
         return
+    last = -every_s
     for word in runner.run():
         if time.monotonic() - last > every_s:
             last = time.monotonic()
