@@ -86,7 +86,8 @@ def judge_outputs(
 ) -> GateResult:
     started = time.perf_counter()
     scores = rescorer.score(requests, outputs, unknown_noise=unknown_noise, progress=progress)
-    result = judge(scores, rescorer.dtype, params)
+    budgets = [request["max_tokens"] for request in requests]
+    result = judge(scores, rescorer.dtype, params, budgets)
     return dataclasses.replace(result, duration_s=time.perf_counter() - started)
 
 

@@ -10,8 +10,9 @@ of the error) + floor:
 3. the number of tokens beyond the typical bound is compatible with a rate of 0.1 %;
 4. the engine disagrees with the reference not significantly more than `factor` times as often as HF
 does;
-5. tokens of another random generator follow the reference's distribution (z-test), also within
-every part of a request (Ville's inequality);
+5. tokens of another random generator follow the reference's distribution: all together (z-test),
+within every part of a request (Ville's inequality), request by request (dispersion), and at the ends
+of all answers (Markov's inequality);
 6. log-probabilities, where they were returned, are those of the reference.
 
 The numbers are those of docs/methodology.md.
@@ -33,6 +34,9 @@ from experiments.gate.rescoring import DTYPE, REFERENCE_DTYPE
 from experiments.gate.scoring import Scores
 from experiments.gate.significance import (
     binomial_limit,
+    dispersion,
+    evidence_of_ends,
+    largest_rise,
     normal_limit,
     quantile,
     quantiles,
@@ -146,8 +150,11 @@ class LogprobResult:
     bound: dict[str, float]
 
 
-def judge(scores: Sequence[Scores], dtype: str, params: GateParams) -> GateResult:
-    """Applies the rules. scores: one entry per request. dtype: the engine's. Raises ValueError if
+def judge(
+    scores: Sequence[Scores], dtype: str, params: GateParams, budgets: Sequence[int] | None = None
+) -> GateResult:
+    """Applies the rules. scores: one entry per request. dtype: the engine's. budgets: max_tokens of
+    each request; without them the ends of answers are not looked at together. Raises ValueError if
     there is no token to judge.
     """
     tokens = _concatenated(scores)
@@ -185,7 +192,7 @@ def judge(scores: Sequence[Scores], dtype: str, params: GateParams) -> GateResul
         )
     distribution = None
     if unknown_noise.any():
-        distribution, distribution_reasons = judge_distribution(scores, params)
+        distribution, distribution_reasons = judge_distribution(scores, params, budgets)
         reasons += distribution_reasons
 
     return GateResult(
@@ -245,7 +252,7 @@ def by_position(scores: Sequence[Scores]) -> list[PositionErrors]:
 
 
 def judge_distribution(
-    scores: Sequence[Scores], params: GateParams
+    scores: Sequence[Scores], params: GateParams, budgets: Sequence[int] | None = None
 ) -> tuple[Distribution, list[str]]:
     """Tests whether tokens of an unknown random generator follow the reference's distribution.
     Given the tokens before it, log p(token) + entropy has mean 0.
@@ -257,7 +264,11 @@ def judge_distribution(
       p_i^(1/2) exceeds 1 / level with a probability of at most `level`: it is a martingale of mean
       1, and so is the mean of those that begin at each token, hence Ville's inequality, exact for
       any length; level = alpha / tokens. An output that goes wrong late is detected like one that
-      is wrong from the start.
+      is wrong from the start;
+    - the squares of the requests' own sums are compared with their variances
+      (`significance.dispersion`): requests that exchanged their parameters;
+    - the same factors at the ends of all answers together (`significance.evidence_of_ends`): one or
+      two wrong tokens in many of them.
 
     Tokens outside what top-k and top-p keep are left out here; they are judged by their margin.
     """
@@ -270,14 +281,22 @@ def judge_distribution(
     drift_z = float(tokens.drift[used].sum()) / deviation if deviation > 0 else 0.0
     limit = normal_limit(params.alpha / 2) + params.factor * abs(drift_z)
 
-    evidence = [
-        _largest_rise(torch.where(s.unknown_noise & s.agrees, -s.log_p / 2 - s.root_sum, 0.0))
-        for s in scores
+    steps = [
+        torch.where(s.unknown_noise & s.agrees, -s.log_p / 2 - s.root_sum, 0.0) for s in scores
     ]
+    evidence = [largest_rise(own) for own in steps]
     worst, evidence_limit = (
         int(torch.stack(evidence).argmax()),
         math.log(len(tokens) / params.alpha),
     )
+    own = [s[(s.unknown_noise & s.agrees).nonzero().flatten()] for s in scores]
+    dispersion_z = dispersion(
+        [float((s.log_p + s.entropy).sum()) for s in own],
+        [float(s.variance.sum()) for s in own],
+        [float(s.drift.sum()) for s in own],
+        params.factor,
+    )
+    dispersion_limit = normal_limit(params.alpha)
     reasons = []
     if abs(z) > limit:
         reasons.append(
@@ -289,6 +308,11 @@ def judge_distribution(
             f"request {worst}: its tokens are too unlikely under the reference (log evidence "
             f"{float(evidence[worst]):.1f}, limit {evidence_limit:.1f})"
         )
+    if dispersion_z > dispersion_limit:
+        reasons.append(
+            f"some requests are too likely and others too unlikely under the reference (dispersion: z = {dispersion_z:.1f}, "
+            f"limit {dispersion_limit:.1f}; were sampling parameters exchanged?)"
+        )
     result: Distribution = {
         "z": z,
         "z_limit": limit,
@@ -297,15 +321,18 @@ def judge_distribution(
         "mean_log_p_plus_entropy": total / max(1, int(used.sum())),
         "largest_log_evidence": float(evidence[worst]),
         "log_evidence_limit": evidence_limit,
+        "dispersion_z": dispersion_z,
+        "dispersion_limit": dispersion_limit,
     }
+    if budgets is not None:
+        ends, ends_limit = evidence_of_ends(steps, budgets), -math.log(params.alpha)
+        result["end_log_evidence"], result["end_log_evidence_limit"] = ends, ends_limit
+        if ends > ends_limit:
+            reasons.append(
+                f"the last tokens of many answers are too unlikely under the reference (log evidence {ends:.1f}, "
+                f"limit {ends_limit:.1f})"
+            )
     return result, reasons
-
-
-def _largest_rise(steps: Tensor) -> Tensor:
-    """The largest sum of consecutive entries of steps [n], n >= 1."""
-    total = steps.cumsum(0)
-    before = torch.cat([total.new_zeros(1), total[:-1]]).cummin(0).values
-    return (total - before).amax()
 
 
 def compare_logprobs(

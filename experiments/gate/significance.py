@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist
 
+import torch
 from torch import Tensor
 
 
@@ -46,6 +47,57 @@ def self_normalized_excess(differences: Sequence[float]) -> float:
     """
     scale = math.sqrt(sum(d * d for d in differences))
     return sum(differences) / scale if scale > 0 else 0.0
+
+
+def dispersion(
+    sums: Sequence[float], variances: Sequence[float], drifts: Sequence[float], factor: float
+) -> float:
+    """Whether sums of mean 0 and known variance, one per request, are farther from 0 than they may
+    be: a z-score, large where some requests are too likely and others too unlikely, which cancels
+    in the sum over all. Each sum is first moved towards 0 by `factor` times its drift, the shift
+    that is allowed.
+
+    The mean of (sum / deviation)^2 - 1 is 0, and it is skewed to the right, which makes a
+    self-normalized sum of it exceed a limit more rarely than a normal variable does.
+    """
+    return self_normalized_excess(
+        [
+            max(0.0, abs(total) - factor * abs(drift)) ** 2 / variance - 1
+            for total, variance, drift in zip(sums, variances, drifts, strict=True)
+            if variance > 0
+        ]
+    )
+
+
+def largest_rise(steps: Tensor) -> Tensor:
+    """The largest sum of consecutive entries of steps [n], n >= 1."""
+    total = steps.cumsum(0)
+    before = torch.cat([total.new_zeros(1), total[:-1]]).cummin(0).values
+    return (total - before).amax()
+
+
+LAST_TOKENS = (1, 2, 4, 8)
+WRONG_SHARES = (1.0, 0.1, 0.01)
+"""Of the requests whose ends are looked at together: the ends' lengths, and the shares of requests that may be wrong."""
+
+
+def evidence_of_ends(steps: Sequence[Tensor], budgets: Sequence[int]) -> float:
+    """The log evidence that many answers end in tokens that the reference finds too unlikely, each
+    of them far too few to be noticed.
+
+    steps: of each request, the logs of factors whose mean is at most 1, given what came before.
+    budgets: max_tokens of each. An end are the last positions of its budget, not of its answer, as
+    an answer that stops by itself ends in tokens that were chosen for that. For each length of an
+    end and each share w, prod (1 - w + w factor) over the requests has a mean of at most 1; so has
+    the mean of all of these, which exceeds 1 / level with a probability of at most that level
+    (Markov's inequality), for any number of requests.
+    """
+    logs = []
+    for last in LAST_TOKENS:
+        ends = [s[max(0, n - last) :].sum() for s, n in zip(steps, budgets, strict=True)]
+        factors = torch.stack(ends).exp()  # of nothing: 1
+        logs += [torch.log1p(share * (factors - 1)).sum() for share in WRONG_SHARES]
+    return float(torch.stack(logs).logsumexp(0)) - math.log(len(logs))
 
 
 def quantile(ordered: Tensor, q: float) -> float:

@@ -588,6 +588,11 @@ class Distribution(TypedDict):
     mean_log_p_plus_entropy: float
     largest_log_evidence: float
     log_evidence_limit: float
+    # not in records from before 2026-11-29
+    dispersion_z: NotRequired[float]
+    dispersion_limit: NotRequired[float]
+    end_log_evidence: NotRequired[float]
+    end_log_evidence_limit: NotRequired[float]
 
 
 class Calibration(TypedDict, total=False):

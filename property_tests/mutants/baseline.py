@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from property_tests.mutants.operators import Mutant
-from property_tests.mutants.results import Line
+from property_tests.mutants.results import Line, digest_of
 from property_tests.mutants.rooms import Room
 
 Places = dict[str, frozenset[int]]
@@ -42,9 +42,15 @@ class TimedFile:
         else:
             self.left_out[message["test"]] = f"{message['outcome']}: {message['message']}"
 
+    @property
+    def modules(self) -> set[str]:
+        """Those of which it runs something."""
+        return {*self.shared, *(name for _, reached in self.tests.values() for name in reached)}
+
     def line(self, key: str) -> Line:
         return {
             "key": key,
+            "modules": {module: digest_of(module) for module in sorted(self.modules)},
             "file": self.file,
             "tests": {
                 name: [seconds, {module: sorted(numbers) for module, numbers in reached.items()}]

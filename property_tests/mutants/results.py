@@ -63,9 +63,14 @@ def every_mutant(modules: Iterable[str] = ()) -> dict[str, Mutant]:
 
 
 def baseline_key(test_file: str) -> str:
-    """A digest of what the unmutated run of a file depends on: the tests, the modules, Python."""
+    """A digest of the tests of a file, of what they share, and of Python."""
     digest = hashlib.sha256(f"{sys.version} {test_file}".encode())
     shared = sorted((ROOT / "property_tests" / "support").glob("*.py"))
-    for path in [ROOT / test_file, *shared, *map(path_of, all_modules())]:
+    for path in [ROOT / test_file, *shared]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def digest_of(module: str) -> str:
+    """Of its source file."""
+    return hashlib.sha256(path_of(module).read_bytes()).hexdigest()[:16]

@@ -158,7 +158,11 @@ class Runner:
 
     def _known_baselines(self) -> list[str]:
         """Reads those that are known; returns the files whose tests have to run first."""
-        known = {line["key"]: line for line in results.read(results.BASELINE)}
+        known = {
+            line["key"]: line
+            for line in results.read(results.BASELINE)
+            if all(results.digest_of(module) == was for module, was in line["modules"].items())
+        }
         needed = {file for m in self.queue for file in room_of(m.module).tests}
         waiting = []
         for file in files_of_tests():
@@ -329,17 +333,16 @@ def _version(package: str) -> str:
 
 def shown(runner: Runner, every_s: float = 15.0) -> None:
     """Runs it. On a terminal with a bar, else with a line now and then."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    if sys.stdout.isatty():
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    console, last = Console(), -every_s
-    if console.is_terminal:
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-        with Progress(*columns, console=console) as bar:
+        with Progress(*columns) as bar:
             task = bar.add_task("", total=runner.planned)
             for word in runner.run():
                 bar.update(task, description=word, completed=runner.tried.total())
         return
+    last = -every_s
     for word in runner.run():
         if time.monotonic() - last > every_s:
             last = time.monotonic()

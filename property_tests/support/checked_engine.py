@@ -49,7 +49,8 @@ class CheckedEngine:
         self.engine.scheduler.schedule = lambda: self._seen(plan_step())  # type: ignore[method-assign]
 
     def _start_seen(self, seq: Sequence) -> bool:
-        self.ledger.admit(seq.request_id, found=seq.num_scheduled)
+        looked_up = len(seq.token_ids) if self.shape.prefix_cache else 0
+        self.ledger.admit(seq.request_id, looked_up, found=seq.num_scheduled)
         if seq.request_id not in self.started:
             for request_id, other in self.requests.items():  # by arrival
                 if request_id == seq.request_id:
@@ -204,12 +205,14 @@ class TokenLedger:
         )  # leading tokens with KV, in its present life or last
         self.extents = 0  # of all lives
         self.computed = self.hits = self.refound = self.recomputed = self.surplus = 0
+        self.looked_up = 0
 
-    def admit(self, request_id: str, found: int) -> None:
+    def admit(self, request_id: str, looked_up: int, found: int) -> None:
         lost = self.reached[request_id]
         if lost:
             self.refound += found
         else:
+            self.looked_up += looked_up
             self.hits += found
         self.recomputed += max(0, lost - found)
         # others may have cached more of its text meanwhile than it had
@@ -232,10 +235,15 @@ class TokenLedger:
             "found by a new request": stats.prefix_hit_tokens,
             "found by a preempted one": stats.prefix_refound_tokens,
             "recomputed": stats.recomputed_tokens,
+            "looked up": stats.prefix_lookup_tokens,
         }
-        seen = dict(
-            zip(counted, (self.computed, self.hits, self.refound, self.recomputed), strict=True)
-        )
+        seen = {
+            "computed": self.computed,
+            "found by a new request": self.hits,
+            "found by a preempted one": self.refound,
+            "recomputed": self.recomputed,
+            "looked up": self.looked_up,
+        }
         assert counted == seen, f"tokens are counted as {counted}, it was {seen}"
         assert self.extents == self.computed + self.hits + self.refound
 

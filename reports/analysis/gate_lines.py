@@ -164,12 +164,12 @@ def _its_parts(figures: Mapping[str, Any], calibration: Record) -> Iterator[str]
     if figures["largest of the margins"] != margin:
         yield f"the largest margin is {margin:.3g} and {figures['largest of the margins']:.3g}"
     if drawn := calibration.get("distribution"):
-        yield from _its_distribution(drawn, tokens)
+        yield from _its_distribution(drawn, tokens, figures["alpha"])
     if ranges := calibration.get("by_position"):  # not in the oldest records
         yield from _its_ranges(ranges, figures)
 
 
-def _its_distribution(drawn: Record, tokens: int) -> Iterator[str]:
+def _its_distribution(drawn: Record, tokens: int, alpha: float) -> Iterator[str]:
     names = ("z", "z_limit", "largest_log_evidence", "log_evidence_limit", "tokens")
     if not all(_is_figure(drawn.get(name)) for name in names):
         yield "it does not state how its tokens follow the distribution"
@@ -179,6 +179,29 @@ def _its_distribution(drawn: Record, tokens: int) -> Iterator[str]:
         yield f"its tokens do not follow the distribution (z = {z:.1f}, limit {limit:.1f})"
     if evidence > evidence_limit:
         yield f"a request is too unlikely (log evidence {evidence:.1f}, limit {evidence_limit:.1f})"
+    for name, limit_name, most, what in (
+        (
+            "dispersion_z",
+            "dispersion_limit",
+            float(stats.norm.isf(alpha)),
+            "some requests are too likely and others too unlikely",
+        ),
+        (
+            "end_log_evidence",
+            "end_log_evidence_limit",
+            -math.log(alpha),
+            "the ends of answers are too unlikely",
+        ),
+    ):
+        if name not in drawn and limit_name not in drawn:
+            continue  # a record from before 2026-11-29, or one without max_tokens
+        found, stated = drawn.get(name, math.nan), drawn.get(limit_name, math.nan)
+        if not (_is_figure(found) and _is_figure(stated)):
+            yield f"it does not state {name} and {limit_name}"
+        elif not math.isclose(stated, most, rel_tol=_TOLERANCE):
+            yield f"{limit_name} is {stated:.2f}, its level makes it {most:.2f}"
+        elif found > most:
+            yield f"{what} ({found:.1f}, limit {most:.1f})"
     if not 0 <= judged <= tokens:
         yield f"the distribution is of {judged:,} of {tokens:,} tokens"
 

@@ -113,6 +113,17 @@ def test_a_short_common_beginning_is_no_reason_to_wait() -> None:
     assert len(plan.rows) == 6
 
 
+def test_what_cannot_be_found_is_no_reason_to_wait() -> None:
+    """The last token of a prompt is always computed, so a prompt of one block is never found."""
+    scheduler = scheduler_of(2000)
+    for i in range(3):
+        prompt = request("one block", 16, 1).token_ids
+        scheduler.add(Sequence(str(i), prompt, SamplingParams(max_tokens=4)))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert len(plan.rows) == 3
+
+
 @pytest.mark.parametrize("batching", ["continuous", "chunked"])
 @pytest.mark.parametrize("used", [1.0, 0.2])
 def test_little_is_computed_twice_and_no_time_is_lost(

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from experiments import workloads
 from experiments.gate import logit_margins, scoring, truncation
 from experiments.gate.gumbel_noise import gumbel, noise_of, uniform_bits
-from experiments.gate.judge import describe, main
+from experiments.gate.judge import describe, judge_outputs, main
 from experiments.gate.logit_margins import Rows, smallest_explaining_noise
 from experiments.gate.negative_controls import (
     change_norm_epsilon,
@@ -40,7 +40,12 @@ from experiments.gate.rescoring import DTYPE, Request, Rescorer, batches_of_simi
 from experiments.gate.rules import GateParams, GateResult, compare_logprobs, judge
 from experiments.gate.same_work import same_work
 from experiments.gate.scoring import Scores, score_rows
-from experiments.gate.significance import binomial_limit, normal_limit
+from experiments.gate.significance import (
+    binomial_limit,
+    dispersion,
+    evidence_of_ends,
+    normal_limit,
+)
 from experiments.records import store
 from nanovllm.kernels.torch.sampling import gumbel_noise
 from nanovllm.models.checkpoint import checkpoint_digest, ensure_checkpoint
@@ -188,9 +193,7 @@ def judged(
     outputs: list[list[int]],
     unknown_noise: bool = False,
 ) -> GateResult:
-    return judge(
-        rescorer.score(requests, outputs, unknown_noise=unknown_noise), rescorer.dtype, PARAMS
-    )
+    return judge_outputs(rescorer, requests, outputs, PARAMS, unknown_noise=unknown_noise)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -301,6 +304,65 @@ def test_a_garbled_end_of_one_answer_is_incredible(tiny: Path, rescorers: Any) -
     outputs[7][-12:] = random.Random(0).sample(range(2000), 12)
     result = judged(rescorers("float32"), requests, outputs, unknown_noise=True)
     assert "request 7: its tokens are too unlikely" in str(result.reason)
+
+
+def test_parameters_that_requests_exchange_are_seen_by_the_dispersion(
+    tiny: Path, rescorers: Any
+) -> None:
+    """One half is too unlikely and the other too likely: the sum over all tokens shows nothing."""
+    cold, hot = {"temperature": 0.6}, {"temperature": 0.7}
+    requests = make_requests(cold, hot, each=36, max_tokens=64)
+    outputs, _ = generate(tiny, "float32", requests, batch_size=16, unknown_noise=True)
+    assert judged(rescorers("float32"), requests, outputs, unknown_noise=True).passed
+    exchanged = [
+        request | {"temperature": 1.3 - request["temperature"]}  # 0.7 for 0.6
+        for request in requests
+    ]
+    result = judged(rescorers("float32"), exchanged, outputs, unknown_noise=True)
+    assert "some requests are too likely and others too unlikely" in str(result.reason)
+    assert "do not follow" not in str(result.reason)
+
+
+def test_a_random_last_token_of_many_answers_is_seen(tiny: Path, rescorers: Any) -> None:
+    """Of one answer, a random token proves nothing."""
+    requests = make_requests(SAMPLED, each=24)
+    outputs, _ = generate(tiny, "float32", requests, batch_size=16, unknown_noise=True)
+    rng = random.Random(0)
+    one = [list(output) for output in outputs]
+    one[5][-1] = rng.randrange(2048)
+    assert judged(rescorers("float32"), requests, one, unknown_noise=True).passed
+    every = [output[:-1] + [rng.randrange(2048)] for output in outputs]
+    result = judged(rescorers("float32"), requests, every, unknown_noise=True)
+    assert "the last tokens of many answers are too unlikely" in str(result.reason)
+
+
+def test_the_evidence_of_ends_has_a_mean_of_one_at_most() -> None:
+    """So it exceeds 1 / level with a probability of at most that level, for any number of requests.
+    Tokens of three kinds with known factors; exactly, over all outcomes of two requests.
+    """
+    p = [0.9, 0.09, 0.01]
+    factors = [q**-0.5 / sum(r**0.5 for r in p) for q in p]
+    assert sum(q * f for q, f in zip(p, factors, strict=True)) == pytest.approx(1.0)
+    mean = 0.0
+    for drawn in itertools.product(range(3), repeat=4):  # two tokens of each of two requests
+        chance = math.prod(p[i] for i in drawn)
+        steps = torch.tensor([math.log(factors[i]) for i in drawn], dtype=torch.float64)
+        mean += chance * math.exp(evidence_of_ends([steps[:2], steps[2:]], [2, 3]))
+    assert mean == pytest.approx(1.0)
+    # none came to its end
+    assert evidence_of_ends([steps[:2], steps[2:]], [40, 50]) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_dispersion_is_about_what_it_should_be() -> None:
+    generator = torch.Generator().manual_seed(0)
+    variances = [2.0] * 400
+    right = (torch.randn(400, generator=generator) * 2**0.5).tolist()
+    none = [0.0] * 400
+    assert abs(dispersion(right, variances, none, 2.0)) < 3
+    assert dispersion([1.5 * x for x in right], variances, none, 2.0) > 5
+    # what HF's own error explains is allowed, and nothing is known where nothing varies
+    assert dispersion([1.0, -3.0], [1.0, 4.0], [0.5, 1.5], 2.0) == pytest.approx(-(2**0.5))
+    assert dispersion([0.0, 1.0], [0.0, 1.0], [0.0, 0.0], 2.0) == 0.0
 
 
 @pytest.mark.parametrize(

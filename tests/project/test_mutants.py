@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from property_tests.mutants import page, results
+from property_tests.mutants import baseline, page, results
 from property_tests.mutants.baseline import TimedFile, chosen_tests
 from property_tests.mutants.operators import mutants_of, mutated, with_probes
 from property_tests.mutants.rooms import ROOMS, ROOT, Room, all_modules, path_of
@@ -109,7 +109,9 @@ def test_every_module_exists_and_has_mutants() -> None:
         assert not missing, f"{room.name}: {missing}"
 
 
-def test_a_mutant_gets_the_tests_that_reach_it_the_quickest_first(sample: Path) -> None:
+def test_a_mutant_gets_the_tests_that_reach_it_the_quickest_first(
+    sample: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mutant = next(m for m in mutants_of("sample", sample) if m.before == "best = value + 1")
     here, elsewhere = frozenset({mutant.statement}), frozenset({mutant.statement + 1})
     file = TimedFile(
@@ -121,6 +123,7 @@ def test_a_mutant_gets_the_tests_that_reach_it_the_quickest_first(sample: Path) 
             "of another module": (0.1, {}),
         },
     )
+    monkeypatch.setattr(baseline, "digest_of", lambda module: f"digest of {module}")
     room = Room("room", ("sample",), ("a.py",))
     assert list(chosen_tests(mutant, room, {"a.py": file}, 60.0)) == ["quick", "slow"]
     assert list(chosen_tests(mutant, room, {"a.py": file}, 5.0)) == ["quick"]

@@ -126,6 +126,13 @@ def times(factor: float) -> Any:
     return lambda value: value * factor
 
 
+DRAWN = {
+    "z": 0.1,
+    "z_limit": 4.9,
+    "largest_log_evidence": 1.0,
+    "log_evidence_limit": 20.0,
+    "tokens": 1,
+}
 EDITS: dict[str, tuple[tuple[str, ...], Any]] = {
     "900 mismatches": (("mismatches",), lambda n: n + 900),
     "some explained": (("within_bound",), lambda n: n + 1),
@@ -148,6 +155,22 @@ EDITS: dict[str, tuple[tuple[str, ...], Any]] = {
     "another largest margin": (("calibration", "margin", "max"), lambda x: x + 0.5),
     "no numbers by position": (("calibration", "by_position"), lambda _: [{"tokens": None}]),
     "a distribution without figures": (("calibration", "distribution"), lambda _: {"z": 0.1}),
+    "exchanged parameters": (
+        ("calibration", "distribution"),
+        lambda _: DRAWN | {"dispersion_z": 9.0, "dispersion_limit": 4.753424308822899},
+    ),
+    "another limit of the dispersion": (
+        ("calibration", "distribution"),
+        lambda _: DRAWN | {"dispersion_z": 9.0, "dispersion_limit": 40.0},
+    ),
+    "ends that are too unlikely": (
+        ("calibration", "distribution"),
+        lambda _: DRAWN | {"end_log_evidence": 20.0, "end_log_evidence_limit": -math.log(1e-6)},
+    ),
+    "a dispersion without its limit": (
+        ("calibration", "distribution"),
+        lambda _: DRAWN | {"dispersion_z": 0.0},
+    ),
     "no calibration": (("calibration",), lambda _: {}),
 }
 
