@@ -24,7 +24,15 @@ from reports.analysis.compare import compared, costs, paired
 from reports.analysis.counting import Counted, count
 from reports.analysis.gate_and_launches import equivalence, hardware, run_order, toggles
 from reports.analysis.gate_lines import Gate
-from reports.analysis.noise import Priors, described, precision, priors, question, scale_of
+from reports.analysis.noise import (
+    Priors,
+    described,
+    precision,
+    priors,
+    question,
+    rounding,
+    scale_of,
+)
 from reports.analysis.types import Analysis, Company, Counts, Effect, LinearEffect, Rate
 from reports.analysis.under_load import energies, under_load
 from reports.analysis.unjudged import measured
@@ -74,6 +82,7 @@ def analyse(records: Sequence[Record], plan: Plan, notes: Sequence[str] = ()) ->
         alpha=study.get("alpha", 0.05),
         smallest_effect=study["smallest_effect"],
         seed=plan["plan_hash"],
+        rounding=rounding(plan) if "load" in study else {},
     )
     lattice = Lattice(plan["cells"], _off(study), study.get("design", {}).get("generators"))
     drawn = _drawn(plan)
@@ -165,6 +174,7 @@ def ratios(records: Sequence[Record], plan: Plan, ours: str, theirs: str) -> lis
         alpha=study.get("alpha", 0.05),
         smallest_effect=study["smallest_effect"],
         seed=plan["plan_hash"],
+        rounding=rounding(plan) if "load" in study else {},
     )
     drawn = _drawn(plan)
     values = _values(count(records, plan, Gate(records, plan)), drawn, plan)
@@ -325,6 +335,7 @@ def _effects(
                         rule,
                         f"{key}/{workload}/{cell}",
                         noise.get((key, workload, lattice.baseline)),
+                        least_sd=rule.rounding.get((key, workload), 0.0),
                     ),
                 }
                 group = "aa" if entry["role"] == "aa" else "treatment"
@@ -373,6 +384,7 @@ def _references(
                             rule,
                             f"{metric.key}/{workload}/{cell}/{reference}",
                             noise.get((metric.key, workload, reference)),
+                            least_sd=rule.rounding.get((metric.key, workload), 0.0),
                         ),
                     }
                 )
@@ -403,6 +415,7 @@ def _contrast_effect(
             f"{metric.key}/{workload}/{name}",
             prior,
             scale_of(contrast),
+            rule.rounding.get((metric.key, workload), 0.0) * math.sqrt(scale_of(contrast)),
         ),
     }
 

@@ -124,6 +124,7 @@ def paired(
             rule,
             f"{key}/{workload}/{ours}/{theirs}",
             noise.get((key, workload, theirs)),
+            least_sd=rule.rounding.get((key, workload), 0.0),
         ),
     }
 

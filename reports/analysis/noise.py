@@ -1,5 +1,5 @@
 """Whose variance an effect is judged by, and with which others it is judged: what `statistics` of a
-study asks for.
+study asks for, and what the rounding of a metric allows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import numpy as np
 
 from experiments.records.types import Plan, PlannedStatistics
 from reports.statistics.contrasts import Contrast, Lattice
+from reports.statistics.metrics import GOODPUT, SUSTAINABLE
 from reports.statistics.moderation import MIN_EFFECTS, Prior, prior_of
+from reports.statistics.under_load import CUT_SHARE
 
 # {(metric, workload, the cell that the comparisons share): prior}; empty where every effect keeps its
 # own variance
@@ -39,6 +41,22 @@ def priors(values: Values, plan: Plan) -> Priors:
             for cell in by_cell:
                 if (prior := _prior(by_cell, cell)) is not None:
                     found[key, workload, cell] = prior
+    return found
+
+
+def rounding(plan: Plan) -> dict[tuple[str, str], float]:
+    """By metric and workload, the standard deviation that rounding alone gives a log-ratio (Rule). A
+    goodput counts requests; a sustainable rate is known to within the last step of its search. The
+    error of each side is uniform over a step, whose variance is step**2 / 12.
+    """
+    found = {}
+    for name, entry in plan["workloads"].items():
+        search = entry["params"].get("arrivals", {}).get("search")
+        grid = math.log(search["within"]) if search else 0.0
+        request = 1 / (entry["num_requests"] - int(CUT_SHARE * entry["num_requests"]))
+        found[GOODPUT.key, name] = math.sqrt((grid**2 + request**2) / 6)
+        if search:
+            found[SUSTAINABLE.key, name] = grid / math.sqrt(6)
     return found
 
 

@@ -434,9 +434,10 @@ def _process(arrivals: Mapping[str, Any]) -> str:
     if kind == "closed":
         return f"closed loop of {arrivals['users']} users, {arrivals['think_s']:g} s to think"
     search = arrivals.get("search")
-    rate = (
-        f"{search['low']:g} to {search['high']:g}, searched," if search else f"{arrivals['rate']:g}"
-    )
+    if search:
+        rate = f"searched from {search['low']:g} to {search['high']:g}"
+    else:
+        rate = f"{arrivals['rate']:g}"
     burst = f", burstiness {arrivals['burstiness']:g}" if kind == "gamma" else ""
     return f"{kind}, {rate} per second{burst}"
 

@@ -11,7 +11,7 @@ import math
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
@@ -75,12 +75,15 @@ class Rule:
     as good as equal).
     power: of the test that the minimum detectable effect belongs to.
     seed: any text; the bootstrap of each effect is seeded from it and the effect's name.
+    rounding: by metric and workload, the standard deviation that the rounding of a metric alone gives
+    a log-ratio: of a metric that is a count, or a rate from a grid (noise.py).
     """
 
     alpha: float = 0.05
     smallest_effect: float = 0.05
     power: float = POWER
     seed: str = ""
+    rounding: Mapping[tuple[str, str], float] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
@@ -178,6 +181,7 @@ def estimate(
     name: str,
     prior: Prior | None = None,
     scale: float = 1.0,
+    least_sd: float = 0.0,
 ) -> Estimate:
     """Estimate one effect from {block: log-ratio}; everything in it is a ratio (1.0: no effect)
     unless it says otherwise.
@@ -190,7 +194,8 @@ def estimate(
     prior: of a study with moderated variances (moderation.py). Then interval, p and detectable
     effect are of the moderated variance: sd_used and its degrees of freedom, df, beside sd_log, the
     effect's own. scale: variance of what the samples are, over that of a log-ratio of two cells, if
-    all launches were equally noisy.
+    all launches were equally noisy. least_sd: no sample is taken to be less noisy than this, however
+    equal a few of them are (Rule.rounding).
     """
     blocks = sorted(log_ratios)
     samples = np.array([log_ratios[block] for block in blocks], dtype=np.float64)
@@ -220,8 +225,10 @@ def estimate(
         "p": float(t_test(samples)),
         "detectable": detectable(sd, n, rule.alpha, rule.power),
     }
+    if sd < least_sd:
+        effect = {**effect, **_of_variance(samples, rule, least_sd**2, n - 1)}
     if prior is not None:
-        effect = {**effect, **_moderated(samples, rule, prior, scale)}
+        effect = {**effect, **_moderated(samples, rule, prior, scale, least_sd)}
     if n >= MIN_BLOCKS_BOOTSTRAP:
         if (boot := bootstrap_interval(samples, rule.alpha, f"{rule.seed}/{name}")) is None:
             return effect
@@ -230,10 +237,20 @@ def estimate(
     return effect
 
 
-def _moderated(samples: NDArray[np.float64], rule: Rule, prior: Prior, scale: float) -> _Moderated:
+def _moderated(
+    samples: NDArray[np.float64], rule: Rule, prior: Prior, scale: float, least_sd: float
+) -> _Moderated:
     """What a moderated variance changes of an effect."""
-    n, mean, own = len(samples), float(samples.mean()), float(samples.var(ddof=1))
+    n, own = len(samples), float(samples.var(ddof=1))
     variance, df = map(float, settle(own, n - 1, prior.df, scale * prior.variance))
+    return _of_variance(samples, rule, max(variance, least_sd**2), df)
+
+
+def _of_variance(
+    samples: NDArray[np.float64], rule: Rule, variance: float, df: float
+) -> _Moderated:
+    """Interval, p-value and detectable effect with another variance than the samples' own."""
+    n, mean = len(samples), float(samples.mean())
     error, quantile = math.sqrt(variance / n), float(stats.t.ppf(1 - rule.alpha / 2, df))
     return {
         "low": ratio_of(mean - quantile * error),

@@ -83,12 +83,11 @@ def test_intervals_over_launches_hold_the_percentiles_of_known_queues(
 @pytest.mark.slow
 @pytest.mark.parametrize(("queue", "load"), [("M/M/1", 0.5), ("M/D/2", 0.6), ("M/D/4", 0.7)])
 @pytest.mark.parametrize("share", [0.9, 0.99])
-@pytest.mark.parametrize("launches", [4, 12])
 def test_intervals_over_launches_in_a_larger_simulation(
-    queue: str, load: float, share: float, launches: int
+    queue: str, load: float, share: float
 ) -> None:
-    found = coverage(queue, load, share, studies=2000, launches=launches, n=10_000, seed=7)
-    print(f"{queue}, load {load}, p{100 * share:g}, {launches} launches: {found:.1%}")
+    found = coverage(queue, load, share, studies=1000, launches=8, n=10_000, seed=7)
+    print(f"{queue}, load {load}, p{100 * share:g}: {found:.1%}")
     assert 0.93 <= found <= 0.97
 
 

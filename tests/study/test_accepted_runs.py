@@ -215,28 +215,17 @@ STUDY: dict[str, Any] = {
         "online": {
             "kind": "random",
             "num_requests": 2,
-            "arrivals": {"process": "gamma", "rate": 2.0, "burstiness": 0.5, "seed": 1},
-        },
-        "searched": {
-            "kind": "random",
-            "num_requests": 2,
             "arrivals": {
-                "process": "poisson",
+                "process": "gamma",
+                "burstiness": 0.5,
                 "search": {"low": 1.0, "high": 2.0, "within": 1.5, "most": 3},
             },
         },
-        "closed": {
-            "kind": "random",
-            "num_requests": 2,
-            "arrivals": {"process": "closed", "users": 1, "think_s": 0.5, "think": "exponential"},
-        },
     },
     "load": {
-        "slo": {"ttft_s": 1.0, "itl_s": 0.5},
-        "slo_name": "mine",
+        "slo": {"ttft_s": 1.0},
         "attainment": 0.9,
         "max_lateness_s": 0.01,
-        "min_delivered": 0.9,
     },
     "validity": {"foreign_gpu_processes": 0, "throttle": [], "max_foreign_cpu": 0.9},
     "comparisons": {},
