@@ -24,7 +24,7 @@ from property_tests.support.checked_engine import CheckedEngine, EngineMachine
 from property_tests.support.profiles import Property
 
 HERE = Path(__file__).parent
-MODULES = ("scheduler", "engine", "sampling", "kernel", "request", "resource", "serving")
+MODULES = ("scheduler", "engine", "sampling", "kernel", "request", "resource")
 MACHINE = Property("engine_machine", EngineMachine, {}, 120)  # type: ignore[arg-type]
 
 

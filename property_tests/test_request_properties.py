@@ -1,9 +1,10 @@
 """The front door: what is allowed is taken and served, what is not is refused with a clear error,
-and nothing is ignored.
+and nothing is ignored. Many clients of one engine: each gets its tokens once and in order.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import tempfile
 from pathlib import Path
@@ -12,11 +13,23 @@ from typing import Any
 from hypothesis import strategies as st
 
 from nanovllm.config import EngineConfig
+from nanovllm.engine.invariants import check_invariants
 from nanovllm.models.config import load_hf_config
+from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.serving import AsyncLLM
+from property_tests.support.model_free import oracle
+from property_tests.support.model_free_llm import (
+    PATIENCE_S,
+    Client,
+    ModelFreeLLM,
+    clients,
+    pace,
+    read_or_leave,
+)
 from property_tests.support.profiles import holds
 from property_tests.support.real_engine import MAX_MODEL_LEN, VOCAB, engine_of, serve, tiny
-from property_tests.support.strategies import SEEDS, Request, Shape
+from property_tests.support.strategies import SEEDS, Request, Shape, shapes
 
 GOOD: dict[str, st.SearchStrategy[Any]] = {
     "temperature": st.just(0.0) | st.just(0) | st.floats(1e-5, 1e30) | st.floats(1e-3, 10),
@@ -183,3 +196,95 @@ def test_config_files_are_read_as_they_are_written(
             raise AssertionError(f"a config as {layout} writes it is refused: {error}") from error
     found = config.rope_theta, config.rms_norm_eps, config.eos_token_ids
     assert found == (theta, eps, tuple(eos)), f"read as {found}"
+
+
+SCENES = shapes().flatmap(lambda shape: st.tuples(st.just(shape), clients(shape.block_size)))
+
+
+@holds(fast=80, scene=SCENES, policy=st.sampled_from(["fcfs", "priority"]), paced=st.booleans())
+def test_every_client_gets_its_answer(
+    scene: tuple[Shape, list[Client]], policy: str, paced: bool
+) -> None:
+    """Clients of AsyncLLM that come, read slowly, close and cancel at any time: each that stays gets
+    exactly the tokens of a request that runs alone, once, in order, and their end; nobody waits for
+    ever; all KV blocks come back.
+    """
+    shape, group = scene
+    if shape.batching == "static":
+        policy = "fcfs"
+    answers, left = asyncio.run(serve_clients(shape, group, policy, paced))
+    for client, answer in zip(group, answers, strict=True):
+        check_answer(shape, client, answer)
+    assert left["unfinished"] == 0, f"{left['unfinished']} requests are left in the scheduler"
+    assert left["free"] == shape.num_blocks, (
+        f"{shape.num_blocks - left['free']} blocks were not given back"
+    )
+    assert left["held"] == 0, f"{left['held']} places in the queue were not given back"
+
+
+async def serve_clients(
+    shape: Shape, group: list[Client], policy: str, paced: bool
+) -> tuple[list[Any], dict[str, int]]:
+    llm = AsyncLLM.over(ModelFreeLLM(shape, paced), scheduling_policy=policy)
+    reading = [
+        asyncio.ensure_future(read_or_leave(llm, client, f"client {i}"))
+        for i, client in enumerate(group)
+    ]
+    pacing = asyncio.ensure_future(pace(llm)) if paced else None
+    _, waiting = await asyncio.wait(reading, timeout=PATIENCE_S)
+    for task in waiting:
+        task.cancel()
+    # its threads, which are daemons, are left behind: to wait for them could take for ever
+    assert not waiting, f"{len(waiting)} of {len(group)} clients wait for ever"
+    answers = [await task for task in reading]
+    if pacing is not None:
+        pacing.cancel()
+
+    def look(engine: Any) -> dict[str, int]:
+        check_invariants(engine.scheduler)
+        return {
+            "unfinished": engine.scheduler.num_unfinished,
+            "free": engine.scheduler.blocks.num_free,
+        }
+
+    # a paced engine stands still now; the other one may still work for those that left
+    while not paced and await llm.between_steps(lambda engine: engine.has_unfinished_requests()):
+        await asyncio.sleep(0.001)
+    looking = asyncio.ensure_future(llm.between_steps(look))
+    _, waiting = await asyncio.wait([looking], timeout=PATIENCE_S)
+    assert not waiting, "the step thread does not answer"
+    left = {**looking.result(), "held": llm.num_unfinished}
+    await llm.shutdown()
+    return answers, left
+
+
+def check_answer(
+    shape: Shape, client: Client, answer: list[RequestOutput] | ValueError | None
+) -> None:
+    needed = -(-(len(client.prompt) + client.max_tokens) // shape.block_size)
+    if answer is None:
+        return  # cancelled
+    if isinstance(answer, ValueError):
+        assert needed > shape.num_blocks, f"a request that fits is refused: {answer}"
+        return
+    assert needed <= shape.num_blocks, "a request that can never run is served"
+    expected = oracle(list(client.prompt), client.max_tokens, client.stops)
+    got: list[int] = []
+    for output in answer:
+        tokens = output.outputs[0].token_ids
+        if client.kind == "delta":
+            got += tokens
+        else:
+            assert tokens[: len(got)] == got, "an answer was taken back"
+            got = list(tokens)
+        assert got == expected[: len(got)], f"got {got}, alone it gets {expected}"
+    ends = [output.finished for output in answer]
+    left_early = client.how == "close" and client.leaves is not None and len(ends) == client.leaves
+    if left_early and not (ends and ends[-1]):
+        return
+    assert ends == [False] * (len(ends) - 1) + [True], f"the outputs say finished={ends}"
+    assert got == expected, f"the stream ends after {got}, alone it gets {expected}"
+    reason = "stop" if expected[-1] in client.stops else "length"
+    assert answer[-1].outputs[0].finish_reason == reason, "it ended for another reason"
+    if client.kind == "final_only":
+        assert len(answer) == 1, f"{len(answer)} outputs where only the last was asked for"

@@ -6,19 +6,25 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanovllm.engine.invariants import check_invariants
+from nanovllm.engine.priority import prioritize
+from nanovllm.engine.sequence import Sequence
+from nanovllm.sampling_params import SamplingParams
 from property_tests.support.checked_engine import (
     LONGEST_OUTPUT,
     LONGEST_PROMPT,
     CheckedEngine,
     EngineMachine,
 )
-from property_tests.support.model_free import VOCAB
+from property_tests.support.model_free import VOCAB, ModelFreeEngine, oracle
 from property_tests.support.profiles import deep, examples, holds
-from property_tests.support.strategies import Shape, Workload, shapes, workloads
+from property_tests.support.strategies import Shape, Workload, endings, prompts, shapes, workloads
 
 EngineMachine.TestCase.settings = settings(
     max_examples=examples(120), stateful_step_count=60 if deep() else 25
@@ -131,3 +137,70 @@ def test_long_histories(shape: Shape, seed: int) -> None:
             checked.abort(rng.choice(sorted(checked.requests)))
         checked.step()
     checked.finish()
+
+
+REQUESTS = st.lists(
+    st.tuples(prompts([], VOCAB, 4, 16), endings(VOCAB, 10), st.integers(-2, 2), st.integers(0, 9)),
+    min_size=2,
+    max_size=10,
+)
+
+
+@holds(
+    fast=60,
+    shape=shapes(lags=(0, 1), batching=("continuous", "chunked"), block_sizes=(2, 4)),
+    requests=REQUESTS,
+    extra=st.integers(0, 4),
+)
+def test_lower_priority_values_go_first(shape: Shape, requests: list[Any], extra: int) -> None:
+    """scheduling_policy='priority': nobody is admitted before a waiting request of a lower value, or
+    of the same value that arrived earlier; who is preempted is the last in that order; tokens are
+    those of a request that runs alone.
+    """
+    sizes = [len(prompt) + ending["max_tokens"] for prompt, ending, *_ in requests]
+    # barely enough for the largest, and admission foresees nothing: many are preempted
+    num_blocks = extra + max(-(-size // shape.block_size) for size in sizes)
+    engine = ModelFreeEngine(replace(shape, num_blocks=num_blocks, foresees=False))
+    scheduler: Any = engine.scheduler
+    add = prioritize(scheduler)
+    ranks: dict[str, tuple[int, int]] = {}
+    start, leave = scheduler._start, scheduler._leave
+
+    def watched_start(plan: Any, seq: Sequence, num_tokens: int) -> bool:
+        started: bool = start(plan, seq, num_tokens)
+        if started and not shape.prefix_cache:  # which may let one wait for another's prefix
+            first = min([seq.request_id, *scheduler.waiting], key=ranks.__getitem__)
+            assert first == seq.request_id, f"{seq.request_id} is admitted before {first}"
+        return started
+
+    def watched_leave(seq: Sequence, queue: Any) -> None:
+        if seq.finish_reason is None:
+            running = [*scheduler.prefilling, *scheduler.decoding]
+            last = max(running, key=ranks.__getitem__)
+            assert last == seq.request_id, f"{seq.request_id} is preempted before {last}"
+        leave(seq, queue)
+
+    scheduler._start, scheduler._leave = watched_start, watched_leave
+    seqs: list[Sequence] = []
+    for step in range(2000):
+        for number, (prompt, ending, priority, arrival) in enumerate(requests):
+            if arrival == step:
+                seq = Sequence(
+                    str(number),
+                    list(prompt),
+                    SamplingParams(max_tokens=ending["max_tokens"]),
+                    stop_token_ids=frozenset(ending["stop_token_ids"]),
+                )
+                rank = ranks[seq.request_id] = (priority, number + 100 * step)
+                add(SimpleNamespace(seq=seq, rank=rank))
+                seqs.append(seq)
+        engine.step()
+        check_invariants(scheduler)
+        if step > 9 and not engine.busy:
+            break
+    assert not engine.busy, "requests starve"
+    for seq in seqs:
+        expected = oracle(
+            seq.token_ids[: seq.num_prompt_tokens], seq.params.max_tokens, seq.stop_token_ids
+        )
+        assert seq.output_token_ids == expected, f"{seq.request_id} got other tokens than alone"

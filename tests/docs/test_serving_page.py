@@ -23,7 +23,7 @@ def test_the_asyncio_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_table_has_every_option() -> None:
     import typer
 
-    app = typer.Typer()
+    app = typer.Typer(add_completion=False)
     app.command()(command.serve)
     known = {p.opts[0] for p in typer.main.get_command(app).params if p.param_type_name == "option"}
     told = set(re.findall(r"`(--[a-z-]+)", PAGE))
