@@ -146,8 +146,11 @@ def cell_view(plan: Plan, cell: str, found: list[Record], analysis: JsonObject |
                 "role": "cell",
                 "cell_role": planned["role"],
                 "gate": row.get("gate"),
-                f"{ALL_WORKLOADS}/verdict": row.get("verdict"),
-                **{f"{_key(w)}/verdict": said for w, said in row.get("verdicts", {}).items()},
+                f"{ALL_WORKLOADS}/verdict": in_a_column(row.get("verdict")),
+                **{
+                    f"{_key(w)}/verdict": in_a_column(said)
+                    for w, said in row.get("verdicts", {}).items()
+                },
                 **{f"{_key(w)}/CI": said for w, said in row.get("intervals", {}).items()},
                 "evidence": row.get("evidence"),
                 "compared_with": start if row.get("verdict") else None,
@@ -212,6 +215,14 @@ def rounded(name: str, value: float) -> float:
     if "/speedup" not in name and "_ratio" not in name:
         return float(f"{value:.4g}")
     return round(value, 3 if value < 2 else 2 if value < 10 else 1 if value < 100 else 0)
+
+
+def in_a_column(verdict: str | None) -> str | None:
+    """A verdict as the runs table can show it: "suggestive: slower" becomes "slower? (suggestive)", because
+    a column there shows eleven characters, and the side is what must not be cut.
+    """
+    kind, _, side = (verdict or "").partition(": ")
+    return f"{side}? ({kind})" if side else verdict
 
 
 def describe(plan: Plan, analysis: JsonObject | None) -> str:

@@ -176,7 +176,7 @@ def _same_tokens(analysis: Analysis) -> Iterator[str]:
         said = f"{workload}: {same_tokens(analysis, workload)}"
         if found["same"] is not None and found["others"]:
             who = names.listed([name(analysis, cell) for cell in found["others"]])
-            said += f". Launches of {who} gave other tokens, which were judged by themselves"
+            said += f". Launches of {who} gave other tokens, which were judged too"
         yield said
 
 

@@ -128,8 +128,8 @@ def _family(analysis: Analysis) -> str:
         return f"all {text.count_of(max((e['tests'] for e in single), default=0), 'treatment')}"
     summary = next(e["tests"] for e in treatments if e["workload"] not in analysis["workloads"])
     return (
-        f"the {text.count_of(single[0]['tests'], 'treatment')} of single workloads (all workloads together: the "
-        f"{summary} of that row alone)"
+        f"the {text.count_of(single[0]['tests'], 'treatment')} of single workloads (the {summary} of all workloads together "
+        "are corrected apart)"
     )
 
 

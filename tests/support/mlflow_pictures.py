@@ -55,7 +55,11 @@ def main(out: Path = ROOT / "docs") -> None:
             browser.open(f"{link}&compareRunsMode=CHART", WIDTH, 740, settle_s=3)
             browser.wait_for("document.querySelectorAll('.js-plotly-plot').length >= 3")
             browser.open("about:blank", WIDTH, 740)
-            browser.open(f"{link}&compareRunsMode=CHART", WIDTH, 740, settle_s=10)
+            browser.open(f"{link}&compareRunsMode=CHART", WIDTH, 740, settle_s=8)
+            # Plotly's tools, which a reader sees under the pointer only
+            browser.evaluate(
+                "document.querySelectorAll('.modebar').forEach(tools => tools.remove())"
+            )
             pictures["mlflow-charts.png"] = browser.picture()
     for name, picture in pictures.items():
         if len(picture) > MOST_BYTES:
