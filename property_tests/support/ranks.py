@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock, patch
 
+import torch
+
 from nanovllm.config import EngineConfig, Optimizations, ResolvedConfig
 from nanovllm.distributed import collectives, workers
 from nanovllm.engine.model_runner import ModelRunner, StepHandle
@@ -55,8 +57,13 @@ class RanksInThreads:
         def start(group: Group, own: StepStats) -> ModelRunner:
             return ModelRunner(resolved, model_config, folder, own, group)
 
+        # a runner sets it while it makes its model; threads would find each other's value, and keep it
+        default_dtype = torch.get_default_dtype()
         with tempfile.TemporaryDirectory() as place:
-            self.ranks = in_ranks(size, f"{place}/ranks", start, stats=stats)
+            try:
+                self.ranks = in_ranks(size, f"{place}/ranks", start, stats=stats)
+            finally:
+                torch.set_default_dtype(default_dtype)
         self._threads = ThreadPoolExecutor(size)
         self.num_blocks, self.kv_cache_bytes = (
             self.ranks[0].num_blocks,

@@ -13,8 +13,7 @@
     under_load         requests that arrive over time: latencies, goodput, sustainable rate; energy
     answer             a sentence for each workload, and what to know before believing it
     cells              one flat row for each configuration, for tools that show runs side by side
-    counters           what each optimization did in a launch, and why a combination brings more
-    names              what a report says of its configurations: settings, changes, what is left out
+    names              what a report says of its configurations, and of what each optimization did
 
 May import statistics and text.
 """

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from experiments.records.cell_names import ALL_ON
 from reports import text
-from reports.analysis import compare, counters, names
+from reports.analysis import compare, names
 from reports.analysis.types import Analysis, Answer, Effect, WorkloadAnswer
 from reports.statistics.intervals import measured_ratio
 from reports.statistics.metrics import EVERY
@@ -154,7 +154,7 @@ def _combined(analysis: Analysis, everything: Effect, pair_is_named: bool) -> st
         sure = "is" if row["verdict"] in _INTERACTS else "may be"
         times, within = ratio(row["ratio"])[1:], interval(row["low"], row["high"])
         said = f"; everything on {sure} {times} times ({within}) the product of the single ones, {product}"
-    why = counters.why_together(analysis, workload) if _gains(analysis, row) else ""
+    why = names.why_together(analysis, workload) if _gains(analysis, row) else ""
     return said + (f"; {why}" if why else "")
 
 

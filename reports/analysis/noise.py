@@ -107,7 +107,10 @@ def precision(effects: Sequence[Mapping[str, Any]], metric: str) -> dict[str, An
     ]
     if not found:
         return None
-    reach = [math.sqrt(effect["high"] / effect["low"]) - 1 for effect in found]
+    reach = [
+        math.sqrt(effect["high"] / effect["low"]) - 1 if effect["low"] > 0 else math.inf
+        for effect in found
+    ]
     return {
         "half_width": statistics.median(reach),
         "detectable": statistics.median(effect["detectable"] for effect in found),

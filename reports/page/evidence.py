@@ -8,7 +8,7 @@ from typing import Any
 from experiments.host.model_files import preset_digests
 from experiments.records.types import Plan
 from reports import text
-from reports.analysis import counters, names
+from reports.analysis import names
 from reports.analysis.gate_and_launches import same_tokens
 from reports.analysis.types import Analysis
 from reports.page.document import Column, Section, Table
@@ -291,7 +291,7 @@ def _toggles(analysis: Analysis) -> Section:
                 row["workload"],
                 name(analysis, row["cell"]),
                 f"{row['factor']}={row['level']}",
-                counters.did(row),
+                names.did(row),
                 str(row["launches"]),
             ]
         )

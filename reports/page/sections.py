@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from reports import text
-from reports.analysis import counters
+from reports.analysis import names
 from reports.analysis.compare import against_engines
 from reports.analysis.types import Analysis, Effect
 from reports.page.compare_sections import compare_sections, pairs_of_ours
@@ -319,7 +319,7 @@ def _combinations(analysis: Analysis) -> Iterator[Section]:
         *(
             f"{row['workload']}: {why}."
             for row in rows
-            if (why := counters.why_together(analysis, row["workload"]))
+            if (why := names.why_together(analysis, row["workload"]))
         ),
     ]
     gist = ", ".join(f"{row['workload']}: {text.verdict(row)}" for row in rows)

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from reports import text
-from reports.analysis import counters, names
+from reports.analysis import names
 from reports.analysis.compare import against_engines, throughput_rows
 from reports.analysis.gate_and_launches import same_tokens
 from reports.analysis.types import Analysis, Effect
@@ -127,7 +127,7 @@ def _together(analysis: Analysis, whole: Effect) -> str:
         if row["workload"] == workload and more:
             product = measured_ratio(whole) / measured_ratio(row)
             said = f"more than the product of the single ones, {text.ratio(product)}"
-            why = counters.why_together(analysis, workload).partition(" (")[0]
+            why = names.why_together(analysis, workload).partition(" (")[0]
             return f"{said}: {why}" if why else said
     return ""
 
@@ -237,7 +237,7 @@ def _did(analysis: Analysis, cell: str, workload: str, factor: str | None = None
         for row in analysis["toggles"]["rows"]
         if row["cell"] == cell and row["workload"] == workload and factor in (None, row["factor"])
     ]
-    return counters.did_in_short(rows[0]) if len(rows) == 1 else ""
+    return names.did_in_short(rows[0]) if len(rows) == 1 else ""
 
 
 def _legend(analysis: Analysis, rows: Sequence[_Row], verbose: bool) -> Iterator[str]:

@@ -11,7 +11,7 @@ import pytest
 from experiments.records import cell_names
 from nanovllm.config import LEVELS
 from reports import text
-from reports.analysis import counters, names
+from reports.analysis import names
 from reports.analysis.analyse import analyse
 from reports.analysis.answer import answer
 from reports.analysis.gate_and_launches import same_tokens
@@ -274,7 +274,7 @@ def test_the_partner_is_the_one_without_which_the_counter_falls() -> None:
         },
     )
     analysis = analyse(records, plan)
-    why = counters.why_together(analysis, "scaled")
+    why = names.why_together(analysis, "scaled")
     assert why == (
         "prefix_cache=on beside tensor_parallel_size=2: 900 prompt tokens found, 100 alone, "
         "150 with everything on but tensor_parallel_size"
@@ -283,25 +283,23 @@ def test_the_partner_is_the_one_without_which_the_counter_falls() -> None:
 
 def test_what_an_optimization_did_is_said_in_words() -> None:
     row = {"factor": "prefix_cache", "level": "on", "engaged": [120, 120]}
-    assert counters.did(row | {"opportunity": [3840, 18560]}) == (
+    assert names.did(row | {"opportunity": [3840, 18560]}) == (
         "120 lookups, 3,840 to 18,560 prompt tokens found"
     )
-    assert counters.did(row | {"opportunity": [0, 0]}).endswith(
-        ": nothing to gain in this workload"
-    )
-    assert counters.did_in_short(row | {"opportunity": [3840, 18560]}) == "18,560 found"
+    assert names.did(row | {"opportunity": [0, 0]}).endswith(": nothing to gain in this workload")
+    assert names.did_in_short(row | {"opportunity": [3840, 18560]}) == "18,560 found"
     chunked = {"factor": "batching", "level": "chunked", "engaged": [179, 179]}
-    assert counters.did(chunked | {"opportunity": [35, 35]}) == (
+    assert names.did(chunked | {"opportunity": [35, 35]}) == (
         "179 steps, 35 with prefill beside decodes"
     )
     own = {"factor": "my_toggle", "level": "on", "engaged": [7, 7], "opportunity": None}
-    assert counters.did(own) == "7 times"
+    assert names.did(own) == "7 times"
 
 
 def test_every_toggle_has_words_for_its_counters() -> None:
     for factor, levels in LEVELS.items():
         for level in levels[1:]:
-            assert counters.of(factor, level) is not counters._UNKNOWN, (factor, level)
+            assert names.counts_of(factor, level) is not names._UNKNOWN, (factor, level)
 
 
 def test_the_number_of_tests_comes_from_one_count() -> None:

@@ -208,7 +208,7 @@ def test_a_study_with_two_blocks_says_more_with_moderated_variances(tmp_path: Pa
 
 def printed(analysis: dict[str, Any]) -> str:
     out = io.StringIO()
-    print_table(analysis, Console(file=out, width=200))
+    print_table(analysis, Console(file=out, width=200), verbose=True)
     return out.getvalue()
 
 

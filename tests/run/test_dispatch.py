@@ -264,5 +264,5 @@ def test_wrong_options_are_said(
     executor: str, address: str | None, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(typer.Exit):
-        cli.make_options(None, None, executor, address)
+        cli.make_options(None, None, executor, address, verbose=False)
     assert message in capsys.readouterr().err

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import workload_files, workloads
+from experiments import workloads
 from experiments.engines import nanovllm, vllm
 from experiments.study.spec import Workload
 from nanovllm.sampling_params import SamplingParams
@@ -70,7 +70,7 @@ def drawn_params(kind: str) -> st.SearchStrategy[dict[str, Any]]:
     )
 
 
-DRAWN = [kind for kind in workloads.DEFAULTS if kind not in workload_files.KINDS]
+DRAWN = [kind for kind in workloads.DEFAULTS if kind != "file"]
 STUDIES = st.sampled_from(sorted(DRAWN)).flatmap(
     lambda kind: st.tuples(st.just(kind), drawn_params(kind))
 )
