@@ -226,6 +226,17 @@ def test_what_cannot_be_served_is_said(
     assert set(answer.error) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_prompt_of_several_that_cannot_be_served(
+    port: int, llm: AsyncLLM, stream: bool
+) -> None:
+    body = {"prompt": [[5, 6], [1] * 500], "max_tokens": 50, **GREEDY, "stream": stream}
+    answer = call(port, COMPLETIONS, body)
+    told = answer.events[-1] if answer.status == 200 else answer.json
+    assert told["error"]["code"] == "context_length_exceeded"
+    all_is_well(port, llm)
+
+
 def test_errors_name_the_field_and_the_code(port: int) -> None:
     wrong = call(port, COMPLETIONS, {"prompt": PROMPT, "top_p": 2})
     assert wrong.error["param"] == "top_p"
@@ -410,6 +421,35 @@ def test_an_engine_that_ends_is_reported(tiny: Path) -> None:
         assert (
             b'nanovllm:engine_alive{engine="0",model_name="tiny"} 0.0' in call(port, "/metrics").raw
         )
+    asyncio.run(llm.shutdown())
+
+
+def test_a_mistake_of_the_server_is_no_mistake_of_the_client(
+    llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nanovllm.serving.responses import CompletionWriter
+
+    def broken(*_: Any) -> Any:
+        raise ValueError("a secret of ours")
+
+    with serving(llm) as port:
+        with monkeypatch.context() as patched:
+            patched.setattr(CompletionWriter, "choice", broken)
+            whole = call(port, COMPLETIONS, {"prompt": PROMPT, "max_tokens": 3})
+            assert (whole.status, whole.error["type"]) == (500, "server_error")
+            assert b"secret" not in whole.raw
+            stream = call(port, COMPLETIONS, {"prompt": PROMPT, "max_tokens": 3, "stream": True})
+            assert stream.events[-1]["error"]["type"] == "server_error"
+            assert b"secret" not in stream.raw
+        all_is_well(port, llm)
+
+
+def test_priorities_of_requests(tiny: Path) -> None:
+    llm = AsyncLLM(str(tiny), scheduling_policy="priority", **SMALL)
+    with serving(llm) as port:
+        body = {"prompt": PROMPT, "max_tokens": 3, **GREEDY}
+        texts = [call(port, COMPLETIONS, body | {"priority": p}).json["choices"] for p in (5, -5)]
+        assert texts[0] == texts[1]
     asyncio.run(llm.shutdown())
 
 
