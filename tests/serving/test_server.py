@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
+import re
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -263,15 +266,12 @@ def test_a_body_that_is_too_large_is_refused(port: int, llm: AsyncLLM, chunked: 
     body = json.dumps({"prompt": "x " * (5 << 20), "max_tokens": 3}).encode()
     assert len(body) > 10 << 20
     if chunked:
-        parts: Any = (body[i : i + 65536] for i in range(0, len(body), 65536))
-        connection_body = parts
-        import http.client
-
+        parts = (body[i : i + 65536] for i in range(0, len(body), 65536))
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request(
             "POST",
             COMPLETIONS,
-            connection_body,
+            parts,
             encode_chunked=True,
             headers={"Transfer-Encoding": "chunked"},
         )
@@ -336,8 +336,6 @@ def test_a_body_that_never_comes(llm: AsyncLLM) -> None:
     with serving(llm, body_timeout_s=0.2) as port:
         connection = begin(port, COMPLETIONS, {})
         connection.close()
-        import socket
-
         with socket.create_connection(("127.0.0.1", port), 60) as slow:
             slow.sendall(
                 b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
@@ -389,9 +387,7 @@ def test_metrics_have_the_names_of_vllm(port: int, llm: AsyncLLM) -> None:
         name
         for panel in json.loads(dashboard)["panels"]
         for target in panel["targets"]
-        for name in __import__("re").findall(
-            r"(?:vllm|nanovllm|process)[:_][a-z_0-9:]+", target["expr"]
-        )
+        for name in re.findall(r"(?:vllm|nanovllm|process)[:_][a-z_0-9:]+", target["expr"])
     }
     told = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
     for name in used:
