@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
+import re
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -226,6 +229,17 @@ def test_what_cannot_be_served_is_said(
     assert set(answer.error) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_prompt_of_several_that_cannot_be_served(
+    port: int, llm: AsyncLLM, stream: bool
+) -> None:
+    body = {"prompt": [[5, 6], [1] * 500], "max_tokens": 50, **GREEDY, "stream": stream}
+    answer = call(port, COMPLETIONS, body)
+    told = answer.events[-1] if answer.status == 200 else answer.json
+    assert told["error"]["code"] == "context_length_exceeded"
+    all_is_well(port, llm)
+
+
 def test_errors_name_the_field_and_the_code(port: int) -> None:
     wrong = call(port, COMPLETIONS, {"prompt": PROMPT, "top_p": 2})
     assert wrong.error["param"] == "top_p"
@@ -252,15 +266,12 @@ def test_a_body_that_is_too_large_is_refused(port: int, llm: AsyncLLM, chunked: 
     body = json.dumps({"prompt": "x " * (5 << 20), "max_tokens": 3}).encode()
     assert len(body) > 10 << 20
     if chunked:
-        parts: Any = (body[i : i + 65536] for i in range(0, len(body), 65536))
-        connection_body = parts
-        import http.client
-
+        parts = (body[i : i + 65536] for i in range(0, len(body), 65536))
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request(
             "POST",
             COMPLETIONS,
-            connection_body,
+            parts,
             encode_chunked=True,
             headers={"Transfer-Encoding": "chunked"},
         )
@@ -325,8 +336,6 @@ def test_a_body_that_never_comes(llm: AsyncLLM) -> None:
     with serving(llm, body_timeout_s=0.2) as port:
         connection = begin(port, COMPLETIONS, {})
         connection.close()
-        import socket
-
         with socket.create_connection(("127.0.0.1", port), 60) as slow:
             slow.sendall(
                 b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
@@ -378,9 +387,7 @@ def test_metrics_have_the_names_of_vllm(port: int, llm: AsyncLLM) -> None:
         name
         for panel in json.loads(dashboard)["panels"]
         for target in panel["targets"]
-        for name in __import__("re").findall(
-            r"(?:vllm|nanovllm|process)[:_][a-z_0-9:]+", target["expr"]
-        )
+        for name in re.findall(r"(?:vllm|nanovllm|process)[:_][a-z_0-9:]+", target["expr"])
     }
     told = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
     for name in used:
@@ -410,6 +417,35 @@ def test_an_engine_that_ends_is_reported(tiny: Path) -> None:
         assert (
             b'nanovllm:engine_alive{engine="0",model_name="tiny"} 0.0' in call(port, "/metrics").raw
         )
+    asyncio.run(llm.shutdown())
+
+
+def test_a_mistake_of_the_server_is_no_mistake_of_the_client(
+    llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nanovllm.serving.responses import CompletionWriter
+
+    def broken(*_: Any) -> Any:
+        raise ValueError("a secret of ours")
+
+    with serving(llm) as port:
+        with monkeypatch.context() as patched:
+            patched.setattr(CompletionWriter, "choice", broken)
+            whole = call(port, COMPLETIONS, {"prompt": PROMPT, "max_tokens": 3})
+            assert (whole.status, whole.error["type"]) == (500, "server_error")
+            assert b"secret" not in whole.raw
+            stream = call(port, COMPLETIONS, {"prompt": PROMPT, "max_tokens": 3, "stream": True})
+            assert stream.events[-1]["error"]["type"] == "server_error"
+            assert b"secret" not in stream.raw
+        all_is_well(port, llm)
+
+
+def test_priorities_of_requests(tiny: Path) -> None:
+    llm = AsyncLLM(str(tiny), scheduling_policy="priority", **SMALL)
+    with serving(llm) as port:
+        body = {"prompt": PROMPT, "max_tokens": 3, **GREEDY}
+        texts = [call(port, COMPLETIONS, body | {"priority": p}).json["choices"] for p in (5, -5)]
+        assert texts[0] == texts[1]
     asyncio.run(llm.shutdown())
 
 

@@ -164,9 +164,7 @@ def create_app(llm: AsyncLLM, settings: Settings) -> FastAPI:
                 stream = events(body, work, writer, first, len(prompts), fields)
                 response = EventStream(stream, work, {**headers, "Cache-Control": "no-cache"})
                 return response
-            content = writer.whole(await unless_gone(request, work.last_outputs()))
-            fields |= writer.usage.as_json()
-            return JSONResponse(content, headers=headers)
+            outputs = await unless_gone(request, work.last_outputs())
         except ClientGoneError:
             return Response(status_code=CLIENT_GONE)
         except Exception as error:  # noqa: BLE001  raised again, as what the client is told
@@ -174,9 +172,13 @@ def create_app(llm: AsyncLLM, settings: Settings) -> FastAPI:
         finally:
             if response is None:
                 await work.aclose()
+        content = writer.whole(outputs)
+        fields |= writer.usage.as_json()
+        return JSONResponse(content, headers=headers)
 
     async def refuse(request: Request, error: Exception) -> Response:
-        known = api_error(error)
+        # a ValueError that comes here was not the client's
+        known = api_error(error) if isinstance(error, (ApiError, RuntimeError)) else None
         if known is None:
             LOG.error("a request failed", exc_info=error)
             known = ApiError(500, "internal error", "server_error")
@@ -244,6 +246,8 @@ class Work:
                 found = await anext(self._several)
         except StopAsyncIteration:
             found = None  # type: ignore[assignment]
+        except (ValueError, TypeError) as error:  # one of the prompts cannot be served
+            raise_known(error)
         if self._timed_out:
             raise timed_out(self._limit_s)
         return found
@@ -282,7 +286,8 @@ async def events(
         if at_end:
             yield writer.event([], True)
     except Exception as error:  # noqa: BLE001  the status was sent long ago
-        known = api_error(error)
+        # as in `refuse`: a ValueError that comes here was not the client's
+        known = api_error(error) if isinstance(error, (ApiError, RuntimeError)) else None
         if known is None:
             LOG.exception("a stream failed")
             known = ApiError(500, "internal error", "server_error")
