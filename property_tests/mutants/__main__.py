@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--budget", type=float, default=60.0, help="seconds of tests for one mutant")
     run.add_argument("--only", default="", help=f"a part: {', '.join(r.name for r in ROOMS)}")
     run.add_argument("--again", action="store_true", help="those that survived, once more")
+    run.add_argument("--tests", nargs="+", default=[], help="only tests of these files")
     commands.add_parser("page", help="write docs/mutants.md")
     commands.add_parser("list", help="print survivors")
     show = commands.add_parser("show", help="print and run one mutant")
@@ -51,7 +52,15 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     jobs = args.jobs or len(os.sched_getaffinity(0))
     modules = tuple(module for room in chosen for module in room.modules)
     settings = Settings(
-        jobs, args.minutes, args.seed, args.count, args.budget, args.results, modules, args.again
+        jobs,
+        args.minutes,
+        args.seed,
+        args.count,
+        args.budget,
+        args.results,
+        modules,
+        args.again,
+        tuple(args.tests),
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends its processes as Ctrl-C does
     runner = Runner(settings)

@@ -28,6 +28,7 @@ _ENGINE = (
 _SAMPLING = (
     "property_tests/test_sampling_properties.py",
     "property_tests/test_kernel_properties.py",
+    "tests/gate/test_rules_by_example.py",
     "tests/kernels/test_sampling.py",
     "tests/distributed/test_sampling_shards.py",
 )
@@ -35,11 +36,13 @@ _GATE = (
     "property_tests/test_gate_properties.py",
     "property_tests/test_sampling_properties.py",
     "tests/gate/test_gate.py",
+    "tests/gate/test_rules_by_example.py",
     "tests/reports/test_promises.py",
 )
 _REPORTS = (
     "property_tests/test_statistics_properties.py",
     "tests/reports/test_analysis.py",
+    "tests/reports/test_checks_by_example.py",
     "tests/reports/test_compare.py",
     "tests/reports/test_moderation.py",
     "tests/reports/test_promises.py",
@@ -117,6 +120,7 @@ ROOMS = (
             "tests/run/test_merged_folders.py",
             "tests/run/test_dispatch.py",
             "tests/reports/test_analysis.py",
+            "tests/reports/test_checks_by_example.py",
             "tests/reports/test_promises.py",
             "tests/study/test_plan.py",
         ),

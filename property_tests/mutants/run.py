@@ -50,6 +50,11 @@ class Settings:
     modules: tuple[str, ...] = ()
     again: bool = False
     """Only those that survived, once more."""
+    tests: tuple[str, ...] = ()
+    """Only the tests of these files; then a mutant that survives them is not noted."""
+
+    def tests_of(self, room: Room) -> tuple[str, ...]:
+        return tuple(file for file in room.tests if not self.tests or file in self.tests)
 
 
 @dataclass
@@ -163,7 +168,7 @@ class Runner:
             for line in results.read(results.BASELINE)
             if all(results.digest_of(module) == was for module, was in line["modules"].items())
         }
-        needed = {file for m in self.queue for file in room_of(m.module).tests}
+        needed = {file for m in self.queue for file in self.settings.tests_of(room_of(m.module))}
         waiting = []
         for file in files_of_tests():
             if file not in needed or not (ROOT / file).exists():
@@ -183,7 +188,10 @@ class Runner:
         ready = {
             room.name
             for room in ROOMS
-            if all(file in self.files or not (ROOT / file).exists() for file in room.tests)
+            if all(
+                file in self.files or not (ROOT / file).exists()
+                for file in self.settings.tests_of(room)
+            )
         }
         for at, mutant in enumerate(self.queue):
             room = room_of(mutant.module)
@@ -276,6 +284,8 @@ class Runner:
         self, mutant: Mutant, outcome: str, seconds: float, killer: str = "", message: str = ""
     ) -> None:
         self.tried[outcome] += 1
+        if self.settings.tests and outcome not in KILLED:
+            return
         line: Line = {
             "mutant": mutant.name,
             "digest": mutant.function_digest,

@@ -19,6 +19,13 @@ from property_tests.support.plain_forecast import check_forecast
 from property_tests.support.strategies import Shape, endings, prompts, shapes
 
 LONGEST_PROMPT, LONGEST_OUTPUT = 30, 14
+SAMPLINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 0.0},
+    {"temperature": 0.5, "top_k": 3},
+    {"top_p": 0.9},
+)
+"""Of a prompt, by the sum of its tokens; without a model, they change what a plan says only."""
 
 
 class CheckedEngine:
@@ -38,7 +45,7 @@ class CheckedEngine:
         self.finished: set[str] = set()
         self.aborted: set[str] = set()
         self.had: Counter[str] = Counter()  # leading tokens of each request whose KV it once had
-        self.had_again = 0
+        self.had_again = self.partial = self.mixed = 0
         self.ledger = TokenLedger()
         self.asked_before = getattr(getattr(self.engine.scheduler, "forecast", None), "asked", 0)
         self.started: set[str] = set()
@@ -71,14 +78,34 @@ class CheckedEngine:
                 had, end = self.had[seq.request_id], start + length
                 self.had_again += max(0, min(had, end) - start)
                 self.had[seq.request_id] = max(had, end)
+            self._check_plan(plan)
         return plan
+
+    def _check_plan(self, plan: StepPlan) -> None:
+        """A step keeps to its budget, and says of itself what its requests say."""
+        seqs = self.engine.scheduler.in_flight[-1][1]
+        budget = self.shape.max_num_batched_tokens
+        assert sum(plan.query_lens) <= budget, f"{sum(plan.query_lens)} tokens, at most {budget}"
+        drawn = [
+            seq.params
+            for seq, samples in zip(seqs, plan.samples, strict=True)
+            if samples and seq.params.temperature > 0
+        ]
+        assert plan.greedy_only == (not drawn), "what is greedy is sampled, or the other way round"
+        assert plan.filtered == any(p.top_k > 0 or p.top_p < 1 for p in drawn), "filters are lost"
+        self.partial += plan.samples.count(False)
+        self.mixed += 0 < plan.num_decodes < len(seqs)
+        counted = self.engine.stats.partial_prefills, self.engine.stats.mixed_steps
+        assert counted == (self.partial, self.mixed), (
+            f"chunks and mixed steps are counted as {counted}, it was {self.partial}, {self.mixed}"
+        )
 
     def add(self, prompt: tuple[int, ...], max_tokens: int, stops: frozenset[int]) -> bool:
         """False where it is refused, which must be for the reason that the pool cannot hold it."""
         seq = Sequence(
             str(len(self.requests)),
             list(prompt),
-            SamplingParams(max_tokens=max_tokens),
+            SamplingParams(max_tokens=max_tokens, **SAMPLINGS[sum(prompt) % len(SAMPLINGS)]),
             stop_token_ids=stops,
         )
         fits = -(-(len(prompt) + max_tokens) // self.shape.block_size) <= self.shape.num_blocks

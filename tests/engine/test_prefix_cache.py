@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from nanovllm.engine.prefix_cache import CachedBlock, CachingBlockManager, PrefixCache
+from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stats import StepStats
+from nanovllm.sampling_params import SamplingParams
 
 
 def cache_of(blocks: int = 8, block_size: int = 2) -> tuple[PrefixCache, CachingBlockManager]:
@@ -108,3 +110,38 @@ def test_forgetting_keeps_what_is_owned() -> None:
     assert len(cache) == 1
     manager.release(kept)
     assert manager.num_free == manager.num_blocks
+
+
+def test_nothing_is_cached_after_a_block_that_was_evicted() -> None:
+    cache, manager = cache_of()
+    table = fill(cache, manager, [1, 2])
+    (parent,) = cache.match([1, 2, 3])
+    cache.evict(table[0])
+    assert cache.insert(5, [1, 2, 3, 4], 1, parent) is None
+    assert cache.insert(5, [1, 2, 3, 4], 1, None) is None
+    assert len(cache) == 0
+
+
+def test_a_chain_that_has_ended_is_not_continued() -> None:
+    _, manager = cache_of()
+    seq = Sequence("a", [1, 2, 3, 4, 5, 6], SamplingParams(max_tokens=1))
+    seq.block_table, seq.num_published = manager.allocate(3), 1
+    seq.published_tail = CachedBlock(-1, 7, None, b"")  # was evicted
+    manager.publish(seq, 6)
+    assert seq.num_published == -1
+    assert len(manager.cache) == 0
+
+
+def test_a_request_waits_for_what_follows_its_hits() -> None:
+    """Keys of the blocks that are being computed begin at the last block that was found."""
+    _, manager = cache_of(blocks=12)
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    table = fill(manager.cache, manager, prompt[:4])
+    manager.release(table)
+    first, second = (Sequence(name, list(prompt), SamplingParams(max_tokens=1)) for name in "ab")
+    assert manager.claim(first, 11)
+    assert first.num_scheduled == 4
+    coming = manager.coming([first])
+    assert len(coming) == 3
+    assert manager.had_better_wait(second, coming)
+    assert not manager.had_better_wait(second, set())
