@@ -115,7 +115,8 @@ class _Place:
 
 def mutants_of(module: str, path: Path) -> list[Mutant]:
     """Every mutant of the module, in the order of its text. Of two that read the same, one."""
-    tree = ast.parse(path.read_text())
+    source = path.read_text()
+    tree = ast.parse(source)
     numbers, digests = _numbers(tree), dict[int, str]()
     counts: Counter[tuple[str, str]] = Counter()
     found, seen = [], set()
@@ -125,8 +126,9 @@ def mutants_of(module: str, path: Path) -> list[Mutant]:
         name = f"{module}:{scope}:{place.operator}:{counts[scope, place.operator]}"
         around = place.statement if isinstance(place.function, ast.Module) else place.function
         if id(around) not in digests:
-            text = ast.unparse(around).encode()
-            digests[id(around)] = hashlib.sha256(text).hexdigest()[:12]
+            # of the text: what is unparsed differs between versions of Python
+            text = ast.get_source_segment(source, around) or ""
+            digests[id(around)] = hashlib.sha256(text.encode()).hexdigest()[:12]
         before, number = _header(place.statement), numbers[id(place.statement)]
         new, old = place.new, place.change()
         after = _header(new if old is place.statement else place.statement)

@@ -42,7 +42,7 @@ _GATE = (
 _REPORTS = (
     "property_tests/test_statistics_properties.py",
     "tests/reports/test_analysis.py",
-    "tests/reports/test_checks_by_example.py",
+    "tests/run/test_checks_by_example.py",
     "tests/reports/test_compare.py",
     "tests/reports/test_moderation.py",
     "tests/reports/test_promises.py",
@@ -120,7 +120,7 @@ ROOMS = (
             "tests/run/test_merged_folders.py",
             "tests/run/test_dispatch.py",
             "tests/reports/test_analysis.py",
-            "tests/reports/test_checks_by_example.py",
+            "tests/run/test_checks_by_example.py",
             "tests/reports/test_promises.py",
             "tests/study/test_plan.py",
         ),

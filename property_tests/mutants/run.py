@@ -70,6 +70,8 @@ class Job:
     began: float = field(default_factory=time.monotonic)
     last: dict[str, Any] = field(default_factory=dict)
     end: dict[str, Any] | None = None
+    key: str = ""
+    """Of a file of tests, as it was when the process started."""
 
     @property
     def seconds(self) -> float:
@@ -218,7 +220,8 @@ class Runner:
         process = self.context.Process(target=work, args=(task, theirs, scratch))
         process.start()
         theirs.close()
-        self.jobs.append(Job(about, task, process, ours, scratch, limit_s))
+        key = results.baseline_key(about.file) if isinstance(about, TimedFile) else ""
+        self.jobs.append(Job(about, task, process, ours, scratch, limit_s, key=key))
 
     def _listen(self) -> None:
         ready = wait([job.connection for job in self.jobs], timeout=1.0) if self.jobs else []
@@ -262,7 +265,7 @@ class Runner:
                 why = job.last.get("error", "took too long" if late else "its process died")
                 tests.left_out[tests.file] = f"{why}, after {len(tests.tests)} tests"
             else:
-                results.append(results.BASELINE, tests.line(results.baseline_key(tests.file)))
+                results.append(results.BASELINE, tests.line(job.key))
             return
         mutant, late = job.about, job.seconds > job.limit_s
         if job.killed:

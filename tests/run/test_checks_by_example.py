@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.records.store import Folder
+from experiments.records import merged_folders
+from experiments.records.store import Folder, read_for_report
 from reports.analysis import consistency
 from reports.analysis.gate_and_launches import run_order
 from reports.statistics.contrasts import Lattice
 from reports.statistics.intervals import Rule, bootstrap_interval
+
+PUBLISHED = Path(__file__).parents[2] / "reports" / "published" / "h200" / "compare-vllm"
 
 
 def served(**changes: Any) -> Any:
@@ -114,3 +117,39 @@ def test_the_order_of_launches_names_the_telemetry_that_was_recorded() -> None:
         ]  # fmt: skip
 
     assert run_order(Counted(), {})["telemetry_series"] == ["cpu_mhz"]  # type: ignore[arg-type]
+
+
+def test_an_error_of_the_gate_never_comes_after_its_verdict() -> None:
+    """Whatever else the records hold: the last one counts."""
+    verdict = {"kind": "gate", "status": "pass", "note": "a"}
+    error = {"kind": "gate", "status": "error", "note": "b"}
+    merged, _ = merged_folders.combine({"launches": []}, [[verdict], [error]])  # type: ignore[arg-type, list-item]
+    assert [record["status"] for record in merged] == ["error", "pass"]  # type: ignore[typeddict-item]
+
+
+def test_folders_of_one_plan_are_told_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = {"a": "p", "b": "q", "c": "p"}
+    monkeypatch.setattr(
+        merged_folders.store, "read_plan", lambda path: {"plan_hash": plans[path.parent.name]}
+    )
+    folders = [Path(name) for name in plans]
+    assert [folder.name for folder in merged_folders.of_one_plan(folders)] == ["a", "c"]
+
+
+def test_plan_and_records_are_read_for_a_report() -> None:
+    plan, records = read_for_report(PUBLISHED)
+    assert plan["plan_hash"]
+    assert {record["kind"] for record in records.records} >= {"launch", "gate"}
+
+
+@pytest.mark.parametrize(("more", "fine"), [(0.0, True), (0.9, True), (3.0, False)])
+def test_decodes_take_no_longer_than_requests_decode(more: float, fine: bool) -> None:
+    """One request that decodes for 100 s, in steps that sum up to as much; more: of the relative
+    tolerance.
+    """
+    residence_s = 100.0
+    step_s = residence_s * (1 + more * consistency.CLOCK_RELATIVE)
+    times = np.array([[0.0, 0.0, residence_s]])
+    work = served(step_times_s=[[step_s, 0, 1]], num_requests=1, output_tokens=2)
+    found = {c.name: c.ok for c in consistency._check_steps(work, times, 200.0, 0.0)}
+    assert found["Little's law: decode integral <= residence"] == fine
