@@ -67,7 +67,7 @@ def print_table(
             console.print(Text(f"and {left} more: --verbose shows all, as does the page", "dim"))
     for line in _legend(analysis, shown, verbose):
         console.print(Text(line, style="dim"))
-    if verbose:
+    if verbose or analysis["statistics"]["priors"]:  # the usual variance is each effect's own
         console.print(Text(_variance(analysis), style="dim"))
     _print_notes(console, analysis, verbose)
 

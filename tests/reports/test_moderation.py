@@ -203,12 +203,12 @@ def test_a_study_with_two_blocks_says_more_with_moderated_variances(tmp_path: Pa
     assert "d0, used" in html.read_text(encoding="utf-8")
     assert "one switch alone; everything on" in page
     assert "variance: moderated by all effects" in printed(pooled)
-    assert "variance: each effect's own, 1 degree of freedom" in printed(own)
+    assert "variance: each effect's own, 1 degree of freedom" in printed(own, verbose=True)
 
 
-def printed(analysis: dict[str, Any]) -> str:
+def printed(analysis: dict[str, Any], verbose: bool = False) -> str:
     out = io.StringIO()
-    print_table(analysis, Console(file=out, width=200), verbose=True)
+    print_table(analysis, Console(file=out, width=200), verbose=verbose)
     return out.getvalue()
 
 
