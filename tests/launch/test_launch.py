@@ -129,7 +129,7 @@ DIES_WRITING = """
 import os, sys, time
 from pathlib import Path
 from experiments.launch import engine_process
-engine_process.serve_launch = lambda plan, launch, model: {"record": {}}
+engine_process.serve_launch = lambda *launch: {"record": {}}
 Path.rename = lambda partial, result: os._exit(9)
 engine_process.main({}, "", "", time.time(), Path(sys.argv[sys.argv.index("--result") + 1]))
 """
