@@ -136,7 +136,7 @@ def _runs(lines: list[Line]) -> list[str]:
     runs = [line["run"] for line in lines if "run" in line]
     told = [
         f"- {run['at'][:10]}, commit {run['commit']}, Python {run['python']}, torch {run['torch']}, "
-        f"{run['jobs']} processes, seed {run['seed']}"
+        f"{run['jobs']} process{'es' * (run['jobs'] != 1)}, seed {run['seed']}"
         for run in runs
     ]
     return ["Runs:", "", *dict.fromkeys(told)] if told else ["It has not run yet."]
