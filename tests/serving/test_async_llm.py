@@ -238,6 +238,8 @@ def test_ids_kinds_and_priorities_are_checked(llm: AsyncLLM) -> None:
             await collect(llm, PROMPT, SHORT, output_kind="all")
         with pytest.raises(ValueError, match="scheduling_policy='priority'"):
             await collect(llm, PROMPT, SHORT, priority=1)
+        with pytest.raises(ValueError, match="n=65 is more than the 64"):
+            await collect(llm, PROMPT, SamplingParams(n=65))
         await nothing_left(llm)
 
     run(work())

@@ -111,7 +111,9 @@ def test_the_asynchronous_client_may_break_off(port: int, llm: AsyncLLM) -> None
     assert llm.num_unfinished == 0
 
 
-def test_errors_have_the_types_of_the_client(client: Any, port: int, llm: AsyncLLM) -> None:
+def test_errors_have_the_types_of_the_client(
+    client: Any, port: int, llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(openai.BadRequestError, match="max_model_len=128") as caught:
         client.completions.create(model="tiny", prompt="word " * 500)
     assert caught.value.code == "context_length_exceeded"
@@ -125,8 +127,11 @@ def test_errors_have_the_types_of_the_client(client: Any, port: int, llm: AsyncL
         client.completions.create(model="gpt-9", prompt=PROMPT)
     with client_of(port, "wrong") as other, pytest.raises(openai.AuthenticationError):
         other.models.list()
-    with pytest.raises(openai.RateLimitError, match="try again later"):
+    with pytest.raises(openai.BadRequestError, match="asks for 9 answers"):
         client.completions.create(model="tiny", prompt=[PROMPT] * 9)
+    monkeypatch.setattr(llm, "_num_unfinished", llm.max_unfinished)
+    with pytest.raises(openai.RateLimitError, match="try again later"):
+        client.completions.create(model="tiny", prompt=PROMPT)
 
 
 def test_the_server_is_well_after_all_that(llm: AsyncLLM) -> None:

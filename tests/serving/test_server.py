@@ -188,7 +188,9 @@ def test_a_chat_without_max_tokens_uses_the_context(port: int) -> None:
 
 REFUSED: list[tuple[str, Any, int, str]] = [
     (COMPLETIONS, b"{", 400, "the body is not JSON"),
-    (COMPLETIONS, b"[]", 400, "dictionary"),
+    (COMPLETIONS, b"[]", 400, "must be a JSON object"),
+    (COMPLETIONS, b"null", 400, "must be a JSON object"),
+    (COMPLETIONS, b"", 400, "Content-Type: application/json"),
     (COMPLETIONS, {"max_tokens": 3}, 400, "prompt: Field required"),
     (COMPLETIONS, {"prompt": PROMPT, "max_tokens": "3"}, 400, "max_tokens: Input should be"),
     (COMPLETIONS, {"prompt": PROMPT, "max_tokens": 0}, 400, "max_tokens=0 is not allowed"),
@@ -200,6 +202,9 @@ REFUSED: list[tuple[str, Any, int, str]] = [
     (COMPLETIONS, {"prompt": PROMPT, "logit_bias": {"a": 1}}, 400, "must be token ids"),
     (COMPLETIONS, {"prompt": PROMPT, "stream_options": {}}, 400, "only with stream=true"),
     (COMPLETIONS, {"prompt": PROMPT, "priority": 1}, 400, "scheduling_policy"),
+    (COMPLETIONS, {"prompt": PROMPT, "n": 13}, 400, "asks for 13 answers"),
+    (COMPLETIONS, {"prompt": [PROMPT] * 7, "n": 2}, 400, "asks for 14 answers"),
+    (COMPLETIONS, {"prompt": PROMPT, "bad_words": ["ab"] * 129}, 400, "at most 128 items"),
     (COMPLETIONS, {"prompt": "", "max_tokens": 3}, 400, "empty prompt"),
     (COMPLETIONS, {"prompt": [], "max_tokens": 3}, 400, "empty prompt"),
     (COMPLETIONS, {"prompt": [1] * 128}, 400, "max_model_len=128"),
@@ -211,6 +216,7 @@ REFUSED: list[tuple[str, Any, int, str]] = [
     (CHAT, {"messages": []}, 400, "conversation is empty"),
     (CHAT, {"messages": [{"role": "king", "content": "x"}]}, 400, "role='king'"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "text only"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "text=None"),
     ("/v1/nothing", {}, 404, "Not Found"),
 ]
 
@@ -245,7 +251,29 @@ def test_errors_name_the_field_and_the_code(port: int) -> None:
     assert wrong.error["param"] == "top_p"
     assert call(port, COMPLETIONS, {"prompt": [1] * 500}).error["code"] == "context_length_exceeded"
     assert call(port, COMPLETIONS, {"prompt": PROMPT, "model": "x"}).error["param"] == "model"
-    assert call(port, COMPLETIONS, method="GET").status == 405
+    wrong_method = call(port, COMPLETIONS, method="GET")
+    assert (wrong_method.status, wrong_method.headers["allow"]) == (405, "POST")
+
+
+def test_a_body_needs_its_content_type(port: int) -> None:
+    body = json.dumps({"prompt": PROMPT}).encode()
+    answer = call(port, COMPLETIONS, body, **{"Content-Type": "application/x-www-form-urlencoded"})
+    assert (answer.status, "Content-Type" in answer.error["message"]) == (400, True)
+
+
+def test_150_000_prompts_are_refused_at_once(port: int, llm: AsyncLLM) -> None:
+    body = {"prompt": [[1]] * 150_000, "max_tokens": 1}
+    assert "150000 prompts" in call(port, COMPLETIONS, body).error["message"]
+    all_is_well(port, llm)
+
+
+def test_errors_do_not_repeat_megabytes(port: int) -> None:
+    for field in ("model", "stop"):
+        answer = call(port, COMPLETIONS, {"prompt": PROMPT, field: ["x" * 500_000, ""]})
+        assert len(answer.raw) < 2000, field
+    answer = call(port, COMPLETIONS, {"prompt": PROMPT, "model": "x" * 500_000})
+    assert (answer.status, len(answer.raw) < 2000) == (404, True)
+    assert answer.error["message"].endswith("known are tiny, other")
 
 
 def test_an_api_key_is_asked_for(llm: AsyncLLM) -> None:
@@ -258,7 +286,8 @@ def test_an_api_key_is_asked_for(llm: AsyncLLM) -> None:
 
 def test_a_key_opens_the_server(llm: AsyncLLM) -> None:
     with serving(llm, api_key="secret") as port:
-        assert call(port, "/v1/models", Authorization="Bearer secret").status == 200
+        for scheme in ("Bearer", "bearer"):  # RFC 9110: its case does not count
+            assert call(port, "/v1/models", Authorization=f"{scheme} secret").status == 200
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -300,8 +329,8 @@ def test_a_full_queue_asks_clients_to_come_back(port: int, llm: AsyncLLM) -> Non
     answer = call(port, COMPLETIONS, {"prompt": PROMPT, "max_tokens": 3})
     assert (answer.status, answer.error["code"]) == (429, "queue_full")
     assert int(answer.headers["retry-after"]) >= 1
-    too_many = call(port, COMPLETIONS, {"prompt": [PROMPT] * 13, "max_tokens": 3})
-    assert too_many.status == 429
+    two = call(port, COMPLETIONS, {"prompt": [PROMPT] * 2, "max_tokens": 3})
+    assert two.status == 429
     for stream in streams:
         stream.close()
     all_is_well(port, llm)
@@ -421,7 +450,7 @@ def test_an_engine_that_ends_is_reported(tiny: Path) -> None:
 
 
 def test_a_mistake_of_the_server_is_no_mistake_of_the_client(
-    llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+    llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from nanovllm.serving.responses import CompletionWriter
 
@@ -437,6 +466,17 @@ def test_a_mistake_of_the_server_is_no_mistake_of_the_client(
             stream = call(port, COMPLETIONS, {"prompt": PROMPT, "max_tokens": 3, "stream": True})
             assert stream.events[-1]["error"]["type"] == "server_error"
             assert b"secret" not in stream.raw
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            sent = json.dumps({"prompt": PROMPT}), {"Content-Type": "application/json"}
+            caplog.clear()
+            caplog.set_level("INFO", "nanovllm.serving")
+            for _ in range(3):  # the connection stays
+                connection.request("POST", COMPLETIONS, *sent)
+                response = connection.getresponse()
+                assert (response.status, bool(response.read())) == (500, True)
+            connection.close()
+            fields = [getattr(record, "fields", {}) for record in caplog.records]
+            assert [f["status"] for f in fields if "status" in f] == [500] * 3
         all_is_well(port, llm)
 
 

@@ -170,7 +170,11 @@ def _message(message: Any, place: int) -> dict[str, Any]:
                 raise ValueError(
                     f"message {place} has content of type {kind!r}; this engine reads text only"
                 )
-        content = "\n".join(str(part["text"]) for part in content)
+            if not isinstance(part.get("text"), str):
+                raise ValueError(
+                    f"message {place} has a part of type 'text' with text={part.get('text')!r}; give a text"
+                )
+        content = "\n".join(part["text"] for part in content)
     if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         raise ValueError(
             f"message {place} has content={content!r}; give a text, or a list of {{'type': 'text', 'text': ...}}"
@@ -190,8 +194,9 @@ def template_of(folder: Path, with_tools: bool) -> str:
         template = named.get("tool_use" if with_tools else "default", named.get("default"))
     if not isinstance(template, str):
         raise ValueError(
-            f"{folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), as base "
-            "models have none: give chat_template, a text in Jinja, or use LLM.generate"
+            f"{folder.name} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json), as base "
+            "models have none: give chat_template, a text in Jinja (`nanovllm serve`: --chat-template FILE), or use "
+            "LLM.generate (/v1/completions)"
         )
     return template
 

@@ -66,7 +66,7 @@ class ClientGoneError(Exception):
     """Nobody waits for the answer any more."""
 
 
-def create_app(llm: AsyncLLM, settings: Settings) -> FastAPI:
+def create_app(llm: AsyncLLM, settings: Settings) -> RequestLog:
     """The ASGI application. The AsyncLLM is the caller's to shut down."""
     app = FastAPI(title="nanovllm", docs_url="/docs", redoc_url=None)
     metrics = Metrics(llm, settings.model_names[0])
@@ -148,6 +148,14 @@ def create_app(llm: AsyncLLM, settings: Settings) -> FastAPI:
         prompts: list[Any],
         params: SamplingParams,
     ) -> Response:
+        asked = len(prompts) * getattr(params, "n", 1)
+        if asked > llm.max_unfinished:  # as 429 it would be tried again in vain
+            raise ApiError(
+                400,
+                f"the request asks for {asked} answers ({len(prompts)} prompts, n={getattr(params, 'n', 1)}), and this server "
+                f"holds {llm.max_unfinished} at most (max_num_seqs + --max-queue); send several smaller requests",
+                param="n" if len(prompts) == 1 else "prompt",
+            )
         request_id = f"{prefix}-{uuid.uuid4().hex}"
         writer = writer_type(
             request_id, settings.model_names[0], bool(body.stream), getattr(params, "n", 1)
@@ -187,7 +195,10 @@ def create_app(llm: AsyncLLM, settings: Settings) -> FastAPI:
         return JSONResponse(known.body, known.status, known.headers)
 
     async def refuse_status(request: Request, error: HTTPException) -> Response:
-        return await refuse(request, ApiError(error.status_code, str(error.detail)))
+        return await refuse(
+            request,
+            ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})),
+        )
 
     async def refuse_body(request: Request, error: RequestValidationError) -> Response:
         return await refuse(request, invalid_body(error))
@@ -202,8 +213,7 @@ def create_app(llm: AsyncLLM, settings: Settings) -> FastAPI:
         max_body_bytes=settings.max_body_bytes,
         body_timeout_s=settings.body_timeout_s,
     )
-    app.add_middleware(RequestLog)  # type: ignore[arg-type]
-    return app
+    return RequestLog(app)
 
 
 class Work:
@@ -360,6 +370,11 @@ def invalid_body(error: RequestValidationError) -> ApiError:
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', message)}")
+    if not where and first["type"] in ("missing", "model_attributes_type"):
+        return ApiError(
+            400,
+            "the body must be a JSON object, sent with the header `Content-Type: application/json`",
+        )
     named = ".".join(where)
     return ApiError(
         400, f"{named}: {message}" if named else message, param=where[0] if where else None

@@ -173,6 +173,11 @@ class AsyncLLM:
             )
         request_id = uuid.uuid4().hex if request_id is None else request_id
         count = getattr(params, "n", 1)
+        if count > self.max_unfinished:
+            raise ValueError(
+                f"n={count} is more than the {self.max_unfinished} requests that may be unfinished (max_num_seqs + "
+                "max_queue); lower n or raise max_queue"
+            )
         with self._turn:
             self._check_alive()
             if request_id in self._streams:

@@ -8,12 +8,16 @@ from nanovllm.serving.async_llm import QueueFullError
 from nanovllm.serving.responses import error_body
 
 INVALID = "invalid_request_error"
+LONGEST_MESSAGE = 1000
+"""Characters. Messages show what was given, which may be megabytes, and go into the log as well."""
 RETRY_AFTER_S = 1
 """What clients are told when the queue is full. OpenAI's client doubles its own waits from there."""
 
 
 class ApiError(Exception):
-    """An error for the client. status: of HTTP."""
+    """An error for the client. status: of HTTP. message: what is beyond LONGEST_MESSAGE is left out of its
+    middle.
+    """
 
     def __init__(
         self,
@@ -25,6 +29,9 @@ class ApiError(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
+        if len(message) > LONGEST_MESSAGE:
+            half = LONGEST_MESSAGE // 2 - 3
+            message = f"{message[:half]} ... {message[-half:]}"
         super().__init__(message)
         self.status, self.headers = status, headers or {}
         self.body: dict[str, Any] = error_body(message, kind, param, code)

@@ -55,10 +55,11 @@ class Limits:
         await self.app(scope, replay, send)
 
     def _check_key(self, given: str) -> None:
-        expected = f"Bearer {self.api_key}"
-        if self.api_key is not None and not secrets.compare_digest(
-            given.encode(), expected.encode()
-        ):
+        if self.api_key is None:
+            return
+        scheme, _, key = given.partition(" ")
+        is_right = secrets.compare_digest(key.strip().encode(), self.api_key.encode())
+        if scheme.lower() != "bearer" or not is_right:
             raise ApiError(
                 401,
                 "no valid API key was given; send the header `Authorization: Bearer KEY`",

@@ -54,8 +54,9 @@ def set_up(as_json: bool) -> None:
 
 
 class RequestLog:
-    """ASGI middleware: one line for each request to /v1 when its response has ended. Handlers add
-    fields to `scope["state"]["log"]`.
+    """Around the whole ASGI application, Starlette's answer to unexpected errors included: one line
+    for each request to /v1 when its response has ended. Handlers add fields to
+    `scope["state"]["log"]`.
     """
 
     def __init__(self, app: App) -> None:
@@ -77,6 +78,11 @@ class RequestLog:
 
         try:
             await self.app(scope, receive, watched)
+        except Exception:
+            # Starlette answers with 500, which is in the log, and raises the error again for the
+            # server: uvicorn would log it twice and break off a connection that is in good order
+            if not ended:
+                raise
         finally:
             client = scope.get("client") or ("", 0)
             LOG.info(

@@ -13,6 +13,8 @@ from nanovllm.sampling_params import SamplingParams
 
 MOST_LOGPROBS = 20
 """OpenAI's limit, and vLLM's default."""
+MOST_BAD_WORDS = 128
+"""Each costs time in every step, which all requests in the batch wait for."""
 NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (None,),
     "audio": (None,),
@@ -104,7 +106,7 @@ class GenerationRequest(BaseModel):
     seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    bad_words: list[str] | None = Field(default=None, max_length=MOST_BAD_WORDS)
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
