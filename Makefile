@@ -87,13 +87,13 @@ test-strangers:  ## run the test suite in fresh environments of the other Python
 	@$(WITH_PYTHON) -m requirements.strangers $(if $(PYTHONS),--pythons "$(PYTHONS)") -- $(TESTS)
 
 # `make property`: the fast profile, as in `make test`; DEEP=1: thousands of examples, over an hour; REPEAT=50: fast with 50 seeds;
-# MATRIX=1: which property kills which bad implementation, written to docs/bad-implementations.md. MODEL=tiny-llama: another family.
+# MATRIX=1: which property kills which bad implementation, written to docs/bad-implementations.md (MATRIX=add: what the page lacks). MODEL=tiny-llama: another family.
 property: export NANOVLLM_PROPERTY_MODEL := $(or $(MODEL),tiny)
 property: $(READY)  ## run the property tests alone (DEEP=1: over an hour; REPEAT=50 JOBS=4: with 50 seeds, four side by side; MATRIX=1: update the page of bad implementations)
 ifdef REPEAT
 	@$(BIN)/python -m property_tests.repeat $(REPEAT) $(if $(filter-out auto,$(JOBS)),--jobs $(JOBS))
 else ifdef MATRIX
-	@PYTHONPATH=src:. $(BIN)/python -m property_tests.kill_matrix --write
+	@PYTHONPATH=src:. $(BIN)/python -m property_tests.kill_matrix --write $(if $(filter add,$(MATRIX)),--add)
 else ifdef DEEP
 	@$(BIN)/python -m pytest property_tests -k "not bad_implementation" --hypothesis-profile=deep --timeout=0 --durations=0
 else

@@ -1,5 +1,6 @@
 """`python -m property_tests.kill_matrix`: which property kills which bad implementation; --write
-renews the page in docs/.
+renews the page in docs/, --write --add only what the page lacks: pairs with a new property or a new
+bad implementation.
 
 Every property gets a third of its fast number of examples, always the same ones; the one that is
 there for a bad implementation gets as many as the test suite gives it. A cross is a death by
@@ -9,8 +10,10 @@ assertion; where the engine only crashed, there is none.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -35,10 +38,25 @@ FACTS = {
 """Bugs that engines of this kind have had."""
 
 
-def verdicts(bad: BadImplementation) -> dict[str, Verdict]:
+def verdicts(bad: BadImplementation, known: Mapping[str, Verdict]) -> dict[str, Verdict]:
+    """By property. known: those that need no run."""
     return {
-        name: kill(bad, tested, examples_for(bad, tested)) for name, tested in properties().items()
+        name: known.get(name) or kill(bad, tested, examples_for(bad, tested))
+        for name, tested in properties().items()
     }
+
+
+def on_page() -> dict[str, dict[str, Verdict]]:
+    """{bad implementation: {property: verdict}} of the page as it is."""
+    page = DOCUMENT.read_text()
+    names = re.findall(r"^\| \d+ \| `(\w+)` \|", page, re.MULTILINE)
+    found = {}
+    for line in page.splitlines():
+        if row := re.match(r"\| `(\w+)` ", line):
+            marks = [cell.strip() for cell in line.strip("|").split("|")[-len(names) :]]
+            verdicts = [Verdict("x" in mark, "as the page says") for mark in marks]
+            found[row[1]] = dict(zip(names, verdicts, strict=True))
+    return found
 
 
 def document(matrix: dict[str, dict[str, Verdict]]) -> str:
@@ -79,16 +97,20 @@ def main() -> int:
     parser.add_argument(
         "--write", action="store_true", help=f"renew {DOCUMENT.relative_to(DOCUMENT.parents[1])}"
     )
+    parser.add_argument("--add", action="store_true", help="with --write: only what the page lacks")
     parser.add_argument("--only", default="", help="bad implementations whose name holds this")
     args = parser.parse_args()
     if args.write and args.only:
         parser.error("--write needs the whole matrix: leave --only out")
+    if args.add and not args.write:
+        parser.error("--add goes with --write")
+    known = on_page() if args.add else {}
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     matrix, survivors = {}, []
     for bad in BAD:
         if args.only in bad.name:
-            matrix[bad.name] = found = verdicts(bad)
+            matrix[bad.name] = found = verdicts(bad, known.get(bad.name, {}))
             killers = [name for name, verdict in found.items() if verdict.killed]
             print(f"{bad.name}\n    killed by {', '.join(killers) or 'NOTHING'}", flush=True)
             if not found[bad.killer].killed:
