@@ -1,15 +1,18 @@
-"""The code of docs/pandas.md runs, and finds what the report says."""
+"""The code of docs/pandas.md runs, also as a notebook, and finds what the report says."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
 
 from nanovllm import __version__
 from tests.docs.pages import ROOT, blocks
+from tests.support import notebook
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,20 @@ def test_speedups_are_those_of_the_report(computed: dict[str, Any]) -> None:
             assert found == pytest.approx(effect.ratio), (effect.cell, effect.workload)
             shown += 1
     assert shown >= 10
+
+
+def test_the_notebook_is_the_page_and_runs(
+    computed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = notebook.NOTEBOOK.read_text(encoding="utf-8")
+    page = notebook.PAGE.read_text(encoding="utf-8")
+    assert written == notebook.notebook(page), "write it again: python -m tests.support.notebook"
+    monkeypatch.chdir(ROOT / "docs")
+    variables: dict[str, Any] = {}
+    for cell in json.loads(written)["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "docs/records.ipynb", "exec"), variables)
+    pd.testing.assert_frame_equal(variables["effects"], computed["effects"])
 
 
 def test_the_citation_names_this_version() -> None:
