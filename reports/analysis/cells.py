@@ -81,6 +81,10 @@ def _row(
         "says": [
             *(_says(analysis["shown"][analysis["baseline"]], effect) for effect in own),
             *(_says(analysis["shown"][effect["reference"]], effect) for _, effect in ours),
+            *(
+                f"{row['factor']}, added last: {_says(analysis['shown'][cell], row)}"
+                for row in _added_last(analysis, cell)
+            ),
         ],
     }
 
@@ -120,10 +124,8 @@ def _metrics(
             yield from _bounds(f"{effect['metric']}_ratio", effect)
     for name, effect in ours:
         yield from _bounds(name, effect)
-    for effect in analysis["factors"]:
-        left_out = effect["kind"] == "left out" and effect.get("part_of_all", True)
-        if left_out and effect.get("off") == cell and effect["ratio"] is not None:
-            yield f"{effect['workload']}/{ADDED_LAST}", effect["ratio"]
+    for effect in _added_last(analysis, cell):
+        yield f"{effect['workload']}/{ADDED_LAST}", effect["ratio"]
     for row in analysis["rates"]:
         short = SHORT.get(row["metric"])
         if row["cell"] != cell or row["mean"] is None or short is None:
@@ -133,6 +135,18 @@ def _metrics(
     for row in analysis["unjudged"]:
         if row["cell"] == cell:
             yield f"{row['workload']}/{SHORT[THROUGHPUT.key]}", row["median"]
+
+
+def _added_last(analysis: Analysis, cell: str) -> list[Any]:
+    """The effects, one for each workload, of the optimization that `cell` lacks of everything on."""
+    return [
+        effect
+        for effect in analysis["factors"]
+        if effect["kind"] == "left out"
+        and effect.get("part_of_all", True)
+        and effect.get("off") == cell
+        and effect["ratio"] is not None
+    ]
 
 
 def _pairs(analysis: Analysis) -> list[tuple[str, Mapping[str, Any]]]:
