@@ -387,13 +387,14 @@ def _references(analysis: Analysis) -> Iterator[Section]:
                 f"Not on equal devices: {name(analysis, cell)} ran on {here}, {theirs} on {there}, so "
                 "their ratio does not compare the engines alone."
             )
+    equal = [row for row in rows if devices[row["cell"]] == devices[row["reference"]]]
+    whole = [row for row in equal if analysis["cells"][row["cell"]]["role"] == "all"]
     gist = ", ".join(
         f"{name(analysis, row['cell'])} {text.ratio(row['ratio'])} on {row['workload']}"
-        for row in rows
-        if analysis["cells"][row["cell"]]["role"] == "all"
-        and row["workload"] in analysis["workloads"]
-        and row["n"]
+        for row in whole or equal
+        if row["workload"] in analysis["workloads"] and row["n"]
     )
+    gist = gist or ("not on equal devices" if not equal else "nothing counted")
     yield Section("references", "Against other engines", lead, None, [table], gist=gist)
 
 

@@ -125,8 +125,11 @@ def test_the_answer_comes_first_and_the_evidence_follows(pages: tuple[str, str, 
         order = [
             "A synthetic study",
             "Are planted effects found?",
+            "Synthetic 2-core, 2 cores, tiny in float32, 20",
+            "scaled: 8 requests, prompt 12 to 32, output 12 to 32 tokens",
             "On scaled, everything on (",
             "On shared, everything on gives",
+            "Output: equivalent. Every judged token passed the gate (",
             "Throughput and speedup",
             "Workloads",
             "Machine and date",
@@ -153,6 +156,8 @@ def test_the_answer_comes_first_and_the_evidence_follows(pages: tuple[str, str, 
             "nothing to gain in this workload",
         ):
             assert fact in text
+    assert "Latency: TTFT and TPOT</b>: TPOT p50, all off → all on: scaled" in pages[0]
+    assert "Against other engines</b>: all on ×" in pages[0]
     assert not ragged_tables(pages[0])
 
 
