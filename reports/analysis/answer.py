@@ -328,11 +328,17 @@ def _caveats(analysis: Analysis) -> Iterator[str]:
         for effect in analysis["effects"]
         if effect["role"] == "aa" and effect["verdict"] in ("faster", "slower")
     ]
-    labels = dict.fromkeys(
-        _spelled(EVERY[effect["metric"]].label)
-        for effect in own
-        if effect["metric"] != analysis["metric"]["key"]
+    labels = list(
+        dict.fromkeys(
+            EVERY[effect["metric"]].label
+            for effect in own
+            if effect["metric"] != analysis["metric"]["key"]
+        )
     )
+    labels = [  # an abbreviation is explained once
+        label if any(label[:4] == earlier[:4] for earlier in labels[:i]) else _spelled(label)
+        for i, label in enumerate(labels)
+    ]
     if labels:
         yield f"The A/A twin differs from {start} in {'; '.join(labels)}: distrust differences of that size there."
     if not any(cell["role"] == "aa" for cell in analysis["cells"].values()):
@@ -400,6 +406,10 @@ def _noise(analysis: Analysis) -> Iterator[str]:
                 [f"{size} on {twin['workload']}" for size, twin in zip(sizes, far, strict=True)]
             )
         )
+        wide = any(
+            twin["low"] and twin["high"] and twin["low"] <= 1 <= twin["high"] for twin in far
+        )
+        within = ", and those within these intervals" if wide else ""
         sure = [twin for twin in far if twin["verdict"] != "inconclusive"]
         why = (
             f" On {names.listed([twin['workload'] for twin in sure])} the difference is significant: something besides the "
@@ -409,7 +419,7 @@ def _noise(analysis: Analysis) -> Iterator[str]:
         )
         yield (
             f"Noise: two runs of the same configuration (the A/A twin) differed by "
-            f"{names.listed(differed)}: distrust single effects smaller than {where}.{why}"
+            f"{names.listed(differed)}: distrust single effects smaller than {where}{within}.{why}"
         )
     if near:
         read = names.listed([f"{_bounds(twin)} on {twin['workload']}" for twin in near])

@@ -150,6 +150,8 @@ def test_every_workload_with_noise_is_named() -> None:
         "On far the difference is significant: something besides the factors varies."
     )
     assert "reads ×1.006 (0.580 to 1.730) on mixed." in near
+    effects[1] |= {"high": 1.2}
+    assert "on shared, and those within these intervals." in answer(analysis)["caveats"][0]
     assert not [caveat for caveat in (far, near, *rest) if "quiet" in caveat]
 
 
