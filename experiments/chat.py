@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.engine.llm_engine import LLM
+from nanovllm.models.checkpoint import PRESETS
 from nanovllm.models.loader import resolve_model
 from nanovllm.requests.chat import conversations_of, render, special_tokens, template_of
 
@@ -41,7 +42,7 @@ class Conversation:
     ) -> None:
         try:
             folder = resolve_model(model)
-            self._template = template if template is not None else template_of(folder, False)
+            self._template = template if template is not None else _own_template(model, folder)
             self._values = {**special_tokens(folder), "tools": None, "documents": None}
             self._llm = LLM(model, **(engine or {}))
             self._params = dataclasses.replace(
@@ -86,6 +87,21 @@ class Conversation:
         self.messages = [*asked, {"role": "assistant", "content": said}]
 
 
+def _own_template(model: str, folder: Path) -> str:
+    """The template of a checkpoint; where it has none, an error that says what this command can do."""
+    try:
+        return template_of(folder, False)
+    except ValueError as error:
+        if "no chat template" not in str(error):
+            raise
+        presets = f"the presets {', '.join(PRESETS)} have none, as their weights are random"
+        raise ChatError(
+            f"{model} has no chat template, which makes a prompt of a conversation; {presets}. Give one, a file in Jinja, "
+            "with --chat-template FILE; or talk with a model that has one: smollm2 (`make real-weights` fetches it), or a "
+            "checkpoint that was trained to chat, such as Qwen/Qwen3-0.6B"
+        ) from error
+
+
 def converse(
     conversation: Conversation, read: Callable[[], str], write: Callable[[str], object]
 ) -> None:
@@ -109,5 +125,9 @@ def read_template(file: Path | None) -> str | None:
     """The text of a template's file. Raises ChatError."""
     try:
         return file.read_text(encoding="utf-8") if file else None
+    except FileNotFoundError as error:
+        raise ChatError(
+            f"--chat-template {file}: there is no such file; give the path of a template in Jinja"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ChatError(f"--chat-template {file}: {error}") from error

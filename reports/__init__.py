@@ -8,6 +8,7 @@ Its rooms, from the top down; each imports only from those below it (import-lint
     page/        what a report says, and how it is shown
     figures/     the pictures
     analysis/    from records and their plan to the result of a study
+    switches     the rows of a study that measures each optimization alone and added last
     statistics/  intervals, contrasts, the roofline bound
     text         how numbers are written for people
     templates/   of HTML and Markdown

@@ -33,10 +33,19 @@ def ratio(value: float | None) -> str:
 
 
 def interval(low: float | None, high: float | None, between: str = " to ") -> str:
-    """An interval of ratios: "2.07 to 2.11"."""
+    """An interval of ratios: "2.07 to 2.11"; with more digits where both ends would read the same, as
+    those of two blocks that agree: "0.3438 to 0.3442".
+    """
     if low is None or high is None:
         return "no interval"
-    return ratio(low)[1:] + between + ratio(high)[1:]
+    ends = ratio(low)[1:], ratio(high)[1:]
+    if ends[0] == ends[1] and low != high and high < 1e6:
+        decimals = len(ends[0].partition(".")[2])
+        for more in range(decimals + 1, decimals + 4):
+            ends = f"{low:.{more}f}", f"{high:.{more}f}"
+            if ends[0] != ends[1]:
+                break
+    return between.join(ends)
 
 
 def percent(value: float | None, digits: int = 1) -> str:

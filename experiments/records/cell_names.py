@@ -64,6 +64,11 @@ def baseline_name(levels: Mapping[str, Any]) -> str:
     return "baseline" if off - _SHARING else ALL_ON
 
 
+def is_off(factor: str, level: Any) -> bool:
+    """Whether a level is the one at which a toggle is off."""
+    return bool(factor in _OFF and str(level) == str(_OFF[factor]))
+
+
 def engine(name: str, version: str | None = None) -> str:
     """An engine as readers know it, with its version: vLLM 0.33.0."""
     return f"{ENGINES.get(name, name.rpartition('.')[2])}{f' {version}' if version else ''}"

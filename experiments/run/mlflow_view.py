@@ -44,6 +44,8 @@ _GPU = {
 
 ALL_WORKLOADS = "all workloads"
 """The prefix of what is said of all workloads together."""
+ADDED_LAST = "/added_last"
+"""The end of a metric of everything on but one: what that one gains, added last."""
 _NOTE_LIMIT = 7_900  # MLflow cuts tags at 8,000 characters
 _ABSENT = "n/a"
 """The level of a factor that an engine does not have: MLflow draws a missing parameter as unknown."""
@@ -212,7 +214,7 @@ def rounded(name: str, value: float) -> float:
     """A metric as people read it: ratios with the decimals that the report gives them, anything else
     with four significant digits. The records keep the exact value.
     """
-    if "/speedup" not in name and "_ratio" not in name:
+    if not any(part in name for part in ("/speedup", "_ratio", ADDED_LAST)):
         return float(f"{value:.4g}")
     return round(value, 3 if value < 2 else 2 if value < 10 else 1 if value < 100 else 0)
 
@@ -226,24 +228,35 @@ def in_a_column(verdict: str | None) -> str | None:
 
 
 def describe(plan: Plan, analysis: JsonObject | None) -> str:
-    """The answer, the verdicts as a Markdown table, and the caveats: the description of a study's run."""
-    head = f"**{plan['study']['question'].strip()}**\n\n"
+    """The answer, whether the output is the same, the caveats, and the verdicts as a Markdown table: the
+    description of a study's run. An optimization that was added last has a row of its own in place of
+    everything on but it.
+    """
     if analysis is None:
-        return head + "Not analysed yet: run `python -m experiments report`, then `import`."
-    effects = [e for e in analysis["effects"] if e["metric"] == analysis["metric"]["key"]]
+        return f"{_asked(plan)}\n\nNot analysed yet: run `python -m experiments report`, then `import`."
     rows = [
         f"| workload | configuration | ratio to {analysis['shown'][analysis['baseline']]} | interval | blocks | verdict | gate |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for e in effects:
-        cell = analysis["by_cell"][e["cell"]]
-        ratio = "-" if e["ratio"] is None else f"{e['ratio']:.3f}"
-        interval = "-" if e["low"] is None else f"{e['low']:.3f} to {e['high']:.3f}"
-        verdict = cell["verdicts"].get(e["workload"], "-")
-        rows.append(
-            f"| {e['workload']} | {cell['shown']} | {ratio} | {interval} | {e['n']} | {verdict} | {cell['gate']} |"
-        )
-    text = f"{head}{analysis['answer']['sentence']}\n\n"
+    last = [
+        row
+        for row in analysis.get("factors", ())
+        if row["kind"] == "left out" and row.get("part_of_all", True)
+    ]
+    off = {row["off"] for row in last}
+    for effect in analysis["effects"]:
+        own = effect["metric"] == analysis["metric"]["key"]
+        if own and effect["cell"] not in off:
+            cell = analysis["by_cell"][effect["cell"]]
+            verdict = cell["verdicts"].get(effect["workload"], "-")
+            rows.append(_row(effect, cell["shown"], verdict, cell["gate"]))
+    for effect in last:
+        leans = effect["verdict"] == "inconclusive" and effect.get("leans")
+        verdict = f"suggestive: {leans}" if leans else effect["verdict"]
+        gates = {analysis["by_cell"][effect[side]]["gate"] for side in ("on", "off")}
+        title = f"{effect['factor']}={effect['level']}, added last"
+        rows.append(_row(effect, title, verdict, ", ".join(sorted(gates))))
+    text = f"{_answered(analysis)}\n\n{_asked(plan)}\n\n"
     text += "".join(f"- {caveat}\n" for caveat in analysis["answer"]["caveats"]) + "\n"
     text += "\n".join(rows)
     return (
@@ -251,6 +264,30 @@ def describe(plan: Plan, analysis: JsonObject | None) -> str:
         if len(text) < _NOTE_LIMIT
         else text[: text.rindex("\n", 0, _NOTE_LIMIT)] + "\n\nSee the report for the rest."
     )
+
+
+def experiment_note(plan: Plan, analysis: JsonObject | None) -> str:
+    """The description of a study's experiment: the answer of the execution that was imported last, and
+    the question.
+    """
+    asked = f"{plan['study']['title']}. {plan['study']['question'].strip()}"
+    return asked if analysis is None else f"{_answered(analysis)}\n\n{asked}"
+
+
+def _asked(plan: Plan) -> str:
+    return f"Question: {plan['study']['question'].strip()}"
+
+
+def _answered(analysis: JsonObject) -> str:
+    """The answer and whether the output is the same; analyses of older versions do not say the latter."""
+    answer = analysis["answer"]
+    return "\n\n".join(filter(None, [f"**{answer['sentence']}**", answer.get("output", "")]))
+
+
+def _row(effect: Mapping[str, Any], shown: str, verdict: str, gate: str) -> str:
+    ratio = "-" if effect["ratio"] is None else f"{effect['ratio']:.3f}"
+    interval = "-" if effect["low"] is None else f"{effect['low']:.3f} to {effect['high']:.3f}"
+    return f"| {effect['workload']} | {shown} | {ratio} | {interval} | {effect['n']} | {verdict} | {gate} |"
 
 
 def hardware(record: LaunchRecord) -> str:

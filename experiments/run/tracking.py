@@ -27,7 +27,15 @@ from filelock import FileLock
 from experiments.host.environment import WORKPLACE
 from experiments.records import store
 from experiments.records.types import JsonObject, Plan, PlannedStudy, Record
-from experiments.run.mlflow_view import ALL_WORKLOADS, View, cell_view, launch_view, study_view
+from experiments.run.mlflow_view import (
+    ADDED_LAST,
+    ALL_WORKLOADS,
+    View,
+    cell_view,
+    experiment_note,
+    launch_view,
+    study_view,
+)
 
 ARTIFACTS, DATABASE = "mlartifacts", "mlflow.db"
 PROXIED = "mlflow-artifacts"
@@ -169,15 +177,17 @@ def _table(client: Any, experiment: str, search: str, address: str) -> str:
     speedups = sorted(name for name in named if name.endswith(SPEEDUP))
     order = f"metrics.`{speedups[0]}`" if speedups else _BY_NAME
     # MLflow shows tags after metrics, both by name. A column holds 14 characters: an interval is a
-    # tag, "0.644–0.920", where its ends would be two metrics with names that are cut.
+    # tag, "0.644–0.920", where its ends would be two metrics with names that are cut. The verdicts
+    # come last, so what would push them off the window is left out.
     of_workloads = [name for name in speedups if name != f"{ALL_WORKLOADS}{SPEEDUP}"] or speedups
-    tags = ["gate"]
-    for kinds in (("CI", "verdict"), ("verdict",)):
+    last = sorted(name for name in named if name.endswith(ADDED_LAST))
+    metrics, tags = of_workloads, ["gate"]
+    for kinds, more in ((("CI", "verdict"), last), (("verdict",), last), (("verdict",), [])):
         asked = [f"{name.removesuffix(SPEEDUP)}/{kind}" for name in of_workloads for kind in kinds]
-        if len(of_workloads) + len(asked) <= MOST_COLUMNS:
-            tags += asked
+        if len(of_workloads) + len(more) + len(asked) <= MOST_COLUMNS:
+            metrics, tags = of_workloads + more, tags + asked
             break
-    columns = [f"metrics.`{name}`" for name in of_workloads] + [f"tags.`{tag}`" for tag in tags]
+    columns = [f"metrics.`{name}`" for name in metrics] + [f"tags.`{tag}`" for tag in tags]
     view = {
         "searchFilter": search,
         "orderByKey": order,
@@ -233,6 +243,8 @@ def _import(
         run_id = str(study.info.run_id)
         _copy_artifacts(_folder(root, study), folder, report)
         if fresh:
+            note = experiment_note(plan, analysis)
+            client.set_experiment_tag(experiment, "mlflow.note.content", note)
             client.set_tag(run_id, DIGEST, digest)  # last: an import without it was interrupted
     return run_id, fresh
 
@@ -310,7 +322,6 @@ def _experiment(client: Any, study: PlannedStudy) -> str:
         client.create_experiment(
             study["name"],
             artifact_location=f"{PROXIED}:/{quote(study['name'], safe='')}",
-            tags={"mlflow.note.content": f"{study['title']}. {study['question']}"},
         )
         experiment = client.get_experiment_by_name(study["name"])
     elif experiment.lifecycle_stage == "deleted":

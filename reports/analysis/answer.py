@@ -11,9 +11,11 @@ from collections.abc import Iterator, Sequence
 from experiments.records.cell_names import ALL_ON
 from reports import text
 from reports.analysis import compare, names
+from reports.analysis.gate_and_launches import same_output
 from reports.analysis.types import Analysis, Answer, Effect, WorkloadAnswer
 from reports.statistics.intervals import measured_ratio
 from reports.statistics.metrics import EVERY
+from reports.switches import title
 from reports.text import count_of, interval, percent, ratio
 
 NOTICED_FOREIGN_CPU = 0.2
@@ -26,7 +28,8 @@ def answer(analysis: Analysis) -> Answer:
     sentence: the whole answer. by_workload: {"workload", "sentence", "verdict"}, the same answer
     apart for each workload; one entry without a workload where there is no answer.
     verdict: the one that all workloads share, `mixed` where they do not.
-    caveats: what a reader must know before believing it.
+    output: whether the output is the same, in a sentence. caveats: what a reader must know before
+    believing it.
     """
     if reason := _no_answer(analysis):
         parts: list[WorkloadAnswer] = [
@@ -41,6 +44,7 @@ def answer(analysis: Analysis) -> Answer:
         "sentence": " ".join(part["sentence"] for part in parts),
         "by_workload": parts,
         "verdict": found.pop() if len(found) == 1 else "mixed",
+        "output": same_output(analysis),
         "caveats": list(_caveats(analysis)),
     }
 
@@ -127,6 +131,8 @@ def _together(
         best = _largest(analysis, single)
         if best is not None and _gains(analysis, best):
             said += f" (the most: {_name(best, analysis)}, {_short(best)})"
+    if gains := added_last(analysis, workload):
+        said += f"; added last, {names.listed(gains)} {'gains' if len(gains) == 1 else 'gain'} most"
     said += _better_without(analysis, everything)
     pairs = [
         row
@@ -158,10 +164,34 @@ def _combined(analysis: Analysis, everything: Effect, pair_is_named: bool) -> st
     return said + (f"; {why}" if why else "")
 
 
+MOST_GAINS = 3
+"""How many gains of optimizations that are added last an answer names."""
+
+
+def added_last(analysis: Analysis, workload: str) -> list[str]:
+    """The largest significant gains of optimizations that are added last, as "cuda_graphs ×10.8"; what
+    a study does not measure in that way, or does not find, is not named.
+    """
+    rows = [
+        row
+        for row in analysis["factors"]
+        if row["kind"] == "left out"
+        and row["workload"] == workload
+        and row["n"]
+        and row.get("part_of_all", True)
+    ]
+    gains = sorted(
+        (row for row in rows if row["verdict"] == "faster"),
+        key=measured_ratio,
+        reverse=analysis["metric"]["better"] == "higher",
+    )
+    return [f"{title(rows, row)} {ratio(row['ratio'])}" for row in gains[:MOST_GAINS]]
+
+
 def _better_without(analysis: Analysis, everything: Effect) -> str:
-    """Names the toggle that measures worst when it is added last, if that is worse by more than the
-    smallest effect that matters. A toggle that the study does not expect to act on this workload is
-    left out. The choice uses point estimates; the sentence states the verdict.
+    """Names the toggle that measures worst when it is added last, if it is slower or suggestively so,
+    by more than the smallest effect that matters. A toggle that the study does not expect to act on
+    this workload is left out.
     """
     ratios = {
         effect["cell"]: effect
@@ -182,12 +212,13 @@ def _better_without(analysis: Analysis, everything: Effect) -> str:
         and row["n"]
         and not low <= measured_ratio(row) <= high
         and not _gains(analysis, row)
+        and (row["verdict"] == "slower" or text.is_suggestive(row))
     ]
     worst = _largest(analysis, worse, turned=True)
     if worst is None:
         return ""
     without = ratio(ratios[worst["off"]]["ratio"])
-    makes = "makes" if worst["verdict"] in ("faster", "slower") else "may make"
+    makes = "makes" if worst["verdict"] == "slower" else "may make"
     return (
         f"; {worst['factor']}={worst['level']}, added last, {makes} it worse ({_short(worst)}, {text.verdict(worst)}; "
         f"without it {without})"
@@ -291,28 +322,28 @@ def _caveats(analysis: Analysis) -> Iterator[str]:
             pair = f"{' / '.join(sides)} ({entry['name']})"
             yield f"Not a fair comparison, so without a ratio: {pair}: {'; '.join(entry['breaches'])}."
     start = _start(analysis)
-    for effect in _primary(analysis):
-        if effect["role"] == "aa" and effect["verdict"] in ("faster", "slower"):
-            yield (
-                f"The A/A twin is called {effect['verdict']} on {effect['workload']} "
-                f"({_short(effect)}): {start} differs from itself, so something besides the factors varies. Distrust "
-                "effects of that size."
-            )
+    yield from _noise(analysis)
     own = [
         effect
         for effect in analysis["effects"]
         if effect["role"] == "aa" and effect["verdict"] in ("faster", "slower")
     ]
-    labels = dict.fromkeys(
-        _spelled(EVERY[effect["metric"]].label)
-        for effect in own
-        if effect["metric"] != analysis["metric"]["key"]
+    labels = list(
+        dict.fromkeys(
+            EVERY[effect["metric"]].label
+            for effect in own
+            if effect["metric"] != analysis["metric"]["key"]
+        )
     )
+    labels = [  # an abbreviation is explained once
+        label if any(label[:4] == earlier[:4] for earlier in labels[:i]) else _spelled(label)
+        for i, label in enumerate(labels)
+    ]
     if labels:
         yield f"The A/A twin differs from {start} in {'; '.join(labels)}: distrust differences of that size there."
     if not any(cell["role"] == "aa" for cell in analysis["cells"].values()):
         yield "There is no A/A twin: nothing shows how large an effect the noise of this machine can look like."
-    yield from _noise(analysis)
+    yield from _busy(analysis)
     failed = [row for row in analysis["gate"]["rows"] if row["status"] != "pass"]
     if failed:
         yield f"The gate did not pass {count_of(len(failed), 'output')}; the launches that produced them are excluded."
@@ -346,22 +377,70 @@ def _caveats(analysis: Analysis) -> Iterator[str]:
 
 
 def _noise(analysis: Analysis) -> Iterator[str]:
-    """Warns of a noisy machine: an undecided A/A twin, or load from other programs."""
+    """What the A/A twin shows of the noise of the study's metric, where it is not equivalent: by how much
+    two runs of the same configuration differed, and which effects are too small to believe therefore.
+    """
     twins = [
         effect
         for effect in _primary(analysis)
         if effect["role"] == "aa"
-        and effect["verdict"] == "inconclusive"
+        and effect["verdict"] in ("faster", "slower", "inconclusive")
         and effect["low"]
         and effect["workload"] in analysis["workloads"]
     ]
-    if twins:
-        twins.sort(key=lambda effect: -abs(math.log(measured_ratio(effect))))
-        read = names.listed([f"{_bounds(twin)} on {twin['workload']}" for twin in twins])
+    twins.sort(key=lambda effect: -_apart_by(effect))
+    low, high = analysis["rule"]["band"]
+    far = [twin for twin in twins if not low <= measured_ratio(twin) <= high]
+    near = [twin for twin in twins if twin not in far]
+    if far:
+        differed = [
+            f"{percent(abs(measured_ratio(twin) - 1), 0)} on {twin['workload']} ({interval(twin['low'], twin['high'])})"
+            for twin in far
+        ]
+        sizes = [_about(_apart_by(twin)) for twin in far]
+        where = (
+            f"about {sizes[0]} there"
+            if len(set(sizes)) == 1
+            else "about "
+            + names.listed(
+                [f"{size} on {twin['workload']}" for size, twin in zip(sizes, far, strict=True)]
+            )
+        )
+        wide = any(
+            twin["low"] and twin["high"] and twin["low"] <= 1 <= twin["high"] for twin in far
+        )
+        within = ", and those within these intervals" if wide else ""
+        sure = [twin for twin in far if twin["verdict"] != "inconclusive"]
+        why = (
+            f" On {names.listed([twin['workload'] for twin in sure])} the difference is significant: something besides the "
+            "factors varies."
+            if sure
+            else ""
+        )
+        yield (
+            f"Noise: two runs of the same configuration (the A/A twin) differed by "
+            f"{names.listed(differed)}: distrust single effects smaller than {where}{within}.{why}"
+        )
+    if near:
+        read = names.listed([f"{_bounds(twin)} on {twin['workload']}" for twin in near])
         yield (
             f"Noise: the A/A twin, which is {_start(analysis)} run a second time, reads {read}. "
             "Differences within these intervals can be noise here."
         )
+
+
+def _apart_by(effect: Effect) -> float:
+    """How far a ratio is from 1, as a factor above 1: 0.8 -> 1.25."""
+    return math.exp(abs(math.log(measured_ratio(effect))))
+
+
+def _about(times: float) -> str:
+    """A factor in few digits: 1.3211 -> "×1.3", 1.0638 -> "×1.06"."""
+    return f"×{times:.3g}" if times < 1.1 else f"×{times:.2g}"
+
+
+def _busy(analysis: Analysis) -> Iterator[str]:
+    """Warns of load from other programs."""
     shares = [
         share
         for row in analysis["order"]["launches"]

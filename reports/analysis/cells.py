@@ -23,6 +23,8 @@ SHORT = {
     "end_to_end_p90_s": "e2e_p90_s",
 }
 """The rates that a row has, by the names that they have there."""
+ADDED_LAST = "added_last"
+"""The metric of `all-but-X`: what X gains, added last; the speedup of that cell says little about X."""
 UNDER_LOAD = ("ttft_p90_s", "itl_p99_s", "e2e_p90_s", GOODPUT.key, SUSTAINABLE.key)
 """Those of studies whose requests arrive over time."""
 CURVES = {
@@ -36,7 +38,8 @@ def by_cell(analysis: Analysis) -> dict[str, dict[str, Any]]:
     """{cell: its row}, in the order of the plan.
 
     metrics: {"<workload>/speedup", "_low", "_high", "/output_tokens_per_s", "/ttft_p50_s",
-    "/tpot_p50_s": number}, and ratios to other engines. A study of another metric than throughput
+    "/tpot_p50_s": number}, "/added_last" of everything on but one, and ratios to other engines.
+    A study of another metric than throughput
     has the ratio of its own metric too.
     verdicts: {workload: verdict} on the study's metric; intervals: {workload: "0.644–0.920"}, as text;
     verdict: the one for all workloads together where there is one, else what all of them share,
@@ -78,6 +81,10 @@ def _row(
         "says": [
             *(_says(analysis["shown"][analysis["baseline"]], effect) for effect in own),
             *(_says(analysis["shown"][effect["reference"]], effect) for _, effect in ours),
+            *(
+                f"{row['factor']}, added last: {_says(analysis['shown'][cell], row)}"
+                for row in _added_last(analysis, cell)
+            ),
         ],
     }
 
@@ -117,6 +124,8 @@ def _metrics(
             yield from _bounds(f"{effect['metric']}_ratio", effect)
     for name, effect in ours:
         yield from _bounds(name, effect)
+    for effect in _added_last(analysis, cell):
+        yield f"{effect['workload']}/{ADDED_LAST}", effect["ratio"]
     for row in analysis["rates"]:
         short = SHORT.get(row["metric"])
         if row["cell"] != cell or row["mean"] is None or short is None:
@@ -126,6 +135,18 @@ def _metrics(
     for row in analysis["unjudged"]:
         if row["cell"] == cell:
             yield f"{row['workload']}/{SHORT[THROUGHPUT.key]}", row["median"]
+
+
+def _added_last(analysis: Analysis, cell: str) -> list[Any]:
+    """The effects, one for each workload, of the optimization that `cell` lacks of everything on."""
+    return [
+        effect
+        for effect in analysis["factors"]
+        if effect["kind"] == "left out"
+        and effect.get("part_of_all", True)
+        and effect.get("off") == cell
+        and effect["ratio"] is not None
+    ]
 
 
 def _pairs(analysis: Analysis) -> list[tuple[str, Mapping[str, Any]]]:

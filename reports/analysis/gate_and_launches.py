@@ -75,6 +75,78 @@ def same_tokens(analysis: Analysis, workload: str) -> str:
     return f"{found['same']} of {launches} gave the tokens of {start}, {judged} judged"
 
 
+def same_output(analysis: Analysis) -> str:
+    """Whether the output is the same, in a sentence or two: "Output: equivalent. Every judged token
+    passed the gate (28,665 tokens, 29 distinct outputs); identical to all off in 15 of 51 launches, the
+    others differ where rounding decides between near-equal tokens."
+    """
+    gate = analysis["gate"]
+    rows, failed = gate["rows"], [row for row in gate["rows"] if row["status"] != "pass"]
+    unjudged = sum(
+        row["reason"].startswith("the gate did not check") for row in analysis["excluded"]
+    )
+    rest = (
+        f" The outputs of {count_of(unjudged, 'launch')} were not judged, so these do not count."
+        if unjudged
+        else ""
+    )
+    if not rows:
+        return "Output: not judged. The gate has checked no token, so nothing says that the output is the same."
+    outputs = count_of(len(rows), "distinct output")
+    if failed:
+        where = ", ".join(dict.fromkeys(row["workload"] for row in failed))
+        return (
+            f"Output: NOT the same. The gate did not pass {len(failed)} of {outputs} ({where}); the launches that "
+            f"generated {'it' if len(failed) == 1 else 'them'} are excluded.{rest}"
+        )
+    judged = f"Every judged token passed the gate ({gate['tokens_checked']:,} tokens, {outputs})"
+    found = {
+        workload: same
+        for workload, same in gate["same_tokens"].items()
+        if same["launches"] and same["same"] is not None
+    }
+    if not found:
+        return f"Output: equivalent. {judged}.{rest}"
+    start = analysis["shown"][analysis["baseline"]]
+    if all(same["same"] == same["launches"] for same in found.values()):
+        return f"Output: identical to {start} in every launch. {judged}.{rest}"
+    parts: list[str] = []
+    for workload, same in found.items():
+        launches = f"{same['same']} of {same['launches']}"
+        where = f" on {workload}" if len(found) > 1 else ""
+        parts.append(f"{launches}{'' if parts else ' launches'}{where}")
+    shares = " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+    return (
+        f"Output: equivalent. {judged}; identical to {start} in {shares}, the others "
+        f"{_why_others(analysis)}.{rest}"
+    )
+
+
+def _why_others(analysis: Analysis) -> str:
+    """Why launches have other tokens than the baseline, though the gate passed them."""
+    cells = {cell for same in analysis["gate"]["same_tokens"].values() for cell in same["others"]}
+    sampled = {
+        cell for row in analysis["gate"]["rows"] if _samples(row) for cell in row["cells"]
+    } & cells
+    why = "differ where rounding decides between near-equal tokens"
+    if not sampled:
+        return why
+    engines = " and ".join(
+        dict.fromkeys(
+            analysis["shown"][cell].removeprefix("reference: ").split(" (")[0]
+            for cell in analysis["cells"]
+            if cell in sampled
+        )
+    )
+    drawn = f"are of {engines}, whose random generator draws other samples"
+    return drawn if sampled == cells else f"{why}, or {drawn}"
+
+
+def _samples(row: Mapping[str, Any]) -> bool:
+    """Whether these tokens were drawn by another random generator than ours."""
+    return bool((row["calibration"] or {}).get("distribution"))
+
+
 def _gate_row(line: Mapping[str, Any]) -> dict[str, Any]:
     names = (
         "workload",

@@ -145,6 +145,22 @@ COUNTS = {
 _UNKNOWN = Counts("times", "times", "with something to do")
 
 
+UNITS = {
+    "found": "found: prompt tokens in the cache",
+    "shared": "shared: attention calls that read a prefix once for all",
+    "joined": "joined: requests that joined a running batch",
+    "mixed": "mixed: steps with prefill beside decodes",
+    "calls": "calls: of the kernels or the attention",
+    "replays": "replays: of CUDA graphs",
+    "steps": "steps: planned during another, or run",
+    "sums": "sums: over all ranks",
+    "requests": "requests: served by other replicas",
+    "lookups": "lookups: in the prefix cache",
+    "times": "times: how often it ran",
+}
+"""The units of `did_in_short`, explained."""
+
+
 def counts_of(factor: str, level: Any) -> Counts:
     """What the counters of a factor at this level count."""
     return COUNTS.get(f"{factor}={level}") or COUNTS.get(factor, _UNKNOWN)

@@ -126,6 +126,7 @@ class Answer(TypedDict):
     sentence: str
     by_workload: list[WorkloadAnswer]
     verdict: str
+    output: str
     caveats: list[str]
 
 

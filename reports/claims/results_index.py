@@ -1,4 +1,4 @@
-"""docs/results.md: one row for each published study, with its question's answer in one sentence.
+"""docs/results.md: one row for each published study, with its question's answer in a sentence or two.
 
 Made from the records, as every page of results is: `python -m reports published`.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from experiments.host.provenance import ROOT
 from reports.claims.published_studies import Library, Study
+from reports.claims.short_answers import short_answer
 
 PAGE = ROOT / "docs" / "results.md"
 REPORT = "report/report.md"
@@ -16,8 +17,10 @@ REPORT = "report/report.md"
 _HEAD = """\
 # All results
 
-Every published study: what was asked, where, when, and the answer in one sentence. The link
-leads to the full report; beside each report are the plan and the records that it was made from.
+Every published study: what was asked, where, when, and the answer in a sentence or two, with 95 %
+intervals in brackets. Where a study switches optimizations off, the ratio is what the one named gains:
+everything on over everything on without it. The link leads to the full report; beside each report are
+the plan and the records that it was made from.
 The most important results, with their caveats, are in the [Highlights](highlights.md);
 [Reading a report](reading-a-report.md) explains the terms. vLLM has several versions here because
 its GPU and CPU builds are separate packages, and because an earlier GPU host had an older one:
@@ -55,7 +58,7 @@ def row(study: Study) -> str:
         f"[{study.plan['study']['title']}]({link})",
         day(study),
         f"{name}, {model['dtype']}",
-        study.analysis["answer"]["sentence"],
+        short_answer(study.analysis),
     ]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

@@ -26,9 +26,16 @@ from reports.figures.layout import (
     primary,
     shorten,
 )
-from reports.figures.ratio_plots import aa_panel, comparisons, factors, forest
+from reports.figures.ratio_plots import (
+    aa_panel,
+    comparisons,
+    configurations,
+    factors,
+    forest,
+)
 from reports.figures.run_order import run_order
 from reports.figures.svg import LIGHT, style
+from reports.switches import by_switch
 
 
 @dataclass(frozen=True)
@@ -49,14 +56,17 @@ def pictures(analysis: Analysis) -> list[Picture]:
     shown = analysis["shown"]
     start = shown[analysis["baseline"]]
     effects = [(shown[effect["cell"]], effect) for effect in primary(analysis) if effect["n"]]
+    split = any(by_switch(analysis, workload) for workload in analysis["workloads"])
     found = [
         Picture(
             "forest",
-            f"Speedup of each configuration relative to {start}"
+            "Speedup of each optimization, alone and added last"
+            if split and analysis["metric"]["better"] == "higher"
+            else f"Speedup of each configuration relative to {start}"
             if analysis["metric"]["better"] == "higher"
             else f"{analysis['metric']['label']} of each configuration relative to {start}",
             f"Ratios with intervals on a log axis; the band {band} is too small to matter. "
-            f"{_in_words([*comparisons(analysis), *effects])}",
+            f"{_in_words([*comparisons(analysis), *configurations(analysis)])}",
             forest,
         ),
         Picture(

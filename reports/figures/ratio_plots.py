@@ -20,6 +20,7 @@ from reports.figures.layout import (
     primary,
 )
 from reports.figures.svg import LIGHT
+from reports.switches import by_switch, whole_configurations
 
 _EDGE = 1000.0
 """The farthest ratio that is drawn, and its inverse."""
@@ -29,16 +30,29 @@ _LONG = 10
 
 def forest(analysis: Analysis, width: int) -> Figure | None:
     """Effects on the study's metric, by workload: interval, verdict, and the ratio of each block as
-    a faint dot.
+    a faint dot. The rows are those of the table.
     """
     groups: dict[str, list[tuple[str, Effect]]] = {name: [] for name in analysis["workloads"]}
     for label, effect in comparisons(analysis):
         groups[effect["workload"]].append((label, effect))
-    for effect in primary(analysis):
-        # all workloads together is a row of the table of effects
-        if effect["n"] and effect["workload"] in groups:
-            groups[effect["workload"]].append((analysis["shown"][effect["cell"]], effect))
+    # all workloads together is a row of the table of effects
+    for label, effect in configurations(analysis):
+        groups[effect["workload"]].append((label, effect))
     return _ratio_plot(analysis, width, [(name, rows) for name, rows in groups.items() if rows])
+
+
+def configurations(analysis: Analysis) -> list[tuple[str, Effect]]:
+    """(name, effect) of the configurations on the study's metric, workload by workload; of every toggle
+    alone and added last in a study that measured both (reports/switches.py).
+    """
+    tested = [effect for effect in primary(analysis) if effect["n"]]
+    found = []
+    for workload in analysis["workloads"]:
+        own = [effect for effect in tested if effect["workload"] == workload]
+        for effect in whole_configurations(analysis, workload, own):
+            found.append((analysis["shown"][effect["cell"]], effect))
+        found += [(label, row) for row, label in by_switch(analysis, workload) if row["n"]]
+    return found
 
 
 def comparisons(analysis: Analysis) -> list[tuple[str, Effect]]:

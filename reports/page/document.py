@@ -80,7 +80,9 @@ class Section:
 class Document:
     """A whole report.
 
-    answers: (sentence, verdict), one for each workload. head: what everybody reads. folded: the
+    subtitle: machine, model and date, then a line for each workload. answers: (sentence, verdict), one
+    for each workload. output: whether the output is the same, and the verdict whose colour it has.
+    head: what everybody reads. folded: the
     evidence, each section behind its title; `evidence` says what that is.
     """
 
@@ -91,5 +93,8 @@ class Document:
     caveats: Sequence[str]
     facts: Sequence[tuple[str, str]]
     head: Sequence[Section] = ()
+    subtitle: Sequence[str] = ()
+    output: str = ""
+    output_verdict: str = "inconclusive"
     evidence: str = ""
     folded: Sequence[Section] = field(default_factory=list)

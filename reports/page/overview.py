@@ -15,9 +15,8 @@ from reports.analysis.noise import ALONE, BETWEEN, TOGETHER
 from reports.analysis.types import Analysis, Comparison, Effect
 from reports.page.document import Column, Section, Table
 from reports.statistics.metrics import THROUGHPUT
+from reports.switches import by_switch
 
-WAYS = {kind: text.KINDS[kind] for kind in ("alone", "left out")}
-"""How a study of single toggles measures each of them."""
 CONFIGURATION, WORKLOAD, VERDICT = (
     Column("configuration", "code"),
     Column("workload", "code"),
@@ -77,6 +76,7 @@ def _results(analysis: Analysis) -> Section:
     ]
     rows: list[list[str]] = []
     tests: dict[str, int] = {}
+    twins = max((effect["tests"] for effect in tested if effect["role"] == "aa"), default=0)
     told = list(tested)
     for workload in analysis["workloads"]:
         effects = {effect["cell"]: effect for effect in tested if effect["workload"] == workload}
@@ -98,10 +98,13 @@ def _results(analysis: Analysis) -> Section:
     ]
     lead = [
         _ratio_words(analysis, throughput),
-        *([_SWITCH_WORDS, *names.on_both_sides(analysis)] if _TESTED["alone"] in tests else ()),
-        *names.left_out_together(analysis),
+        *(
+            [_SWITCH_WORDS, *names.on_both_sides(analysis)]
+            if _TESTED["alone"] in tests
+            else names.left_out_together(analysis)
+        ),
         _verdict_words(analysis, told),
-        *_correction_words(analysis, told, tests),
+        *_correction_words(analysis, told, tests, twins),
     ]
     return Section(
         "results",
@@ -167,33 +170,6 @@ def _switches(
         ]
 
 
-def by_switch(analysis: Analysis, workload: str) -> list[tuple[Effect, str]]:
-    """(effect, its name) of every toggle alone and added last, in a study that measured both;
-    otherwise empty.
-
-    The ratio of `all-but-...` to everything off says little about the toggle that it leaves out.
-    """
-    rows = [
-        row for row in analysis["factors"] if row["kind"] in WAYS and row["workload"] == workload
-    ]
-    if {row["kind"] for row in rows} != set(WAYS):
-        return []
-    order = [*analysis["study"].get("factors", {}), *sorted({row["factor"] for row in rows})]
-    several = {
-        row["factor"]
-        for row in rows
-        if len({other["level"] for other in rows if other["factor"] == row["factor"]}) > 1
-    }
-    found: list[tuple[Effect, str]] = []
-    for row in sorted(
-        rows, key=lambda row: (order.index(row["factor"]), str(row["level"]), row["kind"])
-    ):
-        title = f"{row['factor']}={row['level']}" if row["factor"] in several else row["factor"]
-        way = "on top" if not row.get("part_of_all", True) else WAYS[row["kind"]]
-        found.append(({**row, "cell": row["on"]}, f"{title}, {way}"))
-    return found
-
-
 def _rates(analysis: Analysis, workload: str) -> dict[str, float | None]:
     return {
         row["cell"]: row["mean"]
@@ -204,8 +180,7 @@ def _rates(analysis: Analysis, workload: str) -> dict[str, float | None]:
 
 _SWITCH_WORDS = (
     "Alone: the optimization on, over everything off. Added last: everything on, over everything on without it. On top: "
-    "everything on and this one, over everything on. tok/s: without → with it. The chart shows whole configurations "
-    "instead: all-but-X is everything on without X."
+    "everything on and this one, over everything on. tok/s: without → with it."
 )
 
 
@@ -267,10 +242,10 @@ _TESTED = {"alone": "one optimization alone", "left out": "added last or on top"
 
 
 def _correction_words(
-    analysis: Analysis, effects: Sequence[Effect], tests: Mapping[str, int]
+    analysis: Analysis, effects: Sequence[Effect], tests: Mapping[str, int], twins: int = 0
 ) -> list[str]:
     """What `after correction` means, where a verdict depends on it. tests: of each question, how
-    many are made together.
+    many are made together; twins: the same of the A/A twin, whose tests are a family of their own.
     """
     said_of = {text.verdict(effect) for effect in effects} & {"faster", "slower"}
     if max(tests.values(), default=0) < 2 or not (
@@ -287,7 +262,10 @@ def _correction_words(
     )
     if len(tests) > 1:
         counts = [f"{question}: {n}" for question, n in tests.items()]
+        counts += [f"A/A twin: {twins}"] if twins else []
         said += f"Tests of each question: {', '.join(counts)}. The fewer tests, the less evidence each needs. "
+    elif twins:
+        said += f"The A/A twin is corrected apart, for {text.count_of(twins, 'test')} of its own. "
     return [said + "An example is in docs/reading-a-report.md#the-correction."]
 
 
@@ -411,6 +389,49 @@ def _workloads(plan: Plan, analysis: Analysis) -> Section:
         tables=[Table("What each launch serves", columns, rows)],
         notes=[cut] if share < 1 else [],
     )
+
+
+def subtitle(analysis: Analysis) -> list[str]:
+    """What a result is a result of, in a line for all and one for each workload: the machine, the model
+    and its dtype, the days; and what was served.
+    """
+    model = analysis["hardware"]["model"]
+    named = next((value for key in ("preset", "path") if (value := model.get(key, "-")) != "-"), "")
+    days = analysis["days"]
+    of_all = [
+        machine(analysis),
+        f"{named.rsplit('/', 1)[-1]} in {model['dtype']}",
+        *dict.fromkeys([days[0], days[-1]] if days else ()),
+    ]
+    return [", ".join(of_all), *(served(name, analysis) for name in analysis["workloads"])]
+
+
+def served(workload: str, analysis: Analysis) -> str:
+    """A workload in a few words: "mixed: 64 requests, prompt 32 to 256, output 8 to 64 tokens"."""
+    entry = analysis["workloads"][workload]
+    kind, params = entry["kind"], entry["params"]
+    if kind == "shared_prefix":
+        prefixes = text.count_of(params["num_prefixes"], "prefix")
+        shared, own = _range(params["prefix_tokens"]), _range(params["own_tokens"])
+        prompt = f"prompt {shared} of {prefixes} + {own}"
+    elif kind == "conversation":
+        turns = f"{params['num_conversations']} conversations of {params['turns']} turns"
+        prompt = f"{turns}, {_range(params['user_tokens'])} new in each"
+    else:
+        prompt = f"prompt {_prompts(entry)}"
+    requests = text.count_of(entry["num_requests"], "request")
+    output = _lengths(entry, "output_tokens", "answer_tokens")
+    return f"{workload}: {requests}, {prompt}, output {output} tokens"
+
+
+def machine(analysis: Analysis) -> str:
+    """The machine by name: the title of its profile, or for a CPU the model that the launches
+    found.
+    """
+    profile, found = analysis["hardware"]["profile"], analysis["hardware"]["provenance"]
+    if profile["device"] == "cpu" and "cpu.model" in found and "cpu.cores" in found:
+        return f"{found['cpu.model']}, {text.count_of(int(found['cpu.cores']), 'core')}"
+    return str(profile.get("title") or profile["name"])
 
 
 def _arrivals(entry: Mapping[str, Any], waves: Sequence[int]) -> str:

@@ -24,7 +24,7 @@ from reports.page.document import VERDICT_WORDS, Document
 from reports.page.evidence import evidence
 from reports.page.load_sections import energy_section, load_folded, load_head
 from reports.page.model_sections import modelled
-from reports.page.overview import overview
+from reports.page.overview import machine, overview, subtitle
 from reports.page.sections import results
 from reports.page.table import print_table
 
@@ -101,7 +101,7 @@ def document(plan: Plan, records: Sequence[Mapping[str, Any]], analysis: Analysi
         if arm["n"] and arm["workload"] in analysis["workloads"]
     ]
     facts = [
-        ("machine", _machine(plan, analysis)),
+        ("machine", machine(analysis)),
         ("date", _dates(analysis)),
         ("model", f"{model['preset'] or model['path']}, {model['dtype']}"),
         (
@@ -134,7 +134,10 @@ def document(plan: Plan, records: Sequence[Mapping[str, Any]], analysis: Analysi
         eyebrow=f"study {study['name']}",
         title=study.get("title") or study["name"],
         question=study["question"],
+        subtitle=subtitle(analysis),
         answers=[(part["sentence"], part["verdict"]) for part in analysis["answer"]["by_workload"]],
+        output=analysis["answer"]["output"],
+        output_verdict=_output_verdict(analysis),
         caveats=analysis["answer"]["caveats"],
         facts=facts,
         head=[*overview(plan, analysis), *load_head(analysis)],
@@ -153,6 +156,14 @@ def document(plan: Plan, records: Sequence[Mapping[str, Any]], analysis: Analysi
             *evidence(plan, analysis, digest),
         ],
     )
+
+
+def _output_verdict(analysis: Analysis) -> str:
+    """The verdict in whose colour the page says whether the output is the same."""
+    gate = analysis["gate"]
+    if not gate["rows"]:
+        return "inconclusive"
+    return "equivalent" if gate["passed"] == len(gate["rows"]) else "slower"
 
 
 def _passed(gate: Mapping[str, Any]) -> str:
@@ -179,13 +190,3 @@ def _dates(analysis: Analysis) -> str:
     """The day on which the launches ran, or the first and the last."""
     days = analysis["days"]
     return text.ABSENT if not days else days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-
-
-def _machine(plan: Plan, analysis: Analysis) -> str:
-    """The machine by name: the title of its profile, or for a CPU the model that the launches
-    found.
-    """
-    profile, found = plan["profile"], analysis["hardware"]["provenance"]
-    if profile["device"] == "cpu" and "cpu.model" in found and "cpu.cores" in found:
-        return f"{found['cpu.model']}, {text.count_of(int(found['cpu.cores']), 'core')}"
-    return profile.get("title") or str(profile["name"])

@@ -18,6 +18,7 @@ from reports.page.overview import CONFIGURATION, VERDICT, WORKLOAD, confidence, 
 from reports.statistics.intervals import MIN_BLOCKS_BOOTSTRAP, measured_ratio
 from reports.statistics.metrics import EVERY, LATENCIES, PERCENTILES
 from reports.statistics.moderation import MOST_PRIOR
+from reports.switches import by_switch, whole_configurations
 
 
 def results(analysis: Analysis) -> Iterator[Section]:
@@ -92,16 +93,36 @@ def _effects(analysis: Analysis) -> Section:
         f"Holm's test over {_family(analysis)} rejects equality at {text.percent(rule['alpha'], 0)}. Suggestive: the interval "
         "excludes 1 on the side named, but that test does not reject equality. Inconclusive: none of these. Detectable: the "
         f"change that a study with this noise and this many blocks finds in {text.percent(rule['power'], 0)} of cases.",
+        *_left_out_words(analysis),
         *_variance_words(analysis),
     ]
     tables = [table, *([_variances(analysis)] if moderated(analysis) else ())]
-    tally = Counter(
-        text.verdict(row)
-        for row in rows
-        if row["role"] in ("treatment", "all") and row["workload"] in analysis["workloads"]
-    )
+    tested = [row for row in rows if row["role"] in ("treatment", "all")]
+    counted = [
+        effect
+        for workload in analysis["workloads"]
+        for effect in (
+            *whole_configurations(
+                analysis, workload, [row for row in tested if row["workload"] == workload]
+            ),
+            *(effect for effect, _ in by_switch(analysis, workload)),
+        )
+    ]
+    tally = Counter(map(text.verdict, counted))
     gist = ", ".join(f"{n} {word}" for word, n in sorted(tally.items()))
     return Section("effects", "Effects and tests", lead, None, tables, gist=gist)
+
+
+def _left_out_words(analysis: Analysis) -> list[str]:
+    """What the rows `all-but-X` show, in a study whose other tables show `X, added last` instead."""
+    if not any(by_switch(analysis, workload) for workload in analysis["workloads"]):
+        return []
+    start = name(analysis, analysis["baseline"])
+    return [
+        f"all-but-X is everything on without X. Its ratio here is to {start}, so its verdict says nothing about X: what X "
+        "gains, added last, is in the results above.",
+        *names.left_out_together(analysis),
+    ]
 
 
 def moderated(analysis: Analysis) -> bool:
@@ -366,7 +387,15 @@ def _references(analysis: Analysis) -> Iterator[Section]:
                 f"Not on equal devices: {name(analysis, cell)} ran on {here}, {theirs} on {there}, so "
                 "their ratio does not compare the engines alone."
             )
-    yield Section("references", "Against other engines", lead, None, [table])
+    equal = [row for row in rows if devices[row["cell"]] == devices[row["reference"]]]
+    whole = [row for row in equal if analysis["cells"][row["cell"]]["role"] == "all"]
+    gist = ", ".join(
+        f"{name(analysis, row['cell'])} {text.ratio(row['ratio'])} on {row['workload']}"
+        for row in whole or equal
+        if row["workload"] in analysis["workloads"] and row["n"]
+    )
+    gist = gist or ("not on equal devices" if not equal else "nothing counted")
+    yield Section("references", "Against other engines", lead, None, [table], gist=gist)
 
 
 def _ceiling(analysis: Analysis) -> Section:
@@ -519,4 +548,23 @@ def _latency(analysis: Analysis) -> Iterator[Section]:
         "All requests of a wave arrive together, so the first token of most of them waits in the queue. p50, p90 and p99 "
         "are percentiles over the requests of a launch; the mean over the blocks is shown.",
     ]
-    yield Section("latency", "Latency: TTFT and TPOT", lead, None, tables)
+    yield Section("latency", "Latency: TTFT and TPOT", lead, None, tables, gist=_tpot(analysis))
+
+
+def _tpot(analysis: Analysis) -> str:
+    """The median time per output token of each workload, with everything off and on."""
+    start = analysis["baseline"]
+    whole = next((cell for cell, found in analysis["cells"].items() if found["role"] == "all"), "")
+    cells = [start, *([whole] if whole else ())]
+    means = {
+        (row["workload"], row["cell"]): row["mean"]
+        for row in analysis["rates"]
+        if row["metric"] == "time_per_output_token_p50_s"
+    }
+    of_workloads = [
+        f"{workload} {' → '.join(text.seconds(means[workload, cell]) for cell in cells)}"
+        for workload in analysis["workloads"]
+    ]
+    return (
+        f"TPOT p50, {' → '.join(name(analysis, cell) for cell in cells)}: {', '.join(of_workloads)}"
+    )

@@ -1,5 +1,5 @@
 """The result of a study on the terminal: the answer, one table, and what to know, on one screen of 80
-columns and about 30 lines; everything with `verbose`.
+columns and about 40 lines; everything with `verbose`.
 """
 
 import io
@@ -13,16 +13,19 @@ from rich.text import Text
 
 from reports import text
 from reports.analysis import names
+from reports.analysis.answer import added_last
 from reports.analysis.compare import against_engines, throughput_rows
-from reports.analysis.gate_and_launches import same_tokens
 from reports.analysis.types import Analysis, Effect
-from reports.page.overview import by_switch, gate, name, uncorrected
+from reports.page.overview import gate, name, subtitle, uncorrected
 from reports.statistics.intervals import measured_ratio
 from reports.statistics.metrics import THROUGHPUT
+from reports.switches import by_switch
 
 COLORS = {"faster": "green", "slower": "red", "equivalent": "blue"}
 MOST_ROWS = 12
-"""Rows of a short table. The rest is in the page, and shown by --verbose."""
+"""Rows of a short table, as long as no more are decided or named by the answer. The rest is in the page,
+and shown by --verbose.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ def print_table(
     analysis: Analysis, console: Console | None = None, *, verbose: bool = False
 ) -> None:
     """Print the answer, a row for each effect on the study's metric, and the caveats. Without
-    `verbose`: a line or two for each workload, and no more rows than fit a screen, the decided ones first.
+    `verbose`: a line or two for each workload, and of the undecided rows no more than fit a screen.
     """
     if console is None:
         if isinstance(sys.stdout, io.TextIOWrapper):
@@ -49,32 +52,34 @@ def print_table(
         console = Console()
     analysis = text.printable(analysis)
     console.print()
+    for line in subtitle(analysis):
+        console.print(Text(line, style="dim"))
+    console.print()
     if verbose:
         for part in analysis["answer"]["by_workload"]:
             console.print(Text(part["sentence"], style="bold"))
-        for line in _outputs(analysis):
-            console.print(Text(line, style="bold"))
     else:
         for line in answer_lines(analysis):
             console.print(Text(line, style="bold"))
-    rows = list(_rows(analysis, verbose))
-    shown = rows if verbose else _fitting(rows)
+    console.print(Text(analysis["answer"]["output"], style="bold"))
+    rows = list(_rows(analysis, verbose=True))
+    shown = rows if verbose else _fitting(analysis, list(_rows(analysis, verbose=False)))
     if shown:
         console.print()
         console.print(_table(analysis, shown, verbose))
         if len(shown) < len(rows):
             left = text.count_of(len(rows) - len(shown), "row")
             console.print(Text(f"and {left} more: --verbose shows all, as does the page", "dim"))
-    for line in _legend(analysis, shown, verbose):
+    for line in _legend(analysis, shown, rows, verbose):
         console.print(Text(line, style="dim"))
-    if verbose or analysis["statistics"]["priors"]:  # the usual variance is each effect's own
+    if verbose:
         console.print(Text(_variance(analysis), style="dim"))
     _print_notes(console, analysis, verbose)
 
 
 def answer_lines(analysis: Analysis) -> list[str]:
     """The answer in a few short lines: of each workload everything on, the best single optimization,
-    and whether the output is the same. Of a study without such an answer: its sentences.
+    and the largest gains of those that are added last. Of a study without such an answer: its sentences.
     """
     whole = {
         effect["workload"]: effect
@@ -84,24 +89,30 @@ def answer_lines(analysis: Analysis) -> list[str]:
         and effect["low"] is not None
     }
     if against_engines(analysis) or not set(whole) & set(analysis["workloads"]):
-        return [
-            *(part["sentence"] for part in analysis["answer"]["by_workload"]),
-            *_outputs(analysis),
-        ]
+        return [part["sentence"] for part in analysis["answer"]["by_workload"]]
     lines = []
     for workload in analysis["workloads"]:
         if (effect := whole.get(workload)) is None:
             continue
         found = f"all on {text.ratio(effect['ratio'])} {text.verdict(effect)}"
         lines.append(f"{workload}: {found}{_best(analysis, workload)}")
+        if gains := added_last(analysis, workload):
+            lines.append(f"  added last: {', '.join(gains)}")
         if combined := _together(analysis, effect):
             lines.append(f"  {combined}")
-        lines.append(f"  output: {_output(analysis, workload)}")
     return lines
 
 
 def _best(analysis: Analysis, workload: str) -> str:
     """The best optimization by itself, as the end of a line; empty where there is only one change."""
+    best = _best_alone(analysis, workload)
+    if best is None:
+        return ""
+    found = f"{name(analysis, best['cell'])} {text.ratio(best['ratio'])} {text.verdict(best)}"
+    return f"; best alone {found}"
+
+
+def _best_alone(analysis: Analysis, workload: str) -> Effect | None:
     metric = analysis["metric"]
     single = [
         effect
@@ -112,11 +123,8 @@ def _best(analysis: Analysis, workload: str) -> str:
         and effect["n"]
         and len(names.changes(analysis, effect["cell"])) == 1
     ]
-    if not single:
-        return ""
-    best = (max if metric["better"] == "higher" else min)(single, key=measured_ratio)
-    found = f"{name(analysis, best['cell'])} {text.ratio(best['ratio'])} {text.verdict(best)}"
-    return f"; best alone {found}"
+    best = max if metric["better"] == "higher" else min
+    return best(single, key=measured_ratio) if single else None
 
 
 def _together(analysis: Analysis, whole: Effect) -> str:
@@ -130,22 +138,6 @@ def _together(analysis: Analysis, whole: Effect) -> str:
             why = names.why_together(analysis, workload).partition(" (")[0]
             return f"{said}: {why}" if why else said
     return ""
-
-
-def _outputs(analysis: Analysis) -> list[str]:
-    """A line for each workload that was served: is its output the same?"""
-    return [
-        f"output on {workload}: {_output(analysis, workload)}"
-        for workload, found in analysis["gate"]["same_tokens"].items()
-        if found["launches"]
-    ]
-
-
-def _output(analysis: Analysis, workload: str) -> str:
-    """The gate's word on a workload."""
-    statuses = {r["status"] for r in analysis["gate"]["rows"] if r["workload"] == workload}
-    words = {"pass": "gate pass", "": "not judged"}
-    return f"{words.get(', '.join(sorted(statuses)), 'GATE FAILED')}; {same_tokens(analysis, workload)}"
 
 
 def _rows(analysis: Analysis, verbose: bool) -> Iterator[_Row]:
@@ -177,19 +169,36 @@ def _rows(analysis: Analysis, verbose: bool) -> Iterator[_Row]:
                 yield _Row(workload, f"{name(analysis, effect['cell'])} / {theirs}", effect)
 
 
-def _fitting(rows: Sequence[_Row]) -> list[_Row]:
-    """As many rows as fit a screen, in their order: everything on and the A/A twin, then what is
-    significant, then what is suggestive.
+def _fitting(analysis: Analysis, rows: Sequence[_Row]) -> list[_Row]:
+    """The rows of a short table, in their order: everything on, the A/A twin, whatever is faster or
+    slower, and what the answer names. The others share the rest of MOST_ROWS, each workload in its turn,
+    the suggestive ones first.
     """
+    best = {
+        (workload, effect["cell"])
+        for workload in analysis["workloads"]
+        if (effect := _best_alone(analysis, workload)) is not None
+    }
 
-    def late(row: _Row) -> int:
-        if row.role in ("aa", "all"):
-            return 0
-        if row.effect["verdict"] in ("faster", "slower"):
-            return 1
-        return 2 if text.is_suggestive(row.effect) else 3
+    def is_kept(row: _Row) -> bool:
+        named = (row.workload, row.effect["cell"]) in best and "reference" not in row.effect
+        return (
+            row.role in ("aa", "all")
+            or row.effect["verdict"] in ("faster", "slower")
+            or (named and row.effect.get("kind", "alone") == "alone")
+        )
 
-    kept = sorted(range(len(rows)), key=lambda i: (late(rows[i]), i))[:MOST_ROWS]
+    kept = {i for i, row in enumerate(rows) if is_kept(row)}
+    turns: dict[str, int] = {}
+
+    def turn(i: int) -> tuple[bool, int, int]:
+        turns[rows[i].workload] = turns.get(rows[i].workload, 0) + 1
+        return not text.is_suggestive(rows[i].effect), turns[rows[i].workload], i
+
+    undecided = [i for i in range(len(rows)) if i not in kept]
+    undecided.sort(key=lambda i: not text.is_suggestive(rows[i].effect))
+    shared = sorted(undecided, key=turn)
+    kept |= set(shared[: max(0, MOST_ROWS - len(kept))])
     return [rows[i] for i in sorted(kept)]
 
 
@@ -198,7 +207,7 @@ def _table(analysis: Analysis, rows: Sequence[_Row], verbose: bool) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     start = name(analysis, analysis["baseline"])
     split = any(row.effect.get("kind") for row in rows)
-    gates = [gate(analysis, [row.effect["cell"]], row.workload) for row in rows]
+    gates = _gates(analysis, rows)
     told = set(gates) - {"pass"}
     with_did = any(row.did for row in rows) and (verbose or not split)
     table.add_column("off -> on" if split else f"relative to {start}", no_wrap=True, max_width=30)
@@ -228,6 +237,11 @@ def _table(analysis: Analysis, rows: Sequence[_Row], verbose: bool) -> Table:
     return table
 
 
+def _gates(analysis: Analysis, rows: Sequence[_Row]) -> list[str]:
+    """The gate's result for each row. Where all are "pass", the table has no column of it."""
+    return [gate(analysis, [row.effect["cell"]], row.workload) for row in rows]
+
+
 def _did(analysis: Analysis, cell: str, workload: str, factor: str | None = None) -> str:
     """What a factor did, or the one factor that a cell has on; the page lists those of cells with
     several.
@@ -240,8 +254,12 @@ def _did(analysis: Analysis, cell: str, workload: str, factor: str | None = None
     return names.did_in_short(rows[0]) if len(rows) == 1 else ""
 
 
-def _legend(analysis: Analysis, rows: Sequence[_Row], verbose: bool) -> Iterator[str]:
-    """What the words of the table stand for."""
+def _legend(
+    analysis: Analysis, rows: Sequence[_Row], every: Sequence[_Row], verbose: bool
+) -> Iterator[str]:
+    """What the words of the table stand for. every: the rows with `verbose`, from which the number of
+    tests is taken, so that it is the same in both forms.
+    """
     start, effects = analysis["baseline"], [row.effect for row in rows]
     split = any(effect.get("kind") for effect in effects)
     if verbose:
@@ -258,10 +276,12 @@ def _legend(analysis: Analysis, rows: Sequence[_Row], verbose: bool) -> Iterator
     if split:
         yield "alone: switched on over all off; added last: all on over all on without it"
     if any(text.is_suggestive(effect) for effect in effects):
-        yield f"suggestive: {uncorrected(effects)}"
+        own = [row.effect for row in every if row.workload in analysis["workloads"]]
+        yield f"suggestive: {uncorrected(own)}"
     if any(row.did for row in rows) and (verbose or not split):
-        yield "did: tokens found in the cache, mixed steps, requests that joined a batch, calls"
-    if verbose:
+        used = {row.did.rsplit(" ", 1)[-1] for row in rows if row.did}
+        yield f"did: {'; '.join(said for unit, said in names.UNITS.items() if unit in used)}"
+    if set(_gates(analysis, rows)) - {"pass"}:
         yield "gate: did HF transformers, in a higher precision, confirm the timed tokens?"
 
 

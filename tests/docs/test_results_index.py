@@ -5,8 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from experiments.records.store import read_for_report
+from reports import text
+from reports.analysis.analyse import analyse
 from reports.claims import results_index
 from reports.claims.published_studies import PUBLISHED, Library, folders
+from reports.claims.short_answers import short_answer
 
 
 def study(name: str, date: str, hardware: str, sentence: str) -> Any:
@@ -22,7 +26,12 @@ def study(name: str, date: str, hardware: str, sentence: str) -> Any:
             {"kind": "launch", "started_at": "2099-01-01T00:00:00Z"},
             {"kind": "gate"},
         ],
-        analysis={"answer": {"sentence": sentence}},
+        analysis={
+            "answer": {
+                "sentence": sentence,
+                "by_workload": [{"workload": "", "sentence": sentence}],
+            }
+        },
     )
 
 
@@ -40,6 +49,35 @@ def test_a_row_has_study_date_model_answer_and_link() -> None:
         "| tiny, float32 | It is faster. |"
     ) in page
     assert "It is slower \\| a bit." in page
+
+
+def short(name: str) -> str:
+    plan, file = read_for_report(PUBLISHED / name)
+    return short_answer(analyse(file.records, plan, file.notes))
+
+
+def test_an_answer_is_at_most_two_sentences() -> None:
+    assert short("h200/ablate") == (
+        "On mixed, everything on ×20.6 (16.6 to 25.6), faster; added last, cuda_graphs ×10.8, attention_backend ×4.68 "
+        "and kernels ×3.57. On shared, everything on ×15.5 (11.2 to 21.3), faster; added last, attention_backend ×8.54, "
+        "cuda_graphs ×6.65 and prefix_cache ×2.24."
+    )
+    assert short("h200/compare-vllm") == (
+        "nanovllm over vLLM 0.33.0, both at their best: mixed ×2.67 (2.24 to 3.18, faster), one-request ×2.48 "
+        "(2.24 to 2.74, faster), shared-prefixes ×3.14 (2.41 to 4.10, faster)."
+    )
+
+
+def test_a_loss_is_told_as_what_the_switch_gains() -> None:
+    assert short("h200/gpu-latency").startswith("one: cuda_graphs: ×13.8 (11.3 to 16.8); eight: ")
+    assert "decode-8: tp2 ×0.713 (" in short("h200-x2/scaling"), "two ranks are not switched off"
+
+
+def test_two_blocks_that_agree_show_that_they_do() -> None:
+    """Their interval would read "0.344 to 0.344"."""
+    low, high = text.interval(0.34378, 0.34412).split(" to ")
+    assert (low, high) == ("0.3438", "0.3441")
+    assert text.interval(0.344, 0.344) == "0.344 to 0.344"
 
 
 def test_the_committed_page_lists_every_published_study() -> None:

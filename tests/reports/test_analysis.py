@@ -785,7 +785,7 @@ def test_a_biased_aa_arm_raises_the_alarm(study: Any) -> None:
             for part in record["workloads"].values():
                 part["duration_s"] *= 1.3
     assert any(
-        "A/A twin is called slower" in caveat
+        "the A/A twin) differed by 23 %" in caveat and "the difference is significant" in caveat
         for caveat in analyse(records, plan)["answer"]["caveats"]
     )
 

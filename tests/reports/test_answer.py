@@ -15,10 +15,13 @@ from reports.analysis import names
 from reports.analysis.analyse import analyse
 from reports.analysis.answer import answer
 from reports.analysis.gate_and_launches import same_tokens
+from reports.figures.ratio_plots import configurations
 from reports.page.evidence import evidence
 from reports.page.overview import overview
+from reports.page.render import document
 from reports.page.sections import results
 from reports.statistics.intervals import Rule, judge
+from reports.switches import by_switch
 from tests.support.synthetic import (
     BASE_LEVELS,
     ON,
@@ -100,6 +103,14 @@ def test_a_switch_that_slows_everything_on_is_named() -> None:
     sentence = analysis["answer"]["by_workload"][0]["sentence"]
     assert "; batching=continuous, added last, makes it worse (×0.5" in sentence
     assert ", slower; without it ×4.5" in sentence
+    assert "; added last, prefix_cache ×3." in sentence, "the largest gains, the largest first"
+    assert "and tensor_parallel_size ×1.497 gain most" in sentence
+    noisy = analyse(make_records(plan, {**slow, "batching": 0.93}, sd=0.2), plan)
+    last = next(
+        row for row in noisy["factors"] if (row["kind"], row["factor"]) == ("left out", "batching")
+    )
+    assert (text.verdict(last), last["ratio"] < 0.95) == ("inconclusive", True)
+    assert "worse" not in noisy["answer"]["sentence"], "an inconclusive loss is none"
     elsewhere = make_plan(
         designed("both", factors),
         4,
@@ -128,9 +139,20 @@ def test_every_workload_with_noise_is_named() -> None:
         "effects": effects,
         "workloads": {"mixed": {}, "shared": {}, "quiet": {}},
     }
-    (noise,) = [caveat for caveat in answer(analysis)["caveats"] if caveat.startswith("Noise")]
-    assert "reads ×0.898 (0.810 to 0.990) on shared and ×1.006 (0.580 to 1.730) on mixed." in noise
-    assert "quiet" not in noise
+    analysis["effects"].append(effects[1] | {"workload": "far", "verdict": "faster", "ratio": 1.4})
+    analysis["workloads"]["far"] = {}
+    far, near, *rest = answer(analysis)["caveats"]
+    assert far.startswith(
+        "Noise: two runs of the same configuration (the A/A twin) differed by 40 % on far (0.810 to 0.990) and "
+        "10 % on shared (0.810 to 0.990): distrust single effects smaller than about ×1.4 on far and ×1.1 on shared."
+    ), "throughput leads"
+    assert far.endswith(
+        "On far the difference is significant: something besides the factors varies."
+    )
+    assert "reads ×1.006 (0.580 to 1.730) on mixed." in near
+    effects[1] |= {"high": 1.2}
+    assert "on shared, and those within these intervals." in answer(analysis)["caveats"][0]
+    assert not [caveat for caveat in (far, near, *rest) if "quiet" in caveat]
 
 
 def test_a_noisy_machine_is_said() -> None:
@@ -210,6 +232,12 @@ def test_a_row_for_each_switch_in_place_of_all_but_one() -> None:
     words = " ".join(results.notes)
     assert "one optimization alone: " in words
     assert "added last or on top: " in words
+    assert "A/A twin: 1." in words, "a family of its own"
+    drawn = [label for label, _ in configurations(analysis)]
+    assert drawn == ["A/A twin", "all on", *(label for _, label in by_switch(analysis, "scaled"))]
+    assert {title for title in rows if "," in title and "/" not in title} == {
+        label for label in drawn if "," in label
+    }, "the chart and the table have the same rows"
 
 
 def found_by_the_cache(records: list[dict[str, Any]], found: dict[str, int]) -> None:
@@ -299,7 +327,12 @@ def test_what_an_optimization_did_is_said_in_words() -> None:
 def test_every_toggle_has_words_for_its_counters() -> None:
     for factor, levels in LEVELS.items():
         for level in levels[1:]:
-            assert names.counts_of(factor, level) is not names._UNKNOWN, (factor, level)
+            counts = names.counts_of(factor, level)
+            assert counts is not names._UNKNOWN, (factor, level)
+            for opportunity in (None, [1, 2]):
+                row = {"factor": factor, "level": level, "engaged": [1, 2]}
+                said = names.did_in_short(row | {"opportunity": opportunity})
+                assert said.rsplit(" ", 1)[-1] in names.UNITS, "explained below the table"
 
 
 def test_the_number_of_tests_comes_from_one_count() -> None:
@@ -315,6 +348,7 @@ def test_the_number_of_tests_comes_from_one_count() -> None:
     assert "Correction: each of 8 tests" in words
     assert "suggestive: faster or suggestive: slower" in words
     assert "not significant after correction for 8 tests" in words
+    assert "The A/A twin is corrected apart, for 3 tests of its own." in words
 
 
 def test_the_gate_says_how_many_launches_gave_the_tokens_of_the_start() -> None:
@@ -330,7 +364,11 @@ def test_the_gate_says_how_many_launches_gave_the_tokens_of_the_start() -> None:
         served["tokens_digest"] = "e" * 64 if record["cell"] in others else digest
     records.append(gate_line(plan, "scaled", "e" * 64))
     analysis = analyse(records, plan)
-    tokens = analysis["gate"]["tokens_checked"]
+    tokens, outputs = analysis["gate"]["tokens_checked"], len(analysis["gate"]["rows"])
+    assert analysis["answer"]["output"] == (
+        f"Output: equivalent. Every judged token passed the gate ({tokens:,} tokens, {outputs} distinct outputs); "
+        "identical to all off in 15 of 21 launches, the others differ where rounding decides between near-equal tokens."
+    )
     assert same_tokens(analysis, "scaled") == (
         f"15 of 21 launches gave the tokens of all off, {tokens:,} judged"
     )
@@ -342,6 +380,49 @@ def test_the_gate_says_how_many_launches_gave_the_tokens_of_the_start() -> None:
     made = {row[1]: row[place] for row in gate.tables[0].rows}
     assert made["reference: HF, tensor_parallel_size=2"] == "6"
     assert "15" in made.values()
+
+
+@pytest.mark.parametrize(
+    ("outputs", "said"),
+    [
+        ("failed", "Output: NOT the same. The gate did not pass 1 of "),
+        ("unjudged", "Output: not judged. The gate has checked no token"),
+        ("some unjudged", "launches were not judged, so these do not count."),
+        ("same", "Output: identical to all off in every launch. Every judged token passed"),
+        ("drawn", "are of HF, whose random generator draws other samples."),
+    ],
+)
+def test_whether_the_output_is_the_same_is_said_plainly(outputs: str, said: str) -> None:
+    plan = make_plan(one_at_a_time(), 3)
+    records = make_records(plan, SPEEDUPS)
+    launches = [record for record in records if record["kind"] == "launch"]
+    gates = [r for r in records if r["kind"] == "gate" and not r["is_negative_control"]]
+    if outputs == "failed":
+        gates[-1] |= {"status": "fail", "reason": "as told"}
+    elif outputs == "unjudged":
+        records = [record for record in records if record["kind"] != "gate"]
+    elif outputs == "some unjudged":
+        records = [record for record in records if record is not gates[-1]]
+    else:
+        start = next(record for record in launches if record["cell"] == "baseline")
+        digest = start["workloads"]["scaled"]["tokens_digest"]
+        for record in launches:
+            served = record["workloads"]["scaled"]
+            other = outputs == "drawn" and record["cell"] == "hf"
+            served["tokens_digest"] = "e" * 64 if other else digest
+        line = gate_line(plan, "scaled", "e" * 64)
+        line["calibration"] |= {
+            "distribution": {"z": 0.1, "z_limit": 4.9, "tokens": line["tokens_checked"]}
+            | {"largest_log_evidence": 2.0, "log_evidence_limit": 20.0}
+        }
+        records += [line] if outputs == "drawn" else []
+    analysis = analyse(records, plan)
+    assert said in analysis["answer"]["output"]
+    head = document(plan, records, analysis)
+    assert head.output == analysis["answer"]["output"]
+    assert head.output_verdict == {"failed": "slower", "unjudged": "inconclusive"}.get(
+        outputs, "equivalent"
+    )
 
 
 def test_what_the_study_achieved_is_on_its_page() -> None:

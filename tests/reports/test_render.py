@@ -28,10 +28,11 @@ from reports.figures.svg import FONT, LIGHT, inline, standalone, style, to_svg
 from reports.page.evidence import reproduce_command
 from reports.page.overview import overview
 from reports.page.render import print_table, render
-from reports.page.table import MOST_ROWS
+from reports.page.table import MOST_ROWS, _fitting, _rows, answer_lines
 from tests.support.synthetic import cell_of, factorial, make_plan, make_records, one_at_a_time
 
 SPEEDUPS = {"prefix_cache": 1.0, "batching": 2.5, "tensor_parallel_size": 0.7, "hf": 0.8}
+ROW = r" \S.* ×\d.*(faster|slower|equivalent|inconclusive)"
 HOSTILE = "<script>alert('x')</script> | `code` [link](http://example.com) *bold*"
 Study = tuple[dict[str, Any], list[dict[str, Any]]]
 
@@ -124,8 +125,11 @@ def test_the_answer_comes_first_and_the_evidence_follows(pages: tuple[str, str, 
         order = [
             "A synthetic study",
             "Are planted effects found?",
+            "Synthetic 2-core, 2 cores, tiny in float32, 20",
+            "scaled: 8 requests, prompt 12 to 32, output 12 to 32 tokens",
             "On scaled, everything on (",
             "On shared, everything on gives",
+            "Output: equivalent. Every judged token passed the gate (",
             "Throughput and speedup",
             "Workloads",
             "Machine and date",
@@ -152,6 +156,8 @@ def test_the_answer_comes_first_and_the_evidence_follows(pages: tuple[str, str, 
             "nothing to gain in this workload",
         ):
             assert fact in text
+    assert "Latency: TTFT and TPOT</b>: TPOT p50, all off → all on: scaled" in pages[0]
+    assert "Against other engines</b>: all on ×" in pages[0]
     assert not ragged_tables(pages[0])
 
 
@@ -488,17 +494,22 @@ def test_the_whole_table_fits_80_columns(study: Study) -> None:
     assert " all off / HF" in text
     assert "all off: prefix_cache=off, batching=static, tensor_parallel_size=1" in text
     assert "A/A twin: all off run a second time; what it shows is noise" in text
-    assert "output on scaled: gate pass; " in text
+    assert "Output: equivalent. Every judged token passed the gate (" in text
     assert max(map(len, lines)) <= 80
 
 
 def test_the_answer_comes_first_on_the_terminal(study: Study) -> None:
     lines = printed(study)
     assert re.match(
-        r"scaled: all on ×\d\.\d+ faster; best alone batching=continuous ×2\.\d+ faster", lines[1]
+        r"scaled: all on ×\d\.\d+ faster; best alone batching=continuous ×2\.\d+ faster", lines[5]
     )
-    output = next(line for line in lines if line.startswith("  output:"))
-    assert "gate pass; 24 of 41 launches gave the tokens of all off, 558 judged" in output
+    assert re.match(r"Synthetic 2-core, 2 cores, tiny in float32, 20\d\d-\d\d-\d\d", lines[1])
+    assert lines[2].rstrip() == "scaled: 8 requests, prompt 12 to 32, output 12 to 32 tokens"
+    assert lines[3].rstrip() == (
+        "shared: 8 requests, prompt 64 of 2 prefixes + 16 to 32, output 4 to 16 tokens"
+    )
+    output = next(line for line in lines if line.startswith("Output: equivalent. "))
+    assert "identical to all off in 24 of 41 launches on scaled and" in " ".join(lines)
     table = next(i for i, line in enumerate(lines) if line.startswith("relative to all off"))
     assert lines.index(output) < table
     assert max(map(len, lines)) <= 80
@@ -506,19 +517,53 @@ def test_the_answer_comes_first_on_the_terminal(study: Study) -> None:
 
 @pytest.mark.parametrize("name", ["cpu-two-cores/ablate", "h200/ablate", "h200-x2/ablate"])
 def test_a_published_study_fits_a_screen(name: str) -> None:
-    """With the lines that say where to look, which the command prints below it: a screen of about 30."""
+    """With the lines that say where to look, which the command prints below it: a screen of about 40."""
     plan, file = read_for_report(PUBLISHED / name)
     lines = printed((plan, file.records))
     assert max(map(len, lines)) <= 80
-    assert len(lines) <= 36
-    rows = [line for line in lines if re.match(r" \S.* ×\d", line)]
-    assert 8 <= len(rows) <= MOST_ROWS
+    assert len(lines) <= 44
+    rows = [line for line in lines if re.match(ROW, line)]
+    assert 8 <= len(rows) <= MOST_ROWS + 1
     everything = printed((plan, file.records), verbose=True)
     assert {row.split()[0] for row in rows} <= {
         line.split()[0] for line in everything if line.split()
     }
     assert sum("A/A twin" in row for row in rows) == len(plan["workloads"]), "what noise looks like"
-    assert any("more: --verbose shows all" in line for line in lines)
+    left = next(line for line in lines if "more: --verbose shows all" in line)
+    every = [line for line in everything if re.match(ROW, line)]
+    assert left.startswith(f"and {len(every) - len(rows)} rows more"), "what --verbose adds"
+
+
+@pytest.mark.parametrize("name", ["cpu-two-cores/ablate", "h200/ablate"])
+def test_no_decided_row_is_hidden(name: str) -> None:
+    """All faster and slower rows, and those that the answer names, stand in the short table; the other
+    rows are shared among the workloads.
+    """
+    plan, file = read_for_report(PUBLISHED / name)
+    analysis = analyse(file.records, plan, file.notes)
+    rows = list(_rows(analysis, verbose=False))
+    shown = _fitting(analysis, rows)
+    decided = [row for row in rows if row.effect["verdict"] in ("faster", "slower")]
+    assert decided
+    assert all(row in shown for row in decided)
+    for line in answer_lines(analysis):
+        if "; best alone " in line:
+            workload, best = line.split(":")[0], line.split("; best alone ")[1].split(" ")[0]
+            named = {best, f"{best.removesuffix('=on')}, alone"}
+            assert any(row.workload == workload and row.name in named for row in shown), line
+    by_workload = [sum(row.workload == workload for row in shown) for workload in plan["workloads"]]
+    assert max(by_workload) - min(by_workload) <= 1, by_workload
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_the_legend_is_of_what_is_shown(verbose: bool) -> None:
+    plan, file = read_for_report(PUBLISHED / "cpu-two-cores/ablate")
+    text = " ".join(line.strip() for line in printed((plan, file.records), verbose))
+    assert "suggestive: not significant after correction for 14 tests" in text
+    assert "sums: over all ranks" in text
+    assert "replays" not in text, "no unit that no row has"
+    assert "gate: did" not in text, "no column of the gate, no legend of it"
+    assert ("variance:" in text) == verbose
 
 
 def test_the_command_names_what_it_left_out_and_refuses_what_it_cannot_read(

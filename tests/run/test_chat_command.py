@@ -75,11 +75,24 @@ def test_an_answer_that_nobody_reads_on_leaves_the_engine_free(talk: chat.Conver
     assert [message["role"] for message in talk.messages] == ["system"]
 
 
+def test_a_model_without_a_template_says_what_to_do(tiny: Path) -> None:
+    with pytest.raises(chat.ChatError) as found:
+        chat.Conversation(str(tiny), engine=ENGINE)
+    said = str(found.value)
+    assert "--chat-template FILE" in said
+    assert "smollm2" in said
+    assert "Qwen/Qwen3-0.6B" in said
+    assert "LLM.generate" not in said, "a hint for Python does not help on the command line"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["no-such-model"], "no-such-model"),
-        (["tiny", "--chat-template", "no-such-file.jinja"], "no-such-file.jinja"),
+        (
+            ["tiny", "--chat-template", "no-such-file.jinja"],
+            "no-such-file.jinja: there is no such file",
+        ),
     ],
 )
 def test_what_cannot_begin_is_one_message(arguments: list[str], said: str) -> None:

@@ -22,7 +22,7 @@ from experiments.host import provenance
 from experiments.launch.runner import Runner
 from experiments.records import store
 from experiments.run import tracking
-from experiments.run.mlflow_view import cell_view, in_a_column, launch_view
+from experiments.run.mlflow_view import cell_view, in_a_column, launch_view, study_view
 from reports import text
 from reports.analysis.analyse import analyse
 from reports.page.render import render
@@ -72,6 +72,7 @@ def execution(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "answer": {
             "sentence": "It is faster.",
             "verdict": "faster",
+            "output": "Output: identical.",
             "caveats": ["A noisy machine."],
         },
         "effects": [effect],
@@ -150,6 +151,10 @@ def test_a_study_shows_its_answer(execution: Path, root: Path) -> None:
     note = study.data.tags["mlflow.note.content"]
     assert "| a | prefix_cache=on | 1.250 | 1.100 to 1.400 | 2 | faster | pass |" in note
     assert "- A noisy machine." in note
+    assert note.startswith("**It is faster.**\n\nOutput: identical."), "what a reader came for"
+    client = mlflow.MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    of_all = client.get_experiment_by_name("fake").tags["mlflow.note.content"]
+    assert of_all.startswith("**It is faster.**\n\nOutput: identical.\n\n")
     assert study.data.metrics == {}  # its numbers are those of its cells
     assert {"nanovllm.plan_hash", "nanovllm.fingerprint.a", "git.dirty"} <= set(study.data.tags)
     assert study.data.tags["all workloads/verdict"] == "faster"
@@ -303,6 +308,23 @@ def test_a_comparison_of_engines_shows_the_ratio_to_the_other_one() -> None:
         for workload, effect in of_workloads.items():
             assert shown[f"{workload}/speedup_over_{theirs}"] == effect["ratio"]
             assert shown[f"{workload}/speedup_over_{theirs}_low"] == effect["low"]
+
+
+def test_what_an_optimization_gains_when_it_is_added_last_is_a_metric() -> None:
+    """Of everything on but one; the speedup of that run over all off is not what the one gains."""
+    plan, file = store.read_for_report(provenance.ROOT / "reports" / "published" / "h200/ablate")
+    analysis = analyse(file.records, plan, file.notes)
+    view = cell_view(plan, "all-but-cuda_graphs", file.records, analysis)
+    shown = {point.key: point.value for point in view.metrics}
+    assert shown["mixed/added_last"] == 10.8
+    assert shown["mixed/speedup"] < 3
+    assert "cuda_graphs, added last: mixed: ×10.8" in view.tags["mlflow.note.content"]
+    everything = cell_view(plan, "all", file.records, analysis)
+    assert not [point.key for point in everything.metrics if "added_last" in point.key]
+    note = study_view(plan, file.records, analysis).tags["mlflow.note.content"]
+    assert note.startswith(f"**{analysis['answer']['sentence']}**\n\nOutput: equivalent. ")
+    assert "| mixed | cuda_graphs=on, added last | 10.8" in note
+    assert "| all-but" not in note
 
 
 def test_outputs_that_fail_the_gate_are_no_pass() -> None:
