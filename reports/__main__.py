@@ -35,7 +35,7 @@ app = typer.Typer(
 KNOWN_ERRORS = (RecordError, CountError, BrowserError)
 REPORT = "report"
 LINES = PUBLISHED / "code-lines" / "lines.json"
-SHOWN = PUBLISHED / "cpu-two-cores" / "embedded"
+SHOWN = PUBLISHED / "cpu-two-cores" / "ablate"
 PICTURE = claims_page.ROOT / "docs" / "report.png"
 
 CheckOption = Annotated[
@@ -211,7 +211,7 @@ def lines(
 def make_screenshot(
     page: Annotated[
         Path | None,
-        typer.Argument(help="an HTML page; the report of cpu-two-cores/embedded if not given"),
+        typer.Argument(help="an HTML page; the report of cpu-two-cores/ablate if not given"),
     ] = None,
     out: Annotated[Path, typer.Option(help="the PNG file")] = PICTURE,
 ) -> None:
