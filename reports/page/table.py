@@ -170,8 +170,8 @@ def _rows(analysis: Analysis, verbose: bool) -> Iterator[_Row]:
 
 
 def _fitting(analysis: Analysis, rows: Sequence[_Row]) -> list[_Row]:
-    """The rows of a short table, in their order: everything on, the A/A twin, whatever is faster or
-    slower, and what the answer names. The others share the rest of MOST_ROWS, each workload in its turn,
+    """The rows of a short table, in their order: everything on, also beside other engines, the A/A twin,
+    whatever is faster or slower, and what the answer names. The others share the rest of MOST_ROWS, each workload in its turn,
     the suggestive ones first.
     """
     best = {
@@ -182,8 +182,10 @@ def _fitting(analysis: Analysis, rows: Sequence[_Row]) -> list[_Row]:
 
     def is_kept(row: _Row) -> bool:
         named = (row.workload, row.effect["cell"]) in best and "reference" not in row.effect
+        whole = analysis["cells"][row.effect["cell"]]["role"] == "all"
         return (
             row.role in ("aa", "all")
+            or ("reference" in row.effect and whole)
             or row.effect["verdict"] in ("faster", "slower")
             or (named and row.effect.get("kind", "alone") == "alone")
         )

@@ -555,6 +555,22 @@ def test_no_decided_row_is_hidden(name: str) -> None:
     assert max(by_workload) - min(by_workload) <= 1, by_workload
 
 
+@pytest.mark.parametrize("name", ["cpu-two-cores/compare-vllm", "h200/compare-vllm"])
+def test_a_comparison_shows_everything_on_beside_the_other_engines(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On each workload, also where it is undecided and the screen is full."""
+    monkeypatch.setattr("reports.page.table.MOST_ROWS", 0)
+    plan, file = read_for_report(PUBLISHED / name)
+    analysis = analyse(file.records, plan, file.notes)
+    rows = list(_rows(analysis, verbose=False))
+    for row in rows:
+        row.effect["verdict"] = "inconclusive"
+    asked = [row for row in rows if "reference" in row.effect and row.name.startswith("all on / ")]
+    assert {row.workload for row in asked} == set(plan["workloads"])
+    assert all(row in _fitting(analysis, rows) for row in asked)
+
+
 @pytest.mark.parametrize("verbose", [False, True])
 def test_the_legend_is_of_what_is_shown(verbose: bool) -> None:
     plan, file = read_for_report(PUBLISHED / "cpu-two-cores/ablate")
