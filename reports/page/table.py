@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from experiments.records.cell_names import ALL_ON
 from reports import text
 from reports.analysis import names
 from reports.analysis.answer import added_last
@@ -182,7 +183,7 @@ def _fitting(analysis: Analysis, rows: Sequence[_Row]) -> list[_Row]:
 
     def is_kept(row: _Row) -> bool:
         named = (row.workload, row.effect["cell"]) in best and "reference" not in row.effect
-        whole = analysis["cells"][row.effect["cell"]]["role"] == "all"
+        whole = name(analysis, row.effect["cell"]) == ALL_ON
         return (
             row.role in ("aa", "all")
             or ("reference" in row.effect and whole)
