@@ -61,7 +61,7 @@ class RanksInThreads:
         default_dtype = torch.get_default_dtype()
         with tempfile.TemporaryDirectory() as place:
             try:
-                self.ranks = in_ranks(size, f"{place}/ranks", start, stats=stats)
+                self.ranks = in_ranks(size, f"{place}/ranks", start, timeout_s=60.0, stats=stats)
             finally:
                 torch.set_default_dtype(default_dtype)
         self._threads = ThreadPoolExecutor(size)
