@@ -168,20 +168,30 @@ def download(hub_id: str) -> Path:
         "import sys; from huggingface_hub import snapshot_download; "
         "print(snapshot_download(sys.argv[1], allow_patterns=['*.json', '*.safetensors', '*.txt', '*.jinja']))"
     )
+    try:
+        return Path(last_line_of(script, hub_id))
+    except ModelError as error:
+        raise ModelError(
+            f"model {hub_id}: not a folder with a config.json, and the download from the Hugging Face Hub failed ({error}); "
+            "give a folder, or a preset such as tiny"
+        ) from error
+
+
+def last_line_of(script: str, *arguments: str, given: str | None = None) -> str:
+    """What a script prints last, run in another Python process with `given` as its input. Raises
+    ModelError with the last line of its errors.
+    """
     done = subprocess.run(
-        [sys.executable, "-c", script, hub_id],
+        [sys.executable, "-c", script, *arguments],
+        input=given,
         capture_output=True,
         text=True,
         env=for_subprocess(),
         check=False,
     )
     if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise ModelError(
-            f"model {hub_id}: not a folder with a config.json, and the download from the Hugging Face Hub failed ({last[0]}); "
-            "give a folder, or a preset such as tiny"
-        )
-    return Path(done.stdout.strip().splitlines()[-1])
+        raise ModelError((done.stderr.strip().splitlines() or ["no message"])[-1])
+    return done.stdout.strip().splitlines()[-1]
 
 
 def shape(folder: Path) -> ModelShape:

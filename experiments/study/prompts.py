@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 from experiments import workload_files
-from experiments.host.environment import for_subprocess
-from experiments.host.model_files import ModelError
+from experiments.host.model_files import ModelError, last_line_of
 
 _TOKENIZE = (
     "import sys; from experiments.study.prompts import tokenize_here; "
@@ -23,18 +20,10 @@ def tokenize(folder: str, content: str, *, as_chat: bool) -> str:
     Raises ModelError where the model has no tokenizer for them, or no chat template.
     """
     how = "chat" if as_chat else "text"
-    done = subprocess.run(
-        [sys.executable, "-c", _TOKENIZE, folder, how],
-        input=content,
-        capture_output=True,
-        text=True,
-        env=for_subprocess(),
-        check=False,
-    )
-    if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise ModelError(f"its prompts cannot be tokenized for {folder}: {last[0]}")
-    return done.stdout.strip().splitlines()[-1]
+    try:
+        return last_line_of(_TOKENIZE, folder, how, given=content)
+    except ModelError as error:
+        raise ModelError(f"its prompts cannot be tokenized for {folder}: {error}") from error
 
 
 def tokenize_here(folder: str, content: str, as_chat: bool) -> str:

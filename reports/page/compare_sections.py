@@ -13,7 +13,7 @@ from reports import text
 from reports.analysis.compare import RULE_WORDS, against_engines, among_ours, throughput_rows
 from reports.analysis.types import Analysis, Comparison, Effect
 from reports.page.document import Column, Section, Table
-from reports.page.overview import name
+from reports.page.overview import name, numbers
 from reports.statistics.metrics import LATENCIES
 
 LINES = Path(__file__).resolve().parents[1] / "published" / "code-lines" / "lines.json"
@@ -214,9 +214,6 @@ def _value(value: Any) -> str:
 
 def _costs(analysis: Analysis) -> Section:
     cost = analysis["costs"]
-
-    def numbers(*titles: str) -> list[Column]:
-        return [Column(title, "number") for title in titles]
 
     launch = [
         [
