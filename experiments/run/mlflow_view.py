@@ -44,7 +44,7 @@ _GPU = {
 
 ALL_WORKLOADS = "all workloads"
 """The prefix of what is said of all workloads together."""
-ADDED_LAST = "/added_last"
+ADDED_LAST = "/as_last"
 """The end of a metric of everything on but one: what that one gains, added last."""
 _NOTE_LIMIT = 7_900  # MLflow cuts tags at 8,000 characters
 _ABSENT = "n/a"

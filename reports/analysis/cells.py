@@ -23,7 +23,7 @@ SHORT = {
     "end_to_end_p90_s": "e2e_p90_s",
 }
 """The rates that a row has, by the names that they have there."""
-ADDED_LAST = "added_last"
+ADDED_LAST = "as_last"
 """The metric of `all-but-X`: what X gains, added last; the speedup of that cell says little about X."""
 UNDER_LOAD = ("ttft_p90_s", "itl_p99_s", "e2e_p90_s", GOODPUT.key, SUSTAINABLE.key)
 """Those of studies whose requests arrive over time."""
@@ -38,7 +38,7 @@ def by_cell(analysis: Analysis) -> dict[str, dict[str, Any]]:
     """{cell: its row}, in the order of the plan.
 
     metrics: {"<workload>/speedup", "_low", "_high", "/output_tokens_per_s", "/ttft_p50_s",
-    "/tpot_p50_s": number}, "/added_last" of everything on but one, and ratios to other engines.
+    "/tpot_p50_s": number}, "/as_last" of everything on but one, and ratios to other engines.
     A study of another metric than throughput
     has the ratio of its own metric too.
     verdicts: {workload: verdict} on the study's metric; intervals: {workload: "0.644–0.920"}, as text;

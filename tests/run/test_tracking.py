@@ -316,11 +316,11 @@ def test_what_an_optimization_gains_when_it_is_added_last_is_a_metric() -> None:
     analysis = analyse(file.records, plan, file.notes)
     view = cell_view(plan, "all-but-cuda_graphs", file.records, analysis)
     shown = {point.key: point.value for point in view.metrics}
-    assert shown["mixed/added_last"] == 10.8
+    assert shown["mixed/as_last"] == 10.8
     assert shown["mixed/speedup"] < 3
     assert "cuda_graphs, added last: mixed: ×10.8" in view.tags["mlflow.note.content"]
     everything = cell_view(plan, "all", file.records, analysis)
-    assert not [point.key for point in everything.metrics if "added_last" in point.key]
+    assert not [point.key for point in everything.metrics if "as_last" in point.key]
     note = study_view(plan, file.records, analysis).tags["mlflow.note.content"]
     assert note.startswith(f"**{analysis['answer']['sentence']}**\n\nOutput: equivalent. ")
     assert "| mixed | cuda_graphs=on, added last | 10.8" in note
