@@ -14,6 +14,7 @@ from typing import Any
 from nanovllm.engine.llm_engine import LLM
 from nanovllm.models.checkpoint import PRESETS
 from nanovllm.models.loader import resolve_model
+from nanovllm.requests import chat
 from nanovllm.requests.chat import conversations_of, render, special_tokens, template_of
 
 Message = dict[str, str]
@@ -124,10 +125,6 @@ def converse(
 def read_template(file: Path | None) -> str | None:
     """The text of a template's file. Raises ChatError."""
     try:
-        return file.read_text(encoding="utf-8") if file else None
-    except FileNotFoundError as error:
-        raise ChatError(
-            f"--chat-template {file}: there is no such file; give the path of a template in Jinja"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ChatError(f"--chat-template {file}: {error}") from error
+        return chat.read_template(file) if file else None
+    except ValueError as error:
+        raise ChatError(str(error)) from error

@@ -15,12 +15,13 @@ from matplotlib.figure import Figure
 from rich.progress import track
 
 from experiments.records.store import RecordError, read_for_report
+from experiments.run.help_texts import examples
 from reports import text
 from reports.analysis.analyse import analyse, ratios
 from reports.audit.checks import Outcome, audit
 from reports.claims import claims as claims_page
+from reports.claims import engines_compared, results_index
 from reports.claims import questions as questions_page
-from reports.claims import results_index
 from reports.claims.line_counts import CountError, count_lines
 from reports.claims.publish import publish as publish_records
 from reports.claims.published_studies import PUBLISHED, library
@@ -30,7 +31,12 @@ from reports.page.evidence import reproduce_command
 from reports.page.render import print_table, render, write_markdown
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, help="Reports, rendered from records."
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain text, as of `python -m experiments`: examples keep their lines
+    help="Render reports from records, and everything that is made from published ones.",
+    epilog="COMMAND --help shows examples.",
 )
 KNOWN_ERRORS = (RecordError, CountError, BrowserError)
 REPORT = "report"
@@ -38,13 +44,44 @@ LINES = PUBLISHED / "code-lines" / "lines.json"
 SHOWN = PUBLISHED / "cpu-two-cores" / "ablate"
 PICTURE = claims_page.ROOT / "docs" / "report.png"
 
+EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
+    "render": (
+        ("render reports/published/h200/ablate", "the page of published records"),
+        ("render runs/20261129-101500-embedded --out page", "of your own, elsewhere"),
+    ),
+    "check": (("check", "are all packages here?"),),
+    "publish": (("publish runs/20261129-101500-embedded my-machine/embedded", "keep that one"),),
+    "ratio": (("ratio reports/published/h200-x2/scaling tp2 vllm-tp2", "on two GPUs each"),),
+    "published": (
+        ("published", "render all of them again"),
+        ("published --check", "only say what is not current"),
+    ),
+    "audit": (
+        ("audit", "everything that is published"),
+        ("audit --judge reports/published/h200/ablate", "and its tokens"),
+    ),
+    "claims": (("claims", "docs/claims.md"),),
+    "questions": (("questions", "docs/questions.md"),),
+    "lines": (("lines --model ./model --vllm .venv-vllm/bin/python", "count both engines"),),
+    "screenshot": (
+        ("screenshot", "docs/report.png"),
+        ("screenshot page.html --out phone.png --width 390 --dark", "any page, on a phone"),
+    ),
+}
+
+
+def epilog(command: str) -> str:
+    """The examples of a command, as `python -m experiments` shows its own."""
+    return examples("python -m reports", EXAMPLES[command])
+
+
 CheckOption = Annotated[
     bool,
     typer.Option("--check", help="write nothing; say what is not current, and fail if anything is"),
 ]
 
 
-@app.command("render")
+@app.command("render", epilog=epilog("render"))
 def render_folder(
     folder: Annotated[Path, typer.Argument(help="holds plan.json and records.jsonl")],
     out: Annotated[
@@ -72,14 +109,14 @@ def render_folder(
     guarded(work)
 
 
-@app.command("check")
+@app.command("check", epilog=epilog("check"))
 def check_rendering() -> None:
     """Check that reports can be rendered here: all packages are installed, and a figure is drawn."""
     Figure().savefig(io.BytesIO(), format="svg")
     print("reports can be rendered")
 
 
-@app.command()
+@app.command(epilog=epilog("publish"))
 def publish(
     folder: Annotated[
         Path, typer.Argument(help="a finished execution, e.g. the newest one under runs/")
@@ -104,7 +141,7 @@ def publish(
     guarded(work)
 
 
-@app.command("ratio")
+@app.command("ratio", epilog=epilog("ratio"))
 def show_ratio(
     folder: Annotated[Path, typer.Argument(help="holds plan.json and records.jsonl")],
     ours: Annotated[str, typer.Argument(help="a cell of the study")],
@@ -130,15 +167,15 @@ def show_ratio(
     guarded(work)
 
 
-@app.command()
+@app.command(epilog=epilog("published"))
 def published(check: CheckOption = False) -> None:
     """Render every page that is made from reports/published: each study's report, the claims, the
-    questions, and the index of results.
+    questions, the index of results, and the table of comparisons with other engines.
     """
     guarded(lambda: settle(write_all, check))
 
 
-@app.command("audit")
+@app.command("audit", epilog=epilog("audit"))
 def audit_folders(
     folders: Annotated[
         list[Path] | None,
@@ -172,19 +209,19 @@ def audit_folders(
     guarded(work)
 
 
-@app.command()
+@app.command(epilog=epilog("claims"))
 def claims(check: CheckOption = False) -> None:
     """Render docs/claims.md: what was claimed, what was measured, the verdicts."""
     guarded(lambda: settle(write_claims, check))
 
 
-@app.command()
+@app.command(epilog=epilog("questions"))
 def questions(check: CheckOption = False) -> None:
     """Render docs/questions.md: what an expert asks, answered from the records."""
     guarded(lambda: settle(write_questions, check))
 
 
-@app.command()
+@app.command(epilog=epilog("lines"))
 def lines(
     model: Annotated[Path, typer.Option(help="folder of a checkpoint that both engines can run")],
     vllm: Annotated[
@@ -207,20 +244,26 @@ def lines(
     guarded(work)
 
 
-@app.command("screenshot")
+@app.command("screenshot", epilog=epilog("screenshot"))
 def make_screenshot(
     page: Annotated[
         Path | None,
         typer.Argument(help="an HTML page; the report of cpu-two-cores/ablate if not given"),
     ] = None,
     out: Annotated[Path, typer.Option(help="the PNG file")] = PICTURE,
+    width: Annotated[int, typer.Option(min=200, help="of the window; 390 is a phone")] = 1000,
+    height: Annotated[int, typer.Option(min=200, help="of the window")] = 1500,
+    dark: Annotated[bool, typer.Option("--dark", help="the dark theme")] = False,
+    whole: Annotated[bool, typer.Option("--whole", help="the page to its end")] = False,
 ) -> None:
-    """Take the README's picture: the head of a report, in a headless Chromium."""
+    """Take a picture of a page in a headless Chromium; without options, the README's."""
 
     def work() -> None:
+        if page is not None and not page.is_file():
+            raise RecordError(f"{page}: there is no such page; `render FOLDER` writes report.html")
         with tempfile.TemporaryDirectory() as aside:
             shown = page or _rendered(SHOWN, Path(aside))
-            out.write_bytes(screenshot(shown, width=1000, height=1500))
+            out.write_bytes(screenshot(shown, width, height, dark=dark, whole=whole))
 
     guarded(work)
 
@@ -237,6 +280,7 @@ def write_all(out: Path) -> None:
     write_claims(out)
     write_questions(out)
     results_index.write(out, library())
+    engines_compared.write(out, library())
 
 
 def write_claims(out: Path) -> None:

@@ -129,3 +129,14 @@ def level_range(bounds: list[int] | None) -> str:
         return ABSENT
     low, high = bounds
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def put_between(page: str, begin: str, end: str, fresh: str) -> str:
+    """A page with what stands between two of its lines replaced. Raises ValueError where it lacks one."""
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(
+            f"the page has no place for the table: write {begin} and {end} on lines of their own"
+        )
+    return f"{before}{begin}\n\n{fresh}\n\n{end}{after}"

@@ -256,9 +256,12 @@ def read_plan(path: Path) -> Plan:
 
 def read_for_report(folder: Path) -> tuple[Plan, RecordFile]:
     """The plan and the records of a finished, killed or copied execution. What cannot be trusted is
-    left out and named in `RecordFile.notes`, which the report prints. Raises RecordError if either
-    file cannot be used at all.
+    left out and named in `RecordFile.notes`, which the report prints. Raises RecordError for what is no
+    folder of an execution, and if either file cannot be used at all.
     """
+    if not (folder / PLAN).is_file():
+        missing = f"it holds no {PLAN}" if folder.is_dir() else "there is no such folder"
+        raise RecordError(f"{folder}: {missing}; give a folder with {PLAN} and {RECORDS}")
     return read_plan(folder / PLAN), read_records(folder / RECORDS)
 
 

@@ -82,13 +82,18 @@ def epilog(command: str) -> str:
     """The examples of a command and the names that its options accept, as click shows them
     unchanged: a block after a backspace is not wrapped.
     """
-    lines = ["Examples:"]
-    for example, meaning in EXAMPLES[command]:
-        lines += [f"  # {meaning}", f"  {COMMAND} {example}"]
-    blocks = ["\n".join(lines)]
+    blocks = [examples(COMMAND, EXAMPLES[command])]
     for kind in _ACCEPTED.get(command, ()):
-        blocks.append("\n".join(_listed(kind, _NAMES[kind]())))
-    return "\n\n".join(f"\b\n{block}" for block in blocks)
+        blocks.append("\b\n" + "\n".join(_listed(kind, _NAMES[kind]())))
+    return "\n\n".join(blocks)
+
+
+def examples(program: str, pairs: Iterable[tuple[str, str]]) -> str:
+    """(arguments, meaning) pairs as the end of a help text."""
+    lines = ["\b", "Examples:"]
+    for example, meaning in pairs:
+        lines += [f"  # {meaning}", f"  {program} {example}"]
+    return "\n".join(lines)
 
 
 def _listed(kind: str, found: Iterable[str]) -> list[str]:

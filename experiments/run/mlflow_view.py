@@ -10,7 +10,7 @@ from __future__ import annotations
 import getpass
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -128,6 +128,7 @@ def cell_view(plan: Plan, cell: str, found: list[Record], analysis: JsonObject |
     counted = [record for record in store.counted(found) if record["cell"] == cell]
     row: JsonObject = analysis["by_cell"][cell] if analysis else {}
     start = analysis["shown"][analysis["baseline"]] if analysis else None
+    said = (row.get("verdict"), *row.get("verdicts", {}).values())
     levels = dict.fromkeys(plan["study"]["factors"], _ABSENT) | planned["levels"]
     return View(
         name=row.get("shown", cell),
@@ -150,15 +151,17 @@ def cell_view(plan: Plan, cell: str, found: list[Record], analysis: JsonObject |
                 "gate": row.get("gate"),
                 f"{ALL_WORKLOADS}/verdict": in_a_column(row.get("verdict")),
                 **{
-                    f"{_key(w)}/verdict": in_a_column(said)
-                    for w, said in row.get("verdicts", {}).items()
+                    f"{_key(w)}/verdict": in_a_column(verdict)
+                    for w, verdict in row.get("verdicts", {}).items()
                 },
-                **{f"{_key(w)}/CI": said for w, said in row.get("intervals", {}).items()},
+                **{f"{_key(w)}/CI": within for w, within in row.get("intervals", {}).items()},
                 "evidence": row.get("evidence"),
                 "compared_with": start if row.get("verdict") else None,
                 "caveats": _caveats(analysis),
                 "nanovllm.counted": f"{len(counted)} of {sum(entry['cell'] == cell for entry in plan['launches'])} launches",
-                "mlflow.note.content": "\n".join(f"- {line}" for line in row.get("says", ())),
+                "mlflow.note.content": "\n".join(
+                    f"- {line}" for line in (*row.get("says", ()), *_maybe(said))
+                ),
             }
         ),
         details={"cell": cell, **planned, "report": row},
@@ -220,11 +223,22 @@ def rounded(name: str, value: float) -> float:
 
 
 def in_a_column(verdict: str | None) -> str | None:
-    """A verdict as the runs table can show it: "suggestive: slower" becomes "slower? (suggestive)", because
-    a column there shows eleven characters, and the side is what must not be cut.
+    """A verdict as the runs table can show it, where a column is eleven characters wide: "suggestive:
+    slower" becomes "slower?". The descriptions of the runs say what the question mark means (_MAYBE).
     """
-    kind, _, side = (verdict or "").partition(": ")
-    return f"{side}? ({kind})" if side else verdict
+    _, _, side = (verdict or "").partition(": ")
+    return f"{side}?" if side else verdict
+
+
+_MAYBE = (
+    "`faster?` and `slower?` in the table of runs stand for *suggestive*: the interval excludes 1, but "
+    "the difference is not significant after correction for several tests."
+)
+
+
+def _maybe(verdicts: Iterable[str | None]) -> list[str]:
+    """The explanation of a question mark, where one of these verdicts gets one."""
+    return [_MAYBE] if any(in_a_column(said) != said for said in verdicts) else []
 
 
 def describe(plan: Plan, analysis: JsonObject | None) -> str:
@@ -256,8 +270,10 @@ def describe(plan: Plan, analysis: JsonObject | None) -> str:
         gates = {analysis["by_cell"][effect[side]]["gate"] for side in ("on", "off")}
         title = f"{effect['factor']}={effect['level']}, added last"
         rows.append(_row(effect, title, verdict, ", ".join(sorted(gates))))
+    verdicts = [v for cell in analysis["by_cell"].values() for v in cell["verdicts"].values()]
+    notes = [*analysis["answer"]["caveats"], *_maybe(verdicts)]
     text = f"{_answered(analysis)}\n\n{_asked(plan)}\n\n"
-    text += "".join(f"- {caveat}\n" for caveat in analysis["answer"]["caveats"]) + "\n"
+    text += "".join(f"- {note}\n" for note in notes) + "\n"
     text += "\n".join(rows)
     return (
         text

@@ -52,7 +52,7 @@ SHARED_VIEW, MOST_COLUMNS = "mlflow.sharedViewState", 6
 """The tag of a stored view; and how many columns of the runs table, beside the gate, fit a window of a
 desk."""
 CELLS, SPEEDUP, _BY_NAME = "tags.role = 'cell'", "/speedup", "attributes.run_name"
-_VIEW_VERSION = 4
+_VIEW_VERSION = 5
 """Raise it when the shape of the runs changes: an import then replaces what an older version wrote."""
 
 

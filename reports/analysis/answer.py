@@ -267,9 +267,18 @@ def _name(effect: Effect, analysis: Analysis) -> str:
     return str(analysis["shown"][effect["cell"]])
 
 
+_ABBREVIATIONS = {
+    "TTFT": "time to first token",
+    "TPOT": "time per output token",
+    "ITL": "inter-token latency",
+    "E2E": "end-to-end latency",
+    "SLO": "service level objective",
+}
+
+
 def _spelled(label: str) -> str:
     """A metric's label with its abbreviation explained."""
-    for short, full in (("TTFT", "time to first token"), ("TPOT", "time per output token")):
+    for short, full in _ABBREVIATIONS.items():
         label = label.replace(short, f"{full} ({short})")
     return label
 

@@ -28,7 +28,6 @@ from reports.text import (
     percent,
     ratio,
     uncorrected,
-    verdict,
 )
 
 # {metric: {workload: {cell: {block: value}}}}
@@ -212,8 +211,8 @@ def headline(analysis: Analysis) -> Comparison | None:
 
 
 def by_workload(analysis: Analysis) -> list[WorkloadAnswer]:
-    """The answer of a study that compares engines, workload by workload: faster, slower, equivalent or
-    inconclusive, and by how much; made from verdicts by fixed rules.
+    """The answer of a study that compares engines, workload by workload: faster, slower, as fast, or no
+    clear winner, and by how much; made from verdicts by fixed rules.
     """
     entry = headline(analysis)
     if entry is None:
@@ -230,15 +229,14 @@ def by_workload(analysis: Analysis) -> list[WorkloadAnswer]:
     confidence = percent(analysis["rule"]["confidence"], 0)
     parts: list[WorkloadAnswer] = []
     for effect in effects:
-        leads = is_suggestive(effect)
-        found_to_be = f"may be {effect['leans']}" if leads else f"is {verdict(effect)}"
-        where = f"{against}, {entry['our_engine']} {found_to_be} on {effect['workload']}"
+        where = f"{against}, {_outcome(entry['our_engine'], effect, analysis)}"
         blocks = count_of(effect["n"], "block")
         if effect["low"] is None:
             found = f"{ratio(effect['ratio'])} in {blocks}, too few for an interval"
         else:
             found = f"{ratio(effect['ratio'])}, {confidence} interval {interval(effect['low'], effect['high'])}, {blocks}"
-            found += f"; suggestive, {uncorrected(effect['tests'])}" if leads else ""
+            if is_suggestive(effect):
+                found += f"; suggestive, {uncorrected(effect['tests'])}"
         parts.append(
             {
                 "workload": effect["workload"],
@@ -248,6 +246,21 @@ def by_workload(analysis: Analysis) -> list[WorkloadAnswer]:
         )
         against = f"Against {engine_name(entry['engine'], entry['version'])}"
     return parts
+
+
+def _outcome(ours: str, effect: Effect, analysis: Analysis) -> str:
+    """Who is faster on a workload, if the study can tell: "nanovllm is faster on scaled"."""
+    where = f"on {effect['workload']}"
+    if effect["low"] is None:
+        return f"no verdict {where}"
+    if is_suggestive(effect):
+        return f"{ours} may be {effect['leans']} {where}"
+    if effect["verdict"] == "inconclusive":
+        return f"there is no clear winner {where}"
+    if effect["verdict"] == "equivalent":
+        margin = percent(analysis["rule"]["smallest_effect"], 0)
+        return f"{ours} is as fast, within {margin}, {where}"
+    return f"{ours} is {effect['verdict']} {where}"
 
 
 def _no_answer(sentence: str) -> list[WorkloadAnswer]:

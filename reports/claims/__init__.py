@@ -8,6 +8,7 @@
     prefix_work        how much arithmetic the prefix cache saved in a recorded launch
     scaling_model      a modelled scaling curve, labelled as a model
     results_index      docs/results.md: every published study, with its answer in one line
+    engines_compared   the table of docs/comparing-engines.md
     short_answers      that answer, in at most two sentences
     line_counts        code lines of our engine and of vLLM, as published
     code_lines         counts code lines and statements

@@ -231,8 +231,10 @@ class Browser:
         self.close()
 
 
-def screenshot(page: Path, width: int, height: int) -> bytes:
-    """The head of a page as PNG. Raises BrowserError."""
+def screenshot(
+    page: Path, width: int, height: int, *, dark: bool = False, whole: bool = False
+) -> bytes:
+    """The head of a page, or all of it, as PNG. Raises BrowserError."""
     with Browser() as browser:
-        browser.open(page, width, height)
-        return browser.picture()
+        browser.open(page, width, height, dark=dark)
+        return browser.picture(whole=whole)

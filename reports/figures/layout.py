@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullLocator
 
 from reports.figures.svg import LIGHT, PIXELS_PER_INCH
 
@@ -30,6 +30,17 @@ def canvas(
     )
     axes.yaxis.set_major_locator(NullLocator())
     return figure, axes
+
+
+def log_ticks(low: float, high: float) -> Locator:
+    """Ticks of a log axis: at 1, 2 and 5 of each power of ten; if fewer than two of them are in sight, at
+    all digits; else at round numbers.
+    """
+    for digits in ((1, 2, 5), range(1, 10)):
+        locator = LogLocator(subs=digits)
+        if sum(low <= tick <= high for tick in locator.tick_values(low, high)) >= 2:
+            return locator
+    return MaxNLocator(3)
 
 
 def lines(label: str, most: int) -> list[str]:

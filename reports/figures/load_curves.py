@@ -5,10 +5,10 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from reports import text
-from reports.figures.layout import shorten
+from reports.figures.layout import log_ticks, shorten
 from reports.figures.svg import LIGHT, PIXELS_PER_INCH
 
 Analysis = Mapping[str, Any]
@@ -42,7 +42,7 @@ def curves(analysis: Analysis, width: int) -> Figure | None:
             ]
             points.sort(key=lambda point: point[0])
             _line(axes, number, [x for x, _ in points], [found for _, found in points])
-        _finish(axes, label, "requests per second", logarithmic=True)
+        _finish(axes, label, "requests per second")
     return figure
 
 
@@ -80,7 +80,7 @@ def pareto(analysis: Analysis, width: int) -> Figure | None:
             linewidth=1,
             zorder=1,
         )
-        _finish(axes, label, "output tokens per second", logarithmic=True)
+        _finish(axes, label, "output tokens per second")
     return figure
 
 
@@ -192,12 +192,13 @@ def _points(axes: Axes, number: int, points: Sequence[tuple[float, float]]) -> N
     )
 
 
-def _finish(axes: Axes, title: str, below: str, logarithmic: bool) -> None:
-    if logarithmic:
-        axes.set_yscale("log")
+def _finish(axes: Axes, title: str, below: str) -> None:
+    """Latencies on a log axis. One that spans less than a power of ten has labels too."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(log_ticks(*axes.get_ylim()))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=LIGHT["muted"])
     axes.set_xlabel(below)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: text.seconds(value)))
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
     axes.grid(True, axis="y", color=LIGHT["rule"], linewidth=0.6)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from reports import text
 from reports.figures.layout import (
@@ -17,6 +17,7 @@ from reports.figures.layout import (
     Effect,
     canvas,
     lines,
+    log_ticks,
     primary,
 )
 from reports.figures.svg import LIGHT
@@ -293,9 +294,6 @@ def _times(ratio: float) -> str:
 
 
 def _ratio_axis(axes: Axes) -> None:
-    """Ticks at 1, 2 and 5 of each power of ten; where the axis holds fewer than two of them, the
-    locator itself takes round ratios between.
-    """
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_locator(log_ticks(*axes.get_xlim()))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _times(value)))

@@ -26,6 +26,13 @@ STATES = {
 }
 
 
+TERMS = (
+    "TTFT, time to first token: from the time when a request was due to its first output token. TPOT, time per output "
+    "token: the mean time between the later tokens of a request. ITL, inter-token latency: the time between two tokens, each "
+    "gap counted by itself. E2E, end to end: to the last token."
+)
+
+
 def load_head(analysis: Analysis) -> Iterator[Section]:
     """What everybody reads of a study under load."""
     load = analysis.get("load")
@@ -59,7 +66,7 @@ def load_head(analysis: Analysis) -> Iterator[Section]:
     yield Section(
         "load",
         "Under load",
-        [_objective_words(load["rules"]), *_verdicts(analysis)],
+        [TERMS, _objective_words(load["rules"]), *_verdicts(analysis)],
         "curves",
         [table, *_found(analysis)],
         notes=[*_too_few(rows), *_states(load["rows"])],
@@ -273,8 +280,8 @@ def _objective_words(rules: Mapping[str, Any]) -> str:
     )
     preset = f" ({rules['slo_name']})" if rules.get("slo_name") else ""
     return (
-        f"The objective (SLO) of a request: {limits}{preset}. Goodput: requests per second that meet it. Latencies count "
-        "from the time when a request was due, waiting in the client included."
+        f"The service level objective (SLO) of a request: {limits}{preset}. Goodput: requests per second that meet it. "
+        "Latencies count from the time when a request was due, waiting in the client included."
     )
 
 

@@ -544,11 +544,12 @@ def _latency(analysis: Analysis) -> Iterator[Section]:
     ]
     lead = [
         "TTFT, time to first token: from the arrival of a request to its first output token, waiting included. TPOT, time "
-        "per output token: the mean time between the later tokens of a request, also called inter-token latency.",
+        "per output token: the mean time between the later tokens of a request.",
         "All requests of a wave arrive together, so the first token of most of them waits in the queue. p50, p90 and p99 "
         "are percentiles over the requests of a launch; the mean over the blocks is shown.",
     ]
-    yield Section("latency", "Latency: TTFT and TPOT", lead, None, tables, gist=_tpot(analysis))
+    title = "Latency: time to first token (TTFT) and per output token (TPOT)"
+    yield Section("latency", title, lead, None, tables, gist=_tpot(analysis))
 
 
 def _tpot(analysis: Analysis) -> str:

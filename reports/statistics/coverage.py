@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from experiments.study.block_count import MAX_BLOCKS, MIN_BLOCKS, MIN_BLOCKS_BOOTSTRAP
+from reports import text
 from reports.statistics import moderated_coverage
 from reports.statistics.intervals import t_interval
 
@@ -138,18 +139,8 @@ def put_into(page: str) -> str:
     """A page with its tables replaced by fresh ones. Raises ValueError where it has no place for
     one.
     """
-    page = _replaced(page, BEGIN, END, table())
-    return _replaced(page, BEGIN_MODERATED, END_MODERATED, moderated_coverage.table())
-
-
-def _replaced(page: str, begin: str, end: str, fresh: str) -> str:
-    before, found, rest = page.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise ValueError(
-            f"the page has no place for the table: write {begin} and {end} on lines of their own"
-        )
-    return f"{before}{begin}\n\n{fresh}\n\n{end}{after}"
+    page = text.put_between(page, BEGIN, END, table())
+    return text.put_between(page, BEGIN_MODERATED, END_MODERATED, moderated_coverage.table())
 
 
 @app.command()

@@ -24,3 +24,24 @@ def block(page: str, language: str, holds: str) -> str:
     """The one block of a page that contains `holds`."""
     (found,) = [code for code in blocks(page, language) if holds in code]
     return found
+
+
+ABBREVIATIONS = {
+    "TTFT": "time to first token",
+    "TPOT": "per output token",
+    "ITL": "inter-token latency",
+    "E2E": "end",
+    "SLO": "service level objective",
+}
+
+
+def unexplained(report: str) -> list[str]:
+    """The abbreviations that a report uses before it says what they stand for: their first occurrence has
+    the full words right before or after it.
+    """
+    found = []
+    for short, full in ABBREVIATIONS.items():
+        first = re.search(rf"\b{short}\b", report)
+        if first and full not in report[max(0, first.start() - 40) : first.end() + 40]:
+            found.append(short)
+    return found

@@ -5,10 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from experiments.records.store import read_for_report
 from reports import text
 from reports.analysis.analyse import analyse
-from reports.claims import results_index
+from reports.claims import engines_compared, results_index
 from reports.claims.published_studies import PUBLISHED, Library, folders
 from reports.claims.short_answers import short_answer
 
@@ -78,6 +80,36 @@ def test_two_blocks_that_agree_show_that_they_do() -> None:
     low, high = text.interval(0.34378, 0.34412).split(" to ")
     assert (low, high) == ("0.3438", "0.3441")
     assert text.interval(0.344, 0.344) == "0.344 to 0.344"
+
+
+def test_comparisons_with_engines_have_their_numbers_on_a_page() -> None:
+    """Each row of docs/comparing-engines.md is that of the study's own report."""
+    page = engines_compared.PAGE.read_text()
+    table = page.split(engines_compared.BEGIN)[1].split(engines_compared.END)[0]
+    rows = [line for line in table.splitlines() if "/report.md)" in line]
+    assert len(rows) >= 17
+    assert "vLLM 0.33.0 | 1 x NVIDIA H200, qwen3-0.6b in bfloat16 | mixed |" in table
+    for name in ("h200/compare-vllm", "cpu-two-cores/compare-vllm"):
+        own = [row.split(" | ") for row in rows if f"published/{name}/" in row]
+        assert own
+        report = (PUBLISHED / name / "report" / "report.md").read_text()
+        for engine, _, workload, rate, bounds, verdict, _, _ in own:
+            ratio, within = bounds.rstrip(")").split(" (")
+            assert any(
+                line.startswith(
+                    f"| `{workload}` | all on / {engine.lstrip('| ')}, both at their best | {rate} |"
+                )
+                and f"| {ratio} | {within} | {verdict} |" in line
+                for line in report.splitlines()
+            ), (name, engine, workload)
+    (asked_later,) = (row for row in rows if "canonical, tp2 over vllm-tp2" in row)
+    assert f"| {text.ABSENT} |" in asked_later
+
+
+def test_a_page_without_a_place_for_its_table_is_an_error() -> None:
+    assert text.put_between("a\n<b>\nold\n<e>\nz", "<b>", "<e>", "new") == "a\n<b>\n\nnew\n\n<e>\nz"
+    with pytest.raises(ValueError, match="no place for the table: write <b> and <e>"):
+        text.put_between("a", "<b>", "<e>", "new")
 
 
 def test_the_committed_page_lists_every_published_study() -> None:

@@ -17,8 +17,10 @@ from experiments.records.store import plan_hash
 from experiments.run import mlflow_view
 from reports.analysis.analyse import analyse
 from reports.analysis.noise import rounding
+from reports.figures.load_curves import curves, pareto
 from reports.page.render import render
 from reports.statistics.intervals import Rule, estimate
+from tests.docs.pages import ABBREVIATIONS, unexplained
 from tests.support.synthetic import make_plan, make_records, one_at_a_time
 
 RULES = {
@@ -185,9 +187,32 @@ def test_the_page_shows_latencies_a_verdict_and_a_curve(study: Any, tmp_path: Pa
         "figures/pareto.svg",
     ):
         assert words in page, words
+    assert {name for name in ABBREVIATIONS if name in page} == set(ABBREVIATIONS)
+    assert unexplained(page) == []
+    assert unexplained("The SLO is kept.") == ["SLO"]
     assert "curves-wide" in html.read_text()
     for name in ("curves", "pareto"):
         assert (tmp_path / "figures" / f"{name}.svg").stat().st_size > 2000
+
+
+def test_every_latency_axis_has_labels(study: Any) -> None:
+    """Also where all latencies lie within one power of ten."""
+    _, _, analysis = study
+    for draw in (curves, pareto):
+        for width in (360, 720):
+            figure = draw(analysis, width)
+            assert figure is not None
+            panels = [axes for axes in figure.axes if axes.get_xlabel()]
+            assert len(panels) >= 2
+            for axes in panels:
+                low, high = axes.get_ylim()
+                labels = [
+                    axes.yaxis.get_major_formatter()(tick)
+                    for tick in axes.get_yticks()
+                    if low <= tick <= high
+                ]
+                assert len(labels) >= 2, axes.get_title(loc="left")
+                assert all(label.endswith("s") for label in labels)
 
 
 def test_mlflow_gets_the_curves(study: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from experiments.checking import page as check_page
 from reports.claims.published_studies import PUBLISHED, folders
 from reports.figures.browser import Browser, BrowserError, find
 from reports.page.render import HTML
@@ -115,6 +117,58 @@ CONTRAST = """(() => {
   return Math.min(...ratios);
 })()"""
 """The least contrast of any text with the paper (WCAG 2.2, 1.4.3 asks for 4.5)."""
+
+
+CHECKED: Any = {
+    "lines": [
+        {
+            "name": name,
+            "group": "tensor_parallel_size=2, attention_backend=native, kernels=native, batching=chunked",
+            "dtype": "bfloat16",
+            "expected": "pass",
+            "status": "pass" if good else "fail",
+            "good": good,
+            "reason": None
+            if good
+            else "request 17: token 96 lies 0.41 below the reference's choice",
+            "gate": {
+                "tokens_checked": 1_234_567,
+                "mismatches": 1_234,
+                "max_margin": 1.42e-05,
+                "bound": 6.1e-06,
+                "calibration": {},
+            },
+            "logprobs": {"engine_error": {"max": 1.42e-05}, "bound": {"max": 6.1e-06}},
+            "identical": 1_000,
+            "answers": 1_000,
+        }
+        for name, good in (("pair 17 in bfloat16", True), ("all + symmetric_memory", False))
+    ],
+    "good": False,
+    "noise": {},
+    "absent": ["cuda_graphs: needs an NVIDIA GPU of compute capability 8.0 or newer"],
+    "model": {"name": "tiny", "digest": "d" * 64},
+    "device": "cpu",
+    "hardware": "AMD EPYC, 2 cores",
+    "workloads": {"drawn": 120, "requests": 1_059},
+    "duration_s": 240.0,
+}
+
+
+def test_nothing_is_cut_on_the_page_of_a_check(browser: Browser, tmp_path: Path) -> None:
+    """What `make check` writes: on a desk, on a phone, in both themes."""
+    page = tmp_path / "check.html"
+    page.write_text(check_page.page(CHECKED), encoding="utf-8")
+    for width, height in (DESK, PHONE):
+        browser.open(page, width, height, settle_s=0.1)
+        for dark in (False, True):
+            browser.show_theme(dark=dark)
+            look = f"{width} px, {'dark' if dark else 'light'}"
+            assert browser.evaluate(CUT) == [], f"{look}: a table is cut"
+            assert browser.evaluate(BEYOND) == [], f"{look}: something is cut at the right"
+            assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), look
+            assert browser.evaluate(CONTRAST) >= 4.5, look
+            assert browser.complaints() == [], look
 
 
 def test_the_browser_sees_what_a_page_must_not_do(

@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 
 from experiments.records.store import RecordError
 from reports.__main__ import LINES, app, write_claims, write_questions
-from reports.claims import claims, questions
+from reports.claims import claims, engines_compared, questions, results_index
 from reports.claims import published_studies as shelf
 from reports.claims.publish import publish
 from reports.claims.published_studies import PUBLISHED, Study, folders, library
+from tests.docs.pages import unexplained
 from tests.support.synthetic import make_plan, make_records, one_at_a_time
 
 STUDIES = {folder.relative_to(PUBLISHED).as_posix(): folder for folder in folders()}
@@ -52,7 +53,13 @@ def test_a_published_report_is_what_its_records_give(
 
 
 @pytest.mark.parametrize(
-    ("write", "page"), [(write_claims, claims.PAGE), (write_questions, questions.PAGE)]
+    ("write", "page"),
+    [
+        (write_claims, claims.PAGE),
+        (write_questions, questions.PAGE),
+        (lambda out: results_index.write(out, library()), results_index.PAGE),
+        (lambda out: engines_compared.write(out, library()), engines_compared.PAGE),
+    ],
 )
 def test_pages_made_from_all_records_are_current(write: object, page: Path, tmp_path: Path) -> None:
     write(tmp_path)  # type: ignore[operator]
@@ -177,3 +184,9 @@ def test_each_number_of_tests_says_of_which_question(name: str) -> None:
     for counts in re.findall(r"Tests of each question: (.*?)\. The fewer", page):
         for count in counts.split(", "):
             assert re.fullmatch(r"([a-z][\w ]+|A/A twin): \d+", count), counts
+
+
+@pytest.mark.parametrize("name", sorted(STUDIES))
+def test_abbreviations_are_explained_where_they_first_stand(name: str) -> None:
+    page = (STUDIES[name] / "report" / "report.md").read_text(encoding="utf-8")
+    assert unexplained(page) == []

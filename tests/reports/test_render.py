@@ -23,7 +23,8 @@ from nanovllm.models.checkpoint import DIGESTS
 from reports.__main__ import app
 from reports.analysis.analyse import analyse
 from reports.claims.published_studies import PUBLISHED
-from reports.figures.layout import canvas, lines
+from reports.figures.layout import NARROW, WIDE, canvas, lines
+from reports.figures.ratio_plots import forest
 from reports.figures.svg import FONT, LIGHT, inline, standalone, style, to_svg
 from reports.page.evidence import reproduce_command
 from reports.page.overview import overview
@@ -137,7 +138,7 @@ def test_the_answer_comes_first_and_the_evidence_follows(pages: tuple[str, str, 
             "Effects and tests",
             "Against other engines",
             "Throughput against the roofline bound",
-            "Latency: TTFT and TPOT",
+            "Latency: time to first token (TTFT) and per output token (TPOT)",
             "A/A twin: the noise of this machine",
             "Order of the launches",
             "Gate: is the output still right?",
@@ -156,7 +157,7 @@ def test_the_answer_comes_first_and_the_evidence_follows(pages: tuple[str, str, 
             "nothing to gain in this workload",
         ):
             assert fact in text
-    assert "Latency: TTFT and TPOT</b>: TPOT p50, all off → all on: scaled" in pages[0]
+    assert "per output token (TPOT)</b>: TPOT p50, all off → all on: scaled" in pages[0]
     assert "Against other engines</b>: all on ×" in pages[0]
     assert not ragged_tables(pages[0])
 
@@ -240,6 +241,24 @@ def test_ticks_are_those_of_the_data(pages: tuple[str, str, Path], tmp_path: Pat
         if label in ("0.05", "0.1", "0.2", "0.5", "1", "2", "5", "10", "20")
     ]
     assert {0.05, 1, 20} <= set(ticks)
+
+
+@pytest.mark.parametrize("spread", [(30.0, 0.02), (3.0, 0.5), (1.04, 0.97), (1.002, 0.999)])
+def test_every_ratio_axis_has_ticks_to_its_ends(spread: tuple[float, float]) -> None:
+    plan = make_plan(one_at_a_time(), 3)
+    speedups = dict(zip(("batching", "tensor_parallel_size"), spread, strict=True))
+    analysis = analyse(make_records(plan, speedups, sd=0.001), plan)
+    for width in (WIDE, NARROW):
+        figure = forest(analysis, width)
+        assert figure is not None
+        axes = figure.axes[0]
+        low, high = axes.get_xlim()
+        ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
+        labels = [axes.xaxis.get_major_formatter()(tick) for tick in ticks]
+        assert len(set(labels)) == len(labels) >= 2
+        if high / low > 5:
+            assert ticks[0] < 2.6 * low
+            assert ticks[-1] > high / 2.6
 
 
 def test_every_verdict_has_an_interval(study: Study) -> None:

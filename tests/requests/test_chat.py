@@ -163,6 +163,23 @@ def test_errors_say_what_is_wrong(
         assert not llm.has_unfinished_requests()
 
 
+def test_a_file_with_a_template_is_read_or_refused(tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert chat.read_template(file) == file.read_text()
+    broken, binary = tmp_path / "broken.jinja", tmp_path / "binary.jinja"
+    broken.write_text("{% if %}")
+    binary.write_bytes(b"\xff\xfe\x00")
+    for given, why in (
+        (tmp_path / "absent.jinja", "there is no such file"),
+        (tmp_path, "Is a directory"),
+        (broken, "not a Jinja template"),
+        (binary, "not UTF-8 text"),
+    ):
+        with pytest.raises(ValueError, match=rf"--chat-template .*{given.name}: {why}.*; give the"):
+            chat.read_template(given)
+
+
 def test_a_checkpoint_without_a_template(tiny: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny, tmp_path / "base"))
     (copy / "chat_template.jinja").unlink(missing_ok=True)

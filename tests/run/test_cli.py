@@ -13,6 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import experiments.__main__ as cli
+import reports.__main__ as reports_cli
 from experiments.cluster.executor import Options
 from experiments.host import model_files, provenance
 from experiments.host.environment import COMMAND
@@ -113,6 +114,43 @@ def test_help_shows_examples_that_parse(command: str) -> None:
         assert f"{COMMAND} {example}" in map(str.strip, shown.splitlines())
         name, *arguments = example.split()
         group.commands[name].make_context(name, arguments)  # an unknown option raises
+
+
+def test_the_help_of_both_programs_looks_alike() -> None:
+    """Plain text without boxes, at 80 columns, with examples that parse."""
+    group: Any = typer.main.get_command(reports_cli.app)
+    assert set(group.commands) == set(reports_cli.EXAMPLES)
+    for app, arguments in (
+        (cli.app, ["--help"]),
+        (reports_cli.app, ["--help"]),
+        *((reports_cli.app, [command, "--help"]) for command in group.commands),
+    ):
+        shown = CliRunner().invoke(app, arguments).output
+        assert not set(shown) & set("╭╮╰╯│─"), arguments
+        assert max(map(len, shown.splitlines())) <= 80, arguments
+        assert ("Examples:" if len(arguments) > 1 else "COMMAND --help shows examples") in shown
+    for command, pairs in reports_cli.EXAMPLES.items():
+        shown = CliRunner().invoke(reports_cli.app, [command, "--help"]).output
+        for example, _ in pairs:
+            assert f"python -m reports {example}" in map(str.strip, shown.splitlines())
+            name, *arguments = example.split()
+            group.commands[name].make_context(name, arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("render", "FOLDER"), ("ratio", "FOLDER", "a", "b"), ("publish", "FOLDER", "here/it")],
+)
+def test_reports_name_a_folder_that_holds_no_execution(
+    arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    for folder, why in ((tmp_path / "nosuch", "there is no such folder"), (tmp_path, "no plan")):
+        given = [word.replace("FOLDER", str(folder)) for word in arguments]
+        result = CliRunner().invoke(reports_cli.app, given)
+        assert (result.exit_code, "Traceback" in result.output) == (2, False)
+        assert f"{folder}: " in result.stderr
+        assert why in result.stderr
+        assert "give a folder with plan.json and records.jsonl" in result.stderr
 
 
 def test_help_lists_studies_profiles_and_presets() -> None:

@@ -72,7 +72,7 @@ TABLE = """[...document.querySelectorAll('.ag-row')].reduce((rows, row) => {
 CUT = """[...document.querySelectorAll('[col-id^="tags."], [col-id^="metrics."]')].flatMap(cell => {
     const texts = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT), found = [];
     for (let node; node = texts.nextNode();) {
-      if (!node.data.trim() || node.data.includes('? (')) continue;
+      if (!node.data.trim()) continue;
       const words = document.createRange();
       words.selectNodeContents(node);
       const end = words.getBoundingClientRect().right;
@@ -82,9 +82,7 @@ CUT = """[...document.querySelectorAll('[col-id^="tags."], [col-id^="metrics."]'
     }
     return found;
   })"""
-"""What the runs table shows cut by more than a letter (8 px), in headers and cells. Of "slower? (suggestive)" the
-side is seen.
-"""
+"""What the runs table shows cut by more than a letter (8 px), in headers and cells."""
 
 CHARTS = """[...document.querySelectorAll('.js-plotly-plot')].flatMap(plot => plot.data || [])
   .filter(bars => bars.type == 'bar').map(bars => [bars.metrics[0].key, bars.names, Array.from(bars.x)])"""

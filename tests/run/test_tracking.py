@@ -4,9 +4,12 @@ lies.
 
 from __future__ import annotations
 
+import functools
 import getpass
+import io
 import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,11 +20,13 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+from rich.console import Console
 
 from experiments.host import provenance
 from experiments.launch.runner import Runner
 from experiments.records import store
-from experiments.run import tracking
+from experiments.run import execution as run_of_a_plan
+from experiments.run import tracking, ui
 from experiments.run.mlflow_view import cell_view, in_a_column, launch_view, study_view
 from reports import text
 from reports.analysis.analyse import analyse
@@ -191,6 +196,13 @@ def test_a_cell_shows_the_numbers_of_the_analysis(execution: Path, root: Path) -
         "engine": "tests.support.fake_engine",
     }
     assert (on.info.status, crash.info.status) == ("FINISHED", "FAILED")
+    client = mlflow.MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    asked = (
+        f"tags.role = 'cell' and tags.gate = 'pass' and tags.`a/verdict` = 'faster' "
+        f"and tags.evidence = 'intervals' and tags.hardware = '{on.data.tags['hardware']}'"
+    )
+    (found,) = client.search_runs([on.info.experiment_id], asked)
+    assert found.info.run_id == on.info.run_id, "as people search over studies and machines"
 
 
 def test_a_launch_has_few_columns_and_the_rest_in_a_file(execution: Path, root: Path) -> None:
@@ -225,10 +237,27 @@ PUBLISHED = [
 ]
 
 
-def test_a_suggestive_verdict_keeps_its_side_in_a_narrow_column() -> None:
-    assert in_a_column("suggestive: slower") == "slower? (suggestive)"
+def test_a_verdict_fits_its_column_of_eleven_characters() -> None:
+    assert in_a_column("suggestive: slower") == "slower?"
     assert in_a_column("faster") == "faster"
     assert in_a_column(None) is None
+
+
+def test_the_descriptions_say_what_a_question_mark_means() -> None:
+    """Only where the table of runs shows one."""
+    folder = provenance.ROOT / "reports" / "published" / "h100" / "ablate"
+    plan, file = store.read_for_report(folder)
+    analysis = analyse(file.records, plan, file.notes)
+    marked = 0
+    for cell in plan["cells"]:
+        tags = cell_view(plan, cell, file.records, analysis).tags
+        has_mark = any(said.endswith("?") for name, said in tags.items() if "/verdict" in name)
+        assert ("`slower?` in the table" in tags["mlflow.note.content"]) == has_mark
+        marked += has_mark
+    assert 0 < marked < len(plan["cells"])
+    note = study_view(plan, file.records, analysis).tags["mlflow.note.content"]
+    assert "`faster?` and `slower?` in the table of runs stand for *suggestive*" in note
+    assert "| suggestive: faster |" in note
 
 
 def four_digits(value: float | None) -> float | None:
@@ -567,3 +596,25 @@ def test_the_link_finds_the_cells_of_a_study(execution: Path, root: Path) -> Non
     assert columns <= {name for run in cells for name in run.data.metrics}
     assert query["workflowType"] == ["machine_learning"], "else MLflow shows the menu of GenAI"
     assert list(tracking.links(root)) == ["fake"]
+
+
+def test_the_end_of_a_run_and_the_ui_print_the_link(
+    execution: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The link opens the table of that study; clicking the experiment would show MLflow's overview."""
+    folder = root / "out"
+    shutil.copytree(execution / "out", folder)
+    shutil.copytree(execution / "report", folder / "report")
+    for name in ("import_folder", "link", "links", "comparison"):
+        real = getattr(tracking, name)
+        monkeypatch.setattr(tracking, name, functools.partial(real, root=root))
+    monkeypatch.setattr(run_of_a_plan, "render", lambda folder, verbose: None)
+    console = Console(file=io.StringIO())
+    run_of_a_plan.publish(folder, console)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "then open the table of this run:" in printed
+    (link,) = re.findall(r"http://\S+/#/experiments/\d+/runs\?\S+", printed)
+    assert "viewStateShareKey" in link
+    first, line = ui.lines()
+    assert first == "Configurations of each study, the fastest first:"
+    assert line.split() == ["fake", tracking.links()["fake"]]

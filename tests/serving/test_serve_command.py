@@ -164,6 +164,10 @@ def test_ten_thousand_queued_requests() -> None:
         (("--engine", "max_num_seqs"), "write KEY=VALUE"),
         (("--engine", "max_nums=4"), "max_nums"),
         (("--scheduling-policy", "sjf"), "scheduling_policy='sjf' is not allowed"),
+        (
+            ("--chat-template", "nosuch.jinja"),
+            "--chat-template nosuch.jinja: there is no such file; give the path of a template in Jinja",
+        ),
     ],
 )
 def test_wrong_arguments_are_said_in_one_line(

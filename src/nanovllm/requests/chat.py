@@ -201,6 +201,29 @@ def template_of(folder: Path, with_tools: bool) -> str:
     return template
 
 
+def read_template(file: Path) -> str:
+    """The chat template in a file, for the option --chat-template. Raises ValueError for a file that
+    cannot be read, and for what is no template.
+    """
+    try:
+        template = file.read_text(encoding="utf-8")
+        _environment().from_string(template)
+    except FileNotFoundError:
+        why = "there is no such file"
+    except OSError as error:
+        why = error.strerror or str(error)
+    except UnicodeDecodeError:
+        why = "not UTF-8 text"
+    except TemplateError as error:
+        why = f"not a Jinja template ({error})"
+    else:
+        return template
+    raise ValueError(
+        f"--chat-template {file}: {why}; give the path of a template in Jinja, or leave the option out, which takes the "
+        "checkpoint's own"
+    )
+
+
 def special_tokens(folder: Path) -> dict[str, str]:
     """The special tokens that the files beside tokenizer.json name, as templates use them."""
     found = {
@@ -218,15 +241,19 @@ def render(template: str, conversation: list[dict[str, Any]], values: Mapping[st
     """The prompt of a conversation. Raises ValueError with the template's own words where it refuses
     the messages, and where it is no template.
     """
+    try:
+        return _environment().from_string(template).render(messages=conversation, **values)
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses these messages: {error}") from error
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals.update(raise_exception=_refuse, strftime_now=_now)
-    try:
-        return environment.from_string(template).render(messages=conversation, **values)
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses these messages: {error}") from error
+    return environment
 
 
 def without_end(text: str, content: str) -> str:

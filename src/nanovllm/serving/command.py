@@ -61,6 +61,7 @@ def serve(
             f"`nanovllm serve` needs {', '.join(missing)}, which the extra `serve` brings: "
             "pip install 'nanovllm[serve]', or `make setup EXTRAS=serve` in a clone"
         )
+    from nanovllm.requests.chat import read_template
     from nanovllm.serving import logs
     from nanovllm.serving.app import Settings
     from nanovllm.serving.async_llm import AsyncLLM
@@ -71,7 +72,7 @@ def serve(
         settings = Settings(
             model_names=tuple(served_model_name or [model]),
             api_key=api_key,
-            chat_template=None if chat_template is None else chat_template.read_text("utf-8"),
+            chat_template=None if chat_template is None else read_template(chat_template),
             max_body_bytes=max_body_bytes,
             request_timeout_s=request_timeout_s,
         )
