@@ -392,18 +392,26 @@ def _workloads(plan: Plan, analysis: Analysis) -> Section:
 
 
 def subtitle(analysis: Analysis) -> list[str]:
-    """What a result is a result of, in a line for all and one for each workload: the machine, the model
-    and its dtype, the days; and what was served.
+    """What a result is a result of, in a line for all: the machine, the model and its dtype, the days;
+    and what was served, in a line for all workloads that differ only in when requests arrive.
     """
     model = analysis["hardware"]["model"]
-    named = next((value for key in ("preset", "path") if (value := model.get(key, "-")) != "-"), "")
+    called = next(
+        (value for key in ("preset", "path") if (value := model.get(key, "-")) != "-"), ""
+    )
     days = analysis["days"]
     of_all = [
         machine(analysis),
-        f"{named.rsplit('/', 1)[-1]} in {model['dtype']}",
+        f"{called.rsplit('/', 1)[-1]} in {model['dtype']}",
         *dict.fromkeys([days[0], days[-1]] if days else ()),
     ]
-    return [", ".join(of_all), *(served(name, analysis) for name in analysis["workloads"])]
+    alike: dict[str, list[str]] = {}
+    for workload in analysis["workloads"]:
+        named, _, work = served(workload, analysis).partition(": ")
+        if "arrivals" in analysis["workloads"][workload]["params"]:
+            named += f" ({_arrivals(analysis['workloads'][workload], [])})"
+        alike.setdefault(work, []).append(named)
+    return [", ".join(of_all), *(f"{', '.join(names)}: {work}" for work, names in alike.items())]
 
 
 def served(workload: str, analysis: Analysis) -> str:
