@@ -8,6 +8,7 @@ or, outside this package, by its dotted module path (`tests.support.fake_engine`
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any, Protocol
 
 from experiments.load.driving import Face
@@ -117,6 +118,11 @@ def load_adapter(engine: str) -> type[Adapter]:
             f"engine {engine!r} has no adapter; allowed: {', '.join(ENGINES)}, or the dotted path of a module with one"
         )
     return importlib.import_module(module).Adapter  # type: ignore[no-any-return]
+
+
+def own_cores() -> list[int] | None:
+    """The CPUs that this process may run on; None on a system that does not say."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 
 
 def check_config(engine: str, config: Config, allowed: tuple[str, ...]) -> None:

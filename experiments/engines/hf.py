@@ -12,7 +12,7 @@ import itertools
 import time
 from typing import Any
 
-from experiments.engines import check_config, options_of
+from experiments.engines import check_config, options_of, own_cores
 from experiments.records.types import Answer, Config, LogprobAnswer, Request, Toggles
 
 
@@ -54,6 +54,7 @@ class Adapter:
             "attn_implementation": self._model.config._attn_implementation,
             "batching": "static",
             "torch_threads": torch.get_num_threads(),
+            "worker_cores": own_cores(),
         }
 
     def serve(self, requests: list[Request]) -> Answer:

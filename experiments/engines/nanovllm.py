@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from experiments.engines import check_config, options_of
+from experiments.engines import check_config, options_of, own_cores
 from experiments.load.driving import Progress
 from experiments.records.types import Answer, Config, LogprobAnswer, Request, Served, Toggles
 
@@ -34,6 +34,8 @@ class Adapter:
         self._model, self._config = model, config
 
     def load(self) -> Config:
+        import torch
+
         from nanovllm import SamplingParams
         from nanovllm.engine.llm_engine import LLM
 
@@ -41,7 +43,11 @@ class Adapter:
         self._kernels_loaded = count_kernel_loads()
         self._llm: Any = LLM(model=self._model, skip_tokenizer_init=True, **self._config)
         self._watch_the_wait()
-        resolved: Config = self._llm.resolved_config()
+        resolved: Config = {
+            **self._llm.resolved_config(),
+            "torch_threads": torch.get_num_threads(),
+            "worker_cores": own_cores(),
+        }
         if resolved["optimizations"]["attention_backend"] == "flash_attn":
             from nanovllm.kernels.flash_attn import find_library
 

@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from experiments.engines import check_config, options_of
+from experiments.engines import check_config, options_of, own_cores
 from experiments.engines.vllm_steps import VllmServing
 from experiments.gate.same_work import read_vocabulary
 from experiments.records.types import Answer, Config, LogprobAnswer, Request, Toggles
@@ -319,9 +319,7 @@ class Inspector:
             else [],
             "executor": str(config.parallel_config.distributed_executor_backend),
             "torch_threads": torch.get_num_threads(),
-            "worker_cores": sorted(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else None,
+            "worker_cores": own_cores(),
             # The optimizations that nanovllm has, too, with its names and levels. vLLM never uses
             # static batching.
             "levels": {

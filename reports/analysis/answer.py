@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from experiments.records.cell_names import ALL_ON
 from reports import text
-from reports.analysis import compare, names
+from reports.analysis import compare, names, under_load
 from reports.analysis.gate_and_launches import same_output
 from reports.analysis.types import Analysis, Answer, Effect, WorkloadAnswer
 from reports.statistics.intervals import measured_ratio
@@ -95,6 +95,9 @@ def _of_workload(analysis: Analysis, workload: str) -> WorkloadAnswer:
     """The answer for one workload: everything on, what helps most by itself, the strongest
     interaction; or, in a study without everything on, the largest gain or loss.
     """
+    if "load" in analysis and (found := under_load.sustained(analysis, workload)) is not None:
+        said, verdict = found
+        return {"workload": workload, "sentence": f"On {workload}, {said}.", "verdict": verdict}
     tested = [effect for effect in _tested(analysis) if effect["workload"] == workload]
     everything = next((effect for effect in tested if effect["role"] == "all"), None)
     others = [effect for effect in tested if effect["role"] == "treatment"]
@@ -105,6 +108,8 @@ def _of_workload(analysis: Analysis, workload: str) -> WorkloadAnswer:
     else:
         said = f"no block holds both {_start(analysis)} and another configuration"
         verdict = "inconclusive"
+    if "load" in analysis:
+        said += under_load.paced(analysis, workload)
     return {"workload": workload, "sentence": f"On {workload}, {said}.", "verdict": verdict}
 
 

@@ -248,20 +248,32 @@ def run_order(
 
 
 def hardware(counted: Counted, plan: Plan) -> dict[str, Any]:
-    """Profile, model and provenance of the counted launches; a key with several values lists them
-    all as varying.
+    """Profile, model and provenance of the counted launches. A key that not all launches have with one
+    value is varying, with all its values; where engines differ, as "2.15.0 (hf, nanovllm)".
     """
-    values: dict[str, set[str]] = {}
-    for record in counted.launches:
-        for key, value in flatten(record.get("provenance", {})):
-            values.setdefault(key, set()).add(value)
+    found = [
+        (plan["cells"][record["cell"]]["engine"], dict(flatten(record.get("provenance", {}))))
+        for record in counted.launches
+    ]
+    engines = {engine for engine, _ in found}
+    same, varying = {}, {}
+    for key in sorted({key for _, own in found for key in own}):
+        values: dict[str, set[str]] = {}
+        for engine, own in found:
+            values.setdefault(own.get(key, "not set"), set()).add(engine)
+        if len(values) == 1:
+            same[key] = next(iter(values))
+        elif len(engines) == 1:
+            varying[key] = sorted(values)
+        else:
+            varying[key] = [
+                f"{value} ({', '.join(sorted(having))})" for value, having in sorted(values.items())
+            ]
     return {
         "profile": dict(flatten(plan["profile"])),
         "model": dict(flatten(plan["model"])),
-        "provenance": {
-            key: next(iter(found)) for key, found in sorted(values.items()) if len(found) == 1
-        },
-        "varying": {key: sorted(found) for key, found in sorted(values.items()) if len(found) > 1},
+        "provenance": same,
+        "varying": varying,
         "boots": sorted({record["boot_id"] for record in counted.launches}),
     }
 

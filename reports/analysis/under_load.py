@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 
 from experiments.records.types import Plan
+from reports import text
 from reports.analysis.counting import Counted
+from reports.analysis.types import Analysis, Effect
 from reports.statistics import energy
-from reports.statistics.intervals import t_interval
+from reports.statistics.intervals import measured_ratio, t_interval
+from reports.statistics.metrics import SUSTAINABLE, THROUGHPUT
 from reports.statistics.under_load import LATENCY_OF, described
 
 
@@ -123,6 +126,99 @@ def energies(counted: Counted, plan: Plan) -> list[dict[str, Any]]:
                     }
                 )
     return rows
+
+
+def highest_rate(analysis: Analysis) -> str:
+    """The workload whose requests arrive at the highest fixed rate; empty if every rate is searched for."""
+    load = analysis["load"]
+    searched = {row["workload"] for row in load["found"]}
+    rates = {
+        row["workload"]: row["offered"]
+        for row in load["rows"]
+        if row["offered"] and row["workload"] not in searched
+    }
+    return max(rates, key=lambda workload: rates[workload], default="")
+
+
+MOST_NAMED = 3
+"""How many configurations a sentence of the answer names, beside the baseline."""
+
+
+def sustained(analysis: Analysis, workload: str) -> tuple[str, str] | None:
+    """Which configurations sustain the highest rates, as the middle of a sentence, and the verdict on it;
+    None for a workload whose rate is not searched for.
+    """
+    found = {row["cell"]: row for row in analysis["load"]["found"] if row["workload"] == workload}
+    treated = [cell for cell in found if analysis["cells"][cell]["role"] in ("treatment", "all")]
+    if not treated:
+        return None
+    share = text.percent(analysis["load"]["rules"]["attainment"], 0)
+    rated = sorted(
+        (cell for cell in treated if found[cell]["mean"] is not None),
+        key=lambda cell: -found[cell]["mean"],
+    )
+    said = [f"{analysis['shown'][cell]} {_rate(found[cell])}" for cell in rated[:MOST_NAMED]]
+    start = analysis["baseline"]
+    if start in found:
+        said.append(f"{analysis['shown'][start]} {_rate(found[start])}")
+    verdicts = {
+        effect["verdict"]
+        for effect in analysis["effects"]
+        if effect["metric"] == SUSTAINABLE.key
+        and effect["workload"] == workload
+        and effect["cell"] in treated
+    }
+    decided = next((word for word in ("faster", "slower") if word in verdicts), None)
+    return (
+        f"the highest rate at which {share} of requests meet the SLO, in requests per second: {', '.join(said)}",
+        decided or (verdicts.pop() if len(verdicts) == 1 else "mixed"),
+    )
+
+
+def _rate(row: Mapping[str, Any]) -> str:
+    """ "26.9 (22.3 to 32.4)", or that a search found none in some launches."""
+    below = f"below {text.number(row['lowest'])} in {row['none']} of {row['launches']} launches"
+    if row["mean"] is None:
+        return below
+    said = text.number(row["mean"])
+    if row["low"] is not None and row["low"] < row["high"]:
+        said += f" ({text.number(row['low'])} to {text.number(row['high'])})"
+    return f"{said}, {below}" if row["none"] else said
+
+
+def paced(analysis: Analysis, workload: str) -> str:
+    """What happens to the longest gaps between tokens at the highest fixed rate, and what that costs in
+    throughput, as the end of a sentence; empty for other workloads, and where nothing is decided.
+    """
+    if workload != highest_rate(analysis):
+        return ""
+    of: dict[str, dict[str, Effect]] = {}
+    for effect in analysis["effects"]:
+        if (
+            effect["workload"] == workload
+            and effect["n"]
+            and effect["role"] in ("treatment", "all")
+        ):
+            of.setdefault(effect["metric"], {})[effect["cell"]] = effect
+    gaps = sorted(
+        (e for e in of.get(ITL_P99, {}).values() if e["verdict"] in ("faster", "slower")),
+        key=measured_ratio,
+    )
+    said = []
+    for gap in gaps[:MOST_NAMED]:
+        its = f"{analysis['shown'][gap['cell']]} {_bounds(gap)}"
+        if (rate := of.get(THROUGHPUT.key, {}).get(gap["cell"])) is not None:
+            its += f" with {_bounds(rate)} of the output tokens per second"
+        said.append(its)
+    start = analysis["shown"][analysis["baseline"]]
+    return f"; ITL p99 relative to {start}: {', '.join(said)}" if said else ""
+
+
+ITL_P99 = "inter_token_latency_p99_s"
+
+
+def _bounds(effect: Effect) -> str:
+    return f"{text.ratio(effect['ratio'])} ({text.interval(effect['low'], effect['high'])})"
 
 
 def _over(values: Sequence[float], alpha: float) -> dict[str, Any]:

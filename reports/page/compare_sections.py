@@ -189,14 +189,36 @@ def _fairness(analysis: Analysis, entries: Sequence[Comparison]) -> Section:
                 Column(sides[0], "long"),
                 Column(sides[1], "long"),
             ]
-            rows = [[key, _value(mine), _value(other)] for key, mine, other in entry["differences"]]
+            rows = [
+                [key, _value(mine), _value(other)]
+                for key, mine, other in entry["differences"]
+                if mine is not None and other is not None
+            ]
             tables.append(Table(f"All other differences: {pair}", columns, rows, folded=True))
+            rows = [
+                [key, _value(mine), _value(other)]
+                for key, mine, other in entry["differences"]
+                if mine is None or other is None
+            ]
+            tables.append(
+                Table(f"Settings that one side alone recorded: {pair}", columns, rows, folded=True)
+            )
     digest = analysis["hardware"]["model"].get("digest", text.ABSENT)
+    packages = [
+        f"{key.removeprefix('packages.')} {', '.join(values)}"
+        for key, values in analysis["hardware"]["varying"].items()
+        if key in ("packages.torch", "packages.transformers")
+    ]
     lead = [
         f"Both engines load one checkpoint (digest {digest[:16]}), verified before the first launch and watched until the last, "
         "and serve the same requests (fingerprint checked in every launch). Number format and KV-cache size are read from what "
         "each engine resolved, not from what it was asked for. Like-for-like comparisons also share the limits and every switch "
         "that both engines have. A breach stops the study.",
+        *(
+            [f"Each engine runs with the packages that it pins: {'; '.join(packages)}."]
+            if packages
+            else []
+        ),
     ]
     gist = "no" if any(entry["breaches"] for entry in entries) else "yes"
     return Section("fairness", "Was the comparison fair?", lead, None, tables, gist=gist)

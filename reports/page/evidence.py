@@ -313,7 +313,9 @@ def _toggles(analysis: Analysis) -> Section:
 
 
 def _not_applicable(analysis: Analysis) -> Section:
-    rows = [[", ".join(what), reason] for reason, what in names.not_applicable(analysis)]
+    missing = names.not_applicable(analysis)
+    rows = [[", ".join(what), reason] for reason, what in missing]
+    levels = sum(len(what) for _, what in missing)
     lead = [] if rows else ["Everything in the study could run on this machine."]
     return Section(
         "not-applicable",
@@ -321,7 +323,9 @@ def _not_applicable(analysis: Analysis) -> Section:
         lead,
         None,
         [Table("Not applicable", [Column("configurations", "long"), Column("reason")], rows)],
-        gist=text.count_of(len(rows), "reason") if rows else "nothing",
+        gist=f"{text.count_of(levels, 'level')}, {text.count_of(len(rows), 'reason')}"
+        if rows
+        else "nothing",
     )
 
 

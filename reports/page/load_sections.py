@@ -7,6 +7,7 @@ from typing import Any
 
 from reports import text
 from reports.analysis.types import Analysis
+from reports.analysis.under_load import ITL_P99, highest_rate
 from reports.page.document import Column, Section, Table
 from reports.page.overview import CONFIGURATION, VERDICT, WORKLOAD, confidence, name, numbers
 from reports.statistics.metrics import EVERY
@@ -71,6 +72,40 @@ def load_head(analysis: Analysis) -> Iterator[Section]:
         [table, *_found(analysis)],
         notes=[*_too_few(rows), *_states(load["rows"])],
     )
+
+
+def latency_summary(analysis: Analysis) -> tuple[str, list[str], list[list[str]]] | None:
+    """Latencies at the highest fixed rate and the sustainable rate of each configuration, for a terminal:
+    title, names of the columns, rows of text. None for a study without arrivals over time.
+    """
+    load = analysis.get("load")
+    workload = highest_rate(analysis) if load else ""
+    if not load or not workload:
+        return None
+    rows = [row for row in load["rows"] if row["workload"] == workload and row["quantiles"]]
+    found = {row["cell"]: row for row in load["found"]}
+    percentiles = [("time_to_first_token", "90"), ("inter_token_latency", "99")]
+    columns = [f"{SHORT[metric]} p{p}" for metric, p in percentiles] + ["within the SLO"]
+    columns += ["sustainable, req/s"] * bool(found)
+    lines = []
+    for row in rows:
+        line = [name(analysis, row["cell"])]
+        line += [_claimed(row["quantiles"].get(metric, {}).get(p)) for metric, p in percentiles]
+        line.append(text.percent(row["attained"], 0))
+        if found:
+            line.append(_sustained(found.get(row["cell"])))
+        lines.append(line)
+    return f"latency on {workload}", columns, lines
+
+
+def _sustained(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return text.ABSENT
+    below = f"below {text.number(row['lowest'])}"
+    if row["mean"] is None:
+        return below
+    none = row["none"]
+    return f"{below} in {none} of {row['launches']}" if none else text.number(row["mean"])
 
 
 def load_folded(analysis: Analysis) -> Iterator[Section]:
@@ -291,16 +326,11 @@ def _verdicts(analysis: Analysis) -> Iterator[str]:
     """
     load = analysis["load"]
     searched = {row["workload"] for row in load["found"]}
-    rates = {
-        row["workload"]: row["offered"]
-        for row in load["rows"]
-        if row["offered"] and row["workload"] not in searched
-    }
-    highest = max(rates, key=lambda workload: rates[workload], default="")
+    highest = highest_rate(analysis)
     for metric, label, workloads in (
         ("sustainable_requests_per_s", "Sustainable rate", searched),
         ("goodput_requests_per_s", f"Goodput on {highest}", {highest}),
-        ("inter_token_latency_p99_s", f"ITL p99 on {highest}", {highest}),
+        (ITL_P99, f"ITL p99 on {highest}", {highest}),
     ):
         said = [
             f"{name(analysis, effect['cell'])} {text.ratio(effect['ratio'])} "

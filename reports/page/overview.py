@@ -3,6 +3,7 @@
 The statistics behind the table follow, folded, in sections.py and evidence.py.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -99,7 +100,7 @@ def _results(analysis: Analysis) -> Section:
     lead = [
         _ratio_words(analysis, throughput),
         *(
-            [_SWITCH_WORDS, *names.on_both_sides(analysis)]
+            [_switch_words(tests), *names.on_both_sides(analysis)]
             if _TESTED["alone"] in tests
             else names.left_out_together(analysis)
         ),
@@ -178,10 +179,12 @@ def _rates(analysis: Analysis, workload: str) -> dict[str, float | None]:
     }
 
 
-_SWITCH_WORDS = (
-    "Alone: the optimization on, over everything off. Added last: everything on, over everything on without it. On top: "
-    "everything on and this one, over everything on. tok/s: without → with it."
-)
+def _switch_words(tests: Mapping[str, int]) -> str:
+    on_top = " On top: everything on and this one, over everything on."
+    return (
+        "Alone: the optimization on, over everything off. Added last: everything on, over everything on without it; such "
+        f"gains overlap, so they do not multiply to the whole.{on_top * (_TESTED['on top'] in tests)} tok/s: without → with it."
+    )
 
 
 def _ratio_words(analysis: Analysis, throughput: bool) -> str:
@@ -265,7 +268,10 @@ def _correction_words(
         counts += [f"A/A twin: {twins}"] if twins else []
         said += f"Tests of each question: {', '.join(counts)}. The fewer tests, the less evidence each needs. "
     elif twins:
-        said += f"The A/A twin is corrected apart, for {text.count_of(twins, 'test')} of its own. "
+        said += (
+            f"The A/A twin is corrected apart, for {text.count_of(twins, 'test')} of its own: one a workload, and, where "
+            "there are several, one of all together. "
+        )
     return [said + "An example is in docs/reading-a-report.md#the-correction."]
 
 
@@ -306,6 +312,11 @@ def _compared(analysis: Analysis, entries: Sequence[Comparison]) -> Section:
             f"{name(analysis, cell)}, of nanovllm: {names.settings(analysis, cell)}."
             for cell in dict.fromkeys(entry["ours"] for entry in entries)
         ),
+        *(
+            f"{_theirs(analysis, cell)}: {own}."
+            for cell in dict.fromkeys(entry["theirs"] for entry in entries)
+            if (own := _own_settings(analysis, cell))
+        ),
         _verdict_words(analysis, effects),
         *_correction_words(analysis, effects, tests),
     ]
@@ -316,6 +327,26 @@ def _compared(analysis: Analysis, entries: Sequence[Comparison]) -> Section:
         "forest",
         [Table("nanovllm against other engines", columns, rows, grouped=True)],
         notes=lead,
+    )
+
+
+def _theirs(analysis: Analysis, cell: str) -> str:
+    return name(analysis, cell).removeprefix("reference: ")
+
+
+def _own_settings(analysis: Analysis, cell: str) -> str:
+    """What a configuration of another engine was told, in that engine's names, without what it shares
+    with every configuration of nanovllm: "async_scheduling=false, enforce_eager=true".
+    """
+    ours = {
+        key
+        for entry in analysis["cells"].values()
+        if entry["engine"] == "nanovllm"
+        for key in entry["config"]
+    }
+    config = analysis["cells"][cell]["config"]
+    return ", ".join(
+        f"{key}={json.dumps(value)}" for key, value in config.items() if key not in ours
     )
 
 
@@ -392,18 +423,26 @@ def _workloads(plan: Plan, analysis: Analysis) -> Section:
 
 
 def subtitle(analysis: Analysis) -> list[str]:
-    """What a result is a result of, in a line for all and one for each workload: the machine, the model
-    and its dtype, the days; and what was served.
+    """What a result is a result of, in a line for all: the machine, the model and its dtype, the days;
+    and what was served, in a line for all workloads that differ only in when requests arrive.
     """
     model = analysis["hardware"]["model"]
-    named = next((value for key in ("preset", "path") if (value := model.get(key, "-")) != "-"), "")
+    called = next(
+        (value for key in ("preset", "path") if (value := model.get(key, "-")) != "-"), ""
+    )
     days = analysis["days"]
     of_all = [
         machine(analysis),
-        f"{named.rsplit('/', 1)[-1]} in {model['dtype']}",
+        f"{called.rsplit('/', 1)[-1]} in {model['dtype']}",
         *dict.fromkeys([days[0], days[-1]] if days else ()),
     ]
-    return [", ".join(of_all), *(served(name, analysis) for name in analysis["workloads"])]
+    alike: dict[str, list[str]] = {}
+    for workload in analysis["workloads"]:
+        named, _, work = served(workload, analysis).partition(": ")
+        if "arrivals" in analysis["workloads"][workload]["params"]:
+            named += f" ({_arrivals(analysis['workloads'][workload], [])})"
+        alike.setdefault(work, []).append(named)
+    return [", ".join(of_all), *(f"{', '.join(names)}: {work}" for work, names in alike.items())]
 
 
 def served(workload: str, analysis: Analysis) -> str:

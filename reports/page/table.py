@@ -17,9 +17,10 @@ from reports.analysis import names
 from reports.analysis.answer import added_last
 from reports.analysis.compare import against_engines, throughput_rows
 from reports.analysis.types import Analysis, Effect
+from reports.page.load_sections import latency_summary
 from reports.page.overview import gate, name, subtitle, uncorrected
 from reports.statistics.intervals import measured_ratio
-from reports.statistics.metrics import THROUGHPUT
+from reports.statistics.metrics import GOODPUT, THROUGHPUT
 from reports.switches import by_switch
 
 COLORS = {"faster": "green", "slower": "red", "equivalent": "blue"}
@@ -63,6 +64,11 @@ def print_table(
         for line in answer_lines(analysis):
             console.print(Text(line, style="bold"))
     console.print(Text(analysis["answer"]["output"], style="bold"))
+    if (found := latency_summary(analysis)) is not None:
+        console.print()
+        console.print(_latencies(*found))
+        if "*" in str(found):
+            console.print(Text("* too few samples to claim this percentile, see the page", "dim"))
     rows = list(_rows(analysis, verbose=True))
     shown = rows if verbose else _fitting(analysis, list(_rows(analysis, verbose=False)))
     if shown:
@@ -89,7 +95,11 @@ def answer_lines(analysis: Analysis) -> list[str]:
         and effect["metric"] == analysis["metric"]["key"]
         and effect["low"] is not None
     }
-    if against_engines(analysis) or not set(whole) & set(analysis["workloads"]):
+    if (
+        "load" in analysis
+        or against_engines(analysis)
+        or not set(whole) & set(analysis["workloads"])
+    ):
         return [part["sentence"] for part in analysis["answer"]["by_workload"]]
     lines = []
     for workload in analysis["workloads"]:
@@ -198,10 +208,11 @@ def _fitting(analysis: Analysis, rows: Sequence[_Row]) -> list[_Row]:
         turns[rows[i].workload] = turns.get(rows[i].workload, 0) + 1
         return not text.is_suggestive(rows[i].effect), turns[rows[i].workload], i
 
+    most = MOST_ROWS // 2 if "load" in analysis else MOST_ROWS  # beside its table of latencies
     undecided = [i for i in range(len(rows)) if i not in kept]
     undecided.sort(key=lambda i: not text.is_suggestive(rows[i].effect))
     shared = sorted(undecided, key=turn)
-    kept |= set(shared[: max(0, MOST_ROWS - len(kept))])
+    kept |= set(shared[: max(0, most - len(kept))])
     return [rows[i] for i in sorted(kept)]
 
 
@@ -213,7 +224,10 @@ def _table(analysis: Analysis, rows: Sequence[_Row], verbose: bool) -> Table:
     gates = _gates(analysis, rows)
     told = set(gates) - {"pass"}
     with_did = any(row.did for row in rows) and (verbose or not split)
-    table.add_column("off -> on" if split else f"relative to {start}", no_wrap=True, max_width=30)
+    of = "goodput " if analysis["metric"]["key"] == GOODPUT.key else ""
+    table.add_column(
+        "off -> on" if split else f"{of}relative to {start}", no_wrap=True, max_width=30
+    )
     gain = "speedup" if analysis["metric"]["key"] == THROUGHPUT.key else "ratio"
     table.add_column(gain, justify="right", no_wrap=True)
     share = text.percent(analysis["rule"]["confidence"], 0).replace(" ", "")
@@ -237,6 +251,16 @@ def _table(analysis: Analysis, rows: Sequence[_Row], verbose: bool) -> Table:
             *([Text(passed)] if told else ()),
             *([row.did] if with_did else ()),
         )
+    return table
+
+
+def _latencies(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column(title, no_wrap=True, max_width=30)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
     return table
 
 

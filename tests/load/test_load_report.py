@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from experiments import workloads
 from experiments.load.arrivals import scaled
 from experiments.load.delivered import pack
 from experiments.records.store import plan_hash
 from experiments.run import mlflow_view
+from reports import text
 from reports.analysis.analyse import analyse
 from reports.analysis.noise import rounding
 from reports.figures.load_curves import curves, pareto
+from reports.page.load_sections import latency_summary
 from reports.page.render import render
+from reports.page.table import print_table
 from reports.statistics.intervals import Rule, estimate
 from tests.docs.pages import ABBREVIATIONS, unexplained
 from tests.support.synthetic import make_plan, make_records, one_at_a_time
@@ -37,7 +41,7 @@ SERVICE_S = 0.08
 
 def plan_under_load(blocks: int = 4, **study: Any) -> Any:
     plan = make_plan(one_at_a_time(reference=False), blocks, **study)
-    sizes = {"num_requests": 80, "prompt_tokens": 8, "output_tokens": 4}
+    sizes = {"num_requests": 80, "prompt_tokens": 8, "output_tokens": 12}
     rates: dict[str, Any] = {"rate-4": {"rate": 4}, "rate-11": {"rate": 11}}
     rates["searched"] = {"search": {"low": 2, "high": 50}}
     built = {
@@ -74,7 +78,7 @@ def records_under_load(plan: Any) -> list[Any]:
             for due in schedule["offset_s"]:
                 free = max(free, due) + service_s
                 times.append([due, free - service_s / 2, free])
-            gap_s = service_s / 6
+            gap_s = service_s / 24
             work |= {
                 "duration_s": free,
                 "request_times_s": times,
@@ -87,7 +91,7 @@ def records_under_load(plan: Any) -> list[Any]:
                     "lateness_p50_s": 0.0,
                     "lateness_p99_s": 0.001,
                     "lateness_max_s": 0.002,
-                    "token_gaps_us": pack([[n * gap_s for n in range(4)]] * len(times)),
+                    "token_gaps_us": pack([[n * gap_s for n in range(12)]] * len(times)),
                 },
             }
             if name == "searched":
@@ -213,6 +217,57 @@ def test_every_latency_axis_has_labels(study: Any) -> None:
                 ]
                 assert len(labels) >= 2, axes.get_title(loc="left")
                 assert all(label.endswith("s") for label in labels)
+
+
+def test_the_terminal_answers_what_is_sustained_and_what_happens_to_the_gaps(study: Any) -> None:
+    plan, _, analysis = study
+    out = Console(record=True, width=80)
+    print_table(analysis, out)
+    shown = out.export_text()
+    said = " ".join(shown.split())
+    assert "the highest rate at which 90 % of requests meet the SLO" in said
+    assert "rate-4 (poisson, 4 per second), rate-11 (poisson, 11 per second)" in said
+    found = {row["cell"]: row for row in analysis["load"]["found"]}
+    rate = text.number(found["batching=continuous"]["mean"])
+    assert f"batching=continuous {rate} (" in said
+    gap = effect(analysis, "inter_token_latency_p99_s", "rate-11", "batching=continuous")
+    assert gap["verdict"] == "faster"
+    cost = effect(analysis, "output_tokens_per_s", "rate-11", "batching=continuous")
+    assert "ITL p99 relative to all off: " in said
+    assert f"batching=continuous {text.ratio(gap['ratio'])} (" in said
+    assert f"with {text.ratio(cost['ratio'])} (" in said
+    assert "goodput relative to all off" in said
+    assert "* too few samples" in said
+    latencies = shown[shown.index("latency on rate-11") :].split("\n\n")[0].splitlines()
+    assert len(latencies) == 1 + len(plan["cells"]) + 1, "a row each, and what * means"
+    assert "TTFT p90" in latencies[0]
+    assert any(line.endswith(rate) for line in latencies)
+    assert len(shown.splitlines()) <= 60
+
+
+def test_a_search_that_found_no_rate_says_so(study: Any) -> None:
+    plan, records, _ = study
+    broken = copy.deepcopy(records)
+    for record in broken:
+        if record["kind"] == "launch" and record["cell"] == "baseline":
+            search = record["workloads"]["searched"]["load"]["search"]
+            search |= {"rate": None, "failed": 2.0, "stopped": "low failed"}
+            search["trials"] = [{"rate": 2.0, "passed": False}]
+    analysis = analyse(broken, plan)
+    (part,) = (p for p in analysis["answer"]["by_workload"] if p["workload"] == "searched")
+    assert part["sentence"].endswith("all off below 2.000 in 4 of 4 launches.")
+    summary = latency_summary(analysis)
+    assert summary is not None
+    assert summary[2][0][-1] == "below 2.000"
+    searches = [
+        record["workloads"]["searched"]["load"]["search"]
+        for record in broken
+        if record["kind"] == "launch" and record["cell"] == "baseline"
+    ]
+    searches[0] |= {"rate": 2.0, "failed": 2.2, "stopped": "within"}
+    summary = latency_summary(analyse(broken, plan))
+    assert summary is not None
+    assert summary[2][0][-1] == "below 2.000 in 3 of 4"
 
 
 def test_mlflow_gets_the_curves(study: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -553,3 +553,31 @@ def test_an_interpreter_without_vllm_is_said_at_once(
     assert done.exit_code == 2
     assert message in done.output + done.stderr
     assert not (tmp_path / "out").exists(), "nothing was run"
+
+
+def test_what_engines_run_with_is_told_apart(tmp_path: Path) -> None:
+    """A value that one engine lacks is not the same for all launches; each value names its engines."""
+    plan, lines = synthetic(1.0)
+    for record in lines:
+        if record["kind"] == "launch":
+            own = plan["cells"][record["cell"]]["engine"]
+            record["provenance"]["packages"] = {"torch": "2.1" if own == "vllm" else "2.2"}
+            if own == "vllm":
+                record["provenance"]["environment"] = {"LD_PRELOAD": "libgomp.so.1"}
+    analysis = analyse(lines, plan)
+    found = analysis["hardware"]
+    assert "environment.LD_PRELOAD" not in found["provenance"]
+    (absent, present) = found["varying"]["environment.LD_PRELOAD"]
+    assert (absent.endswith("(vllm)"), present.startswith("not set")) == (True, True)
+    assert "2.1 (vllm)" in found["varying"]["packages.torch"]
+    page = render(plan, lines, analysis, tmp_path)[0].read_text()
+    assert "Each engine runs with the packages that it pins: torch 2.1 (vllm)" in page
+
+
+def test_the_settings_of_another_engine_are_told_in_its_names(tmp_path: Path) -> None:
+    plan, lines = synthetic(1.0)
+    for cell in plan["cells"].values():
+        if cell["engine"] == "vllm":
+            cell["config"] |= {"enforce_eager": True, "async_scheduling": False}
+    page = render(plan, lines, analyse(lines, plan), tmp_path)[0].read_text()
+    assert "enforce_eager=true, async_scheduling=false" in page
