@@ -104,7 +104,7 @@ class LLMEngine:
         on = resolved.optimizations
         make_runner = (
             _load("distributed.workers", "TensorParallelRunner")
-            if on.tensor_parallel_size > 1
+            if on.tensor_parallel_size > 1 or resolved.enable_expert_parallel
             else _load("gpu.cuda_graph", "GraphRunner")
             if on.cuda_graphs
             else _load("gpu.runner", "GpuRunner")
