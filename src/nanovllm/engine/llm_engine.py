@@ -215,14 +215,14 @@ class LLMEngine:
     @one_at_a_time
     def advance(self) -> list[Sequence]:
         """Runs one step; returns the sequences that got a token. A step that fails closes the
-        engine and frees its memory.
+        engine and frees its memory; requests/interrupted.py says what Ctrl-C leaves.
         """
         self._check_alive()
         begin = time.perf_counter()
         try:
             plan, advanced = self.loop.step()
         except BaseException as error:
-            self.close(f"a step failed ({type(error).__name__}: {error})")
+            _load("requests.interrupted", "after")(self, error)
             raise
         now = time.perf_counter()
         if plan is not None:
