@@ -215,11 +215,16 @@ def figures(work: ServedWorkload) -> dict[str, float]:
 
 def rounded(name: str, value: float) -> float:
     """A metric as people read it: ratios with the decimals that the report gives them, anything else
-    with four significant digits. The records keep the exact value.
+    with four significant digits, and no fewer than its whole number. The records keep the exact value.
     """
     if not any(part in name for part in ("/speedup", "_ratio", ADDED_LAST)):
-        return float(f"{value:.4g}")
-    return round(value, 3 if value < 2 else 2 if value < 10 else 1 if value < 100 else 0)
+        return round(value) if value >= 1000 else float(f"{value:.4g}")
+    return round(value, _decimals(value))
+
+
+def _decimals(ratio: float) -> int:
+    """Of a ratio, as in the report: 1.404, 2.20, 20.6."""
+    return 3 if ratio < 2 else 2 if ratio < 10 else 1 if ratio < 100 else 0
 
 
 def in_a_column(verdict: str | None) -> str | None:
@@ -301,8 +306,11 @@ def _answered(analysis: JsonObject) -> str:
 
 
 def _row(effect: Mapping[str, Any], shown: str, verdict: str, gate: str) -> str:
-    ratio = "-" if effect["ratio"] is None else f"{effect['ratio']:.3f}"
-    interval = "-" if effect["low"] is None else f"{effect['low']:.3f} to {effect['high']:.3f}"
+    ratio, low, high = (
+        "-" if (value := effect[key]) is None else f"{value:.{_decimals(value)}f}"
+        for key in ("ratio", "low", "high")
+    )
+    interval = "-" if low == "-" else f"{low} to {high}"
     return f"| {effect['workload']} | {shown} | {ratio} | {interval} | {effect['n']} | {verdict} | {gate} |"
 
 

@@ -100,7 +100,7 @@ def _results(analysis: Analysis) -> Section:
     lead = [
         _ratio_words(analysis, throughput),
         *(
-            [_switch_words(tests), *names.on_both_sides(analysis)]
+            [_switch_words(told), *names.on_both_sides(analysis)]
             if _TESTED["alone"] in tests
             else names.left_out_together(analysis)
         ),
@@ -179,11 +179,12 @@ def _rates(analysis: Analysis, workload: str) -> dict[str, float | None]:
     }
 
 
-def _switch_words(tests: Mapping[str, int]) -> str:
-    on_top = " On top: everything on and this one, over everything on."
+def _switch_words(told: Sequence[Effect]) -> str:
+    apart = any(not effect.get("part_of_all", True) for effect in told)
     return (
         "Alone: the optimization on, over everything off. Added last: everything on, over everything on without it; such "
-        f"gains overlap, so they do not multiply to the whole.{on_top * (_TESTED['on top'] in tests)} tok/s: without → with it."
+        "gains overlap, so they do not multiply to the whole."
+        f"{' On top: everything on and this one, over everything on.' * apart} tok/s: without → with it."
     )
 
 

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.records.cell_names import ALL_ON
 from reports import text
 from reports.analysis import names
 from reports.analysis.answer import added_last
@@ -71,12 +70,15 @@ def print_table(
             console.print(Text("* too few samples to claim this percentile, see the page", "dim"))
     rows = list(_rows(analysis, verbose=True))
     shown = rows if verbose else _fitting(analysis, list(_rows(analysis, verbose=False)))
-    if shown:
-        console.print()
-        console.print(_table(analysis, shown, verbose))
-        if len(shown) < len(rows):
-            left = text.count_of(len(rows) - len(shown), "row")
-            console.print(Text(f"and {left} more: --verbose shows all, as does the page", "dim"))
+    beside = [row for row in shown if "reference" in row.effect]
+    own = [row for row in shown if "reference" not in row.effect]
+    for table in (beside and _beside(analysis, beside), own and _table(analysis, own, verbose)):
+        if table:
+            console.print()
+            console.print(table)
+    if len(shown) < len(rows):
+        left = text.count_of(len(rows) - len(shown), "row")
+        console.print(Text(f"and {left} more: --verbose shows all, as does the page", "dim"))
     for line in _legend(analysis, shown, rows, verbose):
         console.print(Text(line, style="dim"))
     if verbose:
@@ -145,7 +147,7 @@ def _together(analysis: Analysis, whole: Effect) -> str:
         more = row["leans"] == "help each other" and row["verdict"] != "independent"
         if row["workload"] == workload and more:
             product = measured_ratio(whole) / measured_ratio(row)
-            said = f"more than the product of the single ones, {text.ratio(product)}"
+            said = f"{text.ratio(row['ratio'])} more than the single speedups multiply to ({text.ratio(product)})"
             why = names.why_together(analysis, workload).partition(" (")[0]
             return f"{said}: {why}" if why else said
     return ""
@@ -192,11 +194,10 @@ def _fitting(analysis: Analysis, rows: Sequence[_Row]) -> list[_Row]:
     }
 
     def is_kept(row: _Row) -> bool:
-        named = (row.workload, row.effect["cell"]) in best and "reference" not in row.effect
-        whole = name(analysis, row.effect["cell"]) == ALL_ON
+        named = (row.workload, row.effect["cell"]) in best
         return (
             row.role in ("aa", "all")
-            or ("reference" in row.effect and whole)
+            or "reference" in row.effect
             or row.effect["verdict"] in ("faster", "slower")
             or (named and row.effect.get("kind", "alone") == "alone")
         )
@@ -250,6 +251,40 @@ def _table(analysis: Analysis, rows: Sequence[_Row], verbose: bool) -> Table:
             Text(said, style=COLORS.get(said, "yellow")),
             *([Text(passed)] if told else ()),
             *([row.did] if with_did else ()),
+        )
+    return table
+
+
+def _beside(analysis: Analysis, rows: Sequence[_Row]) -> Table:
+    """Ours over another engine, with the throughput of both. A pair whose outputs did not pass the gate
+    says so in place of its verdict.
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("ours / theirs", overflow="fold", max_width=36)
+    table.add_column("tok/s", justify="right", no_wrap=True)
+    table.add_column("ratio", justify="right", no_wrap=True)
+    share = text.percent(analysis["rule"]["confidence"], 0).replace(" ", "")
+    table.add_column(f"{share} interval", justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    rates = {
+        (rate["workload"], rate["cell"]): rate["mean"]
+        for rate in analysis["rates"]
+        if rate["metric"] == THROUGHPUT.key
+    }
+    workload = ""
+    for row, passed in zip(rows, _gates(analysis, rows), strict=True):
+        if row.workload != workload:
+            workload = row.workload
+            table.add_row(Text(workload, style="bold"))
+        effect = row.effect
+        both = [rates.get((workload, effect[side])) for side in ("cell", "reference")]
+        said = text.verdict(effect) if passed == "pass" else f"gate: {passed}"
+        table.add_row(
+            Text(f" {row.name}"),
+            " / ".join(text.number(rate) for rate in both),
+            text.ratio(effect["ratio"]),
+            text.interval(effect["low"], effect["high"], between="–"),
+            Text(said, style=COLORS.get(said, "yellow")),
         )
     return table
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from experiments.__main__ import app
@@ -30,6 +31,7 @@ from experiments.study.yaml_files import SpecError
 from reports import text
 from reports.analysis.analyse import analyse, ratios
 from reports.page.render import render
+from reports.page.table import print_table
 from tests.support.synthetic import cell_of, make_plan, make_records
 
 ENGINE = "tests.support.offline_api_engine"
@@ -581,3 +583,23 @@ def test_the_settings_of_another_engine_are_told_in_its_names(tmp_path: Path) ->
             cell["config"] |= {"enforce_eager": True, "async_scheduling": False}
     page = render(plan, lines, analyse(lines, plan), tmp_path)[0].read_text()
     assert "enforce_eager=true, async_scheduling=false" in page
+
+
+def test_the_terminal_puts_pairs_of_engines_first_with_both_throughputs() -> None:
+    """Ratios to another engine stand in a table of their own, none of them cut."""
+    plan, lines = synthetic(0.5)
+    analysis = analyse(lines, plan)
+    out = Console(record=True, width=80)
+    print_table(analysis, out)
+    shown = out.export_text()
+    beside = shown[shown.index("ours / theirs") : shown.index("relative to ")]
+    assert "…" not in beside
+    (row,) = (line for line in beside.splitlines() if line.startswith(" all on / vLLM"))
+    rates = {
+        rate["cell"]: rate["mean"]
+        for rate in analysis["rates"]
+        if rate["metric"] == "output_tokens_per_s" and rate["workload"] == "scaled"
+    }
+    assert f"{text.number(rates['all'])} / {text.number(rates['vllm'])}" in row
+    assert row.rstrip().endswith("faster")
+    assert " / vLLM" not in shown[shown.index("relative to ") :]
