@@ -13,6 +13,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from hypothesis import HealthCheck, Phase, Verbosity, given, reject, settings
 from hypothesis.errors import HypothesisException
@@ -20,11 +21,14 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from nanovllm.engine import invariants
 from property_tests.bad_implementations import BadImplementation
+from property_tests.support import model_free_llm
 from property_tests.support.checked_engine import CheckedEngine, EngineMachine
 from property_tests.support.profiles import Property
 
 HERE = Path(__file__).parent
 MODULES = ("scheduler", "engine", "sampling", "kernel", "request", "resource")
+PATIENCE_S = 2.0
+"""Of a client of a bad implementation. Those that wait for ever wait twice: Hypothesis repeats what failed."""
 MACHINE = Property("engine_machine", EngineMachine, {}, 120)  # type: ignore[arg-type]
 
 
@@ -81,7 +85,7 @@ def kill(bad: BadImplementation, tested: Property, max_examples: int) -> Verdict
         verbosity=Verbosity.quiet,
     )
     try:
-        with bad.installed():
+        with bad.installed(), patch.object(model_free_llm, "PATIENCE_S", PATIENCE_S):
             if tested is MACHINE:
                 run_state_machine_as_test(JudgedMachine, settings=chosen)
             else:

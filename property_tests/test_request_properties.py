@@ -18,9 +18,9 @@ from nanovllm.models.config import load_hf_config
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.serving import AsyncLLM
+from property_tests.support import model_free_llm
 from property_tests.support.model_free import oracle
 from property_tests.support.model_free_llm import (
-    PATIENCE_S,
     Client,
     ModelFreeLLM,
     clients,
@@ -231,7 +231,7 @@ async def serve_clients(
         for i, client in enumerate(group)
     ]
     pacing = asyncio.ensure_future(pace(llm)) if paced else None
-    _, waiting = await asyncio.wait(reading, timeout=PATIENCE_S)
+    _, waiting = await asyncio.wait(reading, timeout=model_free_llm.PATIENCE_S)
     for task in waiting:
         task.cancel()
     # its threads, which are daemons, are left behind: to wait for them could take for ever
@@ -251,7 +251,7 @@ async def serve_clients(
     while not paced and await llm.between_steps(lambda engine: engine.has_unfinished_requests()):
         await asyncio.sleep(0.001)
     looking = asyncio.ensure_future(llm.between_steps(look))
-    _, waiting = await asyncio.wait([looking], timeout=PATIENCE_S)
+    _, waiting = await asyncio.wait([looking], timeout=model_free_llm.PATIENCE_S)
     assert not waiting, "the step thread does not answer"
     left = {**looking.result(), "held": llm.num_unfinished}
     await llm.shutdown()

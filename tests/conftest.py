@@ -9,12 +9,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from filelock import FileLock
 
-from experiments.host import provenance
+from experiments.host import model_files, provenance
 
 if not torch.cuda.is_available():
     # read when triton is first imported, by whichever test comes first
@@ -39,6 +40,36 @@ def _one_environment_report() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(provenance, "environment_report", cache(provenance.environment_report))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _digests_in_this_process() -> Iterator[None]:
+    """A runner must not import torch, so it has checkpoints prepared and digested by another process,
+    which does. Commands that tests start in a process of their own still do so.
+    """
+    real = model_files._inspect
+
+    @cache
+    def inspect(preset: str | None, path: str | None, here: bool) -> Any:
+        return real.__wrapped__(preset, path, True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_files, "_inspect", inspect)
+        yield
+
+
+@pytest.fixture
+def forked_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks, replicas, launches and the jobs of a check are forked (tests/support/forks.py): for
+    tests of what these processes do, not of how they start.
+    """
+    from experiments.checking import run as check_run
+    from experiments.launch import runner
+    from nanovllm.distributed import processes
+    from tests.support import forks
+
+    for module in (processes, runner, check_run):
+        monkeypatch.setattr(module, "subprocess", forks.module())
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from nanovllm.distributed import data_parallel
 from nanovllm.distributed.data_parallel import expected_work, share_out
 from nanovllm.distributed.processes import WorkerError
 from nanovllm.distributed.wire import Channel
+from tests.support.forks import children
 
 SMALL: dict[str, Any] = {
     "device": "cpu",
@@ -40,10 +41,7 @@ PARAMS = [
 ]
 
 
-def children() -> list[psutil.Process]:
-    return [
-        p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE
-    ]
+forked = pytest.mark.usefixtures("forked_processes")
 
 
 def test_two_replicas_give_the_outputs_of_one_engine(tiny: Path) -> None:
@@ -83,6 +81,7 @@ def test_two_replicas_give_the_outputs_of_one_engine(tiny: Path) -> None:
         llm.generate(PROMPTS, PARAMS)
 
 
+@forked
 @pytest.mark.slow
 def test_replicas_of_several_ranks(tiny: Path) -> None:
     switches = {
@@ -105,6 +104,7 @@ def test_replicas_of_several_ranks(tiny: Path) -> None:
     assert children() == []
 
 
+@forked
 @pytest.mark.parametrize(
     ("kind", "await_its_end", "message", "call"),
     [
@@ -129,6 +129,7 @@ def test_a_replica_that_dies_or_stops_ends_the_engine(
         llm.generate(PROMPTS, PARAMS)
 
 
+@forked
 def test_a_refused_call_is_refused_as_by_one_engine_and_leaves_no_trace(tiny: Path) -> None:
     """Not valid, or larger than the whole KV cache: 4 blocks of 8 tokens."""
     settings, params = (
@@ -188,6 +189,7 @@ def test_a_replica_answers_with_the_error_of_a_call_that_left_it_sound(
     theirs.close()
 
 
+@forked
 def test_what_cannot_be_sent_to_a_replica_leaves_no_answer_behind(tiny: Path) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=4)
     with LLM(str(tiny), **SMALL, data_parallel_size=2) as llm:

@@ -22,6 +22,7 @@ from nanovllm.distributed import processes, rank, workers
 from nanovllm.distributed.wire import Channel
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.models.checkpoint import ensure_checkpoint
+from tests.support import forks
 
 SMALL: dict[str, Any] = {
     "device": "cpu",
@@ -38,11 +39,14 @@ def tokens_of(llm: LLM) -> list[list[int]]:
     return [o.outputs[0].token_ids for o in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
 
 
+forked = pytest.mark.usefixtures("forked_processes")
+
+
 def children() -> list[psutil.Process]:
     return [
         p
-        for p in psutil.Process().children()
-        if "nanovllm.distributed.rank" in " ".join(p.cmdline())
+        for p in forks.children()
+        if any(name in " ".join(p.cmdline()) for name in ("distributed.rank", forks.__name__))
     ]
 
 
@@ -77,6 +81,7 @@ def test_two_ranks_compute_the_same_and_two_engines_run_side_by_side(tiny: Path)
     assert children() == []
 
 
+@forked
 @pytest.mark.parametrize(
     "params",
     [
@@ -131,6 +136,7 @@ def main_of_a_rank_that_records(channel: Channel) -> None:
     rank.main(channel)
 
 
+@forked
 def test_ranks_replay_recorded_steps(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches between the buckets, rows that change owners, and steps whose plan is not sent in
     full.
@@ -154,6 +160,7 @@ def test_ranks_replay_recorded_steps(tiny: Path, monkeypatch: pytest.MonkeyPatch
         assert llm.stats()["all_reduces.library"] == 2 * 4 * llm.stats()["steps"]
 
 
+@forked
 def test_a_killed_rank_ends_the_engine_with_an_error(tiny: Path) -> None:
     for victim in (0, 1):
         llm = LLM(str(tiny), **SMALL, tensor_parallel_size=2)
@@ -167,6 +174,7 @@ def test_a_killed_rank_ends_the_engine_with_an_error(tiny: Path) -> None:
             tokens_of(llm)
 
 
+@forked
 @pytest.mark.parametrize("victim", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_hung_rank_ends_the_engine_with_an_error(
     four_heads: Path, monkeypatch: pytest.MonkeyPatch, victim: int
@@ -186,6 +194,7 @@ def main_of_a_rank_that_never_finishes(channel: Channel) -> None:
     rank.main(channel)
 
 
+@forked
 def test_a_step_that_nobody_finishes_ends_the_engine(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,11 +217,6 @@ def test_a_step_that_nobody_finishes_ends_the_engine(
     assert children() == []
 
 
-def main_that_waits_for_ever(channel: Channel) -> None:
-    """As a rank whose device never answers: it does not see that its channel has closed."""
-    time.sleep(99)
-
-
 @pytest.mark.slow
 def test_ranks_that_compile_do_not_hang(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "COLLECTIVE_TIMEOUT_S", 1.0)  # a C++ compiler takes longer
@@ -229,7 +233,7 @@ def test_ranks_end_with_the_engine_however_it_ends() -> None:
     """kill -9 of the engine's process, while a rank waits for something else than its channel."""
     code = (
         "import os, signal; from nanovllm.distributed.processes import Child\n"
-        "child = Child('rank', 'tests.distributed.test_tensor_parallel.main_that_waits_for_ever')\n"
+        f"child = Child('rank', '{forks.__name__}.wait_for_ever')\n"
         "print(child.process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -248,9 +252,7 @@ def test_ranks_end_with_the_engine_however_it_ends() -> None:
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_process_that_is_dropped_unclosed_ends_and_leaves_no_descriptor() -> None:
     before = len(os.listdir("/proc/self/fd"))
-    child = processes.Child(
-        "rank", "tests.distributed.test_tensor_parallel.main_that_waits_for_ever"
-    )
+    child = processes.Child("rank", f"{forks.__name__}.wait_for_ever")
     process = psutil.Process(child.process.pid)
     del child
     gc.collect()

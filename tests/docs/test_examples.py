@@ -156,19 +156,19 @@ def test_a_change_of_the_engine(page: str, tmp_path: Path) -> None:
     for diff in blocks(page, "diff"):
         run("git", "apply", "--unidiff-zero", "-", folder=tmp_path, given=diff)
     (tmp_path / "test_page.py").write_text(block(page, "python", "\ndef test_"))
-    run(
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "test_page.py",
-        folder=tmp_path,
-    )
-    for study in blocks(page, "yaml"):
-        path = save(tmp_path, study)
-        run(sys.executable, "-m", "experiments", "validate", str(path), folder=tmp_path)
+    studies = [str(save(tmp_path, study)) for study in blocks(page, "yaml")]
+    run(sys.executable, "-c", TEST_AND_STUDIES, *studies, folder=tmp_path)
+
+
+TEST_AND_STUDIES = """
+import sys, pytest
+from experiments.__main__ import app
+if status := pytest.main(["-q", "-p", "no:cacheprovider", "test_page.py"]):
+    sys.exit(status)
+for study in sys.argv[1:]:
+    app(["validate", study], standalone_mode=False)
+"""
+"""What a reader types, in one process: `python -m pytest test_page.py`, `python -m experiments validate ...`."""
 
 
 def run(*command: str, folder: Path, given: str | None = None) -> None:

@@ -19,6 +19,7 @@ from tests.project.test_architecture import ROOT
 SMALL: dict[str, Any] = {"max_num_seqs": 2, "max_model_len": 128, "kv_cache_memory_bytes": 1 << 22}
 
 
+@pytest.mark.usefixtures("forked_processes")
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_threads_that_share_an_engine_take_turns(tiny: Path, replicas: int) -> None:
     """As a web handler or a thread pool does: every call gets its own answer, the same as alone."""
@@ -62,9 +63,9 @@ def test_requests_may_be_added_while_another_thread_steps(tiny: Path) -> None:
 SCRIPT = """
 from nanovllm import LLM, SamplingParams
 import sys
-switches = {sys.argv[2]: 2} if len(sys.argv) > 2 else {}
-with LLM(sys.argv[1], **switches, max_num_seqs=2, max_model_len=64, kv_cache_memory_bytes=1 << 22) as llm:
-    print(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=3, temperature=0), use_tqdm=False)[0].outputs[0].token_ids)
+for switch in sys.argv[2:]:
+    with LLM(sys.argv[1], **{switch: 2}, max_num_seqs=2, max_model_len=64, kv_cache_memory_bytes=1 << 22) as llm:
+        print(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=3, temperature=0), use_tqdm=False)[0].outputs[0].token_ids)
 """
 
 
@@ -82,17 +83,17 @@ def test_the_working_directory_shadows_no_module_of_ranks_and_replicas(
     with LLM(str(tiny), **SMALL) as llm:
         params = SamplingParams(max_tokens=3, temperature=0)
         expected = llm.generate([[5, 6, 7]], params, use_tqdm=False)[0].outputs[0].token_ids
-    for switch in ("tensor_parallel_size", "data_parallel_size"):
-        done = subprocess.run(
-            [sys.executable, str(script), str(tiny), switch],
-            cwd=work,
-            capture_output=True,
-            text=True,
-            check=False,
-            env={"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout == f"{expected}\n"
+    switches = ("tensor_parallel_size", "data_parallel_size")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tiny), *switches],
+        cwd=work,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{expected}\n" * len(switches)
 
 
 def test_an_engine_that_is_found_in_the_working_directory_has_its_ranks_there_too(

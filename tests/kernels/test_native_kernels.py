@@ -501,6 +501,7 @@ def test_weights_are_packed_once_and_not_kept_twice(tiny: Path) -> None:
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.usefixtures("forked_processes")
 def test_a_rank_packs_its_shard(tiny: Path) -> None:
     expected, _ = tokens_of(tiny, {})
     found, toggles = tokens_of(tiny, {**NATIVE, "tensor_parallel_size": 2})

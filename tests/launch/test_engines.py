@@ -53,6 +53,7 @@ def nanovllm(model: Path, **optimizations: Any) -> Any:
     return adapter
 
 
+@pytest.mark.usefixtures("forked_processes")
 def test_replicas_serve_like_one_engine(model: Path) -> None:
     adapter = nanovllm(model, data_parallel_size=2)
     try:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from nanovllm.models import checkpoint
 from nanovllm.models.checkpoint import DIGESTS, PRESETS, checkpoint_digest, ensure_checkpoint
+from tests.support import forks
 from tests.support.hf_names import CACHE
 
 ROWS, PROMPT, OUTPUT = 4, 96, 64
@@ -314,20 +314,19 @@ def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
         "nanovllm.models.checkpoint",
         "tiny",
         "--cache-dir",
-        str(tmp_path),
+        str(tmp_path / "cache"),
         "--num-hidden-layers",
         "1",
     ]
-    builds = [
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": "src"}
-        )
-        for _ in "ab"
-    ]
-    printed = {build.communicate(timeout=120)[0] for build in builds}
-    assert [build.returncode for build in builds] == [0, 0]
-    ((folder, digest),) = (lines.split() for lines in printed)
-    assert [str(path) for path in tmp_path.iterdir()] == [folder]
+    said = [tmp_path / name for name in "ab"]
+    builds = []
+    for path in said:
+        with path.open("w") as out:
+            environment = os.environ | {"PYTHONPATH": "src"}
+            builds.append(forks.start(command, stdout=out, env=environment))
+    assert [build.wait(120) for build in builds] == [0, 0]
+    ((folder, digest),) = {tuple(path.read_text().split()) for path in said}
+    assert [str(path) for path in (tmp_path / "cache").iterdir()] == [folder]
     assert checkpoint_digest(folder) == digest
 
 

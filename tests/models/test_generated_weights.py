@@ -78,6 +78,7 @@ def test_shards_are_parts_of_the_whole(
     assert not torch.equal(*weights)
 
 
+@pytest.mark.usefixtures("forked_processes")
 def test_ranks_generate_the_tokens_of_one(folder: Path) -> None:
     prompts = [[5 + i, 6, 7] for i in range(4)]
     results = []
@@ -101,6 +102,7 @@ def test_ranks_generate_the_tokens_of_one(folder: Path) -> None:
     assert len({tuple(tokens) for tokens in results[0]}) == 4
 
 
+@pytest.mark.usefixtures("forked_processes")
 @pytest.mark.parametrize("degree", [1, 2])
 def test_the_gate_judges_against_the_same_weights(
     folder: Path, tmp_path: Path, degree: int

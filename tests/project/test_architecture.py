@@ -89,14 +89,14 @@ print(time.process_time())
 def test_the_first_token_costs_less_than_five_seconds(tiny: Path) -> None:
     command = [sys.executable, "-c", FIRST_TOKEN, str(tiny)]
     environment = {"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin"}
-    runs = [
-        subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        for _ in range(2)
-    ]
-    # of this process on a core: what others do with the cores meanwhile is no business of ours
-    cpu_s = [float(run.stdout) for run in runs]
-    print(f"from the interpreter's start to the first token on tiny: {min(cpu_s):.2f} s of CPU")
-    assert min(cpu_s) < 5
+    for _ in range(2):  # once more if caches were cold
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        # of this process on a core: what others do with the cores meanwhile is no business of ours
+        cpu_s = float(done.stdout)
+        print(f"from the interpreter's start to the first token on tiny: {cpu_s:.2f} s of CPU")
+        if cpu_s < 5:
+            break
+    assert cpu_s < 5
 
 
 def test_scheduler_loads_no_torch() -> None:

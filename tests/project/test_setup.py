@@ -189,9 +189,9 @@ def test_a_lock_that_strangers_cannot_resolve_is_found(
     )
     (tmp_path / "constraints.txt").write_text(constraints)
     linux, mac = lock.Target("3.12", "Linux arm64"), lock.Target("3.13", "macOS arm64")
-    # uv asks every Python of the machine what it is, unless its cache knows
-    cache = ["--cache-dir", str(shared_folder / "uv")]
-    settings = ["--no-index", "--find-links", str(tmp_path), *cache]
+    # uv would ask every Python of the machine what it is, unless its cache knows
+    this = ["--python", sys.executable, "--cache-dir", str(shared_folder / "uv")]
+    settings = ["--no-index", "--find-links", str(tmp_path), *this]
     surroundings = {
         name: value for name, value in os.environ.items() if not name.startswith(("UV_", "PIP_"))
     }

@@ -34,6 +34,7 @@ from reports.page.render import render
 from reports.page.table import print_table
 from tests.support.synthetic import cell_of, make_plan, make_records
 
+forked = pytest.mark.usefixtures("forked_processes")
 ENGINE = "tests.support.offline_api_engine"
 STUDY = f"""
 name: compare-offline
@@ -83,6 +84,7 @@ def keep(plan: dict[str, Any], cells: tuple[str, ...]) -> dict[str, Any]:
     return {**plan, "plan_hash": store.plan_hash(plan)}
 
 
+@forked
 def test_any_engine_with_the_offline_api_is_compared_gated_and_reported(
     tiny: Path, tmp_path: Path
 ) -> None:
@@ -104,6 +106,7 @@ def test_any_engine_with_the_offline_api_is_compared_gated_and_reported(
     assert "quantization" in page
 
 
+@forked
 def test_a_wrong_checkpoint_is_refused(tiny: Path, tmp_path: Path) -> None:
     plan = plan_of(tmp_path)
     wrong = tmp_path / "wrong"
@@ -134,6 +137,7 @@ def test_a_wrong_checkpoint_is_refused(tiny: Path, tmp_path: Path) -> None:
     assert len(store.read(tmp_path / "later")) == 1, "what ran is kept"
 
 
+@forked
 def test_unequal_kv_bytes_stop_it(tiny: Path, tmp_path: Path) -> None:
     asked = plan_of(tmp_path, "cells.other.config.kv_cache_memory_bytes=8388608")
     with pytest.raises(
@@ -156,6 +160,7 @@ def test_unequal_kv_bytes_stop_it(tiny: Path, tmp_path: Path) -> None:
         Runner(plan, tmp_path / "out", resume=True)
 
 
+@forked
 def test_a_tampered_output_fails_the_gate(tiny: Path, tmp_path: Path) -> None:
     plan = keep(plan_of(tmp_path, "cells.other.config.misbehave=tamper"), ("baseline", "other"))
     store.write_plan(plan, tmp_path / "plan.json")
@@ -175,6 +180,7 @@ def test_a_tampered_output_fails_the_gate(tiny: Path, tmp_path: Path) -> None:
     assert any("gate: fail" in row["reason"] for row in analysis["excluded"])
 
 
+@forked
 def test_an_engine_that_dies_in_mid_run_costs_its_own_launch_only(
     tiny: Path, tmp_path: Path
 ) -> None:

@@ -306,6 +306,7 @@ def test_options_that_a_model_cannot_serve(tiny: Path) -> None:
         llm.generate([[1, 2]], greedy(stop="x"), use_tqdm=False)
 
 
+@pytest.mark.usefixtures("forked_processes")
 @pytest.mark.parametrize("how", [{"tensor_parallel_size": 2}, {"data_parallel_size": 2}], ids=str)
 def test_ranks_and_replicas_serve_options(tiny: Path, how: dict[str, int]) -> None:
     ids = [[5 + i % 50 for i in range(40)], [7, 8, 9]]

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from experiments import chat
+from experiments.__main__ import app
 from experiments.host import environment, provenance
 from nanovllm import LLM, SamplingParams
 
@@ -85,19 +87,16 @@ def test_a_model_without_a_template_says_what_to_do(tiny: Path) -> None:
     assert "LLM.generate" not in said, "a hint for Python does not help on the command line"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["no-such-model"], "no-such-model"),
-        (
-            ["tiny", "--chat-template", "no-such-file.jinja"],
-            "no-such-file.jinja: there is no such file",
-        ),
-    ],
-)
-def test_what_cannot_begin_is_one_message(arguments: list[str], said: str) -> None:
+def test_a_template_that_is_not_there_is_a_message() -> None:
+    done = CliRunner().invoke(app, ["chat", "tiny", "--chat-template", "no-such-file.jinja"])
+    assert done.exit_code == 2
+    assert "no-such-file.jinja: there is no such file" in done.stderr
+    assert isinstance(done.exception, SystemExit)
+
+
+def test_what_cannot_begin_is_one_message() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "experiments", "chat", *arguments],
+        [sys.executable, "-m", "experiments", "chat", "no-such-model"],
         capture_output=True,
         text=True,
         cwd=provenance.ROOT,
@@ -106,5 +105,5 @@ def test_what_cannot_begin_is_one_message(arguments: list[str], said: str) -> No
         check=False,
     )
     assert done.returncode == 2
-    assert said in done.stderr
+    assert "no-such-model" in done.stderr
     assert "Traceback" not in done.stderr

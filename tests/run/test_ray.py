@@ -33,11 +33,14 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(180)]
 _STORE = 80 << 20
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Two nodes of one core each; to each its own locks, as if it were a machine of its own."""
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes of one core each; to each its own locks, as if it were a machine of its own. The
+    last test takes one away.
+    """
     from ray.cluster_utils import Cluster
 
+    monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_worker_niceness", "0")
     monkeypatch.setenv("RAY_health_check_period_ms", "300")
@@ -60,6 +63,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     cluster.wait_for_nodes()
     yield cluster
     cluster.shutdown()
+    monkeypatch.undo()
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -73,6 +77,34 @@ def worker_of(launch: str) -> psutil.Process:
                 return process.parent()
         time.sleep(0.02)
     raise AssertionError(f"{launch} never ran in a worker")
+
+
+def test_an_ended_block_does_not_take_the_next_with_it(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node gets its next block as soon as the last has told its end, on the worker that has
+    hardly left the last.
+    """
+
+    def at_once(job: Job, context: dict[str, Any]) -> Iterator[WorkerEvent]:
+        with tempfile.TemporaryDirectory():
+            yield {"event": "message", "text": "here"}
+            yield {"event": "done"}
+
+    monkeypatch.setattr("experiments.cluster.ray_workers.run_block", at_once)
+    ended: Counter[tuple[str, ...]] = Counter()
+    with RayWorkers(make_plan(tmp_path / "model"), cluster.address) as workers:
+        slots = list(workers.slots())
+        for slot in slots:
+            workers.start(slot, {})
+        end = time.monotonic() + 120
+        while ended.total() < 60 and time.monotonic() < end:
+            for slot, event in workers.poll(1.0):
+                if event["event"] != "message":
+                    ended[tuple(event.values())] += 1
+                    workers.start(slot, {})
+    assert set(ended) == {("done",)}, ended
+    assert ended.total() >= 60
 
 
 def test_blocks_run_on_two_nodes_and_begin_again_when_their_worker_dies(
@@ -145,34 +177,6 @@ def test_blocks_run_on_two_nodes_and_begin_again_when_their_worker_dies(
     lines = (tmp_path / "out" / store.RECORDS).read_text()
     assert EXECUTORS["ray"](plan, tmp_path / "out", options, listen), "nothing is left to do"
     assert (tmp_path / "out" / store.RECORDS).read_text() == lines
-
-
-def test_an_ended_block_does_not_take_the_next_with_it(
-    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A node gets its next block as soon as the last has told its end, on the worker that has
-    hardly left the last.
-    """
-
-    def at_once(job: Job, context: dict[str, Any]) -> Iterator[WorkerEvent]:
-        with tempfile.TemporaryDirectory():
-            yield {"event": "message", "text": "here"}
-            yield {"event": "done"}
-
-    monkeypatch.setattr("experiments.cluster.ray_workers.run_block", at_once)
-    ended: Counter[tuple[str, ...]] = Counter()
-    with RayWorkers(make_plan(tmp_path / "model"), cluster.address) as workers:
-        slots = list(workers.slots())
-        for slot in slots:
-            workers.start(slot, {})
-        end = time.monotonic() + 120
-        while ended.total() < 60 and time.monotonic() < end:
-            for slot, event in workers.poll(1.0):
-                if event["event"] != "message":
-                    ended[tuple(event.values())] += 1
-                    workers.start(slot, {})
-    assert set(ended) == {("done",)}, ended
-    assert ended.total() >= 60
 
 
 def test_what_ray_cannot_do_is_said(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 those of the processes that they started and waited for.
 
 Unlike durations they do not grow with what else runs on the machine. The end of a run that took more than
-LEAST_REPORTED_S of them names the tests and files that took most, and marks tests above BUDGET_S. Each
-test's are in JUnit's XML as well, as the property `cpu_s`.
+LEAST_REPORTED_S of them names the tests and files that took most, marks tests above BUDGET_S, and says how
+long test processes were idle because another one was not done. Each test's are in JUnit's XML as well, as
+the property `cpu_s`.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Spent:
     def __init__(self) -> None:
         self.by_test: Counter[str] = Counter()
         self.workers_s = 0.0
+        self.last_test_ended: dict[str, float] = {}  # by worker
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
@@ -53,6 +55,8 @@ class Spent:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "teardown":
             self.by_test[report.nodeid] += dict(report.user_properties).get("cpu_s", 0.0)  # type: ignore[assignment]
+            if (node := getattr(report, "node", None)) is not None:
+                self.last_test_ended[node.gateway.id] = report.stop
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -76,6 +80,10 @@ class Spent:
         terminalreporter.write_sep(
             "=", f"CPU time: {all_s:.0f} s, {in_tests_s:.0f} s of it in tests"
         )
+        if self.last_test_ended:
+            last = max(self.last_test_ended.values())
+            idle = [f"{last - ended:.0f} s" for ended in self.last_test_ended.values()]
+            write(f"processes idle at the end: {', '.join(idle)}")
         for title, found in (("files", by_file), ("tests", self.by_test)):
             write(f"the {title} that took most:")
             for name, spent_s in found.most_common(LONGEST):
