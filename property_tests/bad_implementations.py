@@ -39,6 +39,8 @@ from nanovllm.kernels.batch import ForwardBatch
 from nanovllm.kernels.torch import attention, filtering, kv_store, norm, rope, sampling
 from nanovllm.models import config as model_config
 from nanovllm.models import loader
+from nanovllm.quantization import kv_cache as small_cache
+from nanovllm.quantization import weights as quantized
 from nanovllm.requests import logit_processors, sequences, stop_strings
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.serving import answers, async_llm, step_thread, streams
@@ -1110,6 +1112,146 @@ def a_stop_string_is_found_before_min_tokens() -> list[Patch]:
 
     real = stop_strings.StopStrings.__init__
     return [(stop_strings.StopStrings, "__init__", init)]
+
+
+# -- quantization ----------------------------------------------------------------------------------
+
+
+@bad("a_quantized_weight_is_its_definition")
+def an_output_has_the_scale_of_the_next_one() -> list[Patch]:
+    """Scales of output channels are off by one channel."""
+    return [(quantized.Int8Weight, "_of", changed("scales", lambda of: of.roll(1, dims=-2)))]
+
+
+@bad("a_quantized_weight_is_its_definition")
+def a_zero_point_is_one_too_high() -> list[Patch]:
+    """As where a format stores zero points minus one, and the reader does not know."""
+    return [(quantized.Int4Weight, "_of", changed("zeros", lambda of: of + 1))]
+
+
+@bad("a_quantized_weight_is_its_definition")
+def groups_of_64_are_read_as_groups_of_128() -> list[Patch]:
+    """Scales are made for 64 inputs each, and each is applied to 128."""
+
+    def dequantized(self: Any, expert: int | None = None) -> torch.Tensor:
+        self.reading = True
+        try:
+            return real(self, expert)
+        finally:
+            self.reading = False
+
+    def groups(self: Any, device: torch.device) -> torch.Tensor:
+        return of_64(self, device) // (2 if getattr(self, "reading", False) else 1)
+
+    real, of_64 = quantized.Int4Weight.dequantized, quantized.Int4Weight._groups
+    return [
+        (quantized, "GROUP", 64),
+        (quantized.Int4Weight, "dequantized", dequantized),
+        (quantized.Int4Weight, "_groups", groups),
+    ]
+
+
+@bad("a_quantized_weight_is_its_definition")
+def nibbles_are_swapped() -> list[Patch]:
+    """The high four bits of a byte are taken for the even input."""
+    swap = changed("packed", lambda of: of << 4 | of >> 4)
+    return [(quantized.Int4Weight, "_of", swap)]
+
+
+@bad("a_quantized_weight_is_its_definition")
+def the_last_group_is_dropped() -> list[Patch]:
+    """A group that is not full counts nothing."""
+
+    def dequantized(self: Any, expert: int | None = None) -> torch.Tensor:
+        whole = real(self, expert)
+        whole[..., self.inputs - self.inputs % quantized.GROUP :] = 0
+        return whole
+
+    real = quantized.Int4Weight.dequantized
+    return [(quantized.Int4Weight, "dequantized", dequantized)]
+
+
+@bad("a_quantized_weight_is_its_definition")
+def a_rank_takes_the_groups_of_rank_0() -> list[Patch]:
+    """Every rank counts groups from the first input of the whole weight."""
+
+    def make(self: Any, wide: torch.Tensor) -> None:
+        self.first_input = 0
+        real(self, wide)
+
+    real = quantized.Int4Weight._make
+    return [(quantized.Int4Weight, "_make", make)]
+
+
+@bad("a_quantized_weight_is_its_definition")
+def ranks_do_not_agree_on_scales() -> list[Patch]:
+    """A rank scales by the largest of its own inputs."""
+    return [(quantized.QuantizedWeight, "_largest", lambda self, values: values)]
+
+
+@bad("a_quantized_weight_is_its_definition")
+def all_tokens_share_a_scale() -> list[Patch]:
+    """Activations are rounded with the scale of the largest token of the batch."""
+
+    def rounded(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        _, scales = real(self, x)
+        scales = scales.amax(0, keepdim=True)
+        return quantized.to_e4m3(x.float() / scales), scales
+
+    real = quantized.Fp8Weight.rounded
+    return [(quantized.Fp8Weight, "rounded", rounded)]
+
+
+@bad("a_small_cache_is_its_definition")
+def values_are_read_without_their_scale() -> list[Patch]:
+    """The scale of the cache is applied to keys alone."""
+
+    def attend(self: Any, q: Any, k: Any, v: Any, keys: Any, values: Any, batch: Any) -> Any:
+        plain = values._replace(scales=torch.ones_like(values.scales))
+        return real(self, q, k, v, keys, plain, batch)
+
+    real = small_cache.TorchAttentionOfStored.attend
+    return [(small_cache.TorchAttentionOfStored, "attend", attend)]
+
+
+@bad("a_small_cache_is_its_definition")
+def values_are_rounded_twice() -> list[Patch]:
+    """Keys and values are rounded to bfloat16 before they are rounded to e4m3."""
+    real = quantized.to_e4m3
+    return [(small_cache, "to_e4m3", lambda wide: real(wide.bfloat16().float()))]
+
+
+@bad("a_small_cache_is_its_definition")
+def what_is_too_large_does_not_saturate() -> list[Patch]:
+    """Values beyond the range of e4m3 become NaN, as in a conversion that does not saturate."""
+
+    def to_e4m3(wide: torch.Tensor) -> torch.Tensor:
+        return torch.where(wide.abs() > 464, torch.nan, wide).to(torch.float8_e4m3fn)
+
+    return [(small_cache, "to_e4m3", to_e4m3)]
+
+
+@bad("a_small_cache_is_its_definition")
+def a_prompt_reads_its_own_keys_unrounded() -> list[Patch]:
+    """Tokens of the step itself are attended to as they were computed, not as they are stored."""
+
+    def store(self: Any, new: torch.Tensor, slot_mapping: torch.Tensor) -> torch.Tensor:
+        real(self, new, slot_mapping)
+        return new
+
+    real = small_cache.Stored.store
+    return [(small_cache.Stored, "store", store)]
+
+
+def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
+    """QuantizedWeight._of, with another tensor under one name."""
+
+    def of(self: Any, asked: str, expert: int | None) -> torch.Tensor:
+        found = real(self, asked, expert)
+        return change(found) if asked == name else found
+
+    real = quantized.QuantizedWeight._of
+    return of
 
 
 # -- many clients ----------------------------------------------------------------------------------

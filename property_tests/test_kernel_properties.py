@@ -6,15 +6,24 @@ from __future__ import annotations
 
 import math
 import random
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.gate.lossy.reference import dequantized, rounded_activations, rounded_to_e4m3
+from nanovllm.config import Optimizations
 from nanovllm.kernels import torch as kernels
 from nanovllm.kernels.batch import ForwardBatch
 from nanovllm.kernels.torch import attention, filtering, kv_store, rope, sampling, sampling_shards
+from nanovllm.layers.linear import TensorParallel
+from nanovllm.quantization.kv_cache import SmallCacheAttention, Stored
+from nanovllm.quantization.weights import WEIGHTS
 from property_tests.support.profiles import examples, holds
 from property_tests.support.strategies import SEEDS, around
 
@@ -198,6 +207,165 @@ def test_attention_of_a_batch_is_that_of_its_entries(
     entries = [(True, rng.randrange(40), 1) for _ in range(decodes)]
     entries += [(False, past, length) for past, length in prefills]
     test_attention_is_its_definition.property.body(text, rng.choice([1, 4, 16]), entries, (4, 2))
+
+
+# -- quantization ----------------------------------------------------------------------------------
+
+
+@holds(
+    fast=60,
+    text=TEXTS,
+    level=st.sampled_from(["int8", "int4", "fp8"]),
+    outputs=st.integers(1, 6),
+    inputs=st.sampled_from([4, 64, 128, 192, 256, 388]),
+    experts=st.integers(0, 2),
+    ranks=st.sampled_from([1, 2]),
+    dtype=DTYPES,
+)
+def test_a_quantized_weight_is_its_definition(
+    text: int,
+    level: str,
+    outputs: int,
+    inputs: int,
+    experts: int,
+    ranks: int,
+    dtype: torch.dtype,
+) -> None:
+    """int8, int4 and fp8, whole or shared by ranks: weights stand for the numbers of the gate's reference, and a product is that
+    of these numbers.
+    """
+    shape = (experts, outputs, inputs) if experts else (outputs, inputs)
+    # each output and each block of 32 inputs in another range, not around 0
+    spread = noise(text + 1, *shape[:-1], 1).exp() * noise(text + 2, -(-inputs // 32)).exp()
+    ranges = spread.repeat_interleave(32, dim=-1)[..., :inputs]
+    weight = ((noise(text, *shape) + noise(text + 3, outputs, 1)) * ranges).to(dtype)
+    x = noise(text + 4, 3, inputs, dtype=dtype) * noise(text + 5, 3, 1).exp().to(dtype)
+    part = inputs // ranks
+
+    def made(tp: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        own = slice(tp.rank * part, (tp.rank + 1) * part)
+        stored = WEIGHTS[level](weight[..., own], tp)
+        if not experts:
+            return stored.dequantized(), stored.product(x[:, own])
+        found = [
+            (stored.dequantized(number), stored.product(x[:, own], expert=number))
+            for number in range(experts)
+        ]
+        return torch.stack([w for w, _ in found]), torch.stack([y for _, y in found])
+
+    parts, products = zip(*in_step(ranks, made), strict=True)
+    exact = dequantized(weight, level, dtype)
+    found = torch.cat(parts, dim=-1)
+    assert torch.equal(found, exact.to(dtype)), f"{level} weights stand for other numbers"
+    inputs_of = (rounded_activations(x.float()) if level == "fp8" else x).double()
+    numbers = exact if level == "fp8" else found.double()
+    expected = inputs_of @ numbers.mT
+    scale = (inputs_of.abs() @ numbers.abs().mT).clamp(min=1e-30)  # of the terms
+    total = torch.stack([y.double() for y in products]).sum(0)
+    assert_close((total / scale).to(dtype), expected / scale, f"a product of {level} weights")
+
+
+@holds(
+    fast=40,
+    text=TEXTS,
+    block_size=st.sampled_from([1, 4, 16]),
+    entries=ENTRIES,
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 2)]),
+)
+def test_a_small_cache_is_its_definition(
+    text: int, block_size: int, entries: list[tuple[bool, int, int]], heads: tuple[int, int]
+) -> None:
+    """A KV cache in e4m3: attention of decodes, prompts and chunks over keys and values as the gate's reference rounds them, each
+    head with its scale, those of the step's own tokens too.
+    """
+    (q_heads, kv_heads), head_dim = heads, 8
+    decodes = [(past, 1) for decode, past, _ in entries if decode]
+    shapes = decodes + [(past, length) for decode, past, length in entries if not decode]
+    seq_lens = [past + length for past, length in shapes]
+    query_lens = [length for _, length in shapes]
+    needed = [-(-n // block_size) for n in seq_lens]
+    generator = torch.Generator().manual_seed(text)
+    pool = torch.randperm(sum(needed) + 3, generator=generator).tolist()
+    small = SmallCacheAttention(
+        Optimizations(kv_cache_dtype="fp8_e4m3"),
+        Counter(),
+        num_kv_heads=kv_heads,
+        block_size=block_size,
+        head_dim=head_dim,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    small.key_scales, small.value_scales = torch.rand(2, kv_heads, 1, generator=generator) + 0.5
+    caches = torch.zeros(2, len(pool), kv_heads, block_size, head_dim).to(torch.float8_e4m3fn)
+    tables = torch.zeros(len(shapes), max(needed), dtype=torch.int32)
+    slots, fresh, queries, expected = [], [], [], []
+    for i, (past, length) in enumerate(shapes):
+        table = torch.tensor([pool.pop() for _ in range(needed[i])])
+        tables[i, : len(table)] = table
+        places = torch.arange(past + length)
+        where = table[places // block_size] * block_size + places % block_size
+        k, v = torch.randn(2, past + length, kv_heads, head_dim, generator=generator)
+        v[:, :, 0] *= 400  # some of them lie beyond what e4m3 holds
+        rounded = []
+        for new, cache, scales in zip(
+            (k, v), caches, (small.key_scales, small.value_scales), strict=True
+        ):
+            Stored(cache, scales).store(new[:past], where[:past])
+            rounded.append(rounded_to_e4m3(new / scales).double() * scales.double())
+        q = torch.randn(length, q_heads, head_dim, generator=generator)
+        slots.append(where[past:])
+        fresh.append((k[past:], v[past:]))
+        queries.append(q)
+        expected.append(dense_attention(q.double(), *rounded))
+    batch = ForwardBatch(
+        torch.zeros(sum(query_lens), dtype=torch.int64),
+        torch.zeros(sum(query_lens), dtype=torch.int64),
+        torch.cat(slots),
+        tables,
+        torch.tensor(seq_lens, dtype=torch.int32),
+        torch.tensor([0, *query_lens]).cumsum(0),
+        len(decodes),
+        query_lens,
+        seq_lens,
+    )
+    k, v = (torch.cat([kv[part] for kv in fresh]) for part in (0, 1))
+
+    def qkv_proj(*_: Any) -> tuple[torch.Tensor, ...]:
+        return torch.cat(queries), k, v
+
+    small.prepare(batch)
+    nothing = torch.zeros(sum(query_lens), 1)
+    cache: Any = caches[0], caches[1]
+    found = small(qkv_proj, (None, None, 0.0), nothing, nothing, cache, batch)  # type: ignore[arg-type]
+    sizes = torch.tensor([600.0] + [4.0] * (head_dim - 1))  # of the values that are averaged
+    assert_close(
+        found.view(-1, head_dim) / sizes,
+        torch.cat(expected).flatten(0, 1) / sizes,
+        "attention over a small cache",
+    )
+
+
+class _Step(TensorParallel):
+    """A rank in a thread, whose all_gather waits for the others."""
+
+    def __init__(self, rank: int, size: int, parts: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.size, self.parts, self.barrier = rank, size, parts, barrier
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        self.parts[self.rank] = x
+        self.barrier.wait()
+        found = torch.cat(self.parts, dim=-1)
+        self.barrier.wait()
+        return found
+
+
+def in_step(ranks: int, work: Callable[[TensorParallel], Any]) -> list[Any]:
+    """`work` of each rank, in threads."""
+    parts: list[Any] = [None] * ranks
+    barrier = threading.Barrier(ranks, timeout=20)
+    with ThreadPoolExecutor(ranks) as threads:
+        members = [_Step(rank, ranks, parts, barrier) for rank in range(ranks)]
+        return list(threads.map(work, members))
 
 
 # -- batches of sizes around the numbers of rows that are computed at a time -----------------------

@@ -12,6 +12,7 @@ from typing import Any
 
 from experiments.checking import work
 from experiments.checking.pairs import Choice, pairwise
+from experiments.gate.lossy.recipe import EXACT, recipe_of
 from experiments.records.factor_levels import level_name
 from experiments.records.types import Config, Device, JsonObject, ModelShape, PlannedProfile
 from experiments.study.plan import inapplicable
@@ -162,7 +163,8 @@ def all_jobs(scope: Scope, drawn: list[str]) -> tuple[list[Job], list[str]]:
                 "block_size": work.BLOCK_SIZE,
                 "kv_cache_memory_bytes": kv_cache_bytes(scope.shape, dtype),
             }
-            like = f"nanovllm {dtype}: baseline" if number else None
+            exact = recipe_of(config) == EXACT
+            like = f"nanovllm {dtype}: baseline" if number and exact else None
             jobs.append(
                 Job(
                     f"nanovllm {dtype}: {name}",

@@ -21,6 +21,7 @@ from experiments.checking.jobs import CONTROL, SAMPLED, TRUNCATED, Job
 from experiments.checking.results import JobResult, Line, Logprobs, Noise, Served
 from experiments.checking.work import Workloads
 from experiments.gate.judge import judge_outputs, make_rescorer
+from experiments.gate.lossy.recipe import EXACT, Recipe, recipe_of
 from experiments.gate.negative_controls import tamper
 from experiments.gate.rescoring import Rescorer
 from experiments.gate.rules import GateParams, GateResult, compare_logprobs, judge
@@ -41,12 +42,16 @@ class Judge:
         self.jobs = {job.name: job for job in jobs}
         self.params = GateParams()
         self.eos_ids, self.vocab_size = read_vocabulary(model)
-        self._rescorers: dict[str, Rescorer] = {}
+        self._rescorers: dict[tuple[str, Recipe], Rescorer] = {}
 
-    def rescorer(self, dtype: str) -> Rescorer:
-        if dtype not in self._rescorers:
-            self._rescorers[dtype] = make_rescorer(self.model, dtype, self.params)
-        return self._rescorers[dtype]
+    def rescorer(self, dtype: str, recipe: Recipe = EXACT) -> Rescorer:
+        """Those of exact engines are kept, of the others only the last one."""
+        key = dtype, recipe
+        if key not in self._rescorers:
+            kept = self._rescorers.items()
+            self._rescorers = {known: rescorer for known, rescorer in kept if known[1] == EXACT}
+            self._rescorers[key] = make_rescorer(self.model, dtype, self.params, recipe=recipe)
+        return self._rescorers[key]
 
     def verdict(self, job: Job) -> Line:
         """The verdict on one job: work, tokens, log-probabilities and toggles; and how many outputs
@@ -63,7 +68,7 @@ class Judge:
             return self._line(job, None, "not the same work: " + "; ".join(problems[:3]))
         requests, outputs = self._of(job.name, job.workloads)
         result = judge_outputs(
-            self.rescorer(job.dtype),
+            self.rescorer(job.dtype, recipe_of(job.config)),
             requests,
             outputs,
             self.params,
@@ -155,7 +160,8 @@ class Judge:
         outputs = [output for name in job.logprobs for output in served[name]["outputs"]]
         values = [value for name in job.logprobs for value in served[name]["logprobs"]]
         unknown_noise = job.engine not in NATIVE_ENGINES
-        scores = self.rescorer(job.dtype).score(requests, outputs, unknown_noise=unknown_noise)
+        rescorer = self.rescorer(job.dtype, recipe_of(job.config))
+        scores = rescorer.score(requests, outputs, unknown_noise=unknown_noise)
         result = compare_logprobs(scores, values, job.dtype, self.params)
         return {
             "status": result.status,

@@ -6,6 +6,7 @@
     same_work          the first rule: an engine must have done the work it was asked for
     rescoring          scores tokens with HF transformers, by teacher forcing
     reference_model    turns an HF model into an exact reference
+    lossy/             what a quantized engine rounds, and the reference that rounds alike
     scoring            scores of every token from the logits of two models
     logit_margins      how far a token is from what the reference would have chosen, in logits
     truncation         min-p, top-k and top-p truncation of a vocabulary

@@ -27,6 +27,7 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from experiments import workloads
+from experiments.gate.lossy.recipe import EXACT, Recipe, recipe_of
 from experiments.gate.rescoring import Mutation, Rescorer
 from experiments.gate.rules import GateParams, GateResult, judge
 from experiments.gate.same_work import read_vocabulary, same_work
@@ -46,17 +47,18 @@ def rescore(
     *,
     unknown_noise: bool = False,
     mutate: Mutation | None = None,
+    recipe: Recipe = EXACT,
 ) -> GateResult:
     """Judges outputs (token ids, in the order of the requests) of an engine that ran `model_dir` in
     `dtype`.
 
     dtype: a key of REFERENCE_DTYPE. unknown_noise: tokens were sampled with a random generator other than
-    ours. mutate: breaks the reference (negative controls). To judge many outputs of one model, keep
+    ours. mutate: breaks the reference (negative controls). recipe: what the engine rounds. To judge many outputs of one model, keep
     a `Rescorer` and call `judge_outputs`.
     """
     params = params or GateParams()
     return judge_outputs(
-        make_rescorer(model_dir, dtype, params, mutate),
+        make_rescorer(model_dir, dtype, params, mutate, recipe),
         requests,
         outputs,
         params,
@@ -65,7 +67,11 @@ def rescore(
 
 
 def make_rescorer(
-    model_dir: str | Path, dtype: str, params: GateParams, mutate: Mutation | None = None
+    model_dir: str | Path,
+    dtype: str,
+    params: GateParams,
+    mutate: Mutation | None = None,
+    recipe: Recipe = EXACT,
 ) -> Rescorer:
     return Rescorer(
         model_dir,
@@ -73,6 +79,7 @@ def make_rescorer(
         mutate=mutate,
         batch_tokens=params.batch_tokens,
         logits_bytes=params.logits_bytes,
+        recipe=recipe,
     )
 
 
@@ -155,7 +162,7 @@ class Gate:
         except ValueError as error:
             raise GateError(str(error)) from error
         self.model_dir = find_model(plan["model"], model)
-        self._rescorer: Rescorer | None = None
+        self._rescorers: dict[Recipe, Rescorer] = {}
         self._drawn: dict[str, Workload] = {}
 
     def requests_of(self, workload: str) -> list[Request]:
@@ -181,11 +188,24 @@ class Gate:
             return requests
         return own_answers.as_served(requests, schedule["after"], outputs)
 
-    def rescorer(self) -> Rescorer:
-        if self._rescorer is None:
-            say(f"loading the HF model in {self.plan['model']['dtype']} and as the reference")
-            self._rescorer = make_rescorer(self.model_dir, self.plan["model"]["dtype"], self.params)
-        return self._rescorer
+    def rescorer(self, recipe: Recipe = EXACT) -> Rescorer:
+        """Of engines that round by `recipe`. That of exact engines is kept, of the others only the last one."""
+        if recipe not in self._rescorers:
+            self._rescorers = {EXACT: self._rescorers[EXACT]} if EXACT in self._rescorers else {}
+            dtype = self.plan["model"]["dtype"]
+            what = "" if recipe == EXACT else f", both with {recipe}"
+            say(f"loading the HF model in {dtype} and as the reference{what}")
+            self._rescorers[recipe] = make_rescorer(
+                self.model_dir, dtype, self.params, recipe=recipe
+            )
+        return self._rescorers[recipe]
+
+    def recipes_of(self, work: Work) -> list[Recipe]:
+        """What the engines that generated these tokens round, beyond their dtype. Each of them is judged by a reference that
+        rounds in the same way: the unquantized one says nothing about a quantized engine's tokens.
+        """
+        configs = [self.plan["cells"][launch["cell"]]["config"] for launch in work.launches]
+        return sorted({recipe_of(config) for config in configs})
 
     def pending(self, resume: bool) -> list[Work]:
         """The outputs that are to be judged; without `resume`, all of them. A later gate record of
@@ -221,24 +241,34 @@ class Gate:
         requests = self.requests_of(work.workload)
         if problems := check_same_work(self.plan, work, requests, outputs, self.model_dir):
             return gate_record(self.plan, work, failed_same_work(problems))
-        result = judge_outputs(
-            self.rescorer(),
-            self.requests_as_served(work.workload, outputs),
-            outputs,
-            self.params,
-            unknown_noise=work.unknown_noise,
-            progress=Progress(str(work)).report,
-        )
-        return gate_record(self.plan, work, result)
+        served = self.requests_as_served(work.workload, outputs)
+        results = [
+            judge_outputs(
+                self.rescorer(recipe),
+                served,
+                outputs,
+                self.params,
+                unknown_noise=work.unknown_noise,
+                progress=Progress(str(work)).report,
+            )
+            for recipe in self.recipes_of(work)
+        ]
+        # where engines of several recipes gave the same tokens, these must be right for all of them
+        return gate_record(self.plan, work, next((r for r in results if not r.passed), results[0]))
 
     def negative_controls(self) -> Iterator[GateRecord]:
         """A gate record for each way of breaking the reference or the tokens; all have to fail."""
         from experiments.gate.negative_controls import controls, tamper
 
-        native = [work for work in self.all_work() if not work.unknown_noise]
+        native = [
+            work
+            for work in self.all_work()
+            if not work.unknown_noise and self.recipes_of(work) == [EXACT]
+        ]
         if not native:
             raise GateError(
-                "this folder has no valid launch of nanovllm; negative controls need tokens that it generated"
+                "this folder has no valid launch of nanovllm without quantization; negative controls need tokens that it "
+                "generated"
             )
         work = max(native, key=lambda work: self.plan["workloads"][work.workload]["output_tokens"])
         outputs = read_tokens(self.folder.path, work.tokens_digest)

@@ -26,6 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from experiments.gate.edited_logits import edited, has_options
 from experiments.gate.logit_margins import Rows
+from experiments.gate.lossy.recipe import EXACT, Recipe
+from experiments.gate.lossy.reference import make_lossy
 from experiments.gate.reference_model import check_decomposition, last_hidden_states, make_exact
 from experiments.gate.same_work import read_vocabulary
 from experiments.gate.scoring import Scores, logprob, score_rows
@@ -50,7 +52,8 @@ class Rescorer:
     """Holds both models. `score` caches the scores of each (request, output), because the outputs of
     two launches of one workload often differ in a few requests only.
 
-    dtype: the engine's, one of REFERENCE_DTYPE. mutate: breaks both models in place (negative
+    dtype: the engine's, one of REFERENCE_DTYPE. recipe: what the engine rounds beyond that, which both models then round
+    alike. mutate: breaks both models in place (negative
     controls). batch_tokens: limit on the padded tokens of a forward pass. logits_bytes: limit on
     the memory of one table of logits. known_tokens: size of the cache in output tokens, of some 250
     bytes each (half a gigabyte by default).
@@ -66,6 +69,7 @@ class Rescorer:
         batch_tokens: int = 4096,
         logits_bytes: int = 2**26,
         known_tokens: int = 2**21,
+        recipe: Recipe = EXACT,
     ) -> None:
         if dtype not in DTYPE:
             raise ValueError(f"dtype={dtype!r} cannot be rescored; allowed: {', '.join(DTYPE)}")
@@ -86,6 +90,9 @@ class Rescorer:
             self._load(model_dir).to(REFERENCE_DTYPE[dtype]),
         )
         make_exact(self.reference)
+        if recipe != EXACT:
+            for model in (self.hf, self.reference):
+                make_lossy(model, recipe, DTYPE[dtype])
         if mutate is not None:
             mutate(self.hf)
             mutate(self.reference)

@@ -16,6 +16,7 @@ from unittest.mock import MagicMock, patch
 import torch
 
 from nanovllm.config import EngineConfig, Optimizations, ResolvedConfig
+from nanovllm.cpu.runner import CpuRunner
 from nanovllm.distributed import collectives, workers
 from nanovllm.engine.model_runner import ModelRunner, StepHandle
 from nanovllm.engine.scheduler import StepPlan
@@ -54,9 +55,13 @@ class RanksInThreads:
     ) -> None:
         size = resolved.optimizations.tensor_parallel_size
 
+        on = resolved.optimizations
+        exact = on.quantization == "none" and on.kv_cache_dtype == "auto"
+        make = ModelRunner if exact else CpuRunner
+
         def start(group: Group, own: StepStats) -> ModelRunner:
             group.whole_experts = resolved.enable_expert_parallel
-            return ModelRunner(resolved, model_config, folder, own, group)
+            return make(resolved, model_config, folder, own, group)
 
         # a runner sets it while it makes its model; threads would find each other's value, and keep it
         default_dtype = torch.get_default_dtype()

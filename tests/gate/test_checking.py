@@ -21,6 +21,7 @@ from experiments.checking import jobs, judging, page, run, work
 from experiments.checking.jobs import CONTROL, SAMPLED, TRUNCATED, Job, Scope
 from experiments.checking.pairs import combinations, pairs_of, pairwise
 from experiments.checking.serve import serve
+from experiments.gate.lossy.recipe import EXACT, recipe_of
 from experiments.gate.negative_controls import CONTROL_PROMPT, controls
 from experiments.host import provenance
 from experiments.host.model_files import shape
@@ -77,9 +78,22 @@ def test_every_switch_of_this_machine_meets_every_other(tiny: Path) -> None:
     assert here["overlap"] == here["prefix_cache"] == {False, True}
     assert any(reason.startswith("cuda_graphs=on: ") for reason in absent)
     assert not any(reason.startswith("overlap") for reason in absent)
+    assert here["quantization"] == set(LEVELS["quantization"])
+    apart = {("native", "fp8_e4m3")}  # attention that cannot read such a cache
     for a, b in itertools.combinations(LEVELS, 2):
-        assert {(c[a], c[b]) for c in chosen} == set(itertools.product(here[a], here[b]))
-    assert len(chosen) <= 12
+        expected = set(itertools.product(here[a], here[b]))
+        if (a, b) == ("attention_backend", "kv_cache_dtype"):
+            expected -= apart
+        assert {(c[a], c[b]) for c in chosen} == expected
+    assert len(chosen) <= 18
+
+
+def test_a_lossy_job_is_compared_with_its_own_reference_alone(tiny: Path) -> None:
+    made, _ = jobs.all_jobs(scope(tiny), ["drawn-000"])
+    lossy = [job for job in made if recipe_of(job.config) != EXACT]
+    assert {recipe_of(job.config).quantization for job in lossy} >= {"int8", "int4", "fp8"}
+    assert all(job.like is None for job in lossy)
+    assert recipe_of({"dtype": "float32"}) == EXACT
 
 
 def test_what_a_check_on_a_gpu_is_too_small_for_is_named(tiny: Path) -> None:

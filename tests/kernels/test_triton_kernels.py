@@ -35,7 +35,7 @@ from nanovllm.kernels.torch.attention import TorchAttention  # noqa: E402
 from nanovllm.kernels.triton import activation as triton_activation  # noqa: E402
 from nanovllm.kernels.triton import decode_step as triton_decode_step  # noqa: E402
 from nanovllm.kernels.triton import experts as triton_experts  # noqa: E402
-from nanovllm.kernels.triton import fused  # noqa: E402
+from nanovllm.kernels.triton import fused, quantized_linear  # noqa: E402
 from nanovllm.kernels.triton import kv_store as triton_kv_store  # noqa: E402
 from nanovllm.kernels.triton import norm as triton_norm  # noqa: E402
 from nanovllm.kernels.triton import rope as triton_rope  # noqa: E402
@@ -1038,9 +1038,9 @@ def all_kernels() -> set[str]:
     }
 
 
-def every_launch(dtype: torch.dtype, everything: bool) -> None:
+def every_launch(dtype: torch.dtype, everything: bool, fp8: bool) -> None:
     """Calls every wrapper on meta tensors: at the shapes that need most of a GPU, or at all those
-    of Qwen3-0.6B and 8B, with other heads as well.
+    of Qwen3-0.6B and 8B, with other heads as well. fp8: the GPU has e4m3.
     """
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -1073,6 +1073,10 @@ def every_launch(dtype: torch.dtype, everything: bool) -> None:
         q, kv = empty(284, 16, head_dim), empty(284, kv_heads, head_dim)
         cache = empty(4, kv_heads, page, head_dim)
         attention.attend(q, kv, kv, cache, cache, batch)
+        if fp8 and short:
+            small = empty(*cache.shape, dtype=torch.float8_e4m3fn)
+            attention.attend(q, kv, kv, small, small, batch)
+    every_quantized_launch(dtype, everything, fp8)
     if not (short or everything):
         return
     triton_norm.rms_norm(empty(tokens, hidden), empty(hidden), 1e-6)
@@ -1102,14 +1106,17 @@ def every_launch(dtype: torch.dtype, everything: bool) -> None:
         cache, norm_weight = geometry(head_dim, page)
         kv = empty(tokens, kv_heads, head_dim)
         triton_kv_store.store_kv(kv, kv, cache, cache, empty(tokens, dtype=long))
-        for norms in ((norm_weight, norm_weight), (None, None)):
+        small = [empty(*cache.shape, dtype=torch.float8_e4m3fn)] if fp8 else []
+        for norms, stored in itertools.product(
+            ((norm_weight, norm_weight), (None, None)), (cache, *small)
+        ):
             triton_rope.qk_norm_rope_store_kv(
                 empty(tokens, 32 * head_dim),
                 *norms,
                 1e-6,
                 empty(tokens, head_dim, dtype=torch.float32),
-                cache,
-                cache,
+                stored,
+                stored,
                 empty(tokens, dtype=long),
             )
     models = ((1024, 3072, 32), (4096, 12_288, 48)) if everything else ((1024, 3072, 32),)
@@ -1129,7 +1136,10 @@ def every_launch(dtype: torch.dtype, everything: bool) -> None:
             if rows < 128:  # those are not fused
                 continue
             cache, norm_weight = geometry(head_dim, page)
-            for with_bias, with_norms in VARIANTS:
+            small = [empty(*cache.shape, dtype=torch.float8_e4m3fn)] if fp8 else []
+            variants = [(*variant, cache) for variant in VARIANTS]
+            variants += [(*VARIANTS[0], stored) for stored in small]
+            for with_bias, with_norms, stored in variants:
                 fused.fused_qkv(
                     empty(rows, k),
                     empty(heads * head_dim, k),
@@ -1137,8 +1147,8 @@ def every_launch(dtype: torch.dtype, everything: bool) -> None:
                     *([norm_weight if with_norms else None] * 2),
                     1e-6,
                     empty(rows, head_dim, dtype=torch.float32),
-                    cache,
-                    cache,
+                    stored,
+                    stored,
                     empty(rows, dtype=long),
                     fused.tiling_for(fused.QKV_TILINGS, rows),
                 )
@@ -1184,6 +1194,31 @@ def every_launch(dtype: torch.dtype, everything: bool) -> None:
     )
 
 
+def every_quantized_launch(dtype: torch.dtype, everything: bool, fp8: bool) -> None:
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    shapes = ((6144, 1024), (1024, 3072)) if everything else ((6144, 1024),)
+    for rows, (n, k), with_bias in itertools.product(
+        (1, 32, 64) if everything else (64,), shapes, (False, True) if everything else (True,)
+    ):
+        bias = empty(n) if with_bias else None
+        x, scales = empty(rows, k), empty(n, 1)
+        quantized_linear.int8_linear(x, empty(n, k, dtype=torch.int8), scales, bias)
+        of_groups = empty(n, k // 128), empty(n, k // 128, dtype=torch.uint8)
+        packed = empty(n, k // 2, dtype=torch.uint8)
+        quantized_linear.int4_linear(x, packed, *of_groups, bias)
+        if fp8:
+            quantized_linear.fp8_linear(
+                empty(rows, k, dtype=torch.float8_e4m3fn),
+                empty(rows, 1, dtype=torch.float32),
+                empty(n, k, dtype=torch.float8_e4m3fn),
+                empty(n, 1, dtype=torch.float32),
+                bias,
+                dtype,
+            )
+
+
 def compile_every_launch(capability: int, everything: bool) -> dict[str, dict[str, int]]:
     """For each kernel: `shared`, the most bytes of shared memory of its launches; `launches`, how
     many, and `dependent`, how many of them know of the kernel before them.
@@ -1197,6 +1232,9 @@ def compile_every_launch(capability: int, everything: bool) -> dict[str, dict[st
         torch.float32: "*fp32",
         torch.int64: "*i64",
         torch.int32: "*i32",
+        torch.int8: "*i8",
+        torch.uint8: "*u8",
+        torch.float8_e4m3fn: "*fp8e4nv",
         int: "i32",
         float: "fp32",
     }
@@ -1210,7 +1248,7 @@ def compile_every_launch(capability: int, everything: bool) -> dict[str, dict[st
         module: Any = sys.modules[f"nanovllm.kernels.triton.{name}"]
         module.shared_memory = lambda device: SHARED_MEMORY_LIMIT[capability]
     for dtype in (torch.bfloat16, torch.float32):
-        every_launch(dtype, everything)
+        every_launch(dtype, everything, fp8=capability >= 89)
     built: dict[str, dict[str, int]] = {}
     done: set[str] = set()
     for kernel, args, kwargs in launches:

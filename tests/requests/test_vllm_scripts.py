@@ -61,9 +61,7 @@ def test_arguments_that_change_no_result_are_taken(arguments: dict[str, Any]) ->
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("quantization", "fp8"),
         ("tokenizer_mode", "slow"),
-        ("kv_cache_dtype", "fp8"),
         ("pipeline_parallel_size", 2),
         ("enable_lora", True),
         ("speculative_config", {"method": "ngram"}),

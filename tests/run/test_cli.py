@@ -155,7 +155,7 @@ def test_reports_name_a_folder_that_holds_no_execution(
 
 def test_help_lists_studies_profiles_and_presets() -> None:
     shown = " ".join(invoke("ablate", "--help").output.split())
-    assert "conversation, cpu-online, embedded, gpu-8gb" in shown
+    assert "conversation, cpu-online, cpu-quantization, embedded, gpu-8gb" in shown
     assert "cpu, h100, h100-x2" in shown
     assert "tiny, qwen3-0.6b" in shown
     assert set(COMMANDS) == set(cast(Any, typer.main.get_command(cli.app)).commands)

@@ -30,13 +30,16 @@ class PackedEmbedding(nn.Module):
 
 
 def pack_weights(model: nn.Module, kernels: Kernels, head_dim: int, whole: bool) -> None:
-    """Packs the weights of all products of a model. whole: this rank holds the whole model; otherwise the embedding,
-    of which the head reads a part, stays as it is.
+    """Packs the weights of all products of a model that are not quantized. whole: this rank holds the whole model;
+    otherwise the embedding, of which the head reads a part, stays as it is.
     """
     groups = {getattr(kernels, name): of for name, of in GROUPS.items()}
     embeddings: dict[nn.Module, PackedEmbedding] = {}
     for module in list(model.modules()):
-        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+        # what is quantized stays as it is
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear) and isinstance(
+            module.weight, Tensor
+        ):
             weight, matmul = module.weight, getattr(module, "matmul", None)
             _replace(
                 module,

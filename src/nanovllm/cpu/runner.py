@@ -1,5 +1,5 @@
-"""ModelRunner on a CPU: with kernels=native, weights are packed once they are loaded; with overlap, steps run in a
-thread of their own.
+"""ModelRunner on a CPU: with quantization or kernels=native, weights are quantized or packed once they are loaded; with
+overlap, steps run in a thread of their own.
 
 Products and attention release the GIL, so while that thread computes a step, the engine's own thread commits the last
 one, plans the next and takes requests.
@@ -23,11 +23,19 @@ class CpuRunner(ModelRunner):
 
     def before_the_weights(self, model_config: ModelConfig) -> None:
         self.head_dim = model_config.head_dim
+        if self.config.optimizations.kv_cache_dtype != "auto":
+            from nanovllm.quantization.kv_cache import SmallCacheAttention
+
+            self.attention = SmallCacheAttention.of(self, model_config)
 
     def make_rows(self) -> None:
         """Called when the weights are loaded."""
         super().make_rows()
         on = self.config.optimizations
+        if on.quantization != "none":
+            from nanovllm.quantization.layers import quantize_weights
+
+            quantize_weights(self.model, self.kernels, on, self.tp, self.stats.kernel_calls)
         if on.kernels == "native":
             from nanovllm.cpu.packed_layers import pack_weights
 

@@ -53,7 +53,7 @@ class Rank:
 
             check_capability(job.rank)
             make_runner = GraphRunner if on.cuda_graphs else GpuRunner
-        elif on.kernels == "native":
+        elif on.kernels == "native" or on.quantization != "none" or on.kv_cache_dtype != "auto":
             from nanovllm.cpu.runner import CpuRunner
 
             make_runner = CpuRunner

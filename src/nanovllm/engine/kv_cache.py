@@ -29,7 +29,9 @@ class KVCacheSpec:
             model.num_key_value_heads // config.optimizations.tensor_parallel_size,
             model.head_dim,
             config.block_size,
-            getattr(torch, config.dtype),
+            torch.float8_e4m3fn
+            if config.optimizations.kv_cache_dtype == "fp8_e4m3"
+            else getattr(torch, config.dtype),
         )
 
     @property
@@ -47,9 +49,12 @@ class KVCacheSpec:
         """(keys, values) of each layer: [num_blocks, kv_heads, block_size, head_dim]. Raises
         MemoryError, saying what to lower.
         """
-        shape = (self.num_layers, 2, num_blocks, self.num_kv_heads, self.block_size, self.head_dim)
         try:
-            cache = torch.zeros(shape, dtype=self.dtype, device=device)
+            cache = torch.zeros(
+                (self.num_layers, 2, num_blocks, self.num_kv_heads, self.block_size, self.head_dim),
+                dtype=self.dtype,
+                device=device,
+            )
         except (RuntimeError, torch.OutOfMemoryError) as error:
             raise MemoryError(
                 f"no room on {device} for {num_blocks} KV blocks of {self.block_bytes} bytes: "

@@ -110,7 +110,10 @@ class LLMEngine:
             else _load("gpu.runner", "GpuRunner")
             if resolved.device == "cuda"
             else _load("cpu.runner", "CpuRunner")
-            if on.overlap or on.kernels == "native"
+            if on.overlap
+            or on.kernels == "native"
+            or on.quantization != "none"
+            or on.kv_cache_dtype != "auto"
             else ModelRunner
         )
         self.runner = make_runner(resolved, self.model_config, folder, self._stats)

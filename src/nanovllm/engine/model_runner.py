@@ -194,11 +194,11 @@ class ModelRunner:
         )
         block_size = self.config.block_size
         block_tables = self.block_tables[rows, : -(-max(seq_lens) // block_size)]
-        blocks = block_tables[entry, positions // block_size].long()
         return ForwardBatch(
             torch.cat((self.last_tokens[rows[: plan.num_decodes]], self._tensor(plan.token_ids))),
             positions,
-            blocks * block_size + positions % block_size,
+            block_tables[entry, positions // block_size].long() * block_size
+            + positions % block_size,
             block_tables,
             self._tensor(seq_lens, torch.int32),
             query_start_loc,

@@ -262,7 +262,7 @@ def describe(config: Any, where: str) -> str:
     named, switched_on, switched_off = [], [], []
     for name, row in toggles_of(config.optimizations).items():
         level = getattr(config.optimizations, name)
-        if not row.title:
+        if not row.title or (row.lossy and level == row.levels[0]):
             continue
         if level is True:
             switched_on.append(row.title)

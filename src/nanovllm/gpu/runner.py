@@ -31,13 +31,29 @@ class GpuRunner(ModelRunner):
 
     def before_the_weights(self, model: ModelConfig) -> None:
         """Checks that the weights fit, and starts to compile the kernels of the first steps meanwhile."""
+        on = self.config.optimizations
+        if on.kv_cache_dtype != "auto":
+            from nanovllm.quantization.kv_cache import SmallCacheAttention
+
+            self.attention = SmallCacheAttention.of(self, model)
         if self.config.device != "cuda":
             return
         self.memory_plan = MemoryPlan(self, model)
-        if self.config.optimizations.kernels == "triton":
+        # a rehearsal would compile kernels for weights and caches that are not quantized
+        exact = on.quantization == "none" and on.kv_cache_dtype == "auto"
+        if on.kernels == "triton" and exact:
             from nanovllm.gpu.rehearsal import Rehearsal
 
             self.rehearsal = Rehearsal(self, model)
+
+    def make_rows(self) -> None:
+        """Called when the weights are loaded."""
+        super().make_rows()
+        on = self.config.optimizations
+        if on.quantization != "none":
+            from nanovllm.quantization.layers import quantize_weights
+
+            quantize_weights(self.model, self.kernels, on, self.tp, self.stats.kernel_calls)
 
     def most_blocks(self, spec: KVCacheSpec) -> int:
         """KV blocks that fit beside the weights and the largest step."""

@@ -20,6 +20,8 @@ class Toggle:
     gpu_only: a level -> why it runs on a GPU alone.
     cpu_only: a level -> why it runs on a CPU alone.
     by_triton: levels that need Triton to work.
+    lossy: levels above the baseline change what the model computes: tokens are compared with those of a reference that
+    makes the same change, and their price is measured beside their speed.
     by_compiler: levels that are compiled from the C++ sources of this package when they are first used.
     needs: (whether the other levels allow this one to leave its baseline in an engine, what they must be in words).
     vllm: (vLLM's argument for it, {that argument's value: our level}). A value that is not listed is the level.
@@ -33,6 +35,7 @@ class Toggle:
     gpu_only: Mapping[Any, str] = field(default_factory=dict)
     cpu_only: Mapping[Any, str] = field(default_factory=dict)
     by_triton: tuple[Any, ...] = ()
+    lossy: bool = False
     by_compiler: tuple[Any, ...] = ()
     needs: tuple[Callable[[Mapping[str, Any]], bool], str] | None = None
     vllm: tuple[str, Mapping[Any, Any]] | None = None
@@ -44,7 +47,7 @@ class Toggle:
         if type(self.levels[0]) is int:
             fits = type(level) is int and 1 <= level <= 1024
             return "" if fits else "a whole number of processes, 1 to 1024"
-        allowed = (*self.levels, "auto")
+        allowed = dict.fromkeys((*self.levels, "auto"))
         fits = any(level == known and type(level) is type(known) for known in allowed)
         return "" if fits else "one of " + ", ".join(map(repr, allowed))
 

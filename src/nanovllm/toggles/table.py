@@ -36,6 +36,10 @@ class Optimizations:
         cpu_only={"native": "its kernels are C++ for CPUs"},
         by_triton=("triton",),
         by_compiler=("native",),
+        needs=(
+            lambda on: on["kv_cache_dtype"] == "auto" or on["attention_backend"] == "triton",
+            "kv_cache_dtype='auto': other caches are read by attention_backend='torch' and 'triton' alone",
+        ),
         engaged=lambda stats: sum(
             stats.attention_calls[level] for level in ("triton", "flash_attn", "native")
         ),
@@ -140,6 +144,24 @@ class Optimizations:
         ),
         vllm=("data_parallel_size", {}),
         engaged=lambda stats: 0,  # of one replica; distributed/data_parallel.py counts over all
+    )
+    quantization: str = toggle(
+        "none",
+        "int8",
+        "int4",
+        "fp8",
+        title="quantization",
+        lossy=True,
+        vllm=("quantization", {}),
+        engaged=lambda stats: sum(stats.kernel_calls[level] for level in ("int8", "int4", "fp8")),
+    )
+    kv_cache_dtype: str = toggle(
+        "auto",
+        "fp8_e4m3",
+        title="KV values",
+        lossy=True,
+        vllm=("kv_cache_dtype", {"fp8": "fp8_e4m3"}),
+        engaged=lambda stats: stats.attention_calls["fp8_e4m3"],
     )
 
     def __post_init__(self) -> None:

@@ -56,7 +56,6 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "hf_config_path": (None,),
     "hf_overrides": (None, {}),
     "hf_token": (None,),
-    "kv_cache_dtype": ("auto",),
     "kv_transfer_config": (None,),
     "limit_mm_per_prompt": (None, {}),
     "load_format": ("auto", "safetensors"),
@@ -68,7 +67,6 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "override_generation_config": (None, {}),
     "pipeline_parallel_size": (1,),
     "pooler_config": (None,),
-    "quantization": (None,),
     "revision": (None,),
     "rope_scaling": (None, {}),
     "rope_theta": (None,),
@@ -82,6 +80,10 @@ ONLY: dict[str, tuple[Any, ...]] = {
 }
 """Arguments of vLLM that are not built here, with the values that ask for nothing. Any other value
 is refused, because the result would not be the one that was asked for.
+"""
+NOTHING: dict[str, tuple[Any, ...]] = {"kv_cache_dtype": (None, "auto"), "quantization": (None,)}
+"""Arguments that name a level, with the values that ask for nothing: these may stand beside
+`optimizations`.
 """
 
 
@@ -98,7 +100,11 @@ def translate(kwargs: dict[str, Any], own: Collection[str]) -> dict[str, Any]:
                 f"{name}={kwargs[name]!r} is not built in this engine, and without it results would differ; leave it "
                 f"out, or give {' or '.join(map(repr, allowed))}"
             )
-    kwargs = {name: v for name, v in kwargs.items() if name not in {*WITHOUT_EFFECT, *ONLY}}
+    kwargs = {
+        name: value
+        for name, value in kwargs.items()
+        if name not in {*WITHOUT_EFFECT, *ONLY} and value not in NOTHING.get(name, ())
+    }
     known = {*own, *SWITCHES} - {"model"}
     if unknown := sorted(set(kwargs) - known):
         raise TypeError(
@@ -115,9 +121,10 @@ def translate(kwargs: dict[str, Any], own: Collection[str]) -> dict[str, Any]:
     changes = {}
     for name, value in given.items():
         ours, levels = SWITCHES[name]
-        is_count = type(TOGGLES[ours].levels[0]) is int
-        if not is_count and type(value) is not bool:
+        # what has vLLM's name is a level, unless it is on or off
+        is_switch = type(TOGGLES[ours].levels[0]) is bool or name != ours
+        if is_switch and type(value) is not bool:
             raise ValueError(f"{name}={value!r} is not allowed; it must be True, False or None")
-        changes[ours] = levels.get(value, value)
+        changes[ours] = levels.get(value, value) if type(value) in (bool, str) else value
     others = {name: value for name, value in kwargs.items() if name in own}
     return {"optimizations": dataclasses.replace(ALL, **changes), **others}

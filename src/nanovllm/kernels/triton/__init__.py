@@ -8,6 +8,7 @@ fused             matmuls fused with SwiGLU, or with norms, rotary embedding and
 kv_store          K and V into the paged cache
 launch            programmatic dependent launch, shared memory, warps
 linear            matmuls of a few rows
+quantized_linear  matmuls of up to 64 rows with weights of 8 and 4 bits   (loaded when asked for)
 norm, rope        RMSNorm; rotary embedding with its norms and the KV store
 sampling          exact counter-based sampling
 sampling_shards   the same over the shards of tensor-parallel ranks

@@ -88,13 +88,14 @@ def attend_to_tile(
     rows = rows_of_tile(table_ptr, kv_head, first_token, kv_len, KV_HEADS, PAGE, TILE)
     places = rows[:, None] * HEAD_DIM + dims[None, :]
     exists = tokens < kv_len
-    keys = _load_tile(k_cache_ptr + places, exists, dims, HEAD_DIM, MASKED)
+    # a small cache holds e4m3
+    keys = _load_tile(k_cache_ptr + places, exists, dims, HEAD_DIM, MASKED).to(q.dtype)
     scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION) * scale_log2
     if MASKED:
         scores = tl.where(tokens[None, :] <= limits[:, None], scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     weights = tl.exp2(scores - new_top[:, None])
     shrink = tl.exp2(top - new_top)
-    values = _load_tile(v_cache_ptr + places, exists, dims, HEAD_DIM, MASKED)
+    values = _load_tile(v_cache_ptr + places, exists, dims, HEAD_DIM, MASKED).to(q.dtype)
     acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
     return new_top, mass * shrink + tl.sum(weights, axis=1), acc
