@@ -26,7 +26,13 @@ def by_switch(analysis: Mapping[str, Any], workload: str) -> list[tuple[Any, str
         return []
     order = [*analysis["study"].get("factors", {}), *sorted({row["factor"] for row in rows})]
     rows.sort(key=lambda row: (order.index(row["factor"]), str(row["level"]), row["kind"]))
-    return [({**row, "cell": row["on"]}, f"{title(rows, row)}, {way(row)}") for row in rows]
+    return [
+        (
+            {**row, "cell": row["on"]},
+            f"{title(rows, row)}, {way(row)}{text.price_of(analysis, row['on'])}",
+        )
+        for row in rows
+    ]
 
 
 def title(rows: list[Any], row: Mapping[str, Any]) -> str:

@@ -76,6 +76,27 @@ def seconds(value: float | None) -> str:
     return f"{value:.3g} s"
 
 
+def nats(value: float) -> str:
+    """A KL divergence or a difference of log perplexities, two significant digits: "0.0041"."""
+    return "0" if abs(value) < 1e-6 else f"{value:.2g}"
+
+
+def price_of(analysis: Mapping[str, Any], cell: str) -> str:
+    """What the name of a configuration that changes the output ends with, " at 0.0041 nats" (per token),
+    so that its speed is never shown without; empty for one without a price.
+    """
+    for row in (analysis.get("price") or {"rows": ()})["rows"]:
+        if row["cell"] == cell:
+            kl = next(found for found in row["judgements"] if found["metric"] == "kl")
+            return f" at {nats(kl['price'])} nats"
+    return ""
+
+
+def plain_name(analysis: Mapping[str, Any], cell: str) -> str:
+    """The name of a configuration without its price."""
+    return str(analysis["shown"][cell]).removesuffix(price_of(analysis, cell))
+
+
 def probability(value: float | None) -> str:
     if value is None:
         return ABSENT

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from experiments.load.driving import Face
@@ -82,6 +83,19 @@ class WithLogprobs(Protocol):
     def logprobs(self, requests: list[Request]) -> LogprobAnswer:
         """Serves requests: {"outputs": [[int]], "logprobs": [[float]]}, log softmax(logits)[token]
         of every output token.
+        """
+        ...
+
+
+class WithDistributions(Protocol):
+    """An optional extension of an adapter: the price of a lossy configuration is measured with it
+    (experiments/price/).
+    """
+
+    def prompt_logits(self, token_ids: list[int], read: Callable[[Any], None]) -> None:
+        """Reads a prompt and calls `read` with the logits at every position but the last, in order, a
+        few at a time: tensors [positions, vocab], on any device. They are those of the engine as it
+        runs, and valid until `read` returns.
         """
         ...
 

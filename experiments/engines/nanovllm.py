@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from experiments.engines import check_config, options_of, own_cores
@@ -126,6 +127,27 @@ class Adapter:
                 for c in completions
             ],
         }
+
+    def prompt_logits(self, token_ids: list[int], read: Callable[[Any], None]) -> None:
+        """Reads a prompt and hands over the logits at its positions (see WithDistributions). Raises
+        ValueError for an engine that computes in other processes.
+        """
+        from nanovllm.requests.logit_processors import LogitProcessors
+
+        runner: Any = getattr(self._llm, "runner", None)
+        if not hasattr(runner, "model"):
+            raise ValueError(
+                "nanovllm: logits of prompts are read in the engine's own process; use tensor_parallel_size=1 and "
+                "data_parallel_size=1"
+            )
+        runner.processors = runner.processors or LogitProcessors(runner)
+        runner.processors.reader = read
+        try:
+            options: dict[str, Any] = {"prompt_logprobs": 0}
+            params = self._sampling_params(max_tokens=1, temperature=0.0, **options)
+            self._llm.generate([{"prompt_token_ids": token_ids}], [params], use_tqdm=False)
+        finally:
+            runner.processors.reader = None
 
     def _inputs(
         self, requests: list[Request], **more: Any

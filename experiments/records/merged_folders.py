@@ -21,7 +21,7 @@ from experiments.records import store
 from experiments.records.store import Record, RecordError
 from experiments.records.types import LaunchRecord, Plan, SupersededRecord, TokenLine
 
-_RANK = {"error": 0, "pass": 1, "fail": 2}
+_RANK = {"error": 0, "pass": 1, "ok": 1, "fail": 2}
 Identity = tuple[str, str, str]
 Place = tuple[str, str]
 
@@ -117,8 +117,8 @@ def combine(plan: Plan, folders: list[list[Record]]) -> tuple[list[Record], list
             + ". Ratios are taken within blocks, but effects may depend on the hardware."
         )
     tail = sorted(others.values(), key=lambda r: json.dumps(r, sort_keys=True))
-    # A later gate record replaces an earlier one, so that an error does not replace a verdict.
-    tail.sort(key=lambda r: _RANK[r["status"]] if r["kind"] == "gate" else 0)
+    # A later gate or price record replaces an earlier one, so that an error does not replace a result.
+    tail.sort(key=lambda r: _RANK[r["status"]] if r["kind"] in ("gate", "price") else 0)
     return [
         *numbered.values(),
         *(marked[identity] for identity in ordered if identity in marked),

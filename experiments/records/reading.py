@@ -18,7 +18,7 @@ from experiments.records.types import Record, TokenLine
 
 SCHEMA = 1
 RECORDS, TOKENS = "records.jsonl", "tokens.jsonl"
-KINDS = ("launch", "gate", "superseded", "resumed")
+KINDS = ("launch", "gate", "price", "superseded", "resumed")
 _START = b'{"kind"'
 """Every record starts with its kind, so that a record can be found after a truncated one."""
 _TRUNCATED = "truncated last line (its writer was stopped while writing), left out"
@@ -126,7 +126,7 @@ def _records(lines: list[_Line]) -> list[Record]:
 
 def _unique(path: Path) -> tuple[list[_Line], int]:
     """(the lines of a file of records, each once; the number of duplicates). Of a repeated verdict of
-    the gate the last one is kept, because the last verdict counts; of other records, the first.
+    the gate or price the last one is kept, because the last one counts; of other records, the first.
     Raises RecordError for an unknown schema.
     """
     lines: dict[bytes, _Line] = {}
@@ -135,7 +135,7 @@ def _unique(path: Path) -> tuple[list[_Line], int]:
         if line.text in lines:
             duplicates += 1
             earlier = lines[line.text]
-            if earlier.value is not None and earlier.value["kind"] == "gate":
+            if earlier.value is not None and earlier.value["kind"] in ("gate", "price"):
                 lines[line.text] = lines.pop(line.text)
             continue
         record, problem = line.value, line.problem

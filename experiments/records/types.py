@@ -1,8 +1,9 @@
 """The shapes of plans and records as they lie in JSON files, for mypy. Standard library only.
 
 A plan (`Plan`) says what is to be run, and never changes. What happened is a list of records
-(`Record`), distinguished by their `kind`: a `launch`, a verdict of the `gate`, an attempt that was
-`superseded`, a run that was `resumed`. docs/adr/0002-plans-records-adapters.md describes the format.
+(`Record`), distinguished by their `kind`: a `launch`, a verdict of the `gate`, the `price` of a cell
+whose output is not the reference's, an attempt that was `superseded`, a run that was `resumed`.
+docs/adr/0002-plans-records-adapters.md describes the format.
 
 A key that plans or records of older versions lack is `NotRequired`. mypy lets it be read with
 `[...]` all the same: use `.get(...)` where an older file may be read.
@@ -305,6 +306,18 @@ class Sized(TypedDict):
     expected_launch_s: dict[str, float]
 
 
+class PlannedPrice(TypedDict):
+    """The price of the cells whose output is not the reference's (experiments/price/): margins by
+    metric, the level of the tests, the held prompts, and of each such cell the levels that change
+    its output.
+    """
+
+    margins: dict[str, float]
+    level: float
+    prompts: PlannedWorkload
+    cells: dict[str, Levels]
+
+
 class Plan(TypedDict):
     plan_version: int
     study: PlannedStudy
@@ -317,6 +330,7 @@ class Plan(TypedDict):
     gate: JsonObject
     expected_s: float
     sized: NotRequired[Sized]
+    price: NotRequired[PlannedPrice]
     plan_hash: str
 
 
@@ -661,6 +675,51 @@ class GateRecord(Head, Verdict):
     is_negative_control: bool
 
 
+# The price of a lossy configuration
+
+
+class PricedPrompts(TypedDict):
+    """What a price is computed from, prompt by prompt: the number of predicted tokens, and of each
+    metric (experiments/price/rules.py) the sums over them, of the engine and of the noise floor.
+    """
+
+    tokens: list[int]
+    engine: dict[str, list[float]]
+    floor: dict[str, list[float]]
+
+
+class PriceFigures(TypedDict):
+    """One cell against the unquantized reference. engine_kl, floor_kl: quantiles of the KL divergence
+    of a token, in nats: {"q50", "q99", "q999", "max"}. step_tokens: how many tokens of a prompt
+    the engine read in a step.
+    """
+
+    prompts: PricedPrompts
+    engine_kl: dict[str, float]
+    floor_kl: dict[str, float]
+    step_tokens: int
+
+
+class PriceRecord(Head):
+    """The price of a cell, or why there is none (`reason`; `figures` is None then). The last one of a
+    cell counts. levels: those that change its output.
+    """
+
+    kind: Literal["price"]
+    cell: str
+    levels: Levels
+    status: Literal["ok", "error"]
+    reason: str | None
+    fingerprint: str
+    dtype: str
+    reference_dtype: str
+    requested: Config
+    resolved: Config
+    figures: PriceFigures | None
+    code_digest: str
+    duration_s: float
+
+
 # What else happened to a folder of records
 
 
@@ -681,7 +740,7 @@ class ResumedRecord(Head):
     at: str
 
 
-Record = LaunchRecord | GateRecord | SupersededRecord | ResumedRecord
+Record = LaunchRecord | GateRecord | PriceRecord | SupersededRecord | ResumedRecord
 
 
 class TokenLine(TypedDict):

@@ -1,4 +1,4 @@
-"""Executes a plan: launches, gate, report, MLflow.
+"""Executes a plan: launches, gate, prices, report, MLflow.
 
 An execution is a folder under runs/. An interrupted one is found by the hash of its plan and
 resumed. The gate and the report run as separate processes: the gate needs torch and transformers,
@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
@@ -88,8 +89,8 @@ def executions() -> list[Path]:
 
 
 def execute(plan: Plan, folder: Path, options: Options, console: Console) -> bool:
-    """Runs everything from the launches to MLflow. True if every launch is ok and every output
-    passed the gate.
+    """Runs everything from the launches to MLflow. True if every launch is ok, every output passed
+    the gate, and every lossy configuration has a price.
 
     If the gate cannot run, the report is written all the same before the error is raised.
     """
@@ -108,9 +109,10 @@ def execute(plan: Plan, folder: Path, options: Options, console: Console) -> boo
     except ExecutionError:
         publish(folder, console, options.verbose)
         raise
+    all_priced = "price" not in plan or run_pricing(folder, console)
     publish(folder, console, options.verbose)
     (folder / FINISHED).touch()
-    return all_ok(folder, console) and all_pass
+    return all_ok(folder, console) and all_pass and all_priced
 
 
 def run_launches(plan: Plan, folder: Path, options: Options, console: Console) -> bool:
@@ -153,7 +155,15 @@ def run_gate(folder: Path, console: Console) -> bool:
     the gate cannot run.
     """
     say(console, "gate     rescoring the generated tokens with HF transformers")
-    return _gate(folder, "--resume")
+    return _judge("gate", folder, "--resume")
+
+
+def run_pricing(folder: Path, console: Console) -> bool:
+    """Measures prices that are missing; whether all could be measured. Where one could not, the report
+    says so and leaves the speed of that configuration out. Raises ExecutionError.
+    """
+    say(console, "price    comparing lossy configurations with the unquantized reference")
+    return _judge("price", folder, "--resume")
 
 
 def publish(folder: Path, console: Console, verbose: bool = False) -> None:
@@ -244,11 +254,11 @@ def shown(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def _gate(folder: Path, option: str) -> bool:
+def _judge(module: Literal["gate", "price"], folder: Path, option: str) -> bool:
     command = [
         sys.executable,
         "-m",
-        "experiments.gate",
+        f"experiments.{module}",
         "--plan",
         str(folder / store.PLAN),
         "--out",
@@ -257,7 +267,7 @@ def _gate(folder: Path, option: str) -> bool:
     ]
     status = _run(command)
     if status not in (0, 1):
-        message = f"the gate exited with status {status}; see its message above. The records are in {shown(folder)}."
+        message = f"experiments.{module} exited with status {status}; see its message above. The records are in {shown(folder)}."
         raise ExecutionError(message)
     return status == 0
 

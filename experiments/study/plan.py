@@ -20,6 +20,7 @@ from pathlib import Path
 from experiments import workload_files, workloads
 from experiments.engines import load_adapter, why_not_over_time
 from experiments.host import model_files
+from experiments.price import rules
 from experiments.records import store, types
 from experiments.records.factor_levels import Level, level_value
 from experiments.records.types import (
@@ -30,13 +31,15 @@ from experiments.records.types import (
     NotApplicable,
     Plan,
     PlannedModel,
+    PlannedPrice,
     PlannedProfile,
     PlannedSettings,
     Workload,
 )
 from experiments.study import block_count, designs, machine, prompts, work_size
 from experiments.study.protocol import Statistics
-from experiments.study.spec import FACTORS, Cell, ModelChoice, Profile, Study
+from experiments.study.spec import FACTORS, Cell, ModelChoice, Price, Profile, Study
+from experiments.study.spec import Workload as StudyWorkload
 from experiments.study.yaml_files import SpecError
 from nanovllm.config import BASELINE
 
@@ -98,7 +101,7 @@ def build_plan(
     shared: Config = {**settings, "dtype": choice.dtype, "device": profile.device}
     launches = _launches(study.design.seed, shape.blocks, list(shape.cells), list(work))
     described = {
-        **study.model_dump(exclude={"workloads", "cells", "gate", "model"}),
+        **study.model_dump(exclude={"workloads", "cells", "gate", "model", "price"}),
         "overrides": overrides or {},
     }
     if study.statistics == Statistics():
@@ -123,6 +126,8 @@ def build_plan(
     }
     if sized:
         plan["sized"] = sized
+    if (price := _price(study, choice, plan)) is not None:
+        plan["price"] = price
     return {**plan, "plan_hash": store.plan_hash(plan)}
 
 
@@ -130,20 +135,61 @@ def with_tokens(study: Study, choice: ModelChoice) -> Study:
     """The study with the texts of its workloads tokenized by the model's tokenizer. Raises SpecError for
     texts that the model cannot take, such as a conversation where it has no chat template.
     """
-    changed = {}
-    for name, w in study.workloads.items():
-        if w.kind == "file" and workload_files.has_texts(w.params["content"]):
-            try:
-                folder = model_files.inspect(choice.preset, choice.path)["path"]
-                content = prompts.tokenize(folder, w.params["content"], as_chat=w.params["as_chat"])
-            except model_files.ModelError as error:
-                raise SpecError(f"{study.source}: workload {name}: {error}") from error
-            changed[name] = w.model_copy(update={"params": w.params | {"content": content}})
-    if not changed:
+    found = {
+        name: _tokenized(w, choice, f"{study.source}: workload {name}")
+        for name, w in study.workloads.items()
+    }
+    if all(found[name] is w for name, w in study.workloads.items()):
         return study
-    tokenized = study.model_copy(update={"workloads": study.workloads | changed})
+    tokenized = study.model_copy(update={"workloads": found})
     tokenized._source = study.source
     return tokenized
+
+
+def _tokenized(w: StudyWorkload, choice: ModelChoice, where: str) -> StudyWorkload:
+    """A workload with token ids in place of texts; `w` itself where it has none."""
+    if w.kind != "file" or not workload_files.has_texts(w.params["content"]):
+        return w
+    try:
+        folder = model_files.inspect(choice.preset, choice.path)["path"]
+        content = prompts.tokenize(folder, w.params["content"], as_chat=w.params["as_chat"])
+    except model_files.ModelError as error:
+        raise SpecError(f"{where}: {error}") from error
+    return w.model_copy(update={"params": w.params | {"content": content}})
+
+
+def _price(study: Study, choice: ModelChoice, plan: Plan) -> PlannedPrice | None:
+    """The margins and held prompts of a plan, and its lossy cells; None for a plan without any. Raises
+    SpecError for prompts that the model or the settings cannot take.
+    """
+    lossy = {
+        name: levels
+        for name, cell in plan["cells"].items()
+        if (levels := rules.lossy_levels(cell["config"]))
+    }
+    if not lossy:
+        return None
+    stated = study.price or Price()
+    held = _tokenized(stated.prompts, choice, f"{study.source}: price.prompts")
+    drawn = workloads.build("price.prompts", held.kind, held.params)
+    lengths = [len(r["prompt_token_ids"]) for wave in drawn["waves"] for r in wave]
+    if len(lengths) < rules.LEAST_PROMPTS or min(lengths) < 2:
+        raise SpecError(
+            f"{study.source}: price.prompts: {len(lengths)} prompts, the shortest of {min(lengths)} tokens; needed: at least "
+            f"{rules.LEAST_PROMPTS} prompts, so that intervals hold what they promise, each of two tokens or more"
+        )
+    asked: Workload = {  # one token is generated, and thrown away
+        **drawn,
+        "waves": [[{**request, "max_tokens": 1} for request in wave] for wave in drawn["waves"]],
+    }
+    settings: PlannedSettings = study.settings.model_dump()  # type: ignore[assignment]
+    _check_fit(study, {"price.prompts": asked}, plan["model"]["shape"], settings)
+    return {
+        "margins": stated.margins,
+        "level": stated.level,
+        "prompts": workloads.summarize(drawn),
+        "cells": lossy,
+    }
 
 
 def _check_over_time(study: Study, cells: Mapping[str, Cell]) -> None:

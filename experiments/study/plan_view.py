@@ -43,6 +43,12 @@ def lines(plan: Plan, earlier: Iterable[Path]) -> list[tuple[str, str | None]]:
                 None,
             )
         )
+    if price := plan.get("price"):
+        margins = ", ".join(f"{metric} {margin:g}" for metric, margin in price["margins"].items())
+        held = f"{price['prompts']['num_requests']} prompts of {price['prompts']['prompt_tokens']:,} tokens in all"
+        said.append(
+            (f"price    lossy: {', '.join(price['cells'])}; margins {margins}; {held}", None)
+        )
     factors, generators = list(study["factors"]), study["design"]["generators"]
     if generators:
         words = ", ".join(

@@ -15,6 +15,7 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from experiments import workloads
 from experiments.engines import ENGINES
 from experiments.load import objective
+from experiments.price import rules
 from experiments.records.factor_levels import Level, level_name
 from experiments.records.types import Config, JsonObject, Params
 from experiments.study import designs, yaml_files
@@ -88,6 +89,34 @@ class Workload(Strict):
     def searched(self) -> bool:
         """Whether each launch searches for the highest rate."""
         return "search" in self.params.get("arrivals", {})
+
+
+class Price(Strict):
+    """How far configurations with a lossy optimization may be from the unquantized reference, fixed
+    before anything runs (experiments/price/).
+
+    margins: by metric: `kl` (nats per token), `top_choice` (share of tokens), `log_perplexity`; those
+    not given keep their defaults. level: of the one-sided tests, Holm-adjusted over the metrics.
+    prompts: the held prompts, written as a workload; their answers are not generated.
+    """
+
+    margins: dict[str, float] = rules.MARGINS
+    level: float = Field(default=rules.LEVEL, ge=0.001, le=0.2)
+    prompts: Workload = Field(default=rules.PROMPTS, validate_default=True)  # type: ignore[assignment]
+
+    @field_validator("margins", mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> dict[str, float]:
+        return rules.check_margins(given)
+
+    @field_validator("prompts")
+    @classmethod
+    def _held(cls, prompts: Workload) -> Workload:
+        if prompts.over_time:
+            raise ValueError(
+                "held prompts are read one by one and do not arrive over time; remove `arrivals`, and use another kind than trace"
+            )
+        return prompts
 
 
 class Factor(Strict):
@@ -214,6 +243,7 @@ class Study(Strict):
     comparisons: dict[Name, Comparison] = {}
     validity: Validity = Validity()
     load: Load | None = None
+    price: Price | None = None
     gate: JsonObject = {}
     _source: str = PrivateAttr(default="")
 
@@ -328,6 +358,22 @@ class Study(Strict):
         if self.metric == "sustainable_requests_per_s" and not searched:
             raise ValueError(
                 f"metric: {self.metric!r} needs a workload with arrivals.search; add one, or use goodput_requests_per_s"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _price_fits(self) -> Self:
+        """Margins only mean something beside a configuration that changes the output."""
+        known = rules.lossless_levels()
+        named = {
+            *self.factors,
+            *self.fixed,
+            *(key for c in self.cells.values() for key in c.config),
+        }
+        if self.price is not None and not named & set(known):
+            raise ValueError(
+                "price: no configuration of this study changes the output, so nothing has a price; remove `price`, or vary an "
+                f"optimization that does: {', '.join(known) or 'there is none in this version'}"
             )
         return self
 

@@ -24,6 +24,7 @@ from reports.analysis.compare import compared, costs, paired
 from reports.analysis.counting import Counted, count
 from reports.analysis.gate_and_launches import equivalence, hardware, run_order, toggles
 from reports.analysis.gate_lines import Gate
+from reports.analysis.names import with_prices
 from reports.analysis.noise import (
     Priors,
     described,
@@ -49,6 +50,7 @@ from reports.statistics.metrics import (
     of_launch,
 )
 from reports.statistics.moderation import Prior
+from reports.statistics.price import prices
 from reports.statistics.residuals import diagnose
 from reports.statistics.under_load import Transient
 
@@ -90,6 +92,7 @@ def analyse(records: Sequence[Record], plan: Plan, notes: Sequence[str] = ()) ->
         seed=plan["plan_hash"],
         rounding=rounding(plan, starts) if "load" in study else {},
     )
+    price = prices(records, plan, counted.code)
     values = _values(counted, drawn, plan, starts)
     noise = priors(values, plan)
     effects = _effects(values, lattice, plan, rule, noise)
@@ -115,7 +118,7 @@ def analyse(records: Sequence[Record], plan: Plan, notes: Sequence[str] = ()) ->
         "precision": precision([e for e in effects if e["workload"] in drawn], metric.key),
         "baseline": lattice.baseline,
         "cells": {name: dict(cell) for name, cell in plan["cells"].items()},
-        "shown": shown_names(plan, counted.launches),
+        "shown": with_prices(shown_names(plan, counted.launches), price),
         "workloads": {name: dict(entry) for name, entry in plan["workloads"].items()},
         "waves": {name: [len(wave) for wave in work["waves"]] for name, work in drawn.items()},
         "counts": _counts(plan, counted),
@@ -154,6 +157,8 @@ def analyse(records: Sequence[Record], plan: Plan, notes: Sequence[str] = ()) ->
         result["load"] = load
     if energy := energies(counted, plan):
         result["energy"] = energy
+    if price is not None:
+        result["price"] = price
     result["answer"] = answer(result)
     result["by_cell"] = by_cell(result)
     return result

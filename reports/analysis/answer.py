@@ -44,7 +44,7 @@ def answer(analysis: Analysis) -> Answer:
         "sentence": " ".join(part["sentence"] for part in parts),
         "by_workload": parts,
         "verdict": found.pop() if len(found) == 1 else "mixed",
-        "output": same_output(analysis),
+        "output": " ".join([same_output(analysis), *names.prices(analysis)]),
         "caveats": list(_caveats(analysis)),
     }
 
@@ -116,10 +116,11 @@ def _of_workload(analysis: Analysis, workload: str) -> WorkloadAnswer:
 def _together(
     analysis: Analysis, everything: Effect, others: Sequence[Effect], workload: str
 ) -> str:
-    said = f"everything on {_says(everything, analysis)}"
+    price = text.price_of(analysis, everything["cell"])
+    said = f"everything on{price} {_says(everything, analysis)}"
     if workload == next(iter(analysis["workloads"])):  # what it holds is said once
         held = ", ".join(names.changes(analysis, everything["cell"]))
-        said = f"everything on ({held}) {_says(everything, analysis)}"
+        said = f"everything on ({held}){price} {_says(everything, analysis)}"
     single = [effect for effect in others if len(names.changes(analysis, effect["cell"])) == 1]
     best = _largest(analysis, [e for e in single if e["verdict"] == "faster"])
     if best is not None:
@@ -190,7 +191,10 @@ def added_last(analysis: Analysis, workload: str) -> list[str]:
         key=measured_ratio,
         reverse=analysis["metric"]["better"] == "higher",
     )
-    return [f"{title(rows, row)} {ratio(row['ratio'])}" for row in gains[:MOST_GAINS]]
+    return [
+        f"{title(rows, row)}{text.price_of(analysis, row['on'])} {ratio(row['ratio'])}"
+        for row in gains[:MOST_GAINS]
+    ]
 
 
 def _better_without(analysis: Analysis, everything: Effect) -> str:

@@ -3,8 +3,9 @@ left out.
 
 A launch counts if it is in the plan, ran under this plan, has `status: ok`, was not superseded,
 keeps what the methodology promises (promises.py), contradicts neither the plan nor itself
-(consistency.py), and every one of its workloads produced tokens that passed the equivalence gate
-(gate_lines.py). Of several attempts the first that finished decides
+(consistency.py), every one of its workloads produced tokens that passed the equivalence gate
+(gate_lines.py), and, if it changes the output on purpose, its price is known
+(statistics/price.py). Of several attempts the first that finished decides
 (experiments/records/store.py), whatever came of it; whether a launch counts never depends on how fast it
 was.
 """
@@ -19,19 +20,26 @@ from experiments.records.types import LaunchRecord, Plan
 from reports.analysis.consistency import Check, check_workload
 from reports.analysis.gate_lines import Gate
 from reports.analysis.promises import Study, broken
+from reports.statistics.price import unpriced
 
 Record = Mapping[str, Any]
+
+WITHOUT_PRICE = "changes the output, and its price is unknown"
+"""How the reason begins for which a launch of a lossy configuration does not count."""
 
 
 @dataclass
 class Counted:
-    """The outcome of counting: `launches` and `excluded` together hold every launch record once."""
+    """The outcome of counting: `launches` and `excluded` together hold every launch record once. code:
+    the digest of the code that most of the launches measured.
+    """
 
     launches: list[Record] = field(default_factory=list)
     excluded: list[dict[str, Any]] = field(default_factory=list)
     duplicates: int = 0
     checks_made: Counter[str] = field(default_factory=Counter)
     checks_failed: list[dict[str, Any]] = field(default_factory=list)
+    code: str = ""
 
     def exclude(self, record: LaunchRecord, reason: str) -> None:
         self.excluded.append(
@@ -78,8 +86,13 @@ def count(records: Sequence[store.Record], plan: Plan, gate: Gate) -> Counted:
         seen.setdefault(key, record)
     judged = list(store.decided(own))
     study = Study.of(plan, (record for record, reason in judged if reason is None))
+    counted.code = study.code
+    without_price = unpriced(records, plan, study.code)
     for record, reason in judged:
-        if reason := reason or _objection(record, study, gate, counted):
+        reason = reason or _objection(record, study, gate, counted)
+        if reason is None and record["cell"] in without_price:
+            reason = f"{WITHOUT_PRICE}: {without_price[record['cell']]}"
+        if reason is not None:
             counted.exclude(record, reason)
         else:
             counted.launches.append(record)

@@ -105,6 +105,8 @@ def same_output(analysis: Analysis) -> str:
         for workload, same in gate["same_tokens"].items()
         if same["launches"] and same["same"] is not None
     }
+    if "price" in analysis:  # the gate holds each to its own definition
+        return f"Output: NOT the same in every configuration, by intention. {judged}.{rest}"
     if not found:
         return f"Output: equivalent. {judged}.{rest}"
     start = analysis["shown"][analysis["baseline"]]

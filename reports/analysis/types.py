@@ -8,6 +8,7 @@ from typing import Any, NotRequired, TypedDict
 
 from reports.statistics.intervals import Estimate
 from reports.statistics.linear_model import Column
+from reports.statistics.price import Prices
 
 
 class Company(TypedDict, total=False):
@@ -171,3 +172,4 @@ class Analysis(TypedDict):
     by_cell: NotRequired[dict[str, dict[str, Any]]]
     load: NotRequired[dict[str, Any]]
     energy: NotRequired[list[dict[str, Any]]]
+    price: NotRequired[Prices]

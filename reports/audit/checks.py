@@ -23,6 +23,7 @@ from experiments.records import store
 from experiments.records.types import Plan, Record
 from experiments.study.yaml_files import SpecError
 from reports.analysis.analyse import analyse
+from reports.analysis.counting import WITHOUT_PRICE
 from reports.analysis.types import Analysis
 from reports.audit.git_files import NotInGitError, code_digest_of
 from reports.page.render import render
@@ -107,7 +108,10 @@ def _complete(published: Published) -> tuple[Outcome, str]:
 
 def _workloads(plan: Plan) -> tuple[Outcome, str]:
     """The plan's workloads, built again from their parameters, are the ones that were served."""
-    for name, planned in plan["workloads"].items():
+    planned_work = dict(plan["workloads"])
+    if "price" in plan:
+        planned_work["price.prompts"] = plan["price"]["prompts"]
+    for name, planned in planned_work.items():
         try:
             built = workloads.build(name, planned["kind"], planned["params"])
         except (ValueError, KeyError, TypeError, SpecError) as error:
@@ -131,6 +135,8 @@ _ALLOWED = (
     "an earlier attempt",
     "failed:",
     "invalid:",
+    f"{WITHOUT_PRICE}: it was not measured",
+    f"{WITHOUT_PRICE}: it could not be measured",
 )
 """How the reasons begin for which an honest launch may be left out."""
 

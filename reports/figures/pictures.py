@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from reports import text
-from reports.figures import load_curves
+from reports.figures import load_curves, price_chart
 from reports.figures.layout import (
     HEAD,
     NARROW,
@@ -113,6 +113,18 @@ def pictures(analysis: Analysis) -> list[Picture]:
             "A point for each configuration and rate: output tokens per second against latency, on a log axis. The grey line "
             "joins those that no other point beats.",
             load_curves.pareto,
+        ),
+        Picture(
+            "price",
+            "Price against speed",
+            "KL divergence from the unquantized model against the ratio to the starting point, with intervals of both; the "
+            "dashed line is the margin of the study. "
+            + " ".join(
+                f"{shown[e['cell']]} on {e['workload']}: {text.ratio(e['ratio'])}, {row['verdict']}."
+                for found in price_chart.points(analysis).values()
+                for e, row in found
+            ),
+            price_chart.price,
         ),
         Picture(
             "order",

@@ -4,6 +4,7 @@
     overview          what everybody reads: the table of results, the workloads
     sections          the statistics behind it, section by section
     compare_sections  what only a comparison of engines has
+    price_section     what lossy configurations cost, beside their speeds
     load_sections     what only a study under load has, and energy
     model_sections    the linear model of a factorial, and its residuals
     evidence          why the results may be believed, and how to reproduce them

@@ -24,6 +24,9 @@ VERDICT_WORDS = {
     "pass": "faster",
     "fail": "slower",
     "error": "slower",
+    "within margin": "faster",
+    "outside": "slower",
+    "undecided": "inconclusive",
     "caught": "faster",
     "not caught": "slower",
 }

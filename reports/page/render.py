@@ -25,6 +25,7 @@ from reports.page.evidence import evidence
 from reports.page.load_sections import energy_section, load_folded, load_head
 from reports.page.model_sections import modelled
 from reports.page.overview import machine, overview, subtitle
+from reports.page.price_section import price_folded, price_head
 from reports.page.sections import results
 from reports.page.table import print_table
 
@@ -140,13 +141,14 @@ def document(plan: Plan, records: Sequence[Mapping[str, Any]], analysis: Analysi
         output_verdict=_output_verdict(analysis),
         caveats=analysis["answer"]["caveats"],
         facts=facts,
-        head=[*overview(plan, analysis), *load_head(analysis)],
+        head=[*price_head(analysis), *overview(plan, analysis), *load_head(analysis)],
         evidence="Statistics, the evidence that the results hold, and how to reproduce them.",
         folded=[
             *(
                 ()
                 if analysis["unjudged"]
                 else (
+                    *price_folded(analysis),
                     *load_folded(analysis),
                     *results(analysis),
                     *energy_section(analysis),

@@ -107,7 +107,8 @@ def answer_lines(analysis: Analysis) -> list[str]:
     for workload in analysis["workloads"]:
         if (effect := whole.get(workload)) is None:
             continue
-        found = f"all on {text.ratio(effect['ratio'])} {text.verdict(effect)}"
+        price = text.price_of(analysis, effect["cell"])
+        found = f"all on{price} {text.ratio(effect['ratio'])} {text.verdict(effect)}"
         lines.append(f"{workload}: {found}{_best(analysis, workload)}")
         if gains := added_last(analysis, workload):
             lines.append(f"  added last: {', '.join(gains)}")
@@ -229,26 +230,30 @@ def _table(analysis: Analysis, rows: Sequence[_Row], verbose: bool) -> Table:
     table.add_column(
         "off -> on" if split else f"{of}relative to {start}", no_wrap=True, max_width=30
     )
+    prices = [text.price_of(analysis, row.effect["cell"]) for row in rows]
     gain = "speedup" if analysis["metric"]["key"] == THROUGHPUT.key else "ratio"
     table.add_column(gain, justify="right", no_wrap=True)
     share = text.percent(analysis["rule"]["confidence"], 0).replace(" ", "")
     table.add_column(f"{share} interval", justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
+    if any(prices):
+        table.add_column("price", justify="right", no_wrap=True)
     if told:
         table.add_column("gate", no_wrap=True)
     if with_did:
         table.add_column("did")
     workload = ""
-    for row, passed in zip(rows, gates, strict=True):
+    for row, passed, price in zip(rows, gates, prices, strict=True):
         if row.workload != workload:
             workload = row.workload
             table.add_row(Text(workload, style="bold"))
         effect, said = row.effect, text.verdict(row.effect)
         table.add_row(
-            Text(f" {row.name}"),
+            Text(f" {row.name.replace(price, '') if price else row.name}"),
             text.ratio(effect["ratio"]),
             text.interval(effect["low"], effect["high"], between="–"),
             Text(said, style=COLORS.get(said, "yellow")),
+            *([Text(price.removeprefix(" at "))] if any(prices) else ()),
             *([Text(passed)] if told else ()),
             *([row.did] if with_did else ()),
         )

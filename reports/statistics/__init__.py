@@ -10,6 +10,7 @@
     linear_model  the linear model of a two-level factorial
     residuals     do the data look as the intervals assume?
     ceiling       the roofline bound of a workload
+    price         verdicts on the prices of lossy configurations
     moderated_coverage  the same of moderated variances, and false alarms of a family
     coverage      how often an interval holds the truth, by simulation
 

@@ -12,6 +12,7 @@ options.py has the definitions; the gate computes them again in experiments/gate
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,10 +100,15 @@ class RowState:
 
 
 class LogitProcessors:
-    """The requests of a runner that have options, by row."""
+    """The requests of a runner that have options, by row.
+
+    reader: where set, gets the logits of prompts whose log-probabilities are asked for, as they are
+    computed: [up to ROWS positions, vocab], in order; those of several requests one after the other.
+    """
 
     def __init__(self, runner: Any) -> None:
         self.runner = runner
+        self.reader: Callable[[Tensor], None] | None = None
         self.specs: dict[int, Spec] = {}
         self.states: dict[int, RowState] = {}
         self.prompts: dict[int, list[Tensor]] = {}
@@ -164,6 +170,8 @@ class LogitProcessors:
             targets = torch.tensor(token_ids[start + 1 : start + 1 + count], device=hidden.device)
             for part in torch.arange(count, device=hidden.device).split(ROWS):
                 logits = self.runner.tp.all_gather(self.runner.model.logits(hidden[begin + part]))
+                if self.reader is not None:
+                    self.reader(logits)
                 chosen, ranks, largest, ids = logprobs(
                     logits, targets[part], edits["prompt_logprobs"]
                 )
