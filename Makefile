@@ -1,7 +1,7 @@
 # The commands people type. `make help` lists them.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup lock check-lock test test-slow test-strangers property mutants lint format bench ablate check compare-vllm compare-hf real-weights report docs soak audit ui clean FORCE
+.PHONY: help setup lock check-lock test test-slow test-strangers property mutants lint format bench ablate check compare-vllm compare-vllm-online compare-hf real-weights report docs soak audit ui clean FORCE
 
 # make PYTHON=python3.12 setup: the Python of the environment. Without it: the one that .venv has, else the first that fits.
 PYTHON ?=
@@ -34,7 +34,7 @@ PROFILE ?=
 MODEL ?=
 SET ?=
 JOBS ?= auto
-# DRY_RUN=1: show the plan of `make ablate`, `compare-vllm` or `compare-hf` and launch nothing. A seeded checkpoint that is
+# DRY_RUN=1: show the plan of `make ablate`, `compare-vllm`, `compare-vllm-online` or `compare-hf` and launch nothing. A seeded checkpoint that is
 # missing is generated even so (1.2 GB for qwen3-0.6b).
 DRY_RUN ?=
 # Of `make check`: DTYPE=float16: in this dtype alone. WORKLOADS=4: fewer drawn workloads, for a slow machine or a large model.
@@ -45,7 +45,7 @@ VERBOSE ?=
 OPTIONS = $(if $(DRY_RUN),--dry-run) $(if $(VERBOSE),--verbose) $(if $(STUDY),--study $(STUDY)) $(if $(PROFILE),--profile $(PROFILE)) $(if $(MODEL),--model $(MODEL)) $(foreach s,$(SET),--set $(s))
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY)  ## build .venv with the exact versions of constraints.txt (TORCH=cpu: a smaller PyTorch, without CUDA)
 
@@ -63,6 +63,9 @@ ablate: $(READY)  ## measure what each optimization buys on this machine: table,
 
 compare-vllm: $(READY) $(if $(VLLM_PYTHON),,$(VLLM_READY))  ## compare the engine with vLLM: same work, interleaved, outputs checked (VLLM_PYTHON=existing interpreter)
 	@$(BIN)/python -m experiments compare --with vllm --python vllm=$(or $(VLLM_PYTHON),$(VLLM_VENV)/bin/python) $(OPTIONS)
+
+compare-vllm-online: $(READY) $(if $(VLLM_PYTHON),,$(VLLM_READY))  ## compare `nanovllm serve` with `vllm serve` under load: the same arrivals over HTTP, outputs checked (about ten minutes)
+	@$(BIN)/python -m experiments compare --with vllm-online --python vllm=$(or $(VLLM_PYTHON),$(VLLM_VENV)/bin/python) $(OPTIONS)
 
 compare-hf: $(READY)  ## compare the engine with HF transformers, in the same way
 	@$(BIN)/python -m experiments compare --with hf $(OPTIONS)

@@ -6,8 +6,11 @@
 Starts `nanovllm serve` on a free port of 127.0.0.1, measures how many requests a second it serves
 when 32 clients never pause, then sends requests at random times (a Poisson process) at 80 % of that
 rate. Most are streams that are read to their end, some are whole answers, and some clients leave in
-the middle. Ends with status 1 if a request that was not left was lost, if the resident memory of
-the last quarter is more than 1 % above that of the second one, or if KV blocks are in use at the end.
+the middle. Ends with status 1 if a request that was not left was lost, if the resident memory grows by
+more than 1 %, or if KV blocks are in use at the end. How fast memory grows is the slope of Theil and Sen
+over all readings after the first quarter: the median of the slopes between every two of them, which a
+few high readings do not move (P. K. Sen, "Estimates of the regression coefficient based on Kendall's tau",
+Journal of the American Statistical Association 63, 1968).
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = "import typer; from nanovllm.serving.command import serve; typer.run(serve)"
@@ -131,12 +136,30 @@ async def metric(port: int, name: str) -> float:
     return float(found[1])
 
 
-def growth(memory: list[tuple[float, float]]) -> float:
-    """Of the median of the last quarter over that of the second one."""
-    quarter = len(memory) // 4
-    values = [used for _, used in memory]
-    before = statistics.median(values[quarter : 2 * quarter])
-    return statistics.median(values[-quarter:]) / before - 1
+@dataclass(frozen=True)
+class Growth:
+    """share: by how much memory grew from the end of the first quarter to the end, relative to its
+    median. Slopes in bytes per second, with a 95 % interval.
+    """
+
+    share: float
+    slope: float
+    low: float
+    high: float
+
+
+def growth(memory: list[tuple[float, float]]) -> Growth:
+    """memory: seconds and resident bytes. Raises ValueError for fewer than 8 readings."""
+    if len(memory) < 8:
+        raise ValueError(f"{len(memory)} readings of memory are too few to see growth; run longer")
+    seconds, used = zip(*memory[len(memory) // 4 :], strict=True)
+    found = stats.theilslopes(used, seconds, alpha=0.95)
+    share = float(found.slope) * (seconds[-1] - seconds[0]) / statistics.median(used)
+    return Growth(share, float(found.slope), float(found.low_slope), float(found.high_slope))
+
+
+def per_hour(bytes_per_s: float) -> str:
+    return f"{bytes_per_s * 3600 / 2**20:+.1f}"
 
 
 async def soak(port: int, minutes: float, share: float, seed: int) -> bool:
@@ -154,13 +177,14 @@ async def soak(port: int, minutes: float, share: float, seed: int) -> bool:
     counts, grown = tally.counts, growth(tally.memory)
     print(
         f"sent {counts['sent']}, served {counts['served']}, left {counts['left']}, lost {counts['lost']}\n"
-        f"memory {tally.memory[0][1] / 2**20:.1f} MiB at first, {tally.memory[-1][1] / 2**20:.1f} MiB at last; "
-        f"last quarter over second quarter: {grown:+.2%}\n"
+        f"memory {tally.memory[0][1] / 2**20:.1f} MiB at first, {tally.memory[-1][1] / 2**20:.1f} MiB at last; after the first "
+        f"quarter {grown.share:+.2%}: {per_hour(grown.slope)} MiB per hour (95 % interval {per_hour(grown.low)} to "
+        f"{per_hour(grown.high)}, {len(tally.memory)} readings)\n"
         f"at the end: {running:.0f} requests running, {in_use:.1%} of the KV blocks in use"
     )
     for error in tally.errors[:5]:
         print(f"lost: {error}")
-    good = counts["lost"] == 0 and counts["served"] > 0 and grown <= GROWTH and in_use == 0
+    good = counts["lost"] == 0 and counts["served"] > 0 and grown.share <= GROWTH and in_use == 0
     print("flat, and nothing lost" if good else "NOT as it should be")
     return good
 
@@ -172,6 +196,8 @@ def main() -> int:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    if given.minutes < 1:
+        parser.error(f"--minutes {given.minutes:g}: too short to see memory grow; at least 1")
     # a small cache: all of its memory is in use before the second quarter begins
     engine = ("max_model_len=256", "kv_cache_memory_bytes=33554432")
     arguments = [given.model, "--port", "0", "--json-logs"]

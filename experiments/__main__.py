@@ -21,7 +21,7 @@ from experiments.checking import run as checking
 from experiments.checking.jobs import Scope
 from experiments.cluster.dispatch import WorkerError
 from experiments.cluster.executor import EXECUTORS, Options
-from experiments.engines import ENGINES
+from experiments.engines import ENGINES, library
 from experiments.host import environment, model_files, provenance
 from experiments.host.model_files import ModelError, download
 from experiments.records import merged_folders, store
@@ -200,7 +200,10 @@ def run(
 
 @app.command(epilog=epilog("compare"))
 def compare(
-    other: Annotated[str, typer.Option("--with", help="engine to compare with: hf or vllm")] = "hf",
+    other: Annotated[
+        str,
+        typer.Option("--with", help="what to compare with: hf, vllm, or vllm-online (its server)"),
+    ] = "hf",
     study: Annotated[
         str | None,
         typer.Option(
@@ -573,8 +576,10 @@ def parse_pythons(given: list[str] | None) -> dict[str, str]:
 
 def check_interpreters(plan: Plan, pythons: dict[str, str]) -> None:
     """Exits if an engine is not installed in its interpreter, instead of failing in every launch."""
-    for engine in {cell["engine"] for cell in plan["cells"].values()} & {"vllm", *pythons}:
-        python = pythons.get(engine, sys.executable)
+    for engine in {cell["engine"] for cell in plan["cells"].values()}:
+        if library(engine) != "vllm" and not {engine, library(engine)} & set(pythons):
+            continue
+        python = pythons.get(engine) or pythons.get(library(engine)) or sys.executable
         if shutil.which(python) is None:
             fail(
                 f"--python {engine}={python}: no such program; give an interpreter that has {engine} installed"
@@ -585,10 +590,10 @@ def check_interpreters(plan: Plan, pythons: dict[str, str]) -> None:
                 f"{python} has no nanovllm, which its launches need: install it there too, `{python} -m pip install --no-deps` "
                 "and what was installed here"
             )
-        if engine in ENGINES and not _has(python, engine.split(".")[0]):
+        if engine in ENGINES and not _has(python, library(engine)):
             fail(
-                f"{python} has no {engine}: run `make compare-vllm`, which installs vLLM, or name an interpreter that has it "
-                "with VLLM_PYTHON=PATH (--python vllm=PATH)"
+                f"{python} has no {library(engine)}: run `make compare-vllm`, which installs vLLM, or name an interpreter that has "
+                "it with VLLM_PYTHON=PATH (--python vllm=PATH)"
             )
 
 

@@ -131,7 +131,15 @@ def check_params(kind: str, params: Params) -> Params:
         if "arrivals" in params:
             checked = arrivals.check(params["arrivals"], sessions=kind == "conversation")
             rest = {name: value for name, value in params.items() if name != "arrivals"}
-            return check_params(kind, rest) | {"arrivals": checked}
+            full = check_params(kind, rest)
+            if "answers" in checked:
+                _require(
+                    full["ignore_eos"],
+                    "ignore_eos",
+                    full["ignore_eos"],
+                    "true with arrivals.answers: own, so that every engine's answers have the same lengths",
+                )
+            return full | {"arrivals": checked}
     if unknown := sorted(set(params) - set(defaults), key=str):
         raise ValueError(
             f"{unknown[0]}: unknown parameter of kind {kind}; allowed: {', '.join(defaults)}"
@@ -297,7 +305,8 @@ def _shared_prefix(p: Params) -> Waves:
 
 def _conversation(p: Params) -> Waves:
     """One wave per turn. A prompt holds the system prompt and all earlier turns. Earlier answers are
-    drawn here instead of taken from the engine, so that every engine serves the same work.
+    drawn here, so that every engine serves the same work; with `arrivals: {answers: own}` they give
+    way to the engine's own when a turn is submitted (experiments/load/own_answers.py).
     """
     rng = random.Random(p["seed"])
     system = _tokens(rng, rng.randint(*p["system_tokens"]), p)

@@ -22,8 +22,12 @@ from experiments.records.types import (
     Toggles,
 )
 
-ENGINES = ("nanovllm", "hf", "vllm")
+ENGINES = ("nanovllm", "hf", "vllm", "nanovllm_server", "vllm_server")
 """The adapters in this package."""
+LIBRARIES = {"nanovllm_server": "nanovllm", "vllm_server": "vllm"}
+"""The libraries of adapters that are not named like theirs. An interpreter given for a library
+(--python vllm=PATH) is that of its server, too.
+"""
 OPTIONS = (
     "min_p",
     "min_tokens",
@@ -91,6 +95,13 @@ class Serving(Face, Protocol):
         """What the engine did; called after the last step."""
         ...
 
+    def output(self, index: int) -> list[int]:
+        """The tokens of a request that has finished."""
+        ...
+
+    def set_prompt(self, index: int, prompt_token_ids: list[int]) -> None:
+        """Changes the prompt of a request that was not submitted yet (load/own_answers.py)."""
+
 
 class OverTime(Protocol):
     """An optional extension of an adapter: workloads whose requests arrive over time. An adapter
@@ -123,6 +134,11 @@ def load_adapter(engine: str) -> type[Adapter]:
 def own_cores() -> list[int] | None:
     """The CPUs that this process may run on; None on a system that does not say."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
+def library(engine: str) -> str:
+    """The library that an adapter needs."""
+    return LIBRARIES.get(engine, engine)
 
 
 def check_config(engine: str, config: Config, allowed: tuple[str, ...]) -> None:

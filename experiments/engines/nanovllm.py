@@ -181,6 +181,12 @@ class Serving:
     def abort(self, index: int) -> None:
         self._llm.abort(_id(index))
 
+    def output(self, index: int) -> list[int]:
+        return list(self._seqs[index].output_token_ids)
+
+    def set_prompt(self, index: int, prompt_token_ids: list[int]) -> None:
+        self._prompts[index] = {"prompt_token_ids": prompt_token_ids}
+
     def served(self) -> Served:
         found = [self._seqs.get(index) for index in range(len(self._prompts))]
         wait_s, before = self._adapter._wait_s, self._wait_before

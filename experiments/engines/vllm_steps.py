@@ -40,6 +40,12 @@ class VllmServing:
     def abort(self, index: int) -> None:
         self._engine.abort_request([_id(index)])
 
+    def output(self, index: int) -> list[int]:
+        return list(self._last[index].token_ids)
+
+    def set_prompt(self, index: int, prompt_token_ids: list[int]) -> None:
+        self._prompts[index] = {"prompt_token_ids": prompt_token_ids}
+
     def served(self) -> Served:
         found = [self._last.get(index) for index in range(len(self._prompts))]
         return {

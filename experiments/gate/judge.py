@@ -32,8 +32,9 @@ from experiments.gate.rules import GateParams, GateResult, judge
 from experiments.gate.same_work import read_vocabulary, same_work
 from experiments.gate.verdicts import GateError, Work, find_work, gate_record, read_tokens
 from experiments.host.model_files import ModelError, locate
+from experiments.load import own_answers
 from experiments.records import store
-from experiments.records.types import GateRecord, Plan, PlannedModel, Request
+from experiments.records.types import GateRecord, Plan, PlannedModel, Request, Workload
 
 
 def rescore(
@@ -155,19 +156,30 @@ class Gate:
             raise GateError(str(error)) from error
         self.model_dir = find_model(plan["model"], model)
         self._rescorer: Rescorer | None = None
-        self._requests: dict[str, list[Request]] = {}
+        self._drawn: dict[str, Workload] = {}
 
     def requests_of(self, workload: str) -> list[Request]:
-        """The requests of a workload, all waves in order. Raises GateError if their fingerprint is
-        not the plan's.
+        """The requests of a workload as drawn, all waves in order. Raises GateError if their
+        fingerprint is not the plan's.
         """
-        if workload not in self._requests:
+        if workload not in self._drawn:
             try:
-                drawn = workloads.rebuild(workload, self.plan["workloads"][workload])
+                self._drawn[workload] = workloads.rebuild(
+                    workload, self.plan["workloads"][workload]
+                )
             except ValueError as error:
                 raise GateError(str(error)) from error
-            self._requests[workload] = [request for wave in drawn["waves"] for request in wave]
-        return self._requests[workload]
+        return [request for wave in self._drawn[workload]["waves"] for request in wave]
+
+    def requests_as_served(self, workload: str, outputs: list[list[int]]) -> list[Request]:
+        """The same with the prompts that an engine with these outputs was given: where a turn holds
+        the engine's own answer to the one before, that answer is part of its prompt.
+        """
+        requests = self.requests_of(workload)
+        schedule = self._drawn[workload].get("arrivals")
+        if schedule is None or not own_answers.wanted(schedule):
+            return requests
+        return own_answers.as_served(requests, schedule["after"], outputs)
 
     def rescorer(self) -> Rescorer:
         if self._rescorer is None:
@@ -211,7 +223,7 @@ class Gate:
             return gate_record(self.plan, work, failed_same_work(problems))
         result = judge_outputs(
             self.rescorer(),
-            requests,
+            self.requests_as_served(work.workload, outputs),
             outputs,
             self.params,
             unknown_noise=work.unknown_noise,
@@ -230,7 +242,8 @@ class Gate:
             )
         work = max(native, key=lambda work: self.plan["workloads"][work.workload]["output_tokens"])
         outputs = read_tokens(self.folder.path, work.tokens_digest)
-        requests, outputs = some_of(self.requests_of(work.workload), outputs, self.params)
+        requests = self.requests_as_served(work.workload, outputs)
+        requests, outputs = some_of(requests, outputs, self.params)
         results = {}
         shortest = min(len(request["prompt_token_ids"]) for request in requests)
         for name, mutate in controls(shortest).items():

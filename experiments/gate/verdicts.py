@@ -19,7 +19,7 @@ from experiments.records.types import GateRecord, LaunchRecord, Plan, Verdict
 if TYPE_CHECKING:
     from experiments.gate.rules import GateResult
 
-NATIVE_ENGINES = {"nanovllm"}
+NATIVE_ENGINES = {"nanovllm", "nanovllm_server"}
 """Engines that sample with our random generator. Sampled tokens of others are judged by their distribution."""
 
 

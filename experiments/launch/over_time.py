@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from experiments.engines import Adapter, why_not_over_time
-from experiments.load import delivered
+from experiments.load import delivered, own_answers
 from experiments.load.arrivals import scaled
-from experiments.load.driving import Watch, drive
+from experiments.load.driving import Face, Watch, drive
 from experiments.load.searching import Judge, allowed_misses, search
 from experiments.records.types import (
     Answer,
@@ -39,7 +39,10 @@ def answer(
             f"{adapter.name} cannot serve requests that arrive over time: {why_not_over_time(type(adapter).__module__)}"
         )
     serving = start(requests)
-    line = drive(serving, schedule, watch=watch)
+    face: Face = serving
+    if own_answers.wanted(schedule):
+        face = own_answers.OwnAnswers(serving, requests, schedule)
+    line = drive(face, schedule, watch=watch)
     served = serving.served()
     return {
         "duration_s": line.duration_s,

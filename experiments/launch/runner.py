@@ -30,7 +30,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
-from experiments.engines import ENGINES
+from experiments.engines import ENGINES, library
 from experiments.host import environment, machine_lock, provenance, telemetry, validity
 from experiments.host.model_files import ModelError, locate, state_of
 from experiments.launch import fairness
@@ -250,7 +250,7 @@ class Runner:
         if (
             not measurement.get("preload")
             or modules is None
-            or self.pythons.get(engine, sys.executable) != sys.executable
+            or self._python(engine) != sys.executable
         ):
             return None
         if self._fork_server is None or self._fork_server[0] != block:
@@ -268,9 +268,13 @@ class Runner:
             )
         return self._fork_server[1]
 
+    def _python(self, engine: str) -> str:
+        """The interpreter of an engine: as given for it, or for its library, or this one."""
+        return self.pythons.get(engine) or self.pythons.get(library(engine)) or sys.executable
+
     def _environment_report(self, engine: str) -> str | None:
         """The file with torch's report on the environment of an engine's interpreter, by name."""
-        python = self.pythons.get(engine, sys.executable)
+        python = self._python(engine)
         if python not in self._environments:
             self._environments[python] = (
                 provenance.collect_env(python, self.out) if engine in ENGINES else None
@@ -280,7 +284,7 @@ class Runner:
     def _command(self, entry: LaunchEntry, attempt: int) -> list[str]:
         engine = self.plan["cells"][entry["cell"]]["engine"]
         return [
-            self.pythons.get(engine, sys.executable),
+            self._python(engine),
             "-m",
             "experiments.launch",
             "--plan",

@@ -15,6 +15,8 @@
 divided by the rate: two rates differ in scale alone (common random numbers), and every cell and every
 engine of a study gets the same due times. In workloads of kind `conversation`, an open process gives
 the first turn of each conversation; the next turn is due `think_s` after the answer to the one before.
+`answers: own` puts the engine's own answers into the turns that follow, instead of drawn ones of the
+same length (own_answers.py).
 
 `search: {low, high, within, most}` in place of `rate` makes each launch search for the highest rate at
 which the study's objective holds (searching.py).
@@ -39,6 +41,8 @@ DEFAULTS: dict[str, Params] = {
 """The parameters of each process, with defaults; None: has to be given. Open processes also take `search`."""
 SEARCH: Params = {"low": None, "high": None, "within": 1.1, "most": 10}
 """The parameters of a search, with defaults."""
+ANSWERS = ("drawn", "own")
+"""What the turns of a conversation hold where an answer was given; the first is the default."""
 MOST_RATE, MOST_S, MOST_USERS, MOST_TRIALS = 1e6, 1e6, 1_000_000, 50
 
 
@@ -57,6 +61,7 @@ def check(given: Any, sessions: bool) -> Params:
     process = given["process"]
     defaults, is_open = DEFAULTS[process], process != "closed"
     allowed = [*defaults, *(["search"] if is_open else [])]
+    allowed += ["answers"] if is_open and sessions else []
     rest = {name: value for name, value in given.items() if name != "process"}
     if unknown := sorted(set(rest) - set(allowed), key=str):
         raise ValueError(
@@ -70,8 +75,14 @@ def check(given: Any, sessions: bool) -> Params:
             )
         full["search"] = _check_search(rest["search"])
         del full["rate"]
+    if full.get("answers", ANSWERS[0]) not in ANSWERS:
+        raise ValueError(
+            f"arrivals.answers: {full['answers']!r} is not allowed; allowed: {', '.join(ANSWERS)}"
+        )
+    if full.get("answers") == ANSWERS[0]:
+        del full["answers"]  # plans that say nothing of it are the same
     for name, value in full.items():
-        if name in ("process", "search"):
+        if name in ("process", "search", "answers"):
             continue
         if value is None:
             also = " (or `search`)" if name == "rate" else ""
@@ -112,12 +123,15 @@ def schedule(params: Params, num_requests: int, sessions: int = 0) -> Schedule:
     rate = params["search"]["low"] if "search" in params else params["rate"]
     first = sessions or num_requests
     unit = unit_times(process, first, rng, params.get("burstiness", 1.0))
-    return {
+    made: Schedule = {
         "rate": float(rate),
         "offset_s": [moment / rate for moment in unit]
         + [float(params["think_s"])] * (num_requests - first),
         "after": [None] * first + list(range(num_requests - first)),
     }
+    if "answers" in params:
+        made["answers"] = params["answers"]
+    return made
 
 
 def scaled(given: Schedule, rate: float) -> Schedule:
@@ -130,12 +144,12 @@ def scaled(given: Schedule, rate: float) -> Schedule:
         )
     factor = given["rate"] / rate
     return {
+        **given,
         "rate": rate,
         "offset_s": [
             offset * factor if after is None else offset
             for offset, after in zip(given["offset_s"], given["after"], strict=True)
         ],
-        "after": given["after"],
     }
 
 

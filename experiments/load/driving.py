@@ -5,7 +5,9 @@ request that becomes due during a step is submitted after it, which is the earli
 scheduler could look at it; its clock has started at its due time all the same, so this wait counts as
 latency (open loop, no coordinated omission). What the generator adds by itself is noted apart, as
 its own lateness: the time from the moment when a request was due and the engine had returned from its
-step, whichever came last, to the moment when it was submitted.
+step, whichever came last, to the moment when it was submitted. An engine behind a network connection
+(RemoteFace) computes whatever the generator does; the generator then waits for tokens and due times
+together, and all of its lateness is its own.
 """
 
 from __future__ import annotations
@@ -38,6 +40,16 @@ class Face(Protocol):
 
     def abort(self, index: int) -> None:
         """Ends an unfinished request."""
+
+
+class RemoteFace(Face, Protocol):
+    """An engine in another process. The generator does not wait for its steps, so a request that is
+    sent late is late by the generator's own fault.
+    """
+
+    def advance_within(self, seconds: float | None) -> Iterable[Progress]:
+        """Waits until tokens come, or for so long (None: however long it takes)."""
+        ...
 
 
 @dataclass
@@ -87,6 +99,7 @@ def drive(
             line._followers.setdefault(after, []).append(index)
     heapq.heapify(waiting)
     running: set[int] = set()
+    advance_within = getattr(face, "advance_within", None)
     begin, free_since = clock(), 0.0
     while (waiting or running) and not line.stopped:
         now = clock() - begin
@@ -100,8 +113,12 @@ def drive(
         if not running:
             sleep(max(0.0, waiting[0][0] - now))
             continue
-        progress = face.advance()
-        free_since = now = clock() - begin
+        if advance_within is None:
+            progress = face.advance()
+            free_since = now = clock() - begin
+        else:
+            progress = advance_within(max(0.0, waiting[0][0] - now) if waiting else None)
+            now = clock() - begin
         for index, tokens, finished in progress:
             line.token_s[index] += [now] * (tokens - len(line.token_s[index]))
             if not finished:

@@ -16,7 +16,12 @@ from experiments.records.types import Plan
 from nanovllm.config import LEVELS
 
 TWIN, ALL_OFF, ALL_ON = "A/A twin", "all off", "all on"
-ENGINES = {"hf": "HF", "vllm": "vLLM"}
+ENGINES = {
+    "hf": "HF",
+    "vllm": "vLLM",
+    "nanovllm_server": "nanovllm serve",
+    "vllm_server": "vllm serve",
+}
 # How many processes share the work is no optimization of one engine: `all on` says nothing of it.
 _SHARING = {"tensor_parallel_size", "data_parallel_size", "all_reduce"}
 # As plans write it: the first level of each, a switch as a word.

@@ -66,12 +66,14 @@ Wave = list[Request]
 class Schedule(TypedDict):
     """When requests are due, in the order of the requests of all waves. Request i is due `offset_s[i]`
     after the start or, with `after[i]`, after that request has finished. rate: requests per second on
-    average; None for a closed loop.
+    average; None for a closed loop. answers: `own` if a request that follows another holds the answer
+    that the engine gave to it (experiments/load/own_answers.py).
     """
 
     rate: float | None
     offset_s: list[float]
     after: list[int | None]
+    answers: NotRequired[Literal["own"]]
 
 
 class Workload(TypedDict):

@@ -31,6 +31,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "compare --with vllm --python vllm=~/vllm/bin/python",
             "vLLM, in an environment of its own",
         ),
+        ("compare --with vllm-online", "nanovllm serve and vllm serve, under load"),
     ),
     "check": (
         ("check", "pairs of optimizations and HF, on the model tiny"),

@@ -55,6 +55,7 @@ class RanksInThreads:
         size = resolved.optimizations.tensor_parallel_size
 
         def start(group: Group, own: StepStats) -> ModelRunner:
+            group.whole_experts = resolved.enable_expert_parallel
             return ModelRunner(resolved, model_config, folder, own, group)
 
         # a runner sets it while it makes its model; threads would find each other's value, and keep it

@@ -34,7 +34,7 @@ from reports.analysis.noise import (
     scale_of,
 )
 from reports.analysis.types import Analysis, Company, Counts, Effect, LinearEffect, Rate
-from reports.analysis.under_load import energies, under_load
+from reports.analysis.under_load import energies, transients, under_load
 from reports.analysis.unjudged import measured
 from reports.statistics import ceiling
 from reports.statistics.contrasts import Contrast, Lattice, Toggle, evaluate
@@ -50,6 +50,7 @@ from reports.statistics.metrics import (
 )
 from reports.statistics.moderation import Prior
 from reports.statistics.residuals import diagnose
+from reports.statistics.under_load import Transient
 
 ANALYSIS_SCHEMA = 1
 ALL_WORKLOADS = (
@@ -78,17 +79,18 @@ def analyse(records: Sequence[Record], plan: Plan, notes: Sequence[str] = ()) ->
     """
     study = plan["study"]
     metric = _metric(study)
-    rule = Rule(
-        alpha=study.get("alpha", 0.05),
-        smallest_effect=study["smallest_effect"],
-        seed=plan["plan_hash"],
-        rounding=rounding(plan) if "load" in study else {},
-    )
     lattice = Lattice(plan["cells"], _off(study), study.get("design", {}).get("generators"))
     drawn = _drawn(plan)
     gate = Gate(records, plan)
     counted = count(records, plan, gate)
-    values = _values(counted, drawn, plan)
+    starts = transients(counted, plan)
+    rule = Rule(
+        alpha=study.get("alpha", 0.05),
+        smallest_effect=study["smallest_effect"],
+        seed=plan["plan_hash"],
+        rounding=rounding(plan, starts) if "load" in study else {},
+    )
+    values = _values(counted, drawn, plan, starts)
     noise = priors(values, plan)
     effects = _effects(values, lattice, plan, rule, noise)
 
@@ -148,7 +150,7 @@ def analyse(records: Sequence[Record], plan: Plan, notes: Sequence[str] = ()) ->
             {record["started_at"][:10] for record in records if record["kind"] == "launch"}
         ),
     }
-    if (load := under_load(counted, plan)) is not None:
+    if (load := under_load(counted, plan, starts)) is not None:
         result["load"] = load
     if energy := energies(counted, plan):
         result["energy"] = energy
@@ -170,14 +172,16 @@ def ratios(records: Sequence[Record], plan: Plan, ours: str, theirs: str) -> lis
                 f"{cell!r} is no cell of this study; it has {', '.join(plan['cells'])}"
             )
     study = plan["study"]
+    counted = count(records, plan, Gate(records, plan))
+    starts = transients(counted, plan)
     rule = Rule(
         alpha=study.get("alpha", 0.05),
         smallest_effect=study["smallest_effect"],
         seed=plan["plan_hash"],
-        rounding=rounding(plan) if "load" in study else {},
+        rounding=rounding(plan, starts) if "load" in study else {},
     )
     drawn = _drawn(plan)
-    values = _values(count(records, plan, Gate(records, plan)), drawn, plan)
+    values = _values(counted, drawn, plan, starts)
     noise = priors(values, plan)
     return [
         paired(values, THROUGHPUT.key, workload, ours, theirs, rule, noise)
@@ -216,7 +220,12 @@ def _off(study: Mapping[str, Any]) -> dict[str, Any] | None:
     )
 
 
-def _values(counted: Counted, drawn: Mapping[str, Mapping[str, Any]], plan: Plan) -> Values:
+def _values(
+    counted: Counted,
+    drawn: Mapping[str, Mapping[str, Any]],
+    plan: Plan,
+    starts: Mapping[str, Transient],
+) -> Values:
     """Every metric of every counted launch, and where there are several workloads, their throughput
     together.
     """
@@ -228,7 +237,8 @@ def _values(counted: Counted, drawn: Mapping[str, Mapping[str, Any]], plan: Plan
     }
     for record in counted.launches:
         for name in drawn:
-            found = of_launch(record["workloads"][name], lengths[name], rules)
+            cut = starts[name].cut if name in starts else 0
+            found = of_launch(record["workloads"][name], lengths[name], rules, cut)
             for key, value in found.items():
                 values[key].setdefault(name, {}).setdefault(record["cell"], {})[record["block"]] = (
                     value

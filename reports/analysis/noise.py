@@ -15,7 +15,7 @@ from experiments.records.types import Plan, PlannedStatistics
 from reports.statistics.contrasts import Contrast, Lattice
 from reports.statistics.metrics import GOODPUT, SUSTAINABLE
 from reports.statistics.moderation import MIN_EFFECTS, Prior, prior_of
-from reports.statistics.under_load import CUT_SHARE
+from reports.statistics.under_load import Transient
 
 # {(metric, workload, the cell that the comparisons share): prior}; empty where every effect keeps its
 # own variance
@@ -44,16 +44,18 @@ def priors(values: Values, plan: Plan) -> Priors:
     return found
 
 
-def rounding(plan: Plan) -> dict[tuple[str, str], float]:
+def rounding(plan: Plan, starts: Mapping[str, Transient]) -> dict[tuple[str, str], float]:
     """By metric and workload, the standard deviation that rounding alone gives a log-ratio (Rule). A
     goodput counts requests; a sustainable rate is known to within the last step of its search. The
-    error of each side is uniform over a step, whose variance is step**2 / 12.
+    error of each side is uniform over a step, whose variance is step**2 / 12. starts: of workloads
+    that were served.
     """
     found = {}
     for name, entry in plan["workloads"].items():
         search = entry["params"].get("arrivals", {}).get("search")
         grid = math.log(search["within"]) if search else 0.0
-        request = 1 / (entry["num_requests"] - int(CUT_SHARE * entry["num_requests"]))
+        cut = starts[name].cut if name in starts else 0
+        request = 1 / (entry["num_requests"] - cut)
         found[GOODPUT.key, name] = math.sqrt((grid**2 + request**2) / 6)
         if search:
             found[SUSTAINABLE.key, name] = grid / math.sqrt(6)

@@ -17,10 +17,34 @@ from reports.analysis.types import Analysis, Effect
 from reports.statistics import energy
 from reports.statistics.intervals import measured_ratio, t_interval
 from reports.statistics.metrics import SUSTAINABLE, THROUGHPUT
-from reports.statistics.under_load import LATENCY_OF, described
+from reports.statistics.under_load import (
+    LATENCY_OF,
+    Requests,
+    Transient,
+    described,
+    transient,
+)
 
 
-def under_load(counted: Counted, plan: Plan) -> dict[str, Any] | None:
+def transients(counted: Counted, plan: Plan) -> dict[str, Transient]:
+    """The initial transient of each workload with arrivals, from all launches that count: every cell
+    is judged on the same requests.
+    """
+    found = {}
+    for workload in plan["workloads"]:
+        launches = [
+            Requests.of(work)
+            for record in counted.launches
+            if "load" in (work := record["workloads"][workload])
+        ]
+        if launches:
+            found[workload] = transient(launches)
+    return found
+
+
+def under_load(
+    counted: Counted, plan: Plan, starts: Mapping[str, Transient]
+) -> dict[str, Any] | None:
     """The load of a study whose requests arrive over time; None for others. rows: one for each
     workload with arrivals and cell that has counted launches. found: one for each search and cell.
     """
@@ -31,7 +55,7 @@ def under_load(counted: Counted, plan: Plan) -> dict[str, Any] | None:
     for workload in plan["workloads"]:
         for cell in plan["cells"]:
             launches = [
-                described(work, rules)
+                described(work, rules, starts[workload])
                 for record in counted.launches
                 if record["cell"] == cell and "load" in (work := record["workloads"][workload])
             ]

@@ -373,11 +373,10 @@ def reproduce_command(plan: Plan) -> str:
         f"PROFILE={plan['profile']['name']}",
         f"MODEL={model['preset'] or model['path']}",
     ]
-    target = (
-        "compare-vllm"
-        if any(cell["engine"] == "vllm" for cell in plan["cells"].values())
-        else "ablate"
-    )
+    engines = {cell["engine"] for cell in plan["cells"].values()}
+    online = "vllm_server" in engines
+    compares = online or "vllm" in engines
+    target = ("compare-vllm-online" if online else "compare-vllm") if compares else "ablate"
     given = [f"{key}={_yaml(value)}" for key, value in study.get("overrides", {}).items()]
     # make would take such a word for two
     if any(len(word.split()) != 1 for word in [*words, *given]):
@@ -387,7 +386,7 @@ def reproduce_command(plan: Plan) -> str:
             for part in ("--" + word.split("=")[0].lower(), word.split("=", 1)[1])
         ]
         options += [part for word in given for part in ("--set", word)]
-        verb = "compare --with vllm" if target == "compare-vllm" else target
+        verb = target.replace("compare-", "compare --with ")
         return f".venv/bin/python -m experiments {verb} " + " ".join(map(shlex.quote, options))
     return f"make {target} " + " ".join(
         map(shlex.quote, [*words, *(["SET=" + " ".join(given)] if given else [])])

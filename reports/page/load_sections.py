@@ -202,9 +202,10 @@ def load_folded(analysis: Analysis) -> Iterator[Section]:
             "arrivals, so intervals over launches tell of the noise of the machine, and ratios of these arrivals.",
             f"A launch is invalid if its generator was late by itself by more than {text.seconds(rules['max_lateness_s'])} at "
             f"p99, delivered less than {text.percent(rules['min_delivered'])} of the rate, or left a request unsent. Cut: "
-            "the first tenth of the requests, which finds the queue empty, left out of every latency and of goodput. "
-            f"State: fewer than {LEAST_REQUESTS} requests after the cut are too short to tell; overloaded means that the "
-            f"backlog grew, in a trend, by more than {OVERLOAD_GROWTH:g} requests per arrival.",
+            "the initial transient, which finds the queue empty, left out of every latency and of goodput: MSER-5 (White, 1997) "
+            "on the mean time to first token over all launches of a workload, which are thus judged on the same requests. "
+            f"State: too short to tell where MSER-5 finds no cut in the first half, or leaves fewer than {LEAST_REQUESTS} "
+            f"requests; overloaded means that the backlog grew, in a trend, by more than {OVERLOAD_GROWTH:g} requests per arrival.",
         ],
         "pareto",
         [intervals, delivered, effects],

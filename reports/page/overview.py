@@ -511,7 +511,8 @@ def _process(arrivals: Mapping[str, Any]) -> str:
     else:
         rate = f"{arrivals['rate']:g}"
     burst = f", burstiness {arrivals['burstiness']:g}" if kind == "gamma" else ""
-    return f"{kind}, {rate} per second{burst}"
+    own = ", turns with the engine's own answers" if arrivals.get("answers") == "own" else ""
+    return f"{kind}, {rate} per second{burst}{own}"
 
 
 def _prompts(entry: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Statistics over records: pure functions.
 
     metrics       what is measured of one launch
+    steady_state  the initial transient (MSER-5), trends, growth of a backlog
     under_load    the same of requests that arrive over time: percentiles, steady state, goodput
     energy        joules per token and request, from sampled power
     intervals     one effect: interval, p-value, detectable effect, verdict

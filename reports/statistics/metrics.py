@@ -62,16 +62,18 @@ def of_launch(
     work: ServedWorkload,
     output_lengths: Sequence[int] | None,
     rules: LoadRules | None = None,
+    cut: int = 0,
 ) -> dict[str, float]:
     """Every metric of one workload's part of a launch record that can be had from it. rules: those of
-    the load, for requests that arrive over time (under_load.py).
+    the load, for requests that arrive over time, the first `cut` of which are left out
+    (under_load.py).
 
     output_lengths: tokens asked of each request, in the order of `request_times_s`. A request's
     time per output token is (finish - first token) / (output tokens - 1); it is left out where the
     lengths are unknown or were not reached (a record holds only their sum).
     """
     if rules is not None and "load" in work:
-        return under_load.of_launch(work, rules, PERCENTILES)
+        return under_load.of_launch(work, rules, PERCENTILES, cut)
     values = {THROUGHPUT.key: work["output_tokens"] / work["duration_s"]}
     times = np.array(work["request_times_s"], dtype=np.float64).reshape(
         -1, 3

@@ -1,9 +1,9 @@
 """What one launch shows of a workload whose requests arrive over time: latencies, goodput, whether it
 ran long enough, and whether it kept up.
 
-Latencies are those of experiments/load/objective.py, and count from a request's due time. The first
-tenth of the requests, which finds the queue empty, is left out. (MSER-5, which looks for the cut in the
-data, was tried first: docs/methodology.md says why it is not used.)
+Latencies are those of experiments/load/objective.py, and count from a request's due time. The initial
+transient, which finds the queue empty, is left out: MSER-5 over all launches of a workload
+(steady_state.py).
 
 A percentile needs samples beyond it. The interval of a percentile within a launch is the distribution-
 free one of order statistics (the rank of the percentile is binomial). Requests that wait for each other
@@ -15,6 +15,7 @@ It is descriptive: claims rest on intervals over launches.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,15 +25,12 @@ from scipy import stats
 
 from experiments.load.delivered import unpack
 from experiments.records.types import LoadRules, Objective, ServedWorkload
+from reports.statistics.steady_state import Floats, common_cut, growth, has_trend
 
-Floats = NDArray[np.float64]
 State = Literal["steady", "too short", "trend", "overloaded"]
 
-CUT_SHARE = 0.1
-"""The share of the requests, by due time, that belongs to the initial transient."""
 LEAST_REQUESTS = 40
 """With fewer requests after the cut, steadiness cannot be tested."""
-TREND_BATCHES, TREND_ALPHA = 20, 0.01
 OVERLOAD_GROWTH = 0.1
 """Overloaded: the backlog grows by more than this share of the arrivals."""
 LATENCY_OF = {
@@ -184,63 +182,57 @@ def effective_samples(above: NDArray[np.bool_]) -> float:
     return float(min(n, n / max(2 * positive.sum() - 1, 1e-9)))
 
 
-def has_trend(samples: Floats) -> bool:
-    """Whether a series rises or falls: Kendall's test on the means of 20 batches, at 1 %."""
-    size = len(samples) // TREND_BATCHES
-    if size < 1:
-        return False
-    means = samples[: size * TREND_BATCHES].reshape(TREND_BATCHES, size).mean(axis=1)
-    if np.ptp(means) == 0:
-        return False
-    return bool(stats.kendalltau(np.arange(TREND_BATCHES), means).pvalue < TREND_ALPHA)
-
-
-def growth(backlog: Floats) -> float:
-    """By how many requests the backlog grows with each arrival: from the mean of the first quarter of
-    the arrivals to that of the last.
-    """
-    quarter = max(1, len(backlog) // 4)
-    return float(backlog[-quarter:].mean() - backlog[:quarter].mean()) / max(
-        1, len(backlog) - quarter
-    )
-
-
 @dataclass(frozen=True)
-class Steady:
-    """cut: how many requests belong to the initial transient. growth: of the backlog, per arrival."""
+class Transient:
+    """The initial transient of launches that served the same requests. found: False where MSER-5 has
+    its minimum in the second half: the launches are too short to tell, and nothing is cut.
+    """
 
     cut: int
-    state: State
-    growth: float
+    found: bool
 
 
-def steadiness(requests: Requests) -> Steady:
-    """The initial transient, and whether what follows is a steady state."""
-    cut = int(CUT_SHARE * len(requests))
-    kept = requests.after(cut)
-    backlog = kept.backlog()
-    rise = growth(backlog)
-    state: State = "steady"
-    if len(kept) < LEAST_REQUESTS:
-        state = "too short"
-    elif rise > OVERLOAD_GROWTH and has_trend(backlog):
-        state = "overloaded"
-    elif has_trend(kept.first_s - kept.due_s):
-        state = "trend"
-    return Steady(cut, state, rise)
+def transient(launches: Sequence[Requests]) -> Transient:
+    """From all launches of a workload, all cells. An overloaded one has no steady state before which
+    there could be a transient, and takes no part; 0 where all are.
+    """
+    able = [launch for launch in launches if not overloaded(launch)]
+    if not able:
+        return Transient(0, True)
+    cut = common_cut([launch.first_s - launch.due_s for launch in able])
+    return Transient(0, False) if cut is None else Transient(cut, True)
+
+
+def overloaded(requests: Requests) -> bool:
+    """Whether the backlog grows over the whole run, in a trend."""
+    backlog = requests.backlog()
+    return growth(backlog) > OVERLOAD_GROWTH and has_trend(backlog)
+
+
+def steadiness(requests: Requests, start: Transient) -> State:
+    """Whether what follows the transient is a steady state."""
+    kept = requests.after(start.cut)
+    if len(requests) < LEAST_REQUESTS:
+        return "too short"
+    if overloaded(requests):
+        return "overloaded"
+    if not start.found or len(kept) < LEAST_REQUESTS:
+        return "too short"
+    return "trend" if has_trend(kept.first_s - kept.due_s) else "steady"
 
 
 def of_launch(
-    work: ServedWorkload, rules: LoadRules, percentiles: tuple[int, ...]
+    work: ServedWorkload, rules: LoadRules, percentiles: tuple[int, ...], cut: int
 ) -> dict[str, float]:
-    """Every metric of a workload with arrivals that its record supports. A percentile for which there
+    """Every metric of a workload with arrivals that its record supports, without the first `cut`
+    requests. A percentile for which there
     are too few requests after the cut, or gaps between tokens, is left out even if they were
     independent (whether they are worth as many matters to the percentile of the process, not to a
     ratio of two cells that served the same arrivals); goodput and the
     sustainable rate are left out where they are 0 or there is no objective.
     """
     requests = Requests.of(work)
-    kept = requests.after(steadiness(requests).cut)
+    kept = requests.after(cut)
     values = {"output_tokens_per_s": work["output_tokens"] / work["duration_s"]}
     for metric, samples in kept.latencies().items():
         for percentile in percentiles:
@@ -267,18 +259,17 @@ def goodput(requests: Requests, objective: Objective) -> float | None:
     return None if rate is None else float(requests.met(objective).mean()) * rate
 
 
-def described(work: ServedWorkload, rules: LoadRules) -> dict[str, Any]:
+def described(work: ServedWorkload, rules: LoadRules, start: Transient) -> dict[str, Any]:
     """What a report says of one launch's load: state, cut, the share of requests that met the
     objective, and every percentile with its interval within the launch.
     """
     requests = Requests.of(work)
-    steady = steadiness(requests)
-    kept = requests.after(steady.cut)
+    kept = requests.after(start.cut)
     load = work["load"]
     return {
-        "state": steady.state,
-        "cut": steady.cut,
-        "growth": steady.growth,
+        "state": steadiness(requests, start),
+        "cut": start.cut,
+        "growth": growth(requests.backlog()),
         "requests": len(requests),
         "kept": len(kept),
         "offered": requests.rate(),

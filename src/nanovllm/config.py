@@ -56,6 +56,7 @@ ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "in (0, 1]",
     ),
     "seed": (lambda value: value is None or isinstance(value, Integral), "None or a whole number"),
+    "enable_expert_parallel": (lambda value: type(value) is bool, "True or False"),
     "optimizations": (lambda value: isinstance(value, Optimizations), "Optimizations or a dict"),
 }
 
@@ -80,14 +81,17 @@ class EngineConfig:
     block_size: int = 16
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
+    enable_expert_parallel: bool = False  # a rank holds some experts whole, not a part of each
     optimizations: Optimizations = field(default_factory=lambda: ALL)
 
     def __post_init__(self) -> None:
         for name, (fits, allowed) in ALLOWED.items():
             value = getattr(self, name)
             _require(fits(value), name, value, allowed)
-        object.__setattr__(self, "gpu_memory_utilization", float(self.gpu_memory_utilization))
-        object.__setattr__(self, "seed", int(self.seed or 0))
+        # past the __setattr__ of a frozen class
+        vars(self).update(
+            gpu_memory_utilization=float(self.gpu_memory_utilization), seed=int(self.seed or 0)
+        )
 
     @classmethod
     def from_kwargs(cls, model: str, **kwargs: Any) -> Self:

@@ -500,6 +500,21 @@ def test_mixtures_of_experts(
     close(alone, ours[:1])
 
 
+def test_experts_of_other_ranks_add_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of eight experts, this rank has the first three; memory that is not written holds no number."""
+    x, shares, chosen, gate_up, down = expert_case(40, 3, 8, 64, 32, torch.float32)
+    here = chosen.where(chosen < 3, 3)
+    assert (here == 3).any()
+    monkeypatch.setattr(torch, "empty", lambda *size, **how: torch.full(size, torch.nan, **how))
+    ours = triton_experts.mix_experts(x, shares, here, gate_up[:3], down[:3], some_elsewhere=True)
+    close(ours, experts.mix_experts(x, shares, here, gate_up[:3], down[:3], some_elsewhere=True))
+    close(ours, experts.mix_experts(x, shares * (chosen < 3), chosen, gate_up, down))
+    # none of them
+    nobody = torch.full_like(chosen, 3)
+    none = triton_experts.mix_experts(x, shares, nobody, gate_up[:3], down[:3], some_elsewhere=True)
+    assert not none.any()
+
+
 def test_all_tokens_may_choose_the_same_experts() -> None:
     x, shares, chosen, *weights = expert_case(70, 2, 8, 64, 32, torch.float32)
     chosen = torch.tensor([5, 7], device=DEVICE).expand(70, 2)

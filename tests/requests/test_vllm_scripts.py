@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,14 @@ from typing import Any
 import pytest
 
 from nanovllm import BASELINE, LLM, EngineConfig, SamplingParams
-from nanovllm.config import ALL
+from nanovllm.config import ALL, Optimizations
+from nanovllm.engine.invariants import check_invariants
 from nanovllm.engine.llm_engine import EngineDeadError, load_tokenizer
 from nanovllm.models.config import load_hf_config
 from nanovllm.toggles import vllm_names
+from property_tests.support.ranks import in_place_of_processes
 
+ROOT = Path(__file__).parents[2]
 SMALL: dict[str, Any] = {
     "device": "cpu",
     "max_model_len": 64,
@@ -173,18 +179,112 @@ def test_qwen3_embedding_is_named(copy: Path) -> None:
         LLM(str(copy), **SMALL)
 
 
-def test_ctrl_c_in_a_step_says_that_the_engine_is_over(
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("optimizations", [BASELINE, ALL], ids=["everything off", "everything on"])
+def test_ctrl_c_in_a_step_leaves_an_engine_that_works(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, optimizations: Optimizations
+) -> None:
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    with LLM(str(tiny), **SMALL, optimizations=optimizations) as llm:
+        before = llm.generate([[5, 6]], params, use_tqdm=False)[0].outputs[0].token_ids
+        llm.add_request("other", [7, 8], params)
+        for name in ("submit", "collect"):
+            with monkeypatch.context() as patch:
+                patch.setattr(type(llm.runner), name, interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    llm.generate([[5, 6], [9]], params, use_tqdm=False)
+            assert not llm.has_unfinished_requests()
+            check_invariants(llm.scheduler)
+            assert llm.scheduler.blocks.num_free == llm.scheduler.blocks.num_blocks
+        assert llm.generate([[5, 6]], params, use_tqdm=False)[0].outputs[0].token_ids == before
+
+
+def test_ctrl_c_in_a_step_of_ranks_says_that_the_engine_is_over(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    llm = LLM(str(tiny), **SMALL)
-    monkeypatch.setattr(type(llm.runner), "collect", interrupt)
+    with in_place_of_processes():
+        llm = LLM(str(tiny), **SMALL, tensor_parallel_size=2)
+    monkeypatch.setattr(type(llm.runner), "collect", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate([[5, 6]], use_tqdm=False)
     with pytest.raises(EngineDeadError, match=r"KeyboardInterrupt.*make a new one"):
         llm.generate([[5, 6]], use_tqdm=False)
+
+
+def test_a_step_that_fails_otherwise_ends_the_engine(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise ArithmeticError("no such sum")
+
+    llm = LLM(str(tiny), **SMALL)
+    monkeypatch.setattr(type(llm.runner), "collect", fails)
+    with pytest.raises(ArithmeticError):
+        llm.generate([[5, 6]], use_tqdm=False)
+    with pytest.raises(EngineDeadError, match=r"ArithmeticError: no such sum.*make a new one"):
+        llm.generate([[5, 6]], use_tqdm=False)
+
+
+def test_a_second_ctrl_c_while_the_first_is_handled_ends_the_engine(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(str(tiny), **SMALL)
+    monkeypatch.setattr(type(llm.runner), "collect", interrupted)
+    monkeypatch.setattr(type(llm.loop), "__init__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[5, 6]], use_tqdm=False)
+    with pytest.raises(EngineDeadError, match=r"Ctrl-C came again.*make a new one"):
+        llm.generate([[5, 6]], use_tqdm=False)
+
+
+INTERRUPT_OFTEN = """
+import os, random, signal, sys, threading
+from nanovllm import ALL, BASELINE, LLM, SamplingParams
+from nanovllm.engine.invariants import check_invariants
+
+model, which = sys.argv[1:]
+prompts = [[5 + i, 6, 7] for i in range(6)]
+params = [SamplingParams(temperature=0.7 * (i % 2), seed=i, max_tokens=24, ignore_eos=True) for i in range(6)]
+rng = random.Random(which)
+with LLM(model, device="cpu", max_model_len=64, max_num_seqs=4, block_size=4, kv_cache_memory_bytes=2**18,
+         optimizations={"off": BASELINE, "on": ALL}[which]) as llm:
+
+    def tokens():
+        return [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
+
+    expected, interrupted = tokens(), 0
+    for i in range(12):
+        timer = threading.Timer(rng.uniform(0.0, 0.05), os.kill, (os.getpid(), signal.SIGINT))
+        try:
+            timer.start()
+            while True:
+                assert tokens() == expected
+        except KeyboardInterrupt:
+            interrupted += 1
+        check_invariants(llm.scheduler)
+        assert not llm.scheduler.num_unfinished
+        assert llm.scheduler.blocks.num_free == llm.scheduler.blocks.num_blocks
+        assert tokens() == expected
+print(interrupted)
+"""
+
+
+@pytest.mark.parametrize("which", ["off", "on"])
+def test_sigint_at_any_moment_leaves_an_engine_that_works(tiny: Path, which: str) -> None:
+    """A signal to a process of its own, in the middle of whatever it is doing."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPT_OFTEN, str(tiny), which],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["12"]
 
 
 def test_ctrl_c_between_steps_leaves_an_engine_that_works(

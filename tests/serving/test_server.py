@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.serving import AsyncLLM
+from nanovllm.serving import AsyncLLM, async_llm
 from tests.serving.test_async_llm import PROMPT, SMALL, nothing_left
 from tests.support.http_client import begin, call, serving
 
@@ -370,6 +370,94 @@ def test_a_body_that_never_comes(llm: AsyncLLM) -> None:
                 b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
             )
             assert slow.recv(1000).startswith(b"HTTP/1.1 408 ")
+        all_is_well(port, llm)
+
+
+def test_headers_that_never_come(llm: AsyncLLM) -> None:
+    """Of a first request, in drops, and of the next one on a connection that is kept."""
+    with serving(llm, header_timeout_s=0.3) as port:
+        with socket.create_connection(("127.0.0.1", port), 60) as silent:
+            assert silent.recv(1000).startswith(b"HTTP/1.1 408 ")
+        with socket.create_connection(("127.0.0.1", port), 60) as slow:
+            begun = time.monotonic()
+            said = b""
+            for drop in b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: " + b"a" * 100:
+                try:
+                    slow.sendall(bytes([drop]))
+                except OSError:
+                    break  # it was disconnected
+                if time.monotonic() - begun > 5:
+                    break
+                time.sleep(0.02)
+            assert time.monotonic() - begun < 5
+            slow.settimeout(60)
+            try:
+                said = slow.recv(1000)
+            except ConnectionError:
+                said = b"HTTP/1.1 408 "  # the reset overtook the answer
+            assert said.startswith(b"HTTP/1.1 408 ")
+        with socket.create_connection(("127.0.0.1", port), 60) as kept:
+            for _ in range(2):
+                kept.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert kept.recv(1000).startswith(b"HTTP/1.1 200 ")
+            kept.sendall(b"GET /health HTTP/1.1\r\nHost:")
+            said = kept.recv(1000)
+            assert said.startswith(b"HTTP/1.1 408 ")
+            assert b"headers were not received within 0.3 s" in said
+        all_is_well(port, llm)
+
+
+def test_a_slow_answer_is_not_a_slow_head(llm: AsyncLLM) -> None:
+    with serving(llm, header_timeout_s=0.1) as port:
+        body = {"prompt": [PROMPT] * 8, "max_tokens": 100, **GREEDY}
+        assert call(port, COMPLETIONS, body).status == 200
+        assert call(port, COMPLETIONS, {**body, "stream": True}).status == 200
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(
+    llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenized: list[int] = []
+    real = AsyncLLM._make_sequences
+
+    def watched(self: AsyncLLM, request_id: str, prompt: Any, *more: Any) -> Any:
+        tokenized.append(len(prompt))
+        return real(self, request_id, prompt, *more)
+
+    monkeypatch.setattr(AsyncLLM, "_make_sequences", watched)
+    text = "word " * 500_000
+    with serving(llm, max_body_bytes=32 << 20, chat_template=TEMPLATE) as port:
+        answer = call(port, COMPLETIONS, {"prompt": text})
+        assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")
+        assert "2500000 characters" in answer.error["message"]
+        parts = [{"type": "text", "text": text}]
+        for content in (text, parts):
+            said = call(port, CHAT, {"messages": [{"role": "user", "content": content}]})
+            assert (said.status, said.error["code"]) == (400, "context_length_exceeded")
+        assert tokenized == []
+        # one that might fit is tokenized, and refused then
+        assert call(port, COMPLETIONS, {"prompt": "word " * 300}).status == 400
+        assert tokenized == [1500]
+        all_is_well(port, llm)
+
+
+def test_long_texts_hold_up_nobody_else(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four long texts are being tokenized, and do not end: a short prompt is answered."""
+    done = threading.Event()
+    real = AsyncLLM._make_sequences
+
+    def stuck(self: AsyncLLM, request_id: str, prompt: Any, *more: Any) -> Any:
+        if len(prompt) > 1000:
+            assert done.wait(60)
+        return real(self, request_id, prompt, *more)
+
+    monkeypatch.setattr(AsyncLLM, "_make_sequences", stuck)
+    monkeypatch.setattr(async_llm, "LONG_TEXT", 1000)
+    with serving(llm) as port, ThreadPoolExecutor(4) as pool:
+        long = [pool.submit(call, port, COMPLETIONS, {"prompt": "word " * 300}) for _ in range(4)]
+        assert call(port, COMPLETIONS, {"prompt": PROMPT, "max_tokens": 3}).status == 200
+        done.set()
+        assert {answer.result().status for answer in long} == {400}
         all_is_well(port, llm)
 
 

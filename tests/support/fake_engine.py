@@ -126,7 +126,7 @@ class _Serving:
     """Serves requests one at a time, a token per step of `seconds`."""
 
     def __init__(self, adapter: Adapter, requests: list[dict[str, Any]]) -> None:
-        self._adapter, self._requests = adapter, requests
+        self._adapter, self._requests = adapter, list(requests)
         self._queue: list[int] = []
         self._tokens: list[list[int]] = [[] for _ in requests]
         self._steps: list[list[float]] = []
@@ -149,6 +149,12 @@ class _Serving:
 
     def abort(self, index: int) -> None:
         self._queue.remove(index)
+
+    def output(self, index: int) -> list[int]:
+        return self._tokens[index]
+
+    def set_prompt(self, index: int, prompt_token_ids: list[int]) -> None:
+        self._requests[index] = {**self._requests[index], "prompt_token_ids": prompt_token_ids}
 
     def served(self) -> dict[str, Any]:
         return {

@@ -67,6 +67,7 @@ class Rank:
             self.progress,
             job.timeout_s,
         )
+        self.group.whole_experts = job.resolved.enable_expert_parallel
         self.runner = make_runner(
             job.resolved, job.model_config, job.folder, self.stats, self.group
         )

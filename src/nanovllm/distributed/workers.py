@@ -51,6 +51,8 @@ class TensorParallelRunner:
         self, resolved: ResolvedConfig, model_config: ModelConfig, folder: Path, stats: StepStats
     ) -> None:
         self.size = resolved.optimizations.tensor_parallel_size
+        if resolved.enable_expert_parallel:
+            check_expert_parallel(model_config, self.size)
         ranks = TensorParallel()
         ranks.size = self.size
         # raises before any process is started
@@ -199,6 +201,18 @@ class TensorParallelRunner:
         names = "all_reduces", "attention_calls", "kernel_calls"
         for name, now, then in zip(names, counts[1:], before[1:], strict=True):
             getattr(self.stats, name).update({key: n - then.get(key, 0) for key, n in now.items()})
+
+
+def check_expert_parallel(model_config: ModelConfig, ranks: int) -> None:
+    """Raises ValueError where there are no experts, or no ranks, to spread them over."""
+    if not {"num_experts", "num_local_experts"} & model_config.own.keys():
+        raise ValueError(
+            f"enable_expert_parallel=True is for models with experts; {model_config.architecture} is dense: leave it out"
+        )
+    if ranks == 1:
+        raise ValueError(
+            "enable_expert_parallel=True needs tensor_parallel_size of 2 or more: one rank holds all experts; leave it out"
+        )
 
 
 def _shared_counters(path: str, count: int) -> Any:

@@ -104,7 +104,7 @@ class LLMEngine:
         on = resolved.optimizations
         make_runner = (
             _load("distributed.workers", "TensorParallelRunner")
-            if on.tensor_parallel_size > 1
+            if on.tensor_parallel_size > 1 or resolved.enable_expert_parallel
             else _load("gpu.cuda_graph", "GraphRunner")
             if on.cuda_graphs
             else _load("gpu.runner", "GpuRunner")
@@ -215,14 +215,14 @@ class LLMEngine:
     @one_at_a_time
     def advance(self) -> list[Sequence]:
         """Runs one step; returns the sequences that got a token. A step that fails closes the
-        engine and frees its memory.
+        engine and frees its memory; requests/interrupted.py says what Ctrl-C leaves.
         """
         self._check_alive()
         begin = time.perf_counter()
         try:
             plan, advanced = self.loop.step()
         except BaseException as error:
-            self.close(f"a step failed ({type(error).__name__}: {error})")
+            _load("requests.interrupted", "after")(self, error)
             raise
         now = time.perf_counter()
         if plan is not None:

@@ -16,9 +16,11 @@ from nanovllm.kernels.registry import Kernels, Operation
 class TensorParallel:
     """The group of ranks that share a model. This is the group of one; distributed/collectives.py
     has the real one.
+
+    whole_experts: a rank holds some experts of a mixture whole, instead of its part of each.
     """
 
-    rank, size = 0, 1
+    rank, size, whole_experts = 0, 1, False
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of every rank's x."""

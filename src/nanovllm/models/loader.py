@@ -64,7 +64,7 @@ def load_weights(model: nn.Module, folder: Path, tp: TensorParallel) -> None:
     if missing or left_over:
         from nanovllm.models.weight_files import check_left_over
 
-        check_left_over(folder, missing, left_over, parameters)
+        check_left_over(folder, missing, left_over, model)
 
 
 def _target(name: str, packed: dict[str, tuple[str, str]]) -> tuple[str, str | None]:

@@ -2,9 +2,11 @@
 few of a layer's MLPs.
 
 Every rank holds its part of every expert, as of any other MLP, so that all ranks have the same work
-whatever the router says.
+whatever the router says. With enable_expert_parallel, as in vLLM, rank r of n holds the r-th n-th of the experts
+whole: its matmuls are as wide as the checkpoint's, and its work is what the router sends it.
 """
 
+import re
 from dataclasses import MISSING, dataclass
 from importlib import import_module
 
@@ -88,21 +90,23 @@ class Router(nn.Module):
 class Expert(nn.Module):
     """The names that a checkpoint has for an expert's part of the tensors that a layer's experts share.
 
-    gate_up: [2 * size, hidden], down: [hidden, size].
+    gate_up: [2 * size, hidden], down: [hidden, size]. whole: of the expert, this rank holds everything.
     """
 
-    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
+    def __init__(self, gate_up: Tensor, down: Tensor, whole: bool) -> None:
         super().__init__()
         size = down.shape[1]
         self.gate_up_proj, self.down_proj = nn.Module(), nn.Module()
         self.gate_up_proj.weight = part_of(
-            gate_up, shard_dim=0, parts={"gate": (0, size), "up": (size, 2 * size)}
+            gate_up,
+            shard_dim=None if whole else 0,
+            parts={"gate": (0, size), "up": (size, 2 * size)},
         )
-        self.down_proj.weight = part_of(down, shard_dim=1)
+        self.down_proj.weight = part_of(down, shard_dim=None if whole else 1)
 
 
 def part_of(
-    stored: Tensor, *, shard_dim: int, parts: dict[str, tuple[int, int]] | None = None
+    stored: Tensor, *, shard_dim: int | None, parts: dict[str, tuple[int, int]] | None = None
 ) -> nn.Parameter:
     """As layers.linear.parameter, in memory that is there."""
     param = nn.Parameter(stored, requires_grad=False)
@@ -115,18 +119,44 @@ class Qwen3MoeMLP(nn.Module):
         self, config: ModelConfig, experts: Experts, kernels: Kernels, tp: TensorParallel
     ) -> None:
         super().__init__()
-        size = tp.share(experts.moe_intermediate_size, "outputs of an expert's gate_proj")
+        held, size = experts.num_experts, experts.moe_intermediate_size
+        if tp.whole_experts:
+            held = tp.share(held, "experts of a layer")
+        else:
+            size = tp.share(size, "outputs of an expert's gate_proj")
+        # the number of this rank's first expert
+        self.first = tp.rank * held if tp.whole_experts else 0
         self.gate = Router(config, experts)
         # each in one piece, as a grouped matmul needs them
-        self.gate_up = torch.empty(experts.num_experts, 2 * size, config.hidden_size)
-        self.down = torch.empty(experts.num_experts, config.hidden_size, size)
-        self.experts = nn.ModuleList(map(Expert, self.gate_up, self.down))
+        self.gate_up = torch.empty(held, 2 * size, config.hidden_size)
+        self.down = torch.empty(held, config.hidden_size, size)
+        self.experts = nn.ModuleDict(
+            {
+                str(self.first + i): Expert(gate_up, down, tp.whole_experts)
+                for i, (gate_up, down) in enumerate(zip(self.gate_up, self.down, strict=True))
+            }
+        )
         folder = "triton" if level_of(kernels) == "triton" else "torch"
         self.mix_experts = import_module(f"nanovllm.kernels.{folder}.experts").mix_experts
         self.tp = tp
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.tp.all_reduce(self.mix_experts(x, *self.gate(x), self.gate_up, self.down))
+        shares, chosen = self.gate(x)
+        if self.tp.whole_experts:
+            chosen = self.numbered_here(chosen)
+        return self.tp.all_reduce(
+            self.mix_experts(
+                x, shares, chosen, self.gate_up, self.down, some_elsewhere=self.tp.whole_experts
+            )
+        )
+
+    def numbered_here(self, chosen: Tensor) -> Tensor:
+        """Numbers of experts as this rank counts its own, from 0; those of other ranks become the number
+        after its last. Any shape.
+        """
+        held = len(self.experts)
+        own = chosen - self.first
+        return own.where((own >= 0) & (own < held), held)
 
 
 class Qwen3MoeDecoderLayer(nn.Module):
@@ -211,3 +241,17 @@ class Qwen3MoeForCausalLM(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden] -> [rows, this rank's part of the vocabulary]."""
         return self.lm_head.logits(hidden)
+
+    def is_elsewhere(self, name: str) -> bool:
+        """Whether a checkpoint's tensor is part of an expert that another rank holds whole."""
+        found = re.fullmatch(
+            r"model\.layers\.(\d+)\.mlp\.experts\.(0|[1-9]\d*)\.(gate|up|down)_proj\.weight", name
+        )
+        if found is None or int(found[1]) >= len(self.model.layers):
+            return False
+        mlp, number = self.model.layers[int(found[1])].mlp, found[2]
+        return (
+            isinstance(mlp, Qwen3MoeMLP)
+            and number not in mlp.experts
+            and int(number) < len(mlp.gate.weight)
+        )

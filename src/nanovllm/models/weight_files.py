@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
@@ -91,11 +91,12 @@ def check_left_over(
     folder: Path,
     missing: set[tuple[str, str | None]],
     left_over: list[tuple[Path, str]],
-    parameters: dict[str, Any],
+    model: nn.Module,
 ) -> None:
     """Raises ValueError for parameters that no tensor filled, for tensors that belong to none and are
-    not COMPUTED_HERE, and for a stored head that is not the tied one. missing: parameters, with the part of each.
-    left_over: tensors, with the file of each.
+    neither COMPUTED_HERE nor another rank's, and for a stored head that is not the tied one. missing: parameters,
+    with the part of each. left_over: tensors, with the file of each. model: where it leaves whole tensors to other
+    ranks, it has `is_elsewhere(name)`.
     """
     if missing and (folder / "modules.json").is_file():
         raise ValueError(
@@ -106,13 +107,18 @@ def check_left_over(
         raise ValueError(
             f"{folder} lacks {shortened([name if part is None else f'{name} ({part})' for name, part in missing])}"
         )
-    left_over = [(file, name) for file, name in left_over if not name.endswith(COMPUTED_HERE)]
+    is_elsewhere: Any = getattr(model, "is_elsewhere", lambda name: False)
+    left_over = [
+        (file, name)
+        for file, name in left_over
+        if not name.endswith(COMPUTED_HERE) and not is_elsewhere(name)
+    ]
     if unknown := [name for _, name in left_over if name != "lm_head.weight"]:
         raise ValueError(
             f"{folder} holds tensors that the model has no place for: {shortened(unknown)}"
         )
     for file, _ in left_over:  # a tied head may also be stored
-        check_tied_head(file, parameters["model.embed_tokens.weight"])
+        check_tied_head(file, model.get_parameter("model.embed_tokens.weight"))
 
 
 def check_tied_head(file: Path, embedding: Tensor) -> None:

@@ -8,7 +8,8 @@ logit_processors  what options do to the logits, on the device
 several           n > 1: several answers to one prompt
 chat              conversations, and the chat template of a checkpoint
 refusals          what is wrong with a prompt
+interrupted       a step that failed or was interrupted: what is left of the engine
 
-options, several and refusals work without torch and tokenizers. Imports point down: sequences -> stop_strings,
+options, several, refusals and interrupted work without torch and tokenizers. Imports point down: sequences -> stop_strings,
 options. The engine loads these by name, as the sampling parameters load `options`.
 """

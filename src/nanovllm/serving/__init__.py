@@ -14,10 +14,11 @@ responses    the JSON of answers, chunks and usage
 errors       exceptions as HTTP statuses with OpenAI's error object
 limits       API key, size and time of a request's body
 metrics      Prometheus, under vLLM's names
+inspection   routes for experiments: empty the prefix cache, what the engine reports of itself
 logs         a line for each request, as text or JSON
 grafana.json a dashboard of these metrics
 
-Imports point down: command -> server -> app -> protocol, metrics, logs -> limits -> errors ->
+Imports point down: command -> server -> app -> protocol, metrics, logs, inspection -> limits -> errors ->
 responses, async_llm -> step_thread, streams -> answers. The server needs the extra `serve`;
 AsyncLLM does not.
 """

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, NoReturn
 
 from fastapi import FastAPI, Request
@@ -35,14 +36,17 @@ CLIENT_GONE = 499
 class Settings:
     """model_names: under which the model is served; the first is the one in answers. api_key: None
     asks for none. chat_template: the text of a Jinja template, None takes the checkpoint's.
+    dev_endpoints: also those of inspection.py.
     """
 
     model_names: tuple[str, ...]
     api_key: str | None = None
     chat_template: str | None = None
     max_body_bytes: int = 4 << 20
+    header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0
     request_timeout_s: float = 600.0
+    dev_endpoints: bool = False
 
 
 class EventStream(StreamingResponse):
@@ -121,7 +125,8 @@ def create_app(llm: AsyncLLM, settings: Settings) -> RequestLog:
             return {"prompt_token_ids": found[1]}
 
         try:
-            prompts = [await llm.in_tokenizing_thread(prompt)]
+            length = sum(map(text_length, body.messages))
+            prompts = [await llm.in_tokenizing_thread(prompt, length)]
         except Exception as error:  # noqa: BLE001  raised again, as what the client is told
             raise_known(error)
         return await answer(body, request, "chatcmpl", ChatWriter, prompts, params)
@@ -160,6 +165,8 @@ def create_app(llm: AsyncLLM, settings: Settings) -> RequestLog:
         writer = writer_type(
             request_id, settings.model_names[0], bool(body.stream), getattr(params, "n", 1)
         )
+        if isinstance(body, CompletionRequest) and isinstance(writer, CompletionWriter):
+            writer.with_token_ids = bool(body.return_token_ids)
         work = Work(llm, settings.request_timeout_s, request_id, prompts, params, body)
         fields = request.state.log
         fields["request_id"] = request_id
@@ -203,6 +210,8 @@ def create_app(llm: AsyncLLM, settings: Settings) -> RequestLog:
     async def refuse_body(request: Request, error: RequestValidationError) -> Response:
         return await refuse(request, invalid_body(error))
 
+    if settings.dev_endpoints:
+        import_module("nanovllm.serving.inspection").add_routes(app, llm)
     app.add_exception_handler(RequestValidationError, refuse_body)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, refuse_status)  # type: ignore[arg-type]
     for kind in (ApiError, RuntimeError, Exception):
@@ -353,6 +362,16 @@ async def unless_gone(request: Request, work: Any) -> Any:
         for task in (working, leaving):
             task.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+def text_length(message: dict[str, Any]) -> int:
+    """Characters of a message's content, which may be a list of parts. The rest of it is checked by
+    the chat template.
+    """
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 def raise_known(error: Exception) -> NoReturn:

@@ -1,7 +1,7 @@
 """`AsyncLLM`: the engine behind `async for`, as vLLM's class of that name.
 
     event loop      generate: checks, queue limit --> waits for outputs
-    tokenizing      text -> Sequence (two threads)
+    tokenizing      text -> Sequence (two threads, and one for long texts)
     steps           one thread: add, abort, step                        (step_thread.py)
     outputs         one thread: tokens -> text, log-probabilities       (answers.py)
 
@@ -36,8 +36,14 @@ from nanovllm.serving.streams import Stream, hand_over
 DEFAULT_QUEUE = 1024
 """Requests that may wait beside the max_num_seqs that run."""
 TOKENIZING_THREADS = 2
+LONG_TEXT = 1 << 16
+"""Characters. Longer texts, which take tens of milliseconds and more, have a thread of their own: however
+many there are, they do not hold up the tokenizing of others.
+"""
 RECENT_STEPS = 4096
 """Steps whose times are kept: a server runs for long, and its memory should not grow for hours."""
+MOST_COMPOSED = 4
+"""Characters of a text that Unicode's normal form may make one of, in a tokenizer that asks for it."""
 _LOOK_EVERY_S = 0.02
 POLICIES = ("fcfs", "priority")
 KINDS = ("cumulative", "delta", "final_only")
@@ -94,6 +100,7 @@ class AsyncLLM:
         self._streams: dict[str, Stream] = {}
         self._num_unfinished = self._num_requests = 0
         self._dead: str | None = None
+        self._longest_token: int | None = None
         self._advanced: SimpleQueue[tuple[float, list[Advance]] | None] = SimpleQueue()
 
         def add(answer: Answer) -> None:
@@ -106,6 +113,7 @@ class AsyncLLM:
                 engine.close()
                 raise
         self._tokenizing = ThreadPoolExecutor(TOKENIZING_THREADS, "nanovllm-tokenize")
+        self._tokenizing_long = ThreadPoolExecutor(1, "nanovllm-tokenize-long")
         self._writing = threading.Thread(target=self._write, name="nanovllm-outputs", daemon=True)
         self._writing.start()
         self._steps = StepThread(
@@ -199,8 +207,14 @@ class AsyncLLM:
         self, stream: Stream, number: int, prompt: Prompt, params: SamplingParams, priority: int
     ) -> None:
         arrival = time.perf_counter()
-        seqs = await stream.loop.run_in_executor(
-            self._tokenizing, self._make_sequences, stream.request_id, prompt, params, number
+        text = text_of(prompt)
+        seqs = await self._in_thread(
+            0 if text is None else len(text),
+            self._make_sequences,
+            stream.request_id,
+            prompt,
+            params,
+            number,
         )
         for index, seq in enumerate(seqs):
             seq.metrics.arrival_time = arrival
@@ -220,8 +234,8 @@ class AsyncLLM:
         self, request_id: str, prompt: Prompt, params: SamplingParams, number: int
     ) -> list[Sequence]:
         """One for each answer. Runs in a tokenizing thread."""
-        text = prompt.get("prompt") if isinstance(prompt, dict) and len(prompt) == 1 else prompt
-        if isinstance(text, str) and self.engine.tokenizer is not None:
+        text = text_of(prompt)
+        if text is not None and self.engine.tokenizer is not None:
             # a batch of one, because `encode` keeps Python's lock
             prompt = {"prompt_token_ids": self.engine.tokenizer.encode_batch([text])[0].ids}
         count = getattr(params, "n", 1)
@@ -230,9 +244,27 @@ class AsyncLLM:
             name = request_id if count == 1 else f"{index}_{request_id}"
             one = params if count == 1 else several.single(params, index)
             seq = self.engine.make_sequence(name, prompt, one, number + index)
-            seq.prompt = text if isinstance(text, str) else None
+            seq.prompt = text
             seqs.append(seq)
         return seqs
+
+    async def _in_thread(self, length: int, function: Callable[..., Any], *given: Any) -> Any:
+        """Calls a function that tokenizes a text of so many characters. Raises ValueError, before
+        anything is tokenized, for a text that cannot fit.
+        """
+        tokenizer = self.engine.tokenizer
+        if length > LONG_TEXT and tokenizer is not None:
+            if self._longest_token is None:
+                vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+                self._longest_token = MOST_COMPOSED * max(map(len, vocabulary), default=1)
+            room = self.engine.config.max_model_len
+            if length > room * self._longest_token:
+                raise ValueError(
+                    f"the prompt has {length} characters, which are more than max_model_len={room} tokens even if each stood "
+                    f"for {self._longest_token} of them, the most that one can: shorten it"
+                )
+        threads = self._tokenizing_long if length > LONG_TEXT else self._tokenizing
+        return await asyncio.get_running_loop().run_in_executor(threads, function, *given)
 
     def _close(self, stream: Stream) -> None:
         """The reader is gone, or has everything."""
@@ -311,6 +343,7 @@ class AsyncLLM:
         self._steps.join()
         self._writing.join()
         self._tokenizing.shutdown()
+        self._tokenizing_long.shutdown()
 
     def _ended(self, error: BaseException | None) -> None:
         """Called in the step thread, last."""
@@ -352,15 +385,22 @@ class AsyncLLM:
         """Forgets every prefix that no running request uses."""
         await self.between_steps(lambda engine: engine.reset_prefix_cache())
 
-    async def in_tokenizing_thread(self, function: Callable[..., Any], *given: Any) -> Any:
-        """Calls a function that may take long, beside the event loop and the steps."""
+    async def in_tokenizing_thread(self, function: Callable[[], Any], length: int) -> Any:
+        """Calls a function that tokenizes about `length` characters, beside the event loop and the
+        steps. Raises ValueError for more than can fit into the context.
+        """
         self._check_alive()
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._tokenizing, function, *given)
+        return await self._in_thread(length, function)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The checkpoint's recommended parameters, as in `LLM`."""
         return default_params(resolve_model(self.engine.config.model))
+
+
+def text_of(prompt: Prompt) -> str | None:
+    """The text that is to be tokenized; None where there are token ids."""
+    text: Any = prompt.get("prompt") if isinstance(prompt, dict) and len(prompt) == 1 else prompt
+    return text if isinstance(text, str) else None
 
 
 def check_settings(policy: str, max_queue: int) -> None:

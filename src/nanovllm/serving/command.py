@@ -44,6 +44,9 @@ def serve(
     max_body_bytes: Annotated[
         int, typer.Option(min=1, help="larger requests are answered with 413")
     ] = 4 << 20,
+    header_timeout_s: Annotated[
+        float, typer.Option(min=0.001, help="longest time for a client to send a request's head")
+    ] = 10.0,
     request_timeout_s: Annotated[
         float, typer.Option(min=0.001, help="longest time for a request")
     ] = 600.0,
@@ -53,6 +56,12 @@ def serve(
     chat_template: Annotated[
         Path | None, typer.Option(help="file with a Jinja template (default: the checkpoint's)")
     ] = None,
+    dev_endpoints: Annotated[
+        bool,
+        typer.Option(
+            "--dev-endpoints", help="for experiments: POST /reset_prefix_cache, GET /engine"
+        ),
+    ] = False,
     json_logs: Annotated[bool, typer.Option("--json-logs", help="logs as JSON lines")] = False,
 ) -> None:
     """Serve a model to OpenAI clients over HTTP."""
@@ -74,7 +83,9 @@ def serve(
             api_key=api_key,
             chat_template=None if chat_template is None else read_template(chat_template),
             max_body_bytes=max_body_bytes,
+            header_timeout_s=header_timeout_s,
             request_timeout_s=request_timeout_s,
+            dev_endpoints=dev_endpoints,
         )
         llm = AsyncLLM(
             model,

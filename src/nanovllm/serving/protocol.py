@@ -32,6 +32,7 @@ NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (None,),
     "reasoning_effort": (None,),
     "response_format": (None, {"type": "text"}),
+    "return_token_ids": (None, False),
     "structured_outputs": (None,),
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
@@ -182,6 +183,7 @@ class CompletionRequest(GenerationRequest):
 
     prompt: str | list[str] | list[int] | list[list[int]]
     logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
+    return_token_ids: bool | None = None
 
     def prompts(self) -> list[Any]:
         """Each as AsyncLLM takes it."""

@@ -54,7 +54,7 @@ class Writer:
         choices = []
         for prompt, output in sorted(outputs, key=lambda pair: pair[0]):
             self.usage.add(prompt, output)
-            choices += [self.choice(self._index(prompt, c), c) for c in output.outputs]
+            choices += self._choices(prompt, output)
         return {**self._head, "choices": choices, "usage": self.usage.as_json()}
 
     def chunk(self, prompt: int, output: RequestOutput, with_usage: bool) -> bytes:
@@ -62,7 +62,7 @@ class Writer:
         choice of an event only. output: a delta.
         """
         self.usage.add(prompt, output)
-        choices = [self.choice(self._index(prompt, c), c) for c in output.outputs]
+        choices = self._choices(prompt, output)
         return b"".join(self.event([choice], with_usage) for choice in choices)
 
     def event(self, choices: list[dict[str, Any]], with_usage: bool) -> bytes:
@@ -76,6 +76,9 @@ class Writer:
         """The events before the first token."""
         return []
 
+    def _choices(self, prompt: int, output: RequestOutput) -> list[dict[str, Any]]:
+        return [self.choice(self._index(prompt, c), c) for c in output.outputs]
+
     def _index(self, prompt: int, completion: CompletionOutput) -> int:
         return prompt * self._num_answers + completion.index
 
@@ -83,9 +86,13 @@ class Writer:
 class CompletionWriter(Writer):
     kinds = ("text_completion", "text_completion")
 
+    with_token_ids = False
+    """Whether choices hold the ids of their tokens and, the first of each answer, of the prompt's."""
+
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
         self._offsets: dict[int, int] = {}
+        self._told: set[int] = set()
 
     def choice(self, index: int, completion: CompletionOutput) -> dict[str, Any]:
         return {
@@ -95,6 +102,16 @@ class CompletionWriter(Writer):
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
         }
+
+    def _choices(self, prompt: int, output: RequestOutput) -> list[dict[str, Any]]:
+        choices = super()._choices(prompt, output)
+        if self.with_token_ids:
+            for choice, completion in zip(choices, output.outputs, strict=True):
+                is_new = choice["index"] not in self._told
+                self._told.add(choice["index"])
+                choice["token_ids"] = list(completion.token_ids)
+                choice["prompt_token_ids"] = list(output.prompt_token_ids) if is_new else None
+        return choices
 
     def _logprobs(self, index: int, completion: CompletionOutput) -> dict[str, Any] | None:
         if completion.logprobs is None:

@@ -49,7 +49,6 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "cpu_offload_gb": (0,),
     "distributed_executor_backend": (None, "mp", "uni"),
     "download_dir": (None,),
-    "enable_expert_parallel": (False,),
     "enable_lora": (False,),
     "enable_prompt_embeds": (False,),
     "enable_sleep_mode": (False,),

@@ -7,9 +7,18 @@ from torch import Tensor
 from nanovllm.kernels.torch.activation import silu_and_mul
 
 
-def mix_experts(x: Tensor, shares: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def mix_experts(
+    x: Tensor,
+    shares: Tensor,
+    chosen: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    some_elsewhere: bool = False,
+) -> Tensor:
     """x: [tokens, hidden]; shares, chosen: [tokens, top_k], what each chosen expert counts and its number;
-    gate_up: [experts, 2 * size, hidden], gate first; down: [experts, hidden, size].
+    gate_up: [experts, 2 * size, hidden], gate first; down: [experts, hidden, size]. some_elsewhere: a number
+    above the last one is an expert that another rank computes, and counts nothing here.
 
     Returns the sum of the chosen experts' results times their shares: [tokens, hidden]. Waits for the
     device, to know which experts have tokens; in a CUDA graph, where it cannot, every expert computes
@@ -19,6 +28,8 @@ def mix_experts(x: Tensor, shares: Tensor, chosen: Tensor, gate_up: Tensor, down
         return mix_every_expert(x, shares, chosen, gate_up, down)
     total = torch.zeros_like(x)
     for number in chosen.unique().tolist():
+        if some_elsewhere and number >= len(down):
+            continue
         tokens, places = torch.where(chosen == number)
         result = F.linear(silu_and_mul(F.linear(x[tokens], gate_up[number])), down[number])
         total.index_add_(0, tokens, result * shares[tokens, places, None])

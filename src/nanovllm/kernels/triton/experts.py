@@ -92,9 +92,18 @@ def _grouped_kernel(
             tl.store(out_rows + columns[None, :], results, mask=exists & inside[None, :])
 
 
-def mix_experts(x: Tensor, shares: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def mix_experts(
+    x: Tensor,
+    shares: Tensor,
+    chosen: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    some_elsewhere: bool = False,
+) -> Tensor:
     """x: [tokens, hidden]; shares, chosen: [tokens, top_k]; gate_up: [experts, 2 * size, hidden], gate
-    first; down: [experts, hidden, size] -> [tokens, hidden].
+    first; down: [experts, hidden, size] -> [tokens, hidden]. some_elsewhere: pairs whose number is above the last
+    expert are another rank's. They are sorted behind all others, no tile computes them, and they add 0.
     """
     (num_tokens, hidden), top_k, num_experts = x.shape, chosen.shape[1], gate_up.shape[0]
     num_pairs, size = num_tokens * top_k, down.shape[2]
@@ -108,7 +117,8 @@ def mix_experts(x: Tensor, shares: Tensor, chosen: Tensor, gate_up: Tensor, down
     tiles = min(num_pairs, triton.cdiv(num_pairs, rows) + num_experts)
 
     inner = torch.empty(num_pairs, size, dtype=x.dtype, device=x.device)
-    results = torch.empty(num_pairs, hidden, dtype=x.dtype, device=x.device)
+    make = torch.zeros if some_elsewhere else torch.empty
+    results = make(num_pairs, hidden, dtype=x.dtype, device=x.device)
     for source, weight, out, gate_and_up in (
         (x.contiguous(), gate_up, inner, True),
         (inner, down, results, False),
