@@ -194,7 +194,8 @@ def sustained(analysis: Analysis, workload: str) -> tuple[str, str] | None:
     }
     decided = next((word for word in ("faster", "slower") if word in verdicts), None)
     return (
-        f"the highest rate at which {share} of requests meet the service level objective (SLO), in requests per second: {', '.join(said)}",
+        f"the highest rate at which {share} of requests meet the service level objective (SLO), in requests per second: "
+        f"{', '.join(said)}",
         decided or (verdicts.pop() if len(verdicts) == 1 else "mixed"),
     )
 

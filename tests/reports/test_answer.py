@@ -371,7 +371,8 @@ def test_the_gate_says_how_many_launches_gave_the_tokens_of_the_start() -> None:
     tokens, outputs = analysis["gate"]["tokens_checked"], len(analysis["gate"]["rows"])
     assert analysis["answer"]["output"] == (
         f"Output: equivalent. Every judged token passed the gate ({tokens:,} tokens, {outputs} distinct outputs); "
-        "identical to all off in 15 of 21 launches (its own included), the others differ where rounding decides between near-equal tokens."
+        "identical to all off in 15 of 21 launches (its own included), the others "
+        "differ where rounding decides between near-equal tokens."
     )
     assert same_tokens(analysis, "scaled") == (
         f"15 of 21 launches gave the tokens of all off, {tokens:,} judged"
