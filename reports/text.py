@@ -8,6 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.records.cell_names import ALL_ON
+from experiments.records.cell_names import engine as engine_name
+
 ABSENT = "–"
 SUGGESTIVE = "suggestive"
 KINDS = {
@@ -150,6 +153,26 @@ def level_range(bounds: list[int] | None) -> str:
         return ABSENT
     low, high = bounds
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def comparison(name: str, ours: str) -> str:
+    """What a comparison of engines compares, as it stands in a sentence. ours: our configuration, as pages
+    call it.
+    """
+    if name == "best" and ours == ALL_ON:
+        return "everything on in both"
+    return {
+        "best": "each at its own settings",
+        "like-for-like": "like for like",
+        "all-off": "everything off in both",
+    }.get(name, f"comparison {name}")
+
+
+def pair(analysis: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
+    """A pair of a comparison: "all on / vLLM 0.32.0, everything on in both"."""
+    ours = str(analysis["shown"][entry["ours"]])
+    theirs = engine_name(entry["engine"], entry["version"])
+    return f"{ours} / {theirs}, {comparison(entry['name'], ours)}"
 
 
 def put_between(page: str, begin: str, end: str, fresh: str) -> str:

@@ -138,7 +138,8 @@ def _together(
         if best is not None and _gains(analysis, best):
             said += f" (the most: {_name(best, analysis)}, {_short(best)})"
     if gains := added_last(analysis, workload):
-        said += f"; added last, {names.listed(gains)} {'gains' if len(gains) == 1 else 'gain'} most"
+        said += f"; added last{_added_last_words(analysis, workload)}, {names.listed(gains)} "
+        said += "gains most" if len(gains) == 1 else "gain most"
     said += _better_without(analysis, everything)
     pairs = [
         row
@@ -163,11 +164,19 @@ def _combined(analysis: Analysis, everything: Effect, pair_is_named: bool) -> st
     said = ""
     if not pair_is_named:
         product = ratio(measured_ratio(everything) / measured_ratio(row))
-        sure = "is" if row["verdict"] in _INTERACTS else "may be"
+        sure = "bring" if row["verdict"] in _INTERACTS else "may bring"
         times, within = ratio(row["ratio"])[1:], interval(row["low"], row["high"])
-        said = f"; everything on {sure} {times} times ({within}) the product of the single ones, {product}"
+        said = f". Together they {sure} {times} times ({within}) what their single speedups multiply to, {product}"
     why = names.why_together(analysis, workload) if _gains(analysis, row) else ""
-    return said + (f"; {why}" if why else "")
+    return said + (f". What the counters show: {why}" if why else "")
+
+
+def _added_last_words(analysis: Analysis, workload: str) -> str:
+    """What `added last` means, at the first workload that has it."""
+    first = next(name for name in analysis["workloads"] if added_last(analysis, name))
+    if first != workload:
+        return ""
+    return " (everything on over everything on without it; such gains overlap and do not multiply)"
 
 
 MOST_GAINS = 3
@@ -346,19 +355,19 @@ def _caveats(analysis: Analysis) -> Iterator[str]:
         for effect in analysis["effects"]
         if effect["role"] == "aa" and effect["verdict"] in ("faster", "slower")
     ]
-    labels = list(
-        dict.fromkeys(
-            EVERY[effect["metric"]].label
-            for effect in own
-            if effect["metric"] != analysis["metric"]["key"]
-        )
-    )
-    labels = [  # an abbreviation is explained once
-        label if any(label[:4] == earlier[:4] for earlier in labels[:i]) else _spelled(label)
+    sizes: dict[str, list[str]] = {}
+    for effect in own:
+        if effect["metric"] != analysis["metric"]["key"]:
+            size = f"{ratio(effect['ratio'])} on {effect['workload']}"
+            sizes.setdefault(EVERY[effect["metric"]].label, []).append(size)
+    labels = list(sizes)
+    differing = [  # an abbreviation is explained once
+        f"{label if any(label[:4] == earlier[:4] for earlier in labels[:i]) else _spelled(label)} "
+        f"({', '.join(sizes[label])})"
         for i, label in enumerate(labels)
     ]
-    if labels:
-        yield f"The A/A twin differs from {start} in {'; '.join(labels)}: distrust differences of that size there."
+    if differing:
+        yield f"The A/A twin differs from {start} in {names.listed(differing)}: distrust differences of that size there."
     if not any(cell["role"] == "aa" for cell in analysis["cells"].values()):
         yield "There is no A/A twin: nothing shows how large an effect the noise of this machine can look like."
     yield from _busy(analysis)
@@ -391,7 +400,10 @@ def _caveats(analysis: Analysis) -> Iterator[str]:
             reason.replace("_", " ") for row in throttled for reason in row["throttle_reasons"]
         )
         why = ", ".join(f"{reason} in {n}" for reason, n in sorted(reasons.items()))
-        yield f"The GPU lowered its clock during {len(throttled)} of {count_of(len(launches), 'counted launch')}: {why}."
+        yield (
+            f"The GPU lowered its clock during {len(throttled)} of {count_of(len(launches), 'counted launch')}: {why}. "
+            "They count: these reasons are not among those that make a launch invalid."
+        )
 
 
 def _noise(analysis: Analysis) -> Iterator[str]:
@@ -415,7 +427,7 @@ def _noise(analysis: Analysis) -> Iterator[str]:
             f"{percent(abs(measured_ratio(twin) - 1), 0)} on {twin['workload']} ({interval(twin['low'], twin['high'])})"
             for twin in far
         ]
-        sizes = [_about(_apart_by(twin)) for twin in far]
+        sizes = [_about(_reach(twin)) for twin in far]
         where = (
             f"about {sizes[0]} there"
             if len(set(sizes)) == 1
@@ -424,10 +436,6 @@ def _noise(analysis: Analysis) -> Iterator[str]:
                 [f"{size} on {twin['workload']}" for size, twin in zip(sizes, far, strict=True)]
             )
         )
-        wide = any(
-            twin["low"] and twin["high"] and twin["low"] <= 1 <= twin["high"] for twin in far
-        )
-        within = ", and those within these intervals" if wide else ""
         sure = [twin for twin in far if twin["verdict"] != "inconclusive"]
         why = (
             f" On {names.listed([twin['workload'] for twin in sure])} the difference is significant: something besides the "
@@ -437,13 +445,14 @@ def _noise(analysis: Analysis) -> Iterator[str]:
         )
         yield (
             f"Noise: two runs of the same configuration (the A/A twin) differed by "
-            f"{names.listed(differed)}: distrust single effects smaller than {where}{within}.{why}"
+            f"{names.listed(differed)}: distrust single effects smaller than {where}.{why}"
         )
     if near:
         read = names.listed([f"{_bounds(twin)} on {twin['workload']}" for twin in near])
+        sizes = [f"{_about(_reach(twin))} on {twin['workload']}" for twin in near]
         yield (
-            f"Noise: the A/A twin, which is {_start(analysis)} run a second time, reads {read}. "
-            "Differences within these intervals can be noise here."
+            f"Noise: the A/A twin, which is {_start(analysis)} run a second time, reads {read}: distrust single effects "
+            f"smaller than about {names.listed(sizes)}."
         )
 
 
@@ -452,9 +461,18 @@ def _apart_by(effect: Effect) -> float:
     return math.exp(abs(math.log(measured_ratio(effect))))
 
 
+def _reach(effect: Effect) -> float:
+    """How far the far end of an interval is from 1, as a factor above 1: 0.61 to 0.94 -> 1.64."""
+    ends = (effect["low"], effect["high"], effect["ratio"])
+    return max(math.exp(abs(math.log(end))) for end in ends if end)
+
+
 def _about(times: float) -> str:
-    """A factor in few digits: 1.3211 -> "×1.3", 1.0638 -> "×1.06"."""
-    return f"×{times:.3g}" if times < 1.1 else f"×{times:.2g}"
+    """A factor in few digits, rounded up: 1.3211 -> "×1.4", 1.0638 -> "×1.07"."""
+    if times >= 10:
+        return f"×{math.ceil(times)}"
+    digits = 2 if times < 1.1 else 1
+    return f"×{math.ceil(times * 10**digits - 1e-9) / 10**digits:.{digits}f}"
 
 
 def _busy(analysis: Analysis) -> Iterator[str]:

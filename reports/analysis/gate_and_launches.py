@@ -119,7 +119,7 @@ def same_output(analysis: Analysis) -> str:
         parts.append(f"{launches}{'' if parts else ' launches'}{where}")
     shares = " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
     return (
-        f"Output: equivalent. {judged}; identical to {start} in {shares}, the others "
+        f"Output: equivalent. {judged}; identical to {start} in {shares} (its own included), the others "
         f"{_why_others(analysis)}.{rest}"
     )
 
@@ -140,7 +140,11 @@ def _why_others(analysis: Analysis) -> str:
             if cell in sampled
         )
     )
-    drawn = f"are of {engines}, whose random generator draws other samples"
+    drawn = (
+        f"are of other engines ({engines}), whose random generators draw other samples"
+        if " and " in engines
+        else f"are of another engine ({engines}), whose random generator draws other samples"
+    )
     return drawn if sampled == cells else f"{why}, or {drawn}"
 
 

@@ -194,7 +194,8 @@ def sustained(analysis: Analysis, workload: str) -> tuple[str, str] | None:
     }
     decided = next((word for word in ("faster", "slower") if word in verdicts), None)
     return (
-        f"the highest rate at which {share} of requests meet the SLO, in requests per second: {', '.join(said)}",
+        f"the highest rate at which {share} of requests meet the service level objective (SLO), in requests per second: "
+        f"{', '.join(said)}",
         decided or (verdicts.pop() if len(verdicts) == 1 else "mixed"),
     )
 
@@ -235,7 +236,7 @@ def paced(analysis: Analysis, workload: str) -> str:
             its += f" with {_bounds(rate)} of the output tokens per second"
         said.append(its)
     start = analysis["shown"][analysis["baseline"]]
-    return f"; ITL p99 relative to {start}: {', '.join(said)}" if said else ""
+    return f"; inter-token latency (ITL) p99 relative to {start}: {', '.join(said)}" if said else ""
 
 
 ITL_P99 = "inter_token_latency_p99_s"

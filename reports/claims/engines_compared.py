@@ -1,5 +1,5 @@
 """The table of docs/comparing-engines.md: nanovllm over each other engine, of every published study that
-compares the two at their best.
+compares the two with everything on in both.
 
 Made from the records, as every page of results is: `python -m reports published`. The rest of the page
 is written by hand.

@@ -38,8 +38,9 @@ def _against(analysis: Analysis) -> str:
         for effect in entry["effects"][THROUGHPUT.key].values()
         if effect["n"]
     )
-    best = ", both at their best" if entry["name"] == "best" else ""
-    return f"{entry['our_engine']} over {engine(entry['engine'], entry['version'])}{best}: {found}."
+    ours = analysis["shown"][entry["ours"]]
+    what = f", {text.comparison(entry['name'], ours)}" if entry["name"] == "best" else ""
+    return f"{entry['our_engine']} over {engine(entry['engine'], entry['version'])}{what}: {found}."
 
 
 def _of(analysis: Analysis, workload: str) -> str:

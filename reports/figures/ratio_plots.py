@@ -59,17 +59,12 @@ def configurations(analysis: Analysis) -> list[tuple[str, Effect]]:
 def comparisons(analysis: Analysis) -> list[tuple[str, Effect]]:
     """("vs vLLM 0.33.0, best", effect) of every pair with another engine, on the study's metric."""
     return [
-        (_pair(analysis, entry), effect)
+        (text.pair(analysis, entry), effect)
         for entry in analysis["comparisons"]
         if entry["engine"] != entry["our_engine"]
         for effect in entry["effects"].get(analysis["metric"]["key"], {}).values()
         if effect["n"]
     ]
-
-
-def _pair(analysis: Analysis, entry: Effect) -> str:
-    theirs = analysis["shown"][entry["theirs"]].removeprefix("reference: ").split(" (")[0]
-    return f"vs {theirs}, {entry['name']}"
 
 
 def aa_panel(analysis: Analysis, width: int) -> Figure | None:

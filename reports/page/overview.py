@@ -7,11 +7,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from experiments.records.cell_names import engine as engine_name
 from experiments.records.types import Plan
 from reports import text
 from reports.analysis import names
-from reports.analysis.compare import against_engines, said, throughput_rows
+from reports.analysis.compare import against_engines, throughput_rows
 from reports.analysis.noise import ALONE, BETWEEN, TOGETHER
 from reports.analysis.types import Analysis, Comparison, Effect
 from reports.page.document import Column, Section, Table
@@ -88,6 +87,8 @@ def _results(analysis: Analysis) -> Section:
             if effect["role"] != "aa" and not (switches and effect["role"] != "all"):
                 tests[_ASKED.get(effect["question"], _ALL_ASKED)] = effect["tests"]
         tests |= {_TESTED[effect["kind"]]: effect["tests"] for effect, _ in switches}
+        for effect in analysis["references"] if switches else ():
+            tests["against another engine"] = effect["tests"]
         told += [effect for effect, _ in switches]
     ratio = "speedup" if throughput else f"ratio of {metric['label']}"
     columns = [
@@ -100,12 +101,13 @@ def _results(analysis: Analysis) -> Section:
     lead = [
         _ratio_words(analysis, throughput),
         *(
-            [_switch_words(told), *names.on_both_sides(analysis)]
+            [_switch_words(rows), *names.on_both_sides(analysis)]
             if _TESTED["alone"] in tests
             else names.left_out_together(analysis)
         ),
         _verdict_words(analysis, told),
         *_correction_words(analysis, told, tests, twins),
+        *_reference_words(analysis, rows),
     ]
     return Section(
         "results",
@@ -115,6 +117,21 @@ def _results(analysis: Analysis) -> Section:
         [Table("Throughput and speedup", columns, rows, grouped=True)],
         notes=lead,
     )
+
+
+def _reference_words(analysis: Analysis, rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Where the ratios to other engines are, if rows of theirs have none."""
+    bare = {row[1] for row in rows if row[3] == text.ABSENT}
+    named = [
+        name(analysis, cell)
+        for cell, entry in analysis["cells"].items()
+        if entry["role"] == "reference" and name(analysis, cell) in bare
+    ]
+    if named and analysis["references"]:
+        yield (
+            f"{names.listed(named)}: the same work on another engine. Ratios to it are in the evidence, under "
+            "Against other engines."
+        )
 
 
 def _configurations(
@@ -179,12 +196,12 @@ def _rates(analysis: Analysis, workload: str) -> dict[str, float | None]:
     }
 
 
-def _switch_words(told: Sequence[Effect]) -> str:
-    apart = any(not effect.get("part_of_all", True) for effect in told)
+def _switch_words(rows: Sequence[Sequence[str]]) -> str:
+    on_top = " On top: everything on and this one, over everything on."
+    has_some = any(row[1].endswith(", on top") for row in rows)
     return (
         "Alone: the optimization on, over everything off. Added last: everything on, over everything on without it; such "
-        "gains overlap, so they do not multiply to the whole."
-        f"{' On top: everything on and this one, over everything on.' * apart} tok/s: without → with it."
+        f"gains overlap, so they do not multiply to the whole.{on_top * has_some} tok/s: without → with it."
     )
 
 
@@ -297,7 +314,7 @@ def _compared(analysis: Analysis, entries: Sequence[Comparison]) -> Section:
         rows.append(
             [
                 workload,
-                pair_name(analysis, entry),
+                text.pair(analysis, entry),
                 *(text.number(rates.get(cell)) for cell in pair),
                 text.ratio(effect["ratio"]),
                 text.interval(effect["low"], effect["high"]),
@@ -349,12 +366,6 @@ def _own_settings(analysis: Analysis, cell: str) -> str:
     return ", ".join(
         f"{key}={json.dumps(value)}" for key, value in config.items() if key not in ours
     )
-
-
-def pair_name(analysis: Analysis, entry: Comparison) -> str:
-    """A pair of a comparison: "all on / vLLM 0.32.0, both at their best"."""
-    theirs = engine_name(entry["engine"], entry["version"])
-    return f"{name(analysis, entry['ours'])} / {theirs}, {said(entry['name'])}"
 
 
 def _unjudged(analysis: Analysis) -> Section:

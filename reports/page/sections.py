@@ -491,7 +491,9 @@ def _reached(analysis: Analysis) -> str:
     if not rows:
         return ""
     best = max(rows, key=lambda row: row["share"])
-    return f"at most {text.percent(best['share'])}, {name(analysis, best['cell'])} on {best['workload']}"
+    return (
+        f"at most {text.percent(best['share'])}, {name(analysis, best['cell'])}, {best['workload']}"
+    )
 
 
 def _latency(analysis: Analysis) -> Iterator[Section]:

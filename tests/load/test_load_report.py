@@ -229,7 +229,9 @@ def test_the_terminal_answers_what_is_sustained_and_what_happens_to_the_gaps(stu
     print_table(analysis, out)
     shown = out.export_text()
     said = " ".join(shown.split())
-    assert "the highest rate at which 90 % of requests meet the SLO" in said
+    assert (
+        "the highest rate at which 90 % of requests meet the service level objective (SLO)" in said
+    )
     assert "rate-4 (poisson, 4 per second), rate-11 (poisson, 11 per second)" in said
     found = {row["cell"]: row for row in analysis["load"]["found"]}
     rate = text.number(found["batching=continuous"]["mean"])
@@ -237,7 +239,7 @@ def test_the_terminal_answers_what_is_sustained_and_what_happens_to_the_gaps(stu
     gap = effect(analysis, "inter_token_latency_p99_s", "rate-11", "batching=continuous")
     assert gap["verdict"] == "faster"
     cost = effect(analysis, "output_tokens_per_s", "rate-11", "batching=continuous")
-    assert "ITL p99 relative to all off: " in said
+    assert "inter-token latency (ITL) p99 relative to all off: " in said
     assert f"batching=continuous {text.ratio(gap['ratio'])} (" in said
     assert f"with {text.ratio(cost['ratio'])} (" in said
     assert "goodput relative to all off" in said

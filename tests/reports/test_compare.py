@@ -467,14 +467,14 @@ def test_the_report_answers_first(
     effect = analysis["comparisons"][0]["effects"]["output_tokens_per_s"]["scaled"]
     assert (answer["verdict"], effect["verdict"]) == (verdict, verdict)
     assert effect["low"] < 1 / speed < effect["high"]
-    sentence = f"Against vLLM, both at their best, {said} on scaled (×"
+    sentence = f"Against vLLM, everything on in both, {said} on scaled (×"
     assert answer["sentence"].startswith(sentence)
     assert re.search(r"95 % interval [\d.]+ to [\d.]+, 6 blocks\)", answer["sentence"])
     page = render(plan, lines, analysis, tmp_path)[0].read_text()
     assert page.index(sentence) < page.index("## "), "before every section"
     assert "TTFT, time to first token" in page
     head = page.split("## Evidence")[0]
-    assert "| `scaled` | all on / vLLM, both at their best |" in head
+    assert "| `scaled` | all on / vLLM, everything on in both |" in head
     assert f"| {text.verdict(effect)} | pass |" in head
 
 
