@@ -94,6 +94,7 @@ COMMANDS = (
     "run",
     "compare",
     "check",
+    "predict",
     "report",
     "import",
     "chat",
