@@ -16,13 +16,15 @@ from experiments.prediction.cards import Card, card_of
 from experiments.prediction.step_time import DEVICE_PARTS, Fitted, Rank
 from experiments.prediction.step_work import StepWork, WorkCounter
 from experiments.prediction.virtual_engine import Served, Settings, StepTime, VirtualEngine
-from experiments.records.types import Cell, ModelShape, Plan, Request, Workload
+from experiments.records.types import Cell, LaunchRecord, ModelShape, Plan, Request, Workload
 from experiments.study.work_size import kv_bytes_per_token, weight_bytes
 from nanovllm.config import Optimizations
 from nanovllm.engine.scheduler import StepPlan
 
 SECOND_READ_S = 1e-3
 """A mixed step is run as two replays where the weights are read within this time (nanovllm.gpu.cuda_graph)."""
+REPLAYED_MIXED_SINCE = "2026-11-29"
+"""Launches before this day ran mixed steps eagerly (ablations/LOG.md, 2026-11-28)."""
 PREDICTED = "predicted"
 
 
@@ -237,6 +239,11 @@ class Run:
         busy = sum(self.parts.values())
         parts = self.parts | {"host": max(0.0, self.duration_s - busy)}
         return parts, min(1.0, (self.by_host_s + self.set_up_s) / self.duration_s)
+
+
+def splits_of(launch: LaunchRecord) -> bool | None:
+    """What `splits` was in the engine of a launch, by its date."""
+    return None if launch["started_at"] >= REPLAYED_MIXED_SINCE else False
 
 
 def waves_of(workload: Workload) -> Iterator[list[Request]]:

@@ -11,6 +11,10 @@ from pathlib import Path
 from statistics import harmonic_mean, median
 from typing import Any
 
+from experiments import workloads
+from experiments.prediction.cards import card_of
+from experiments.prediction.cells import Run, splits_of, waves_of, why_not
+from experiments.prediction.step_time import Fitted, device_parts, host_parts
 from experiments.records import store
 from experiments.records.types import LaunchRecord, Plan
 
@@ -102,8 +106,6 @@ def _latencies(
     plan: Plan, records: Sequence[LaunchRecord], cell: str, workload: str
 ) -> tuple[float, float]:
     """Medians over launches of the median time to the first token and per output token."""
-    from experiments import workloads
-
     waves = workloads.rebuild(workload, plan["workloads"][workload])["waves"]
     lengths = [request["max_tokens"] for wave in waves for request in wave]
     ttft, tpot = [], []
@@ -118,6 +120,62 @@ def _latencies(
                 )
             )
     return median(ttft), median(tpot)
+
+
+@dataclass(frozen=True)
+class Term:
+    """Steps of one kind, over the cells without overlap: seconds predicted over seconds measured, as
+    the median over cells, the least and the most. cells: those whose schedule is the record's.
+    """
+
+    kind: str
+    host: bool
+    cells: int
+    median: float
+    least: float
+    most: float
+
+
+def terms(folder: Path, fitted: Fitted) -> list[Term]:
+    """Which steps were predicted too fast and which too slow: predicted and recorded times of the same
+    steps, by how they were run and whether the host decides their time.
+    """
+    plan = store.read_plan(folder / store.PLAN)
+    records = store.counted(store.read(folder))
+    card = card_of(plan["profile"])
+    drawn = {name: workloads.rebuild(name, entry) for name, entry in plan["workloads"].items()}
+    found: dict[tuple[str, bool], list[float]] = {}
+    for cell, entry in plan["cells"].items():
+        launches = [r for r in records if r["cell"] == cell and r["status"] == "ok"]
+        if why_not(entry) or not launches or entry["config"]["optimizations"]["overlap"]:
+            continue
+        for name, workload in drawn.items():
+            run = Run(
+                plan, entry["config"], card, fitted.coefficients, splits=splits_of(launches[0])
+            )
+            for wave in waves_of(workload):
+                run.serve(wave, workload)
+            ours = [(p, d) for _, p, d in run.step_times_s]
+            measured = [launch["workloads"][name]["step_times_s"] for launch in launches]
+            seconds: dict[tuple[str, bool], list[float]] = {}
+            if any([(int(p), int(d)) for _, p, d in steps] != ours for steps in measured):
+                continue
+            for i, work in enumerate(run.works):
+                plan_s, issue_s = host_parts(work, card, run.rank, fitted.coefficients)
+                device_s = sum(device_parts(work, card, run.rank, fitted.coefficients).values())
+                what = (
+                    "with prefill" if work.prefills else "decodes alone",
+                    bool(work.eager) and plan_s + issue_s > device_s,
+                )
+                pair = seconds.setdefault((f"{work.kind}, {what[0]}", what[1]), [0.0, 0.0])
+                pair[0] += run.step_times_s[i][0]
+                pair[1] += sum(steps[i][0] for steps in measured) / len(measured)
+            for key, (predicted, recorded) in seconds.items():
+                found.setdefault(key, []).append(predicted / recorded)
+    return [
+        Term(kind, host, len(values), median(values), min(values), max(values))
+        for (kind, host), values in sorted(found.items())
+    ]
 
 
 def summary(rows: Sequence[Compared]) -> dict[str, Any]:

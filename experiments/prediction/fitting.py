@@ -31,14 +31,12 @@ from scipy.optimize import least_squares
 from experiments import workloads
 from experiments.prediction import step_time
 from experiments.prediction.cards import Card, card_of
-from experiments.prediction.cells import Run, why_not
+from experiments.prediction.cells import Run, splits_of, why_not
 from experiments.prediction.step_time import NAMES, Coefficients, Rank
 from experiments.prediction.step_work import StepWork
 from experiments.records import store
 from experiments.records.types import LaunchRecord, Plan
 
-REPLAYED_MIXED_SINCE = "2026-11-29"
-"""Launches before this day ran mixed steps eagerly (ablations/LOG.md, 2026-11-28)."""
 MOST_DECODES = 48
 NOISE, PRIOR, DEVICE_PRIOR = 0.08, 1.0, 0.08
 """Standard deviations, in logarithms: of a duration, of a coefficient, of a study's GPU factor."""
@@ -106,7 +104,7 @@ def virtual_run(plan: Plan, cell: str, launch: LaunchRecord, card: Card) -> Run:
         {"data_parallel_size": 1, **plan["cells"][cell]["config"]},
         card,
         Coefficients(),
-        splits=None if launch["started_at"] >= REPLAYED_MIXED_SINCE else False,
+        splits=splits_of(launch),
         num_kv_blocks=launch["resolved"].get("num_kv_blocks"),
     )
 

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.prediction import comparison
-from experiments.prediction.comparison import Compared
-from experiments.prediction.step_time import FITTED
+from experiments.prediction.comparison import Compared, Term
+from experiments.prediction.step_time import FITTED, read_fitted
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "prediction.md"
 PUBLISHED = ROOT / "reports" / "published"
-_BLOCK = re.compile(r"<!-- (table|summary) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+_BLOCK = re.compile(r"<!-- (table|summary|terms) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def filled(text: str) -> str:
@@ -26,6 +26,8 @@ def filled(text: str) -> str:
         what, name = match.groups()
         if name == "fit":
             body = fit_lines()
+        elif what == "terms":
+            body = term_lines(comparison.terms(PUBLISHED / name, read_fitted()))
         else:
             machine, study = name.split("/")
             rows = comparison.compare(
@@ -74,6 +76,19 @@ def lines(rows: Sequence[Compared]) -> str:
             f"| rank agreement (Kendall's tau) | | {ranks} |",
         ]
     )
+
+
+def term_lines(terms: Sequence[Term]) -> str:
+    """Predicted over recorded seconds of each kind of step."""
+    head = (
+        "| steps | decided by | cells | predicted / recorded time, median | least to most |\n"
+        "| --- | --- | ---: | ---: | --- |"
+    )
+    rows = [
+        f"| {t.kind} | {'host' if t.host else 'GPU'} | {t.cells} | {t.median:.2f} | {t.least:.2f} to {t.most:.2f} |"
+        for t in sorted(terms, key=lambda t: -abs(t.median - 1))
+    ]
+    return "\n".join([head, *rows])
 
 
 def fit_lines() -> str:
