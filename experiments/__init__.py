@@ -4,10 +4,11 @@ In a clone it measures the engine in the src/ folder next to it, even if the int
 nanovllm installed; in an installed wheel, the engine of that wheel (docs/adr/0013). Its packages
 from top to bottom; each imports only from those below it (checked by import-linter):
 
-    __main__     the command line: ablate, compare, check, report, import, chat, list, validate
+    __main__     the command line: ablate, compare, check, predict, report, import, chat, list, validate
     checking/    `make check`: every pair of optimization levels, HF and vLLM through the gate
     run/         executes a plan, from preflight checks to report and MLflow
     cluster/     runs blocks on this machine or on the workers of a Ray cluster
+    prediction/  what a study would measure on a GPU that is not at hand
     study/       expands studies, profiles and models into plans
     launch/      runs launches: an engine process each, measured while it serves
     gate/        checks outputs: tokens are rescored by HF transformers and judged

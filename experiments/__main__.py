@@ -1,5 +1,5 @@
-"""The command line: python -m experiments ablate | run | compare | check | report | import | chat |
-validate | serve | list.
+"""The command line: python -m experiments ablate | run | compare | check | predict | report | import |
+chat | validate | serve | list.
 """
 
 from __future__ import annotations
@@ -258,6 +258,40 @@ def check(
     if wrong := sorted(set(dtype or ()) - set(BYTES)):
         fail(f"--dtype {wrong[0]}: unknown; allowed: {', '.join(BYTES)}")
     conclude_check(profile, model, out, parse_pythons(python), drawn, tuple(dtype or ()))
+
+
+@app.command(epilog=epilog("predict"))
+def predict(
+    study: Annotated[
+        str, typer.Option("--study", help="name of a file in ablations/studies, or a path")
+    ],
+    profile: Annotated[str, typer.Option("--profile", help="hardware profile, by name or path")],
+    model: ModelOption = None,
+    overrides: SetOption = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="also write the predictions to this file")
+    ] = None,
+) -> None:
+    """Predict what a study would measure on a GPU that is not at hand.
+
+    The study's requests are served by the engine's scheduler in virtual time; nothing is measured.
+    """
+    from experiments.prediction import cards, cells, shapes, view
+    from experiments.prediction.step_time import read_fitted
+
+    def work() -> None:
+        chosen, applied = load_study(study, overrides or [])
+        hardware = load_profile(profile)
+        cards.require_gpu(hardware.name, hardware.device)
+        choice = choose_model(model, chosen, hardware)
+        plan = build_plan(chosen, hardware, choice, applied, resolve=shapes.planned)
+        fitted = read_fitted()
+        found, unknown = cells.predict(plan, fitted)
+        view.show(console, plan, found, unknown, fitted)
+        if json_file:
+            view.write(json_file, view.content(plan, found, unknown, fitted))
+
+    guarded(work, (*KNOWN_ERRORS, ValueError))
 
 
 @app.command(epilog=epilog("report"))

@@ -38,6 +38,13 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("check --model Qwen/Qwen3-0.6B --workloads 20", "a model of the hub, less work"),
         ("check --model smollm2 --workloads 4 --dtype float32", "a trained model, one dtype"),
     ),
+    "predict": (
+        ("predict --study gpu-ablate --profile h100", "what each optimization would buy there"),
+        (
+            "predict --study gpu-8gb --profile rtx4070 --json out.json",
+            "the numbers as a file",
+        ),
+    ),
     "report": (
         ("report", "of the latest execution"),
         ("report --verbose", "with every row, legend and note"),
@@ -72,6 +79,7 @@ _ACCEPTED = {
     "run": ("studies", "profiles", "presets"),
     "compare": ("profiles", "presets"),
     "check": ("profiles", "presets"),
+    "predict": ("studies", "profiles", "presets"),
     "chat": ("presets",),
     "validate": ("studies", "profiles"),
     "serve": ("presets",),

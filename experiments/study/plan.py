@@ -77,14 +77,16 @@ def build_plan(
     profile: Profile,
     model: ModelChoice | None = None,
     overrides: JsonObject | None = None,
+    *,
+    resolve: Callable[[ModelChoice], PlannedModel] | None = None,
 ) -> Plan:
-    """Expands a study. `model` overrides the study's and the profile's. Raises SpecError, or
-    ModelError for the checkpoint.
+    """Expands a study. `model` overrides the study's and the profile's. resolve: finds the checkpoint;
+    a plan that nothing is to run may do without one. Raises SpecError, or ModelError for the checkpoint.
 
     A level that cannot run on the profile gets no cell; `not_applicable` lists it with the reason.
     """
     choice = model or study.model or ModelChoice(preset=profile.preset, dtype=profile.dtype)
-    resolved_model = resolve_model(choice)
+    resolved_model = (resolve or resolve_model)(choice)
     study = with_tokens(study, choice)
     settled_profile = machine.settle(profile, choice.dtype)
     cells = _cells(study, settled_profile, resolved_model["shape"])[0]

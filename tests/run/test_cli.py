@@ -95,6 +95,7 @@ COMMANDS = (
     "run",
     "compare",
     "check",
+    "predict",
     "report",
     "import",
     "chat",

@@ -1,6 +1,7 @@
 """More than one process: tensor-parallel ranks and data-parallel replicas. Loaded when either is on.
 
 data_parallel      ReplicatedLLM: whole engines behind one `generate`
+sharing            which replica serves which request; no torch
 workers            TensorParallelRunner: the runner's interface over several ranks
 rank               one rank: holds a shard and runs the plans it is sent
 collectives        the group of ranks: gloo on a CPU, NCCL on GPUs
