@@ -22,7 +22,7 @@ from experiments.checking.jobs import Scope
 from experiments.cluster.dispatch import WorkerError
 from experiments.cluster.executor import EXECUTORS, Options
 from experiments.engines import ENGINES, library
-from experiments.host import environment, model_files, provenance
+from experiments.host import environment, model_files, provenance, real_weights
 from experiments.host.model_files import ModelError, download
 from experiments.records import merged_folders, store
 from experiments.records.store import RecordError
@@ -133,7 +133,7 @@ def ablate(
         str | None,
         typer.Option(
             "--study",
-            help="name or path of a study (default: gpu-ablate on a GPU, else embedded)",
+            help="name or path of a study (default: gpu-ablate on a GPU; else embedded, and real-text for smollm2)",
         ),
     ] = None,
     profile: ProfileOption = None,
@@ -156,6 +156,8 @@ def ablate(
         study = (
             "gpu-ablate"
             if guarded(lambda: choose_profile(profile)).device == "cuda"
+            else "real-text"  # twenty times the size of what `embedded` is made for
+            if model == real_weights.NAME
             else "embedded"
         )
     plan = make_plan(study, profile, model, overrides, blocks)

@@ -36,13 +36,23 @@ def lines(plan: Plan, earlier: Iterable[Path]) -> list[tuple[str, str | None]]:
             if sized["share_of_answers"] == 1
             else f"outputs cut to {sized['share_of_answers']:.0%} of their length"
         )
-        within = f" to fit {duration(sized['budget_s'])}" if sized["budget_s"] else ""
+        budget_s = sized["budget_s"]
+        fits = not budget_s or plan["expected_s"] <= budget_s
+        within = f" to fit {duration(budget_s)}" if budget_s and fits else ""
         said.append(
             (
                 f"sized    {share}, {sized['blocks']} blocks{within}; speeds {plan['profile']['speeds']}",
                 None,
             )
         )
+        if not fits:
+            said.append(
+                (
+                    f"long     this model takes longer than the {duration(budget_s)} that the study is made for; for less work: "
+                    "--set workloads.NAME.num_requests=8, for each workload",
+                    "yellow",
+                )
+            )
     if price := plan.get("price"):
         margins = ", ".join(f"{metric} {margin:g}" for metric, margin in price["margins"].items())
         held = f"{price['prompts']['num_requests']} prompts of {price['prompts']['prompt_tokens']:,} tokens in all"

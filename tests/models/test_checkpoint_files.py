@@ -190,6 +190,25 @@ def test_recommended_sampling_is_what_generate_takes_without_parameters(
         )
 
 
+def test_an_answer_ends_at_each_of_several_ends_of_sequence(tiny: Path, tmp_path: Path) -> None:
+    """As instruction-tuned models have them: the end of a turn and the end of a text."""
+    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+    small = {"max_num_seqs": 2, "max_model_len": 64, "kv_cache_memory_bytes": 1 << 22}
+    greedy = {"temperature": 0, "max_tokens": 12}
+    with LLM(str(model), **small) as llm:
+        ignoring = SamplingParams(**greedy, ignore_eos=True)
+        free = llm.generate([[5, 6, 7]], ignoring, use_tqdm=False)[0].outputs[0].token_ids
+    assert len(set(free)) > 4
+    for end in (free[4], free[1]):
+        edit_json(model / "generation_config.json", eos_token_id=[2047, end, 2046])
+        with LLM(str(model), **small) as llm:
+            params = [SamplingParams(**greedy), ignoring]
+            one, other = llm.generate([[5, 6, 7]] * 2, params, use_tqdm=False)
+        assert one.outputs[0].token_ids == free[: free.index(end) + 1]
+        assert (one.outputs[0].finish_reason, one.outputs[0].stop_reason) == ("stop", None)
+        assert other.outputs[0].token_ids == free
+
+
 def test_without_a_recommendation_the_defaults_are_ours(folder: Path) -> None:
     assert default_params(folder) == SamplingParams()
     (folder / "generation_config.json").unlink()

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +127,57 @@ def test_shards_and_an_untied_head_are_read(tmp_path: Path) -> None:
         model.model.layers[1].mlp.down_proj.weight, stored["model.layers.1.mlp.down_proj.weight"]
     )
     assert not any(param.isnan().any() for param in model.parameters())
+
+
+LOAD_AND_MEASURE = """
+import resource, sys
+from collections import Counter
+from pathlib import Path
+import torch
+from nanovllm.config import BASELINE
+from nanovllm.kernels.registry import load_kernels
+from nanovllm.layers.linear import TensorParallel
+from nanovllm.models.config import load_hf_config
+from nanovllm.models.loader import load_weights
+from nanovllm.models.qwen3 import Qwen3ForCausalLM
+
+folder = Path(sys.argv[1])
+torch.set_default_dtype(getattr(torch, sys.argv[2]))
+model = Qwen3ForCausalLM(load_hf_config(folder), 64, load_kernels(BASELINE, Counter()), None, TensorParallel())
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+for param in model.parameters():
+    param.data.fill_(0)  # its memory is there before the first file is opened
+before = peak()
+load_weights(model, folder, TensorParallel())
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_needs_no_more_than_one_shard_beside_the_weights(
+    tmp_path: Path, dtype: str
+) -> None:
+    """Also where the files' numbers have to be converted. All files together are five times as large."""
+    folder = ensure_checkpoint(
+        "tiny",
+        cache_dir=tmp_path,
+        num_hidden_layers=2,
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=10_240,
+        max_shard_bytes=12_000_000,
+    )
+    sizes = [file.stat().st_size for file in folder.glob("*.safetensors")]
+    assert len(sizes) >= 5
+    assert sum(sizes) > 60e6
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_AND_MEASURE, str(folder), dtype],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "PATH": "/usr/bin:/bin"},
+    )
+    assert int(done.stdout) < max(sizes) + 8e6
 
 
 def test_bfloat16_and_float32_are_converted(tmp_path: Path, small: Path) -> None:

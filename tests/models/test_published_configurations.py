@@ -65,10 +65,10 @@ def test_a_published_configuration(name: str, tmp_path: Path) -> None:
     if name in REFUSED:
         with pytest.raises(ValueError, match=re.escape(REFUSED[name])):
             load_hf_config(tmp_path)
-        assert row[-1] == f"refused: `{REFUSED[name]}`"
+        assert row[-2] == f"refused: `{REFUSED[name]}`"
         return
     read = load_hf_config(tmp_path)
-    assert row == [
+    assert row[:-1] == [
         read.architecture.removesuffix("ForCausalLM"),
         str(read.head_dim),
         f"{read.num_attention_heads} / {read.num_key_value_heads}",
@@ -94,5 +94,9 @@ def test_a_published_configuration(name: str, tmp_path: Path) -> None:
     assert_same(logits_of(tmp_path, text), theirs)
 
 
-def test_the_page_lists_them_all() -> None:
+def test_the_page_lists_them_all_and_says_where_each_was_looked_up() -> None:
     assert list(rows()) == list(PUBLISHED)
+    page = (ROOT / "docs/published-models.md").read_text(encoding="utf-8")
+    sources = re.findall(r"^(\d)\. .*https://github\.com/", page, re.MULTILINE)
+    assert sources == ["1", "2", "3"]
+    assert {number for row in rows().values() for number in row[-1].split(", ")} == set(sources)

@@ -154,6 +154,25 @@ def test_reports_name_a_folder_that_holds_no_execution(
         assert "give a folder with plan.json and records.jsonl" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "study"),
+    [
+        (["--profile", "cpu"], "embedded"),
+        (["--profile", "cpu", "--model", "tiny"], "embedded"),
+        (["--profile", "cpu", "--model", "smollm2"], "real-text"),
+        (["--profile", "cpu", "--model", "smollm2", "--study", "embedded"], "embedded"),
+        (["--profile", "h200", "--model", "smollm2"], "gpu-ablate"),
+    ],
+)
+def test_ablate_chooses_a_study(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], study: str
+) -> None:
+    chosen = []
+    monkeypatch.setattr(cli, "make_plan", lambda name, *_: chosen.append(name))
+    assert invoke("ablate", *arguments, "--dry-run").exit_code == 0
+    assert chosen == [study]
+
+
 def test_help_lists_studies_profiles_and_presets() -> None:
     shown = " ".join(invoke("ablate", "--help").output.split())
     assert "conversation, cpu-online, cpu-quantization, embedded, gpu-8gb" in shown

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments.study import plan as planning
-from experiments.study import work_size
+from experiments.study import plan_view, work_size
 from experiments.study.plan import build_plan
 from experiments.study.spec import Cell, Profile, load_profile, load_study
 
@@ -174,6 +174,21 @@ def test_a_cpu_takes_the_work_as_it_is_written_in_fewer_blocks_if_it_is_slow() -
         assert study.measurement.launch_s == pytest.approx(
             planned_s / sized["blocks"] / len(sized["expected_launch_s"]), rel=0.02
         )
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_plan_that_takes_longer_than_its_budget_says_so() -> None:
+    def lines(expected_s: float) -> str:
+        longer: Any = {**plan, "expected_s": expected_s}
+        return "\n".join(line for line, _ in plan_view.lines(longer, []))
+
+    plan = planned("rtx4070-laptop")
+    budget_s = plan["sized"]["budget_s"]
+    assert " to fit " in lines(budget_s)
+    assert "takes longer" not in lines(budget_s)
+    assert " to fit " not in lines(10 * budget_s)
+    assert "takes longer than the" in lines(10 * budget_s)
+    assert "--set workloads.NAME.num_requests=8" in lines(10 * budget_s)
 
 
 @settings(deadline=None, max_examples=30)
