@@ -119,7 +119,7 @@ def same_output(analysis: Analysis) -> str:
         parts.append(f"{launches}{'' if parts else ' launches'}{where}")
     shares = " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
     return (
-        f"Output: equivalent. {judged}; identical to {start} in {shares} (its own included), the others "
+        f"Output: equivalent. {judged}; identical to {start} in {shares} (with its own), the others "
         f"{_why_others(analysis)}.{rest}"
     )
 
@@ -141,9 +141,9 @@ def _why_others(analysis: Analysis) -> str:
         )
     )
     drawn = (
-        f"are of other engines ({engines}), whose random generators draw other samples"
+        f"are of other engines ({engines}), which draw other samples"
         if " and " in engines
-        else f"are of another engine ({engines}), whose random generator draws other samples"
+        else f"are of another engine ({engines}), which draws other samples"
     )
     return drawn if sampled == cells else f"{why}, or {drawn}"
 

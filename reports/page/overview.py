@@ -129,8 +129,7 @@ def _reference_words(analysis: Analysis, rows: Sequence[Sequence[str]]) -> Itera
     ]
     if named and analysis["references"]:
         yield (
-            f"{names.listed(named)}: the same work on another engine. Ratios to it are in the evidence, under "
-            "Against other engines."
+            f"{names.listed(named)}: the same work on another engine; ratios to it are in the evidence below."
         )
 
 

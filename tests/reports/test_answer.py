@@ -371,7 +371,7 @@ def test_the_gate_says_how_many_launches_gave_the_tokens_of_the_start() -> None:
     tokens, outputs = analysis["gate"]["tokens_checked"], len(analysis["gate"]["rows"])
     assert analysis["answer"]["output"] == (
         f"Output: equivalent. Every judged token passed the gate ({tokens:,} tokens, {outputs} distinct outputs); "
-        "identical to all off in 15 of 21 launches (its own included), the others "
+        "identical to all off in 15 of 21 launches (with its own), the others "
         "differ where rounding decides between near-equal tokens."
     )
     assert same_tokens(analysis, "scaled") == (
@@ -394,7 +394,7 @@ def test_the_gate_says_how_many_launches_gave_the_tokens_of_the_start() -> None:
         ("unjudged", "Output: not judged. The gate has checked no token"),
         ("some unjudged", "launches were not judged, so these do not count."),
         ("same", "Output: identical to all off in every launch. Every judged token passed"),
-        ("drawn", "are of another engine (HF), whose random generator draws other samples."),
+        ("drawn", "are of another engine (HF), which draws other samples."),
     ],
 )
 def test_whether_the_output_is_the_same_is_said_plainly(outputs: str, said: str) -> None:
