@@ -40,10 +40,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "predict": (
         ("predict --study gpu-ablate --profile h100", "what each optimization would buy there"),
-        (
-            "predict --study gpu-8gb --profile rtx4070 --json out.json",
-            "the numbers as a file",
-        ),
+        ("predict --study gpu-8gb --profile rtx4070-laptop", "on a small GPU"),
     ),
     "report": (
         ("report", "of the latest execution"),

@@ -6,6 +6,7 @@
     measurements       the figures behind the claims
     questions          docs/questions.md
     prefix_work        how much arithmetic the prefix cache saved in a recorded launch
+    predictions        what a model says of the claims' hardware; it decides nothing
     scaling_model      a modelled scaling curve, labelled as a model
     results_index      docs/results.md: every published study, with its answer in one line
     engines_compared   the table of docs/comparing-engines.md

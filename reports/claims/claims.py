@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from experiments.study import yaml_files
 from reports import text
+from reports.claims import predictions
 from reports.claims.measurements import MEASUREMENTS, Finding
 from reports.claims.published_studies import Library
 from reports.page.document import Column, Document, Section, Table
@@ -141,6 +142,7 @@ def document(judged: Sequence[Judged]) -> Document:
                     "reports claims",
                 ],
             ),
+            predictions.section(),
         ],
         evidence="For each claim: its rule, the figures that decide it, other measurements of the same quantity, and "
         "models. A model is no measurement and decides nothing.",

@@ -95,6 +95,15 @@ def test_canonical_takes_less_than_ten_seconds_and_no_torch() -> None:
     assert float(cpu_s) < 20
 
 
+@pytest.mark.parametrize("profile", ["rtx4070-laptop", "rtx4070"])
+def test_the_predictions_beside_the_claims_are_those_of_today(profile: str, tmp_path: Path) -> None:
+    out = tmp_path / "predicted.json"
+    done = invoke("--study", "gpu-8gb", "--profile", profile, "--json", str(out))
+    assert done.exit_code == 0, done.output
+    kept = comparison.REGISTERED.with_name("claimed") / f"{profile}.json"
+    assert json.loads(out.read_text()) == json.loads(kept.read_text())
+
+
 def test_unknown_levels_are_named_and_not_predicted() -> None:
     cell: Any = plan_of({"kernels": "compile", "attention_backend": "torch"})["cells"]["cell"]
     assert "no published records" in str(cells.why_not(cell))
