@@ -33,6 +33,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON") or str(ROOT / ".venv-vllm" / "bin" / "python")
 PROMPT_TOKENS, OUTPUT_TOKENS, RATE = 48, 16, 6.0
+TOO_WIDE = 1.6
+"""Upper over lower end of an interval."""
 Figures = dict[str, float]
 
 
@@ -107,6 +109,8 @@ def by_openai(port: int, seed: int, num_requests: int) -> Figures:
         async with openai.AsyncOpenAI(
             base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0
         ) as client:
+            await ask(client, 0, 0.0)  # what a client sets up with its first request
+            token_s[0].clear()
             begin = time.perf_counter()
             await asyncio.gather(*(ask(client, index, begin) for index in range(num_requests)))
 
@@ -168,8 +172,14 @@ def compared(
 
 
 def agree(ratio: tuple[float, float, float], least: float, most: float) -> bool:
-    """Whether an interval of a ratio reaches the band in which two clients are called equal."""
+    """Whether an interval of a ratio reaches the band in which two clients are called equal. An interval
+    that is much wider than the band would reach it whatever the clients do: the test is skipped then.
+    """
     _, low, high = ratio
+    if high / low > TOO_WIDE:
+        pytest.skip(
+            f"the machine is too noisy to tell: the ratio is between {low:.2f} and {high:.2f}"
+        )
     return low <= most and high >= least
 
 
