@@ -28,7 +28,7 @@ SHAPES = {
     "very skewed": 1.0,
 }
 """The standard deviation of the logarithm of a prompt's price."""
-PROMPTS = (24, 48, 64, 128)
+PROMPTS = (32, 64, 128)
 METHODS = ("Student's t", "percentile bootstrap", "bootstrap-t")
 START, END = "<!-- python -m experiments.price.coverage -->", "<!-- end of price coverage -->"
 
@@ -60,7 +60,7 @@ def interval(
 
 
 def coverage(
-    method: str, prompts: int, sd_log: float, studies: int, draws: int = 999, seed: int = 0
+    method: str, prompts: int, sd_log: float, studies: int, draws: int = 499, seed: int = 0
 ) -> tuple[float, float]:
     """(share of studies whose interval at LEVEL holds the truth, share that would be called `within
     margin` although the truth is at the margin: the whole interval lies below it).

@@ -16,7 +16,7 @@ Analysis = Mapping[str, Any]
 Point = tuple[Mapping[str, Any], PriceRow]
 """An effect of the study's metric, and the price of its configuration."""
 COLORS = {"within margin": "faster", "outside": "slower", "undecided": "inconclusive"}
-PANEL_PX, TITLE_PX, AXIS_PX, LEFT_PX, RIGHT_PX = 200, 26, 40, 58, 14
+PANEL_PX, TITLE_PX, AXIS_PX, LEFT_PX, RIGHT_PX = 200, 26, 40, 58, 22
 
 
 def price(analysis: Analysis, width: int) -> Figure | None:
@@ -73,10 +73,6 @@ def _panel(axes: Axes, analysis: Analysis, found: Sequence[Point], most: int) ->
         if effect["low"] is not None:
             axes.plot([effect["low"], effect["high"]], [y, y], color=color, linewidth=1.6)
         axes.plot([x], [y], "o", color=color, markersize=5, markeredgewidth=0)
-        name = text.plain_name(analysis, effect["cell"])
-        axes.annotate(
-            shorten(name, most), (x, y), xytext=(6, 5), textcoords="offset points", fontsize=10.5
-        )
         highest = max(highest, kl["high"])
     axes.axhline(margin, color=LIGHT["muted"], linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate(
@@ -91,12 +87,23 @@ def _panel(axes: Axes, analysis: Analysis, found: Sequence[Point], most: int) ->
     )
     axes.axvline(1, color=LIGHT["rule"], linewidth=1)
     low, high = axes.get_xlim()
-    axes.set_xlim(min(low, 0.95), max(high, 1.05) + 0.25 * (max(high, 1.05) - min(low, 0.95)))
+    low, high = min(low, 0.95), max(high, 1.05)
+    axes.set_xlim(low, high + 0.1 * (high - low))
+    for effect, row in found:  # names point inwards
+        left = effect["ratio"] > (low + high) / 2
+        axes.annotate(
+            shorten(text.plain_name(analysis, effect["cell"]), most),
+            (effect["ratio"], of(row, "kl")["price"]),
+            xytext=(-6 if left else 6, 5),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            fontsize=10.5,
+        )
     axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.15 * highest)
     axes.set_ylabel("nats per token")
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text.ratio(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"×{value:g}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(True, axis="y", color=LIGHT["rule"], linewidth=0.6)
 

@@ -31,7 +31,7 @@ def price_head(analysis: Analysis) -> Iterator[Section]:
         [
             [
                 workload,
-                name(analysis, effect["cell"]),
+                text.plain_name(analysis, effect["cell"]),
                 text.ratio(effect["ratio"]),
                 text.interval(effect["low"], effect["high"]),
                 text.nats(of(row, "kl")["price"]),
@@ -71,7 +71,7 @@ def price_folded(analysis: Analysis) -> Iterator[Section]:
         columns,
         [
             [
-                name(analysis, row["cell"]),
+                text.plain_name(analysis, row["cell"]),
                 METRICS[found["metric"]],
                 *(text.nats(found[key]) for key in ("engine", "floor", "price", "low", "high")),  # type: ignore[literal-required]
                 f"{found['margin']:g}",
@@ -88,7 +88,7 @@ def price_folded(analysis: Analysis) -> Iterator[Section]:
         "KL divergence of single tokens, in nats",
         [CONFIGURATION, Column("of"), *numbers("median", "99 %", "99.9 %", "largest")],
         [
-            [name(analysis, row["cell"]), side, *map(text.nats, quantiles.values())]
+            [text.plain_name(analysis, row["cell"]), side, *map(text.nats, quantiles.values())]
             for row in prices["rows"]
             for side, quantiles in (
                 ("engine", row["engine_kl"]),
@@ -115,27 +115,27 @@ def price_folded(analysis: Analysis) -> Iterator[Section]:
         None,
         [metrics, tails],
         gist=", ".join(
-            f"{name(analysis, row['cell'])}: {row['verdict']}" for row in prices["rows"]
+            f"{text.plain_name(analysis, row['cell'])}: {row['verdict']}" for row in prices["rows"]
         ),
     )
 
 
 def _sentences(analysis: Analysis, prices: Prices) -> Iterator[str]:
     """Of each configuration its speed and its price, in one sentence; or why it has neither."""
+    metric, start = analysis["metric"]["label"], name(analysis, analysis["baseline"])
     told: dict[str, list[str]] = {}
     for workload, found in points(analysis).items():
         for effect, _ in found:
+            before = told.setdefault(effect["cell"], [])
+            of_start = "" if before else f" the {metric} of {start}"
             bounds = text.interval(effect["low"], effect["high"])
-            said = f"{text.ratio(effect['ratio'])[1:]} times on {workload} ({bounds})"
-            told.setdefault(effect["cell"], []).append(said)
-    metric, start = analysis["metric"]["label"], name(analysis, analysis["baseline"])
+            before.append(
+                f"{text.ratio(effect['ratio'])[1:]} times{of_start} on {workload} ({bounds})"
+            )
     for row in prices["rows"]:
-        cell, cost = row["cell"], names.price(row, prices["level"])
-        plain = text.plain_name(analysis, cell)
-        if cell in told:
-            yield f"{plain} has the {metric} of {start} {names.listed(told[cell])}, at {cost}."
-        else:
-            yield f"{plain} costs {cost}."
+        plain = text.plain_name(analysis, row["cell"])
+        speed = f"gives {names.listed(told[row['cell']])}, at" if row["cell"] in told else "costs"
+        yield f"{plain} {speed} {names.price(row, prices['level'])}."
     for cell, reason in prices["unknown"].items():
         plain = text.plain_name(analysis, cell)
         yield f"{plain}: no speed is shown, because its price is unknown: {reason.rstrip('.')}."

@@ -114,7 +114,7 @@ def test_the_page_has_the_sentence_the_table_and_the_chart(
     markdown, html = render(plan, records, analysis, tmp_path)
     page = markdown.read_text()
     assert re.search(
-        r"batching=continuous has the output tokens per second of all off 2\.\d+ times on scaled "
+        r"batching=continuous gives 2\.\d+ times the output tokens per second of all off on scaled "
         r"\(2\.\d+ to 2\.\d+\), at 0\.00\d+ nats per token \(95 % interval 0\.00\d+ to 0\.00\d+\), top choice "
         r"kept in 99\.\d % ",
         page.replace("\\", ""),
