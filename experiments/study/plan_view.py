@@ -37,15 +37,15 @@ def lines(plan: Plan, earlier: Iterable[Path]) -> list[tuple[str, str | None]]:
             else f"outputs cut to {sized['share_of_answers']:.0%} of their length"
         )
         budget_s = sized["budget_s"]
-        fits = not budget_s or plan["expected_s"] <= budget_s
-        within = f" to fit {duration(budget_s)}" if budget_s and fits else ""
+        too_long = budget_s is not None and plan["expected_s"] > budget_s
+        within = f" to fit {duration(budget_s)}" if budget_s and not too_long else ""
         said.append(
             (
                 f"sized    {share}, {sized['blocks']} blocks{within}; speeds {plan['profile']['speeds']}",
                 None,
             )
         )
-        if not fits:
+        if budget_s is not None and too_long:
             said.append(
                 (
                     f"long     this model takes longer than the {duration(budget_s)} that the study is made for; for less work: "
