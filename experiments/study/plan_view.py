@@ -45,7 +45,7 @@ def lines(plan: Plan, earlier: Iterable[Path]) -> list[tuple[str, str | None]]:
                 None,
             )
         )
-        if budget_s and too_long:
+        if budget_s is not None and too_long:
             said.append(
                 (
                     f"long     this model takes longer than the {duration(budget_s)} that the study is made for; for less work: "
