@@ -204,8 +204,7 @@ class Gate:
         """What the engines that generated these tokens round, beyond their dtype. Each of them is judged by a reference that
         rounds in the same way: the unquantized one says nothing about a quantized engine's tokens.
         """
-        configs = [self.plan["cells"][launch["cell"]]["config"] for launch in work.launches]
-        return sorted({recipe_of(config) for config in configs})
+        return sorted({recipe_of(launch.get("resolved") or {}) for launch in work.launches})
 
     def pending(self, resume: bool) -> list[Work]:
         """The outputs that are to be judged; without `resume`, all of them. A later gate record of

@@ -177,16 +177,16 @@ def test_the_gate_takes_the_recipe_of_each_cell(monkeypatch: pytest.MonkeyPatch)
     right for all of them.
     """
     cells = {
-        "baseline": {"config": {"optimizations": {"quantization": "none"}}},
-        "old": {"config": {"optimizations": {"prefix_cache": True}}},
-        "hf": {"config": {"dtype": "float32"}},
-        "int8": {"config": {"optimizations": {"quantization": "int8", "kv_cache_dtype": "auto"}}},
+        "baseline": {"resolved": {"optimizations": {"quantization": "none"}}},
+        "old": {"resolved": {"optimizations": {"prefix_cache": True}}},
+        "hf": {"resolved": {"dtype": "float32"}},
+        "int8": {"resolved": {"optimizations": {"quantization": "int8", "kv_cache_dtype": "auto"}}},
         "both": {
-            "config": {"optimizations": {"quantization": "int8", "kv_cache_dtype": "fp8_e4m3"}}
+            "resolved": {"optimizations": {"quantization": "int8", "kv_cache_dtype": "fp8_e4m3"}}
         },
     }
     gate: Any = object.__new__(Gate)
-    gate.plan = {"cells": cells, "model": {"dtype": "float32"}}
+    gate.plan = {"model": {"dtype": "float32"}}
     gate._rescorers, gate.params, gate.model_dir = {}, GateParams(), "m"
     made: list[Recipe] = []
 
@@ -197,7 +197,7 @@ def test_the_gate_takes_the_recipe_of_each_cell(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("experiments.gate.judge.make_rescorer", make)
 
     def of(*names: str) -> Work:
-        return Work("w", "d", tuple({"cell": name, "engine": "nanovllm"} for name in names))  # type: ignore[misc]
+        return Work("w", "d", tuple({"engine": "nanovllm", **cells[name]} for name in names))  # type: ignore[misc]
 
     assert gate.recipes_of(of("baseline", "old", "hf")) == [EXACT]
     int8, both = Recipe("int8"), Recipe("int8", "fp8_e4m3")
