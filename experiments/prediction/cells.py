@@ -31,7 +31,7 @@ PREDICTED = "predicted"
 @dataclass(frozen=True)
 class Predicted:
     """One cell on one workload. low, high: the 90 % interval of output_tokens_per_s. parts: where the
-    time goes, in seconds: each part of the GPU, `host` for what the GPU waits for. host_share: of the
+    time goes, in seconds: each part of the GPU, `host` for what the GPU waits for (arrivals as well). host_share: of the
     duration, how much the host's speed decides. kinds: steps by how they were run.
     """
 
@@ -52,7 +52,7 @@ class Predicted:
 
 @dataclass(frozen=True)
 class NotPredicted:
-    """A cell that the model does not know, and why."""
+    """A cell, or a workload, that the model does not know, and why."""
 
     cell: str
     reason: str
@@ -62,20 +62,20 @@ def predict(
     plan: Plan, fitted: Fitted, *, splits: bool | None = None
 ) -> tuple[list[Predicted], list[NotPredicted]]:
     """Every cell of a plan on every workload. splits: whether mixed steps may be run as two replays; None
-    for what the engine does today, False for engines before 2026-11-29. Raises ValueError for a CPU's
-    profile, a model with experts, and workloads that search for a rate.
+    for what the engine does today, False for engines before 2026-11-29. A workload that
+    searches for a rate is not predicted. Raises ValueError for a CPU's profile and a model with experts.
     """
     card = card_of(plan["profile"])
     if "num_experts" in plan["model"]["shape"]:
         raise ValueError("mixtures of experts are not modelled; give a dense model")
-    drawn = {name: workloads.rebuild(name, entry) for name, entry in plan["workloads"].items()}
-    for name, workload in drawn.items():
-        if "search" in workload["params"].get("arrivals", {}):
-            raise ValueError(
-                f"workload {name} searches for a rate, which is not predicted: give it a rate"
-            )
     found: list[Predicted] = []
     unknown: list[NotPredicted] = []
+    drawn: dict[str, Workload] = {}
+    for name, entry in plan["workloads"].items():
+        if "search" in entry["params"].get("arrivals", {}):
+            unknown.append(NotPredicted(f"workload {name}", "it searches for a rate"))
+        else:
+            drawn[name] = workloads.rebuild(name, entry)
     same: dict[str, Predicted] = {}  # an A/A twin is its baseline
     for name, cell in plan["cells"].items():
         if reason := why_not(cell):

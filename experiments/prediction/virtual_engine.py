@@ -83,8 +83,8 @@ class VirtualRunner:
         time = self.step_clock(plan)
         begin = self.now_s + time.plan_s
         self.now_s = begin + time.issue_s
-        end = max(begin + time.first_s, self.device_free_s) + time.device_s
-        self.device_free_s = max(end, self.now_s)
+        # nobody reads it before the host's own clock has passed the end of issuing
+        self.device_free_s = max(begin + time.first_s, self.device_free_s) + time.device_s
         return self.device_free_s, list(islice(self._placeholders, sum(plan.samples)))
 
     def collect(self, handle: tuple[float, list[int]]) -> tuple[list[int], None]:
@@ -217,10 +217,11 @@ def _times(seq: EngineSequence, begin_s: float) -> tuple[float, float, float]:
     return seq.metrics.arrival_time - begin_s, first - begin_s, end - begin_s
 
 
-def recorded(step_times_s: Sequence[Sequence[float]], *, overlap: bool) -> StepClock:
+def recorded(step_times_s: Sequence[Sequence[float]], *, waits: bool) -> StepClock:
     """A clock that gives each step the time it took in a record, whatever it does. With overlap, the
-    last tokens are read in a call that plans no step and that records leave out: it is taken to last as
-    long as the one before it. Raises IndexError where more steps are planned than were recorded.
+    last tokens are read in a call that plans no step and that records leave out. waits: whether it lasts as
+    long as the step before it, as where the device decides the time of a step; where the host does, nothing
+    is left to wait for. Raises IndexError where more steps are planned than were recorded.
     """
     last = len(step_times_s) - 1
     numbers = count()
@@ -232,6 +233,6 @@ def recorded(step_times_s: Sequence[Sequence[float]], *, overlap: bool) -> StepC
                 f"ends with step {last}"
             )
         seconds = step_times_s[number][0]
-        return StepTime(seconds, device_s=seconds if overlap and number == last else 0.0)
+        return StepTime(seconds, device_s=seconds if waits and number == last else 0.0)
 
     return clock

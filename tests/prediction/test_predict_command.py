@@ -58,6 +58,18 @@ def test_a_faster_card_is_predicted_to_be_faster() -> None:
     assert rates["rtx4070-laptop"] < rates["rtx4070"] < rates["h200"]
 
 
+def test_requests_over_time_are_predicted_and_searches_are_named(tmp_path: Path) -> None:
+    out = tmp_path / "predicted.json"
+    done = invoke("--study", "gpu-online", "--profile", "h100", "--json", str(out))
+    assert done.exit_code == 0, done.output
+    said = json.loads(out.read_text())
+    assert {"cell": "workload sustainable", "reason": "it searches for a rate"} in said[
+        "not_predicted"
+    ]
+    assert said["cells"]
+    assert all(row["ttft_p50_s"] > 0 for row in said["cells"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -166,7 +166,7 @@ def test_a_replay_of_an_engines_own_step_times_gives_its_throughput(
         begin = min(result.metrics.arrival_time for result in results)
         last_arrival = max(result.metrics.arrival_time for result in results)
         end = max(result.metrics.finished_time for result in results)
-        clock = recorded(engine.llm.step_times(), overlap=overlap)
+        clock = recorded(engine.llm.step_times(), waits=overlap)
         served = engine.virtual(clock).serve(work, set_up_s=last_arrival - begin)
     # this process may lose the CPU between two steps
     assert served.duration_s == pytest.approx(end - begin, rel=0.01 if not overlap else 0.03)
@@ -193,9 +193,11 @@ def test_published_launches_replayed_with_their_step_times(machine: str, study: 
         workload = workloads.rebuild(name, entry)
         for record in records:
             served = record["workloads"][name]
-            overlap = record["resolved"]["optimizations"]["overlap"]
+            on = record["resolved"]["optimizations"]
             run = virtual_run(plan, record["cell"], record, card_of(plan["profile"]))
-            run.engine.runner.step_clock = recorded(served["step_times_s"], overlap=overlap)
+            run.engine.runner.step_clock = recorded(
+                served["step_times_s"], waits=on["overlap"] and on["cuda_graphs"]
+            )
             arrivals = [times[0] for times in served["request_times_s"]]
             (wave,) = waves_of(workload)
             result = run.engine.serve(wave, set_up_s=max(arrivals))
@@ -214,7 +216,7 @@ def test_published_launches_replayed_with_their_step_times(machine: str, study: 
 
 
 def test_a_replay_that_needs_more_steps_than_were_recorded_says_so() -> None:
-    engine = VirtualEngine(_settings(), recorded([(0.1, 8, 0)], overlap=False))
+    engine = VirtualEngine(_settings(), recorded([(0.1, 8, 0)], waits=False))
     with pytest.raises(IndexError, match="the record ends with step 0"):
         engine.serve(requests(0, 2))
 
