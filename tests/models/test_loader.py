@@ -130,7 +130,7 @@ def test_shards_and_an_untied_head_are_read(tmp_path: Path) -> None:
 
 
 LOAD_AND_MEASURE = """
-import resource, sys
+import sys, threading, psutil
 from collections import Counter
 from pathlib import Path
 import torch
@@ -144,12 +144,19 @@ from nanovllm.models.qwen3 import Qwen3ForCausalLM
 folder = Path(sys.argv[1])
 torch.set_default_dtype(getattr(torch, sys.argv[2]))
 model = Qwen3ForCausalLM(load_hf_config(folder), 64, load_kernels(BASELINE, Counter()), None, TensorParallel())
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 for param in model.parameters():
     param.data.fill_(0)  # its memory is there before the first file is opened
-before = peak()
+# sampled, as the peak that the system keeps begins with that of the process that started this one
+process, done, seen = psutil.Process(), threading.Event(), []
+def watch():
+    while not done.wait(0.001):
+        seen.append(process.memory_info().rss)
+before = process.memory_info().rss
+thread = threading.Thread(target=watch)
+thread.start()
 load_weights(model, folder, TensorParallel())
-print(peak() - before)
+done.set(), thread.join()
+print(max(seen, default=before) - before)
 """
 
 
