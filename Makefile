@@ -89,12 +89,13 @@ test-slow: $(READY)  ## run the tests that take longer
 test-strangers:  ## run the test suite in fresh environments of the other Pythons on this machine (PYTHONS="3.12 3.13", TESTS="tests/engine/test_engine.py")
 	@$(WITH_PYTHON) -m requirements.strangers $(if $(PYTHONS),--pythons "$(PYTHONS)") -- $(TESTS)
 
-# `make property`: the fast profile, as in `make test`; DEEP=1: thousands of examples, over an hour; REPEAT=50: fast with 50 seeds;
+# `make property`: the fast profile, as in `make test`; DEEP=1: thousands of examples, over an hour; REPEAT=50: fast with 50 seeds, an hour or more
+# (ONLY="a_right_engine_passes statistics": these properties and files, in minutes);
 # MATRIX=1: which property kills which bad implementation, written to docs/bad-implementations.md (MATRIX=add: what the page lacks). MODEL=tiny-llama: another family.
 property: export NANOVLLM_PROPERTY_MODEL := $(or $(MODEL),tiny)
 property: $(READY)  ## run the property tests alone (DEEP=1: over an hour; REPEAT=50 JOBS=4: with 50 seeds, four side by side; MATRIX=1: update the page of bad implementations)
 ifdef REPEAT
-	@$(BIN)/python -m property_tests.repeat $(REPEAT) $(if $(filter-out auto,$(JOBS)),--jobs $(JOBS))
+	@PYTHONPATH=src:. $(BIN)/python -m property_tests.repeat $(REPEAT) $(if $(filter-out auto,$(JOBS)),--jobs $(JOBS)) $(if $(ONLY),--only $(ONLY))
 else ifdef MATRIX
 	@PYTHONPATH=src:. $(BIN)/python -m property_tests.kill_matrix --write $(if $(filter add,$(MATRIX)),--add)
 else ifdef DEEP

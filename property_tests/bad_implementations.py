@@ -51,10 +51,13 @@ Patch = tuple[Any, str, Any]  # owner, name of the attribute, what stands there 
 
 @dataclass(frozen=True)
 class BadImplementation:
-    """fact: the number in the list of known bugs, or "". killer: the property that must catch it."""
+    """kind: of the mistakes for which it stands (kill_matrix.KINDS). fact: the number in the list of
+    known bugs, or "". killer: the property that must catch it.
+    """
 
     name: str
     what: str
+    kind: str
     fact: str
     killer: str
     patches: Callable[[], list[Patch]]
@@ -72,11 +75,16 @@ class BadImplementation:
 BAD: list[BadImplementation] = []
 
 
-def bad(killer: str, fact: str = "") -> Callable[[Callable[[], list[Patch]]], None]:
+def bad(killer: str, kind: str, fact: str = "") -> Callable[[Callable[[], list[Patch]]], None]:
     def register(patches: Callable[[], list[Patch]]) -> None:
         BAD.append(
             BadImplementation(
-                patches.__name__, " ".join((patches.__doc__ or "").split()), fact, killer, patches
+                patches.__name__,
+                " ".join((patches.__doc__ or "").split()),
+                kind,
+                fact,
+                killer,
+                patches,
             )
         )
 
@@ -86,7 +94,7 @@ def bad(killer: str, fact: str = "") -> Callable[[Callable[[], list[Patch]]], No
 # -- prefix cache and blocks -----------------------------------------------------------------------
 
 
-@bad("engine_machine", "1")
+@bad("engine_machine", "off by one", "1")
 def fully_cached_prompt_has_nothing_to_compute() -> list[Patch]:
     """Every block of a prompt may be a hit, so that no query token is left."""
 
@@ -97,7 +105,7 @@ def fully_cached_prompt_has_nothing_to_compute() -> list[Patch]:
     return [(PrefixCache, "match", match)]
 
 
-@bad("engine_machine", "2")
+@bad("engine_machine", "stale state", "2")
 def blocks_are_found_before_they_are_computed() -> list[Patch]:
     """A block is findable as soon as it is claimed, so an equal prompt of the same step reads KV
     that nobody has written.
@@ -113,7 +121,7 @@ def blocks_are_found_before_they_are_computed() -> list[Patch]:
     return [(CachingBlockManager, "claim", claim)]
 
 
-@bad("whole_workloads", "2")
+@bad("whole_workloads", "stale state", "2")
 def a_chunk_publishes_the_next_block_as_well() -> list[Patch]:
     """The block after the computed ones is published with them."""
 
@@ -124,7 +132,7 @@ def a_chunk_publishes_the_next_block_as_well() -> list[Patch]:
     return [(CachingBlockManager, "publish", publish)]
 
 
-@bad("engine_machine", "3")
+@bad("engine_machine", "mistaken identity", "3")
 def the_parent_is_not_part_of_the_key() -> list[Patch]:
     """A block is found by its own tokens, whatever came before them."""
 
@@ -143,7 +151,7 @@ def the_parent_is_not_part_of_the_key() -> list[Patch]:
     return [(PrefixCache, "match", match)]
 
 
-@bad("engine_machine", "3")
+@bad("engine_machine", "stale state", "3")
 def a_reused_block_is_still_found() -> list[Patch]:
     """A stale hash outlives the block's reuse."""
 
@@ -153,7 +161,7 @@ def a_reused_block_is_still_found() -> list[Patch]:
     return [(PrefixCache, "evict", evict)]
 
 
-@bad("engine_machine", "3")
+@bad("engine_machine", "mistaken identity", "3")
 def a_collision_is_served() -> list[Patch]:
     """A weak hash, and what it finds is not compared."""
 
@@ -177,7 +185,7 @@ def a_collision_is_served() -> list[Patch]:
     return [(PrefixCache, "match", match)]
 
 
-@bad("engine_machine")
+@bad("engine_machine", "ownership")
 def a_live_block_is_evicted() -> list[Patch]:
     """A hit block stays in the list of evictable ones."""
 
@@ -188,7 +196,7 @@ def a_live_block_is_evicted() -> list[Patch]:
     return [(CachingBlockManager, "share", share)]
 
 
-@bad("engine_machine")
+@bad("engine_machine", "ownership")
 def a_reference_is_not_dropped() -> list[Patch]:
     """The last block of a request is never released."""
 
@@ -199,7 +207,7 @@ def a_reference_is_not_dropped() -> list[Patch]:
     return [(CachingBlockManager, "release", release)]
 
 
-@bad("engine_machine")
+@bad("engine_machine", "ownership")
 def a_block_is_released_twice() -> list[Patch]:
     """The first block of a request comes back twice."""
 
@@ -209,7 +217,7 @@ def a_block_is_released_twice() -> list[Patch]:
     return [(BlockManager, "release", release)]
 
 
-@bad("engine_machine")
+@bad("engine_machine", "ownership")
 def an_abort_leaks_its_blocks() -> list[Patch]:
     """An aborted request leaves the queue and keeps its blocks."""
 
@@ -221,7 +229,7 @@ def an_abort_leaks_its_blocks() -> list[Patch]:
     return [(Scheduler, "abort", abort)]
 
 
-@bad("engine_machine")
+@bad("engine_machine", "ownership")
 def a_row_is_not_given_back() -> list[Patch]:
     """A request that ends keeps its row of the batch."""
 
@@ -235,7 +243,7 @@ def a_row_is_not_given_back() -> list[Patch]:
     return [(Scheduler, "_leave", leave)]
 
 
-@bad("engine_machine", "4")
+@bad("engine_machine", "off by one", "4")
 def a_block_is_allocated_one_token_late() -> list[Patch]:
     """A request may index one token past its blocks."""
 
@@ -248,7 +256,7 @@ def a_block_is_allocated_one_token_late() -> list[Patch]:
 # -- scheduling ------------------------------------------------------------------------------------
 
 
-@bad("engine_machine", "4")
+@bad("engine_machine", "after a preemption", "4")
 def the_resumed_position_is_kept() -> list[Patch]:
     """A preempted request resumes where it was, though its KV is gone."""
 
@@ -261,7 +269,7 @@ def the_resumed_position_is_kept() -> list[Patch]:
     return [(Scheduler, "_leave", leave)]
 
 
-@bad("engine_machine", "4")
+@bad("engine_machine", "after a preemption", "4")
 def the_sampled_token_is_lost_at_preemption() -> list[Patch]:
     """A preempted request forgets its last token."""
 
@@ -274,7 +282,7 @@ def the_sampled_token_is_lost_at_preemption() -> list[Patch]:
     return [(Scheduler, "_leave", leave)]
 
 
-@bad("engine_machine", "4")
+@bad("engine_machine", "after a preemption", "4")
 def a_resumed_request_does_not_wait_for_its_own_token() -> list[Patch]:
     """A preempted request is admitted again while a token of it is in flight."""
 
@@ -291,7 +299,7 @@ def a_resumed_request_does_not_wait_for_its_own_token() -> list[Patch]:
     return [(ContinuousScheduler, "_admit", admit)]
 
 
-@bad("engine_machine", "5")
+@bad("engine_machine", "order and fairness", "5")
 def the_oldest_is_preempted() -> list[Patch]:
     """The oldest is the victim, even where this step has planned it already, and goes to the end of
     the queue.
@@ -310,7 +318,7 @@ def the_oldest_is_preempted() -> list[Patch]:
     return [(ContinuousScheduler, "_grow", grow)]
 
 
-@bad("engine_machine", "5")
+@bad("engine_machine", "wrongly taken or refused", "5")
 def a_request_larger_than_the_pool_is_taken() -> list[Patch]:
     """A request that no empty pool could hold is queued, and waits for ever."""
 
@@ -320,7 +328,7 @@ def a_request_larger_than_the_pool_is_taken() -> list[Patch]:
     return [(Scheduler, "add", add)]
 
 
-@bad("whole_workloads")
+@bad("whole_workloads", "across steps")
 def a_lagged_commit_appends_twice() -> list[Patch]:
     """With another step in flight, a request's token is appended once more."""
 
@@ -337,7 +345,7 @@ def a_lagged_commit_appends_twice() -> list[Patch]:
     return [(Scheduler, "commit", commit)]
 
 
-@bad("whole_workloads")
+@bad("whole_workloads", "across steps")
 def a_chunk_samples() -> list[Patch]:
     """The first chunk of a prompt yields a token as if it were the last."""
 
@@ -356,7 +364,7 @@ def a_chunk_samples() -> list[Patch]:
     return [(Scheduler, "_plan_entry", plan_entry)]
 
 
-@bad("engine_machine")
+@bad("engine_machine", "what is asked does not arrive")
 def a_stop_token_is_ignored() -> list[Patch]:
     """Stop tokens do not stop."""
 
@@ -370,7 +378,7 @@ def a_stop_token_is_ignored() -> list[Patch]:
     return [(Sequence, "append", append)]
 
 
-@bad("whole_workloads")
+@bad("whole_workloads", "off by one")
 def max_tokens_is_passed_by_one() -> list[Patch]:
     """One token more is planned than was asked for."""
     wants_more = property(
@@ -379,7 +387,7 @@ def max_tokens_is_passed_by_one() -> list[Patch]:
     return [(Sequence, "wants_more", wants_more)]
 
 
-@bad("leaving_costs_nothing_per_bystander", "11")
+@bad("leaving_costs_nothing_per_bystander", "cost", "11")
 def the_queue_is_searched() -> list[Patch]:
     """Leaving the running queue looks at everybody in it."""
 
@@ -391,7 +399,7 @@ def the_queue_is_searched() -> list[Patch]:
     return [(Scheduler, "_leave", leave)]
 
 
-@bad("leaving_costs_nothing_per_bystander", "11")
+@bad("leaving_costs_nothing_per_bystander", "cost", "11")
 def the_free_list_is_searched() -> list[Patch]:
     """Giving a block back looks through the free list for it."""
 
@@ -399,6 +407,20 @@ def the_free_list_is_searched() -> list[Patch]:
         self.blank += [block for block in reversed(blocks) if block not in self.blank]
 
     return [(BlockManager, "release", release)]
+
+
+@bad("engine_machine", "schedulers that guess")
+def an_abort_teaches_the_forecast() -> list[Patch]:
+    """The forecast of lengths counts an aborted request as if it had come to its end."""
+
+    def abort(self: Scheduler, request_id: str) -> Sequence | None:
+        aborted = real(self, request_id)
+        if aborted is not None and isinstance(self, ContinuousScheduler):
+            self.forecast.finished(aborted)
+        return aborted
+
+    real = Scheduler.abort
+    return [(Scheduler, "abort", abort)]
 
 
 # -- batches and graphs ----------------------------------------------------------------------------
@@ -414,7 +436,7 @@ def _changed_batch(change: Callable[[ModelRunner, StepPlan, ForwardBatch], None]
     return [(ModelRunner, "_batch", batch)]
 
 
-@bad("every_token_is_that_of_hf")
+@bad("every_token_is_that_of_hf", "off by one")
 def slots_are_off_by_one() -> list[Patch]:
     """K and V of every token go one slot too far."""
 
@@ -424,7 +446,7 @@ def slots_are_off_by_one() -> list[Patch]:
     return _changed_batch(change)
 
 
-@bad("preemption_changes_nothing", "4")
+@bad("preemption_changes_nothing", "after a preemption", "4")
 def rope_restarts_after_preemption() -> list[Patch]:
     """A resumed request counts the positions of new tokens from its resumption on."""
     offsets: dict[int, int] = {}
@@ -443,7 +465,7 @@ def rope_restarts_after_preemption() -> list[Patch]:
     return [(Scheduler, "_start", start), *_changed_batch(change)]
 
 
-@bad("every_token_is_that_of_hf")
+@bad("every_token_is_that_of_hf", "across steps")
 def rope_restarts_in_each_chunk() -> list[Patch]:
     """The second chunk of a prompt, or what follows a cached prefix, starts at position 0 again."""
 
@@ -456,7 +478,7 @@ def rope_restarts_in_each_chunk() -> list[Patch]:
     return _changed_batch(change)
 
 
-@bad("every_token_is_that_of_hf")
+@bad("every_token_is_that_of_hf", "off by one")
 def the_head_reads_the_first_token_of_a_chunk() -> list[Patch]:
     """lm_head gets another position than the last one of a prompt."""
 
@@ -467,7 +489,7 @@ def the_head_reads_the_first_token_of_a_chunk() -> list[Patch]:
     return _changed_batch(change)
 
 
-@bad("every_token_is_that_of_hf")
+@bad("every_token_is_that_of_hf", "mistaken identity")
 def decodes_read_each_others_tokens() -> list[Patch]:
     """The last tokens of a step's rows are taken in the order of the rows, not of the entries."""
 
@@ -479,7 +501,7 @@ def decodes_read_each_others_tokens() -> list[Patch]:
     return _changed_batch(change)
 
 
-@bad("every_token_is_that_of_hf", "6")
+@bad("every_token_is_that_of_hf", "stale state", "6")
 def a_block_table_keeps_a_stale_row() -> list[Patch]:
     """What the last owner of a row left in its block table stays there."""
 
@@ -492,7 +514,7 @@ def a_block_table_keeps_a_stale_row() -> list[Patch]:
     return [(ModelRunner, "_update_rows", update)]
 
 
-@bad("every_token_is_that_of_hf")
+@bad("every_token_is_that_of_hf", "stale state")
 def a_row_keeps_the_last_owners_parameters() -> list[Patch]:
     """Temperature, filters and seed of a row are set once."""
 
@@ -508,7 +530,7 @@ def a_row_keeps_the_last_owners_parameters() -> list[Patch]:
     return [(ModelRunner, "_update_rows", update)]
 
 
-@bad("replayed_graphs_change_nothing", "6")
+@bad("replayed_graphs_change_nothing", "mistaken identity", "6")
 def a_graph_is_padded_with_a_live_row() -> list[Patch]:
     """A batch between two buckets is filled up with row 0, which belongs to a request."""
 
@@ -520,7 +542,7 @@ def a_graph_is_padded_with_a_live_row() -> list[Patch]:
     return [(cuda_graph.GraphRunner, "__init__", init)]
 
 
-@bad("replayed_graphs_change_nothing", "6")
+@bad("replayed_graphs_change_nothing", "stale state", "6")
 def a_graph_replays_stale_rows() -> list[Patch]:
     """Rows and positions on the device are taken for current as long as the bucket is the same."""
 
@@ -542,7 +564,7 @@ def a_graph_replays_stale_rows() -> list[Patch]:
 # -- model -----------------------------------------------------------------------------------------
 
 
-@bad("attention_is_its_definition")
+@bad("attention_is_its_definition", "across steps")
 def a_chunk_has_no_causal_mask() -> list[Patch]:
     """Tokens of a chunk see those that come after them."""
 
@@ -556,7 +578,7 @@ def a_chunk_has_no_causal_mask() -> list[Patch]:
     return [(attention.TorchAttention, "prepare", prepare)]
 
 
-@bad("attention_is_its_definition")
+@bad("attention_is_its_definition", "off by one")
 def a_decode_reads_past_its_end() -> list[Patch]:
     """The slots of a sequence's last block that it has not filled yet take part in attention."""
 
@@ -569,7 +591,7 @@ def a_decode_reads_past_its_end() -> list[Patch]:
     return [(attention.TorchAttention, "prepare", prepare)]
 
 
-@bad("attention_is_its_definition")
+@bad("attention_is_its_definition", "mistaken identity")
 def query_heads_read_the_wrong_kv_head() -> list[Patch]:
     """Query head h reads KV head h modulo their number, not h // group."""
 
@@ -586,7 +608,7 @@ def query_heads_read_the_wrong_kv_head() -> list[Patch]:
     return [(attention.TorchAttention, "attend", attend)]
 
 
-@bad("kv_is_stored_in_its_slots_alone")
+@bad("kv_is_stored_in_its_slots_alone", "off by one")
 def kv_of_the_last_token_is_not_stored() -> list[Patch]:
     """A store kernel with one program too few."""
 
@@ -603,7 +625,7 @@ def kv_of_the_last_token_is_not_stored() -> list[Patch]:
     return [(kv_store, "store_kv", store), (rope, "store_kv", store)]
 
 
-@bad("rope_scores_depend_on_distance_alone")
+@bad("rope_scores_depend_on_distance_alone", "wrong formula")
 def rope_rotates_keys_and_queries_apart() -> list[Patch]:
     """Interleaved pairs rotate one way, halves the other: a sign of the rotation is wrong."""
 
@@ -617,7 +639,7 @@ def rope_rotates_keys_and_queries_apart() -> list[Patch]:
     return [(rope, "apply_rope", apply)]
 
 
-@bad("rms_norm_is_its_definition", "9")
+@bad("rms_norm_is_its_definition", "ownership", "9")
 def rms_norm_writes_into_its_residual() -> list[Patch]:
     """`x.float()` of a float32 tensor is the tensor itself, and what follows is done in place."""
 
@@ -636,7 +658,7 @@ def rms_norm_writes_into_its_residual() -> list[Patch]:
     return [(kernels, "rms_norm", rms_norm), (kernels, "add_rms_norm", add_rms_norm)]
 
 
-@bad("rms_norm_is_its_definition")
+@bad("rms_norm_is_its_definition", "what is asked does not arrive")
 def the_norm_forgets_its_epsilon() -> list[Patch]:
     """An epsilon of 1e-6, whatever the model says."""
 
@@ -647,7 +669,7 @@ def the_norm_forgets_its_epsilon() -> list[Patch]:
     return [(kernels, "rms_norm", rms_norm)]
 
 
-@bad("swiglu_is_its_definition")
+@bad("swiglu_is_its_definition", "mistaken identity")
 def gate_and_up_are_exchanged() -> list[Patch]:
     """silu is applied to the wrong half."""
 
@@ -658,7 +680,7 @@ def gate_and_up_are_exchanged() -> list[Patch]:
     return [(kernels, "silu_and_mul", silu_and_mul)]
 
 
-@bad("config_files_are_read_as_they_are_written", "9")
+@bad("config_files_are_read_as_they_are_written", "what is asked does not arrive", "9")
 def rope_settings_of_newer_transformers_are_ignored() -> list[Patch]:
     """rope_theta is looked for at its old place alone, and is 10,000 where it is not there."""
 
@@ -686,7 +708,7 @@ def _changed_sampler(change: Callable[..., torch.Tensor]) -> list[Patch]:
     return [(sampling, "sample", sample), (kernels, "sample", sample)]
 
 
-@bad("frequencies_follow_the_filtered_softmax")
+@bad("frequencies_follow_the_filtered_softmax", "what is asked does not arrive")
 def the_temperature_is_ignored() -> list[Patch]:
     """Every sampled row has temperature 1."""
 
@@ -702,7 +724,7 @@ def the_temperature_is_ignored() -> list[Patch]:
     return _changed_sampler(change)
 
 
-@bad("filters_keep_what_they_say")
+@bad("filters_keep_what_they_say", "off by one")
 def top_k_keeps_one_too_many() -> list[Patch]:
     """Top-k is off by one."""
 
@@ -715,7 +737,7 @@ def top_k_keeps_one_too_many() -> list[Patch]:
     return [(filtering, "filtered_logits", filtered)]
 
 
-@bad("filters_keep_what_they_say")
+@bad("filters_keep_what_they_say", "off by one")
 def top_p_keeps_one_too_few() -> list[Patch]:
     """The token with which the mass reaches p is dropped."""
 
@@ -733,7 +755,7 @@ def top_p_keeps_one_too_few() -> list[Patch]:
     return [(filtering, "filtered_logits", filtered)]
 
 
-@bad("frequencies_follow_the_filtered_softmax")
+@bad("frequencies_follow_the_filtered_softmax", "randomness")
 def the_seed_repeats_at_every_position() -> list[Patch]:
     """The same random numbers for every token of a request. HF, rescored with them, sees nothing
     wrong.
@@ -746,7 +768,7 @@ def the_seed_repeats_at_every_position() -> list[Patch]:
     return [(sampling, "gumbel_noise", noise)]
 
 
-@bad("seeds_tell_requests_apart")
+@bad("seeds_tell_requests_apart", "randomness")
 def half_of_the_seed_is_lost() -> list[Patch]:
     """Seeds that differ in their upper 32 bits alone give the same tokens."""
 
@@ -757,7 +779,7 @@ def half_of_the_seed_is_lost() -> list[Patch]:
     return [(sampling, "gumbel_noise", noise)]
 
 
-@bad("seeds_tell_requests_apart")
+@bad("seeds_tell_requests_apart", "randomness")
 def requests_without_a_seed_share_one() -> list[Patch]:
     """Every request that gives no seed gets the engine's."""
 
@@ -772,7 +794,7 @@ def requests_without_a_seed_share_one() -> list[Patch]:
     return [(LLMEngine, "make_sequence", make)]
 
 
-@bad("company_does_not_matter")
+@bad("company_does_not_matter", "randomness")
 def randomness_depends_on_the_row() -> list[Patch]:
     """The generator is seeded by the row of the batch, not by the request."""
 
@@ -793,7 +815,7 @@ def randomness_depends_on_the_row() -> list[Patch]:
     return _changed_sampler(change)
 
 
-@bad("rows_of_a_batch_do_not_meet")
+@bad("rows_of_a_batch_do_not_meet", "randomness")
 def greedy_rows_get_noise_in_company() -> list[Patch]:
     """A greedy request beside sampled ones is sampled as well."""
 
@@ -814,10 +836,26 @@ def greedy_rows_get_noise_in_company() -> list[Patch]:
     return _changed_sampler(change)
 
 
+@bad("frequencies_follow_the_filtered_softmax", "a path that only large inputs take")
+def the_rest_of_a_large_batch_goes_unfiltered() -> list[Patch]:
+    """Above 128 rows, top-k and top-p reach the first 128 alone."""
+
+    def filtered(
+        logits: torch.Tensor, temperatures: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor
+    ) -> torch.Tensor:
+        all_of_it = torch.zeros_like(top_ks), torch.ones_like(top_ps)
+        rest = (torch.arange(len(logits)) >= 128).to(logits.device)
+        kept = [torch.where(rest, a, b) for a, b in zip(all_of_it, (top_ks, top_ps), strict=True)]
+        return real(logits, temperatures, *kept)
+
+    real = filtering.filtered_logits
+    return [(filtering, "filtered_logits", filtered)]
+
+
 # -- tensor parallelism ----------------------------------------------------------------------------
 
 
-@bad("two_ranks_compute_the_same")
+@bad("two_ranks_compute_the_same", "ranks that disagree")
 def a_rank_skips_the_all_reduce() -> list[Patch]:
     """Rank 1 goes on with its own part of the sum."""
 
@@ -830,7 +868,7 @@ def a_rank_skips_the_all_reduce() -> list[Patch]:
     return [(Group, "all_reduce", all_reduce)]
 
 
-@bad("two_ranks_compute_the_same")
+@bad("two_ranks_compute_the_same", "mistaken identity")
 def a_rank_loads_the_values_of_another() -> list[Patch]:
     """Every rank loads rank 0's share of the value projection."""
 
@@ -843,19 +881,19 @@ def a_rank_loads_the_values_of_another() -> list[Patch]:
     return [(loader, "_load", load)]
 
 
-@bad("ranks_hold_caches_of_one_size", "7")
+@bad("ranks_hold_caches_of_one_size", "ranks that disagree", "7")
 def ranks_size_their_caches_differently() -> list[Patch]:
     """Each rank takes as many blocks as fit into its own memory."""
     return [(Group, "agree_on_least", lambda self, value: value)]
 
 
-@bad("a_lost_rank_leaves_nobody_hanging", "7")
+@bad("a_lost_rank_leaves_nobody_hanging", "ranks that disagree", "7")
 def a_lost_rank_is_waited_for() -> list[Patch]:
     """Collective operations wait for an hour."""
     return [(collectives, "timedelta", lambda seconds: timedelta(seconds=3600))]
 
 
-@bad("engines_of_one_host_share_no_name", "7")
+@bad("engines_of_one_host_share_no_name", "mistaken identity", "7")
 def ranks_meet_under_a_fixed_name() -> list[Patch]:
     """A second engine on the host meets the first one's ranks."""
     place = SimpleNamespace(
@@ -868,7 +906,7 @@ def ranks_meet_under_a_fixed_name() -> list[Patch]:
 # -- requests and resources ------------------------------------------------------------------------
 
 
-@bad("what_is_allowed_is_taken", "8")
+@bad("what_is_allowed_is_taken", "wrongly taken or refused", "8")
 def temperature_zero_is_refused() -> list[Patch]:
     """Greedy sampling is an error."""
 
@@ -881,7 +919,7 @@ def temperature_zero_is_refused() -> list[Patch]:
     return [(SamplingParams, "__post_init__", check)]
 
 
-@bad("what_is_not_allowed_is_refused", "8")
+@bad("what_is_not_allowed_is_refused", "wrongly taken or refused", "8")
 def max_tokens_zero_is_taken() -> list[Patch]:
     """A request for no tokens is accepted (and would never end)."""
 
@@ -893,7 +931,7 @@ def max_tokens_zero_is_taken() -> list[Patch]:
     return [(SamplingParams, "__post_init__", check)]
 
 
-@bad("an_impossible_request_is_refused", "8")
+@bad("an_impossible_request_is_refused", "wrongly taken or refused", "8")
 def an_empty_prompt_is_taken() -> list[Patch]:
     """A prompt without tokens is silently given one."""
 
@@ -912,7 +950,7 @@ def an_empty_prompt_is_taken() -> list[Patch]:
     return [(LLMEngine, "make_sequence", make)]
 
 
-@bad("an_impossible_request_is_refused", "8")
+@bad("an_impossible_request_is_refused", "wrongly taken or refused", "8")
 def a_long_prompt_is_cut() -> list[Patch]:
     """A prompt beyond max_model_len silently loses its head."""
 
@@ -932,7 +970,7 @@ def a_long_prompt_is_cut() -> list[Patch]:
     return [(LLMEngine, "make_sequence", make)]
 
 
-@bad("an_unknown_argument_is_an_error", "8")
+@bad("an_unknown_argument_is_an_error", "what is asked does not arrive", "8")
 def unknown_arguments_are_dropped() -> list[Patch]:
     """Only the arguments that are known are passed on."""
 
@@ -945,7 +983,7 @@ def unknown_arguments_are_dropped() -> list[Patch]:
     return [(EngineConfig, "from_kwargs", staticmethod(from_kwargs))]
 
 
-@bad("the_cache_leaves_others_their_memory", "10")
+@bad("the_cache_leaves_others_their_memory", "ownership", "10")
 def the_cache_takes_what_others_hold() -> list[Patch]:
     """The cache is sized from the total memory, whatever is in use."""
 
@@ -961,7 +999,7 @@ def the_cache_takes_what_others_hold() -> list[Patch]:
     return [(model_runner, "num_blocks_for", num_blocks_for)]
 
 
-@bad("a_closed_engine_gives_everything_back", "10")
+@bad("a_closed_engine_gives_everything_back", "ownership", "10")
 def a_closed_engine_keeps_its_memory() -> list[Patch]:
     """close() ends the engine and drops nothing."""
     return [(ModelRunner, "close", lambda self: None)]
@@ -970,7 +1008,7 @@ def a_closed_engine_keeps_its_memory() -> list[Patch]:
 # -- options ---------------------------------------------------------------------------------------
 
 
-@bad("options_give_the_tokens_of_hf")
+@bad("options_give_the_tokens_of_hf", "what is asked does not arrive")
 def the_repetition_penalty_forgets_the_prompt() -> list[Patch]:
     """Only tokens of the answer are penalized for repetition."""
 
@@ -984,7 +1022,7 @@ def the_repetition_penalty_forgets_the_prompt() -> list[Patch]:
     return [(logit_processors.RowState, "of", staticmethod(of))]
 
 
-@bad("logits_are_edited_as_defined")
+@bad("logits_are_edited_as_defined", "after a preemption")
 def penalties_forget_the_answer_at_a_preemption() -> list[Patch]:
     """A request that starts again counts its tokens from zero."""
 
@@ -996,7 +1034,7 @@ def penalties_forget_the_answer_at_a_preemption() -> list[Patch]:
     return [(logit_processors.RowState, "of", staticmethod(of))]
 
 
-@bad("options_give_the_tokens_of_hf")
+@bad("options_give_the_tokens_of_hf", "across steps")
 def penalties_miss_the_last_token() -> list[Patch]:
     """The token of the step before is counted one step late."""
 
@@ -1009,7 +1047,7 @@ def penalties_miss_the_last_token() -> list[Patch]:
     return [(logit_processors.RowState, "count", count)]
 
 
-@bad("options_give_the_tokens_of_hf")
+@bad("options_give_the_tokens_of_hf", "what is asked does not arrive")
 def min_tokens_is_ignored() -> list[Patch]:
     """An answer may end before it has min_tokens."""
 
@@ -1020,7 +1058,7 @@ def min_tokens_is_ignored() -> list[Patch]:
     return [(sequences, "edits_of", edits_of)]
 
 
-@bad("logits_are_edited_as_defined")
+@bad("logits_are_edited_as_defined", "off by one")
 def min_tokens_ends_one_early() -> list[Patch]:
     """The end of sequence is allowed as the last of min_tokens."""
 
@@ -1031,7 +1069,7 @@ def min_tokens_ends_one_early() -> list[Patch]:
     return [(logit_processors.RowState, "edit", edit)]
 
 
-@bad("options_give_the_tokens_of_hf")
+@bad("options_give_the_tokens_of_hf", "what is asked does not arrive")
 def min_p_is_applied_before_the_temperature() -> list[Patch]:
     """min_p compares the probabilities at temperature 1."""
 
@@ -1045,7 +1083,7 @@ def min_p_is_applied_before_the_temperature() -> list[Patch]:
     return [(sequences, "edits_of", edits_of)]
 
 
-@bad("logits_are_edited_as_defined")
+@bad("logits_are_edited_as_defined", "what is asked does not arrive")
 def a_bad_word_is_banned_by_its_last_token_alone() -> list[Patch]:
     """The tokens before the last one of a bad word are not compared."""
 
@@ -1058,7 +1096,7 @@ def a_bad_word_is_banned_by_its_last_token_alone() -> list[Patch]:
     return [(logit_processors.RowState, "of", staticmethod(of))]
 
 
-@bad("options_give_the_tokens_of_hf")
+@bad("options_give_the_tokens_of_hf", "stale state")
 def a_row_keeps_the_last_owners_options() -> list[Patch]:
     """A request without options inherits those of the row's last owner."""
 
@@ -1070,7 +1108,7 @@ def a_row_keeps_the_last_owners_options() -> list[Patch]:
     return [(logit_processors.LogitProcessors, "renew", renew)]
 
 
-@bad("ranks_apply_options_alike")
+@bad("ranks_apply_options_alike", "mistaken identity")
 def a_rank_takes_the_first_part_of_the_vocabulary() -> list[Patch]:
     """Every rank samples from the first part of the edited logits."""
 
@@ -1083,13 +1121,13 @@ def a_rank_takes_the_first_part_of_the_vocabulary() -> list[Patch]:
     return [(logit_processors.LogitProcessors, "edit", edit)]
 
 
-@bad("options_give_the_tokens_of_hf")
+@bad("options_give_the_tokens_of_hf", "stale state")
 def a_graph_replays_requests_with_options() -> list[Patch]:
     """A decode with options is replayed from a CUDA graph, which knows nothing of them."""
     return [(logit_processors.LogitProcessors, "__contains__", lambda self, row: False)]
 
 
-@bad("a_stop_string_ends_the_text")
+@bad("a_stop_string_ends_the_text", "across steps")
 def a_stop_string_is_sought_in_the_new_text_alone() -> list[Patch]:
     """A stop string that begins in one token and ends in another is missed."""
 
@@ -1103,7 +1141,7 @@ def a_stop_string_is_sought_in_the_new_text_alone() -> list[Patch]:
     return [(stop_strings.StopStrings, "add", add)]
 
 
-@bad("a_stop_string_ends_the_text")
+@bad("a_stop_string_ends_the_text", "what is asked does not arrive")
 def a_stop_string_is_found_before_min_tokens() -> list[Patch]:
     """Stop strings count from the first token on."""
 
@@ -1117,19 +1155,19 @@ def a_stop_string_is_found_before_min_tokens() -> list[Patch]:
 # -- quantization ----------------------------------------------------------------------------------
 
 
-@bad("a_quantized_weight_is_its_definition")
+@bad("a_quantized_weight_is_its_definition", "mistaken identity")
 def an_output_has_the_scale_of_the_next_one() -> list[Patch]:
     """Scales of output channels are off by one channel."""
     return [(quantized.Int8Weight, "_of", changed("scales", lambda of: of.roll(1, dims=-2)))]
 
 
-@bad("a_quantized_weight_is_its_definition")
+@bad("a_quantized_weight_is_its_definition", "off by one")
 def a_zero_point_is_one_too_high() -> list[Patch]:
     """As where a format stores zero points minus one, and the reader does not know."""
     return [(quantized.Int4Weight, "_of", changed("zeros", lambda of: of + 1))]
 
 
-@bad("a_quantized_weight_is_its_definition")
+@bad("a_quantized_weight_is_its_definition", "wrong formula")
 def groups_of_64_are_read_as_groups_of_128() -> list[Patch]:
     """Scales are made for 64 inputs each, and each is applied to 128."""
 
@@ -1151,14 +1189,14 @@ def groups_of_64_are_read_as_groups_of_128() -> list[Patch]:
     ]
 
 
-@bad("a_quantized_weight_is_its_definition")
+@bad("a_quantized_weight_is_its_definition", "mistaken identity")
 def nibbles_are_swapped() -> list[Patch]:
     """The high four bits of a byte are taken for the even input."""
     swap = changed("packed", lambda of: of << 4 | of >> 4)
     return [(quantized.Int4Weight, "_of", swap)]
 
 
-@bad("a_quantized_weight_is_its_definition")
+@bad("a_quantized_weight_is_its_definition", "off by one")
 def the_last_group_is_dropped() -> list[Patch]:
     """A group that is not full counts nothing."""
 
@@ -1171,7 +1209,7 @@ def the_last_group_is_dropped() -> list[Patch]:
     return [(quantized.Int4Weight, "dequantized", dequantized)]
 
 
-@bad("a_quantized_weight_is_its_definition")
+@bad("a_quantized_weight_is_its_definition", "mistaken identity")
 def a_rank_takes_the_groups_of_rank_0() -> list[Patch]:
     """Every rank counts groups from the first input of the whole weight."""
 
@@ -1183,13 +1221,13 @@ def a_rank_takes_the_groups_of_rank_0() -> list[Patch]:
     return [(quantized.Int4Weight, "_make", make)]
 
 
-@bad("a_quantized_weight_is_its_definition")
+@bad("a_quantized_weight_is_its_definition", "ranks that disagree")
 def ranks_do_not_agree_on_scales() -> list[Patch]:
     """A rank scales by the largest of its own inputs."""
     return [(quantized.QuantizedWeight, "_largest", lambda self, values: values)]
 
 
-@bad("a_quantized_weight_is_its_definition")
+@bad("a_quantized_weight_is_its_definition", "wrong formula")
 def all_tokens_share_a_scale() -> list[Patch]:
     """Activations are rounded with the scale of the largest token of the batch."""
 
@@ -1202,7 +1240,7 @@ def all_tokens_share_a_scale() -> list[Patch]:
     return [(quantized.Fp8Weight, "rounded", rounded)]
 
 
-@bad("a_small_cache_is_its_definition")
+@bad("a_small_cache_is_its_definition", "wrong formula")
 def values_are_read_without_their_scale() -> list[Patch]:
     """The scale of the cache is applied to keys alone."""
 
@@ -1214,14 +1252,14 @@ def values_are_read_without_their_scale() -> list[Patch]:
     return [(small_cache.TorchAttentionOfStored, "attend", attend)]
 
 
-@bad("a_small_cache_is_its_definition")
+@bad("a_small_cache_is_its_definition", "wrong formula")
 def values_are_rounded_twice() -> list[Patch]:
     """Keys and values are rounded to bfloat16 before they are rounded to e4m3."""
     real = quantized.to_e4m3
     return [(small_cache, "to_e4m3", lambda wide: real(wide.bfloat16().float()))]
 
 
-@bad("a_small_cache_is_its_definition")
+@bad("a_small_cache_is_its_definition", "wrong formula")
 def what_is_too_large_does_not_saturate() -> list[Patch]:
     """Values beyond the range of e4m3 become NaN, as in a conversion that does not saturate."""
 
@@ -1231,7 +1269,7 @@ def what_is_too_large_does_not_saturate() -> list[Patch]:
     return [(small_cache, "to_e4m3", to_e4m3)]
 
 
-@bad("a_small_cache_is_its_definition")
+@bad("a_small_cache_is_its_definition", "wrong formula")
 def a_prompt_reads_its_own_keys_unrounded() -> list[Patch]:
     """Tokens of the step itself are attended to as they were computed, not as they are stored."""
 
@@ -1257,13 +1295,13 @@ def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callab
 # -- many clients ----------------------------------------------------------------------------------
 
 
-@bad("every_client_gets_its_answer")
+@bad("every_client_gets_its_answer", "lost or repeated delivery")
 def an_output_does_not_wake_its_reader() -> list[Patch]:
     """Outputs reach an event loop from another thread without waking it (asyncio's `call_soon`)."""
     return [(async_llm, "hand_over", lambda loop, call, *given: loop.call_soon(call, *given))]
 
 
-@bad("every_client_gets_its_answer")
+@bad("every_client_gets_its_answer", "lost or repeated delivery")
 def a_request_does_not_wake_the_engine() -> list[Patch]:
     """A request that comes while the step thread sleeps is queued, and the thread sleeps on."""
 
@@ -1275,7 +1313,7 @@ def a_request_does_not_wake_the_engine() -> list[Patch]:
     return [(step_thread.Inbox, "put", put)]
 
 
-@bad("every_client_gets_its_answer")
+@bad("every_client_gets_its_answer", "lost or repeated delivery")
 def an_output_is_delivered_twice() -> list[Patch]:
     """What a step yields reaches its reader twice, as where a delivery is repeated that seemed to
     have failed.
@@ -1290,19 +1328,19 @@ def an_output_is_delivered_twice() -> list[Patch]:
     return [(streams.Stream, "deliver", deliver)]
 
 
-@bad("every_client_gets_its_answer")
+@bad("every_client_gets_its_answer", "lost or repeated delivery")
 def merged_outputs_lose_the_earlier_one() -> list[Patch]:
     """Where a reader is slow, the newest output takes the place of the one before, deltas too."""
     return [(streams, "merged", lambda earlier, later: later)]
 
 
-@bad("every_client_gets_its_answer")
+@bad("every_client_gets_its_answer", "ownership")
 def a_cancelled_request_keeps_its_blocks() -> list[Patch]:
     """When its reader goes away a request is forgotten, and runs on."""
     return [(step_thread.StepThread, "abort", lambda self, answers: None)]
 
 
-@bad("every_client_gets_its_answer")
+@bad("every_client_gets_its_answer", "ownership")
 def a_cancelled_request_keeps_its_place_in_the_queue() -> list[Patch]:
     """The place of a request is given back only if it was read to its end."""
 
@@ -1314,7 +1352,7 @@ def a_cancelled_request_keeps_its_place_in_the_queue() -> list[Patch]:
     return [(async_llm.AsyncLLM, "_close", close)]
 
 
-@bad("every_client_gets_its_answer")
+@bad("every_client_gets_its_answer", "lost or repeated delivery")
 def a_stream_ends_before_its_last_token() -> list[Patch]:
     """The end of a request overtakes the token that came with it."""
 
@@ -1327,7 +1365,7 @@ def a_stream_ends_before_its_last_token() -> list[Patch]:
     return [(answers.Answer, "_last", last)]
 
 
-@bad("lower_priority_values_go_first")
+@bad("lower_priority_values_go_first", "order and fairness")
 def higher_priority_values_go_first() -> list[Patch]:
     """The order is turned around."""
 
@@ -1345,7 +1383,7 @@ def higher_priority_values_go_first() -> list[Patch]:
     return [(priority, "insort", insert), (priority.RankedQueue, "__delitem__", delete)]
 
 
-@bad("lower_priority_values_go_first")
+@bad("lower_priority_values_go_first", "order and fairness")
 def a_preempted_request_goes_to_the_front() -> list[Patch]:
     """As with first come, first served: it is admitted again before anyone else."""
 
@@ -1357,7 +1395,7 @@ def a_preempted_request_goes_to_the_front() -> list[Patch]:
     return [(priority.RankedQueue, "move_to_end", move_to_end)]
 
 
-@bad("lower_priority_values_go_first")
+@bad("lower_priority_values_go_first", "order and fairness")
 def the_youngest_gives_way_whatever_its_priority() -> list[Patch]:
     """A request of a low value is preempted because it was admitted last."""
 

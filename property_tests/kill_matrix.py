@@ -36,6 +36,25 @@ FACTS = {
     "11": "a search through a list at every step",
 }
 """Bugs that engines of this kind have had."""
+KINDS = {
+    "stale state": "what belonged to an earlier step, block or request is used once more, or before it is ready",
+    "mistaken identity": "one thing is taken for another: a block, a row, a head, a shard, a place to meet",
+    "ownership": "memory, a block, a row or a place is given back twice, too early or never, or is not one's own",
+    "off by one": "one token, slot or candidate too many or too few",
+    "after a preemption": "a request that starts again has lost, or kept, something of its first life",
+    "across steps": "what is right in one step is wrong over several: chunks, lagged commits, texts that grow",
+    "order and fairness": "the wrong request goes first or gives way",
+    "what is asked does not arrive": "a parameter, a setting or an argument has no effect, or another one",
+    "wrong formula": "a computation is not its definition",
+    "randomness": "random numbers repeat, or depend on what they must not",
+    "ranks that disagree": "tensor-parallel ranks compute, hold or wait for different things",
+    "wrongly taken or refused": "what is impossible is accepted, or what is allowed is not",
+    "lost or repeated delivery": "an output or a wake-up reaches its reader twice, late or never",
+    "cost": "work that grows with what is none of its business",
+    "schedulers that guess": "a forecast learns from what it must not",
+    "a path that only large inputs take": "an error behind a threshold that small inputs never reach",
+}
+"""Kinds of mistakes; each bad implementation is an example of one."""
 
 
 def verdicts(bad: BadImplementation, known: Mapping[str, Verdict]) -> dict[str, Verdict]:
@@ -73,6 +92,17 @@ def document(matrix: dict[str, dict[str, Verdict]]) -> str:
         "| | property | what must hold |",
         "| --- | --- | --- |",
         *(f"| {i} | `{name}` | {properties()[name].what} |" for i, name in enumerate(names, 1)),
+        "",
+        "By the kind of mistake for which they stand; others of a kind are to be expected where one was found:",
+        "",
+        "| kind | | bad implementations |",
+        "| --- | --- | --- |",
+        *(
+            f"| {kind} | {what} | "
+            + ", ".join(f"`{bad.name}`" for bad in BAD if bad.kind == kind)
+            + " |"
+            for kind, what in KINDS.items()
+        ),
         "",
         "| bad implementation | bug | "
         + " | ".join(str(i) for i in range(1, len(names) + 1))

@@ -10,7 +10,7 @@ import pytest
 
 from property_tests.bad_implementations import BAD, BadImplementation
 from property_tests.kill import examples_for, kill, properties
-from property_tests.kill_matrix import DOCUMENT, FACTS
+from property_tests.kill_matrix import DOCUMENT, FACTS, KINDS
 
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad.name)
@@ -23,6 +23,7 @@ def test_bad_implementation_dies(bad: BadImplementation) -> None:
 
 def test_bad_implementations_cover_the_known_bugs() -> None:
     assert {bad.fact for bad in BAD} - {""} == set(FACTS)
+    assert {bad.kind for bad in BAD} == set(KINDS)
     assert len({bad.name for bad in BAD}) == len(BAD) >= 25
     assert all(bad.what for bad in BAD)
 
@@ -34,6 +35,10 @@ def test_the_page_names_what_there_is() -> None:
     page = DOCUMENT.read_text()
     names = list(properties())
     assert re.findall(r"^\| \d+ \| `(\w+)` \|", page, re.M) == names
+    of_a_kind = dict(re.findall(r"^\| ([a-z][a-z -]+) \| \S.* \| (`.*`) \|$", page, re.M))
+    assert list(of_a_kind) == list(KINDS)
+    for kind, listed in of_a_kind.items():
+        assert re.findall(r"`(\w+)`", listed) == [bad.name for bad in BAD if bad.kind == kind]
     rows = dict(re.findall(r"^\| `(\w+)` (.*) \|$", page, re.M))
     assert list(rows) == [bad.name for bad in BAD]
     for bad in BAD:

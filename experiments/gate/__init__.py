@@ -13,6 +13,7 @@
     edited_logits      logits after bias, penalties, bad words and min_tokens
     gumbel_noise       the engine's sampling noise, bit for bit, at lower cost
     significance       the statistical tests of the gate
+    event_counts       one of them, for what is counted: without torch, as reports count again
     negative_controls  broken models and tokens, which the gate must reject
 
 May import host, records and workloads. Needs torch and transformers, nothing else: runs on a bare

@@ -11,8 +11,8 @@ of the error) + floor:
 4. the engine disagrees with the reference not significantly more than `factor` times as often as HF
 does;
 5. tokens of another random generator follow the reference's distribution: all together (z-test),
-within every part of a request (Ville's inequality), request by request (dispersion), and at the ends
-of all answers (Markov's inequality);
+within every part of a request (Ville's inequality), request by request (dispersion), at the ends of
+all answers, and in how many lie outside of what is kept (Markov's inequality);
 6. log-probabilities, where they were returned, are those of the reference.
 
 The numbers are those of docs/methodology.md.
@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from experiments.gate.event_counts import evidence_of_count
 from experiments.gate.rescoring import DTYPE, REFERENCE_DTYPE
 from experiments.gate.scoring import Scores
 from experiments.gate.significance import (
@@ -270,7 +271,9 @@ def judge_distribution(
     - the same factors at the ends of all answers together (`significance.evidence_of_ends`): one or
       two wrong tokens in many of them.
 
-    Tokens outside what top-k and top-p keep are left out here; they are judged by their margin.
+    Tokens outside what min-p, top-k and top-p keep are left out of these. They are judged by their
+    margin, and by their number: at most as many as HF's error at each position could bring in
+    (`event_counts.evidence_of_count`).
     """
     tokens = _concatenated(scores)
     used = tokens.unknown_noise & tokens.agrees
@@ -297,6 +300,11 @@ def judge_distribution(
         params.factor,
     )
     dispersion_limit = normal_limit(params.alpha)
+    outside, explained = (
+        int((tokens.unknown_noise & ~tokens.agrees).sum()),
+        float(tokens.near.sum()),
+    )
+    outside_evidence, outside_limit = evidence_of_count(outside, explained), -math.log(params.alpha)
     reasons = []
     if abs(z) > limit:
         reasons.append(
@@ -313,6 +321,11 @@ def judge_distribution(
             f"some requests are too likely and others too unlikely under the reference (dispersion: z = {dispersion_z:.1f}, "
             f"limit {dispersion_limit:.1f}; were sampling parameters exchanged?)"
         )
+    if outside_evidence > outside_limit:
+        reasons.append(
+            f"{outside} tokens lie outside of what min-p, top-k and top-p keep, where HF's error explains {explained:.1f} (log "
+            f"evidence {outside_evidence:.1f}, limit {outside_limit:.1f}; is one of them wrong?)"
+        )
     result: Distribution = {
         "z": z,
         "z_limit": limit,
@@ -323,6 +336,10 @@ def judge_distribution(
         "log_evidence_limit": evidence_limit,
         "dispersion_z": dispersion_z,
         "dispersion_limit": dispersion_limit,
+        "outside": outside,
+        "outside_explained": explained,
+        "outside_log_evidence": outside_evidence,
+        "outside_log_evidence_limit": outside_limit,
     }
     if budgets is not None:
         ends, ends_limit = evidence_of_ends(steps, budgets), -math.log(params.alpha)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from experiments.gate.gumbel_noise import gumbel, uniform_bits
 from experiments.gate.logit_margins import Rows, smallest_explaining_noise
-from experiments.gate.truncation import distribution, exponentials, least_kept
+from experiments.gate.truncation import distribution, exponentials, least_kept, mass_near
 
 CANDIDATES = 5
 REACH = 3.6
@@ -54,8 +54,9 @@ class Scores:
     logprob, hf_logprob: log softmax(logits)[token]; no temperature.
     unknown_noise: sampled by another generator; then, of the distribution that was sampled (0 elsewhere):
     log_p of the token (0 if outside what is kept), entropy, variance of log p, root_sum = log sum_i
-    sqrt(p_i), and drift: the mean of log p + entropy if tokens were drawn from HF's distribution in
-    the engine's dtype instead.
+    sqrt(p_i), drift: the mean of log p + entropy if tokens were drawn from HF's distribution in
+    the engine's dtype instead, and near: the probability of tokens outside of what is kept that
+    HF's error could bring in (`truncation.mass_near`).
     """
 
     tokens: Tensor
@@ -76,6 +77,7 @@ class Scores:
     variance: Tensor
     root_sum: Tensor
     drift: Tensor
+    near: Tensor
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -191,6 +193,11 @@ def _noiseless_few(logits: Tensor, hf_logits: Tensor, rows: Rows, tokens: Tensor
             torch.where(possible, own, torch.nan),
             unknown_noise,
         )
+        near = torch.zeros_like(error)
+        if least is not None and len(cut := (unknown_noise & rows.truncated).nonzero().flatten()):
+            noise = error[cut] / rows.divisor[cut]
+            near[cut] = mass_near(scaled[cut], least[0][cut], rows[cut], noise.double()).to(near)
+        terms = (*terms, near)
     return _scores(
         rows,
         tokens,
@@ -457,7 +464,7 @@ def _scores(
     """distance [n]: of the token's score from the best, 0 where it agrees; without truncation, the
     margin over temperature.
     """
-    log_p, entropy, variance, root_sum, drift = terms or (torch.zeros_like(error),) * 5
+    log_p, entropy, variance, root_sum, drift, near = terms or (torch.zeros_like(error),) * 6
     in_double = {
         "margin": distance.double() * rows.divisor,
         "error": error,
@@ -471,6 +478,7 @@ def _scores(
         "variance": variance,
         "root_sum": root_sum,
         "drift": drift,
+        "near": near,
     }
     as_it_is = {
         "tokens": tokens,

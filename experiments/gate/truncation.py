@@ -8,6 +8,7 @@ multiplying with 0 and 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -48,6 +49,30 @@ def least_kept(
             least[rest], _ = _least_of(descending(table[rest]), table[rest], k[rest], p[rest])
         result.append(least)
     return result
+
+
+def mass_near(scaled: Tensor, least: Tensor, rows: Rows, noise: Tensor) -> Tensor:
+    """The probability [n] of the tokens that are not kept and that `noise` [n] on logits over
+    temperature could bring in, of all that is kept then. least: of `least_kept`.
+
+    A token may be kept under noise d if those more than d above it are fewer than k and have less
+    than p of the mass, when they all move down by d and the rest up: that is, less than
+    p e^d / (p e^d + 1 - p) of the mass as it is. Min-p reaches d deeper.
+    """
+    p = rows.top_p.double()
+    odds = p / (1 - p) * noise.exp()  # infinite where nothing is filtered
+    wider = replace(
+        rows,
+        top_p=torch.where(p < 1, odds / (odds + 1), p).nan_to_num(1.0),
+        min_p=rows.min_p.double() * (-noise).exp(),
+    )
+    found = least_kept((scaled,), wider)
+    if found is None:
+        return torch.zeros_like(noise)
+    weights = exponentials(scaled)[1]
+    possible = (weights * (scaled >= found[0] - noise[:, None])).sum(-1)
+    kept = (weights * (scaled >= least)).sum(-1)
+    return ((possible - kept) / possible).clamp(min=0.0)
 
 
 def within_depth(scaled: Tensor, rows: Rows, k: Tensor) -> Tensor:

@@ -609,6 +609,10 @@ class Distribution(TypedDict):
     dispersion_limit: NotRequired[float]
     end_log_evidence: NotRequired[float]
     end_log_evidence_limit: NotRequired[float]
+    outside: NotRequired[int]
+    outside_explained: NotRequired[float]
+    outside_log_evidence: NotRequired[float]
+    outside_log_evidence_limit: NotRequired[float]
 
 
 class Calibration(TypedDict, total=False):

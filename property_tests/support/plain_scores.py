@@ -5,6 +5,8 @@ tokens. Slow, and the oracle of its property test.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,20 @@ def certain(logits: Tensor, rows: Rows) -> Tensor:
     """Rows [n] of which rounding cannot decide what is kept."""
     scaled = logits / rows.divisor[:, None].to(logits.dtype)
     return (kept(scaled, rows, 1 - 1e-5) == kept(scaled, rows, 1 + 1e-5)).all(-1)
+
+
+def near(scaled: Tensor, rows: Rows, error: Tensor, factor: float = 1.0) -> Tensor:
+    """The probability [n] of tokens outside of what is kept that an error [n] (times `factor`), in
+    logits, could bring in.
+    """
+    noise = (factor * error.double() / rows.divisor.double())[:, None]
+    p = rows.top_p.double()[:, None]
+    widened = torch.where(p < 1, p * noise.exp() / (p * noise.exp() + 1 - p), p)[:, 0]
+    wider = replace(rows, top_p=widened, min_p=rows.min_p.double() * (-noise[:, 0]).exp())
+    lowest = scaled.masked_fill(~kept(scaled, wider), torch.inf).amin(-1, keepdim=True)
+    possible = (scaled >= lowest - noise) & rows.truncated[:, None]
+    mass = scaled.double().masked_fill(~(possible | kept(scaled, rows)), -torch.inf).softmax(-1)
+    return (mass * (possible & ~kept(scaled, rows))).sum(-1)
 
 
 def plain_scores(

@@ -12,6 +12,7 @@ from typing import Any
 
 from scipy import stats
 
+from experiments.gate.event_counts import evidence_of_count
 from experiments.records.types import Plan, ServedWorkload
 
 Record = Mapping[str, Any]
@@ -192,6 +193,12 @@ def _its_distribution(drawn: Record, tokens: int, alpha: float) -> Iterator[str]
             -math.log(alpha),
             "the ends of answers are too unlikely",
         ),
+        (
+            "outside_log_evidence",
+            "outside_log_evidence_limit",
+            -math.log(alpha),
+            "too many tokens lie outside of what is kept",
+        ),
     ):
         if name not in drawn and limit_name not in drawn:
             continue  # a record from before 2026-11-29, or one without max_tokens
@@ -202,6 +209,18 @@ def _its_distribution(drawn: Record, tokens: int, alpha: float) -> Iterator[str]
             yield f"{limit_name} is {stated:.2f}, its level makes it {most:.2f}"
         elif found > most:
             yield f"{what} ({found:.1f}, limit {most:.1f})"
+    if "outside" in drawn:
+        counted: Any = drawn["outside"]
+        explained: Any = drawn.get("outside_explained")
+        if not (_is_figure(counted) and _is_figure(explained) and counted >= 0 <= explained):
+            yield "it does not state how many tokens lie outside of what is kept"
+        elif not math.isclose(
+            evidence_of_count(counted, explained),
+            drawn.get("outside_log_evidence", math.nan),
+            rel_tol=_TOLERANCE,
+            abs_tol=_TOLERANCE,
+        ):
+            yield f"{counted} tokens outside of what is kept are not the evidence that it states"
     if not 0 <= judged <= tokens:
         yield f"the distribution is of {judged:,} of {tokens:,} tokens"
 

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.gate.event_counts import evidence_of_count
 from experiments.gate.rules import GateParams, judge
 from experiments.gate.scoring import Scores
 from experiments.gate.verdicts import Work, gate_record
@@ -112,6 +113,7 @@ def scores(
         "variance": torch.full_like(log_p, 0.1),
         "root_sum": torch.full_like(log_p, 0.2),
         "drift": torch.zeros_like(log_p),
+        "near": torch.full_like(log_p, 0.01),
         "best": few,
         "hf_best": few,
         "best_scores": few.double(),
@@ -132,6 +134,12 @@ DRAWN = {
     "largest_log_evidence": 1.0,
     "log_evidence_limit": 20.0,
     "tokens": 1,
+}
+OUTSIDE = {
+    "outside": 3,
+    "outside_explained": 9.0,
+    "outside_log_evidence": evidence_of_count(3, 9.0),
+    "outside_log_evidence_limit": -math.log(1e-6),
 }
 EDITS: dict[str, tuple[tuple[str, ...], Any]] = {
     "900 mismatches": (("mismatches",), lambda n: n + 900),
@@ -166,6 +174,20 @@ EDITS: dict[str, tuple[tuple[str, ...], Any]] = {
     "ends that are too unlikely": (
         ("calibration", "distribution"),
         lambda _: DRAWN | {"end_log_evidence": 20.0, "end_log_evidence_limit": -math.log(1e-6)},
+    ),
+    "tokens outside of what is kept": (
+        ("calibration", "distribution"),
+        lambda _: (
+            DRAWN | OUTSIDE | {"outside": 60, "outside_log_evidence": evidence_of_count(60, 9.0)}
+        ),
+    ),
+    "tokens outside that are not counted": (
+        ("calibration", "distribution"),
+        lambda _: DRAWN | OUTSIDE | {"outside": 60},
+    ),
+    "no number of tokens outside": (
+        ("calibration", "distribution"),
+        lambda _: DRAWN | OUTSIDE | {"outside": None},
     ),
     "a dispersion without its limit": (
         ("calibration", "distribution"),
