@@ -26,13 +26,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from experiments import workloads
 from experiments.checking.real_text import ANSWER_TOKENS, engine, model_of, requests_of, serve
+from experiments.gate.chance.significance import quantiles
 from experiments.gate.logit_margins import Rows
 from experiments.gate.negative_controls import controls as broken_models
 from experiments.gate.rescoring import DTYPE, Rescorer
 from experiments.gate.rules import GateParams, judge
 from experiments.gate.same_work import read_vocabulary
 from experiments.gate.scoring import Scores, score_rows
-from experiments.gate.significance import quantiles
 from experiments.records.types import Request
 from nanovllm import ALL, BASELINE, SamplingParams
 

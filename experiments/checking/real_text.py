@@ -20,11 +20,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from experiments import workload_files, workloads
 from experiments.engines import hf
+from experiments.gate.chance.significance import quantiles
 from experiments.gate.rescoring import Rescorer
 from experiments.gate.rules import GateParams, GateResult, judge
 from experiments.gate.same_work import read_vocabulary, same_work
 from experiments.gate.scoring import Scores
-from experiments.gate.significance import quantiles
 from experiments.host import model_files, provenance, real_weights
 from experiments.records.types import JsonObject, Request
 from experiments.study.prompts import tokenize_here

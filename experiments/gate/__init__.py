@@ -12,8 +12,7 @@
     truncation         min-p, top-k and top-p truncation of a vocabulary
     edited_logits      logits after bias, penalties, bad words and min_tokens
     gumbel_noise       the engine's sampling noise, bit for bit, at lower cost
-    significance       the statistical tests of the gate
-    event_counts       one of them, for what is counted: without torch, as reports count again
+    chance/            the statistical tests of the gate
     negative_controls  broken models and tokens, which the gate must reject
 
 May import host, records and workloads. Needs torch and transformers, nothing else: runs on a bare

@@ -30,10 +30,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from experiments.gate.event_counts import evidence_of_count
-from experiments.gate.rescoring import DTYPE, REFERENCE_DTYPE
-from experiments.gate.scoring import Scores
-from experiments.gate.significance import (
+from experiments.gate.chance.event_counts import evidence_of_count
+from experiments.gate.chance.significance import (
     binomial_limit,
     dispersion,
     evidence_of_ends,
@@ -43,6 +41,8 @@ from experiments.gate.significance import (
     quantiles,
     self_normalized_excess,
 )
+from experiments.gate.rescoring import DTYPE, REFERENCE_DTYPE
+from experiments.gate.scoring import Scores
 from experiments.records.types import (
     Calibration,
     Distribution,
@@ -273,7 +273,7 @@ def judge_distribution(
 
     Tokens outside what min-p, top-k and top-p keep are left out of these. They are judged by their
     margin, and by their number: at most as many as HF's error at each position could bring in
-    (`event_counts.evidence_of_count`).
+    (`chance.event_counts.evidence_of_count`).
     """
     tokens = _concatenated(scores)
     used = tokens.unknown_noise & tokens.agrees

@@ -27,9 +27,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from experiments import workloads
 from experiments.engines import load_adapter
+from experiments.gate.chance.significance import quantiles
 from experiments.gate.judge import find_model
 from experiments.gate.rescoring import REFERENCE_DTYPE
-from experiments.gate.significance import quantiles
 from experiments.gate.verdicts import GateError
 from experiments.host.provenance import code_digest
 from experiments.price.distances import Distances, distances

@@ -80,7 +80,7 @@ ROOMS = (
         "margins",
         tuple(
             f"experiments.gate.{name}"
-            for name in ("logit_margins", "rules", "significance", "verdicts", "same_work")
+            for name in ("logit_margins", "rules", "chance.significance", "verdicts", "same_work")
         ),
         _GATE,
     ),

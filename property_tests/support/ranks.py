@@ -63,13 +63,18 @@ class RanksInThreads:
             group.whole_experts = resolved.enable_expert_parallel
             return make(resolved, model_config, folder, own, group)
 
-        # a runner sets it while it makes its model; threads would find each other's value, and keep it
+        # A runner sets torch's default, which all threads share, while it makes its model, and then sets what it
+        # found: another thread would make the rest of its own in that. So it is set here, for all of them.
         default_dtype = torch.get_default_dtype()
-        with tempfile.TemporaryDirectory() as place:
-            try:
+        torch.set_default_dtype(getattr(torch, resolved.dtype))
+        try:
+            with (
+                tempfile.TemporaryDirectory() as place,
+                patch.object(torch, "set_default_dtype", lambda dtype: None),
+            ):
                 self.ranks = in_ranks(size, f"{place}/ranks", start, timeout_s=60.0, stats=stats)
-            finally:
-                torch.set_default_dtype(default_dtype)
+        finally:
+            torch.set_default_dtype(default_dtype)
         self._threads = ThreadPoolExecutor(size)
         self.num_blocks, self.kv_cache_bytes = (
             self.ranks[0].num_blocks,

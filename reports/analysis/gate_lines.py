@@ -12,7 +12,7 @@ from typing import Any
 
 from scipy import stats
 
-from experiments.gate.event_counts import evidence_of_count
+from experiments.gate.chance.event_counts import evidence_of_count
 from experiments.records.types import Plan, ServedWorkload
 
 Record = Mapping[str, Any]

@@ -143,6 +143,8 @@ COUNTS = {
     "tensor_parallel_size": Counts("sums over all ranks", "sums"),
     "all_reduce": Counts("sums in symmetric memory", "sums"),
     "data_parallel_size": Counts("requests served by other replicas", "requests"),
+    "quantization": Counts("products with quantized weights", "products"),
+    "kv_cache_dtype": Counts("attention calls over such a cache", "calls"),
 }
 _UNKNOWN = Counts("times", "times", "with something to do")
 
@@ -152,6 +154,7 @@ UNITS = {
     "shared": "shared: attention calls that read a prefix once for all",
     "joined": "joined: requests that joined a running batch",
     "mixed": "mixed: steps with prefill beside decodes",
+    "products": "products: with quantized weights",
     "calls": "calls: of the kernels or the attention",
     "replays": "replays: of CUDA graphs",
     "steps": "steps: planned during another, or run",

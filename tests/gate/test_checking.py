@@ -396,6 +396,8 @@ def test_the_exit_status_is_the_verdict(
         return good
 
     monkeypatch.setattr(cli.checking, "run", judged)
+    # where somebody has built it, `check` takes it by itself
+    monkeypatch.setattr(cli, "OWN_VLLM", tmp_path / "no-vllm")
     monkeypatch.setattr(
         cli.checking,
         "find_model",

@@ -27,7 +27,13 @@ from transformers import AutoModelForCausalLM
 
 from experiments import workloads
 from experiments.gate import logit_margins, scoring, truncation
-from experiments.gate.event_counts import evidence_of_count
+from experiments.gate.chance.event_counts import evidence_of_count
+from experiments.gate.chance.significance import (
+    binomial_limit,
+    dispersion,
+    evidence_of_ends,
+    normal_limit,
+)
 from experiments.gate.gumbel_noise import gumbel, noise_of, uniform_bits
 from experiments.gate.judge import describe, judge_outputs, main
 from experiments.gate.logit_margins import Rows, smallest_explaining_noise
@@ -42,12 +48,6 @@ from experiments.gate.rescoring import DTYPE, Request, Rescorer, batches_of_simi
 from experiments.gate.rules import GateParams, GateResult, compare_logprobs, judge
 from experiments.gate.same_work import same_work
 from experiments.gate.scoring import Scores, score_rows
-from experiments.gate.significance import (
-    binomial_limit,
-    dispersion,
-    evidence_of_ends,
-    normal_limit,
-)
 from experiments.records import store
 from nanovllm.kernels.torch.sampling import gumbel_noise
 from nanovllm.models.checkpoint import checkpoint_digest, ensure_checkpoint

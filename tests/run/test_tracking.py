@@ -263,7 +263,9 @@ def test_the_descriptions_say_what_a_question_mark_means() -> None:
 
 def four_digits(value: float | None) -> float | None:
     """What MLflow shows of a number; the records have the exact one."""
-    return None if value is None else float(f"{value:.4g}")
+    if value is None:
+        return None
+    return round(value) if value >= 1000 else float(f"{value:.4g}")
 
 
 def as_the_page(ratio: float | None) -> float | None:

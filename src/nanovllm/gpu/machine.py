@@ -193,8 +193,12 @@ def _without_triton_where_it_cannot_run(asked: Optimizations) -> Optimizations:
         for name, row in by_triton.items()
         if levels[name] in row.by_triton
     ]
-    # what needs another toggle follows that one
-    auto = [name for name, row in by_triton.items() if levels[name] == "auto" and not row.needs]
+    # a switch, such as cascade_attention, follows the level that it needs
+    auto = [
+        name
+        for name, row in by_triton.items()
+        if levels[name] == "auto" and type(row.levels[0]) is not bool
+    ]
     problem = triton_problem() if explicit or auto else None
     if problem is None:
         return asked

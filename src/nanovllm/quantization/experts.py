@@ -8,7 +8,13 @@ from nanovllm.quantization.weights import QuantizedWeight
 
 
 def mix_experts(
-    x: Tensor, shares: Tensor, chosen: Tensor, gate_up: QuantizedWeight, down: QuantizedWeight
+    x: Tensor,
+    shares: Tensor,
+    chosen: Tensor,
+    gate_up: QuantizedWeight,
+    down: QuantizedWeight,
+    *,
+    some_elsewhere: bool = False,
 ) -> Tensor:
     """As kernels.torch.experts.mix_experts, with quantized weights of all experts: [experts, outputs, inputs] each.
 
@@ -19,6 +25,8 @@ def mix_experts(
     numbers = range(len(gate_up.packed)) if capturing else chosen.unique().tolist()  # type: ignore[arg-type]
     total = torch.zeros_like(x)
     for number in numbers:
+        if some_elsewhere and number >= len(gate_up.packed):  # type: ignore[arg-type]
+            continue
         if capturing:
             tokens: Tensor | slice = slice(None)
             share = (shares * (chosen == number)).sum(1, keepdim=True)
