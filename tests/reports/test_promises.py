@@ -16,9 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from experiments.gate.chance.event_counts import evidence_of_count
 from experiments.gate.rules import GateParams, judge
 from experiments.gate.scoring import Scores
-from experiments.gate.verdicts import Work, evidence_of_count, gate_record
+from experiments.gate.verdicts import Work, gate_record
 from reports.analysis.analyse import analyse
 from reports.analysis.gate_lines import DEFAULTS, contradictions
 from reports.analysis.promises import PROMISES
